@@ -1,0 +1,38 @@
+# make run    the main job, about five minutes: a rule for 32 units, learned on MNIST
+# make test   the tests
+# make lint   ruff
+# make bench  every benchmark, a table each
+# make test-slow  the tests that run the real commands for minutes
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: run test test-slow lint bench clean
+
+run: $(VENV)/installed
+	$(RUN) main.py 32 --lr 1e-4 --clip_grads --decay cosine --warmup_steps 10 --batch_size 256 \
+		--initial_inner_steps 50 --raise_by 50 --raise_every 40 --tasks 2 --metasteps 200
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/installed
+	$(RUN) -m pytest -m slow
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/installed
+	for benchmark in benchmarks/*.py; do $(RUN) $$benchmark || exit 1; done
+
+# torchvision without its dependencies: they would replace the build of torch that is in place.
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.txt
+	$(RUN) -m pip install --quiet --no-deps torchvision==0.28.0
+	touch $@
+
+clean:
+	rm -rf $(VENV)

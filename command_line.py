@@ -1,0 +1,310 @@
+"""What all commands share: the common flags, one line for wrong input, device, run directory.
+
+    def main(argv: list[str] | None = None) -> None:
+        parser = common_parser("Meta-learn a rule.", "main")
+        parser.add_argument("--metasteps", type=positive_int, default=1000)
+        args = parse(parser, argv)
+        device, dtype = set_up(args)
+        with open_run(args, "main") as log:
+            ...
+
+    if __name__ == "__main__":
+        run_command(main)
+
+Exit status: 0 done, 2 wrong input, 130 interrupted.
+"""
+
+import argparse
+import copy
+import ctypes
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from linear_probe import ProbeError
+from mnist_datasets import DataError
+from run_log import RunLog, RunLogError, plain, read_config
+
+DATASETS = ("mnist", "fashion", "mnist5k")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+OF_THE_CALL = ("out", "resume", "quiet")  # flags that belong to one call, not to the run
+MAY_DIFFER = ("data_dir",)  # on --resume: where the data lies changes no number
+
+# glibc's mallopt parameters (malloc.h) and the values given to them
+M_TRIM_THRESHOLD, NEVER = -1, -1
+M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 25  # the largest that glibc accepts
+
+
+class UserError(Exception):
+    """Wrong input; the message is one line that says what is wrong and what would be right."""
+
+
+def common_parser(description: str, command: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every command has; `command` names the run directories."""
+    parser = _Parser(
+        prog=f"{command}.py",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
+    common = parser.add_argument_group("common flags")
+    add = common.add_argument
+    add("--dataset", choices=DATASETS, default="mnist", help="images; mnist5k needs no network")
+    add("--data-dir", "--data_dir", type=Path, default="data", metavar="DIR", help="data sets")
+    where = common.add_mutually_exclusive_group()
+    new = f"directory of the run (default: runs/{command}-<time>)"
+    where.add_argument("--out", type=Path, metavar="DIR", help=new)
+    again = "go on with the run in DIR, with its flags"
+    where.add_argument("--resume", type=Path, metavar="DIR", help=again)
+    add("--seed", type=nonnegative_int, default=0, metavar="N", help="seed of all random numbers")
+    device = "auto, cpu, cuda, cuda:N or mps"
+    add("--device", type=device_name, default="auto", metavar="NAME", help=device)
+    add("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's own)")
+    add("--dtype", choices=list(DTYPES), default="float32", help="floating-point type")
+    add("--quiet", action="store_true", help="print errors only")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse `argv` (default: sys.argv[1:]).
+
+    With --resume, flags that aren't given take the values that they have in that run.
+    """
+    explicit = vars(_relaxed(parser, without_defaults=True).parse_args(argv))
+    directory = explicit.get("resume")
+    if directory is None:
+        return parser.parse_args(argv)
+    try:
+        config = read_config(directory)
+    except RunLogError as error:
+        parser.error(f"argument --resume: {error}")
+    args = _relaxed(parser, without_defaults=False).parse_args(argv)
+    for action in parser._actions:
+        name = action.dest
+        if name in config and name not in explicit and name not in OF_THE_CALL:
+            setattr(args, name, _from_saved(action, config[name]))
+    return args
+
+
+def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """The device and type that `args` ask for; also sets threads, determinism and allocator."""
+    device = find_device(args.device)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    _be_deterministic(device)
+    _keep_freed_memory()
+    return device, DTYPES[args.dtype]
+
+
+def open_run(args: argparse.Namespace, command: str) -> RunLog:
+    """The run that `args` ask for: a new one, or with --resume one that has the same flags.
+
+    Device and number of threads are saved as they are in effect, because the last bits of a
+    result depend on them.
+    """
+    config = {name: value for name, value in vars(args).items() if name not in OF_THE_CALL}
+    config["command"] = command
+    config["device"] = str(find_device(args.device))
+    config["threads"] = args.threads or torch.get_num_threads()
+    if args.resume is None:
+        return RunLog.create(args.out or _new_directory(command), config, args.quiet)
+    _refuse_other_configuration(args.resume, read_config(args.resume), plain(config))
+    return RunLog.reopen(args.resume, args.quiet)
+
+
+def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
+    """Run a command's `main(argv)` and turn what ends it early into an exit status.
+
+    Wrong input: one line on stderr and 2. Ctrl-C: 130. A pipe closed by its reader: silent, 1.
+    """
+    try:
+        main(argv)
+        sys.stdout.flush()
+    except (UserError, RunLogError, DataError, ProbeError) as error:
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"error: {line}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; let that go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`, UserError where it isn't there.
+
+    auto is the first CUDA device, else MPS, else the CPU.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "cuda":
+        name = "cuda:0"
+    device = torch.device(name)
+    if device.type == "cuda" and (not cuda or device.index >= torch.cuda.device_count()):
+        count = torch.cuda.device_count() if cuda else 0
+        raise UserError(
+            f"no device {name}: torch sees {count} CUDA devices; try --device auto or --device cpu"
+        )
+    if device.type == "mps" and not mps:
+        raise UserError("no device mps: this is not a Mac that torch can use; try --device auto")
+    return device
+
+
+# ---- types of arguments: text to value, or a message that says what is expected ----
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    return _number(int, text, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def nonnegative_int(text: str) -> int:
+    """A whole number of at least 0."""
+    return _number(int, text, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    return _number(float, text, lambda value: value > 0, "a number above 0")
+
+
+def nonnegative_float(text: str) -> float:
+    """A finite number of at least 0."""
+    return _number(float, text, lambda value: value >= 0, "a number of at least 0")
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    return _number(float, text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def device_name(text: str) -> str:
+    """The name of a device, whether it is there or not."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda, cuda:N or mps, not {text!r}")
+    return text
+
+
+def _number(kind: type, text: str, accepted: Callable[[Any], bool], expected: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or not accepted(value):
+        raise argparse.ArgumentTypeError(f"must be {expected}, not {text!r}")
+    return value
+
+
+# ---- parsing ----
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {line} (see --help)\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default only where it tells something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _relaxed(parser: argparse.ArgumentParser, without_defaults: bool) -> argparse.ArgumentParser:
+    """A copy of `parser` that requires nothing.
+
+    Without defaults, what it returns holds the flags that were given and no more.
+    """
+    relaxed = copy.deepcopy(parser)
+    relaxed.format_help = parser.format_help
+    if without_defaults:
+        relaxed._defaults.clear()
+    for action in relaxed._actions:
+        action.required = False
+        if not action.option_strings:
+            action.nargs = {None: "?", "+": "*"}.get(action.nargs, action.nargs)
+        if without_defaults:
+            action.default = argparse.SUPPRESS
+    return relaxed
+
+
+def _from_saved(action: argparse.Action, value: Any) -> Any:
+    """A value of config.json as `action` would have made it from the command line."""
+    if isinstance(value, list):
+        return [_from_saved(action, element) for element in value]
+    return action.type(value) if isinstance(value, str) and callable(action.type) else value
+
+
+def _refuse_other_configuration(
+    directory: Path, saved: dict[str, Any], given: dict[str, Any]
+) -> None:
+    """UserError where a run with flags `saved` can't be gone on with under flags `given`."""
+    if saved.get("command") != given["command"]:
+        raise UserError(
+            f"{directory} is a run of {saved.get('command')}.py, not of {given['command']}.py"
+        )
+    names = [name for name in {**saved, **given} if name not in MAY_DIFFER]
+    differing = [
+        f"{name} {saved.get(name, 'unset')!r} there, {given.get(name, 'unset')!r} now"
+        for name in names
+        if saved.get(name, "unset") != given.get(name, "unset")
+    ]
+    if differing:
+        raise UserError(
+            f"{directory} was run with other flags: {'; '.join(differing)}; "
+            "leave those out to resume it"
+        )
+
+
+def _new_directory(command: str) -> Path:
+    """runs/<command>-<time>, numbered where two runs start within a second."""
+    first = Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = first, 1
+    while path.exists():
+        number += 1
+        path = first.with_name(f"{first.name}-{number}")
+    return path
+
+
+# ---- torch and the allocator ----
+
+
+def _be_deterministic(device: torch.device) -> None:
+    """Prefer deterministic kernels; an operation that has none warns."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # this part would cost time
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed tensors of up to 32 MB for the next step.
+
+    Otherwise every tensor of a few megabytes is mapped, zeroed page by page and unmapped anew at
+    each step: filling 500 tensors of 3 MB took 0.4 s instead of 0.1 s. The peak of memory is the
+    same, but it stays with the process until that ends. Under another C library nothing is done.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
+    mallopt(M_TRIM_THRESHOLD, NEVER)

@@ -1,0 +1,385 @@
+"""Every figure of a meta-learning run, drawn from its directory alone.
+
+    draw_run("runs/main-20260101-120000")      # writes what it can into figures/ there
+
+Each `draw_...` function takes arrays and the path of the PNG to write. Values that are not finite
+(failed steps) are left out of the curves and marked on the step axis. Nothing here keeps state:
+figures are matplotlib Figure objects, pyplot is not used.
+"""
+
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.lib.stride_tricks import sliding_window_view
+
+from run_log import RunLogError, read_metrics
+
+# Okabe and Ito's colours, told apart also by the colour-blind; their yellow is darkened for paper
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b8a900")
+GREY, FAINT = "#4d4d4d", "#bbbbbb"
+DIVERGING = "RdBu_r"  # red above 0, blue below
+DPI = 150
+FONT = 9
+
+LABELLED = 8  # coefficients named in the legend
+LARGEST_GRID = 64  # units shown as images
+GROUPS = {"w": "forward weights w", "b": "biases b", "m": "lateral weights m"}
+FACTOR = re.compile(r"([a-z])(\d*)_?([ij]?)\^?(\d*)")  # of a monomial: x, y^2, y1_j^2
+
+Curves = Mapping[str, np.ndarray]
+Parameters = Mapping[str, np.ndarray]
+
+
+def draw_run(directory: str | Path) -> list[Path]:
+    """Draw what the metrics.csv and parameters.npz in `directory` allow; the figures' paths."""
+    directory = Path(directory)
+    metrics = read_metrics(directory)
+    parameters = _read_parameters(directory / "parameters.npz")
+    place = directory / "figures"
+    place.mkdir(exist_ok=True)
+    return [*_draw_metrics(metrics, place), *_draw_parameters(parameters, place)]
+
+
+def draw_meta_loss(step: np.ndarray, loss: np.ndarray, path: str | Path) -> None:
+    """The meta-loss over meta-steps, faint, and its running median."""
+    figure, axes = _single()
+    _raw_and_median(axes, step, loss, COLOURS[0])
+    _mark_failed(axes, step, loss)
+    _finish(axes, "Meta-loss", "meta-step", "outer loss after the inner steps")
+    _legend(axes)
+    _save(figure, path)
+
+
+def draw_accuracy(step: np.ndarray, accuracies: Curves, path: str | Path) -> None:
+    """Accuracies of the probe (name to fractions [steps]) over meta-steps."""
+    figure, axes = _single()
+    for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
+        _raw_and_median(axes, step, values, colour, name)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    _finish(axes, "Accuracy of the linear probe", "meta-step", "images classified correctly")
+    _legend(axes)
+    _save(figure, path)
+
+
+def draw_hypergradient(step: np.ndarray, norm: np.ndarray, path: str | Path) -> None:
+    """The norm of the hypergradient over meta-steps, on a logarithmic scale."""
+    figure, axes = _single()
+    axes.set_yscale("log")
+    _raw_and_median(axes, step, np.where(norm > 0, norm, np.nan), COLOURS[0])
+    _mark_failed(axes, step, norm)
+    _finish(axes, "Norm of the hypergradient", "meta-step", "Euclidean norm before clipping")
+    _legend(axes)
+    _save(figure, path)
+
+
+def draw_coefficients(step: np.ndarray, coefficients: Curves, path: str | Path) -> None:
+    """The coefficients of the rules over meta-steps.
+
+    coefficients: "<layer>/<group>/<term>", or "<group>/<term>" of a rule that all layers share, to
+    values [steps]; one panel per layer and group.
+    """
+    panels = _panels(coefficients)
+    layers = list(dict.fromkeys(layer for layer, _ in panels))
+    groups = [group for group in GROUPS if any(key[1] == group for key in panels)]
+    rows, columns = max(len(layers), 1), max(len(groups), 1)
+    figure = _figure(4.6 * columns, 3.0 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for row, layer in enumerate(layers):
+        for column, group in enumerate(groups):
+            axes = grid[row, column]
+            _coefficient_curves(axes, step, panels.get((layer, group), {}))
+            bottom = "meta-step" if row == rows - 1 else ""
+            title = f"Layer {layer}: {GROUPS[group]}" if layer else GROUPS[group]
+            _finish(axes, title, bottom, "" if column else "coefficient")
+    figure.suptitle("Coefficients of the learning rule", fontsize=FONT + 3)
+    _save(figure, path)
+
+
+def draw_features(
+    weights: np.ndarray, input_shape: Sequence[int], path: str | Path, layer: str = ""
+) -> None:
+    """What each unit weighs, as an image; one scale for all, symmetric around 0.
+
+    weights: [units, ...] with C*H*W numbers per unit for input_shape = [C, H, W]; several channels
+    are shown side by side. Each weight is a square of whole pixels.
+    """
+    channels, height, width = (int(size) for size in input_shape)
+    images = weights.reshape(len(weights), channels, height, width)[:LARGEST_GRID]
+    images = np.concatenate(list(images.transpose(1, 0, 2, 3)), axis=2)
+    mosaic = _mosaic(images)
+    scale = max(1, round(900 / mosaic.shape[1]))
+    limit = _limit(images)
+    name = f"layer {layer}" if layer else "the first layer"
+    some = f"{len(images)} of " if len(images) < len(weights) else ""
+    title = f"Forward weights of {name}: {some}{len(weights)} units"
+    _save_mosaic(np.repeat(np.repeat(mosaic, scale, 0), scale, 1), limit, title, path)
+
+
+def draw_lateral(lateral: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """The lateral matrices (layer's name to m [out, out]), each on its scale around 0.
+
+    The scale is that of the entries off the diagonal, which a rule often sets apart.
+    """
+    figure = _figure(4.4 * max(len(lateral), 1), 3.8)
+    grid = figure.subplots(1, max(len(lateral), 1), squeeze=False)[0]
+    for axes, (layer, matrix) in zip(grid, lateral.items(), strict=False):
+        off_diagonal = matrix[~np.eye(len(matrix), dtype=bool)]
+        norm = Normalize(-(limit := _limit(off_diagonal)), limit)
+        image = axes.imshow(matrix, cmap=DIVERGING, norm=norm, interpolation="nearest")
+        above, below = matrix.max() > limit, matrix.min() < -limit
+        beyond = "both" if above and below else "max" if above else "min" if below else "neither"
+        bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, extend=beyond)
+        bar.ax.tick_params(labelsize=FONT - 1)
+        bar.outline.set_visible(False)
+        _finish(axes, f"Layer {layer}: lateral weights m", "from unit", "to unit")
+        axes.grid(False)
+        axes.yaxis.set_major_locator(_whole_ticks())
+    _save(figure, path)
+
+
+# ---- from a run's files to the functions above ----
+
+
+def _draw_metrics(metrics: Curves, place: Path) -> list[Path]:
+    """Draw the figures whose columns are there."""
+    drawn = []
+
+    def draw(function, values, name: str) -> None:
+        function(metrics["step"], values, place / name)
+        drawn.append(place / name)
+
+    accuracies = {
+        label: metrics[name]
+        for label, name in (("training images", "train_accuracy"), ("test images", "test_accuracy"))
+        if name in metrics
+    }
+    prefix = "coefficient/"
+    coefficients = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+    if "meta_loss" in metrics:
+        draw(draw_meta_loss, metrics["meta_loss"], "meta_loss.png")
+    if accuracies:
+        draw(draw_accuracy, accuracies, "accuracy.png")
+    if coefficients:
+        draw(draw_coefficients, coefficients, "coefficients.png")
+    if "hypergradient_norm" in metrics:
+        draw(draw_hypergradient, metrics["hypergradient_norm"], "hypergradient.png")
+    return drawn
+
+
+def _draw_parameters(parameters: Parameters, place: Path) -> list[Path]:
+    """Draw the first layer's weights and all lateral matrices, where they are there."""
+    drawn = []
+    weights = [(name[:-2], value) for name, value in parameters.items() if name.endswith(".w")]
+    lateral = {name[:-2]: value for name, value in parameters.items() if name.endswith(".m")}
+    if weights:
+        layer, w = weights[0]
+        shape = w.shape[1:] if w.ndim == 4 else parameters.get("input_shape", ())
+        if len(shape) == 3 and w[0].size == np.prod(shape):
+            draw_features(w, shape, place / "features.png", layer)
+            drawn.append(place / "features.png")
+    if lateral:
+        draw_lateral(lateral, place / "lateral.png")
+        drawn.append(place / "lateral.png")
+    return drawn
+
+
+def _read_parameters(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise RunLogError(f"{path} is damaged: {error}") from error
+
+
+# ---- curves ----
+
+
+def running_median(values: np.ndarray, window: int) -> np.ndarray:
+    """The median of the values in an odd `window` around each; the window is cut at the ends."""
+    if not len(values):
+        return values
+    padded = np.pad(values.astype(float), window // 2, constant_values=np.nan)
+    return np.nanmedian(sliding_window_view(padded, window), axis=1)
+
+
+def _raw_and_median(
+    axes: Axes, step: np.ndarray, values: np.ndarray, colour: str, name: str = ""
+) -> None:
+    """The finite values faint and their running median strong; few values as they are."""
+    finite = np.isfinite(values)
+    step, values = step[finite], values[finite]
+    window = min(101, 2 * (len(values) // 50) + 1)
+    if window == 1:
+        axes.plot(step, values, color=colour, marker="o", ms=3, lw=1.3, label=name)
+    else:
+        axes.plot(step, values, color=colour, lw=0.7, alpha=0.3)
+        label = ", ".join(filter(None, (name, f"median of {window} steps")))
+        axes.plot(step, running_median(values, window), color=colour, lw=1.6, label=label)
+
+
+def _mark_failed(axes: Axes, step: np.ndarray, values: np.ndarray) -> None:
+    """Mark on the step axis where `values` is not finite."""
+    steps = step[~np.isfinite(values)]
+    if len(steps):
+        axes.plot(
+            steps,
+            np.zeros(len(steps)),
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+            ls="",
+            marker="x",
+            ms=4,
+            color=COLOURS[1],
+            label=f"not finite ({len(steps)})",
+        )
+
+
+def _panels(coefficients: Curves) -> dict[tuple[str, str], dict[str, np.ndarray]]:
+    """The curves by (layer, group), then by term."""
+    panels: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for name, values in coefficients.items():
+        group_first = name.split("/", 1)[0] in GROUPS
+        layer, group, term = ("/" + name if group_first else name).split("/", 2)
+        panels.setdefault((layer, group), {})[term] = values
+    return panels
+
+
+def _coefficient_curves(axes: Axes, step: np.ndarray, terms: Curves) -> None:
+    """The terms that end largest, named in the order in which they end, over thin grey others."""
+    final = {term: _last_finite(values) for term, values in terms.items()}
+    largest = sorted(terms, key=lambda term: -abs(final[term]))[:LABELLED]
+    marker = "o" if len(step) == 1 else ""
+    for term, values in terms.items():
+        if term not in largest:
+            axes.plot(step, values, color=FAINT, lw=0.6, marker=marker, ms=2)
+    for colour, term in zip(COLOURS, largest, strict=False):
+        axes.plot(
+            step, terms[term], color=colour, lw=1.4, marker=marker, ms=4, label=_typeset(term)
+        )
+    axes.axhline(0, color=GREY, lw=0.6, zorder=1)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        order = sorted(range(len(largest)), key=lambda i: -final[largest[i]])
+        axes.legend(
+            [handles[i] for i in order],
+            [labels[i] for i in order],
+            loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+            fontsize=FONT - 1,
+            frameon=False,
+            handlelength=1.2,
+        )
+
+
+def _last_finite(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if len(finite) else 0.0
+
+
+def _typeset(term: str) -> str:
+    """A monomial such as "x1 y2_j^2" in mathematical type; any other text as it is."""
+    factors = [FACTOR.fullmatch(factor) for factor in term.split()]
+    if not all(factors):
+        return term.replace("$", r"\$")
+    written = [f"{f[1]}_{{{f[2]}{f[3]}}}^{{{f[4]}}}" for f in factors]
+    return "$" + r"\,".join(written).replace("_{}", "").replace("^{}", "") + "$"
+
+
+# ---- images ----
+
+
+def _limit(values: np.ndarray) -> float:
+    """The end of a scale around 0 that holds all finite values."""
+    finite = np.abs(values[np.isfinite(values)])
+    return float(finite.max(initial=0.0)) or 1.0
+
+
+def _mosaic(images: np.ndarray) -> np.ndarray:
+    """Images [n, h, w] in as full rows as can be, NaN between them."""
+    count, height, width = images.shape
+    square = int(np.ceil(np.sqrt(count * height / width)))
+    columns = min(range(square, 2 * square + 1), key=lambda number: -count % number)
+    rows = -(-count // columns)
+    mosaic = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), np.nan)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        mosaic[top : top + height, left : left + width] = image
+    return mosaic
+
+
+def _save_mosaic(pixels: np.ndarray, limit: float, title: str, path: str | Path) -> None:
+    """Write `pixels` one to one, with a title above and a colour bar at the right."""
+    height, width = pixels.shape
+    margin, head, side = 20, 50, 110
+    full_width, full_height = width + 2 * margin + side, height + margin + head
+    figure = Figure((full_width / DPI, full_height / DPI), dpi=DPI)
+    box = (margin / full_width, margin / full_height, width / full_width, height / full_height)
+    axes = figure.add_axes(box)
+    axes.set_axis_off()
+    norm = Normalize(-limit, limit)
+    image = axes.imshow(pixels, cmap=DIVERGING, norm=norm, interpolation="none", aspect="auto")
+    left = (margin + width + 25) / full_width
+    bar_axes = figure.add_axes((left, box[1], 18 / full_width, box[3]))
+    bar = figure.colorbar(image, cax=bar_axes)
+    bar.ax.tick_params(labelsize=FONT - 1)
+    bar.outline.set_visible(False)
+    figure.text(box[0], 1 - 16 / full_height, title, va="top", fontsize=FONT + 1)
+    _save(figure, path)
+
+
+# ---- house style ----
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure((width, height), dpi=DPI, layout="constrained")
+
+
+def _single() -> tuple[Figure, Axes]:
+    figure = _figure(6.4, 3.8)
+    return figure, figure.subplots()
+
+
+def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Title, labels, a light grid, and no frame but the two axes."""
+    axes.set_title(title, fontsize=FONT + 1, loc="left")
+    axes.set_xlabel(x_label, fontsize=FONT)
+    axes.set_ylabel(y_label, fontsize=FONT)
+    axes.tick_params(labelsize=FONT - 1, colors=GREY)
+    axes.yaxis.get_offset_text().set_fontsize(FONT - 1)
+    axes.xaxis.set_major_locator(_whole_ticks())
+    axes.grid(True, color="#e6e6e6", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    left, right = axes.get_xlim()
+    if right - left < 1:  # a single step
+        axes.set_xlim((left + right - 1) / 2, (left + right + 1) / 2)
+    if not axes.has_data():
+        axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color=GREY)
+
+
+def _whole_ticks() -> MaxNLocator:
+    return MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+
+
+def _legend(axes: Axes) -> None:
+    if any(axes.get_legend_handles_labels()[1]):
+        axes.legend(fontsize=FONT - 1, frameon=False, loc="best")
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    try:
+        FigureCanvasAgg(figure).print_png(str(path))
+    except OSError as error:
+        raise RunLogError(f"can't write {path}: {error.strerror or error}") from error

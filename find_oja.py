@@ -1,0 +1,210 @@
+"""Recovers Oja's rule, dw = x y - y^2 w, from nothing but where it should lead.
+
+    python find_oja.py
+    python find_oja.py --metasteps 100 --threads 1
+
+A linear neuron is trained by a rule with 27 terms x^a y^d w^e, a, d, e <= 2. The squared distance
+of its weight to the first principal direction of the images (or its opposite, if that is nearer)
+is differentiated through all updates, to improve the 27 coefficients. Source: Oja 1982.
+"""
+
+import itertools
+import math
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from command_line import (
+    common_parser,
+    nonnegative_float,
+    nonnegative_int,
+    open_run,
+    parse,
+    positive_float,
+    positive_int,
+    run_command,
+    set_up,
+)
+from figures import draw_features, draw_run
+from hypgraddesc import EVALUATION, MetaSettings, evaluate, hypgraddesc
+from initializers import FIXED, GaussianInitializer
+from learning_rules import PerLayerRule, PolynomialRule, classical_rule, save_rule
+from mnist_datasets import ImageData, batches, load_images, normalize_pixels
+from models_fully_local import Activation, lateral_mlp
+from run_log import RunLog
+from train import MEMORY
+
+OJA_RATES = [10**exponent for exponent in np.arange(-4, 0.01, 0.25)]
+TERMS_SHOWN = 8
+
+
+def make_parser():
+    """The command's flags."""
+    parser = common_parser("Recover Oja's rule by hypergradient descent.", "find_oja")
+    add = parser.add_argument_group("meta-learning").add_argument
+    add("--metasteps", type=nonnegative_int, default=500, help="meta-steps")
+    add("--lr", type=positive_float, default=1e-4, help="learning rate of the coefficients (Adam)")
+    add("--warmup_steps", type=nonnegative_int, default=10, help="the rate rises over these")
+    add("--clip_grads", type=positive_float, default=1000.0, metavar="NORM",
+        help="bound of the hypergradient's norm")  # fmt: skip
+    add("--l1_reg", type=nonnegative_float, default=100.0, help="L1 weight of the coefficients")
+    add = parser.add_argument_group("inner training").add_argument
+    add("--inner_steps", type=positive_int, default=300, help="updates of the neuron")
+    add("--batch_size", type=positive_int, default=1024, help="images of one update")
+    add("--bound", type=positive_float, default=0.1, help="of one update (tanh)")
+    add("--memory", choices=MEMORY, default="fit", help="what is kept for the backward pass")
+    add("--evaluations", type=positive_int, default=10, help="starts for the final comparison")
+    return parser
+
+
+class DirectionLoss:
+    """Squared distance of the neuron's weight to the nearer of +- a direction [pixels]."""
+
+    metrics = ("cosine",)
+
+    def __init__(self, direction: Tensor) -> None:
+        self.direction = direction
+
+    def __call__(self, model, params, generator) -> tuple[Tensor, dict[str, float]]:
+        """The loss attached to params, and |cosine| between weight and direction."""
+        w = params[-1]["w"][0]
+        projection = w.detach() @ self.direction
+        nearer = self.direction * torch.where(projection < 0, -1.0, 1.0)
+        cosine = projection.abs() / w.detach().norm()
+        return (w - nearer).square().sum(), {"cosine": cosine.item()}
+
+
+def first_principal_direction(data: ImageData) -> Tensor:
+    """Unit vector [pixels] of the images' largest variance; the data is centred already."""
+    x = data.floats(dtype=torch.float64).flatten(1)
+    return torch.linalg.eigh(x.t() @ x).eigenvectors[:, -1]
+
+
+def make_rule(bound: float) -> PerLayerRule:
+    """The 27 terms (a, 0, d, e) with a, d, e <= 2, all coefficients 0; biases stay at 0."""
+    terms = [(a, 0, d, e) for a, d, e in itertools.product(range(3), repeat=3)]
+    return PerLayerRule([PolynomialRule({"w": terms}, bound="tanh", bound_size=bound)])
+
+
+def make_neuron(inputs: int) -> nn.Module:
+    """One linear unit on flattened images."""
+    return lateral_mlp(inputs, [1], Activation("identity"), inhibition="none")
+
+
+def compare_with_oja(args, parts: dict, log: RunLog) -> dict:
+    """The learned rule and Oja's, at each of many rates, from the same starts."""
+    seeds = [(args.seed, EVALUATION, number) for number in range(args.evaluations)]
+
+    def cosines(rule: PerLayerRule) -> tuple[list[float], Tensor]:
+        rows, params = zip(
+            *(evaluate(**parts | {"rule": rule}, steps=args.inner_steps, draw=s) for s in seeds),
+            strict=True,
+        )
+        return [row["cosine"] for row in rows], params[0][-1]["w"][0]
+
+    options = {"bound": "tanh", "bound_size": args.bound}
+    learned, learned_weight = cosines(parts["rule"])
+    trials = []
+    with log.progress(len(OJA_RATES), description="Oja's rule at each rate") as progress:
+        for rate in OJA_RATES:
+            oja = PerLayerRule([classical_rule("oja", rate, **options)]).to(learned_weight)
+            values, weight = cosines(oja)
+            trials.append((np.nan_to_num(np.mean(values)), rate, values, weight))
+            progress.advance()
+    _, rate, of_oja, oja_weight = max(trials, key=lambda trial: trial[0])
+    return {
+        "learned": learned,
+        "learned_weight": learned_weight,
+        "oja": of_oja,
+        "oja_weight": oja_weight,
+        "oja_rate": rate,
+    }
+
+
+def verdict(coefficients: dict[str, float]) -> tuple[bool, list[str]]:
+    """Whether the coefficients are those of Oja's rule, and lines of a table that show it.
+
+    They are if the two largest are x y, positive, and y^2 w, negative, and every other is below a
+    tenth of both.
+    """
+    ranked = sorted(coefficients.items(), key=lambda item: -abs(item[1]))
+    largest = abs(ranked[0][1]) or 1.0
+    lines = [f"{'term':>14}  {'coefficient':>12}  relative"]
+    for name, value in ranked[:TERMS_SHOWN]:
+        lines.append(f"{name.split('/')[-1]:>14}  {value:12.3e}  {value / largest:+8.3f}")
+    (first, a), (second, b), (_, third) = ranked[:3]
+    signs = {first.split("/")[-1]: a > 0, second.split("/")[-1]: b > 0}
+    found = signs == {"x y": True, "y^2 w": False} and abs(third) < 0.1 * min(abs(a), abs(b))
+    return found, lines
+
+
+def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direction) -> None:
+    """The table, the cosines and the verdict, on the screen and as files."""
+    found, lines = verdict(rule.coefficients())
+    learned, oja = np.mean(comparison["learned"]), np.mean(comparison["oja"])
+    for line in lines:
+        log.say(line)
+    log.say(f"cosine with the first principal direction, {args.inner_steps} steps, mean over "
+            f"{args.evaluations} starts:")  # fmt: skip
+    log.say(f"  learned rule {learned:.4f}")
+    log.say(f"  Oja's rule   {oja:.4f}  (at its best rate, {comparison['oja_rate']:.2g})")
+    log.say("this is Oja's rule" if found else "this is not Oja's rule (yet)")
+    save_rule(rule, log.path("rule.json"))
+    log.path("rule.txt").write_text(rule.formula() + "\n")
+    weights = torch.stack([comparison["learned_weight"], comparison["oja_weight"], direction])
+    weights = weights.numpy(force=True)
+    weights *= np.sign(weights @ weights[2])[:, None]
+    log.write_arrays("parameters.npz", {"1.w": weights[:1], "input_shape": np.array(data.shape)})
+    log.write_json("results.json", {
+        "data": data.source,
+        "is_oja": found,
+        "coefficients": rule.coefficients(),
+        "cosine_learned": comparison["learned"],
+        "cosine_oja": comparison["oja"],
+        "oja_rate": comparison["oja_rate"],
+    })  # fmt: skip
+    draw_run(log.directory)
+    draw_features(weights, data.shape, log.path("figures/directions.png"), "learned, Oja, PCA")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, meta-learn, compare, report."""
+    args = parse(make_parser(), argv)
+    device, dtype = set_up(args)
+    data, _ = normalize_pixels(*load_images(args.dataset, args.data_dir), unit_variance=False)
+    data = data.to(device)
+    direction = first_principal_direction(data).to(dtype)
+    rule = make_rule(args.bound).to(device, dtype)
+    parts = {
+        "make_model": partial(make_neuron, math.prod(data.shape)),
+        "rule": rule,
+        "initializer": GaussianInitializer({}, {"w": FIXED}).to(device, dtype),
+        "make_batches": lambda generator: batches(data, args.batch_size, generator, dtype),
+        "outer_loss": DirectionLoss(direction),
+    }
+    settings = MetaSettings(
+        metasteps=args.metasteps,
+        lr=args.lr,
+        warmup_steps=args.warmup_steps,
+        clip_norm=args.clip_grads,
+        l1=args.l1_reg,
+        inner_steps=args.inner_steps,
+        memory=args.memory,
+        seed=args.seed,
+    )
+
+    def coefficients() -> dict[str, float]:
+        return {f"coefficient/{name}": value for name, value in rule.coefficients().items()}
+
+    with open_run(args, "find_oja") as log:
+        log.say(data.source)
+        finished = hypgraddesc(**parts, settings=settings, log=log, hyperparameters=coefficients)
+        report(args, log, rule, compare_with_oja(args, parts, log), data, direction)
+    if not finished:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main)

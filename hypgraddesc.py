@@ -1,0 +1,395 @@
+"""Hypergradient descent: the meta-loop that adapts a learning rule and an initializer.
+
+    theta_0 ~ initializer(psi);   theta_{t+1} = rule(theta_t, psi, batch_t)
+    psi <- psi - optimiser(d L(theta_N) / d psi)
+
+One meta-step averages this hypergradient over `tasks` independent draws of theta_0 and batches,
+each clipped, adds the penalties and makes one optimiser step. Every draw has generators of its own,
+made from (seed, meta-step, task), so that a resumed run needs no generator's state.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from learning_rules import LearningRule
+from models_fully_local import Params
+from run_log import RunLog, finish_on_interrupt
+from train import MEMORY_LIMIT, train
+
+Schedule = float | Callable[[int], float]
+
+EVALUATION = 2**31  # stands where a meta-step does in the names of the final evaluations' draws
+OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
+
+
+class MetaError(ValueError):
+    """What is wrong with the settings or the course of a meta-run, in one line."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or hypergradient that is not finite, and where it arose."""
+
+
+class OuterLoss(Protocol):
+    """What the meta-loop minimises; raises FloatingPointError where it cannot be evaluated."""
+
+    metrics: tuple[str, ...]  # the names of the numbers that come with the loss
+
+    def __call__(
+        self, model: nn.Module, params: Params, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """A scalar loss attached to params, and the numbers to record beside it."""
+
+
+@dataclass(frozen=True)
+class MetaSettings:
+    """Everything about the meta-loop that is a number or a choice.
+
+    A schedule is a number or a function of the meta-step (from 0).
+    """
+
+    metasteps: int = 1000
+    lr: float = 1e-5
+    optimizer: str = "adam"
+    warmup_steps: int = 0  # the rate rises linearly over these
+    decay: str = "none"  # or "cosine": the rate falls to 0 at the last of the metasteps
+    finetune_steps: int = 0  # further ones, at finetune_factor times the rate
+    finetune_factor: float = 0.1
+    inner_steps: int | Callable[[int], int] = 250  # differentiated through
+    ungraded_steps: int = 0  # before them, not differentiated through: truncation
+    tasks: int = 1
+    reinitialize_every: int = 1  # in between, training goes on from the last parameters
+    accumulate: bool = False  # one optimiser step per reinitialisation instead of per meta-step
+    clip_norm: float | None = None  # of each task's hypergradient
+    l1: Schedule = 0.0  # of the rule's coefficients
+    l2: Schedule = 0.0
+    sparsify_from: int | None = None  # from here on a coefficient that changes sign is removed
+    average: float = 0.0  # decay of the running average of the coefficients; 0: the last ones
+    nonfinite: str = "skip"  # or "stop"
+    memory: str = "fit"
+    memory_limit: int = MEMORY_LIMIT
+    seed: int = 0
+
+    def check(self, initializer: nn.Module) -> None:
+        """Raises MetaError where the settings contradict each other."""
+        trains_initializer = any(p.requires_grad for p in initializer.parameters())
+        if trains_initializer and (self.reinitialize_every > 1 or self.ungraded_steps):
+            raise MetaError(
+                "training the initializer needs reinitialisation at every meta-step and no "
+                "ungraded steps; fix the initializer or leave both out"
+            )
+        if self.accumulate and self.reinitialize_every == 1:
+            raise MetaError("accumulating gradients needs reinitialize_every of at least 2")
+        if self.optimizer not in OPTIMIZERS:
+            raise MetaError(f"optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
+        if self.nonfinite not in ("skip", "stop") or self.decay not in ("none", "cosine"):
+            raise MetaError("nonfinite is skip or stop, decay is none or cosine")
+        if min(self.tasks, self.reinitialize_every) < 1 or not 0 <= self.average < 1:
+            raise MetaError("tasks and reinitialize_every are >= 1, average is within [0, 1)")
+
+    @property
+    def total_steps(self) -> int:
+        return self.metasteps + self.finetune_steps
+
+    def rate(self, metastep: int) -> float:
+        """The learning rate of a meta-step."""
+        rate = self.lr * min(1.0, (metastep + 1) / max(1, self.warmup_steps))
+        if metastep >= self.metasteps:
+            return self.lr * self.finetune_factor
+        if self.decay == "cosine" and metastep >= self.warmup_steps:
+            done = (metastep - self.warmup_steps) / max(1, self.metasteps - self.warmup_steps)
+            rate *= 0.5 * (1 + math.cos(math.pi * done))
+        return rate
+
+
+def rising_steps(initial: int, raise_by: int, raise_every: int, maximum: int) -> Callable:
+    """The schedule of inner steps: `initial`, more by raise_by every raise_every, capped."""
+    return lambda metastep: min(maximum, initial + raise_by * (metastep // raise_every))
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """A CPU generator of its own for each tuple of non-negative integers."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+class HypergradientDescent:
+    """The state of a meta-run; `step` makes one meta-step and returns its row of numbers.
+
+    make_model() -> model, make_batches(generator) -> iterator of batches,
+    initializer(model, generator) -> params. A coefficient that is removed stays so.
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        rule: LearningRule,
+        initializer: nn.Module,
+        make_batches: Callable[[torch.Generator], Iterator],
+        outer_loss: OuterLoss,
+        settings: MetaSettings,
+    ) -> None:
+        settings.check(initializer)
+        self.make_model, self.make_batches = make_model, make_batches
+        self.rule, self.initializer = rule, initializer
+        self.outer_loss, self.settings = outer_loss, settings
+        self.metastep = 0
+        self.carried: list[Params | None] = [None] * settings.tasks
+        self.removals: list[dict[str, Tensor]] = []
+        self.average = {name: p.detach().clone() for name, p in self._trained().items()}
+        self._start_optimizer()
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        modules = {"rule": self.rule, "initializer": self.initializer}
+        return {
+            f"{kind}.{name}": p
+            for kind, module in modules.items()
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
+
+    def _start_optimizer(self) -> None:
+        trained = list(self._trained().values())
+        self.optimizer = OPTIMIZERS[self.settings.optimizer](trained, self.settings.lr)
+        self.pending = [torch.zeros_like(p) for p in trained]
+
+    # ---- one meta-step ----
+
+    def step(self) -> dict[str, float]:
+        """One meta-step; returns the numbers seen before the update. Raises NonFiniteError."""
+        begin, settings = time.perf_counter(), self.settings
+        inner_steps = settings.inner_steps
+        steps = inner_steps(self.metastep) if callable(inner_steps) else inner_steps
+        outcomes = []
+        for task in range(settings.tasks):
+            try:
+                outcomes.append(self._run_task(task, steps))
+            except FloatingPointError as problem:
+                self.carried[task] = None
+                if settings.nonfinite == "stop":
+                    raise NonFiniteError(f"meta-step {self.metastep}, {problem}") from problem
+        names = ("meta_loss", *self.outer_loss.metrics)
+        row = {name: _mean([numbers[name] for _, numbers in outcomes]) for name in names}
+        row.update(
+            hypergradient_norm=self._collect([gradient for gradient, _ in outcomes]),
+            skipped_tasks=settings.tasks - len(outcomes),
+            inner_steps=steps,
+            learning_rate=settings.rate(self.metastep),
+        )
+        last_before_restart = (self.metastep + 1) % settings.reinitialize_every == 0
+        if outcomes and (last_before_restart or not settings.accumulate):
+            self._update()
+        self.metastep += 1
+        return row | {"seconds": time.perf_counter() - begin}
+
+    def _run_task(self, task: int, steps: int) -> tuple[list[Tensor], dict[str, float]]:
+        """The hypergradient of one draw of initial parameters and batches, and its numbers."""
+        settings, metastep = self.settings, self.metastep
+        model = self.make_model()
+        params = self.carried[task] if metastep % settings.reinitialize_every else None
+        if params is None:
+            start = seeded_generator(settings.seed, metastep, task, 0)
+            params = self.initializer(model, start)
+        batches = self.make_batches(seeded_generator(settings.seed, metastep, task, 1))
+        if settings.ungraded_steps and metastep % settings.reinitialize_every == 0:
+            params = _detached(params)
+            params = train(model, params, batches, self.rule, settings.ungraded_steps, grad=False)
+        theta = train(
+            model, params, batches, self.rule, steps,
+            memory=settings.memory, memory_limit=settings.memory_limit,
+        )  # fmt: skip
+        _check_finite(theta, f"parameters after {steps} inner steps of task {task}")
+        generator = seeded_generator(settings.seed, metastep, task, 2)
+        loss, numbers = self.outer_loss(model, theta, generator)
+        _check_finite(loss, f"outer loss of task {task}")
+        trained = self._trained()
+        gradient = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        gradient = [
+            torch.zeros_like(p) if g is None else g
+            for g, p in zip(gradient, trained.values(), strict=True)
+        ]
+        for name, g in zip(trained, gradient, strict=True):
+            _check_finite(g, f"hypergradient of {name} in task {task}")
+        self.carried[task] = _detached(theta)
+        return gradient, {"meta_loss": loss.item(), **numbers}
+
+    def _collect(self, gradients: list[list[Tensor]]) -> float:
+        """Adds the mean of the clipped hypergradients to what is pending; their mean norm."""
+        norms = [torch.nn.utils.get_total_norm(gradient).item() for gradient in gradients]
+        for gradient, norm in zip(gradients, norms, strict=True):
+            scale = 1.0 / len(gradients)
+            if self.settings.clip_norm is not None:
+                scale *= min(1.0, self.settings.clip_norm / max(norm, 1e-30))
+            torch._foreach_add_(self.pending, gradient, alpha=scale)
+        return _mean(norms)
+
+    def _update(self) -> None:
+        settings, trained = self.settings, self._trained()
+        rate = settings.rate(self.metastep)
+        for p, gradient in zip(trained.values(), self.pending, strict=True):
+            p.grad = gradient.clone()
+            gradient.zero_()
+        self._add_penalties(width=rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        before = {name: p.detach().clone() for name, p in self.rule.named_parameters()}
+        self.optimizer.step()
+        self._update_average()
+        if settings.sparsify_from is not None and self.metastep >= settings.sparsify_from:
+            self._remove_terms_that_changed_sign(before)
+
+    def _add_penalties(self, width: float) -> None:
+        """Adds the gradients of l1 sqrt(psi^2 + width^2) + l2/2 psi^2 for the rule's coefficients.
+
+        Adam moves by about the learning rate however small a gradient is; an L1 norm that is
+        rounded off over this width lets it come to rest at 0.
+        """
+        l1, l2 = (
+            s(self.metastep) if callable(s) else s for s in (self.settings.l1, self.settings.l2)
+        )
+        for p in self.rule.parameters():
+            if p.requires_grad and (l1 or l2):
+                psi = p.detach()
+                p.grad += l1 * psi / (psi.square() + width**2).sqrt() + l2 * psi
+
+    def _update_average(self) -> None:
+        decay = min(self.settings.average, (self.metastep + 1) / (self.metastep + 10))
+        for name, p in self._trained().items():
+            self.average[name].lerp_(p.detach(), 1 - decay)
+
+    def _remove_terms_that_changed_sign(self, before: dict[str, Tensor]) -> None:
+        keep = {n: before[n] * p.detach() >= 0 for n, p in self.rule.named_parameters()}
+        if all(mask.all() for mask in keep.values()):
+            return
+        names, old = list(self._trained()), self.optimizer.state_dict()
+        self.rule.keep(keep)
+        self.removals.append(keep)
+        self._start_optimizer()
+        for number, name in enumerate(names):
+            kind, _, parameter = name.partition(".")
+            if kind == "rule" and number in old["state"]:
+                mask, state = keep[parameter], old["state"][number]
+                old["state"][number] = {
+                    key: v[mask] if v.shape == mask.shape else v for key, v in state.items()
+                }
+                self.average[name] = self.average[name][mask]
+        self.optimizer.load_state_dict(old)
+
+    # ---- state ----
+
+    def use_average(self) -> None:
+        """Puts the running averages in the place of the last values, for good."""
+        with torch.no_grad():
+            for name, p in self._trained().items():
+                p.copy_(self.average[name])
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs, in plain containers of tensors."""
+        return {
+            "metastep": self.metastep,
+            "removals": self.removals,
+            "rule": self.rule.state_dict(),
+            "initializer": self.initializer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "pending": self.pending,
+            "carried": self.carried,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up a run where `state_dict` left it."""
+        self.metastep, self.removals = state["metastep"], state["removals"]
+        for keep in self.removals:
+            self.rule.keep(keep)
+        self.rule.load_state_dict(state["rule"])
+        self.initializer.load_state_dict(state["initializer"])
+        self._start_optimizer()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average, self.pending = state["average"], state["pending"]
+        self.carried = state["carried"]
+
+
+def hypgraddesc(
+    make_model: Callable[[], nn.Module],
+    rule: LearningRule,
+    initializer: nn.Module,
+    make_batches: Callable[[torch.Generator], Iterator],
+    outer_loss: OuterLoss,
+    settings: MetaSettings,
+    log: RunLog,
+    *,
+    hyperparameters: Callable[[], dict[str, float]] = dict,
+    checkpoint_every: int = 10,
+) -> bool:
+    """Runs the meta-loop, recording a row per meta-step; True when it came to its end.
+
+    Goes on from the log's checkpoint if there is one. Ctrl-C ends it cleanly after the running
+    meta-step. At the end the rule and the initializer hold their averages. hyperparameters() gives
+    what to record beside the numbers of each meta-step.
+    """
+    descent = HypergradientDescent(
+        make_model, rule, initializer, make_batches, outer_loss, settings
+    )
+    columns = list(hyperparameters())
+    saved = log.load_checkpoint()
+    if saved is not None:
+        descent.load_state_dict(saved[1])
+        log.say(f"going on from meta-step {descent.metastep}")
+    total, shown = settings.total_steps, ("meta_loss", *outer_loss.metrics, "seconds")
+    columns = list(hyperparameters())
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(total, descent.metastep, "meta-step") as progress,
+    ):
+        while descent.metastep < total and not interrupt.requested:
+            values = hyperparameters()  # of before the update, as the numbers are
+            row = descent.step()
+            log.record(descent.metastep, row | {name: values.get(name, 0.0) for name in columns})
+            ended = descent.metastep == total or interrupt.requested
+            if ended or descent.metastep % checkpoint_every == 0:
+                log.save_checkpoint(descent.metastep, descent.state_dict())
+            progress.advance({name: row[name] for name in shown})
+    descent.use_average()
+    return descent.metastep == total
+
+
+@torch.no_grad()
+def evaluate(
+    make_model: Callable[[], nn.Module],
+    rule: LearningRule,
+    initializer: nn.Module,
+    make_batches: Callable[[torch.Generator], Iterator],
+    outer_loss: OuterLoss,
+    steps: int,
+    draw: tuple[int, ...],
+) -> tuple[dict[str, float], Params]:
+    """Trains from one draw, named by non-negative integers, and judges the result.
+
+    Returns the outer loss and its numbers, and the parameters.
+    """
+    model = make_model()
+    start, order, outer = (seeded_generator(*draw, k) for k in range(3))
+    params = train(model, initializer(model, start), make_batches(order), rule, steps, grad=False)
+    loss, numbers = outer_loss(model, params, outer)
+    return {"meta_loss": loss.item(), **numbers}, params
+
+
+def _detached(params: Params) -> Params:
+    return [{name: tensor.detach() for name, tensor in layer.items()} for layer in params]
+
+
+def _check_finite(value: Tensor | Params, what: str) -> None:
+    tensors = [value] if isinstance(value, Tensor) else [t for d in value for t in d.values()]
+    if not all(torch.isfinite(t).all() for t in tensors):
+        raise NonFiniteError(f"{what}: not finite")
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,74 @@
+"""Trainable initial distributions of a model's parameters.
+
+    w = W (mu_w + sd_w N(0,1)) / sqrt(fan_in);   b = S (mu_b + sd_b N(0,1));   m likewise
+
+The fixed scalers W = 1000, S = 100 act as larger learning rates for these few numbers.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from models_fully_local import Params
+
+SCALERS = {"w": 1000.0, "b": 100.0, "m": 100.0}
+TRAINABLE, FIXED, ABSENT = "trainable", "fixed", "absent"
+
+
+class GaussianInitializer(nn.Module):
+    """Draws every layer's parameters from Gaussians whose means and spreads may be trained.
+
+    Attributes:
+        means, spreads: for "w", "b", "m" whether each is "trainable", "fixed" or "absent" (0).
+        A mean starts at 0, a spread at 1 / scaler, so that it is effectively 1.
+        The nn.Parameters are called mean_w, spread_w, ... and hold the unscaled numbers.
+    """
+
+    def __init__(self, means: Mapping[str, str], spreads: Mapping[str, str]) -> None:
+        super().__init__()
+        for kind, modes in (("mean", means), ("spread", spreads)):
+            for name, scaler in SCALERS.items():
+                mode = modes.get(name, ABSENT)
+                if mode not in (TRAINABLE, FIXED, ABSENT):
+                    raise ValueError(f"{kind} of {name} is {mode!r}; use trainable, fixed, absent")
+                if mode != ABSENT:
+                    start = torch.tensor(0.0 if kind == "mean" else 1.0 / scaler)
+                    trainable = mode == TRAINABLE
+                    self.register_parameter(f"{kind}_{name}", nn.Parameter(start, trainable))
+
+    def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
+        """One draw: a dict of tensors per layer, of the shapes that the layer asks for.
+
+        The noise comes from a CPU generator and in float64, so that every device and dtype sees
+        the same draw.
+        """
+        params = []
+        for layer in model.layers:
+            drawn = {
+                name: self._draw(name, shape, generator)
+                for name, shape in layer.parameter_shapes().items()
+            }
+            if "m" in drawn:
+                drawn["m"] = layer.constrain(drawn["m"])
+            params.append(drawn)
+        return params
+
+    def _draw(self, name: str, shape: tuple[int, ...], generator) -> Tensor:
+        scale = SCALERS[name]
+        if name == "w":
+            scale /= math.sqrt(math.prod(shape[1:]))
+        mean, spread = getattr(self, f"mean_{name}", None), getattr(self, f"spread_{name}", None)
+        like = next(self.parameters(), torch.zeros(()))
+        values = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        if spread is not None:
+            noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+            values = values + spread * noise.to(values)
+        if mean is not None:
+            values = values + mean
+        return scale * values
+
+    def effective(self) -> dict[str, float]:
+        """Each mean and spread, scaler included (of w: before the division by sqrt(fan_in))."""
+        return {n: p.item() * SCALERS[n[-1]] for n, p in self.named_parameters()}

@@ -1,0 +1,420 @@
+"""Local, Hebbian, polynomial learning rules: pure updates of a model's parameters.
+
+    dw_ij = sum_{(a,c,d,e) in E_w} psi_acde * mean_b( x_bj^a s_bi^c y_bi^d ) * w_ij^e
+    db_i  = sum_{(d,e) in E_b}     psi_de   * mean_b( y_bi^d ) * b_i^e
+    dm_ij = sum_{(d1,d2,e) in E_m} psi      * mean_b( y_bj^d1 y_bi^d2 ) * m_ij^e + psi_diag [i = j]
+    new   = old + bound(delta) - l2 * old
+
+All three sums are of one kind, evaluated in local_polynomial.py. With pairs of inputs a term may
+multiply powers of both views: (x1,s1,y1,x2,s2,y2,w), (y1,y2,b), (y1_j,y1_i,y2_j,y2_i,m).
+"""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from local_polynomial import Exponents, LocalSum, local_polynomials
+from models_fully_local import Params
+
+BOUNDS = ("none", "tanh", "clamp")
+# What a term multiplies, per view: those of the sending unit j, then those of the receiving unit i.
+VARIABLES = {"w": (("x",), ("s", "y")), "b": ((), ("y",)), "m": (("y_j",), ("y_i",))}
+
+
+class RuleError(ValueError):
+    """What is wrong with a rule or its use, and what would be right, in one line."""
+
+
+def polynomial_exponents(
+    variables: int, total_degree: int | None = None, partial_degree: int | None = None
+) -> list[Exponents]:
+    """Exponents of all monomials within a total degree, a partial degree, or both, sorted."""
+    degrees = [n for n in (total_degree, partial_degree) if n is not None]
+    if not degrees or min(degrees) < 0:
+        raise RuleError("give total_degree, partial_degree or both, each >= 0")
+    return [
+        powers
+        for powers in itertools.product(range(min(degrees) + 1), repeat=variables)
+        if total_degree is None or sum(powers) <= total_degree
+    ]
+
+
+def without_swapped_views(exponents: Sequence[Exponents]) -> list[Exponents]:
+    """Of each two exponents that exchanging the views maps onto each other, the one sorted first.
+
+    Exponents hold one view's powers, then the other's, then the parameter's power.
+    """
+
+    def swapped(term: Exponents) -> Exponents:
+        half = len(term) // 2
+        return (*term[half : 2 * half], *term[:half], *term[2 * half :])
+
+    return [term for term in sorted(exponents) if term <= swapped(term)]
+
+
+class LearningRule(nn.Module):
+    """An update of a model's parameters; the hyperparameters are its nn.Parameters."""
+
+    def update(self, model: nn.Module, params: Params, batch) -> Params:
+        """New parameters, with the old ones and the batch left as they are."""
+        raise NotImplementedError
+
+
+class PolynomialRule(LearningRule):
+    """The polynomial rule above, with the same coefficients for every layer that it is given.
+
+    Attributes:
+        exponents: {"w": [(a, c, d, e), ...], "b": [(d, e), ...], "m": [(d1, d2, e), ...]}.
+        w, b, m: the coefficients psi of these terms, nn.Parameters of the same lengths, start 0.
+        diagonal: psi_diag, of length 1, or 0 without lateral terms.
+        bound, bound_size: "none", "tanh" (c tanh(delta / c)) or "clamp" to [-c, c].
+        l2: decay of all parameters.
+        forward_weight_bound: w is clamped to [-bound, bound] after each update.
+    """
+
+    views = 1
+
+    def __init__(
+        self,
+        exponents: dict[str, Sequence[Exponents]],
+        *,
+        lateral_diagonal: bool = True,
+        bound: str = "none",
+        bound_size: float = 0.1,
+        l2: float = 0.0,
+        forward_weight_bound: float = float("inf"),
+    ) -> None:
+        super().__init__()
+        if bound not in BOUNDS:
+            raise RuleError(f"bound {bound!r} is unknown; choose from {', '.join(BOUNDS)}")
+        if not bound_size > 0 or not forward_weight_bound > 0 or not 0 <= l2 < 1:
+            raise RuleError("bound_size and forward_weight_bound must be > 0, l2 within [0, 1)")
+        self.exponents: dict[str, list[Exponents]] = {}
+        for group, terms in ((g, exponents.get(g, ())) for g in VARIABLES):
+            self.exponents[group] = [tuple(int(p) for p in term) for term in terms]
+            self._check_terms(group)
+            setattr(self, group, nn.Parameter(torch.zeros(len(self.exponents[group]))))
+        self._kernel_terms: dict[str, tuple[Exponents, ...]] | None = None
+        has_diagonal = lateral_diagonal and bool(self.exponents["m"])
+        self.diagonal = nn.Parameter(torch.zeros(int(has_diagonal)))
+        self.bound, self.bound_size = bound, float(bound_size)
+        self.l2, self.forward_weight_bound = float(l2), float(forward_weight_bound)
+
+    @classmethod
+    def of_degree(
+        cls, total_degree: int | None = None, partial_degree: int | None = None, **options
+    ) -> "PolynomialRule":
+        """All terms within a total and/or partial degree (35 / 10 / 20 at total degree 3)."""
+        exponents = {}
+        for group, (sending, receiving) in VARIABLES.items():
+            variables = cls.views * (len(sending) + len(receiving)) + 1
+            terms = polynomial_exponents(variables, total_degree, partial_degree)
+            exponents[group] = without_swapped_views(terms) if cls.views == 2 else terms
+        return cls(exponents, **options)
+
+    def _check_terms(self, group: str) -> None:
+        terms, names = self.exponents[group], self.variable_names(group)
+        for term in terms:
+            if len(term) != len(names) or min(term) < 0:
+                raise RuleError(f"a term of {group} needs powers >= 0 of {names}, got {term}")
+        if len(set(terms)) != len(terms):
+            raise RuleError(f"the terms of {group} repeat themselves")
+
+    @classmethod
+    def variable_names(cls, group: str) -> list[str]:
+        """What the exponents of a group are powers of, in their order."""
+        names = [*VARIABLES[group][0], *VARIABLES[group][1]]
+        if cls.views == 2:
+            names = [n[0] + str(view) + n[1:] for view in (1, 2) for n in names]
+        return [*names, group]
+
+    def _kernel_exponents(self) -> dict[str, tuple[Exponents, ...]]:
+        """Per term: powers of what comes in (all views), of s (all views), of y, of the parameter.
+
+        Every group's terms multiply s and y of all views, so that the three sums share them.
+        """
+        if self._kernel_terms is None:
+            self._kernel_terms = {
+                group: tuple(self._kernel_term(group, term) for term in terms)
+                for group, terms in self.exponents.items()
+            }
+        return self._kernel_terms
+
+    def _kernel_term(self, group: str, term: Exponents) -> Exponents:
+        sending, receiving = VARIABLES[group]
+        per_view = len(sending) + len(receiving)
+        views = [term[v * per_view : (v + 1) * per_view] for v in range(self.views)]
+        incoming = [view[: len(sending)] for view in views] if sending else []
+        s = [view[1] if group == "w" else 0 for view in views]
+        return (*itertools.chain(*incoming), *s, *(view[-1] for view in views), term[-1])
+
+    def update(self, model: nn.Module, params: Params, batch) -> Params:
+        """New parameters after one batch [batch, ...] (a pair of batches for a pair rule)."""
+        plastic = sum(bool(layer_params) for layer_params in params)
+        return _update_layers(model, params, batch, [self] * plastic)
+
+    def update_layer(
+        self,
+        layer: nn.Module,
+        old: dict[str, Tensor],
+        x: Sequence[Tensor],
+        s: Sequence[Tensor],
+        y: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """New parameters of one layer; x [batch, in], s and y [batch, out], one per view."""
+        terms = self._kernel_exponents()
+        sums = {
+            "w": LocalSum(terms["w"], self.w, old["w"], x),
+            "b": LocalSum(terms["b"], self.b, old["b"].unsqueeze(1)),
+        }
+        if "m" in old:
+            sums["m"] = LocalSum(terms["m"], self.m, old["m"], y)
+        deltas = dict(zip(sums, local_polynomials(list(sums.values()), [*s, *y]), strict=True))
+        new = {
+            "w": self._stepped(old["w"], deltas["w"], self.forward_weight_bound),
+            "b": self._stepped(old["b"], deltas["b"].squeeze(1)),
+        }
+        if "m" in old:
+            if len(self.diagonal):
+                deltas["m"] = deltas["m"] + torch.diag_embed(self.diagonal.expand(len(old["b"])))
+            new["m"] = layer.constrain(self._stepped(old["m"], deltas["m"]))
+        return new
+
+    def _stepped(self, old: Tensor, delta: Tensor, limit: float = float("inf")) -> Tensor:
+        return _BoundedStep.apply(old, delta, self.bound, self.bound_size, self.l2, limit)
+
+    def keep(self, masks: dict[str, Tensor]) -> None:
+        """Removes, for good, the terms whose mask is False; masks are named as the parameters."""
+        self._kernel_terms = None
+        for name, mask in masks.items():
+            kept = getattr(self, name).detach()[mask]
+            setattr(self, name, nn.Parameter(kept.clone()))
+            if name in self.exponents:
+                terms = zip(self.exponents[name], mask.tolist(), strict=True)
+                self.exponents[name] = [term for term, stays in terms if stays]
+
+    def coefficients(self) -> dict[str, float]:
+        """Each coefficient by name, such as "w/x y" or "m/diagonal"."""
+        named = {}
+        for group, terms in self.exponents.items():
+            for term, value in zip(terms, getattr(self, group).tolist(), strict=True):
+                named[f"{group}/{self.term_name(group, term)}"] = value
+        for value in self.diagonal.tolist():
+            named["m/diagonal"] = value
+        return named
+
+    def term_name(self, group: str, term: Exponents) -> str:
+        """A monomial as text, such as "x y^2"."""
+        powers = zip(self.variable_names(group), term, strict=True)
+        return " ".join(n if p == 1 else f"{n}^{p}" for n, p in powers if p) or "1"
+
+    def formula(self, *, latex: bool = False, max_terms: int | None = None) -> str:
+        """The rule as text or LaTeX, one line per parameter, largest coefficients first."""
+        lines = []
+        for group in VARIABLES:
+            terms = [(v, n) for n, v in self.coefficients().items() if n[0] == group and v]
+            terms.sort(key=lambda pair: -abs(pair[0]))
+            shown = [_term_text(v, n[2:], latex) for v, n in terms[:max_terms]]
+            left = len(terms) - len(shown)
+            shown += [f"+ ... ({left} smaller terms)"] if left else []
+            symbol = rf"\Delta {group}" if latex else f"Δ{group}"
+            lines.append(f"{symbol} = {' '.join(shown).removeprefix('+ ') or '0'}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        """A plain description of the rule, for JSON; `rule_from_dict` reads it."""
+        terms = {
+            group: [
+                {"exponents": list(term), "coefficient": value}
+                for term, value in zip(exponents, getattr(self, group).tolist(), strict=True)
+            ]
+            for group, exponents in self.exponents.items()
+        }
+        limit = self.forward_weight_bound
+        return {
+            "kind": type(self).__name__,
+            "terms": terms,
+            "diagonal": self.diagonal.tolist(),
+            "bound": self.bound,
+            "bound_size": self.bound_size,
+            "l2": self.l2,
+            "forward_weight_bound": None if limit == float("inf") else limit,
+        }
+
+
+class PolynomialPairRule(PolynomialRule):
+    """The polynomial rule on pairs; a term multiplies powers of both views' variables."""
+
+    views = 2
+
+
+class PerLayerRule(LearningRule):
+    """One rule, with coefficients of its own, for each layer that has parameters."""
+
+    def __init__(self, rules: Sequence[PolynomialRule]) -> None:
+        super().__init__()
+        self.rules = nn.ModuleList(rules)
+
+    def update(self, model: nn.Module, params: Params, batch) -> Params:
+        """New parameters; a later layer sees the output of the parameters before the update."""
+        return _update_layers(model, params, batch, list(self.rules))
+
+    def coefficients(self) -> dict[str, float]:
+        """Each coefficient by name, such as "1/w/x y" for the first layer's."""
+        return {
+            f"{number}/{name}": value
+            for number, rule in enumerate(self.rules, 1)
+            for name, value in rule.coefficients().items()
+        }
+
+    def formula(self, *, latex: bool = False, max_terms: int | None = None) -> str:
+        """The rules as text or LaTeX, layer by layer."""
+        blocks = [rule.formula(latex=latex, max_terms=max_terms) for rule in self.rules]
+        return "\n".join(f"layer {k}\n{block}" for k, block in enumerate(blocks, 1))
+
+    def keep(self, masks: dict[str, Tensor]) -> None:
+        """Removes, for good, the terms whose mask is False; masks are named as the parameters."""
+        for k, rule in enumerate(self.rules):
+            start = f"rules.{k}."
+            of_rule = {n.removeprefix(start): v for n, v in masks.items() if n.startswith(start)}
+            rule.keep(of_rule)
+
+    def to_dict(self) -> dict:
+        """A plain description of the rules, for JSON; `rule_from_dict` reads it."""
+        return {"kind": type(self).__name__, "rules": [rule.to_dict() for rule in self.rules]}
+
+
+def _update_layers(model: nn.Module, params: Params, batch, rules: list) -> Params:
+    views = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    plastic = sum(bool(layer_params) for layer_params in params)
+    if len(rules) != plastic:
+        raise RuleError(f"expected one rule for each of {plastic} layers, got {len(rules)}")
+    if any(rule.views != len(views) for rule in rules):
+        raise RuleError(f"the rule takes {rules[0].views} views of each input, got {len(views)}")
+    rules, new = iter(rules), []
+    for layer, old in zip(model.layers, params, strict=True):
+        if not old:
+            views = tuple(layer(x, old) for x in views)
+            new.append({})
+            continue
+        s, y = zip(*(layer.respond(x, old) for x in views), strict=True)
+        new.append(next(rules).update_layer(layer, old, views, s, y))
+        views = y
+    return new
+
+
+class _BoundedStep(torch.autograd.Function):
+    """clamp((1 - l2) old + bound(delta), +-limit); keeps bound(delta) / c and the result only."""
+
+    @staticmethod
+    def forward(ctx, old, delta, bound, size, l2, limit):
+        kept = None
+        if bound == "tanh":
+            kept = torch.tanh(delta / size)
+        elif bound == "clamp":
+            kept = (delta / size).clamp_(-1, 1)
+        decayed = old * (1 - l2) if l2 else old
+        new = decayed + delta if kept is None else torch.add(decayed, kept, alpha=size)
+        if limit < float("inf"):
+            new.clamp_(-limit, limit)
+        ctx.save_for_backward(kept, new if limit < float("inf") else None)
+        ctx.bound, ctx.l2, ctx.limit = bound, l2, limit
+        return new
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        kept, new = ctx.saved_tensors
+        if new is not None:
+            grad = grad * (new.abs() < ctx.limit)
+        grad_delta = grad
+        if ctx.bound == "tanh":
+            grad_delta = torch.ops.aten.tanh_backward(grad, kept)
+        elif ctx.bound == "clamp":
+            grad_delta = grad * (kept.abs() < 1)
+        return grad * (1 - ctx.l2) if ctx.l2 else grad, grad_delta, None, None, None, None
+
+
+def _term_text(value: float, name: str, latex: bool) -> str:
+    sign = "-" if value < 0 else "+"
+    if not latex:
+        return f"{sign} {abs(value):.3g} {name}" if name != "1" else f"{sign} {abs(value):.3g}"
+    if name == "diagonal":
+        name = r"\delta_{ij}"
+    for view in "12":
+        name = name.replace(f"{view}_j", f"_{{{view}j}}").replace(f"{view}_i", f"_{{{view}i}}")
+    mantissa, exponent = f"{abs(value):.2e}".split("e")
+    return rf"{sign} {mantissa} \cdot 10^{{{int(exponent)}}} {'' if name == '1' else name}".rstrip()
+
+
+def rule_from_dict(description: dict) -> LearningRule:
+    """The rule that `to_dict` described; raises RuleError for anything else."""
+    kinds = {rule.__name__: rule for rule in (PolynomialRule, PolynomialPairRule)}
+    try:
+        if description["kind"] == PerLayerRule.__name__:
+            return PerLayerRule([rule_from_dict(d) for d in description["rules"]])
+        terms, limit = description["terms"], description["forward_weight_bound"]
+        rule = kinds[description["kind"]](
+            {group: [tuple(t["exponents"]) for t in terms[group]] for group in VARIABLES},
+            lateral_diagonal=bool(description["diagonal"]),
+            forward_weight_bound=float("inf") if limit is None else limit,
+            **{key: description[key] for key in ("bound", "bound_size", "l2")},
+        ).double()
+        with torch.no_grad():
+            for group in VARIABLES:
+                values = [t["coefficient"] for t in terms[group]]
+                getattr(rule, group).copy_(torch.tensor(values, dtype=torch.double))
+            if description["diagonal"]:
+                rule.diagonal.fill_(description["diagonal"][0])
+    except (KeyError, TypeError, IndexError, RuntimeError) as problem:
+        raise RuleError(f"not the description of a learning rule: {problem!r}") from problem
+    return rule
+
+
+def save_rule(rule: LearningRule, path: Path | str) -> None:
+    """Writes a rule as JSON, coefficients exact."""
+    Path(path).write_text(json.dumps(rule.to_dict(), indent=1) + "\n")
+
+
+def load_rule(path: Path | str) -> LearningRule:
+    """Reads a rule that `save_rule` wrote; coefficients in float64. Raises RuleError."""
+    try:
+        return rule_from_dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError) as problem:
+        raise RuleError(f"cannot read a learning rule from {path}: {problem}") from problem
+
+
+def classical_rule(name: str, rate: float, *, target: float = 0.1, **options) -> PolynomialRule:
+    """A named rule as a point of the polynomial family.
+
+    name: "hebb" (dw = rate x y), "oja" (Oja 1982: rate (x y - y^2 w)), "instar" (Grossberg 1976:
+    rate (x y - y w)), "anti-hebbian" (dm = -rate y_i y_j) or "foldiak" (Foldiak 1990: instar,
+    dm = -rate (y_i y_j - target^2), db = rate (target - y), for units that aim at a mean activity
+    of `target`; its layers forbid self-inhibition and excitation).
+    """
+    instar = {(1, 0, 1, 0): rate, (0, 0, 1, 1): -rate}
+    points = {
+        "hebb": {"w": {(1, 0, 1, 0): rate}},
+        "oja": {"w": {(1, 0, 1, 0): rate, (0, 0, 2, 1): -rate}},
+        "instar": {"w": instar},
+        "anti-hebbian": {"m": {(1, 1, 0): -rate}},
+        "foldiak": {
+            "w": instar,
+            "b": {(0, 0): rate * target, (1, 0): -rate},
+            "m": {(0, 0, 0): rate * target**2, (1, 1, 0): -rate},
+        },
+    }
+    if name not in points:
+        raise RuleError(f"no classical rule is called {name!r}; choose from {', '.join(points)}")
+    terms = points[name]
+    exponents = {group: list(values) for group, values in terms.items()}
+    rule = PolynomialRule(exponents, lateral_diagonal=False, **options)
+    with torch.no_grad():
+        for group, values in terms.items():
+            getattr(rule, group).copy_(torch.tensor(list(values.values())))
+    return rule

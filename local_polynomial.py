@@ -1,0 +1,355 @@
+"""Local polynomial sums and their gradients, factored so that few matrix products are left.
+
+    delta_ij = sum_k psi_k mean_b( prod_v p_v[b,j]^a_kv  prod_u q_u[b,i]^c_ku ) w_ij^e_k
+
+p are presynaptic tensors [batch, in], q postsynaptic ones [batch, out], w the parameter [out, in].
+Terms with the same presynaptic powers a and the same parameter power e are a group: their
+postsynaptic monomials are added up to one [batch, out] matrix T_ae before the product with p^a.
+
+    delta = sum_e w^e * ( sum_a T_ae^T p^a  +  r_e 1^T  +  1 k_e^T )
+
+Where a = 0, only a sum r over the batch of the postsynaptic monomials is needed, where c = 0 only
+one, k, of p^a. At total degree 3 the 35 terms of (x, s, y, w) become 3 products instead of 34.
+
+Several such sums, of different parameters, share their postsynaptic monomials. The backward pass
+recomputes all that is elementwise, and keeps no product but those that multiply a power of w.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Exponents = tuple[int, ...]
+
+BLOCK_BYTES = 2**22  # of one presynaptic monomial worked on at a time, on a CPU
+
+
+@dataclass(frozen=True)
+class LocalSum:
+    """One sum over local terms.
+
+    Attributes:
+        exponents: one (a..., c..., e) per term, c for all postsynaptic tensors.
+        psi: the coefficients [terms].
+        weight: the parameter [out, in].
+        presynaptic: tensors [batch, in], possibly none.
+    """
+
+    exponents: tuple[Exponents, ...]
+    psi: Tensor
+    weight: Tensor
+    presynaptic: Sequence[Tensor] = ()
+
+
+def local_polynomials(sums: Sequence[LocalSum], postsynaptic: Sequence[Tensor]) -> list[Tensor]:
+    """delta [out, in] for each of the sums, differentiable once in every tensor.
+
+    postsynaptic: tensors [batch, out], at least one, the same for all sums.
+    """
+    shapes = tuple((s.exponents, len(s.presynaptic)) for s in sums)
+    plan = _joint_plan(shapes, postsynaptic[0].device)
+    own = [tensor for s in sums for tensor in (s.psi, s.weight, *s.presynaptic)]
+    return list(_LocalPolynomials.apply(plan, *own, *postsynaptic))
+
+
+class _Monomials:
+    """The non-constant monomials of some variables, each a lower one times a variable."""
+
+    def __init__(self, exponents: set[Exponents]) -> None:
+        lower = (itertools.product(*(range(p + 1) for p in powers)) for powers in exponents)
+        closed = {powers for powers in itertools.chain(*lower) if any(powers)}
+        self.exponents = sorted(closed, key=lambda powers: (sum(powers), powers))
+        self.row = {powers: k for k, powers in enumerate(self.exponents)}
+        # (row, variable, power, row of the monomial divided by the variable or None)
+        self.divisions = [
+            (k, v, power, self.row.get(tuple(p - (u == v) for u, p in enumerate(powers))))
+            for k, powers in enumerate(self.exponents)
+            for v, power in enumerate(powers)
+            if power
+        ]
+        self.recipe = {k: (v, lower) for k, v, _, lower in reversed(self.divisions)}
+
+    def __len__(self) -> int:
+        return len(self.exponents)
+
+    def each(self, variables: Sequence[Tensor], rows: int) -> Iterator[Tensor]:
+        """The first `rows` monomials one by one; the variables themselves are not copied."""
+        values: list[Tensor] = []
+        for k in range(rows):
+            v, lower = self.recipe[k]
+            values.append(variables[v] if lower is None else values[lower] * variables[v])
+            yield values[-1]
+
+    def stacked(self, variables: Sequence[Tensor], rows: int) -> Tensor:
+        """The first `rows` monomials [rows, batch, features], so that sums of them are products."""
+        values = variables[0].new_empty(rows, *variables[0].shape)
+        rows = values.unbind()
+        for k, row in enumerate(rows):
+            v, lower = self.recipe[k]
+            if lower is None:
+                row.copy_(variables[v])
+            else:
+                torch.mul(rows[lower], variables[v], out=row)
+        return values
+
+    def pull_back(
+        self, grads: Sequence[Tensor], values: Sequence[Tensor], totals: Sequence[Tensor]
+    ) -> None:
+        """Adds to `totals`, one per variable, its gradient from those of all monomials."""
+        for k, v, power, lower in self.divisions:
+            if lower is None:
+                totals[v].add_(grads[k])
+            else:
+                totals[v].addcmul_(grads[k], values[lower], value=power)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where each coefficient of one sum goes in the three matrices of its factored form.
+
+    The matrices hold the coefficients of products [groups, rows of postsynaptic], of sums of
+    postsynaptic monomials [powers, 1 + rows], the constant first, and of sums of presynaptic ones
+    [powers, rows of presynaptic].
+    """
+
+    presynaptic: _Monomials
+    inputs: int  # number of presynaptic tensors
+    powers: int  # 1 + the highest power of the parameter
+    groups: tuple[tuple[int, ...], ...]  # per presynaptic monomial: the e of its products
+    shapes: tuple[tuple[int, int], ...]  # of the three matrices
+    places: Tensor  # of the coefficients, in the three matrices laid end to end
+
+    def matrices(self, psi: Tensor) -> list[Tensor]:
+        """The coefficients in their places."""
+        sizes = [rows * columns for rows, columns in self.shapes]
+        flat = psi.new_zeros(sum(sizes)).index_copy_(0, self.places, psi)
+        return [m.view(s) for m, s in zip(flat.split(sizes), self.shapes, strict=True)]
+
+    def collected(self, matrices: Sequence[Tensor]) -> Tensor:
+        """The entries of three such matrices, back in the order of the coefficients."""
+        return torch.cat([m.flatten() for m in matrices]).index_select(0, self.places)
+
+    @property
+    def product_rows(self) -> int:
+        """How many presynaptic monomials must be evaluated for the products alone."""
+        return max((row + 1 for row, powers in enumerate(self.groups) if powers), default=0)
+
+
+@dataclass(frozen=True)
+class _JointPlan:
+    sums: tuple[_Plan, ...]
+    postsynaptic: _Monomials
+    multiplied: int  # how many of the postsynaptic monomials, the first ones, are in products
+
+    def split(self, tensors: Sequence) -> tuple[list[tuple], Sequence]:
+        """(psi, weight, presynaptic) of each sum, and the postsynaptic tensors."""
+        tensors = iter(tensors)
+        own = [
+            (next(tensors), next(tensors), [next(tensors) for _ in range(plan.inputs)])
+            for plan in self.sums
+        ]
+        return own, list(tensors)
+
+
+@lru_cache(maxsize=256)
+def _joint_plan(shapes: tuple, device: torch.device) -> _JointPlan:
+    split = [
+        [(term[:inputs], term[inputs:-1], term[-1]) for term in exponents]
+        for exponents, inputs in shapes
+    ]
+    post = _Monomials({c for terms in split for _, c, _ in terms})
+    in_products = [post.row[c] for terms in split for a, c, _ in terms if any(a) and any(c)]
+    multiplied = 1 + max(in_products, default=-1)
+    plans = [
+        _plan(terms, inputs, post, multiplied, device)
+        for terms, (_, inputs) in zip(split, shapes, strict=True)
+    ]
+    return _JointPlan(tuple(plans), post, multiplied)
+
+
+def _plan(
+    terms: list[tuple], inputs: int, post: _Monomials, multiplied: int, device: torch.device
+) -> _Plan:
+    pre = _Monomials({a for a, _, _ in terms})
+    groups = sorted({(pre.row[a], e) for a, c, e in terms if any(a) and any(c)})
+    powers = 1 + max((e for _, _, e in terms), default=0)
+    shapes = ((len(groups), multiplied), (powers, 1 + len(post)), (powers, len(pre)))
+    start = (0, math.prod(shapes[0]), math.prod(shapes[0]) + math.prod(shapes[1]))
+    places = []
+    for a, c, e in terms:
+        if any(a) and any(c):
+            places.append(groups.index((pre.row[a], e)) * multiplied + post.row[c])
+        elif any(a):
+            places.append(start[2] + e * len(pre) + pre.row[a])
+        else:
+            places.append(start[1] + e * (1 + len(post)) + (1 + post.row[c] if any(c) else 0))
+    return _Plan(
+        presynaptic=pre,
+        inputs=inputs,
+        powers=powers,
+        groups=tuple(tuple(e for r, e in groups if r == row) for row in range(len(pre))),
+        shapes=shapes,
+        places=torch.tensor(places, dtype=torch.long, device=device),
+    )
+
+
+class _LocalPolynomials(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, joint: _JointPlan, *tensors):
+        own, outputs = joint.split(tensors)
+        post = joint.postsynaptic.stacked(outputs, len(joint.postsynaptic))
+        batch, features = outputs[0].shape
+        post_sums = torch.cat([post.new_full((1, features), batch), post.sum(1)])
+        deltas, kept = [], []
+        for plan, (psi, weight, inputs) in zip(joint.sums, own, strict=True):
+            products, rows, columns = matrices = plan.matrices(psi / batch)
+            combined = _combined(products, post)
+            correlations, pre_sums = _over_the_batch(plan, combined, weight, inputs)
+            delta = torch.zeros_like(weight)
+            for factor in reversed(_factors(correlations, rows @ post_sums, columns @ pre_sums)):
+                delta.mul_(weight).add_(factor)
+            deltas.append(delta)
+            correlations[0] = None  # it multiplies w^0: the gradient does not need it
+            kept += [*matrices, pre_sums, *correlations]
+        ctx.joint = joint
+        ctx.save_for_backward(post_sums, *tensors, *kept)
+        return tuple(deltas)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        joint: _JointPlan = ctx.joint
+        post_sums, *saved = ctx.saved_tensors
+        count = len(ctx.needs_input_grad) - 1
+        (own, outputs), kept = joint.split(saved[:count]), iter(saved[count:])
+        needed, _ = joint.split(ctx.needs_input_grad[1:])
+        post = joint.postsynaptic.stacked(outputs, joint.multiplied)
+        grad_post, grad_post_sums = torch.zeros_like(post), torch.zeros_like(post_sums)
+        grad_own = []
+        for number, plan in enumerate(joint.sums):
+            kept_of_sum = [next(kept) for _ in range(4 + plan.powers)]
+            backward = _SumBackward(plan, *own[number], post, post_sums, kept_of_sum)
+            grad_own += backward.run(
+                grads[number], grad_post, grad_post_sums, any(needed[number][2])
+            )
+        grad_monomials = [
+            *grad_post.add_(grad_post_sums[1 : 1 + len(post)].unsqueeze(1)),
+            *grad_post_sums[1 + len(post) :],  # the same for the whole batch
+        ]
+        grad_outputs = [torch.zeros_like(q) for q in outputs]
+        joint.postsynaptic.pull_back(grad_monomials, post.unbind(), grad_outputs)
+        return None, *grad_own, *grad_outputs
+
+
+class _SumBackward:
+    """The backward pass of one sum; names as in the module's formula."""
+
+    def __init__(self, plan: _Plan, psi, weight, inputs, post, post_sums, kept) -> None:
+        self.plan, self.weight, self.inputs = plan, weight, inputs
+        self.post, self.post_sums = post, post_sums
+        self.products, self.rows, self.columns, self.pre_sums, *self.correlations = kept
+
+    def run(self, grad, grad_post, grad_post_sums, needs_inputs: bool) -> list[Tensor | None]:
+        """Gradients of psi, weight and inputs; adds to those of monomials and of their sums."""
+        grad_weight, grad_powers = self._through_parameter(grad)
+        grad_rows = torch.stack([g.sum(1) for g in grad_powers])
+        grad_columns = torch.stack([g.sum(0) for g in grad_powers])
+        grad_combined = self._through_products(grad_powers)
+        grad_post.flatten(1).addmm_(self.products.t(), grad_combined.flatten(1))
+        grad_post_sums.addmm_(self.rows.t(), grad_rows)
+        grad_inputs: list[Tensor | None] = [None] * len(self.inputs)
+        if needs_inputs:
+            grad_inputs = self._through_inputs(grad_powers, self.columns.t() @ grad_columns)
+        grad_matrices = (
+            grad_combined.flatten(1) @ self.post.flatten(1).t(),
+            grad_rows @ self.post_sums.t(),
+            grad_columns @ self.pre_sums.t(),
+        )
+        grad_psi = self.plan.collected(grad_matrices).div_(self.post.shape[1])
+        return [grad_psi, grad_weight, *grad_inputs]
+
+    def _through_parameter(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Gradient of the parameter w, and grad * w^e for each e."""
+        by_row, by_column = self.rows @ self.post_sums, self.columns @ self.pre_sums
+        factors = _factors(self.correlations, by_row, by_column)
+        grad_weight, grad_powers = torch.zeros_like(grad), [grad]
+        for e in range(1, self.plan.powers):
+            grad_weight.addcmul_(grad_powers[-1], factors[e], value=e)
+            grad_powers.append(grad_powers[-1] * self.weight)
+        return grad_weight, grad_powers
+
+    def _through_products(self, grad_powers: list[Tensor]) -> Tensor:
+        """Gradient of T_ae [groups, batch, out]."""
+        plan = self.plan
+        grad_combined = self.post.new_empty(len(self.products), *self.post.shape[1:])
+        for block in _blocks(self.inputs):
+            targets = iter(grad_combined[:, block])
+            monomials = plan.presynaptic.each([p[block] for p in self.inputs], plan.product_rows)
+            for powers, values in zip(plan.groups, monomials, strict=False):
+                for e in powers:
+                    torch.mm(values, grad_powers[e].t(), out=next(targets))
+        return grad_combined
+
+    def _through_inputs(self, grad_powers: list[Tensor], grad_pre_sums: Tensor) -> list[Tensor]:
+        plan = self.plan
+        combined = iter(_combined(self.products, self.post))
+        pre = list(plan.presynaptic.each(self.inputs, len(plan.presynaptic)))
+        grad_pre = grad_pre_sums.unsqueeze(1).repeat(1, len(self.inputs[0]), 1)
+        for row, powers in zip(grad_pre, plan.groups, strict=True):
+            for e in powers:
+                row.addmm_(next(combined), grad_powers[e])
+        grad_inputs = [torch.zeros_like(p) for p in self.inputs]
+        plan.presynaptic.pull_back(grad_pre.unbind(), pre, grad_inputs)
+        return grad_inputs
+
+
+def _combined(products: Tensor, post: Tensor) -> Tensor:
+    """T_ae [groups, batch, out]."""
+    groups, rows = products.shape
+    return (products @ post[:rows].flatten(1)).view(groups, *post.shape[1:])
+
+
+def _over_the_batch(
+    plan: _Plan, combined: Tensor, weight: Tensor, inputs: Sequence[Tensor]
+) -> tuple[list[Tensor | None], Tensor]:
+    """sum_a T_ae^T p^a [out, in] for each e (None: no such term), and sums of p^a [rows, in]."""
+    used = {e for powers in plan.groups for e in powers}
+    correlations = [torch.zeros_like(weight) if e in used else None for e in range(plan.powers)]
+    pre_sums = weight.new_zeros(len(plan.presynaptic), weight.shape[1])
+    for block in _blocks(inputs):
+        combined_block = iter(combined[:, block])
+        monomials = plan.presynaptic.each([p[block] for p in inputs], len(plan.presynaptic))
+        for powers, total, values in zip(plan.groups, pre_sums, monomials, strict=True):
+            for e in powers:
+                correlations[e].addmm_(next(combined_block).t(), values)
+            total.add_(values.sum(0))
+    return correlations, pre_sums
+
+
+def _blocks(inputs: Sequence[Tensor]) -> Iterator[slice]:
+    """Slices of the batch in which a presynaptic monomial fits into the cache."""
+    if not inputs:
+        return
+    batch, features = inputs[0].shape
+    size = batch
+    if inputs[0].device.type == "cpu":
+        size = max(64, BLOCK_BYTES // (features * inputs[0].element_size()))
+    for start in range(0, batch, size):
+        yield slice(start, start + size)
+
+
+def _factors(
+    correlations: Sequence[Tensor | None], by_row: Tensor, by_column: Tensor
+) -> list[Tensor]:
+    """What multiplies w^e, for each e: [out, in]."""
+    factors = []
+    for correlation, row, column in zip(correlations, by_row, by_column, strict=True):
+        sums = row.unsqueeze(1) + column
+        factors.append(sums if correlation is None else sums.add_(correlation))
+    return factors

@@ -1,0 +1,220 @@
+"""Meta-learns a local learning rule for a lateral-inhibitory network on images.
+
+    python main.py 32                        one layer of 32 units
+    python main.py 256 32                    two layers, each with a rule of its own
+    python main.py 32 --pair_inputs          a rule for pairs of augmented views
+    python main.py --resume runs/main-...    go on with a run that was ended
+
+The network is trained by the rule for --max_inner_steps steps; the loss of a linear probe on what
+it has learned is differentiated through all of them, to improve the rule and the initial weights.
+"""
+
+import math
+from functools import partial
+
+import numpy as np
+from torch import nn
+
+from command_line import (
+    common_parser,
+    fraction,
+    nonnegative_float,
+    nonnegative_int,
+    open_run,
+    parse,
+    positive_float,
+    positive_int,
+    run_command,
+    set_up,
+)
+from figures import draw_run
+from hypgraddesc import (
+    EVALUATION,
+    OPTIMIZERS,
+    MetaSettings,
+    evaluate,
+    hypgraddesc,
+    rising_steps,
+)
+from initializers import TRAINABLE, GaussianInitializer
+from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule, save_rule
+from linear_probe import ProbeLoss
+from mnist_datasets import batches, load_images, normalize_pixels, pair_batches
+from models_fully_local import INHIBITION, Activation, lateral_mlp
+from run_log import RunLog
+from train import MEMORY
+
+
+def make_parser():
+    """The command's flags; what a meta-step does comes first, then the network, then the rule."""
+    parser = common_parser("Meta-learn a local learning rule by hypergradient descent.", "main")
+    parser.add_argument("layers", type=positive_int, nargs="+", help="units of each layer")
+    add = parser.add_argument_group("meta-learning").add_argument
+    add("--metasteps", type=nonnegative_int, default=1000, help="meta-steps at the full rate")
+    add("--lr", type=positive_float, default=1e-5, help="learning rate of the coefficients")
+    add("--optimizer", choices=list(OPTIMIZERS), default="adam", help="of the coefficients")
+    add("--warmup_steps", type=nonnegative_int, default=100, help="the rate rises over these")
+    add("--decay", choices=("none", "cosine"), default="none", help="how the rate falls again")
+    add("--finetune_steps", type=nonnegative_int, default=0, help="more, at a tenth of the rate")
+    add("--clip_grads", type=positive_float, nargs="?", const=100.0, metavar="NORM",
+        help="bound the norm of the hypergradient (100 if no NORM is given)")  # fmt: skip
+    add("--tasks", type=positive_int, default=1, help="draws averaged in one hypergradient")
+    add("--average", type=fraction, default=0.0, metavar="DECAY",
+        help="end with a running average of the coefficients of this decay")  # fmt: skip
+    add("--l1_reg", type=nonnegative_float, default=0.0, help="L1 weight of the coefficients")
+    add("--sparsify", type=nonnegative_int, nargs="?", const=0, metavar="METASTEP",
+        help="remove coefficients that change sign (from METASTEP on)")  # fmt: skip
+    add("--nonfinite", choices=("skip", "stop"), default="skip",
+        help="what to do with a hypergradient that is not finite")  # fmt: skip
+    add = parser.add_argument_group("inner training").add_argument
+    add("--initial_inner_steps", type=positive_int, default=250, help="differentiated updates")
+    add("--max_inner_steps", type=positive_int, default=250, help="where raising them ends")
+    add("--raise_every", type=positive_int, default=100, help="meta-steps between raises")
+    add("--raise_by", type=nonnegative_int, default=0, help="inner steps added at each raise")
+    add("--batch_size", type=positive_int, default=1024, help="images of one update")
+    add("--memory", choices=MEMORY, default="fit", help="what is kept for the backward pass")
+    add("--memory_limit", type=positive_float, default=3.0, metavar="GB", help="for --memory fit")
+    add("--pair_inputs", action="store_true", help="learn from pairs of augmented views")
+    add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
+    add = parser.add_argument_group("network and rule").add_argument
+    add("--inhibition", choices=INHIBITION, default="lateral", help="how units compete")
+    add("--inh_steps", type=nonnegative_int, default=10, help="steps of the lateral dynamics")
+    add("--inh_factor", type=fraction, default=0.2, help="size of such a step")
+    add("--forbid_self_inhibition", action="store_true", help="keep the diagonal of m at 0")
+    add("--forbid_excitation", action="store_true", help="keep m <= 0")
+    add("--degree", type=positive_int, default=3, help="total degree of the polynomial")
+    add("--bound", type=nonnegative_float, default=0.1, help="of one update (tanh); 0: none")
+    add("--l2_reg", type=fraction, default=0.0, help="decay of the network's parameters")
+    add = parser.add_argument_group("probe").add_argument
+    add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
+    add("--outer_images", type=positive_int, default=1024, help="images of the outer loss")
+    add("--evaluations", type=positive_int, default=5, help="trainings with the final rule")
+    return parser
+
+
+def make_settings(args) -> MetaSettings:
+    """The meta-loop's settings from the flags."""
+    return MetaSettings(
+        metasteps=args.metasteps,
+        lr=args.lr,
+        optimizer=args.optimizer,
+        warmup_steps=args.warmup_steps,
+        decay=args.decay,
+        finetune_steps=args.finetune_steps,
+        inner_steps=rising_steps(
+            args.initial_inner_steps, args.raise_by, args.raise_every, args.max_inner_steps
+        ),
+        tasks=args.tasks,
+        clip_norm=args.clip_grads,
+        l1=args.l1_reg,
+        sparsify_from=args.sparsify,
+        average=args.average,
+        nonfinite=args.nonfinite,
+        memory=args.memory,
+        memory_limit=int(args.memory_limit * 2**30),
+        seed=args.seed,
+    )
+
+
+def make_rule(args) -> PerLayerRule:
+    """One polynomial rule per layer, all coefficients 0."""
+    kind = PolynomialPairRule if args.pair_inputs else PolynomialRule
+    bound = "tanh" if args.bound else "none"
+    return PerLayerRule([
+        kind.of_degree(
+            args.degree,
+            bound=bound,
+            bound_size=args.bound or 1.0,
+            l2=args.l2_reg,
+            forward_weight_bound=1.0,
+        )
+        for _ in args.layers
+    ])  # fmt: skip
+
+
+def make_initializer() -> GaussianInitializer:
+    """Spread of w trained; b and m start at trained means, without spread."""
+    return GaussianInitializer({"b": TRAINABLE, "m": TRAINABLE}, {"w": TRAINABLE})
+
+
+def make_model(args, inputs: int) -> nn.Module:
+    """The network, without parameters."""
+    return lateral_mlp(
+        inputs,
+        args.layers,
+        Activation("sigmoid", 4.0),
+        inhibition=args.inhibition,
+        inh_steps=args.inh_steps,
+        inh_factor=args.inh_factor,
+        forbid_self_inhibition=args.forbid_self_inhibition,
+        forbid_excitation=args.forbid_excitation,
+    )
+
+
+def report(args, log: RunLog, rule, initializer, rows: list[dict], params, inputs) -> None:
+    """Writes what was learned: the rule, one network trained by it, and how well it does."""
+    save_rule(rule, log.path("rule.json"))
+    log.path("rule.txt").write_text(rule.formula() + "\n")
+    log.path("rule.tex").write_text(rule.formula(latex=True) + "\n")
+    arrays = {
+        f"{number}.{name}": tensor.numpy(force=True)
+        for number, layer in enumerate((p for p in params if p), 1)
+        for name, tensor in layer.items()
+    }
+    log.write_arrays("parameters.npz", {**arrays, "input_shape": np.array(inputs.shape)})
+    accuracies = np.array([row["test_accuracy"] for row in rows])
+    results = {
+        "data": inputs.source,
+        "evaluations": rows,
+        "test_accuracy_mean": accuracies.mean(),
+        "test_accuracy_standard_deviation": accuracies.std(),
+        "initializer": initializer.effective(),
+    }
+    log.write_json("results.json", results)
+    log.say(rule.formula(max_terms=6))
+    log.say(
+        f"test accuracy {accuracies.mean():.2%} +- {accuracies.std():.2%} "
+        f"over {len(rows)} trainings with the final rule; everything is in {log.directory}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, meta-learn, evaluate, report."""
+    args = parse(make_parser(), argv)
+    device, dtype = set_up(args)
+    train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
+    if args.pixelwise_normalization:
+        train_data, test_data = normalize_pixels(train_data, test_data)
+    rule = make_rule(args).to(device, dtype)
+    initializer = make_initializer().to(device, dtype)
+    draw_batches = pair_batches if args.pair_inputs else batches
+
+    def make_batches(generator):
+        return draw_batches(train_data, args.batch_size, generator, dtype)
+
+    make_network = partial(make_model, args, math.prod(train_data.shape))
+    loss = ProbeLoss(train_data, test_data, args.C, args.outer_images)
+    parts = (make_network, rule, initializer, make_batches, loss)
+
+    def hyperparameters() -> dict[str, float]:
+        coefficients = {f"coefficient/{n}": v for n, v in rule.coefficients().items()}
+        return coefficients | {f"initial/{n}": v for n, v in initializer.effective().items()}
+
+    with open_run(args, "main") as log:
+        log.say(train_data.source)
+        finished = hypgraddesc(*parts, make_settings(args), log, hyperparameters=hyperparameters)
+        draws = range(args.evaluations if finished else 1)
+        with log.progress(len(draws), description="evaluation") as progress:
+            rows = []
+            for draw in draws:
+                row, params = evaluate(*parts, args.max_inner_steps, (args.seed, EVALUATION, draw))
+                rows.append(row)
+                progress.advance(row)
+        report(args, log, rule, initializer, rows, params, train_data)
+        draw_run(log.directory)
+    if not finished:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main)

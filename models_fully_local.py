@@ -1,0 +1,214 @@
+"""Lateral-inhibitory layers, alone and in sequence; their parameters are given at each call.
+
+    s = x w^T + b
+    y_0 = sigma(s);   y_{j+1} = y_j + f (sigma(s + y_j m^T) - y_j),   j = 0..J-1
+
+A model holds no parameters. It is called as `model(x, params)`, where params is a list with one
+dict of tensors per layer: {w: [out, in], b: [out], m: [out, out]}, or {} for a layer without any.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Params = list[dict[str, Tensor]]
+
+_aten = torch.ops.aten
+# Each base function in place, and the product of a gradient with its derivative, from its output.
+_BASES = {
+    "sigmoid": (torch.sigmoid_, _aten.sigmoid_backward),
+    "tanh": (torch.tanh_, _aten.tanh_backward),
+    "relu": (torch.relu_, lambda grad, z: _aten.threshold_backward(grad, z, 0)),
+    "identity": (lambda u: u, lambda grad, z: grad.clone()),
+}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """sigma(u) = base(slope * u), with base one of sigmoid, tanh, relu, identity."""
+
+    base: str = "sigmoid"
+    slope: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.base not in _BASES:
+            raise ValueError(f"activation {self.base!r} is unknown; choose from {sorted(_BASES)}")
+
+    def of_scaled_(self, scaled: Tensor) -> Tensor:
+        """base, in place, of a preactivation that was already multiplied by the slope."""
+        return _BASES[self.base][0](scaled)
+
+    def backward(self, grad: Tensor, output: Tensor) -> Tensor:
+        """Gradient with respect to the scaled preactivation, from sigma's output."""
+        return _BASES[self.base][1](grad, output)
+
+
+class _LateralDynamics(torch.autograd.Function):
+    """y_J from s and m; keeps only sigma's outputs, from which everything else is elementwise."""
+
+    @staticmethod
+    def forward(ctx, s, m, activation, steps, factor):
+        keep = any(ctx.needs_input_grad)
+        scaled, scaled_m_t = activation.slope * s, activation.slope * m.t()
+        outputs = s.new_empty(steps + 1 if keep else 1, *s.shape)
+        y = activation.of_scaled_(outputs[0].copy_(scaled)).clone()
+        for j in range(1, steps + 1):
+            z = outputs[j if keep else 0]
+            activation.of_scaled_(torch.addmm(scaled, y, scaled_m_t, out=z))
+            y.lerp_(z, factor)
+        if keep:
+            ctx.save_for_backward(outputs, m)
+            ctx.activation, ctx.factor = activation, factor
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        outputs, m = ctx.saved_tensors
+        activation, factor, steps = ctx.activation, ctx.factor, len(outputs) - 1
+        grad_scaled = torch.empty_like(outputs)  # before the factor f, which is put in at the end
+        grad = grad_y
+        for j in range(steps, 0, -1):
+            grad_scaled[j] = activation.backward(grad, outputs[j])
+            grad = torch.addmm(
+                grad, grad_scaled[j], m, beta=1 - factor, alpha=factor * activation.slope
+            )
+        grad_s = activation.backward(grad, outputs[0])
+        if steps:
+            grad_s = torch.add(grad_s, grad_scaled[1:].sum(0), alpha=factor)
+        grad_m = None
+        if ctx.needs_input_grad[1]:
+            y = _responses(outputs, factor)
+            rows = grad_scaled[1:].reshape(-1, m.shape[0])
+            grad_m = (rows.t() @ y.reshape(-1, m.shape[0])).mul_(factor * activation.slope)
+        return grad_s.mul_(activation.slope), grad_m, None, None, None
+
+
+def _responses(outputs: Tensor, factor: float) -> Tensor:
+    """y_0..y_{J-1} [J, batch, out], bit for bit as the forward pass had them."""
+    y = torch.empty_like(outputs[1:])
+    if len(y):
+        y[0] = outputs[0]
+    for j in range(1, len(y)):
+        torch.lerp(y[j - 1], outputs[j], factor, out=y[j])
+    return y
+
+
+def lateral_dynamics(
+    s: Tensor, m: Tensor, activation: Activation, inh_steps: int, inh_factor: float
+) -> Tensor:
+    """y_J [batch, out] of the dynamics above, for s [batch, out] and m [out, out]."""
+    return _LateralDynamics.apply(s, m, activation, inh_steps, inh_factor)
+
+
+INHIBITION = ("lateral", "none", "l1", "l2")
+
+
+class LateralLinear(nn.Module):
+    """A fully connected layer whose units inhibit each other.
+
+    inhibition: "lateral" (the dynamics above), "none" (y = sigma(s)), "l1" or "l2" (sigma(s)
+    divided by 1e-6 + its norm). Only "lateral" has the parameter m.
+    forbid_self_inhibition keeps m's diagonal at 0, forbid_excitation keeps m <= 0.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: Activation | None = None,
+        *,
+        inhibition: str = "lateral",
+        inh_steps: int = 10,
+        inh_factor: float = 0.1,
+        forbid_self_inhibition: bool = False,
+        forbid_excitation: bool = False,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"a layer needs sizes >= 1, got {in_features} -> {out_features}")
+        if inhibition not in INHIBITION:
+            raise ValueError(f"inhibition {inhibition!r} is unknown; choose from {INHIBITION}")
+        self.in_features, self.out_features = in_features, out_features
+        self.activation = activation or Activation()
+        self.inhibition = inhibition
+        self.inh_steps, self.inh_factor = inh_steps, inh_factor
+        self.forbid_self_inhibition = forbid_self_inhibition
+        self.forbid_excitation = forbid_excitation
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that this layer expects, by name."""
+        shapes = {"w": (self.out_features, self.in_features), "b": (self.out_features,)}
+        if self.inhibition == "lateral":
+            shapes["m"] = (self.out_features, self.out_features)
+        return shapes
+
+    def respond(self, x: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Preactivation s and activation y, both [batch, out], of inputs x [batch, in]."""
+        if x.dim() != 2 or x.shape[1] != self.in_features:
+            raise ValueError(
+                f"expected inputs of shape [batch, {self.in_features}], got {list(x.shape)}"
+            )
+        s = nn.functional.linear(x, params["w"], params["b"])
+        if self.inhibition == "lateral":
+            y = lateral_dynamics(s, params["m"], self.activation, self.inh_steps, self.inh_factor)
+            return s, y
+        y = self.activation.of_scaled_(self.activation.slope * s)
+        if self.inhibition != "none":
+            order = 1 if self.inhibition == "l1" else 2
+            y = y / (1e-6 + torch.linalg.vector_norm(y, order, dim=1, keepdim=True))
+        return s, y
+
+    def forward(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
+        """Activation y [batch, out] of inputs x [batch, in]."""
+        return self.respond(x, params)[1]
+
+    def constrain(self, m: Tensor) -> Tensor:
+        """m [out, out] with what this layer forbids taken away."""
+        if self.forbid_self_inhibition:
+            m = m - torch.diag_embed(torch.diagonal(m))
+        return m.clamp(max=0) if self.forbid_excitation else m
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, inhibition={self.inhibition!r}"
+
+
+class Flatten(nn.Module):
+    """[batch, ...] to [batch, features]; has no parameters."""
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def forward(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
+        return x.flatten(1)
+
+
+class Sequential(nn.Module):
+    """Layers in order; params holds one dict per layer ({} for those without parameters)."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, params: Params) -> Tensor:
+        if len(params) != len(self.layers):
+            raise ValueError(f"expected {len(self.layers)} dicts of parameters, got {len(params)}")
+        for layer, layer_params in zip(self.layers, params, strict=True):
+            x = layer(x, layer_params)
+        return x
+
+
+def lateral_mlp(
+    in_features: int, layer_sizes: Sequence[int], activation: Activation, **options
+) -> Sequential:
+    """Flatten, then one LateralLinear (with the same options) per layer size."""
+    sizes = [in_features, *layer_sizes]
+    layers = [
+        LateralLinear(fan_in, fan_out, activation, **options)
+        for fan_in, fan_out in itertools.pairwise(sizes)
+    ]
+    return Sequential([Flatten(), *layers])

@@ -1,0 +1,140 @@
+"""Every figure comes out, whatever the run recorded."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from figures import draw_accuracy, draw_coefficients, draw_features, draw_run, running_median
+from run_log import RunLog, RunLogError
+
+COLUMNS = (
+    "meta_loss",
+    "train_accuracy",
+    "test_accuracy",
+    "hypergradient_norm",
+    "coefficient/1/w/x y",
+    "coefficient/1/m/diagonal",
+    "coefficient/2/b/y1_j^2",
+)
+
+
+def run_of(directory, rows, parameters=None, columns=COLUMNS):
+    """A run with these rows (numbers, one for all columns)."""
+    with RunLog.create(directory, {}, quiet=True) as log:
+        for step, value in enumerate(rows):
+            log._add_events = lambda *_: None
+            log.record(step, dict.fromkeys(columns, value))
+        if parameters is not None:
+            log.write_arrays("parameters.npz", parameters)
+    return directory
+
+
+def parameters_of(units=5, seed=0):
+    generator = np.random.default_rng(seed)
+    return {
+        "1.w": generator.normal(size=(units, 12)),
+        "1.b": np.zeros(units),
+        "1.m": generator.normal(size=(units, units)),
+        "2.w": generator.normal(size=(3, units)),
+        "2.m": np.zeros((3, 3)),
+        "input_shape": np.array([1, 3, 4]),
+    }
+
+
+def names(paths):
+    return {path.name for path in paths}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [0.5],
+        [0.5, 0.4],
+        [np.nan, 0.5, np.inf, 0.4],
+        [np.nan],
+        [0.0, -0.1, 0.0],
+        [0.3 + 1 / (step + 1) for step in range(300)],
+    ],
+    ids=["one", "two", "some failed", "all failed", "none positive", "many"],
+)
+def test_every_figure_is_drawn_for_any_number_of_rows(tmp_path, rows):
+    drawn = draw_run(run_of(tmp_path / "run", rows, parameters_of()))
+    assert names(drawn) == {
+        "meta_loss.png",
+        "accuracy.png",
+        "coefficients.png",
+        "hypergradient.png",
+        "features.png",
+        "lateral.png",
+    }
+    for path in drawn:
+        assert path.parent == tmp_path / "run" / "figures"
+        with Image.open(path) as image:
+            assert min(image.size) > 100 and len(image.convert("RGB").getcolors(1 << 20)) > 2
+
+
+def test_a_run_that_recorded_nothing_has_no_figures(tmp_path):
+    assert draw_run(run_of(tmp_path / "run", [])) == []
+
+
+def test_a_file_with_a_header_only_gives_figures_that_say_so(tmp_path):
+    directory = run_of(tmp_path / "run", [])
+    (directory / "metrics.csv").write_text("step,meta_loss,hypergradient_norm,coefficient/w/x\n")
+    expected = {"meta_loss.png", "hypergradient.png", "coefficients.png"}
+    assert names(draw_run(directory)) == expected
+
+
+def test_figures_whose_columns_are_missing_are_left_out(tmp_path):
+    directory = run_of(tmp_path / "run", [1.0, 2.0], columns=["meta_loss", "test_accuracy"])
+    assert names(draw_run(directory)) == {"meta_loss.png", "accuracy.png"}
+
+
+def test_weights_that_are_no_images_are_left_out(tmp_path):
+    parameters = parameters_of()
+    del parameters["input_shape"]
+    assert names(draw_run(run_of(tmp_path / "run", [], parameters))) == {"lateral.png"}
+
+
+def test_damaged_parameters_are_one_line(tmp_path):
+    directory = run_of(tmp_path / "run", [], parameters_of())
+    path = directory / "parameters.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RunLogError, match=r"parameters\.npz is damaged"):
+        draw_run(directory)
+
+
+@pytest.mark.parametrize(("units", "shape"), [(1, (1, 3, 4)), (7, (3, 5, 5)), (70, (1, 28, 28))])
+def test_each_weight_is_a_square_of_whole_pixels_of_one_colour(tmp_path, units, shape):
+    weights = np.random.default_rng(0).normal(size=(units, int(np.prod(shape))))
+    draw_features(weights, shape, tmp_path / "features.png")
+    with Image.open(tmp_path / "features.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    row = pixels[50]  # the first row of the images
+    changes = np.flatnonzero(np.abs(np.diff(row, axis=0)).sum(axis=1)) + 1
+    inside = changes[changes < len(row) - 130]
+    assert inside[0] == 20
+    sides = np.diff(inside)
+    assert (sides % sides.min() == 0).all()
+
+
+def test_convolutional_weights_are_shown_as_their_kernels(tmp_path):
+    parameters = {"1.w": np.random.default_rng(0).normal(size=(8, 3, 5, 5))}
+    assert names(draw_run(run_of(tmp_path / "run", [], parameters))) == {"features.png"}
+
+
+def test_any_term_can_be_a_label(tmp_path):
+    step = np.arange(3)
+    curves = {f"2/w/{term}": step * 1.0 for term in ("1", "x1 y2_j^2 w", "a $ _ { ^", "x/y", "\\")}
+    draw_coefficients(step, curves, tmp_path / "coefficients.png")
+    assert (tmp_path / "coefficients.png").stat().st_size > 1000
+
+
+def test_a_figure_that_can_not_be_written_is_one_line(tmp_path):
+    with pytest.raises(RunLogError, match="can't write"):
+        draw_accuracy(np.arange(2), {"test": np.ones(2)}, tmp_path / "nowhere" / "accuracy.png")
+
+
+def test_the_running_median_is_that_of_the_window_cut_at_the_ends():
+    values = np.random.default_rng(0).normal(size=20)
+    expected = [np.median(values[max(i - 3, 0) : i + 4]) for i in range(20)]
+    np.testing.assert_array_equal(running_median(values, 7), expected)

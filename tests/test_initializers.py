@@ -1,0 +1,168 @@
+"""What the initial distribution draws, and how its numbers are trained."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import DOUBLE, assert_near
+
+from initializers import ABSENT, FIXED, SCALERS, TRAINABLE, GaussianInitializer
+from models_fully_local import Activation, lateral_mlp
+
+MODES = (TRAINABLE, FIXED, ABSENT)
+ALL = dict.fromkeys("wbm", TRAINABLE)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def fake_model(**shapes):
+    """A model of one layer that asks for tensors of these shapes."""
+    layer = SimpleNamespace(parameter_shapes=lambda: shapes, constrain=lambda m: m)
+    return SimpleNamespace(layers=[layer])
+
+
+def set_to(initializer, **values):
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(initializer, name).fill_(value)
+    return initializer
+
+
+def test_the_formula_holds_with_its_scalers():
+    initializer = set_to(
+        GaussianInitializer(ALL, ALL).double(),
+        mean_w=0.002, spread_w=0.003, mean_b=0.01, spread_b=0.02, mean_m=-0.03, spread_m=0.05,
+    )  # fmt: skip
+    (drawn,) = initializer(fake_model(w=(4, 9), b=(4,), m=(4, 4)), seeded(5))
+    noise = seeded(5)
+    n_w, n_b, n_m = (torch.randn(s, generator=noise, dtype=DOUBLE) for s in ((4, 9), (4,), (4, 4)))
+    assert_near(drawn["w"], 1000 * (0.002 + 0.003 * n_w) / 3, 1e-14)
+    assert_near(drawn["b"], 100 * (0.01 + 0.02 * n_b), 1e-14)
+    assert_near(drawn["m"], 100 * (-0.03 + 0.05 * n_m), 1e-14)
+
+
+def test_moments_of_many_draws_are_those_asked_for():
+    initializer = set_to(
+        GaussianInitializer(ALL, ALL).double(),
+        mean_w=0.5 / 1000, spread_w=2 / 1000, mean_b=3 / 100, spread_b=0.5 / 100,
+        mean_m=-1 / 100, spread_m=0.1 / 100,
+    )  # fmt: skip
+    model, generator = fake_model(w=(30, 25), b=(30,), m=(30, 30)), seeded()
+    draws = [initializer(model, generator)[0] for _ in range(40)]
+    expected = {"w": (0.5 / 5, 2 / 5), "b": (3.0, 0.5), "m": (-1.0, 0.1)}
+    for name, (mean, spread) in expected.items():
+        values = torch.stack([draw[name] for draw in draws]).detach()
+        error = 5 * spread / math.sqrt(values.numel())
+        assert values.mean().item() == pytest.approx(mean, abs=error)
+        assert values.std().item() == pytest.approx(spread, abs=error)
+    assert not torch.equal(draws[0]["w"], draws[1]["w"])
+
+
+def test_means_start_at_zero_and_spreads_at_an_effective_one():
+    initializer = GaussianInitializer(ALL, ALL)
+    for name, value in initializer.effective().items():
+        assert value == pytest.approx(0.0 if name.startswith("mean") else 1.0, rel=1e-6)
+    assert set(initializer.effective()) == {f"{k}_{n}" for k in ("mean", "spread") for n in "wbm"}
+    for name, scaler in SCALERS.items():
+        assert getattr(initializer, f"spread_{name}").item() == pytest.approx(1 / scaler)
+
+
+@pytest.mark.parametrize("kind", ["mean", "spread"])
+@pytest.mark.parametrize("name", "wbm")
+@pytest.mark.parametrize("mode", MODES)
+def test_each_number_is_trainable_fixed_or_absent(kind, name, mode):
+    modes = {name: mode}
+    initializer = GaussianInitializer(*((modes, {}) if kind == "mean" else ({}, modes)))
+    numbers = dict(initializer.named_parameters())
+    assert list(numbers) == ([] if mode == ABSENT else [f"{kind}_{name}"])
+    assert all(p.requires_grad == (mode == TRAINABLE) for p in numbers.values())
+    (drawn,) = initializer(fake_model(w=(3, 2), b=(3,), m=(3, 3)), seeded())
+    for tensor_name, tensor in drawn.items():
+        follows = tensor_name == name and mode == TRAINABLE
+        assert tensor.requires_grad == follows
+        random = tensor_name == name and kind == "spread" and mode != ABSENT
+        assert bool((tensor != 0).any()) == random
+
+
+def test_everything_absent_is_zero():
+    (drawn,) = GaussianInitializer({}, {})(fake_model(w=(3, 2), b=(3,), m=(3, 3)))
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in drawn.values())
+
+
+@pytest.mark.parametrize("bad", ["Trainable", "", None, 1.0])
+def test_an_unknown_mode_is_refused_with_those_that_exist(bad):
+    for modes in (({"w": bad}, {}), ({}, {"m": bad})):
+        with pytest.raises(ValueError, match="use trainable, fixed, absent"):
+            GaussianInitializer(*modes)
+
+
+def test_gradients_reach_means_and_spreads():
+    initializer = GaussianInitializer(ALL, ALL).double()
+    (drawn,) = initializer(fake_model(w=(4, 9), b=(4,), m=(4, 4)), seeded(5))
+    sum(t.sum() for t in drawn.values()).backward()
+    noise = seeded(5)
+    for name, scale, shape in (("w", 1000 / 3, (4, 9)), ("b", 100, (4,)), ("m", 100, (4, 4))):
+        total = torch.randn(shape, generator=noise, dtype=DOUBLE).sum()
+        assert_near(getattr(initializer, f"spread_{name}").grad, scale * total, 1e-12)
+        count = torch.tensor(float(math.prod(shape)), dtype=DOUBLE)
+        assert_near(getattr(initializer, f"mean_{name}").grad, scale * count, 1e-12)
+
+
+def test_the_same_generator_gives_the_same_draw():
+    initializer = GaussianInitializer(ALL, ALL)
+    model = lateral_mlp(6, [4, 3], Activation())
+    one, two, other = (initializer(model, seeded(seed)) for seed in (1, 1, 2))
+    for a, b, c in zip(one, two, other, strict=True):
+        assert list(a) == list(b)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert not any(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_a_float32_draw_is_the_float64_draw_rounded():
+    model = lateral_mlp(6, [4, 3], Activation())
+    single = GaussianInitializer(ALL, ALL)(model, seeded())
+    double = GaussianInitializer(ALL, ALL).double()(model, seeded())
+    for a, b in zip(single, double, strict=True):
+        for name in a:
+            assert a[name].dtype == torch.float32 and b[name].dtype == DOUBLE
+            assert_near(a[name], b[name].float(), 1e-6)
+
+
+def test_layers_draw_independently():
+    model = lateral_mlp(4, [4, 4], Activation())
+    _, first, second = GaussianInitializer({}, {"w": FIXED})(model, seeded())
+    assert not torch.equal(first["w"], second["w"])
+
+
+def test_layers_without_parameters_get_none():
+    params = GaussianInitializer(ALL, ALL)(lateral_mlp(6, [4, 3], Activation()), seeded())
+    assert params[0] == {}
+    shapes = [{name: tuple(t.shape) for name, t in layer.items()} for layer in params[1:]]
+    assert shapes == [{"w": (4, 6), "b": (4,), "m": (4, 4)}, {"w": (3, 4), "b": (3,), "m": (3, 3)}]
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+def test_the_fan_in_of_a_convolution_is_inputs_times_kernel(fan_out, fan_in, height, width):
+    initializer = GaussianInitializer({}, {"w": FIXED}).double()
+    (drawn,) = initializer(fake_model(w=(fan_out, fan_in, height, width)), seeded(3))
+    noise = torch.randn((fan_out, fan_in, height, width), generator=seeded(3), dtype=DOUBLE)
+    assert_near(drawn["w"], noise / math.sqrt(fan_in * height * width), 1e-6)
+
+
+@pytest.mark.parametrize("no_self", [False, True])
+@pytest.mark.parametrize("no_excitation", [False, True])
+def test_what_a_layer_forbids_is_not_drawn(no_self, no_excitation):
+    model = lateral_mlp(
+        4, [6], Activation(), forbid_self_inhibition=no_self, forbid_excitation=no_excitation
+    )
+    initializer = GaussianInitializer({}, {"m": TRAINABLE})
+    m = initializer(model, seeded())[1]["m"]
+    assert bool((m.diagonal() == 0).all()) == no_self
+    assert bool((m <= 0).all()) == no_excitation
+    assert m.requires_grad

