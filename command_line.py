@@ -100,7 +100,7 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     _be_deterministic(device)
-    _keep_freed_memory()
+    keep_freed_memory()
     return device, DTYPES[args.dtype]
 
 
@@ -295,7 +295,7 @@ def _be_deterministic(device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # this part would cost time
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep freed tensors of up to 32 MB for the next step.
 
     Otherwise every tensor of a few megabytes is mapped, zeroed page by page and unmapped anew at

@@ -343,7 +343,6 @@ def hypgraddesc(
         descent.load_state_dict(saved[1])
         log.say(f"going on from meta-step {descent.metastep}")
     total, shown = settings.total_steps, ("meta_loss", *outer_loss.metrics, "seconds")
-    columns = list(hyperparameters())
     with (
         finish_on_interrupt() as interrupt,
         log.progress(total, descent.metastep, "meta-step") as progress,

@@ -193,7 +193,7 @@ class PolynomialRule(LearningRule):
         self._kernel_terms = None
         for name, mask in masks.items():
             kept = getattr(self, name).detach()[mask]
-            setattr(self, name, nn.Parameter(kept.clone()))
+            setattr(self, name, nn.Parameter(kept.clone(), getattr(self, name).requires_grad))
             if name in self.exponents:
                 terms = zip(self.exponents[name], mask.tolist(), strict=True)
                 self.exponents[name] = [term for term, stays in terms if stays]

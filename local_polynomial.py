@@ -145,7 +145,7 @@ class _Plan:
 class _JointPlan:
     sums: tuple[_Plan, ...]
     postsynaptic: _Monomials
-    multiplied: int  # how many of the postsynaptic monomials, the first ones, are in products
+    needed_in_backward: int  # how many of the postsynaptic monomials, the first ones
 
     def split(self, tensors: Sequence) -> tuple[list[tuple], Sequence]:
         """(psi, weight, presynaptic) of each sum, and the postsynaptic tensors."""
@@ -170,7 +170,8 @@ def _joint_plan(shapes: tuple, device: torch.device) -> _JointPlan:
         _plan(terms, inputs, post, multiplied, device)
         for terms, (_, inputs) in zip(split, shapes, strict=True)
     ]
-    return _JointPlan(tuple(plans), post, multiplied)
+    factors = [1 + lower for *_, lower in post.divisions if lower is not None]
+    return _JointPlan(tuple(plans), post, max([multiplied, *factors]))
 
 
 def _plan(
@@ -229,7 +230,7 @@ class _LocalPolynomials(torch.autograd.Function):
         count = len(ctx.needs_input_grad) - 1
         (own, outputs), kept = joint.split(saved[:count]), iter(saved[count:])
         needed, _ = joint.split(ctx.needs_input_grad[1:])
-        post = joint.postsynaptic.stacked(outputs, joint.multiplied)
+        post = joint.postsynaptic.stacked(outputs, joint.needed_in_backward)
         grad_post, grad_post_sums = torch.zeros_like(post), torch.zeros_like(post_sums)
         grad_own = []
         for number, plan in enumerate(joint.sums):
@@ -261,13 +262,15 @@ class _SumBackward:
         grad_rows = torch.stack([g.sum(1) for g in grad_powers])
         grad_columns = torch.stack([g.sum(0) for g in grad_powers])
         grad_combined = self._through_products(grad_powers)
-        grad_post.flatten(1).addmm_(self.products.t(), grad_combined.flatten(1))
+        multiplied = self.products.shape[1]
+        flat = grad_combined.flatten(1)
+        grad_post[:multiplied].flatten(1).addmm_(self.products.t(), flat)
         grad_post_sums.addmm_(self.rows.t(), grad_rows)
         grad_inputs: list[Tensor | None] = [None] * len(self.inputs)
         if needs_inputs:
             grad_inputs = self._through_inputs(grad_powers, self.columns.t() @ grad_columns)
         grad_matrices = (
-            grad_combined.flatten(1) @ self.post.flatten(1).t(),
+            flat @ self.post[:multiplied].flatten(1).t(),
             grad_rows @ self.post_sums.t(),
             grad_columns @ self.pre_sums.t(),
         )

@@ -1,0 +1,84 @@
+"""The real command with a tiny budget, and that its verdict knows Oja's rule when it sees it."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+
+import find_oja
+from hypgraddesc import evaluate
+from initializers import FIXED, GaussianInitializer
+from learning_rules import PerLayerRule, classical_rule
+from mnist_datasets import batches, load_images, normalize_pixels
+
+TINY = [
+    "--dataset", "mnist5k", "--metasteps", "3", "--inner_steps", "4", "--evaluations", "2",
+    "--batch_size", "256", "--threads", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    data = load_images("mnist5k", tmp_path_factory.mktemp("data"))
+    return normalize_pixels(*data, unit_variance=False)[0]
+
+
+def test_the_command_shows_a_table_both_cosines_and_a_verdict(tmp_path, capsys):
+    find_oja.main([*TINY, "--out", str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    for part in ("relative", "learned rule", "Oja's rule", "not Oja's rule"):
+        assert part in shown
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(results["coefficients"]) == 27 and len(results["cosine_oja"]) == 2
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3
+    for name in ("features", "directions", "coefficients", "meta_loss"):
+        assert (tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 1000
+
+
+def test_the_principal_direction_is_that_of_a_singular_value_decomposition(digits):
+    direction = find_oja.first_principal_direction(digits)
+    x = digits.floats(dtype=torch.float64).flatten(1)
+    expected = torch.linalg.svd(x, full_matrices=False).Vh[0]
+    assert abs(direction @ expected) > 1 - 1e-8
+
+
+def test_the_loss_is_the_squared_distance_to_the_nearer_of_both_directions():
+    loss = find_oja.DirectionLoss(torch.tensor([1.0, 0.0]))
+    for w, distance in (([0.5, 1.0], 1.25), ([-0.5, 1.0], 1.25), ([-1.0, 0.0], 0.0)):
+        value, numbers = loss(None, [{}, {"w": torch.tensor([w])}], None)
+        assert math.isclose(value.item(), distance)
+        assert math.isclose(numbers["cosine"], abs(w[0]) / math.hypot(*w), rel_tol=1e-6)
+
+
+def test_ojas_own_rule_reaches_the_principal_direction(digits):
+    cosine, params = evaluate(
+        lambda: find_oja.make_neuron(784),
+        PerLayerRule([classical_rule("oja", 0.03)]),
+        GaussianInitializer({}, {"w": FIXED}),
+        lambda generator: batches(digits, 1024, generator),
+        find_oja.DirectionLoss(find_oja.first_principal_direction(digits).float()),
+        300,
+        (0,),
+    )
+    assert cosine["cosine"] > 0.99
+    assert 0.9 < params[-1]["w"].norm() < 1.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, True),
+        ({"1/w/x y": -1e-3}, False),
+        ({"1/w/y^2 w": 1e-3}, False),
+        ({"1/w/x w": 2e-4}, False),
+        ({"1/w/x w": 2e-3}, False),
+        ({"1/w/x w": 5e-5}, True),
+    ],
+)
+def test_the_verdict_is_for_ojas_two_terms_and_nothing_else(changes, found):
+    rule = find_oja.make_rule(0.1)
+    coefficients = rule.coefficients() | {"1/w/x y": 1e-3, "1/w/y^2 w": -9e-4} | changes
+    assert find_oja.verdict(coefficients)[0] == found

@@ -1,0 +1,205 @@
+"""The real command, with a tiny budget: what it writes, how it resumes, what it refuses."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from command_line import run_command
+from learning_rules import load_rule
+from mnist_datasets import load_images
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "--dataset", "mnist5k", "--metasteps", "3", "--initial_inner_steps", "2", "--batch_size", "64",
+    "--max_inner_steps", "4", "--evaluations", "1", "--warmup_steps", "1", "--lr", "1e-3",
+    "--threads", "1", "--quiet",
+]  # fmt: skip
+FIGURES = ("meta_loss", "accuracy", "coefficients", "hypergradient", "features", "lateral")
+
+
+def run(*flags) -> None:
+    main.main([*map(str, flags)])
+
+
+def rows(directory: Path) -> list[dict[str, str]]:
+    with (directory / "metrics.csv").open() as file:
+        return [
+            {name: value for name, value in row.items() if name != "seconds"}
+            for row in csv.DictReader(file)
+        ]
+
+
+def outcome(directory: Path) -> tuple:
+    """All numbers of a run that do not depend on the time it took."""
+    return rows(directory), (directory / "results.json").read_text()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A run without further flags."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    run(4, *TINY, "--out", out)
+    return out
+
+
+def refused(capsys, *flags) -> str:
+    """The one line on stderr with which the command ends, exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(main.main, [*map(str, flags)])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_a_run_leaves_configuration_metrics_checkpoint_rule_and_figures(tmp_path):
+    run(6, 5, *TINY, "--out", tmp_path / "run")
+    out = tmp_path / "run"
+    assert [row["step"] for row in rows(out)] == ["1", "2", "3"]
+    assert json.loads((out / "config.json").read_text())["layers"] == [6, 5]
+    results = json.loads((out / "results.json").read_text())
+    assert "embedded" in results["data"] and 0 < results["test_accuracy_mean"] < 1
+    assert len(load_rule(out / "rule.json").rules) == 2
+    assert "Δw" in (out / "rule.txt").read_text()
+    for name in FIGURES:
+        assert (out / "figures" / f"{name}.png").stat().st_size > 1000
+    assert any(path.name.startswith("events.out.tfevents") for path in out.iterdir())
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, plain):
+    for name, seed in (("same", 0), ("other", 1)):
+        run(4, *TINY, "--seed", seed, "--out", tmp_path / name)
+    assert outcome(tmp_path / "same") == outcome(plain) != outcome(tmp_path / "other")
+
+
+def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
+    first, *later = rows(plain)
+    coefficients = [name for name in first if name.startswith("coefficient/")]
+    assert len(coefficients) == 35 + 10 + 20 + 1
+    assert all(float(first[name]) == 0 for name in coefficients)
+    assert all(any(float(row[name]) for name in coefficients) for row in later)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--pair_inputs"],
+        ["--pixelwise_normalization"],
+        ["--l1_reg", "1"],
+        ["--sparsify"],
+        ["--sparsify", "1"],
+        ["--raise_by", "1", "--raise_every", "1"],
+        ["--C", "10"],
+        ["--bound", "0"],
+        ["--finetune_steps", "1"],
+        ["--clip_grads"],
+        ["--clip_grads", "5"],
+        ["--inh_steps", "3", "--inh_factor", "0.5"],
+        ["--inhibition", "l2"],
+        ["--l2_reg", "0.01"],
+        ["--optimizer", "rmsprop"],
+        ["--tasks", "2", "--decay", "cosine", "--average", "0.5"],
+        ["--memory", "segments"],
+        ["--forbid_self_inhibition", "--forbid_excitation"],
+        ["--degree", "2"],
+        ["--dtype", "float64"],
+        ["--outer_images", "100"],
+    ],
+    ids=" ".join,
+)
+def test_every_flag_changes_the_course_of_a_run(tmp_path, plain, flags):
+    run(4, *TINY, *flags, "--out", tmp_path / "run")
+    before, after = outcome(plain), outcome(tmp_path / "run")
+    assert (before == after) == (flags[0] == "--memory")
+
+
+def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_path):
+    flags = [*TINY, "--metasteps", "40", "--sparsify", "10", "--average", "0.9"]
+    run(4, *flags, "--out", tmp_path / "whole")
+    command = [sys.executable, "main.py", "4", *flags, "--out", str(tmp_path / "killed")]
+    for kill in range(3):
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        _wait_for_rows(tmp_path / "killed", 7 + 11 * kill, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        command = [sys.executable, "main.py", "--resume", str(tmp_path / "killed"), "--quiet"]
+    run("--resume", tmp_path / "killed", "--quiet")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    for name in ("results.json", "rule.json"):
+        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def _wait_for_rows(directory: Path, count: int, process) -> None:
+    metrics = directory / "metrics.csv"
+    for _ in range(600):
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended before row {count}")
+        if metrics.exists() and metrics.read_text().count("\n") > count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no row {count} within 30 s")
+
+
+def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "main.py", "4", *TINY, "--metasteps", "100000", "--out", str(out)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
+    _wait_for_rows(out, 3, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert (out / "figures" / "meta_loss.png").exists() and (out / "checkpoint.pt").exists()
+    assert (out / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["0"], "at least 1"),
+        (["32", "--no_such_flag"], "no_such_flag"),
+        (["32", "--optimizer", "sgd"], "adam"),
+        (["32", "--lr", "fast"], "above 0"),
+        (["32", "--device", "cuda:7"], "cuda:7"),
+        (["32", "--batch_size", "5000", "--dataset", "mnist5k"], "4000"),
+        (["32", "--threads", "0"], "at least 1"),
+        (["32", "--bound", "-1"], "at least 0"),
+        ([], "layers"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):
+    where = ["--out", tmp_path / "run"]
+    assert message in refused(capsys, *flags, *where)
+
+
+def test_an_output_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(capsys, 4, *TINY, "--out", tmp_path / "file" / "run")
+
+
+def test_resuming_with_another_configuration_is_refused(capsys, tmp_path, plain):
+    line = refused(capsys, "--resume", plain, "--lr", "0.5", "--quiet")
+    assert "lr" in line and "0.5" in line
+    assert "no" in refused(capsys, "--resume", tmp_path / "nothing")
+
+
+def test_a_new_rule_changes_nothing_but_clamps_the_weights(tmp_path):
+    args = main.parse(main.make_parser(), ["16", *TINY])
+    rule = main.make_rule(args)
+    assert all(torch.equal(p, torch.zeros_like(p)) for p in rule.parameters())
+    train_data, _ = load_images("mnist5k", tmp_path)
+    network = main.make_model(args, 784)
+    params = main.make_initializer()(network, torch.Generator().manual_seed(0))
+    x = train_data.floats(slice(0, 8))
+    after = rule.update(network, params, x)
+    for old, new in zip(params[1].values(), after[1].values(), strict=True):
+        assert torch.equal(old.clamp(-1, 1), new)

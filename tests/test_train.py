@@ -1,0 +1,323 @@
+"""Unrolled training: its meta-gradient by finite differences, and every memory policy."""
+
+import itertools
+
+import oracles
+import pytest
+import torch
+from oracles import DOUBLE, assert_near, normal
+from torch import nn
+
+from initializers import TRAINABLE, GaussianInitializer
+from learning_rules import LearningRule, PerLayerRule, PolynomialPairRule, PolynomialRule
+from models_fully_local import Activation, lateral_mlp
+from train import MEMORY, graph_bytes, train
+
+STEPS, BATCH, INPUTS, SIZES = 7, 6, 4, (3, 2)
+
+
+class Problem:
+    """N updates of a two-layer network from a drawn start, and a smooth loss of where they end."""
+
+    def __init__(self, kind=PolynomialRule, degree=2, **options):
+        self.model = lateral_mlp(
+            INPUTS, SIZES, Activation("sigmoid", 2.0), inh_steps=3, inh_factor=0.2, **options
+        )
+        settings = {"bound": "tanh", "l2": 0.01, "forward_weight_bound": 0.7}
+        self.rule = PerLayerRule([kind.of_degree(degree, **settings) for _ in SIZES]).double()
+        self.initializer = GaussianInitializer(
+            {"b": TRAINABLE, "m": TRAINABLE}, {"w": TRAINABLE, "m": TRAINABLE}
+        ).double()
+        with torch.no_grad():
+            for k, p in enumerate(self.rule.parameters()):
+                p.copy_(normal(k, *p.shape, scale=0.05))
+            self.initializer.mean_b.fill_(0.002)
+            self.initializer.mean_m.fill_(-0.003)
+        self.views, self.inputs = kind.views, normal(77, 5, INPUTS).detach()
+
+    def batches(self):
+        for step in itertools.count():
+            views = [normal(200 + 2 * step + v, BATCH, INPUTS).detach() for v in range(self.views)]
+            yield views[0] if self.views == 1 else tuple(views)
+
+    def start(self):
+        return self.initializer(self.model, torch.Generator().manual_seed(3))
+
+    def loss(self, params):
+        return self.model(self.inputs, params).square().sum() + 0.1 * sum(
+            t.square().sum() for layer in params for t in layer.values()
+        )
+
+    def named_hyperparameters(self):
+        yield from self.rule.named_parameters(prefix="rule")
+        yield from self.initializer.named_parameters(prefix="initializer")
+
+    def trained(self, **options):
+        return train(self.model, self.start(), self.batches(), self.rule, STEPS, **options)
+
+    def loss_and_gradient(self, **options):
+        loss = self.loss(self.trained(**options))
+        names, hyperparameters = zip(*self.named_hyperparameters(), strict=True)
+        grads = torch.autograd.grad(loss, hyperparameters)
+        return loss.detach(), dict(zip(names, grads, strict=True))
+
+
+def finite_differences(problem) -> dict[str, torch.Tensor]:
+    """Central differences of the loss by every single hyperparameter, of fourth order."""
+    found = {}
+    for name, p in problem.named_hyperparameters():
+        found[name] = torch.zeros_like(p)
+        step = 2e-4 * (0.001 if name.startswith("initializer") else 1.0)
+        for entry, grad in zip(p.detach().view(-1), found[name].view(-1), strict=True):
+            value, losses = entry.item(), []
+            for multiple in (-2, -1, 1, 2):
+                entry.fill_(value + multiple * step)
+                losses.append(problem.loss(problem.trained(grad=False)).item())
+            entry.fill_(value)
+            grad.fill_((8 * (losses[2] - losses[1]) - (losses[3] - losses[0])) / (12 * step))
+    return found
+
+
+@pytest.fixture(scope="module", params=[PolynomialRule, PolynomialPairRule], ids=["single", "pair"])
+def problem_and_differences(request):
+    problem = Problem(request.param, 2 if request.param is PolynomialRule else 1)
+    with torch.no_grad():
+        return problem, finite_differences(problem)
+
+
+# ---- the meta-gradient ----
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_the_meta_gradient_agrees_with_finite_differences(problem_and_differences, memory):
+    problem, differences = problem_and_differences
+    _, gradient = problem.loss_and_gradient(memory=memory)
+    for name, grad in gradient.items():
+        assert_near(grad, differences[name], 1e-6)
+        assert grad.abs().max() > 1e-4, f"{name} has no influence: the test would be empty"
+
+
+def test_the_finite_differences_are_of_a_clamped_weight_too(problem_and_differences):
+    problem, _ = problem_and_differences
+    weights = torch.cat([layer["w"].flatten() for layer in problem.trained()[1:]])
+    assert (weights.abs() == 0.7).any() and (weights.abs() < 0.7).any()
+
+
+@pytest.mark.parametrize("kind", [PolynomialRule, PolynomialPairRule])
+def test_the_meta_gradient_equals_that_of_the_plain_formulas(kind):
+    problem = Problem(kind, forbid_self_inhibition=True, forbid_excitation=True)
+    loss, gradient = problem.loss_and_gradient()
+    params, batches = problem.start(), problem.batches()
+    for _ in range(STEPS):
+        params = oracles.update(problem.rule.rules, problem.model, params, next(batches))
+    expected = problem.loss(params)
+    assert_near(loss, expected.detach())
+    names, hyperparameters = zip(*problem.named_hyperparameters(), strict=True)
+    for name, grad in zip(names, torch.autograd.grad(expected, hyperparameters), strict=True):
+        assert_near(gradient[name], grad)
+
+
+# ---- memory policies ----
+
+
+def test_all_memory_policies_give_equal_values_and_gradients():
+    problem = Problem(degree=3)
+    expected_loss, expected = problem.loss_and_gradient(memory="keep")
+    size = one_step_bytes(problem)
+    policies = [{"memory": memory} for memory in MEMORY]
+    policies += [{"memory": "fit", "memory_limit": limit} for limit in (1, 2 * size, 3 * size)]
+    for policy in policies:
+        loss, gradient = problem.loss_and_gradient(**policy)
+        assert torch.equal(loss, expected_loss)
+        for name, grad in gradient.items():
+            assert_near(grad, expected[name], 1e-12)
+
+
+def one_step_bytes(problem) -> int:
+    params, batch = problem.start(), next(problem.batches())
+    first = problem.rule.update(problem.model, params, batch)
+    return graph_bytes(lambda: problem.rule.update(problem.model, first, batch))
+
+
+class Counting(LearningRule):
+    """w + rate w batch, with a known number of bytes kept; counts its updates."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate, self.updates = nn.Parameter(torch.tensor(0.1, dtype=DOUBLE)), 0
+
+    def update(self, model, params, batch):
+        self.updates += 1
+        w = params[0]["w"]
+        return [{"w": w + self.rate * torch.sin(w) * batch}]
+
+
+def runs_again(steps: int, **policy) -> int:
+    """How many updates the backward pass has to repeat."""
+    rule, w = Counting(), normal(0, 1000)
+    batches = (torch.tensor(0.1 * t, dtype=DOUBLE) for t in range(steps))
+    params = train(nn.Identity(), [{"w": w}], batches, rule, steps, **policy)
+    before = rule.updates
+    grads = torch.autograd.grad(params[0]["w"].sum(), [w, rule.rate])
+    assert all(torch.isfinite(g).all() for g in grads)
+    return rule.updates - before
+
+
+def test_each_policy_repeats_the_updates_that_it_did_not_keep():
+    assert runs_again(9, memory="keep") == 0
+    assert runs_again(9, memory="segments") == 6
+    assert runs_again(10, memory="segments") == 6
+    assert runs_again(9, memory="recompute") == 8
+    assert runs_again(1, memory="recompute") == 0
+
+
+def test_fit_keeps_as_many_updates_as_the_limit_allows():
+    rule, w = Counting(), normal(0, 1000)
+    size = graph_bytes(lambda: rule.update(None, [{"w": w}], torch.ones((), dtype=DOUBLE)))
+    assert size > 1000 * 8
+    again = [
+        runs_again(9, memory="fit", memory_limit=limit)
+        for limit in (1, size + 1, 4 * size + 1, 8 * size + 1, 9 * size + 1, 2**40)
+    ]
+    assert again == [8, 8, 5, 1, 0, 0]
+
+
+def test_the_default_keeps_everything_that_is_small():
+    assert runs_again(9) == 0
+
+
+def test_less_memory_keeps_a_smaller_graph():
+    problem, size = Problem(), one_step_bytes(Problem())
+
+    def kept(**policy) -> int:
+        return graph_bytes(lambda: problem.trained(**policy))
+
+    policies = [kept(memory=memory) for memory in ("recompute", "segments", "keep")]
+    assert policies == sorted(policies) and len(set(policies)) == 3
+    assert policies[0] <= 2 * size
+    # To measure it, "fit" runs a step more, whose graph does not stay.
+    assert policies[0] <= kept(memory="fit", memory_limit=1) <= policies[0] + 2 * size
+    limited = kept(memory="fit", memory_limit=3 * size)
+    assert policies[0] < limited < policies[2] and limited <= 5 * size
+
+
+def test_graph_bytes_counts_each_storage_once():
+    a, b = normal(0, 50), normal(1, 50)
+
+    def function():
+        return (a * b).sum() + (a[:10] * b[:10]).sum() + (a * b.view(50)).sum()
+
+    assert graph_bytes(function) == 2 * 50 * 8
+    assert graph_bytes(lambda: a + b) == 0
+    with torch.no_grad():
+        assert graph_bytes(function) == 0
+
+
+@pytest.mark.parametrize("inh_steps", [0, 10])
+def test_the_graph_of_a_step_is_little_more_than_its_tensors(inh_steps):
+    batch, fan_in, fan_out = 200, 60, 20
+    model = lateral_mlp(fan_in, [fan_out], Activation("sigmoid", 4.0), inh_steps=inh_steps)
+    rule = PolynomialRule.of_degree(3, bound="tanh", forward_weight_bound=1.0).double()
+    params = [{}, {"w": normal(0, fan_out, fan_in), "b": normal(1, fan_out)}]
+    params[1]["m"] = normal(2, fan_out, fan_out)
+    x = normal(3, batch, fan_in).detach()
+    activations = (inh_steps + 1) * batch * fan_out  # sigma's outputs
+    # Besides: x, s and y; for each parameter itself, three correlations, the step and the result.
+    allowed = batch * fan_in + activations + 4 * batch * fan_out + 8 * fan_out * (fan_in + fan_out)
+    assert graph_bytes(lambda: rule.update(model, params, x)) <= 1.1 * 8 * allowed
+
+
+# ---- what train does ----
+
+
+def test_without_a_graph_the_result_is_the_same_and_detached():
+    problem = Problem(degree=3)
+    with_graph, without = problem.trained(memory="keep"), problem.trained(grad=False)
+    for layer, other in zip(with_graph, without, strict=True):
+        for name, tensor in layer.items():
+            assert torch.equal(tensor, other[name])
+            assert tensor.requires_grad and not other[name].requires_grad
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_one_batch_is_taken_for_each_step_and_no_more(grad, steps):
+    problem = Problem()
+    taken = []
+
+    def batches():
+        for batch in problem.batches():
+            taken.append(batch)
+            yield batch
+
+    train(problem.model, problem.start(), batches(), problem.rule, steps, grad=grad)
+    assert len(taken) == steps
+
+
+def test_training_goes_on_where_it_stopped():
+    problem, batches = Problem(), Problem().batches()
+    params = train(problem.model, problem.start(), batches, problem.rule, 3)
+    params = train(problem.model, params, batches, problem.rule, STEPS - 3)
+    for layer, expected in zip(params, problem.trained(), strict=True):
+        assert all(torch.equal(layer[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_no_steps_return_the_parameters_still_attached(memory):
+    problem = Problem()
+    start = problem.start()
+    params = train(problem.model, start, problem.batches(), problem.rule, 0, memory=memory)
+    for layer, expected in zip(params, start, strict=True):
+        assert all(layer[name] is expected[name] for name in expected)
+
+
+def test_no_steps_without_a_graph_are_detached_too():
+    # A bug when written: the parameters given came back as they were, attached.
+    problem = Problem()
+    params = train(problem.model, problem.start(), problem.batches(), problem.rule, 0, grad=False)
+    assert not any(t.requires_grad for layer in params for t in layer.values())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_training_changes_nothing_that_it_was_given(grad):
+    problem = Problem()
+    start = problem.start()
+    tensors = [t for layer in start for t in layer.values()]
+    before = [t.detach().clone() for t in tensors]
+    train(problem.model, start, problem.batches(), problem.rule, STEPS, grad=grad)
+    assert all(torch.equal(t, copy) for t, copy in zip(tensors, before, strict=True))
+
+
+def test_truncation_is_training_without_a_graph_and_then_with_one():
+    problem, batches = Problem(), Problem().batches()
+    params = train(problem.model, problem.start(), batches, problem.rule, 4, grad=False)
+    detached = [{n: t.clone() for n, t in layer.items()} for layer in params]
+    params = train(problem.model, params, batches, problem.rule, 3)
+    loss = problem.loss(params)
+    hyperparameters = list(problem.rule.parameters())
+    grads = torch.autograd.grad(loss, hyperparameters)
+    later = itertools.islice(problem.batches(), 4, None)
+    expected = problem.loss(train(problem.model, detached, later, problem.rule, 3))
+    assert torch.equal(loss, expected)
+    for grad, other in zip(grads, torch.autograd.grad(expected, hyperparameters), strict=True):
+        assert torch.equal(grad, other)
+    assert not any(p.grad is not None for p in problem.initializer.parameters())
+
+
+def test_an_unknown_memory_policy_is_refused_with_those_that_exist():
+    problem = Problem()
+    for grad in (True, False):
+        with pytest.raises(ValueError, match="'all' is unknown; choose from fit, keep, segments"):
+            problem.trained(memory="all", grad=grad)
+
+
+def test_float32_training_is_close_to_float64():
+    problem = Problem()
+    expected = problem.trained(grad=False)
+    problem.rule.float()
+    problem.initializer.float()
+    batches = (batch.float() for batch in problem.batches())
+    params = train(problem.model, problem.start(), batches, problem.rule, STEPS)
+    for layer, other in zip(params, expected, strict=True):
+        for name in other:
+            assert_near(layer[name], other[name].float(), 1e-5)
