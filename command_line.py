@@ -28,6 +28,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from hypgraddesc import MetaError
+from learning_rules import RuleError
 from linear_probe import ProbeError
 from mnist_datasets import DataError
 from run_log import RunLog, RunLogError, plain, read_config
@@ -123,15 +125,16 @@ def open_run(args: argparse.Namespace, command: str) -> RunLog:
 def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
     """Run a command's `main(argv)` and turn what ends it early into an exit status.
 
-    Wrong input: one line on stderr and 2. Ctrl-C: 130. A pipe closed by its reader: silent, 1.
+    Wrong input: one line on stderr and 2. Numbers that are not finite: one line and 1. Ctrl-C: 130.
+    A pipe closed by its reader: silent, 1.
     """
     try:
         main(argv)
         sys.stdout.flush()
-    except (UserError, RunLogError, DataError, ProbeError) as error:
-        line = " ".join(str(error).split())
-        sys.stderr.write(f"error: {line}\n")
-        sys.exit(2)
+    except (UserError, RunLogError, DataError, ProbeError, RuleError, MetaError) as error:
+        _exit_with_line(error, status=2)
+    except FloatingPointError as error:
+        _exit_with_line(error, status=1)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
@@ -139,6 +142,12 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
         # Python flushes stdout once more at exit; let that go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _exit_with_line(error: Exception, status: int) -> NoReturn:
+    line = " ".join(str(error).split())
+    sys.stderr.write(f"error: {line}\n")
+    sys.exit(status)
 
 
 def find_device(name: str) -> torch.device:

@@ -8,13 +8,14 @@ each clipped, adds the penalties and makes one optimiser step. Every draw has ge
 made from (seed, meta-step, task), so that a resumed run needs no generator's state.
 """
 
+import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -115,16 +116,16 @@ def rising_steps(initial: int, raise_by: int, raise_every: int, maximum: int) ->
 
 
 def seeded_generator(*key: int) -> torch.Generator:
-    """A CPU generator of its own for each tuple of non-negative integers."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+    """A CPU generator of its own for each tuple of integers."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
 class HypergradientDescent:
     """The state of a meta-run; `step` makes one meta-step and returns its row of numbers.
 
     make_model() -> model, make_batches(generator) -> iterator of batches,
-    initializer(model, generator) -> params. A coefficient that is removed stays so.
+    initializer(model, generator) -> params, warn(text) for each task that is left out.
     """
 
     def __init__(
@@ -135,8 +136,10 @@ class HypergradientDescent:
         make_batches: Callable[[torch.Generator], Iterator],
         outer_loss: OuterLoss,
         settings: MetaSettings,
+        warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         settings.check(initializer)
+        self.warn = warn
         self.make_model, self.make_batches = make_model, make_batches
         self.rule, self.initializer = rule, initializer
         self.outer_loss, self.settings = outer_loss, settings
@@ -158,7 +161,7 @@ class HypergradientDescent:
     def _start_optimizer(self) -> None:
         trained = list(self._trained().values())
         self.optimizer = OPTIMIZERS[self.settings.optimizer](trained, self.settings.lr)
-        self.pending = [torch.zeros_like(p) for p in trained]
+        self.pending, self.collected = [torch.zeros_like(p) for p in trained], 0
 
     # ---- one meta-step ----
 
@@ -173,8 +176,10 @@ class HypergradientDescent:
                 outcomes.append(self._run_task(task, steps))
             except FloatingPointError as problem:
                 self.carried[task] = None
+                where = f"meta-step {self.metastep}, {problem}"
                 if settings.nonfinite == "stop":
-                    raise NonFiniteError(f"meta-step {self.metastep}, {problem}") from problem
+                    raise NonFiniteError(where) from problem
+                self.warn(f"{where}; this task is left out")
         names = ("meta_loss", *self.outer_loss.metrics)
         row = {name: _mean([numbers[name] for _, numbers in outcomes]) for name in names}
         row.update(
@@ -184,7 +189,7 @@ class HypergradientDescent:
             learning_rate=settings.rate(self.metastep),
         )
         last_before_restart = (self.metastep + 1) % settings.reinitialize_every == 0
-        if outcomes and (last_before_restart or not settings.accumulate):
+        if self.collected and (last_before_restart or not settings.accumulate):
             self._update()
         self.metastep += 1
         return row | {"seconds": time.perf_counter() - begin}
@@ -194,12 +199,12 @@ class HypergradientDescent:
         settings, metastep = self.settings, self.metastep
         model = self.make_model()
         params = self.carried[task] if metastep % settings.reinitialize_every else None
-        if params is None:
+        fresh = params is None
+        if fresh:
             start = seeded_generator(settings.seed, metastep, task, 0)
             params = self.initializer(model, start)
         batches = self.make_batches(seeded_generator(settings.seed, metastep, task, 1))
-        if settings.ungraded_steps and metastep % settings.reinitialize_every == 0:
-            params = _detached(params)
+        if fresh and settings.ungraded_steps:
             params = train(model, params, batches, self.rule, settings.ungraded_steps, grad=False)
         theta = train(
             model, params, batches, self.rule, steps,
@@ -216,7 +221,8 @@ class HypergradientDescent:
             for g, p in zip(gradient, trained.values(), strict=True)
         ]
         for name, g in zip(trained, gradient, strict=True):
-            _check_finite(g, f"hypergradient of {name} in task {task}")
+            # The optimiser squares it: what overflows then is as bad as what is not finite now.
+            _check_finite(g.square(), f"hypergradient of {name} in task {task}")
         self.carried[task] = _detached(theta)
         return gradient, {"meta_loss": loss.item(), **numbers}
 
@@ -228,6 +234,7 @@ class HypergradientDescent:
             if self.settings.clip_norm is not None:
                 scale *= min(1.0, self.settings.clip_norm / max(norm, 1e-30))
             torch._foreach_add_(self.pending, gradient, alpha=scale)
+        self.collected += len(gradients)
         return _mean(norms)
 
     def _update(self) -> None:
@@ -236,6 +243,7 @@ class HypergradientDescent:
         for p, gradient in zip(trained.values(), self.pending, strict=True):
             p.grad = gradient.clone()
             gradient.zero_()
+        self.collected = 0
         self._add_penalties(width=rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -257,7 +265,8 @@ class HypergradientDescent:
         for p in self.rule.parameters():
             if p.requires_grad and (l1 or l2):
                 psi = p.detach()
-                p.grad += l1 * psi / (psi.square() + width**2).sqrt() + l2 * psi
+                rounded = (psi.square() + width**2).sqrt().clamp_min(1e-30)
+                p.grad += l1 * psi / rounded + l2 * psi
 
     def _update_average(self) -> None:
         decay = min(self.settings.average, (self.metastep + 1) / (self.metastep + 10))
@@ -300,6 +309,7 @@ class HypergradientDescent:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
             "pending": self.pending,
+            "collected": self.collected,
             "carried": self.carried,
         }
 
@@ -312,8 +322,16 @@ class HypergradientDescent:
         self.initializer.load_state_dict(state["initializer"])
         self._start_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average, self.pending = state["average"], state["pending"]
-        self.carried = state["carried"]
+        self.collected = state["collected"]
+        for name, p in self._trained().items():
+            self.average[name] = state["average"][name].to(p)
+        for pending, saved in zip(self.pending, state["pending"], strict=True):
+            pending.copy_(saved)
+        device = next(iter(self._trained().values())).device
+        self.carried = [
+            saved and [{n: t.to(device) for n, t in layer.items()} for layer in saved]
+            for saved in state["carried"]
+        ]
 
 
 def hypgraddesc(
@@ -335,7 +353,7 @@ def hypgraddesc(
     what to record beside the numbers of each meta-step.
     """
     descent = HypergradientDescent(
-        make_model, rule, initializer, make_batches, outer_loss, settings
+        make_model, rule, initializer, make_batches, outer_loss, settings, log.warn
     )
     columns = list(hyperparameters())
     saved = log.load_checkpoint()

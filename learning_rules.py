@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from local_polynomial import Exponents, LocalSum, local_polynomials
+from local_polynomial import Exponents, LocalPolynomials, LocalSum
 from models_fully_local import Params
 
 BOUNDS = ("none", "tanh", "clamp")
@@ -99,7 +99,7 @@ class PolynomialRule(LearningRule):
             self.exponents[group] = [tuple(int(p) for p in term) for term in terms]
             self._check_terms(group)
             setattr(self, group, nn.Parameter(torch.zeros(len(self.exponents[group]))))
-        self._kernel_terms: dict[str, tuple[Exponents, ...]] | None = None
+        self._planned: dict[tuple[bool, torch.device], LocalPolynomials] = {}
         has_diagonal = lateral_diagonal and bool(self.exponents["m"])
         self.diagonal = nn.Parameter(torch.zeros(int(has_diagonal)))
         self.bound, self.bound_size = bound, float(bound_size)
@@ -133,17 +133,21 @@ class PolynomialRule(LearningRule):
             names = [n[0] + str(view) + n[1:] for view in (1, 2) for n in names]
         return [*names, group]
 
-    def _kernel_exponents(self) -> dict[str, tuple[Exponents, ...]]:
-        """Per term: powers of what comes in (all views), of s (all views), of y, of the parameter.
+    def _sums(self, lateral: bool, device: torch.device) -> LocalPolynomials:
+        """The sums of w, b and, with lateral weights, m, over tensors x, s, y of all views.
 
-        Every group's terms multiply s and y of all views, so that the three sums share them.
+        All their terms multiply powers of s and y of all views, so that they share these.
         """
-        if self._kernel_terms is None:
-            self._kernel_terms = {
-                group: tuple(self._kernel_term(group, term) for term in terms)
-                for group, terms in self.exponents.items()
-            }
-        return self._kernel_terms
+        if (lateral, device) not in self._planned:
+            views = range(self.views)
+            x, s, y = (tuple(k * self.views + v for v in views) for k in range(3))
+            sending = {"w": x, "b": (), "m": y} if lateral else {"w": x, "b": ()}
+            sums = [
+                LocalSum(tuple(self._kernel_term(group, t) for t in self.exponents[group]), numbers)
+                for group, numbers in sending.items()
+            ]
+            self._planned[lateral, device] = LocalPolynomials(sums, (*s, *y), device)
+        return self._planned[lateral, device]
 
     def _kernel_term(self, group: str, term: Exponents) -> Exponents:
         sending, receiving = VARIABLES[group]
@@ -167,22 +171,19 @@ class PolynomialRule(LearningRule):
         y: Sequence[Tensor],
     ) -> dict[str, Tensor]:
         """New parameters of one layer; x [batch, in], s and y [batch, out], one per view."""
-        terms = self._kernel_exponents()
-        sums = {
-            "w": LocalSum(terms["w"], self.w, old["w"], x),
-            "b": LocalSum(terms["b"], self.b, old["b"].unsqueeze(1)),
-        }
-        if "m" in old:
-            sums["m"] = LocalSum(terms["m"], self.m, old["m"], y)
-        deltas = dict(zip(sums, local_polynomials(list(sums.values()), [*s, *y]), strict=True))
+        groups = [group for group in VARIABLES if group in old]
+        weights = [old[g].unsqueeze(1) if g == "b" else old[g] for g in groups]
+        sums = self._sums("m" in old, self.w.device)
+        deltas = sums([getattr(self, group) for group in groups], weights, [*x, *s, *y])
+        delta = dict(zip(groups, deltas, strict=True))
         new = {
-            "w": self._stepped(old["w"], deltas["w"], self.forward_weight_bound),
-            "b": self._stepped(old["b"], deltas["b"].squeeze(1)),
+            "w": self._stepped(old["w"], delta["w"], self.forward_weight_bound),
+            "b": self._stepped(old["b"], delta["b"].squeeze(1)),
         }
         if "m" in old:
             if len(self.diagonal):
-                deltas["m"] = deltas["m"] + torch.diag_embed(self.diagonal.expand(len(old["b"])))
-            new["m"] = layer.constrain(self._stepped(old["m"], deltas["m"]))
+                delta["m"] = delta["m"] + torch.diag_embed(self.diagonal.expand(len(old["b"])))
+            new["m"] = layer.constrain(self._stepped(old["m"], delta["m"]))
         return new
 
     def _stepped(self, old: Tensor, delta: Tensor, limit: float = float("inf")) -> Tensor:
@@ -190,7 +191,7 @@ class PolynomialRule(LearningRule):
 
     def keep(self, masks: dict[str, Tensor]) -> None:
         """Removes, for good, the terms whose mask is False; masks are named as the parameters."""
-        self._kernel_terms = None
+        self._planned.clear()
         for name, mask in masks.items():
             kept = getattr(self, name).detach()[mask]
             setattr(self, name, nn.Parameter(kept.clone(), getattr(self, name).requires_grad))

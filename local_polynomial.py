@@ -19,7 +19,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,30 +31,40 @@ BLOCK_BYTES = 2**22  # of one presynaptic monomial worked on at a time, on a CPU
 
 @dataclass(frozen=True)
 class LocalSum:
-    """One sum over local terms.
+    """One sum over local terms, without its numbers.
 
     Attributes:
         exponents: one (a..., c..., e) per term, c for all postsynaptic tensors.
-        psi: the coefficients [terms].
-        weight: the parameter [out, in].
-        presynaptic: tensors [batch, in], possibly none.
+        presynaptic: which of the tensors given are p, by their numbers; possibly none.
     """
 
     exponents: tuple[Exponents, ...]
-    psi: Tensor
-    weight: Tensor
-    presynaptic: Sequence[Tensor] = ()
+    presynaptic: tuple[int, ...] = ()
 
 
-def local_polynomials(sums: Sequence[LocalSum], postsynaptic: Sequence[Tensor]) -> list[Tensor]:
-    """delta [out, in] for each of the sums, differentiable once in every tensor.
+class LocalPolynomials:
+    """Several sums with the same postsynaptic tensors, laid out for their factored evaluation.
 
-    postsynaptic: tensors [batch, out], at least one, the same for all sums.
+    Attributes:
+        sums: what they are.
+        postsynaptic: which of the tensors given are q, by their numbers; at least one.
+        device: where the tensors are.
     """
-    shapes = tuple((s.exponents, len(s.presynaptic)) for s in sums)
-    plan = _joint_plan(shapes, postsynaptic[0].device)
-    own = [tensor for s in sums for tensor in (s.psi, s.weight, *s.presynaptic)]
-    return list(_LocalPolynomials.apply(plan, *own, *postsynaptic))
+
+    def __init__(
+        self, sums: Sequence[LocalSum], postsynaptic: Sequence[int], device: torch.device
+    ) -> None:
+        self.joint = _joint_plan(sums, tuple(postsynaptic), device)
+
+    def __call__(
+        self, psi: Sequence[Tensor], weights: Sequence[Tensor], tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """delta [out, in] for each sum, differentiable once in every tensor.
+
+        psi: coefficients [terms] and weights: parameters [out, in], one per sum; tensors: what is
+        pre- and postsynaptic, [batch, in] and [batch, out].
+        """
+        return _LocalPolynomials.apply(self.joint, *psi, *weights, *tensors)
 
 
 class _Monomials:
@@ -101,8 +110,10 @@ class _Monomials:
     def pull_back(
         self, grads: Sequence[Tensor], values: Sequence[Tensor], totals: Sequence[Tensor]
     ) -> None:
-        """Adds to `totals`, one per variable, its gradient from those of all monomials."""
+        """Adds to `totals`, one per variable or None, its gradient from all monomials'."""
         for k, v, power, lower in self.divisions:
+            if totals[v] is None:
+                continue
             if lower is None:
                 totals[v].add_(grads[k])
             else:
@@ -119,9 +130,10 @@ class _Plan:
     """
 
     presynaptic: _Monomials
-    inputs: int  # number of presynaptic tensors
+    inputs: tuple[int, ...]  # which tensors are presynaptic
     powers: int  # 1 + the highest power of the parameter
     groups: tuple[tuple[int, ...], ...]  # per presynaptic monomial: the e of its products
+    product_rows: int  # how many presynaptic monomials are in products, the first ones
     shapes: tuple[tuple[int, int], ...]  # of the three matrices
     places: Tensor  # of the coefficients, in the three matrices laid end to end
 
@@ -135,47 +147,44 @@ class _Plan:
         """The entries of three such matrices, back in the order of the coefficients."""
         return torch.cat([m.flatten() for m in matrices]).index_select(0, self.places)
 
-    @property
-    def product_rows(self) -> int:
-        """How many presynaptic monomials must be evaluated for the products alone."""
-        return max((row + 1 for row, powers in enumerate(self.groups) if powers), default=0)
-
 
 @dataclass(frozen=True)
 class _JointPlan:
     sums: tuple[_Plan, ...]
+    outputs: tuple[int, ...]  # which tensors are postsynaptic
     postsynaptic: _Monomials
     needed_in_backward: int  # how many of the postsynaptic monomials, the first ones
 
-    def split(self, tensors: Sequence) -> tuple[list[tuple], Sequence]:
-        """(psi, weight, presynaptic) of each sum, and the postsynaptic tensors."""
-        tensors = iter(tensors)
-        own = [
-            (next(tensors), next(tensors), [next(tensors) for _ in range(plan.inputs)])
-            for plan in self.sums
-        ]
-        return own, list(tensors)
+    def split(self, arguments: Sequence) -> tuple[Sequence, Sequence, Sequence]:
+        """psi, weights and tensors."""
+        n = len(self.sums)
+        return arguments[:n], arguments[n : 2 * n], arguments[2 * n :]
 
 
-@lru_cache(maxsize=256)
-def _joint_plan(shapes: tuple, device: torch.device) -> _JointPlan:
+def _joint_plan(
+    sums: Sequence[LocalSum], outputs: tuple[int, ...], device: torch.device
+) -> _JointPlan:
     split = [
-        [(term[:inputs], term[inputs:-1], term[-1]) for term in exponents]
-        for exponents, inputs in shapes
+        [(t[: len(s.presynaptic)], t[len(s.presynaptic) : -1], t[-1]) for t in s.exponents]
+        for s in sums
     ]
     post = _Monomials({c for terms in split for _, c, _ in terms})
     in_products = [post.row[c] for terms in split for a, c, _ in terms if any(a) and any(c)]
     multiplied = 1 + max(in_products, default=-1)
     plans = [
-        _plan(terms, inputs, post, multiplied, device)
-        for terms, (_, inputs) in zip(split, shapes, strict=True)
+        _plan(terms, s.presynaptic, post, multiplied, device)
+        for terms, s in zip(split, sums, strict=True)
     ]
     factors = [1 + lower for *_, lower in post.divisions if lower is not None]
-    return _JointPlan(tuple(plans), post, max([multiplied, *factors]))
+    return _JointPlan(tuple(plans), outputs, post, max([multiplied, *factors]))
 
 
 def _plan(
-    terms: list[tuple], inputs: int, post: _Monomials, multiplied: int, device: torch.device
+    terms: list[tuple],
+    inputs: tuple[int, ...],
+    post: _Monomials,
+    multiplied: int,
+    device: torch.device,
 ) -> _Plan:
     pre = _Monomials({a for a, _, _ in terms})
     groups = sorted({(pre.row[a], e) for a, c, e in terms if any(a) and any(c)})
@@ -195,6 +204,7 @@ def _plan(
         inputs=inputs,
         powers=powers,
         groups=tuple(tuple(e for r, e in groups if r == row) for row in range(len(pre))),
+        product_rows=1 + max((row for row, _ in groups), default=-1),
         shapes=shapes,
         places=torch.tensor(places, dtype=torch.long, device=device),
     )
@@ -202,15 +212,16 @@ def _plan(
 
 class _LocalPolynomials(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, joint: _JointPlan, *tensors):
-        own, outputs = joint.split(tensors)
+    def forward(ctx, joint: _JointPlan, *arguments):
+        psi, weights, tensors = joint.split(arguments)
+        outputs = [tensors[k] for k in joint.outputs]
         post = joint.postsynaptic.stacked(outputs, len(joint.postsynaptic))
         batch, features = outputs[0].shape
         post_sums = torch.cat([post.new_full((1, features), batch), post.sum(1)])
         deltas, kept = [], []
-        for plan, (psi, weight, inputs) in zip(joint.sums, own, strict=True):
-            products, rows, columns = matrices = plan.matrices(psi / batch)
-            combined = _combined(products, post)
+        for plan, coefficients, weight in zip(joint.sums, psi, weights, strict=True):
+            products, rows, columns = matrices = plan.matrices(coefficients / batch)
+            combined, inputs = _combined(products, post), [tensors[k] for k in plan.inputs]
             correlations, pre_sums = _over_the_batch(plan, combined, weight, inputs)
             delta = torch.zeros_like(weight)
             for factor in reversed(_factors(correlations, rows @ post_sums, columns @ pre_sums)):
@@ -219,45 +230,52 @@ class _LocalPolynomials(torch.autograd.Function):
             correlations[0] = None  # it multiplies w^0: the gradient does not need it
             kept += [*matrices, pre_sums, *correlations]
         ctx.joint = joint
-        ctx.save_for_backward(post_sums, *tensors, *kept)
+        ctx.save_for_backward(post_sums, *weights, *tensors, *kept)
         return tuple(deltas)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         joint: _JointPlan = ctx.joint
+        *_, needed = joint.split(ctx.needs_input_grad[1:])
         post_sums, *saved = ctx.saved_tensors
-        count = len(ctx.needs_input_grad) - 1
-        (own, outputs), kept = joint.split(saved[:count]), iter(saved[count:])
-        needed, _ = joint.split(ctx.needs_input_grad[1:])
+        weights, saved = saved[: len(joint.sums)], saved[len(joint.sums) :]
+        tensors, kept = saved[: len(needed)], saved[len(needed) :]
+        outputs = [tensors[k] for k in joint.outputs]
         post = joint.postsynaptic.stacked(outputs, joint.needed_in_backward)
         grad_post, grad_post_sums = torch.zeros_like(post), torch.zeros_like(post_sums)
-        grad_own = []
-        for number, plan in enumerate(joint.sums):
-            kept_of_sum = [next(kept) for _ in range(4 + plan.powers)]
-            backward = _SumBackward(plan, *own[number], post, post_sums, kept_of_sum)
-            grad_own += backward.run(
-                grads[number], grad_post, grad_post_sums, any(needed[number][2])
-            )
-        grad_monomials = [
-            *grad_post.add_(grad_post_sums[1 : 1 + len(post)].unsqueeze(1)),
-            *grad_post_sums[1 + len(post) :],  # the same for the whole batch
+        grad_tensors = [
+            torch.zeros_like(t) if need or k in joint.outputs else None
+            for k, (t, need) in enumerate(zip(tensors, needed, strict=True))
         ]
-        grad_outputs = [torch.zeros_like(q) for q in outputs]
+        grad_psi, grad_weights = [], []
+        for plan, weight, grad in zip(joint.sums, weights, grads, strict=True):
+            inputs = [tensors[k] for k in plan.inputs]
+            kept_of_sum, kept = kept[: 4 + plan.powers], kept[4 + plan.powers :]
+            backward = _SumBackward(plan, weight, inputs, post, post_sums, kept_of_sum)
+            grad_inputs = [grad_tensors[k] for k in plan.inputs]
+            of_psi, of_weight = backward.run(grad, grad_post, grad_post_sums, grad_inputs)
+            grad_psi.append(of_psi)
+            grad_weights.append(of_weight)
+        grad_monomials = [
+            *grad_post.add_(grad_post_sums[1 : 1 + len(post)].unsqueeze(1)).unbind(),
+            *grad_post_sums[1 + len(post) :].unbind(),  # the same for the whole batch
+        ]
+        grad_outputs = [grad_tensors[k] for k in joint.outputs]
         joint.postsynaptic.pull_back(grad_monomials, post.unbind(), grad_outputs)
-        return None, *grad_own, *grad_outputs
+        return None, *grad_psi, *grad_weights, *grad_tensors
 
 
 class _SumBackward:
     """The backward pass of one sum; names as in the module's formula."""
 
-    def __init__(self, plan: _Plan, psi, weight, inputs, post, post_sums, kept) -> None:
+    def __init__(self, plan: _Plan, weight, inputs, post, post_sums, kept) -> None:
         self.plan, self.weight, self.inputs = plan, weight, inputs
         self.post, self.post_sums = post, post_sums
         self.products, self.rows, self.columns, self.pre_sums, *self.correlations = kept
 
-    def run(self, grad, grad_post, grad_post_sums, needs_inputs: bool) -> list[Tensor | None]:
-        """Gradients of psi, weight and inputs; adds to those of monomials and of their sums."""
+    def run(self, grad, grad_post, grad_post_sums, grad_inputs) -> tuple[Tensor, Tensor]:
+        """Gradients of psi and weight; adds to those of monomials, their sums, and inputs."""
         grad_weight, grad_powers = self._through_parameter(grad)
         grad_rows = torch.stack([g.sum(1) for g in grad_powers])
         grad_columns = torch.stack([g.sum(0) for g in grad_powers])
@@ -266,16 +284,16 @@ class _SumBackward:
         flat = grad_combined.flatten(1)
         grad_post[:multiplied].flatten(1).addmm_(self.products.t(), flat)
         grad_post_sums.addmm_(self.rows.t(), grad_rows)
-        grad_inputs: list[Tensor | None] = [None] * len(self.inputs)
-        if needs_inputs:
-            grad_inputs = self._through_inputs(grad_powers, self.columns.t() @ grad_columns)
+        if any(g is not None for g in grad_inputs):
+            grad_pre_sums = self.columns.t() @ grad_columns
+            self._through_inputs(grad_powers, grad_pre_sums, grad_inputs)
         grad_matrices = (
             flat @ self.post[:multiplied].flatten(1).t(),
             grad_rows @ self.post_sums.t(),
             grad_columns @ self.pre_sums.t(),
         )
         grad_psi = self.plan.collected(grad_matrices).div_(self.post.shape[1])
-        return [grad_psi, grad_weight, *grad_inputs]
+        return grad_psi, grad_weight
 
     def _through_parameter(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Gradient of the parameter w, and grad * w^e for each e."""
@@ -299,7 +317,7 @@ class _SumBackward:
                     torch.mm(values, grad_powers[e].t(), out=next(targets))
         return grad_combined
 
-    def _through_inputs(self, grad_powers: list[Tensor], grad_pre_sums: Tensor) -> list[Tensor]:
+    def _through_inputs(self, grad_powers, grad_pre_sums: Tensor, grad_inputs) -> None:
         plan = self.plan
         combined = iter(_combined(self.products, self.post))
         pre = list(plan.presynaptic.each(self.inputs, len(plan.presynaptic)))
@@ -307,9 +325,7 @@ class _SumBackward:
         for row, powers in zip(grad_pre, plan.groups, strict=True):
             for e in powers:
                 row.addmm_(next(combined), grad_powers[e])
-        grad_inputs = [torch.zeros_like(p) for p in self.inputs]
         plan.presynaptic.pull_back(grad_pre.unbind(), pre, grad_inputs)
-        return grad_inputs
 
 
 def _combined(products: Tensor, post: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def train(
         with torch.no_grad():
             for _ in range(steps):
                 params = rule.update(model, params, next(batches))
-        return params
+        return [{name: tensor.detach() for name, tensor in layer.items()} for layer in params]
     used = [next(batches) for _ in range(steps)]
     length = _segment_length(model, params, used, rule, memory, memory_limit)
     for start, stop in _segments(steps, length):

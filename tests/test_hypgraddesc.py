@@ -111,8 +111,15 @@ def descent(psi, loss, *, start=None, spread=0.0, trainable=False, batches=ones,
     options = {"metasteps": 1000, "lr": 0.01, "inner_steps": 1, **settings}
     return HypergradientDescent(
         nn.Identity, Drift(psi), Start(start, spread, trainable), batches, Outer(loss),
-        MetaSettings(**options),
+        MetaSettings(**options), warn=Said(),
     )  # fmt: skip
+
+
+class Said(list):
+    """Remembers what a run warned of."""
+
+    def __call__(self, text):
+        self.append(text)
 
 
 def by_hand(psi, gradients, lr=0.01, optimizer="adam") -> list[torch.Tensor]:
@@ -276,6 +283,27 @@ def test_every_draw_of_batches_has_a_generator_of_its_own():
         ends.append(torch.cat(run.outer_loss.seen))
         assert len(ends[-1].unique()) == 6
     assert torch.equal(ends[0], ends[1]) and not torch.isin(ends[0], ends[2]).any()
+
+
+def test_the_start_the_batches_and_the_outer_loss_share_no_noise():
+    drawn = []
+
+    def noise(generator):
+        drawn.append(torch.randn(3, generator=generator, dtype=DOUBLE))
+        return drawn[-1]
+
+    class Noisy(Outer):
+        def __call__(self, model, params, generator):
+            noise(generator)
+            return super().__call__(model, params, generator)
+
+    run = descent(
+        [1.0], distance(0.0), spread=1.0, batches=lambda generator: iter(noise(generator))
+    )
+    run.outer_loss = Noisy(distance(0.0))
+    run.step()
+    numbers = torch.cat([*run.initializer.drawn, *drawn])
+    assert len(numbers) == 7 and len(numbers.unique()) == 7
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -531,6 +559,15 @@ def raising(w):
 FAILURES = [nan_loss, infinite_loss, nan_gradient, raising]
 PLACES = ["outer loss of task 1", "outer loss of task 1", "hypergradient of rule.psi in task 1",
           "features of the training set"]  # fmt: skip
+
+
+@pytest.mark.parametrize("how, place", list(zip(FAILURES, PLACES, strict=True)))
+def test_a_skipped_task_is_warned_of_with_its_place(how, place):
+    run = descent([0.5], failing({5}, how), tasks=2)
+    for _ in range(4):
+        run.step()
+    (text,) = run.warn
+    assert text.startswith("meta-step 2, ") and place in text and "\n" not in text
 
 
 @pytest.mark.parametrize("how", FAILURES)
@@ -825,6 +862,21 @@ def test_a_run_may_be_resumed_again_and_again():
         assert_same_bits(without_seconds(run.step()), without_seconds(whole.step()))
     assert whole.removals
     assert_same_bits(everything(run), everything(whole))
+
+
+def test_a_run_resumed_within_a_window_ends_it_as_the_uninterrupted_one_if_its_last_step_fails():
+    def run_of(calls):
+        loss = slopes(*[[(1.0,), (2.0,), (math.nan,), (4.0,), (5.0,), (6.0,)][k] for k in calls])
+        return descent([0.0], loss, accumulate=True, reinitialize_every=3)
+
+    whole, resumed = run_of(range(6)), run_of(range(2, 6))
+    for k in range(6):
+        if k == 2:
+            resumed.load_state_dict(stored(whole.state_dict()))
+        row = without_seconds(whole.step())
+        if k >= 2:
+            assert_same_bits(without_seconds(resumed.step()), row)
+            assert torch.equal(resumed.rule.psi, whole.rule.psi)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,5 +1,6 @@
 """Polynomial rules against one product per monomial, and what else can be done with a rule."""
 
+import copy
 import itertools
 import json
 import math
@@ -290,8 +291,8 @@ def test_an_update_changes_nothing_in_place(kind):
     new = tensors_of(rule.update(model, params, batch))
     values = [t.detach().clone() for t in new]
     weighted_sum(new).backward()
-    for tensor, copy in zip([*tensors, *new], [*before, *values], strict=True):
-        assert torch.equal(tensor, copy)
+    for tensor, value in zip([*tensors, *new], [*before, *values], strict=True):
+        assert torch.equal(tensor, value)
     assert [list(layer) for layer in params] == names
 
 
@@ -369,6 +370,35 @@ def test_a_later_layer_sees_the_output_from_before_the_update():
 def test_one_rule_serves_every_layer():
     model, rule = small_model(3, [4, 2]), filled(PolynomialRule.of_degree(2))
     assert_update_equals_oracle(rule, model, parameters_of(model), batch_for(rule, 5, 3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_rule_serves_layers_with_and_without_lateral_weights(kind):
+    layers = [
+        LateralLinear(3, 4, ACTIVATION, inhibition="none"),
+        LateralLinear(4, 3, ACTIVATION, inh_steps=2),
+        LateralLinear(3, 2, ACTIVATION, inhibition="l2"),
+    ]
+    model, rule = Sequential(layers), filled(kind.of_degree(2, bound="tanh"))
+    params, batch = parameters_of(model), batch_for(rule, 5, 3)
+    for _ in range(2):
+        assert_update_equals_oracle(rule, model, params, batch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_a_rule_updates_as_the_rule_and_goes_its_own_way(kind):
+    rule, model = filled(kind.of_degree(2, bound="tanh")), small_model()
+    params, batch = parameters_of(model), batch_for(rule, 5, 3)
+    before = tensors_of(rule.update(model, params, batch))
+    other = copy.deepcopy(rule)
+    for tensor, expected in zip(
+        tensors_of(other.update(model, params, batch)), before, strict=True
+    ):
+        assert torch.equal(tensor, expected)
+    other.keep({"w": torch.zeros(len(other.w), dtype=torch.bool)})
+    for tensor, expected in zip(tensors_of(rule.update(model, params, batch)), before, strict=True):
+        assert torch.equal(tensor, expected)
+    assert torch.equal(other.update(model, params, batch)[1]["w"], params[1]["w"])
 
 
 def test_per_layer_pair_rules_equal_the_oracle():
