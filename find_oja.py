@@ -5,7 +5,9 @@
 
 A linear neuron is trained by a rule with 27 terms x^a y^d w^e, a, d, e <= 2. The squared distance
 of its weight to the first principal direction of the images (or its opposite, if that is nearer)
-is differentiated through all updates, to improve the 27 coefficients. Source: Oja 1982.
+is differentiated through all updates, to improve the 27 coefficients. Many neurons, each with a
+start of its own, see the same batches and know nothing of each other: their mean distance is the
+loss. Source: Oja 1982.
 """
 
 import itertools
@@ -52,15 +54,15 @@ def make_parser():
     add("--l1_reg", type=nonnegative_float, default=100.0, help="L1 weight of the coefficients")
     add = parser.add_argument_group("inner training").add_argument
     add("--inner_steps", type=positive_int, default=300, help="updates of the neuron")
-    add("--batch_size", type=positive_int, default=1024, help="images of one update")
+    add("--neurons", type=positive_int, default=16, help="independent ones, side by side")
+    add("--batch_size", type=positive_int, default=256, help="images of one update")
     add("--bound", type=positive_float, default=0.1, help="of one update (tanh)")
     add("--memory", choices=MEMORY, default="fit", help="what is kept for the backward pass")
-    add("--evaluations", type=positive_int, default=10, help="starts for the final comparison")
     return parser
 
 
 class DirectionLoss:
-    """Squared distance of the neuron's weight to the nearer of +- a direction [pixels]."""
+    """Squared distance of each neuron's weight to the nearer of +- a direction [pixels], mean."""
 
     metrics = ("cosine",)
 
@@ -68,12 +70,17 @@ class DirectionLoss:
         self.direction = direction
 
     def __call__(self, model, params, generator) -> tuple[Tensor, dict[str, float]]:
-        """The loss attached to params, and |cosine| between weight and direction."""
-        w = params[-1]["w"][0]
-        projection = w.detach() @ self.direction
-        nearer = self.direction * torch.where(projection < 0, -1.0, 1.0)
-        cosine = projection.abs() / w.detach().norm()
-        return (w - nearer).square().sum(), {"cosine": cosine.item()}
+        """The loss attached to params, and the mean |cosine| between weight and direction."""
+        w = params[-1]["w"]
+        nearer = torch.where(w.detach() @ self.direction < 0, -1.0, 1.0).unsqueeze(1)
+        loss = (w - nearer * self.direction).square().sum(1).mean()
+        return loss, {"cosine": cosines(w, self.direction).mean().item()}
+
+
+def cosines(w: Tensor, direction: Tensor) -> Tensor:
+    """|cosine| [neurons] between weights [neurons, pixels] and a unit vector [pixels]."""
+    w = w.detach()
+    return (w @ direction).abs() / w.norm(dim=1)
 
 
 def first_principal_direction(data: ImageData) -> Tensor:
@@ -88,38 +95,38 @@ def make_rule(bound: float) -> PerLayerRule:
     return PerLayerRule([PolynomialRule({"w": terms}, bound="tanh", bound_size=bound)])
 
 
-def make_neuron(inputs: int) -> nn.Module:
-    """One linear unit on flattened images."""
-    return lateral_mlp(inputs, [1], Activation("identity"), inhibition="none")
+def make_neurons(inputs: int, count: int) -> nn.Module:
+    """Linear units on flattened images, that do not see each other."""
+    return lateral_mlp(inputs, [count], Activation("identity"), inhibition="none")
 
 
 def compare_with_oja(args, parts: dict, log: RunLog) -> dict:
-    """The learned rule and Oja's, at each of many rates, from the same starts."""
-    seeds = [(args.seed, EVALUATION, number) for number in range(args.evaluations)]
+    """Cosines [neurons] of the learned rule and of Oja's, at each of many rates, from one draw of
+    starts and batches; and one weight of each.
+    """
+    direction = parts["outer_loss"].direction
 
-    def cosines(rule: PerLayerRule) -> tuple[list[float], Tensor]:
-        rows, params = zip(
-            *(evaluate(**parts | {"rule": rule}, steps=args.inner_steps, draw=s) for s in seeds),
-            strict=True,
-        )
-        return [row["cosine"] for row in rows], params[0][-1]["w"][0]
+    def trained(rule: PerLayerRule) -> tuple[Tensor, Tensor]:
+        draw = (args.seed, EVALUATION, 0)
+        _, params = evaluate(**parts | {"rule": rule}, steps=args.inner_steps, draw=draw)
+        return cosines(params[-1]["w"], direction), params[-1]["w"][0]
 
     options = {"bound": "tanh", "bound_size": args.bound}
-    learned, learned_weight = cosines(parts["rule"])
-    trials = []
+    learned, learned_weight = trained(parts["rule"])
+    best, oja_rate, oja_weight = torch.zeros_like(learned), math.nan, direction
     with log.progress(len(OJA_RATES), description="Oja's rule at each rate") as progress:
         for rate in OJA_RATES:
-            oja = PerLayerRule([classical_rule("oja", rate, **options)]).to(learned_weight)
-            values, weight = cosines(oja)
-            trials.append((np.nan_to_num(np.mean(values)), rate, values, weight))
+            oja = PerLayerRule([classical_rule("oja", rate, **options)]).to(direction)
+            values, weight = trained(oja)
+            if values.mean() > best.mean():
+                best, oja_rate, oja_weight = values, rate, weight
             progress.advance()
-    _, rate, of_oja, oja_weight = max(trials, key=lambda trial: trial[0])
     return {
-        "learned": learned,
+        "learned": learned.tolist(),
         "learned_weight": learned_weight,
-        "oja": of_oja,
+        "oja": best.tolist(),
         "oja_weight": oja_weight,
-        "oja_rate": rate,
+        "oja_rate": oja_rate,
     }
 
 
@@ -147,7 +154,7 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
     for line in lines:
         log.say(line)
     log.say(f"cosine with the first principal direction, {args.inner_steps} steps, mean over "
-            f"{args.evaluations} starts:")  # fmt: skip
+            f"{args.neurons} starts:")  # fmt: skip
     log.say(f"  learned rule {learned:.4f}")
     log.say(f"  Oja's rule   {oja:.4f}  (at its best rate, {comparison['oja_rate']:.2g})")
     log.say("this is Oja's rule" if found else "this is not Oja's rule (yet)")
@@ -178,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     direction = first_principal_direction(data).to(dtype)
     rule = make_rule(args.bound).to(device, dtype)
     parts = {
-        "make_model": partial(make_neuron, math.prod(data.shape)),
+        "make_model": partial(make_neurons, math.prod(data.shape), args.neurons),
         "rule": rule,
         "initializer": GaussianInitializer({}, {"w": FIXED}).to(device, dtype),
         "make_batches": lambda generator: batches(data, args.batch_size, generator, dtype),

@@ -315,7 +315,7 @@ class HypergradientDescent:
 
     def load_state_dict(self, state: dict) -> None:
         """Takes up a run where `state_dict` left it."""
-        self.metastep, self.removals = state["metastep"], state["removals"]
+        self.metastep, self.removals = state["metastep"], list(state["removals"])
         for keep in self.removals:
             self.rule.keep(keep)
         self.rule.load_state_dict(state["rule"])
@@ -324,7 +324,7 @@ class HypergradientDescent:
         self.optimizer.load_state_dict(state["optimizer"])
         self.collected = state["collected"]
         for name, p in self._trained().items():
-            self.average[name] = state["average"][name].to(p)
+            self.average[name] = state["average"][name].to(p, copy=True)
         for pending, saved in zip(self.pending, state["pending"], strict=True):
             pending.copy_(saved)
         device = next(iter(self._trained().values())).device

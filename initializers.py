@@ -29,6 +29,10 @@ class GaussianInitializer(nn.Module):
     def __init__(self, means: Mapping[str, str], spreads: Mapping[str, str]) -> None:
         super().__init__()
         for kind, modes in (("mean", means), ("spread", spreads)):
+            if unknown := set(modes) - set(SCALERS):
+                raise ValueError(
+                    f"{kind} of {sorted(unknown)}: parameters are {', '.join(SCALERS)}"
+                )
             for name, scaler in SCALERS.items():
                 mode = modes.get(name, ABSENT)
                 if mode not in (TRAINABLE, FIXED, ABSENT):

@@ -11,6 +11,7 @@ multiply powers of both views: (x1,s1,y1,x2,s2,y2,w), (y1,y2,b), (y1_j,y1_i,y2_j
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class PolynomialRule(LearningRule):
     Attributes:
         exponents: {"w": [(a, c, d, e), ...], "b": [(d, e), ...], "m": [(d1, d2, e), ...]}.
         w, b, m: the coefficients psi of these terms, nn.Parameters of the same lengths, start 0.
-        diagonal: psi_diag, of length 1, or 0 without lateral terms.
+        diagonal: psi_diag, of length 1, or 0 without it (by default where m has no terms).
         bound, bound_size: "none", "tanh" (c tanh(delta / c)) or "clamp" to [-c, c].
         l2: decay of all parameters.
         forward_weight_bound: w is clamped to [-bound, bound] after each update.
@@ -83,7 +84,7 @@ class PolynomialRule(LearningRule):
         self,
         exponents: dict[str, Sequence[Exponents]],
         *,
-        lateral_diagonal: bool = True,
+        lateral_diagonal: bool | None = None,
         bound: str = "none",
         bound_size: float = 0.1,
         l2: float = 0.0,
@@ -96,12 +97,13 @@ class PolynomialRule(LearningRule):
             raise RuleError("bound_size and forward_weight_bound must be > 0, l2 within [0, 1)")
         self.exponents: dict[str, list[Exponents]] = {}
         for group, terms in ((g, exponents.get(g, ())) for g in VARIABLES):
-            self.exponents[group] = [tuple(int(p) for p in term) for term in terms]
+            self.exponents[group] = [tuple(term) for term in terms]
             self._check_terms(group)
             setattr(self, group, nn.Parameter(torch.zeros(len(self.exponents[group]))))
         self._planned: dict[tuple[bool, torch.device], LocalPolynomials] = {}
-        has_diagonal = lateral_diagonal and bool(self.exponents["m"])
-        self.diagonal = nn.Parameter(torch.zeros(int(has_diagonal)))
+        if lateral_diagonal is None:
+            lateral_diagonal = bool(self.exponents["m"])
+        self.diagonal = nn.Parameter(torch.zeros(int(lateral_diagonal)))
         self.bound, self.bound_size = bound, float(bound_size)
         self.l2, self.forward_weight_bound = float(l2), float(forward_weight_bound)
 
@@ -120,8 +122,8 @@ class PolynomialRule(LearningRule):
     def _check_terms(self, group: str) -> None:
         terms, names = self.exponents[group], self.variable_names(group)
         for term in terms:
-            if len(term) != len(names) or min(term) < 0:
-                raise RuleError(f"a term of {group} needs powers >= 0 of {names}, got {term}")
+            if len(term) != len(names) or any(type(p) is not int or p < 0 for p in term):
+                raise RuleError(f"a term of {group} needs whole powers >= 0 of {names}, got {term}")
         if len(set(terms)) != len(terms):
             raise RuleError(f"the terms of {group} repeat themselves")
 
@@ -345,12 +347,15 @@ def _term_text(value: float, name: str, latex: bool) -> str:
     sign = "-" if value < 0 else "+"
     if not latex:
         return f"{sign} {abs(value):.3g} {name}" if name != "1" else f"{sign} {abs(value):.3g}"
-    if name == "diagonal":
-        name = r"\delta_{ij}"
-    for view in "12":
-        name = name.replace(f"{view}_j", f"_{{{view}j}}").replace(f"{view}_i", f"_{{{view}i}}")
+    name = r"\delta_{ij}" if name == "diagonal" else re.sub(r"([sxy])([12]?)(_[ij])?", _latex, name)
+    name = re.sub(r"\^(\d\d+)", r"^{\1}", name)
     mantissa, exponent = f"{abs(value):.2e}".split("e")
     return rf"{sign} {mantissa} \cdot 10^{{{int(exponent)}}} {'' if name == '1' else name}".rstrip()
+
+
+def _latex(variable: re.Match) -> str:
+    symbol, view, unit = variable.group(1), variable.group(2), variable.group(3) or ""
+    return f"{symbol}_{{{view}{unit[1:]}}}" if view else symbol + unit
 
 
 def rule_from_dict(description: dict) -> LearningRule:
@@ -370,9 +375,10 @@ def rule_from_dict(description: dict) -> LearningRule:
             for group in VARIABLES:
                 values = [t["coefficient"] for t in terms[group]]
                 getattr(rule, group).copy_(torch.tensor(values, dtype=torch.double))
-            if description["diagonal"]:
-                rule.diagonal.fill_(description["diagonal"][0])
-    except (KeyError, TypeError, IndexError, RuntimeError) as problem:
+            rule.diagonal.copy_(torch.tensor(description["diagonal"], dtype=torch.double))
+            if rule.diagonal.shape != (len(description["diagonal"]),):
+                raise RuleError(f"diagonal needs at most 1 number: {description['diagonal']}")
+    except (LookupError, TypeError, RuntimeError, ValueError, OverflowError) as problem:
         raise RuleError(f"not the description of a learning rule: {problem!r}") from problem
     return rule
 

@@ -13,9 +13,11 @@ import math
 from functools import partial
 
 import numpy as np
+import torch
 from torch import nn
 
 from command_line import (
+    UserError,
     common_parser,
     fraction,
     nonnegative_float,
@@ -35,6 +37,7 @@ from hypgraddesc import (
     evaluate,
     hypgraddesc,
     rising_steps,
+    seeded_generator,
 )
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule, save_rule
@@ -72,6 +75,7 @@ def make_parser():
     add("--raise_every", type=positive_int, default=100, help="meta-steps between raises")
     add("--raise_by", type=nonnegative_int, default=0, help="inner steps added at each raise")
     add("--batch_size", type=positive_int, default=1024, help="images of one update")
+    add("--compile", action="store_true", help="compile the update (needs a C++ compiler)")
     add("--memory", choices=MEMORY, default="fit", help="what is kept for the backward pass")
     add("--memory_limit", type=positive_float, default=3.0, metavar="GB", help="for --memory fit")
     add("--pair_inputs", action="store_true", help="learn from pairs of augmented views")
@@ -151,6 +155,19 @@ def make_model(args, inputs: int) -> nn.Module:
     )
 
 
+def compile_update(rule, model, initializer, make_batches) -> None:
+    """Has the rule's update compiled; about twenty seconds, results the same up to rounding."""
+    params, batch = initializer(model), next(make_batches(seeded_generator(0)))
+    rule.update(model, params, batch)  # lays out the sums, which a compiler could not trace
+    rule.update = torch.compile(rule.update, dynamic=False)
+    try:
+        rule.update(model, params, batch)
+    except torch._dynamo.exc.BackendCompilerFailed as problem:
+        raise UserError(
+            "--compile needs a C++ compiler that torch can use: leave it out"
+        ) from problem
+
+
 def report(args, log: RunLog, rule, initializer, rows: list[dict], params, inputs) -> None:
     """Writes what was learned: the rule, one network trained by it, and how well it does."""
     save_rule(rule, log.path("rule.json"))
@@ -193,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         return draw_batches(train_data, args.batch_size, generator, dtype)
 
     make_network = partial(make_model, args, math.prod(train_data.shape))
+    if args.compile:
+        compile_update(rule, make_network(), initializer, make_batches)
     loss = ProbeLoss(train_data, test_data, args.C, args.outer_images)
     parts = (make_network, rule, initializer, make_batches, loss)
 

@@ -14,7 +14,7 @@ from learning_rules import PerLayerRule, classical_rule
 from mnist_datasets import batches, load_images, normalize_pixels
 
 TINY = [
-    "--dataset", "mnist5k", "--metasteps", "3", "--inner_steps", "4", "--evaluations", "2",
+    "--dataset", "mnist5k", "--metasteps", "3", "--inner_steps", "4", "--neurons", "2",
     "--batch_size", "256", "--threads", "1",
 ]  # fmt: skip
 
@@ -47,15 +47,18 @@ def test_the_principal_direction_is_that_of_a_singular_value_decomposition(digit
 
 def test_the_loss_is_the_squared_distance_to_the_nearer_of_both_directions():
     loss = find_oja.DirectionLoss(torch.tensor([1.0, 0.0]))
-    for w, distance in (([0.5, 1.0], 1.25), ([-0.5, 1.0], 1.25), ([-1.0, 0.0], 0.0)):
+    weights = [([0.5, 1.0], 1.25), ([-0.5, 1.0], 1.25), ([-1.0, 0.0], 0.0)]
+    for w, distance in weights:
         value, numbers = loss(None, [{}, {"w": torch.tensor([w])}], None)
         assert math.isclose(value.item(), distance)
         assert math.isclose(numbers["cosine"], abs(w[0]) / math.hypot(*w), rel_tol=1e-6)
+    together, _ = loss(None, [{}, {"w": torch.tensor([w for w, _ in weights])}], None)
+    assert math.isclose(together.item(), sum(d for _, d in weights) / 3, rel_tol=1e-6)
 
 
 def test_ojas_own_rule_reaches_the_principal_direction(digits):
     cosine, params = evaluate(
-        lambda: find_oja.make_neuron(784),
+        lambda: find_oja.make_neurons(784, 3),
         PerLayerRule([classical_rule("oja", 0.03)]),
         GaussianInitializer({}, {"w": FIXED}),
         lambda generator: batches(digits, 1024, generator),
@@ -64,7 +67,7 @@ def test_ojas_own_rule_reaches_the_principal_direction(digits):
         (0,),
     )
     assert cosine["cosine"] > 0.99
-    assert 0.9 < params[-1]["w"].norm() < 1.1
+    assert ((params[-1]["w"].norm(dim=1) - 1).abs() < 0.1).all()
 
 
 @pytest.mark.parametrize(
@@ -82,3 +85,13 @@ def test_the_verdict_is_for_ojas_two_terms_and_nothing_else(changes, found):
     rule = find_oja.make_rule(0.1)
     coefficients = rule.coefficients() | {"1/w/x y": 1e-3, "1/w/y^2 w": -9e-4} | changes
     assert find_oja.verdict(coefficients)[0] == found
+
+
+@pytest.mark.slow
+def test_the_whole_run_recovers_ojas_rule(tmp_path):
+    flags = ["--data-dir", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--threads", "1"]
+    find_oja.main(flags)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["is_oja"]
+    means = [sum(results[k]) / len(results[k]) for k in ("cosine_learned", "cosine_oja")]
+    assert means[0] > means[1] - 0.005

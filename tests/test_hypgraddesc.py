@@ -397,7 +397,6 @@ def test_penalties_may_follow_a_schedule():
 
 
 def test_a_rate_of_zero_under_l1_changes_nothing():
-    # A bug when written: the L1 norm is rounded off over a width of 0, and 0 / 0 was stepped on.
     settings = {"metasteps": 1, "finetune_steps": 2, "finetune_factor": 0.0}
     run = descent([0.5, 0.0], slopes(*[(0.0, 0.0)] * 3), l1=1.0, **settings)
     run.step()
@@ -457,7 +456,6 @@ def test_ungraded_steps_come_once_after_each_reinitialisation():
 
 
 def test_ungraded_steps_come_also_where_a_failure_made_training_start_anew():
-    # A bug when written: they came at the regular reinitialisations only.
     def loss(w, call):
         return (0.0 if call != 1 else math.nan) * w.sum()
 
@@ -639,7 +637,6 @@ def test_a_skip_leaves_the_moments_of_the_optimizer_alone():
 
 
 def test_a_window_whose_last_meta_step_fails_leaves_nothing_to_the_next():
-    # A bug when written: what had been accumulated was neither stepped on nor dropped.
     gradients = [(100.0,), (math.nan,), (-1.0,), (-2.0,)]
     run = descent([0.0], slopes(*gradients), accumulate=True, reinitialize_every=2)
     for _ in gradients:
@@ -650,7 +647,6 @@ def test_a_window_whose_last_meta_step_fails_leaves_nothing_to_the_next():
 
 
 def test_a_hypergradient_that_overflows_when_squared_does_not_stop_its_coefficient_for_good():
-    # A bug when written: Adam's second moment became infinite, and every later step 0.
     run = descent([0.0], slopes((1e200,), *[(1.0,)] * 20))
     run.step()
     before = run.rule.psi.item()
@@ -728,7 +724,6 @@ def test_each_key_has_a_generator_of_its_own(one, two):
 
 @pytest.mark.parametrize("one, two", [((1,), (1, 0)), ((0, 0, 0), (0, 0)), ((2**32,), (0, 1))])
 def test_keys_of_different_length_or_size_differ_too(one, two):
-    # A bug when written: SeedSequence ignores zeros at the end and cuts large numbers to words.
     assert numbers(*one) != numbers(*two)
 
 
@@ -1088,7 +1083,6 @@ def test_a_loop_that_is_to_stop_at_what_is_not_finite_stops(tmp_path):
 
 
 def test_a_loop_that_skips_what_is_not_finite_goes_on_and_says_where(tmp_path):
-    # A bug when written: nothing said where.
     with RunLog.create(tmp_path / "run", {}, quiet=True) as log:
         failing_loop(log, "skip")
     columns = read_metrics(tmp_path / "run")

@@ -203,3 +203,25 @@ def test_a_new_rule_changes_nothing_but_clamps_the_weights(tmp_path):
     after = rule.update(network, params, x)
     for old, new in zip(params[1].values(), after[1].values(), strict=True):
         assert torch.equal(old.clamp(-1, 1), new)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_sees_the_same_numbers_up_to_rounding(tmp_path):
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        run(8, 5, *TINY, "--dtype", "float64", *flags, "--out", tmp_path / name)
+    for eager, compiled in zip(rows(tmp_path / "eager"), rows(tmp_path / "compiled"), strict=True):
+        numbers = [[float(value) for value in row.values()] for row in (eager, compiled)]
+        assert numbers[1] == pytest.approx(numbers[0], rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_two_hundred_meta_steps_teach_more_than_random_features_know(tmp_path):
+    flags = [
+        "--lr", "1e-4", "--clip_grads", "--decay", "cosine", "--warmup_steps", "10",
+        "--batch_size", "256", "--initial_inner_steps", "50", "--max_inner_steps", "50",
+        "--metasteps", "200", "--evaluations", "3", "--quiet",
+    ]  # fmt: skip
+    run(32, *flags, "--data-dir", tmp_path / "data", "--out", tmp_path / "run")
+    first = float(rows(tmp_path / "run")[0]["test_accuracy"])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["test_accuracy_mean"] > max(first + 0.05, 0.84)

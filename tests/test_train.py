@@ -272,7 +272,6 @@ def test_no_steps_return_the_parameters_still_attached(memory):
 
 
 def test_no_steps_without_a_graph_are_detached_too():
-    # A bug when written: the parameters given came back as they were, attached.
     problem = Problem()
     params = train(problem.model, problem.start(), problem.batches(), problem.rule, 0, grad=False)
     assert not any(t.requires_grad for layer in params for t in layer.values())
