@@ -7,7 +7,8 @@ A linear neuron is trained by a rule with 27 terms x^a y^d w^e, a, d, e <= 2. Th
 of its weight to the first principal direction of the images (or its opposite, if that is nearer)
 is differentiated through all updates, to improve the 27 coefficients. Many neurons, each with a
 start of its own, see the same batches and know nothing of each other: their mean distance is the
-loss. Source: Oja 1982.
+loss. Starts come in opposite pairs: as the starts are symmetric, so is the sample, and a term that
+favours one sign (a constant, y^2) gains nothing by chance. Source: Oja 1982.
 """
 
 import itertools
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 
 from command_line import (
     common_parser,
-    nonnegative_float,
     nonnegative_int,
     open_run,
     parse,
@@ -34,7 +34,7 @@ from hypgraddesc import EVALUATION, MetaSettings, evaluate, hypgraddesc
 from initializers import FIXED, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule, classical_rule, save_rule
 from mnist_datasets import ImageData, batches, load_images, normalize_pixels
-from models_fully_local import Activation, lateral_mlp
+from models_fully_local import Activation, Params, lateral_mlp
 from run_log import RunLog
 from train import MEMORY
 
@@ -51,10 +51,13 @@ def make_parser():
     add("--warmup_steps", type=nonnegative_int, default=10, help="the rate rises over these")
     add("--clip_grads", type=positive_float, default=1000.0, metavar="NORM",
         help="bound of the hypergradient's norm")  # fmt: skip
-    add("--l1_reg", type=nonnegative_float, default=100.0, help="L1 weight of the coefficients")
+    add("--l1_reg", type=positive_float, default=100.0, help="first L1 weight of the coefficients")
+    add("--sparsify", type=nonnegative_int, default=1, metavar="METASTEP",
+        help="from here on, remove coefficients that change sign")  # fmt: skip
+    add("--l1_end", type=positive_float, default=1.0, help="the last one; between, it falls evenly")
     add = parser.add_argument_group("inner training").add_argument
     add("--inner_steps", type=positive_int, default=300, help="updates of the neuron")
-    add("--neurons", type=positive_int, default=16, help="independent ones, side by side")
+    add("--pairs", type=positive_int, default=8, help="of independent neurons, side by side")
     add("--batch_size", type=positive_int, default=256, help="images of one update")
     add("--bound", type=positive_float, default=0.1, help="of one update (tanh)")
     add("--memory", choices=MEMORY, default="fit", help="what is kept for the backward pass")
@@ -95,9 +98,22 @@ def make_rule(bound: float) -> PerLayerRule:
     return PerLayerRule([PolynomialRule({"w": terms}, bound="tanh", bound_size=bound)])
 
 
-def make_neurons(inputs: int, count: int) -> nn.Module:
-    """Linear units on flattened images, that do not see each other."""
-    return lateral_mlp(inputs, [count], Activation("identity"), inhibition="none")
+def make_neurons(inputs: int, pairs: int) -> nn.Module:
+    """Pairs of linear units on flattened images, that do not see each other."""
+    return lateral_mlp(inputs, [2 * pairs], Activation("identity"), inhibition="none")
+
+
+class OppositeStarts(GaussianInitializer):
+    """w_0 ~ N(0, 1) / sqrt(in) for the first half of the units, its opposite for the second."""
+
+    def __init__(self) -> None:
+        super().__init__({}, {"w": FIXED})
+
+    def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
+        """One draw of the starts, in the only layer that has parameters, the last."""
+        *others, last = super().forward(model, generator)
+        half = last["w"][: len(last["w"]) // 2]
+        return [*others, last | {"w": torch.cat([half, -half])}]
 
 
 def compare_with_oja(args, parts: dict, log: RunLog) -> dict:
@@ -137,11 +153,12 @@ def verdict(coefficients: dict[str, float]) -> tuple[bool, list[str]]:
     tenth of both.
     """
     ranked = sorted(coefficients.items(), key=lambda item: -abs(item[1]))
-    largest = abs(ranked[0][1]) or 1.0
+    largest = max((abs(value) for value in coefficients.values()), default=0.0) or 1.0
     lines = [f"{'term':>14}  {'coefficient':>12}  relative"]
     for name, value in ranked[:TERMS_SHOWN]:
         lines.append(f"{name.split('/')[-1]:>14}  {value:12.3e}  {value / largest:+8.3f}")
-    (first, a), (second, b), (_, third) = ranked[:3]
+    nothing = ("", 0.0)  # in the place of terms that were removed
+    (first, a), (second, b), (_, third), *_ = [*ranked, nothing, nothing, nothing]
     signs = {first.split("/")[-1]: a > 0, second.split("/")[-1]: b > 0}
     found = signs == {"x y": True, "y^2 w": False} and abs(third) < 0.1 * min(abs(a), abs(b))
     return found, lines
@@ -154,7 +171,7 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
     for line in lines:
         log.say(line)
     log.say(f"cosine with the first principal direction, {args.inner_steps} steps, mean over "
-            f"{args.neurons} starts:")  # fmt: skip
+            f"{2 * args.pairs} starts:")  # fmt: skip
     log.say(f"  learned rule {learned:.4f}")
     log.say(f"  Oja's rule   {oja:.4f}  (at its best rate, {comparison['oja_rate']:.2g})")
     log.say("this is Oja's rule" if found else "this is not Oja's rule (yet)")
@@ -185,9 +202,9 @@ def main(argv: list[str] | None = None) -> None:
     direction = first_principal_direction(data).to(dtype)
     rule = make_rule(args.bound).to(device, dtype)
     parts = {
-        "make_model": partial(make_neurons, math.prod(data.shape), args.neurons),
+        "make_model": partial(make_neurons, math.prod(data.shape), args.pairs),
         "rule": rule,
-        "initializer": GaussianInitializer({}, {"w": FIXED}).to(device, dtype),
+        "initializer": OppositeStarts().to(device, dtype),
         "make_batches": lambda generator: batches(data, args.batch_size, generator, dtype),
         "outer_loss": DirectionLoss(direction),
     }
@@ -196,7 +213,10 @@ def main(argv: list[str] | None = None) -> None:
         lr=args.lr,
         warmup_steps=args.warmup_steps,
         clip_norm=args.clip_grads,
-        l1=args.l1_reg,
+        l1=lambda metastep: (
+            args.l1_reg * (args.l1_end / args.l1_reg) ** (metastep / args.metasteps)
+        ),
+        sparsify_from=args.sparsify,
         inner_steps=args.inner_steps,
         memory=args.memory,
         seed=args.seed,
