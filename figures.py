@@ -104,7 +104,7 @@ def draw_coefficients(step: np.ndarray, coefficients: Curves, path: str | Path) 
 
 
 def draw_features(
-    weights: np.ndarray, input_shape: Sequence[int], path: str | Path, layer: str = ""
+    weights: np.ndarray, input_shape: Sequence[int], path: str | Path, title: str
 ) -> None:
     """What each unit weighs, as an image; one scale for all, symmetric around 0.
 
@@ -117,9 +117,8 @@ def draw_features(
     mosaic = _mosaic(images)
     scale = max(1, round(900 / mosaic.shape[1]))
     limit = _limit(images)
-    name = f"layer {layer}" if layer else "the first layer"
-    some = f"{len(images)} of " if len(images) < len(weights) else ""
-    title = f"Forward weights of {name}: {some}{len(weights)} units"
+    if len(images) < len(weights):
+        title = f"{title}: {len(images)} of {len(weights)} units"
     _save_mosaic(np.repeat(np.repeat(mosaic, scale, 0), scale, 1), limit, title, path)
 
 
@@ -183,7 +182,8 @@ def _draw_parameters(parameters: Parameters, place: Path) -> list[Path]:
         layer, w = weights[0]
         shape = w.shape[1:] if w.ndim == 4 else parameters.get("input_shape", ())
         if len(shape) == 3 and w[0].size == np.prod(shape):
-            draw_features(w, shape, place / "features.png", layer)
+            title = f"Forward weights of layer {layer}"
+            draw_features(w, shape, place / "features.png", title)
             drawn.append(place / "features.png")
     if lateral:
         draw_lateral(lateral, place / "lateral.png")
@@ -257,7 +257,8 @@ def _panels(coefficients: Curves) -> dict[tuple[str, str], dict[str, np.ndarray]
 def _coefficient_curves(axes: Axes, step: np.ndarray, terms: Curves) -> None:
     """The terms that end largest, named in the order in which they end, over thin grey others."""
     final = {term: _last_finite(values) for term, values in terms.items()}
-    largest = sorted(terms, key=lambda term: -abs(final[term]))[:LABELLED]
+    left = [term for term in terms if final[term]]
+    largest = sorted(left, key=lambda term: -abs(final[term]))[:LABELLED]
     marker = "o" if len(step) == 1 else ""
     for term, values in terms.items():
         if term not in largest:

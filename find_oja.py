@@ -52,7 +52,7 @@ def make_parser():
     add("--clip_grads", type=positive_float, default=1000.0, metavar="NORM",
         help="bound of the hypergradient's norm")  # fmt: skip
     add("--l1_reg", type=positive_float, default=100.0, help="first L1 weight of the coefficients")
-    add("--sparsify", type=nonnegative_int, default=1, metavar="METASTEP",
+    add("--sparsify", type=nonnegative_int, default=4, metavar="METASTEP",
         help="from here on, remove coefficients that change sign")  # fmt: skip
     add("--l1_end", type=positive_float, default=1.0, help="the last one; between, it falls evenly")
     add = parser.add_argument_group("inner training").add_argument
@@ -190,7 +190,8 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
         "oja_rate": comparison["oja_rate"],
     })  # fmt: skip
     draw_run(log.directory)
-    draw_features(weights, data.shape, log.path("figures/directions.png"), "learned, Oja, PCA")
+    title = "Weights of the learned rule, of Oja's rule; first principal direction"
+    draw_features(weights, data.shape, log.path("figures/directions.png"), title)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -106,7 +106,7 @@ def test_damaged_parameters_are_one_line(tmp_path):
 @pytest.mark.parametrize(("units", "shape"), [(1, (1, 3, 4)), (7, (3, 5, 5)), (70, (1, 28, 28))])
 def test_each_weight_is_a_square_of_whole_pixels_of_one_colour(tmp_path, units, shape):
     weights = np.random.default_rng(0).normal(size=(units, int(np.prod(shape))))
-    draw_features(weights, shape, tmp_path / "features.png")
+    draw_features(weights, shape, tmp_path / "features.png", "Weights")
     with Image.open(tmp_path / "features.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     row = pixels[50]  # the first row of the images
