@@ -17,6 +17,7 @@ Exit status: 0 done, 2 wrong input, 130 interrupted.
 import argparse
 import copy
 import ctypes
+import hashlib
 import math
 import os
 import re
@@ -31,7 +32,7 @@ import torch
 from hypgraddesc import MetaError
 from learning_rules import RuleError
 from linear_probe import ProbeError
-from mnist_datasets import DataError
+from mnist_datasets import DataError, ImageData
 from run_log import RunLog, RunLogError, plain, read_config
 
 DATASETS = ("mnist", "fashion", "mnist5k")
@@ -100,22 +101,26 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """The device and type that `args` ask for; also sets threads, determinism and allocator."""
     device = find_device(args.device)
     if args.threads is not None:
+        if args.threads > 64 * (os.cpu_count() or 1):
+            raise UserError(f"--threads {args.threads}: this machine has {os.cpu_count()} cores")
         torch.set_num_threads(args.threads)
     _be_deterministic(device)
     keep_freed_memory()
     return device, DTYPES[args.dtype]
 
 
-def open_run(args: argparse.Namespace, command: str) -> RunLog:
+def open_run(args: argparse.Namespace, command: str, data: ImageData) -> RunLog:
     """The run that `args` ask for: a new one, or with --resume one that has the same flags.
 
     Device and number of threads are saved as they are in effect, because the last bits of a
-    result depend on them.
+    result depend on them; and what images were found, because all of it does.
     """
     config = {name: value for name, value in vars(args).items() if name not in OF_THE_CALL}
     config["command"] = command
     config["device"] = str(find_device(args.device))
     config["threads"] = args.threads or torch.get_num_threads()
+    pixels = data.images.contiguous().numpy(force=True)
+    config["images"] = f"{len(data)}, sha256 {hashlib.sha256(pixels).hexdigest()[:16]}"
     if args.resume is None:
         return RunLog.create(args.out or _new_directory(command), config, args.quiet)
     _refuse_other_configuration(args.resume, read_config(args.resume), plain(config))
@@ -131,20 +136,26 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
     try:
         main(argv)
         sys.stdout.flush()
-    except (UserError, RunLogError, DataError, ProbeError, RuleError, MetaError) as error:
-        _exit_with_line(error, status=2)
-    except FloatingPointError as error:
-        _exit_with_line(error, status=1)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
     except BrokenPipeError:
         # Python flushes stdout once more at exit; let that go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except FloatingPointError as error:
+        _exit_with_line(error, status=1)
+    except (UserError, RunLogError, DataError, ProbeError, RuleError, MetaError) as error:
+        _exit_with_line(error, status=2)
+    except OSError as error:
+        _exit_with_line(f"cannot read or write: {error}", status=2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        _exit_with_line("not enough memory: take smaller layers, batches or --memory", status=2)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
 
 
-def _exit_with_line(error: Exception, status: int) -> NoReturn:
+def _exit_with_line(error: Exception | str, status: int) -> NoReturn:
     line = " ".join(str(error).split())
     sys.stderr.write(f"error: {line}\n")
     sys.exit(status)
@@ -153,11 +164,11 @@ def _exit_with_line(error: Exception, status: int) -> NoReturn:
 def find_device(name: str) -> torch.device:
     """The device called `name`, UserError where it isn't there.
 
-    auto is the first CUDA device, else MPS, else the CPU.
+    auto is the first CUDA device, else the CPU.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "auto":  # not mps: it lacks the float64 that the probe needs
+        name = "cuda" if cuda else "cpu"
     if name == "cuda":
         name = "cuda:0"
     device = torch.device(name)

@@ -30,9 +30,9 @@ from command_line import (
     set_up,
 )
 from figures import draw_features, draw_run
-from hypgraddesc import EVALUATION, MetaSettings, evaluate, hypgraddesc
+from hypgraddesc import EVALUATION, MetaSettings, evaluate, hypgraddesc, seeded_generator
 from initializers import FIXED, GaussianInitializer
-from learning_rules import PerLayerRule, PolynomialRule, classical_rule, save_rule
+from learning_rules import PerLayerRule, PolynomialRule, classical_rule
 from mnist_datasets import ImageData, batches, load_images, normalize_pixels
 from models_fully_local import Activation, Params, lateral_mlp
 from run_log import RunLog
@@ -149,8 +149,8 @@ def compare_with_oja(args, parts: dict, log: RunLog) -> dict:
 def verdict(coefficients: dict[str, float]) -> tuple[bool, list[str]]:
     """Whether the coefficients are those of Oja's rule, and lines of a table that show it.
 
-    They are if the two largest are x y, positive, and y^2 w, negative, and every other is below a
-    tenth of both.
+    They are if the two largest are x y, positive, and y^2 w, negative, within a fifth of each
+    other, and every other is below a tenth of both.
     """
     ranked = sorted(coefficients.items(), key=lambda item: -abs(item[1]))
     largest = max((abs(value) for value in coefficients.values()), default=0.0) or 1.0
@@ -160,7 +160,11 @@ def verdict(coefficients: dict[str, float]) -> tuple[bool, list[str]]:
     nothing = ("", 0.0)  # in the place of terms that were removed
     (first, a), (second, b), (_, third), *_ = [*ranked, nothing, nothing, nothing]
     signs = {first.split("/")[-1]: a > 0, second.split("/")[-1]: b > 0}
-    found = signs == {"x y": True, "y^2 w": False} and abs(third) < 0.1 * min(abs(a), abs(b))
+    found = (
+        signs == {"x y": True, "y^2 w": False}
+        and abs(a + b) < 0.2 * largest
+        and abs(third) < 0.1 * min(abs(a), abs(b))
+    )
     return found, lines
 
 
@@ -175,8 +179,6 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
     log.say(f"  learned rule {learned:.4f}")
     log.say(f"  Oja's rule   {oja:.4f}  (at its best rate, {comparison['oja_rate']:.2g})")
     log.say("this is Oja's rule" if found else "this is not Oja's rule (yet)")
-    save_rule(rule, log.path("rule.json"))
-    log.path("rule.txt").write_text(rule.formula() + "\n")
     weights = torch.stack([comparison["learned_weight"], comparison["oja_weight"], direction])
     weights = weights.numpy(force=True)
     weights *= np.sign(weights @ weights[2])[:, None]
@@ -226,9 +228,11 @@ def main(argv: list[str] | None = None) -> None:
     def coefficients() -> dict[str, float]:
         return {f"coefficient/{name}": value for name, value in rule.coefficients().items()}
 
-    with open_run(args, "find_oja") as log:
+    next(parts["make_batches"](seeded_generator(0)))  # refuses a wrong batch size
+    with open_run(args, "find_oja", data) as log:
         log.say(data.source)
         finished = hypgraddesc(**parts, settings=settings, log=log, hyperparameters=coefficients)
+        log.write_rule(rule)
         report(args, log, rule, compare_with_oja(args, parts, log), data, direction)
     if not finished:
         raise KeyboardInterrupt

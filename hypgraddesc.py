@@ -176,7 +176,7 @@ class HypergradientDescent:
                 outcomes.append(self._run_task(task, steps))
             except FloatingPointError as problem:
                 self.carried[task] = None
-                where = f"meta-step {self.metastep}, {problem}"
+                where = f"meta-step {self.metastep + 1}, {problem}"
                 if settings.nonfinite == "stop":
                     raise NonFiniteError(where) from problem
                 self.warn(f"{where}; this task is left out")
@@ -367,7 +367,11 @@ def hypgraddesc(
     ):
         while descent.metastep < total and not interrupt.requested:
             values = hyperparameters()  # of before the update, as the numbers are
-            row = descent.step()
+            try:
+                row = descent.step()
+            except NonFiniteError:
+                log.save_checkpoint(descent.metastep, descent.state_dict())
+                raise
             log.record(descent.metastep, row | {name: values.get(name, 0.0) for name in columns})
             ended = descent.metastep == total or interrupt.requested
             if ended or descent.metastep % checkpoint_every == 0:
@@ -394,6 +398,7 @@ def evaluate(
     model = make_model()
     start, order, outer = (seeded_generator(*draw, k) for k in range(3))
     params = train(model, initializer(model, start), make_batches(order), rule, steps, grad=False)
+    _check_finite(params, f"parameters after {steps} inner steps")
     loss, numbers = outer_loss(model, params, outer)
     return {"meta_loss": loss.item(), **numbers}, params
 

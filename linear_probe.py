@@ -306,6 +306,8 @@ def _lbfgs(
         direction = -_inverse_hessian_product(gradient, pairs, factors)
         direction -= direction.mean(0)
         slope = float((gradient * direction).sum())
+        if not math.isfinite(value + slope) or slope > 0:
+            return V, iteration, False
         if -slope / 2 <= tolerance * value:
             return V, iteration, True
         step = 1.0

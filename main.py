@@ -40,11 +40,11 @@ from hypgraddesc import (
     seeded_generator,
 )
 from initializers import TRAINABLE, GaussianInitializer
-from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule, save_rule
+from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
 from linear_probe import ProbeLoss
 from mnist_datasets import batches, load_images, normalize_pixels, pair_batches
 from models_fully_local import INHIBITION, Activation, lateral_mlp
-from run_log import RunLog
+from run_log import RunLog, finish_on_interrupt, read_metrics
 from train import MEMORY
 
 
@@ -53,20 +53,20 @@ def make_parser():
     parser = common_parser("Meta-learn a local learning rule by hypergradient descent.", "main")
     parser.add_argument("layers", type=positive_int, nargs="+", help="units of each layer")
     add = parser.add_argument_group("meta-learning").add_argument
-    add("--metasteps", type=nonnegative_int, default=1000, help="meta-steps at the full rate")
+    add("--metasteps", type=nonnegative_int, default=1000, help="meta-steps before the fine-tuning")
     add("--lr", type=positive_float, default=1e-5, help="learning rate of the coefficients")
     add("--optimizer", choices=list(OPTIMIZERS), default="adam", help="of the coefficients")
     add("--warmup_steps", type=nonnegative_int, default=100, help="the rate rises over these")
     add("--decay", choices=("none", "cosine"), default="none", help="how the rate falls again")
     add("--finetune_steps", type=nonnegative_int, default=0, help="more, at a tenth of the rate")
-    add("--clip_grads", type=positive_float, nargs="?", const=100.0, metavar="NORM",
-        help="bound the norm of the hypergradient (100 if no NORM is given)")  # fmt: skip
+    add("--clip_grads", action="store_true", help="bound the norm of each task's hypergradient")
+    add("--clip_norm", type=positive_float, default=100.0, metavar="NORM", help="by this")
     add("--tasks", type=positive_int, default=1, help="draws averaged in one hypergradient")
     add("--average", type=fraction, default=0.0, metavar="DECAY",
         help="end with a running average of the coefficients of this decay")  # fmt: skip
     add("--l1_reg", type=nonnegative_float, default=0.0, help="L1 weight of the coefficients")
-    add("--sparsify", type=nonnegative_int, nargs="?", const=0, metavar="METASTEP",
-        help="remove coefficients that change sign (from METASTEP on)")  # fmt: skip
+    add("--sparsify", action="store_true", help="remove coefficients that change sign")
+    add("--sparsify_from", type=nonnegative_int, default=0, metavar="METASTEP", help="from here on")
     add("--nonfinite", choices=("skip", "stop"), default="skip",
         help="what to do with a hypergradient that is not finite")  # fmt: skip
     add = parser.add_argument_group("inner training").add_argument
@@ -96,6 +96,24 @@ def make_parser():
     return parser
 
 
+def refuse_flags_without_effect(args) -> None:
+    """UserError where a flag would silently do nothing."""
+    first, most = args.initial_inner_steps, args.max_inner_steps
+    if first > most:
+        raise UserError(
+            f"--initial_inner_steps {first} is above --max_inner_steps {most}: raise it"
+        )
+    if args.raise_by and first == most:
+        raise UserError(f"--raise_by needs --initial_inner_steps below --max_inner_steps {most}")
+    if args.compile and args.sparsify:
+        raise UserError("--compile does not go with --sparsify, whose rule changes: leave one out")
+    lateral_only = args.forbid_self_inhibition or args.forbid_excitation
+    if args.inhibition != "lateral" and lateral_only:
+        raise UserError(
+            "--forbid_self_inhibition and --forbid_excitation need --inhibition lateral"
+        )
+
+
 def make_settings(args) -> MetaSettings:
     """The meta-loop's settings from the flags."""
     return MetaSettings(
@@ -109,9 +127,9 @@ def make_settings(args) -> MetaSettings:
             args.initial_inner_steps, args.raise_by, args.raise_every, args.max_inner_steps
         ),
         tasks=args.tasks,
-        clip_norm=args.clip_grads,
+        clip_norm=args.clip_norm if args.clip_grads else None,
         l1=args.l1_reg,
-        sparsify_from=args.sparsify,
+        sparsify_from=args.sparsify_from if args.sparsify else None,
         average=args.average,
         nonfinite=args.nonfinite,
         memory=args.memory,
@@ -136,9 +154,10 @@ def make_rule(args) -> PerLayerRule:
     ])  # fmt: skip
 
 
-def make_initializer() -> GaussianInitializer:
+def make_initializer(args) -> GaussianInitializer:
     """Spread of w trained; b and m start at trained means, without spread."""
-    return GaussianInitializer({"b": TRAINABLE, "m": TRAINABLE}, {"w": TRAINABLE})
+    means = {"b": TRAINABLE, "m": TRAINABLE} if args.inhibition == "lateral" else {"b": TRAINABLE}
+    return GaussianInitializer(means, {"w": TRAINABLE})
 
 
 def make_model(args, inputs: int) -> nn.Module:
@@ -168,70 +187,90 @@ def compile_update(rule, model, initializer, make_batches) -> None:
         ) from problem
 
 
-def report(args, log: RunLog, rule, initializer, rows: list[dict], params, inputs) -> None:
-    """Writes what was learned: the rule, one network trained by it, and how well it does."""
-    save_rule(rule, log.path("rule.json"))
-    log.path("rule.txt").write_text(rule.formula() + "\n")
-    log.path("rule.tex").write_text(rule.formula(latex=True) + "\n")
+def evaluate_from_new_draws(args, log: RunLog, parts: dict, draws: int):
+    """Numbers of several trainings with the final rule, as long as meta-training's last; the
+    parameters of the last of them; and whether Ctrl-C ended it before its time.
+    """
+    steps = read_metrics(log.directory).get("inner_steps", [args.initial_inner_steps])[-1]
+    rows, params = [], []
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(draws, description="evaluation") as progress,
+    ):
+        for draw in range(draws):
+            try:
+                key = (args.seed, EVALUATION, draw)
+                row, params = evaluate(**parts, steps=int(steps), draw=key)
+                rows.append({"inner_steps": int(steps), **row})
+            except FloatingPointError as problem:
+                log.warn(f"evaluation {draw + 1}, {problem}; left out")
+            progress.advance(rows[-1] if rows else None)
+            if interrupt.requested:
+                break
+    return rows, params, interrupt.requested
+
+
+def report(log: RunLog, data, initializer, rows: list[dict], params) -> None:
+    """Writes one network trained by the rule, and how well several do."""
     arrays = {
         f"{number}.{name}": tensor.numpy(force=True)
         for number, layer in enumerate((p for p in params if p), 1)
         for name, tensor in layer.items()
     }
-    log.write_arrays("parameters.npz", {**arrays, "input_shape": np.array(inputs.shape)})
-    accuracies = np.array([row["test_accuracy"] for row in rows])
+    log.write_arrays("parameters.npz", {**arrays, "input_shape": np.array(data.shape)})
+    accuracies = [row["test_accuracy"] for row in rows]
     results = {
-        "data": inputs.source,
+        "data": data.source,
         "evaluations": rows,
-        "test_accuracy_mean": accuracies.mean(),
-        "test_accuracy_standard_deviation": accuracies.std(),
+        "test_accuracy_mean": np.mean(accuracies) if rows else None,
+        "test_accuracy_standard_deviation": np.std(accuracies) if rows else None,
         "initializer": initializer.effective(),
     }
     log.write_json("results.json", results)
-    log.say(rule.formula(max_terms=6))
-    log.say(
-        f"test accuracy {accuracies.mean():.2%} +- {accuracies.std():.2%} "
-        f"over {len(rows)} trainings with the final rule; everything is in {log.directory}"
-    )
+    if rows:
+        log.say(
+            f"test accuracy {np.mean(accuracies):.2%} +- {np.std(accuracies):.2%} over {len(rows)} "
+            f"trainings with the final rule, {rows[0]['inner_steps']} steps each"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, meta-learn, evaluate, report."""
     args = parse(make_parser(), argv)
+    refuse_flags_without_effect(args)
     device, dtype = set_up(args)
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
     if args.pixelwise_normalization:
         train_data, test_data = normalize_pixels(train_data, test_data)
-    rule = make_rule(args).to(device, dtype)
-    initializer = make_initializer().to(device, dtype)
     draw_batches = pair_batches if args.pair_inputs else batches
-
-    def make_batches(generator):
-        return draw_batches(train_data, args.batch_size, generator, dtype)
-
-    make_network = partial(make_model, args, math.prod(train_data.shape))
+    parts = {
+        "make_model": partial(make_model, args, math.prod(train_data.shape)),
+        "rule": make_rule(args).to(device, dtype),
+        "initializer": make_initializer(args).to(device, dtype),
+        "make_batches": lambda g: draw_batches(train_data, args.batch_size, g, dtype),
+        "outer_loss": ProbeLoss(train_data, test_data, args.C, args.outer_images),
+    }
+    rule, initializer, settings = parts["rule"], parts["initializer"], make_settings(args)
+    settings.check(initializer)
+    next(parts["make_batches"](seeded_generator(0)))  # refuses a wrong batch size
     if args.compile:
-        compile_update(rule, make_network(), initializer, make_batches)
-    loss = ProbeLoss(train_data, test_data, args.C, args.outer_images)
-    parts = (make_network, rule, initializer, make_batches, loss)
+        compile_update(rule, parts["make_model"](), initializer, parts["make_batches"])
 
     def hyperparameters() -> dict[str, float]:
         coefficients = {f"coefficient/{n}": v for n, v in rule.coefficients().items()}
         return coefficients | {f"initial/{n}": v for n, v in initializer.effective().items()}
 
-    with open_run(args, "main") as log:
+    with open_run(args, "main", train_data) as log:
         log.say(train_data.source)
-        finished = hypgraddesc(*parts, make_settings(args), log, hyperparameters=hyperparameters)
-        draws = range(args.evaluations if finished else 1)
-        with log.progress(len(draws), description="evaluation") as progress:
-            rows = []
-            for draw in draws:
-                row, params = evaluate(*parts, args.max_inner_steps, (args.seed, EVALUATION, draw))
-                rows.append(row)
-                progress.advance(row)
-        report(args, log, rule, initializer, rows, params, train_data)
+        finished = hypgraddesc(**parts, settings=settings, log=log, hyperparameters=hyperparameters)
+        log.write_rule(rule)
+        log.say(rule.formula(max_terms=6))
+        draws = args.evaluations if finished else 1
+        rows, params, interrupted = evaluate_from_new_draws(args, log, parts, draws)
+        report(log, train_data, initializer, rows, params)
         draw_run(log.directory)
-    if not finished:
+        log.say(f"everything is in {log.directory}")
+    if interrupted or not finished:
         raise KeyboardInterrupt
 
 

@@ -24,8 +24,12 @@ from command_line import (
     set_up,
 )
 from linear_probe import ProbeError
-from mnist_datasets import DataError
+from mnist_datasets import DataError, ImageData
 from run_log import RunLogError
+
+IMAGES = ImageData(
+    torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), "two images"
+)
 
 
 def some_parser() -> argparse.ArgumentParser:
@@ -40,13 +44,13 @@ def some_parser() -> argparse.ArgumentParser:
 def started(directory: Path, *flags: str) -> argparse.Namespace:
     """A run begun with these flags."""
     args = parse(some_parser(), ["32", "--out", str(directory), "--quiet", *flags])
-    open_run(args, "some").close()
+    open_run(args, "some", IMAGES).close()
     return args
 
 
 def resumed(directory: Path, *flags: str) -> argparse.Namespace:
     args = parse(some_parser(), [*flags, "--resume", str(directory), "--quiet"])
-    open_run(args, "some").close()
+    open_run(args, "some", IMAGES).close()
     return args
 
 
@@ -214,14 +218,14 @@ def test_auto_is_a_device_that_is_there():
 def test_a_new_run_is_named_by_command_and_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = parse(some_parser(), ["1", "--quiet"])
-    with open_run(args, "some") as first, open_run(args, "some") as second:
+    with open_run(args, "some", IMAGES) as first, open_run(args, "some", IMAGES) as second:
         assert first.directory != second.directory
         assert first.directory.parent == Path("runs") and first.directory.name.startswith("some-2")
 
 
 def test_the_configuration_holds_what_is_in_effect(tmp_path):
     args = parse(some_parser(), ["1", "--out", str(tmp_path / "run"), "--device", "auto"])
-    with open_run(args, "some") as log:
+    with open_run(args, "some", IMAGES) as log:
         assert log.config["command"] == "some" and log.config["device"] == str(find_device("auto"))
         assert log.config["threads"] == torch.get_num_threads()
         assert not {"out", "resume", "quiet"} & set(log.config)
@@ -230,7 +234,7 @@ def test_the_configuration_holds_what_is_in_effect(tmp_path):
 def test_an_out_that_can_not_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     args = parse(some_parser(), ["1", "--out", str(tmp_path / "file" / "run")])
-    status, error = ended(lambda _: open_run(args, "some"), capsys)
+    status, error = ended(lambda _: open_run(args, "some", IMAGES), capsys)
     assert status == 2 and error.count("\n") == 1 and "Not a directory" in error
 
 
@@ -269,7 +273,7 @@ def test_resume_refuses_a_run_of_another_command(tmp_path):
     started(tmp_path / "run")
     args = parse(some_parser(), ["--resume", str(tmp_path / "run")])
     with pytest.raises(UserError, match=r"is a run of some\.py, not of other\.py"):
-        open_run(args, "other")
+        open_run(args, "other", IMAGES)
 
 
 def test_resume_says_when_the_device_of_the_run_is_gone(tmp_path):

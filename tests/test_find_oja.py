@@ -81,6 +81,7 @@ def test_ojas_own_rule_reaches_the_principal_direction(digits):
         ({}, True),
         ({"1/w/x y": -1e-3}, False),
         ({"1/w/y^2 w": 1e-3}, False),
+        ({"1/w/y^2 w": -2e-4}, False),
         ({"1/w/x w": 2e-4}, False),
         ({"1/w/x w": 2e-3}, False),
         ({"1/w/x w": 5e-5}, True),

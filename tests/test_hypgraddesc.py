@@ -565,7 +565,7 @@ def test_a_skipped_task_is_warned_of_with_its_place(how, place):
     for _ in range(4):
         run.step()
     (text,) = run.warn
-    assert text.startswith("meta-step 2, ") and place in text and "\n" not in text
+    assert text.startswith("meta-step 3, ") and place in text and "\n" not in text
 
 
 @pytest.mark.parametrize("how", FAILURES)
@@ -603,7 +603,7 @@ def test_a_run_that_is_to_stop_says_where(how, place):
     run.step()
     run.step()
     before = run.rule.psi.item()
-    with pytest.raises(NonFiniteError, match=f"^meta-step 2, .*{place}") as error:
+    with pytest.raises(NonFiniteError, match=f"^meta-step 3, .*{place}") as error:
         run.step()
     assert "\n" not in str(error.value)
     assert run.rule.psi.item() == before and run.metastep == 2
@@ -617,7 +617,7 @@ def test_inner_parameters_that_are_not_finite_are_never_judged():
     assert run.step()["skipped_tasks"] == 1
     assert run.outer_loss.seen == [] and run.rule.psi.item() == 0.5
     stopping = descent([0.5], distance(1.0), batches=exploding, inner_steps=2, nonfinite="stop")
-    with pytest.raises(NonFiniteError, match="meta-step 0, parameters after 2 inner steps of task"):
+    with pytest.raises(NonFiniteError, match="meta-step 1, parameters after 2 inner steps of task"):
         stopping.step()
 
 
@@ -1076,7 +1076,7 @@ def failing_loop(log, nonfinite):
 def test_a_loop_that_is_to_stop_at_what_is_not_finite_stops(tmp_path):
     with (
         RunLog.create(tmp_path / "run", {}, quiet=True) as log,
-        pytest.raises(NonFiniteError, match="meta-step 2, outer loss of task 0"),
+        pytest.raises(NonFiniteError, match="meta-step 3, outer loss of task 0"),
     ):
         failing_loop(log, "stop")
     assert read_metrics(tmp_path / "run")["step"].tolist() == [1, 2]
@@ -1088,7 +1088,7 @@ def test_a_loop_that_skips_what_is_not_finite_goes_on_and_says_where(tmp_path):
     columns = read_metrics(tmp_path / "run")
     assert columns["skipped_tasks"].tolist() == [0, 0, 1, 0]
     assert math.isnan(columns["meta_loss"][2]) and columns["psi0"][2] == columns["psi0"][3]
-    assert "meta-step 2, outer loss of task 0" in (tmp_path / "run" / "log.txt").read_text()
+    assert "meta-step 3, outer loss of task 0" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_the_loop_says_where_it_goes_on(tmp_path):

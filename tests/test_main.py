@@ -96,13 +96,13 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--pixelwise_normalization"],
         ["--l1_reg", "1"],
         ["--sparsify"],
-        ["--sparsify", "1"],
+        ["--sparsify", "--sparsify_from", "1"],
         ["--raise_by", "1", "--raise_every", "1"],
         ["--C", "10"],
         ["--bound", "0"],
         ["--finetune_steps", "1"],
         ["--clip_grads"],
-        ["--clip_grads", "5"],
+        ["--clip_grads", "--clip_norm", "5"],
         ["--inh_steps", "3", "--inh_factor", "0.5"],
         ["--inhibition", "l2"],
         ["--l2_reg", "0.01"],
@@ -123,7 +123,7 @@ def test_every_flag_changes_the_course_of_a_run(tmp_path, plain, flags):
 
 
 def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_path):
-    flags = [*TINY, "--metasteps", "40", "--sparsify", "10", "--average", "0.9"]
+    flags = [*TINY, "--metasteps", "40", "--sparsify", "--sparsify_from", "10", "--average", "0.9"]
     run(4, *flags, "--out", tmp_path / "whole")
     command = [sys.executable, "main.py", "4", *flags, "--out", str(tmp_path / "killed")]
     for kill in range(3):
@@ -174,11 +174,40 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["32", "--threads", "0"], "at least 1"),
         (["32", "--bound", "-1"], "at least 0"),
         ([], "layers"),
+        (["32", "--threads", "99999999999"], "cores"),
+        (["32", "--initial_inner_steps", "300"], "--max_inner_steps"),
+        (["32", "--raise_by", "50"], "--initial_inner_steps"),
+        (["32", "--compile", "--sparsify"], "leave one out"),
+        (["32", "--inhibition", "none", "--forbid_excitation"], "lateral"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):
     where = ["--out", tmp_path / "run"]
     assert message in refused(capsys, *flags, *where)
+
+
+def test_a_refused_batch_size_leaves_no_directory_behind(capsys, tmp_path):
+    refused(capsys, 4, *TINY, "--batch_size", 5000, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_resumed_on_other_images(capsys, tmp_path, plain, monkeypatch):
+    other = [data.__class__(data.images[1:], data.labels[1:], "other")
+             for data in load_images("mnist5k", tmp_path)]  # fmt: skip
+    monkeypatch.setattr(main, "load_images", lambda *_: other)
+    assert "images" in refused(capsys, "--resume", plain, "--quiet")
+
+
+def test_a_rule_that_trains_nothing_finite_is_saved_all_the_same(tmp_path):
+    run(4, *TINY, "--bound", 0, "--lr", 1e30, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "rule.json").exists()
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["evaluations"] == [] and results["test_accuracy_mean"] is None
+
+
+def test_evaluations_take_as_many_steps_as_the_last_meta_step(plain):
+    results = json.loads((plain / "results.json").read_text())
+    assert [row["inner_steps"] for row in results["evaluations"]] == [2]
 
 
 def test_an_output_that_cannot_be_written_is_refused(capsys, tmp_path):
@@ -198,7 +227,7 @@ def test_a_new_rule_changes_nothing_but_clamps_the_weights(tmp_path):
     assert all(torch.equal(p, torch.zeros_like(p)) for p in rule.parameters())
     train_data, _ = load_images("mnist5k", tmp_path)
     network = main.make_model(args, 784)
-    params = main.make_initializer()(network, torch.Generator().manual_seed(0))
+    params = main.make_initializer(args)(network, torch.Generator().manual_seed(0))
     x = train_data.floats(slice(0, 8))
     after = rule.update(network, params, x)
     for old, new in zip(params[1].values(), after[1].values(), strict=True):
