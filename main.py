@@ -77,7 +77,7 @@ def make_parser():
     add("--batch_size", type=positive_int, default=1024, help="images of one update")
     add("--compile", action="store_true", help="compile the update (needs a C++ compiler)")
     add("--memory", choices=MEMORY, default="fit", help="what is kept for the backward pass")
-    add("--memory_limit", type=positive_float, default=3.0, metavar="GB", help="for --memory fit")
+    add("--memory_limit", type=positive_float, default=2.5, metavar="GB", help="for --memory fit")
     add("--pair_inputs", action="store_true", help="learn from pairs of augmented views")
     add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
     add = parser.add_argument_group("network and rule").add_argument

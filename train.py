@@ -22,7 +22,7 @@ from learning_rules import LearningRule
 from models_fully_local import Params
 
 MEMORY = ("fit", "keep", "segments", "recompute")
-MEMORY_LIMIT = 3 * 2**30
+MEMORY_LIMIT = 5 * 2**29  # peak below 4 GB with the networks of main.py
 
 
 def train(
