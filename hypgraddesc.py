@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from learning_rules import LearningRule
 from models_fully_local import Params
 from run_log import RunLog, finish_on_interrupt
-from train import MEMORY_LIMIT, train
+from train import MEMORY_LIMIT, detached, train
 
 Schedule = float | Callable[[int], float]
 
@@ -223,7 +223,7 @@ class HypergradientDescent:
         for name, g in zip(trained, gradient, strict=True):
             # The optimiser squares it: what overflows then is as bad as what is not finite now.
             _check_finite(g.square(), f"hypergradient of {name} in task {task}")
-        self.carried[task] = _detached(theta)
+        self.carried[task] = detached(theta)
         return gradient, {"meta_loss": loss.item(), **numbers}
 
     def _collect(self, gradients: list[list[Tensor]]) -> float:
@@ -401,10 +401,6 @@ def evaluate(
     _check_finite(params, f"parameters after {steps} inner steps")
     loss, numbers = outer_loss(model, params, outer)
     return {"meta_loss": loss.item(), **numbers}, params
-
-
-def _detached(params: Params) -> Params:
-    return [{name: tensor.detach() for name, tensor in layer.items()} for layer in params]
 
 
 def _check_finite(value: Tensor | Params, what: str) -> None:

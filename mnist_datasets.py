@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.functional import grid_sample
 
 
@@ -299,12 +299,12 @@ def import_torchvision():
         spec = importlib.util.find_spec("torchvision")
         if spec is None or spec.origin is None:
             raise DataError("torchvision is not installed; see requirements.txt")
-        for library in Path(spec.origin).parent.glob("_C.*"):
+        for extension in Path(spec.origin).parent.glob("_C.*"):
             with suppress(OSError):
-                torch.ops.load_library(library)
+                torch.ops.load_library(extension)
         missing = [name for name in ("nms", "qnms") if not hasattr(torch.ops.torchvision, name)]
         if missing:
-            schemas = torch.library.Library("torchvision", "FRAGMENT")
+            schemas = library.Library("torchvision", "FRAGMENT")
             for name in missing:
                 schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             _KEPT_ALIVE.append(schemas)  # the schemas vanish with this object

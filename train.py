@@ -48,7 +48,7 @@ def train(
         with torch.no_grad():
             for _ in range(steps):
                 params = rule.update(model, params, next(batches))
-        return [{name: tensor.detach() for name, tensor in layer.items()} for layer in params]
+        return detached(params)
     used = [next(batches) for _ in range(steps)]
     length = _segment_length(model, params, used, rule, memory, memory_limit)
     for start, stop in _segments(steps, length):
@@ -60,6 +60,11 @@ def train(
                 use_reentrant=False, preserve_rng_state=False,
             )  # fmt: skip
     return params
+
+
+def detached(params: Params) -> Params:
+    """The same parameters without their graph."""
+    return [{name: tensor.detach() for name, tensor in layer.items()} for layer in params]
 
 
 def _run(model: nn.Module, params: Params, batches: Sequence, rule: LearningRule) -> Params:

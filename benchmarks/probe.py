@@ -28,6 +28,7 @@ from sklearn.linear_model import LogisticRegression
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from linear_probe import LogisticFit, fit_logistic
+from mnist_datasets import load_images
 
 # rows, features, dtype
 QUICK = [(10_000, 32, torch.float32), (60_000, 32, torch.float32), (60_000, 32, torch.float64)]
@@ -35,15 +36,7 @@ FULL = [*QUICK, (60_000, 256, torch.float32)]
 
 
 def images_and_labels(data_dir: str) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Images [N, pixels] and labels [N] of MNIST, or of a mixture of clouds of the same shape."""
-    try:
-        from mnist_datasets import load_images
-    except ImportError:
-        generator = torch.Generator().manual_seed(0)
-        labels = torch.randint(10, (60_000,), generator=generator)
-        centres = torch.rand(10, 784, generator=generator)
-        noise = torch.randn(60_000, 784, generator=generator)
-        return (centres[labels] + 0.5 * noise).clamp(0, 1), labels, "synthetic mixture"
+    """Images [N, pixels] and labels [N] of MNIST, and where they come from."""
     train, _ = load_images("mnist", data_dir)
     return train.floats().flatten(1), train.labels, train.source
 
