@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from local_polynomial import Exponents, LocalPolynomials, LocalSum
+from local_polynomial import Exponents, LocalPolynomials, LocalSum, samples
 from models_fully_local import Params
 
 BOUNDS = ("none", "tanh", "clamp")
@@ -172,15 +172,20 @@ class PolynomialRule(LearningRule):
         s: Sequence[Tensor],
         y: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """New parameters of one layer; x [batch, in], s and y [batch, out], one per view."""
+        """New parameters of one layer; x [batch, in], s and y [batch, out], one per view.
+
+        Of a convolutional layer x [batch, in, H, W], s and y [batch, out, H', W'].
+        """
         groups = [group for group in VARIABLES if group in old]
-        weights = [old[g].unsqueeze(1) if g == "b" else old[g] for g in groups]
+        weights = [old[g].unsqueeze(1) if g == "b" else old[g].flatten(1) for g in groups]
         sums = self._sums("m" in old, self.w.device)
-        deltas = sums([getattr(self, group) for group in groups], weights, [*x, *s, *y])
-        delta = dict(zip(groups, deltas, strict=True))
+        tensors = [*x, *(samples(t) for t in (*s, *y))]
+        psi = [getattr(self, group) for group in groups]
+        deltas = sums(psi, weights, tensors, layer.windows)
+        delta = {g: d.view_as(old[g]) for g, d in zip(groups, deltas, strict=True)}
         new = {
             "w": self._stepped(old["w"], delta["w"], self.forward_weight_bound),
-            "b": self._stepped(old["b"], delta["b"].squeeze(1)),
+            "b": self._stepped(old["b"], delta["b"]),
         }
         if "m" in old:
             if len(self.diagonal):

@@ -13,6 +13,10 @@ one, k, of p^a. At total degree 3 the 35 terms of (x, s, y, w) become 3 products
 
 Several such sums, of different parameters, share their postsynaptic monomials. The backward pass
 recomputes all that is elementwise, and keeps no product but those that multiply a power of w.
+
+In a convolutional layer a sample is a position, and its input the window that it sees. A monomial
+of a window is the window of the image's monomial: the products become convolutions and their
+gradients, and no window is ever cut out.
 """
 
 import itertools
@@ -21,12 +25,136 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 Exponents = tuple[int, ...]
 
 BLOCK_BYTES = 2**22  # of one presynaptic monomial worked on at a time, on a CPU
+
+
+def samples(image: Tensor) -> Tensor:
+    """[batch, features, H, W] to one row per position [batch * H * W, features], a view where the
+    channels are last in memory; [batch, features] stays as it is.
+    """
+    return image if image.dim() == 2 else image.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the input of a sample is: a row of p [batch, in]. Weights are [out, in].
+
+    The four linear maps that the sums and their gradients consist of; a trailing _ adds to `total`.
+    """
+
+    def blocks(self, inputs: Sequence[Tensor]) -> Iterator[slice]:
+        """Slices of the samples, in which a presynaptic monomial fits into the cache."""
+        batch, features = inputs[0].shape
+        size = batch
+        if inputs[0].device.type == "cpu":
+            size = max(64, BLOCK_BYTES // (features * inputs[0].element_size()))
+        for start in range(0, batch, size):
+            yield slice(start, start + size)
+
+    def correlate_(self, total: Tensor, post: Tensor, p: Tensor) -> None:
+        """sum_b post_bi p_bj, to total [out, in]."""
+        total.addmm_(post.t(), p)
+
+    def project(self, p: Tensor, weight: Tensor, out: Tensor) -> None:
+        """sum_j p_bj weight_ij, written to out [batch, out]."""
+        torch.mm(p, weight.t(), out=out)
+
+    def spread_(self, total: Tensor, post: Tensor, weight: Tensor) -> None:
+        """sum_i post_bi weight_ij, to total [batch, in]."""
+        total.addmm_(post, weight)
+
+    def sum(self, p: Tensor) -> Tensor:
+        """sum_b p_bj, [in]."""
+        return p.sum(0)
+
+    def spread_evenly(self, numbers: Tensor, like: Tensor) -> Tensor:
+        """The gradient of `numbers` [in] times the sum above, of the shape of `like`."""
+        return numbers.expand_as(like)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Where the input of a sample is: a window of size (kh, kw) in images p [batch, in, H, W].
+
+    There is one sample per image and position, in the order of `samples`; weights are
+    [out, in * kh * kw]. The maps are those of Rows.
+    """
+
+    size: tuple[int, int]
+    stride: int = 1
+    padding: int = 0
+
+    def convolve(self, p: Tensor, weight: Tensor) -> Tensor:
+        """[batch, out, H', W'] for weight [out, in, kh, kw], with the channels last in memory."""
+        p, weight = (_channels_last(t) for t in (p, weight))
+        return nn.functional.conv2d(p, weight, stride=self.stride, padding=self.padding)
+
+    def blocks(self, inputs: Sequence[Tensor]) -> Iterator[slice]:
+        """All samples at once: a convolution looks after the cache itself."""
+        yield slice(None)
+
+    def correlate_(self, total: Tensor, post: Tensor, p: Tensor) -> None:
+        """sum_b post_bi p_bj, to total [out, in * kh * kw]."""
+        shape = (len(total), p.shape[1], *self.size)
+        total.add_(self._gradient(p, shape, self._image(post, p), of_weight=True).flatten(1))
+
+    def project(self, p: Tensor, weight: Tensor, out: Tensor) -> None:
+        """sum_j p_bj weight_ij, written to out [samples, out]."""
+        out.copy_(samples(self.convolve(p, self._kernels(weight))))
+
+    def spread_(self, total: Tensor, post: Tensor, weight: Tensor) -> None:
+        """sum_i post_bi weight_ij, to total [batch, in, H, W]."""
+        kernels = self._kernels(weight)
+        total.add_(self._gradient(total, kernels, self._image(post, total), of_weight=False))
+
+    def sum(self, p: Tensor) -> Tensor:
+        """sum_b p_bj, [in * kh * kw]."""
+        whole = p.sum(0, keepdim=True)
+        ones = whole.new_ones(1, 1, *self._positions(p))
+        return self._gradient(whole, (1, p.shape[1], *self.size), ones, of_weight=True).flatten()
+
+    def spread_evenly(self, numbers: Tensor, like: Tensor) -> Tensor:
+        """The gradient of `numbers` [in * kh * kw] times the sum above, of the shape of `like`."""
+        one = like[:1]
+        ones = one.new_ones(1, 1, *self._positions(like))
+        kernel = self._kernels(numbers.unsqueeze(0))
+        return self._gradient(one, kernel, ones, of_weight=False).expand_as(like)
+
+    def _kernels(self, weight: Tensor) -> Tensor:
+        return weight.unflatten(1, (-1, *self.size))
+
+    def _positions(self, p: Tensor) -> tuple[int, int]:
+        sizes = zip(p.shape[2:], self.size, strict=True)
+        return tuple((n + 2 * self.padding - k) // self.stride + 1 for n, k in sizes)
+
+    def _image(self, rows: Tensor, p: Tensor) -> Tensor:
+        """Rows in the order of `samples` as [batch, features, H', W']; a view."""
+        return rows.view(len(p), *self._positions(p), -1).permute(0, 3, 1, 2)
+
+    def _gradient(self, p, weight, grad: Tensor, of_weight: bool) -> Tensor:
+        """Gradient of a convolution: of its weight, whose shape is given, or of its input p."""
+        if of_weight:
+            p, weight = _channels_last(p), grad.new_empty(weight)
+        weight = _channels_last(weight)
+        of_input, of_kernel, _ = torch.ops.aten.convolution_backward(
+            grad, p, weight, None, (self.stride,) * 2, (self.padding,) * 2, (1, 1), False, (0, 0),
+            1, (not of_weight, of_weight, False),
+        )  # fmt: skip
+        return of_kernel if of_weight else of_input
+
+
+ROWS = Rows()
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    # Not `contiguous`, which leaves the strides of a single channel as they are: convolutions then
+    # take the other layout, five times slower.
+    return image.to(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
@@ -57,14 +185,19 @@ class LocalPolynomials:
         self.joint = _joint_plan(sums, tuple(postsynaptic), device)
 
     def __call__(
-        self, psi: Sequence[Tensor], weights: Sequence[Tensor], tensors: Sequence[Tensor]
+        self,
+        psi: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        windows: Windows | None = None,
     ) -> tuple[Tensor, ...]:
         """delta [out, in] for each sum, differentiable once in every tensor.
 
         psi: coefficients [terms] and weights: parameters [out, in], one per sum; tensors: what is
-        pre- and postsynaptic, [batch, in] and [batch, out].
+        pre- and postsynaptic, [batch, in] and [batch, out]. With windows, presynaptic tensors may
+        be images [images, channels, H, W], and `batch` counts the windows in them.
         """
-        return _LocalPolynomials.apply(self.joint, *psi, *weights, *tensors)
+        return _LocalPolynomials.apply(self.joint, windows, *psi, *weights, *tensors)
 
 
 class _Monomials:
@@ -212,7 +345,7 @@ def _plan(
 
 class _LocalPolynomials(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, joint: _JointPlan, *arguments):
+    def forward(ctx, joint: _JointPlan, windows: Windows | None, *arguments):
         psi, weights, tensors = joint.split(arguments)
         outputs = [tensors[k] for k in joint.outputs]
         post = joint.postsynaptic.stacked(outputs, len(joint.postsynaptic))
@@ -222,14 +355,15 @@ class _LocalPolynomials(torch.autograd.Function):
         for plan, coefficients, weight in zip(joint.sums, psi, weights, strict=True):
             products, rows, columns = matrices = plan.matrices(coefficients / batch)
             combined, inputs = _combined(products, post), [tensors[k] for k in plan.inputs]
-            correlations, pre_sums = _over_the_batch(plan, combined, weight, inputs)
+            place = _place(inputs, windows)
+            correlations, pre_sums = _over_the_batch(plan, combined, weight, inputs, place)
             delta = torch.zeros_like(weight)
             for factor in reversed(_factors(correlations, rows @ post_sums, columns @ pre_sums)):
                 delta.mul_(weight).add_(factor)
             deltas.append(delta)
             correlations[0] = None  # it multiplies w^0: the gradient does not need it
             kept += [*matrices, pre_sums, *correlations]
-        ctx.joint = joint
+        ctx.joint, ctx.windows = joint, windows
         ctx.save_for_backward(post_sums, *weights, *tensors, *kept)
         return tuple(deltas)
 
@@ -237,7 +371,7 @@ class _LocalPolynomials(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         joint: _JointPlan = ctx.joint
-        *_, needed = joint.split(ctx.needs_input_grad[1:])
+        *_, needed = joint.split(ctx.needs_input_grad[2:])
         post_sums, *saved = ctx.saved_tensors
         weights, saved = saved[: len(joint.sums)], saved[len(joint.sums) :]
         tensors, kept = saved[: len(needed)], saved[len(needed) :]
@@ -252,7 +386,8 @@ class _LocalPolynomials(torch.autograd.Function):
         for plan, weight, grad in zip(joint.sums, weights, grads, strict=True):
             inputs = [tensors[k] for k in plan.inputs]
             kept_of_sum, kept = kept[: 4 + plan.powers], kept[4 + plan.powers :]
-            backward = _SumBackward(plan, weight, inputs, post, post_sums, kept_of_sum)
+            place = _place(inputs, ctx.windows)
+            backward = _SumBackward(plan, place, weight, inputs, post, post_sums, kept_of_sum)
             grad_inputs = [grad_tensors[k] for k in plan.inputs]
             of_psi, of_weight = backward.run(grad, grad_post, grad_post_sums, grad_inputs)
             grad_psi.append(of_psi)
@@ -263,14 +398,14 @@ class _LocalPolynomials(torch.autograd.Function):
         ]
         grad_outputs = [grad_tensors[k] for k in joint.outputs]
         joint.postsynaptic.pull_back(grad_monomials, post.unbind(), grad_outputs)
-        return None, *grad_psi, *grad_weights, *grad_tensors
+        return None, None, *grad_psi, *grad_weights, *grad_tensors
 
 
 class _SumBackward:
     """The backward pass of one sum; names as in the module's formula."""
 
-    def __init__(self, plan: _Plan, weight, inputs, post, post_sums, kept) -> None:
-        self.plan, self.weight, self.inputs = plan, weight, inputs
+    def __init__(self, plan: _Plan, place, weight, inputs, post, post_sums, kept) -> None:
+        self.plan, self.place, self.weight, self.inputs = plan, place, weight, inputs
         self.post, self.post_sums = post, post_sums
         self.products, self.rows, self.columns, self.pre_sums, *self.correlations = kept
 
@@ -309,23 +444,26 @@ class _SumBackward:
         """Gradient of T_ae [groups, batch, out]."""
         plan = self.plan
         grad_combined = self.post.new_empty(len(self.products), *self.post.shape[1:])
-        for block in _blocks(self.inputs):
+        for block in self.place.blocks(self.inputs) if self.inputs else ():
             targets = iter(grad_combined[:, block])
             monomials = plan.presynaptic.each([p[block] for p in self.inputs], plan.product_rows)
             for powers, values in zip(plan.groups, monomials, strict=False):
                 for e in powers:
-                    torch.mm(values, grad_powers[e].t(), out=next(targets))
+                    self.place.project(values, grad_powers[e], out=next(targets))
         return grad_combined
 
     def _through_inputs(self, grad_powers, grad_pre_sums: Tensor, grad_inputs) -> None:
         plan = self.plan
         combined = iter(_combined(self.products, self.post))
         pre = list(plan.presynaptic.each(self.inputs, len(plan.presynaptic)))
-        grad_pre = grad_pre_sums.unsqueeze(1).repeat(1, len(self.inputs[0]), 1)
-        for row, powers in zip(grad_pre, plan.groups, strict=True):
+        grad_pre = []
+        for of_sums, powers in zip(grad_pre_sums, plan.groups, strict=True):
+            like = self.inputs[0]
+            total = torch.empty_like(like).copy_(self.place.spread_evenly(of_sums, like))
             for e in powers:
-                row.addmm_(next(combined), grad_powers[e])
-        plan.presynaptic.pull_back(grad_pre.unbind(), pre, grad_inputs)
+                self.place.spread_(total, next(combined), grad_powers[e])
+            grad_pre.append(total)
+        plan.presynaptic.pull_back(grad_pre, pre, grad_inputs)
 
 
 def _combined(products: Tensor, post: Tensor) -> Tensor:
@@ -335,32 +473,29 @@ def _combined(products: Tensor, post: Tensor) -> Tensor:
 
 
 def _over_the_batch(
-    plan: _Plan, combined: Tensor, weight: Tensor, inputs: Sequence[Tensor]
+    plan: _Plan,
+    combined: Tensor,
+    weight: Tensor,
+    inputs: Sequence[Tensor],
+    place: Rows | Windows,
 ) -> tuple[list[Tensor | None], Tensor]:
     """sum_a T_ae^T p^a [out, in] for each e (None: no such term), and sums of p^a [rows, in]."""
     used = {e for powers in plan.groups for e in powers}
     correlations = [torch.zeros_like(weight) if e in used else None for e in range(plan.powers)]
     pre_sums = weight.new_zeros(len(plan.presynaptic), weight.shape[1])
-    for block in _blocks(inputs):
+    for block in place.blocks(inputs) if inputs else ():
         combined_block = iter(combined[:, block])
         monomials = plan.presynaptic.each([p[block] for p in inputs], len(plan.presynaptic))
         for powers, total, values in zip(plan.groups, pre_sums, monomials, strict=True):
             for e in powers:
-                correlations[e].addmm_(next(combined_block).t(), values)
-            total.add_(values.sum(0))
+                place.correlate_(correlations[e], next(combined_block), values)
+            total.add_(place.sum(values))
     return correlations, pre_sums
 
 
-def _blocks(inputs: Sequence[Tensor]) -> Iterator[slice]:
-    """Slices of the batch in which a presynaptic monomial fits into the cache."""
-    if not inputs:
-        return
-    batch, features = inputs[0].shape
-    size = batch
-    if inputs[0].device.type == "cpu":
-        size = max(64, BLOCK_BYTES // (features * inputs[0].element_size()))
-    for start in range(0, batch, size):
-        yield slice(start, start + size)
+def _place(inputs: Sequence[Tensor], windows: Windows | None) -> Rows | Windows:
+    """How the samples lie in the presynaptic tensors of a sum."""
+    return windows if windows is not None and inputs and inputs[0].dim() == 4 else ROWS
 
 
 def _factors(

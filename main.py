@@ -3,13 +3,15 @@
     python main.py 32                        one layer of 32 units
     python main.py 256 32                    two layers, each with a rule of its own
     python main.py 32 --pair_inputs          a rule for pairs of augmented views
+    python main.py --conv 16x5 32x3          convolutional layers, each position a sample
     python main.py --resume runs/main-...    go on with a run that was ended
 
 The network is trained by the rule for --max_inner_steps steps; the loss of a linear probe on what
 it has learned is differentiated through all of them, to improve the rule and the initial weights.
 """
 
-import math
+import argparse
+import re
 from functools import partial
 
 import numpy as np
@@ -43,7 +45,7 @@ from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
 from linear_probe import ProbeLoss
 from mnist_datasets import batches, load_images, normalize_pixels, pair_batches
-from models_fully_local import INHIBITION, Activation, lateral_mlp
+from models_fully_local import INHIBITION, Activation, lateral_network
 from run_log import RunLog, finish_on_interrupt, read_metrics
 from train import MEMORY
 
@@ -51,7 +53,7 @@ from train import MEMORY
 def make_parser():
     """The command's flags; what a meta-step does comes first, then the network, then the rule."""
     parser = common_parser("Meta-learn a local learning rule by hypergradient descent.", "main")
-    parser.add_argument("layers", type=positive_int, nargs="+", help="units of each layer")
+    parser.add_argument("layers", type=positive_int, nargs="*", help="units of each layer")
     add = parser.add_argument_group("meta-learning").add_argument
     add("--metasteps", type=nonnegative_int, default=1000, help="meta-steps before the fine-tuning")
     add("--lr", type=positive_float, default=1e-5, help="learning rate of the coefficients")
@@ -81,6 +83,9 @@ def make_parser():
     add("--pair_inputs", action="store_true", help="learn from pairs of augmented views")
     add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
     add = parser.add_argument_group("network and rule").add_argument
+    add("--conv", type=convolution, nargs="+", default=[], metavar="CHANNELSxKERNEL",
+        help="convolutional layers before the others")  # fmt: skip
+    add("--pool", type=positive_int, default=2, help="side of the squares averaged after each")
     add("--inhibition", choices=INHIBITION, default="lateral", help="how units compete")
     add("--inh_steps", type=nonnegative_int, default=10, help="steps of the lateral dynamics")
     add("--inh_factor", type=fraction, default=0.2, help="size of such a step")
@@ -96,8 +101,20 @@ def make_parser():
     return parser
 
 
+def convolution(text: str) -> tuple[int, int]:
+    """Channels and kernel size of a convolutional layer, such as 16x5."""
+    if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", text):
+        raise argparse.ArgumentTypeError(
+            f"must be channels and kernel size, such as 16x5, not {text!r}"
+        )
+    channels, kernel = text.split("x")
+    return int(channels), int(kernel)
+
+
 def refuse_flags_without_effect(args) -> None:
-    """UserError where a flag would silently do nothing."""
+    """UserError where a flag would silently do nothing, and where there is no network."""
+    if not args.layers and not args.conv:
+        raise UserError("the network has no layer: give units, such as 32, or --conv 16x5, or both")
     first, most = args.initial_inner_steps, args.max_inner_steps
     if first > most:
         raise UserError(
@@ -105,6 +122,8 @@ def refuse_flags_without_effect(args) -> None:
         )
     if args.raise_by and first == most:
         raise UserError(f"--raise_by needs --initial_inner_steps below --max_inner_steps {most}")
+    if args.pool != 2 and not args.conv:
+        raise UserError("--pool averages what --conv yields: give --conv as well, or leave it out")
     if args.compile and args.sparsify:
         raise UserError("--compile does not go with --sparsify, whose rule changes: leave one out")
     lateral_only = args.forbid_self_inhibition or args.forbid_excitation
@@ -150,7 +169,7 @@ def make_rule(args) -> PerLayerRule:
             l2=args.l2_reg,
             forward_weight_bound=1.0,
         )
-        for _ in args.layers
+        for _ in (*args.conv, *args.layers)
     ])  # fmt: skip
 
 
@@ -160,18 +179,23 @@ def make_initializer(args) -> GaussianInitializer:
     return GaussianInitializer(means, {"w": TRAINABLE})
 
 
-def make_model(args, inputs: int) -> nn.Module:
-    """The network, without parameters."""
-    return lateral_mlp(
-        inputs,
-        args.layers,
-        Activation("sigmoid", 4.0),
-        inhibition=args.inhibition,
-        inh_steps=args.inh_steps,
-        inh_factor=args.inh_factor,
-        forbid_self_inhibition=args.forbid_self_inhibition,
-        forbid_excitation=args.forbid_excitation,
-    )
+def make_model(args, input_shape: tuple[int, int, int]) -> nn.Module:
+    """The network, without parameters; UserError where its convolutions do not fit the images."""
+    try:
+        return lateral_network(
+            input_shape,
+            args.layers,
+            Activation("sigmoid", 4.0),
+            convolutions=args.conv,
+            pool=args.pool,
+            inhibition=args.inhibition,
+            inh_steps=args.inh_steps,
+            inh_factor=args.inh_factor,
+            forbid_self_inhibition=args.forbid_self_inhibition,
+            forbid_excitation=args.forbid_excitation,
+        )
+    except ValueError as problem:
+        raise UserError(f"{problem}: take smaller kernels or squares") from problem
 
 
 def compile_update(rule, model, initializer, make_batches) -> None:
@@ -244,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         train_data, test_data = normalize_pixels(train_data, test_data)
     draw_batches = pair_batches if args.pair_inputs else batches
     parts = {
-        "make_model": partial(make_model, args, math.prod(train_data.shape)),
+        "make_model": partial(make_model, args, train_data.shape),
         "rule": make_rule(args).to(device, dtype),
         "initializer": make_initializer(args).to(device, dtype),
         "make_batches": lambda g: draw_batches(train_data, args.batch_size, g, dtype),
@@ -252,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     rule, initializer, settings = parts["rule"], parts["initializer"], make_settings(args)
     settings.check(initializer)
+    parts["make_model"]()  # refuses convolutions that do not fit the images
     next(parts["make_batches"](seeded_generator(0)))  # refuses a wrong batch size
     if args.compile:
         compile_update(rule, parts["make_model"](), initializer, parts["make_batches"])

@@ -5,6 +5,7 @@
 
 A model holds no parameters. It is called as `model(x, params)`, where params is a list with one
 dict of tensors per layer: {w: [out, in], b: [out], m: [out, out]}, or {} for a layer without any.
+In a convolutional layer w is [out, in, kh, kw], and its channels compete at every position.
 """
 
 import itertools
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from local_polynomial import Windows, samples
 
 Params = list[dict[str, Tensor]]
 
@@ -108,8 +111,8 @@ def lateral_dynamics(
 INHIBITION = ("lateral", "none", "l1", "l2")
 
 
-class LateralLinear(nn.Module):
-    """A fully connected layer whose units inhibit each other.
+class _LateralLayer(nn.Module):
+    """What layers of competing units share, whatever their inputs are.
 
     inhibition: "lateral" (the dynamics above), "none" (y = sigma(s)), "l1" or "l2" (sigma(s)
     divided by 1e-6 + its norm). Only "lateral" has the parameter m.
@@ -118,8 +121,7 @@ class LateralLinear(nn.Module):
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
+        weight_shape: tuple[int, ...],
         activation: Activation | None = None,
         *,
         inhibition: str = "lateral",
@@ -129,11 +131,11 @@ class LateralLinear(nn.Module):
         forbid_excitation: bool = False,
     ) -> None:
         super().__init__()
-        if in_features < 1 or out_features < 1:
-            raise ValueError(f"a layer needs sizes >= 1, got {in_features} -> {out_features}")
+        if min(weight_shape) < 1:
+            raise ValueError(f"a layer needs sizes >= 1, got weights {list(weight_shape)}")
         if inhibition not in INHIBITION:
             raise ValueError(f"inhibition {inhibition!r} is unknown; choose from {INHIBITION}")
-        self.in_features, self.out_features = in_features, out_features
+        self.weight_shape = weight_shape
         self.activation = activation or Activation()
         self.inhibition = inhibition
         self.inh_steps, self.inh_factor = inh_steps, inh_factor
@@ -142,29 +144,26 @@ class LateralLinear(nn.Module):
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that this layer expects, by name."""
-        shapes = {"w": (self.out_features, self.in_features), "b": (self.out_features,)}
+        units = self.weight_shape[0]
+        shapes = {"w": self.weight_shape, "b": (units,)}
         if self.inhibition == "lateral":
-            shapes["m"] = (self.out_features, self.out_features)
+            shapes["m"] = (units, units)
         return shapes
 
-    def respond(self, x: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Preactivation s and activation y, both [batch, out], of inputs x [batch, in]."""
-        if x.dim() != 2 or x.shape[1] != self.in_features:
-            raise ValueError(
-                f"expected inputs of shape [batch, {self.in_features}], got {list(x.shape)}"
-            )
-        s = nn.functional.linear(x, params["w"], params["b"])
+    def compete(self, s: Tensor, params: dict[str, Tensor]) -> Tensor:
+        """Activation y [samples, out] of units with preactivations s [samples, out]."""
         if self.inhibition == "lateral":
-            y = lateral_dynamics(s, params["m"], self.activation, self.inh_steps, self.inh_factor)
-            return s, y
+            return lateral_dynamics(
+                s, params["m"], self.activation, self.inh_steps, self.inh_factor
+            )
         y = self.activation.of_scaled_(self.activation.slope * s)
         if self.inhibition != "none":
             order = 1 if self.inhibition == "l1" else 2
             y = y / (1e-6 + torch.linalg.vector_norm(y, order, dim=1, keepdim=True))
-        return s, y
+        return y
 
     def forward(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
-        """Activation y [batch, out] of inputs x [batch, in]."""
+        """Activation y of inputs x, shapes as in `respond`."""
         return self.respond(x, params)[1]
 
     def constrain(self, m: Tensor) -> Tensor:
@@ -174,7 +173,90 @@ class LateralLinear(nn.Module):
         return m.clamp(max=0) if self.forbid_excitation else m
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, inhibition={self.inhibition!r}"
+        units, inputs, *kernel = self.weight_shape
+        size = f", kernel_size={tuple(kernel)}" if kernel else ""
+        return f"{inputs}, {units}{size}, inhibition={self.inhibition!r}"
+
+
+class LateralLinear(_LateralLayer):
+    """A fully connected layer whose units inhibit each other; options as in _LateralLayer."""
+
+    windows = None  # a sample is a row of the input, not a window in it
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: Activation | None = None,
+        **options,
+    ) -> None:
+        super().__init__((out_features, in_features), activation, **options)
+        self.in_features, self.out_features = in_features, out_features
+
+    def respond(self, x: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Preactivation s and activation y, both [batch, out], of inputs x [batch, in]."""
+        if x.dim() != 2 or x.shape[1] != self.in_features:
+            raise ValueError(
+                f"expected inputs of shape [batch, {self.in_features}], got {list(x.shape)}"
+            )
+        s = nn.functional.linear(x, params["w"], params["b"])
+        return s, self.compete(s, params)
+
+
+class LateralConv2d(_LateralLayer):
+    """A convolution whose channels inhibit each other at every position, w: [out, in, kh, kw].
+
+    For a learning rule each position of each image is one sample: its input is the window that the
+    position sees. Options as in _LateralLayer.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        activation: Activation | None = None,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        **options,
+    ) -> None:
+        height, width = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
+        super().__init__((out_channels, in_channels, height, width), activation, **options)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.windows = Windows((height, width), stride, padding)
+
+    def respond(self, x: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Preactivation s and activation y, both [batch, out, H', W'] with the channels last in
+        memory, of inputs x [batch, in, H, W].
+        """
+        sizes = [n + 2 * self.windows.padding for n in x.shape[2:]]
+        too_small = any(n < k for n, k in zip(sizes, self.windows.size, strict=False))
+        if x.dim() != 4 or x.shape[1] != self.in_channels or too_small:
+            height, width = self.windows.size
+            raise ValueError(
+                f"expected inputs of shape [batch, {self.in_channels}, >= {height}, >= {width}], "
+                f"got {list(x.shape)}"
+            )
+        s = self.windows.convolve(x, params["w"]) + params["b"].view(-1, 1, 1)
+        y = self.compete(samples(s), params)
+        return s, y.view(*s.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+
+
+class AveragePool2d(nn.Module):
+    """Means over squares of `size` pixels, [batch, channels, H, W] to [..., H // size, W // size];
+    has no parameters.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def forward(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
+        return nn.functional.avg_pool2d(x, self.size)
 
 
 class Flatten(nn.Module):
@@ -212,3 +294,34 @@ def lateral_mlp(
         for fan_in, fan_out in itertools.pairwise(sizes)
     ]
     return Sequential([Flatten(), *layers])
+
+
+def lateral_network(
+    input_shape: Sequence[int],
+    layer_sizes: Sequence[int],
+    activation: Activation,
+    *,
+    convolutions: Sequence[tuple[int, int]] = (),
+    pool: int = 2,
+    **options,
+) -> Sequential:
+    """A network for images of input_shape [C, H, W].
+
+    First one LateralConv2d per (channels, kernel size) in `convolutions`, each followed by an
+    average over squares of `pool` pixels, then `lateral_mlp` of layer_sizes, which may be empty.
+    Raises ValueError where the images become smaller than a kernel or a square.
+    """
+    channels, height, width = input_shape
+    layers = []
+    for out_channels, kernel in convolutions:
+        layers += [LateralConv2d(channels, out_channels, kernel, activation, **options)]
+        height, width = ((n - kernel + 1) // pool for n in (height, width))
+        if min(height, width) < 1:
+            raise ValueError(
+                f"nothing is left of images {list(input_shape)} after convolutions "
+                f"{list(convolutions)} with pooling {pool}"
+            )
+        layers += [AveragePool2d(pool)] if pool > 1 else []
+        channels = out_channels
+    dense = lateral_mlp(channels * height * width, layer_sizes, activation, **options)
+    return Sequential([*layers, *dense.layers])

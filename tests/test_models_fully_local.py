@@ -274,7 +274,7 @@ def test_mlp_options_reach_every_layer():
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (-1, 3), (0, 0)])
 def test_a_layer_without_units_is_refused(sizes):
-    with pytest.raises(ValueError, match=f"sizes >= 1, got {sizes[0]} -> {sizes[1]}"):
+    with pytest.raises(ValueError, match=rf"sizes >= 1, got weights \[{sizes[1]}, {sizes[0]}\]"):
         LateralLinear(*sizes)
 
 
