@@ -33,7 +33,8 @@ from hypgraddesc import MetaError
 from learning_rules import RuleError
 from linear_probe import ProbeError
 from mnist_datasets import DataError, ImageData
-from run_log import RunLog, RunLogError, plain, read_config
+from processes import ALONE, Team
+from run_log import RunLog, RunLogError, SilentLog, plain, read_config
 
 DATASETS = ("mnist", "fashion", "mnist5k")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -109,22 +110,39 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     return device, DTYPES[args.dtype]
 
 
-def open_run(args: argparse.Namespace, command: str, data: ImageData) -> RunLog:
+def open_run(
+    args: argparse.Namespace, command: str, data: ImageData, team: Team = ALONE
+) -> RunLog | SilentLog:
     """The run that `args` ask for: a new one, or with --resume one that has the same flags.
+
+    Of a team only the first process opens it. When torchrun has restarted the team after the loss
+    of a worker, the run in --out is gone on with.
 
     Device and number of threads are saved as they are in effect, because the last bits of a
     result depend on them; and what images were found, because all of it does.
     """
+    if not team.first:
+        return SilentLog()
     config = {name: value for name, value in vars(args).items() if name not in OF_THE_CALL}
     config["command"] = command
     config["device"] = str(find_device(args.device))
     config["threads"] = args.threads or torch.get_num_threads()
     pixels = data.images.contiguous().numpy(force=True)
     config["images"] = f"{len(data)}, sha256 {hashlib.sha256(pixels).hexdigest()[:16]}"
-    if args.resume is None:
+    existing = args.resume or _run_before_the_restart(args)
+    if existing is None:
         return RunLog.create(args.out or _new_directory(command), config, args.quiet)
-    _refuse_other_configuration(args.resume, read_config(args.resume), plain(config))
-    return RunLog.reopen(args.resume, args.quiet)
+    _refuse_other_configuration(existing, read_config(existing), plain(config))
+    return RunLog.reopen(existing, args.quiet)
+
+
+def _run_before_the_restart(args: argparse.Namespace) -> Path | None:
+    """What the team that torchrun has restarted was writing, None if nothing yet."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    if args.out is None:
+        raise UserError("a run that torchrun may restart needs --out DIR, to be found again")
+    return args.out if (args.out / "config.json").exists() else None
 
 
 def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
@@ -157,7 +175,8 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
 
 def _exit_with_line(error: Exception | str, status: int) -> NoReturn:
     line = " ".join(str(error).split())
-    sys.stderr.write(f"error: {line}\n")
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
+        sys.stderr.write(f"error: {line}\n")
     sys.exit(status)
 
 
@@ -170,7 +189,7 @@ def find_device(name: str) -> torch.device:
     if name == "auto":  # not mps: it lacks the float64 that the probe needs
         name = "cuda" if cuda else "cpu"
     if name == "cuda":
-        name = "cuda:0"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's: one device a process
     device = torch.device(name)
     if device.type == "cuda" and (not cuda or device.index >= torch.cuda.device_count()):
         count = torch.cuda.device_count() if cuda else 0

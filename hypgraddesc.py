@@ -5,7 +5,8 @@
 
 One meta-step averages this hypergradient over `tasks` independent draws of theta_0 and batches,
 each clipped, adds the penalties and makes one optimiser step. Every draw has generators of its own,
-made from (seed, meta-step, task), so that a resumed run needs no generator's state.
+made from (seed, meta-step, task), so that a resumed run needs no generator's state, and that it
+does not matter which process of a team works on which task.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from learning_rules import LearningRule
 from models_fully_local import Params
+from processes import ALONE, Team
 from run_log import RunLog, finish_on_interrupt
 from train import MEMORY_LIMIT, detached, train
 
@@ -121,11 +123,22 @@ def seeded_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
+@dataclass(frozen=True)
+class TaskOutcome:
+    """What one task contributes to a meta-step: a hypergradient and its numbers, or a problem."""
+
+    task: int
+    hypergradient: list[Tensor] | None
+    numbers: dict[str, float]
+    problem: str = ""
+
+
 class HypergradientDescent:
     """The state of a meta-run; `step` makes one meta-step and returns its row of numbers.
 
     make_model() -> model, make_batches(generator) -> iterator of batches,
-    initializer(model, generator) -> params, warn(text) for each task that is left out.
+    initializer(model, generator) -> params, warn(text) for each task that is left out. The tasks
+    are spread over the processes of `team`; every process makes the same steps.
     """
 
     def __init__(
@@ -137,9 +150,10 @@ class HypergradientDescent:
         outer_loss: OuterLoss,
         settings: MetaSettings,
         warn: Callable[[str], None] = warnings.warn,
+        team: Team = ALONE,
     ) -> None:
         settings.check(initializer)
-        self.warn = warn
+        self.warn, self.team = warn, team
         self.make_model, self.make_batches = make_model, make_batches
         self.rule, self.initializer = rule, initializer
         self.outer_loss, self.settings = outer_loss, settings
@@ -170,21 +184,12 @@ class HypergradientDescent:
         begin, settings = time.perf_counter(), self.settings
         inner_steps = settings.inner_steps
         steps = inner_steps(self.metastep) if callable(inner_steps) else inner_steps
-        outcomes = []
-        for task in range(settings.tasks):
-            try:
-                outcomes.append(self._run_task(task, steps))
-            except FloatingPointError as problem:
-                self.carried[task] = None
-                where = f"meta-step {self.metastep + 1}, {problem}"
-                if settings.nonfinite == "stop":
-                    raise NonFiniteError(where) from problem
-                self.warn(f"{where}; this task is left out")
+        done = self._outcomes_of_all_tasks(steps)
         names = ("meta_loss", *self.outer_loss.metrics)
-        row = {name: _mean([numbers[name] for _, numbers in outcomes]) for name in names}
+        row = {name: _mean([outcome.numbers[name] for outcome in done]) for name in names}
         row.update(
-            hypergradient_norm=self._collect([gradient for gradient, _ in outcomes]),
-            skipped_tasks=settings.tasks - len(outcomes),
+            hypergradient_norm=self._collect([outcome.hypergradient for outcome in done]),
+            skipped_tasks=settings.tasks - len(done),
             inner_steps=steps,
             learning_rate=settings.rate(self.metastep),
         )
@@ -193,6 +198,27 @@ class HypergradientDescent:
             self._update()
         self.metastep += 1
         return row | {"seconds": time.perf_counter() - begin}
+
+    def _outcomes_of_all_tasks(self, steps: int) -> list[TaskOutcome]:
+        """Those that came to a finite end, in the order of the tasks. Raises NonFiniteError."""
+        own = [self._outcome(task, steps) for task in self.team.share(self.settings.tasks)]
+        outcomes = [outcome for share in self.team.gathered(own) for outcome in share]
+        outcomes.sort(key=lambda outcome: outcome.task)
+        for outcome in outcomes:
+            if outcome.problem:
+                self.carried[outcome.task] = None
+                where = f"meta-step {self.metastep + 1}, {outcome.problem}"
+                if self.settings.nonfinite == "stop":
+                    raise NonFiniteError(where)
+                self.warn(f"{where}; this task is left out")
+        return [outcome for outcome in outcomes if not outcome.problem]
+
+    def _outcome(self, task: int, steps: int) -> TaskOutcome:
+        try:
+            gradient, numbers = self._run_task(task, steps)
+        except FloatingPointError as problem:
+            return TaskOutcome(task, None, {}, str(problem))
+        return TaskOutcome(task, [g.cpu() for g in gradient], numbers)
 
     def _run_task(self, task: int, steps: int) -> tuple[list[Tensor], dict[str, float]]:
         """The hypergradient of one draw of initial parameters and batches, and its numbers."""
@@ -233,7 +259,8 @@ class HypergradientDescent:
             scale = 1.0 / len(gradients)
             if self.settings.clip_norm is not None:
                 scale *= min(1.0, self.settings.clip_norm / max(norm, 1e-30))
-            torch._foreach_add_(self.pending, gradient, alpha=scale)
+            there = [g.to(p.device) for g, p in zip(gradient, self.pending, strict=True)]
+            torch._foreach_add_(self.pending, there, alpha=scale)
         self.collected += len(gradients)
         return _mean(norms)
 
@@ -300,7 +327,9 @@ class HypergradientDescent:
                 p.copy_(self.average[name])
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs, in plain containers of tensors."""
+        """All that a resumed run needs, in plain containers of tensors; the same in every process,
+        all of which must call it together.
+        """
         return {
             "metastep": self.metastep,
             "removals": self.removals,
@@ -310,8 +339,14 @@ class HypergradientDescent:
             "average": self.average,
             "pending": self.pending,
             "collected": self.collected,
-            "carried": self.carried,
+            "carried": self._carried_by_all(),
         }
+
+    def _carried_by_all(self) -> list[Params | None]:
+        """The parameters that go on to the next meta-step, of all tasks."""
+        own = {task: self.carried[task] for task in self.team.share(self.settings.tasks)}
+        carried = {k: v for share in self.team.gathered(own) for k, v in share.items()}
+        return [carried[task] for task in range(self.settings.tasks)]
 
     def load_state_dict(self, state: dict) -> None:
         """Takes up a run where `state_dict` left it."""
@@ -345,18 +380,19 @@ def hypgraddesc(
     *,
     hyperparameters: Callable[[], dict[str, float]] = dict,
     checkpoint_every: int = 10,
+    team: Team = ALONE,
 ) -> bool:
     """Runs the meta-loop, recording a row per meta-step; True when it came to its end.
 
     Goes on from the log's checkpoint if there is one. Ctrl-C ends it cleanly after the running
     meta-step. At the end the rule and the initializer hold their averages. hyperparameters() gives
-    what to record beside the numbers of each meta-step.
+    what to record beside the numbers of each meta-step. Every process of the team calls this.
     """
     descent = HypergradientDescent(
-        make_model, rule, initializer, make_batches, outer_loss, settings, log.warn
+        make_model, rule, initializer, make_batches, outer_loss, settings, log.warn, team
     )
     columns = list(hyperparameters())
-    saved = log.load_checkpoint()
+    saved = team.gathered(log.load_checkpoint())[0]
     if saved is not None:
         descent.load_state_dict(saved[1])
         log.say(f"going on from meta-step {descent.metastep}")
@@ -365,7 +401,8 @@ def hypgraddesc(
         finish_on_interrupt() as interrupt,
         log.progress(total, descent.metastep, "meta-step") as progress,
     ):
-        while descent.metastep < total and not interrupt.requested:
+        ended = descent.metastep >= total
+        while not ended:
             values = hyperparameters()  # of before the update, as the numbers are
             try:
                 row = descent.step()
@@ -373,7 +410,8 @@ def hypgraddesc(
                 log.save_checkpoint(descent.metastep, descent.state_dict())
                 raise
             log.record(descent.metastep, row | {name: values.get(name, 0.0) for name in columns})
-            ended = descent.metastep == total or interrupt.requested
+            # A signal may reach the processes at different moments: they end together.
+            ended = any(team.gathered(interrupt.requested)) or descent.metastep == total
             if ended or descent.metastep % checkpoint_every == 0:
                 log.save_checkpoint(descent.metastep, descent.state_dict())
             progress.advance({name: row[name] for name in shown})

@@ -5,6 +5,7 @@
     python main.py 32 --pair_inputs          a rule for pairs of augmented views
     python main.py --conv 16x5 32x3          convolutional layers, each position a sample
     python main.py --resume runs/main-...    go on with a run that was ended
+    torchrun --nproc_per_node 2 main.py 32 --tasks 4       tasks spread over processes
 
 The network is trained by the rule for --max_inner_steps steps; the loss of a linear probe on what
 it has learned is differentiated through all of them, to improve the rule and the initial weights.
@@ -46,6 +47,7 @@ from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
 from linear_probe import ProbeLoss
 from mnist_datasets import batches, load_images, normalize_pixels, pair_batches
 from models_fully_local import INHIBITION, Activation, lateral_network
+from processes import join_team
 from run_log import RunLog, finish_on_interrupt, read_metrics
 from train import MEMORY
 
@@ -258,14 +260,10 @@ def report(log: RunLog, data, initializer, rows: list[dict], params) -> None:
         )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, build, meta-learn, evaluate, report."""
-    args = parse(make_parser(), argv)
-    refuse_flags_without_effect(args)
-    device, dtype = set_up(args)
-    train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
-    if args.pixelwise_normalization:
-        train_data, test_data = normalize_pixels(train_data, test_data)
+def build(args, train_data, test_data, device, dtype) -> dict:
+    """What a training consists of, as `hypgraddesc` and `evaluate` take it; refuses what does not
+    fit together.
+    """
     draw_batches = pair_batches if args.pair_inputs else batches
     parts = {
         "make_model": partial(make_model, args, train_data.shape),
@@ -274,10 +272,26 @@ def main(argv: list[str] | None = None) -> None:
         "make_batches": lambda g: draw_batches(train_data, args.batch_size, g, dtype),
         "outer_loss": ProbeLoss(train_data, test_data, args.C, args.outer_images),
     }
-    rule, initializer, settings = parts["rule"], parts["initializer"], make_settings(args)
-    settings.check(initializer)
     parts["make_model"]()  # refuses convolutions that do not fit the images
     next(parts["make_batches"](seeded_generator(0)))  # refuses a wrong batch size
+    return parts
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, meta-learn, evaluate, report."""
+    args = parse(make_parser(), argv)
+    refuse_flags_without_effect(args)
+    device, dtype = set_up(args)
+    team = join_team()
+    if args.tasks < team.count:
+        raise UserError(f"{team.count} processes need --tasks {team.count} or more, one for each")
+    data = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
+    train_data, test_data = (d.to(device) for d in data)
+    if args.pixelwise_normalization:
+        train_data, test_data = normalize_pixels(train_data, test_data)
+    parts, settings = build(args, train_data, test_data, device, dtype), make_settings(args)
+    rule, initializer = parts["rule"], parts["initializer"]
+    settings.check(initializer)
     if args.compile:
         compile_update(rule, parts["make_model"](), initializer, parts["make_batches"])
 
@@ -285,9 +299,13 @@ def main(argv: list[str] | None = None) -> None:
         coefficients = {f"coefficient/{n}": v for n, v in rule.coefficients().items()}
         return coefficients | {f"initial/{n}": v for n, v in initializer.effective().items()}
 
-    with open_run(args, "main", train_data) as log:
+    with open_run(args, "main", train_data, team) as log:
         log.say(train_data.source)
-        finished = hypgraddesc(**parts, settings=settings, log=log, hyperparameters=hyperparameters)
+        finished = hypgraddesc(
+            **parts, settings=settings, log=log, hyperparameters=hyperparameters, team=team
+        )
+        if not team.first:
+            return
         log.write_rule(rule)
         log.say(rule.formula(max_terms=6))
         draws = args.evaluations if finished else 1

@@ -297,6 +297,36 @@ class RunLog:
         _write_json(path, [*entries, _environment()])
 
 
+class SilentLog:
+    """Stands for the RunLog of a run in those of its processes that write nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def load_checkpoint(self) -> None:
+        """Nothing: the first process tells the others what it found."""
+
+    def record(self, step: int, row: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator["Progress"]:
+        """Progress that shows nothing."""
+        yield Progress(total, initial, description, quiet=True)
+
+
 class Progress:
     """How far a loop is, with the numbers that matter; made by `RunLog.progress`."""
 

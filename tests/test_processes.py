@@ -1,0 +1,147 @@
+"""Several processes make the same meta-steps as one, whatever happens to them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from command_line import UserError, _run_before_the_restart
+from processes import ALONE, Team
+from run_log import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = [
+    "main.py", "3", "--dataset", "mnist5k", "--initial_inner_steps", "2", "--max_inner_steps", "2",
+    "--batch_size", "32", "--evaluations", "1", "--warmup_steps", "1", "--lr", "1e-3",
+    "--threads", "1", "--tasks", "3", "--outer_images", "100", "--dtype", "float64", "--quiet",
+]  # fmt: skip
+
+# Two tasks that go on from meta-step to meta-step, one of which is not finite now and then.
+META_RUN = """
+import itertools, sys, torch
+from hypgraddesc import HypergradientDescent, MetaSettings
+from initializers import FIXED, GaussianInitializer
+from learning_rules import PolynomialRule
+from models_fully_local import Activation, lateral_mlp
+from processes import join_team
+
+class Loss:
+    metrics = ("draw",)
+    def __call__(self, model, params, generator):
+        draw = torch.rand((), generator=generator)
+        if draw < 0.2:
+            raise FloatingPointError("not finite")
+        return draw * sum(t.square().sum() for t in params[1].values()), {"draw": draw.item()}
+
+def batches(generator):
+    return (torch.rand(5, 4, generator=generator) for _ in itertools.count())
+
+team = join_team()
+descent = HypergradientDescent(
+    lambda: lateral_mlp(4, [3], Activation()), PolynomialRule.of_degree(2),
+    GaussianInitializer({"b": FIXED}, {"w": FIXED}), batches, Loss(),
+    MetaSettings(inner_steps=2, tasks=5, reinitialize_every=3, lr=1e-2, clip_norm=1.0),
+    warn=lambda text: None, team=team,
+)
+rows = [{k: v for k, v in descent.step().items() if k != "seconds"} for _ in range(7)]
+state = descent.state_dict()
+torch.save((rows, state), f"{sys.argv[1]}/{team.count}-{team.rank}.pt")
+"""
+
+
+def launch(processes: int, *command, **options) -> subprocess.Popen:
+    """Python, or torchrun with several processes."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        start += options.pop("launcher", [])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*start, *map(str, command)], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> None:
+    while len(read_metrics(directory).get("step", ())) < count:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+
+
+def numbers(directory: Path) -> tuple:
+    metrics = read_metrics(directory)
+    metrics.pop("seconds")
+    return {name: column.tolist() for name, column in metrics.items()}, (
+        directory / "rule.json"
+    ).read_text()
+
+
+def children(process: int) -> list[int]:
+    tasks = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(child) for child in tasks.split()]
+
+
+def test_a_process_alone_does_every_task_and_gathers_its_own_value():
+    assert ALONE.first and list(ALONE.share(4)) == [0, 1, 2, 3] and ALONE.gathered("x") == ["x"]
+    assert ALONE.first_then_others(lambda: 7) == 7
+
+
+def test_every_task_belongs_to_one_process():
+    shares = [list(Team(rank, 3).share(7)) for rank in range(3)]
+    assert sorted(task for share in shares for task in share) == list(range(7))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_two_processes_end_in_the_state_of_one_also_with_tasks_that_fail_or_go_on(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(META_RUN)
+    for count in (1, 2):
+        process = launch(count, script, tmp_path)
+        assert process.wait(120) == 0, process.stderr.read()
+    rows, state = torch.load(tmp_path / "1-0.pt", weights_only=True)
+    assert any(row["skipped_tasks"] for row in rows)
+    for rank in range(2):
+        same_rows, same_state = torch.load(tmp_path / f"2-{rank}.pt", weights_only=True)
+        assert same_rows == rows
+        torch.testing.assert_close(same_state, state, rtol=0, atol=0)
+
+
+def test_torchrun_gives_the_numbers_of_one_process_and_survives_the_loss_of_a_worker(tmp_path):
+    alone = launch(1, *RUN, "--metasteps", "40", "--out", tmp_path / "alone")
+    assert alone.wait(180) == 0, alone.stderr.read()
+    team = launch(
+        2, *RUN, "--metasteps", "40", "--out", tmp_path / "team", launcher=["--max-restarts", "1"]
+    )
+    wait_for_rows(tmp_path / "team", 15, team)
+    os.kill(children(team.pid)[1], signal.SIGKILL)
+    assert team.wait(180) == 0, team.stderr.read()
+    assert numbers(tmp_path / "team") == numbers(tmp_path / "alone")
+
+
+def test_a_team_that_is_interrupted_ends_together_with_figures(tmp_path):
+    team = launch(2, *RUN, "--metasteps", "5000", "--out", tmp_path / "run")
+    wait_for_rows(tmp_path / "run", 2, team)
+    for child in children(team.pid):
+        os.kill(child, signal.SIGTERM)
+    team.wait(120)
+    assert (tmp_path / "run" / "figures" / "meta_loss.png").exists()
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_fewer_tasks_than_processes_are_refused_once(tmp_path):
+    team = launch(2, *RUN, "--tasks", "1", "--out", tmp_path / "run")
+    assert team.wait(120) != 0
+    lines = [line for line in team.stderr.read().splitlines() if line.startswith("error:")]
+    assert lines == ["error: 2 processes need --tasks 2 or more, one for each"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_restarted_team_needs_to_know_its_directory(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="--out"):
+        _run_before_the_restart(type("Args", (), {"out": None})())
