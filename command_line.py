@@ -53,7 +53,7 @@ class UserError(Exception):
 
 def common_parser(description: str, command: str) -> argparse.ArgumentParser:
     """A parser with the flags that every command has; `command` names the run directories."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog=f"{command}.py",
         description=description,
         allow_abbrev=False,
@@ -249,7 +249,7 @@ def _number(kind: type, text: str, accepted: Callable[[Any], bool], expected: st
 # ---- parsing ----
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
@@ -280,7 +280,7 @@ def _relaxed(parser: argparse.ArgumentParser, without_defaults: bool) -> argpars
         if not action.option_strings:
             action.nargs = {None: "?", "+": "*"}.get(action.nargs, action.nargs)
         if without_defaults:
-            action.default = argparse.SUPPRESS
+            action.default, action.type = argparse.SUPPRESS, None  # else the default is converted
     return relaxed
 
 

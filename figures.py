@@ -17,10 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.lib.stride_tricks import sliding_window_view
 
-from run_log import RunLogError, read_metrics
+from run_log import RunLogError, read_json, read_metrics
 
 # Okabe and Ito's colours, told apart also by the colour-blind; their yellow is darkened for paper
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b8a900")
@@ -31,21 +32,30 @@ FONT = 9
 
 LABELLED = 8  # coefficients named in the legend
 LARGEST_GRID = 64  # units shown as images
+SHOWN_TERMS, SHOWN_FROM = 24, 0.05  # of a parameter, relative to a rule's largest term
+NUMBERED = 12  # rules; above, similarities are colours only
 GROUPS = {"w": "forward weights w", "b": "biases b", "m": "lateral weights m"}
 FACTOR = re.compile(r"([a-z])(\d*)_?([ij]?)\^?(\d*)")  # of a monomial: x, y^2, y1_j^2
 
+Rules = Mapping[str, Mapping[str, float]]
 Curves = Mapping[str, np.ndarray]
 Parameters = Mapping[str, np.ndarray]
 
 
 def draw_run(directory: str | Path) -> list[Path]:
-    """Draw what the metrics.csv and parameters.npz in `directory` allow; the figures' paths."""
+    """Draw what metrics.csv, parameters.npz and results.json in `directory` allow; the paths."""
     directory = Path(directory)
     metrics = read_metrics(directory)
     parameters = _read_parameters(directory / "parameters.npz")
+    results = directory / "results.json"
+    stages = read_json(results).get("pruning", []) if results.exists() else []
     place = directory / "figures"
     place.mkdir(exist_ok=True)
-    return [*_draw_metrics(metrics, place), *_draw_parameters(parameters, place)]
+    return [
+        *_draw_metrics(metrics, place),
+        *_draw_parameters(parameters, place),
+        *_draw_stages(stages, place),
+    ]
 
 
 def draw_meta_loss(step: np.ndarray, loss: np.ndarray, path: str | Path) -> None:
@@ -144,6 +154,62 @@ def draw_lateral(lateral: Mapping[str, np.ndarray], path: str | Path) -> None:
     _save(figure, path)
 
 
+def draw_pruning(
+    terms: np.ndarray, mean: np.ndarray, deviation: np.ndarray, path: str | Path
+) -> None:
+    """Accuracy of shortened rules (fractions, mean and standard deviation) over their terms.
+
+    The whole rule is the one with the most terms.
+    """
+    figure, axes = _single()
+    colour, whole = COLOURS[0], mean[np.argmax(terms)]
+    axes.axhline(whole, color=GREY, lw=0.8, ls="--", label=f"whole rule, {terms.max()} terms")
+    axes.errorbar(terms, mean, deviation, color=colour, marker="o", ms=4, lw=1.3, capsize=2)
+    axes.set_xscale("log")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    _finish(axes, "Accuracy of shortened rules", "terms of the rule", "test images, probe")
+    labelled = []
+    for number in sorted(terms):
+        if not labelled or number > 1.12 * labelled[-1]:  # numbers closer together would overlap
+            labelled.append(number)
+    axes.set_xticks(labelled, [str(number) for number in labelled])
+    axes.xaxis.minorticks_off()
+    _legend(axes)
+    _save(figure, path)
+
+
+def draw_rules(rules: Rules, path: str | Path, what: str) -> None:
+    """Rules beside each other, per parameter: their terms, and how similar they are.
+
+    rules: a rule's name to its terms' ("w/x y") signed sizes; what: these sizes are. At the left a
+    row per term, each rule relative to its largest term; at the right cosines between rules. Terms
+    that are small in all rules are not shown, but count in the cosines.
+    """
+    given = {name[0] for sizes in rules.values() for name, size in sizes.items() if size}
+    groups = [group for group in GROUPS if group in given]
+    tables = [table_of_terms(rules, group) for group in groups]
+    rows = [max(len(terms), len(rules), 8) for terms, _, _ in tables]
+    cell, names = 0.24, 0.075 * max(map(len, rules))
+    width, height = 2 * cell * max(len(rules), 6) + names + 3.2, cell * sum(rows)
+    figure = _figure(width, height + (names + 0.6) * len(groups) + 0.5)
+    grid = figure.subplots(len(groups), 2, squeeze=False, height_ratios=rows)
+    for (left, right), group, (terms, values, left_out) in zip(grid, groups, tables, strict=True):
+        image = _matrix(left, values[: len(terms)], GROUPS[group])
+        left.set_xlabel(f"small terms left out: {left_out}" if left_out else "", fontsize=FONT - 2)
+        left.set_yticks(range(len(terms)), [_typeset(term) for term in terms])
+        similarity = cosines(values)
+        _matrix(right, similarity, "cosine between rules", numbered=len(rules) <= NUMBERED)
+        right.set_yticks(range(len(rules)), list(rules))
+        right.set_aspect("equal", anchor="NW")
+        for axes in (left, right):
+            axes.set_xticks(range(len(rules)), list(rules), rotation=90)
+    bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.02, aspect=30, panchor=False)
+    bar.set_label(f"{what}, relative to the rule's largest\ncosine", fontsize=FONT - 1)
+    bar.ax.tick_params(labelsize=FONT - 1)
+    bar.outline.set_visible(False)
+    _save(figure, path)
+
+
 # ---- from a run's files to the functions above ----
 
 
@@ -189,6 +255,18 @@ def _draw_parameters(parameters: Parameters, place: Path) -> list[Path]:
         draw_lateral(lateral, place / "lateral.png")
         drawn.append(place / "lateral.png")
     return drawn
+
+
+def _draw_stages(stages: Sequence[Mapping], place: Path) -> list[Path]:
+    """Draw the accuracy of the rules that prune_rule.py judged, where it was finite."""
+    names = ("terms", "test_accuracy_mean", "test_accuracy_standard_deviation")
+    rows = [[stage[name] for name in names] for stage in stages]
+    rows = [row for row in rows if row[1] is not None]
+    if not rows:
+        return []
+    terms, mean, deviation = map(np.array, zip(*rows, strict=True))
+    draw_pruning(terms, mean, deviation, place / "pruning.png")
+    return [place / "pruning.png"]
 
 
 def _read_parameters(path: Path) -> dict[str, np.ndarray]:
@@ -295,6 +373,49 @@ def _typeset(term: str) -> str:
         return term.replace("$", r"\$")
     written = [f"{f[1]}_{{{f[2]}{f[3]}}}^{{{f[4]}}}" for f in factors]
     return "$" + r"\,".join(written).replace("_{}", "").replace("^{}", "") + "$"
+
+
+# ---- rules ----
+
+
+def table_of_terms(rules: Rules, group: str) -> tuple[list[str], np.ndarray, int]:
+    """The terms of a parameter worth a row, by mean size; values [all terms, rules] in that order,
+    each rule's relative to its largest (0 where it has none); how many terms got no row.
+    """
+    names = dict.fromkeys(n for sizes in rules.values() for n in sizes if n[0] == group)
+    values = np.array([[sizes.get(n, 0.0) for sizes in rules.values()] for n in names])
+    largest = np.abs(values).max(axis=0)
+    values = values / np.where(largest > 0, largest, 1.0)
+    order = np.argsort(-np.abs(values).mean(axis=1), kind="stable")
+    values, terms = values[order], [list(names)[i].split("/", 1)[1] for i in order]
+    matter = np.flatnonzero(np.abs(values).max(axis=1) >= SHOWN_FROM)[:SHOWN_TERMS]
+    rest = np.setdiff1d(np.arange(len(terms)), matter)
+    return [terms[i] for i in matter], values[[*matter, *rest]], len(rest)
+
+
+def cosines(values: np.ndarray) -> np.ndarray:
+    """Cosines [rules, rules] between the columns of [terms, rules]; NaN for columns of zeros."""
+    length = np.linalg.norm(values, axis=0)
+    unit = values / np.where(length > 0, length, np.nan)
+    return unit.T @ unit
+
+
+def _matrix(axes: Axes, values: np.ndarray, title: str, numbered: bool = False) -> AxesImage:
+    """A heat map from -1 to 1, white lines between its cells; NaN stays grey."""
+    axes.set_facecolor("#eeeeee")
+    norm = Normalize(-1, 1)
+    image = axes.imshow(values, cmap=DIVERGING, norm=norm, interpolation="nearest", aspect="auto")
+    rows, columns = values.shape
+    axes.hlines(np.arange(rows - 1) + 0.5, -0.5, columns - 0.5, color="white", lw=0.8)
+    axes.vlines(np.arange(columns - 1) + 0.5, -0.5, rows - 0.5, color="white", lw=0.8)
+    for (i, j), value in np.ndenumerate(values) if numbered else ():
+        if np.isfinite(value):
+            colour = "white" if abs(value) > 0.6 else "black"
+            axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=5.5, color=colour)
+    axes.set_title(title, fontsize=FONT, loc="left")
+    axes.tick_params(labelsize=FONT - 1, length=0)
+    axes.spines[:].set_visible(False)
+    return image
 
 
 # ---- images ----

@@ -42,6 +42,26 @@ class GaussianInitializer(nn.Module):
                     trainable = mode == TRAINABLE
                     self.register_parameter(f"{kind}_{name}", nn.Parameter(start, trainable))
 
+    @classmethod
+    def with_values(cls, effective: Mapping[str, float]) -> "GaussianInitializer":
+        """Fixed means and spreads, as `effective` gives them; the others are absent.
+
+        The numbers are held in float64: `.to(torch.float32)` gives back, bit for bit, those of a
+        float32 initializer. Raises ValueError for a name that is not "mean_" or "spread_" and one
+        of w, b, m.
+        """
+        modes: dict[str, dict[str, str]] = {"mean": {}, "spread": {}}
+        for name in effective:
+            kind, _, parameter = name.partition("_")
+            if kind not in modes:
+                raise ValueError(f"{name!r} is no number of an initializer; use mean_w, spread_w")
+            modes[kind][parameter] = FIXED
+        initializer = cls(modes["mean"], modes["spread"]).double()
+        with torch.no_grad():
+            for name, number in initializer.named_parameters():
+                number.fill_(effective[name] / SCALERS[name[-1]])
+        return initializer
+
     def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
         """One draw: a dict of tensors per layer, of the shapes that the layer asks for.
 

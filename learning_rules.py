@@ -12,7 +12,7 @@ multiply powers of both views: (x1,s1,y1,x2,s2,y2,w), (y1,y2,b), (y1_j,y1_i,y2_j
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from models_fully_local import Params
 BOUNDS = ("none", "tanh", "clamp")
 # What a term multiplies, per view: those of the sending unit j, then those of the receiving unit i.
 VARIABLES = {"w": (("x",), ("s", "y")), "b": ((), ("y",)), "m": (("y_j",), ("y_i",))}
+TEX_TERMS = 3  # on a line
 
 
 class RuleError(ValueError):
@@ -63,6 +64,13 @@ class LearningRule(nn.Module):
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
         """New parameters, with the old ones and the batch left as they are."""
+        raise NotImplementedError
+
+    def keep(self, masks: dict[str, Tensor]) -> None:
+        """Removes, for good, the hyperparameters whose mask is False; masks are named as these.
+
+        Only a rule that is sparsified needs it.
+        """
         raise NotImplementedError
 
 
@@ -109,11 +117,21 @@ class PolynomialRule(LearningRule):
 
     @classmethod
     def of_degree(
-        cls, total_degree: int | None = None, partial_degree: int | None = None, **options
+        cls,
+        total_degree: int | None = None,
+        partial_degree: int | None = None,
+        *,
+        lateral: bool = True,
+        **options,
     ) -> "PolynomialRule":
-        """All terms within a total and/or partial degree (35 / 10 / 20 at total degree 3)."""
+        """All terms within a total and/or partial degree (35 / 10 / 20 at total degree 3).
+
+        Without lateral there are none for m.
+        """
         exponents = {}
         for group, (sending, receiving) in VARIABLES.items():
+            if group == "m" and not lateral:
+                continue
             variables = cls.views * (len(sending) + len(receiving)) + 1
             terms = polynomial_exponents(variables, total_degree, partial_degree)
             exponents[group] = without_swapped_views(terms) if cls.views == 2 else terms
@@ -176,13 +194,7 @@ class PolynomialRule(LearningRule):
 
         Of a convolutional layer x [batch, in, H, W], s and y [batch, out, H', W'].
         """
-        groups = [group for group in VARIABLES if group in old]
-        weights = [old[g].unsqueeze(1) if g == "b" else old[g].flatten(1) for g in groups]
-        sums = self._sums("m" in old, self.w.device)
-        tensors = [*x, *(samples(t) for t in (*s, *y))]
-        psi = [getattr(self, group) for group in groups]
-        deltas = sums(psi, weights, tensors, layer.windows)
-        delta = {g: d.view_as(old[g]) for g, d in zip(groups, deltas, strict=True)}
+        delta = self.changes(layer, old, x, s, y, {g: getattr(self, g) for g in VARIABLES})
         new = {
             "w": self._stepped(old["w"], delta["w"], self.forward_weight_bound),
             "b": self._stepped(old["b"], delta["b"]),
@@ -192,6 +204,20 @@ class PolynomialRule(LearningRule):
                 delta["m"] = delta["m"] + torch.diag_embed(self.diagonal.expand(len(old["b"])))
             new["m"] = layer.constrain(self._stepped(old["m"], delta["m"]))
         return new
+
+    def changes(
+        self, layer: nn.Module, old: dict[str, Tensor], x, s, y, psi: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What coefficients psi [terms] of each parameter change, before bound, decay, diagonal.
+
+        layer, old, x, s, y as in `update_layer`.
+        """
+        groups = [group for group in VARIABLES if group in old]
+        weights = [old[g].unsqueeze(1) if g == "b" else old[g].flatten(1) for g in groups]
+        tensors = [*x, *(samples(t) for t in (*s, *y))]
+        sums = self._sums("m" in old, self.w.device)
+        deltas = sums([psi[g] for g in groups], weights, tensors, layer.windows)
+        return {g: d.view_as(old[g]) for g, d in zip(groups, deltas, strict=True)}
 
     def _stepped(self, old: Tensor, delta: Tensor, limit: float = float("inf")) -> Tensor:
         return _BoundedStep.apply(old, delta, self.bound, self.bound_size, self.l2, limit)
@@ -221,18 +247,50 @@ class PolynomialRule(LearningRule):
         powers = zip(self.variable_names(group), term, strict=True)
         return " ".join(n if p == 1 else f"{n}^{p}" for n, p in powers if p) or "1"
 
-    def formula(self, *, latex: bool = False, max_terms: int | None = None) -> str:
-        """The rule as text or LaTeX, one line per parameter, largest coefficients first."""
+    def formula(
+        self,
+        effects: Mapping[str, float] | None = None,
+        *,
+        latex: bool = False,
+        max_terms: int | None = None,
+    ) -> str:
+        """The rule as text or LaTeX, one line per parameter, largest coefficients first.
+
+        With the effects that `term_effects` found, the largest effects come first, each in brackets
+        behind its term.
+        """
         lines = []
         for group in VARIABLES:
-            terms = [(v, n) for n, v in self.coefficients().items() if n[0] == group and v]
-            terms.sort(key=lambda pair: -abs(pair[0]))
-            shown = [_term_text(v, n[2:], latex) for v, n in terms[:max_terms]]
+            terms = self._term_texts(group, effects, latex)
+            shown = terms[:max_terms]
             left = len(terms) - len(shown)
             shown += [f"+ ... ({left} smaller terms)"] if left else []
             symbol = rf"\Delta {group}" if latex else f"Δ{group}"
             lines.append(f"{symbol} = {' '.join(shown).removeprefix('+ ') or '0'}")
         return "\n".join(lines)
+
+    def tex(self, effects: Mapping[str, float] | None = None) -> str:
+        """The whole formula as an align* environment, to be pasted; needs LaTeX's amsmath."""
+        rows = []
+        for group in VARIABLES:
+            terms = self._term_texts(group, effects, latex=True) or ["0"]
+            terms[0] = terms[0].removeprefix("+ ")
+            lines = [" ".join(terms[k : k + TEX_TERMS]) for k in range(0, len(terms), TEX_TERMS)]
+            rows.append(rf"\Delta {group} ={{}}& " + " \\\\\n  & {} ".join(lines))
+        return "\\begin{align*}\n" + " \\\\\n".join(rows) + "\n\\end{align*}"
+
+    def _term_texts(
+        self, group: str, effects: Mapping[str, float] | None, latex: bool
+    ) -> list[str]:
+        """The terms of a group that are not 0, each with its sign, the largest first."""
+        terms = [(n, v) for n, v in self.coefficients().items() if n[0] == group and v]
+        sizes = {n: abs(v) if effects is None else effects[n] for n, v in terms}
+        terms.sort(key=lambda term: -sizes[term[0]])
+        space = r" \;" if latex else " "
+        return [
+            _term_text(v, n[2:], latex) + ("" if effects is None else f"{space}[{effects[n]:.2g}]")
+            for n, v in terms
+        ]
 
     def to_dict(self) -> dict:
         """A plain description of the rule, for JSON; `rule_from_dict` reads it."""
@@ -280,10 +338,24 @@ class PerLayerRule(LearningRule):
             for name, value in rule.coefficients().items()
         }
 
-    def formula(self, *, latex: bool = False, max_terms: int | None = None) -> str:
-        """The rules as text or LaTeX, layer by layer."""
-        blocks = [rule.formula(latex=latex, max_terms=max_terms) for rule in self.rules]
+    def formula(
+        self,
+        effects: Mapping[str, float] | None = None,
+        *,
+        latex: bool = False,
+        max_terms: int | None = None,
+    ) -> str:
+        """The rules as text or LaTeX, layer by layer; see PolynomialRule.formula."""
+        blocks = [
+            rule.formula(_of_layer(effects, k), latex=latex, max_terms=max_terms)
+            for k, rule in enumerate(self.rules, 1)
+        ]
         return "\n".join(f"layer {k}\n{block}" for k, block in enumerate(blocks, 1))
+
+    def tex(self, effects: Mapping[str, float] | None = None) -> str:
+        """The rules as one align* environment per layer, to be pasted; needs LaTeX's amsmath."""
+        blocks = [rule.tex(_of_layer(effects, k)) for k, rule in enumerate(self.rules, 1)]
+        return "\n".join(f"Layer {k}:\n{block}" for k, block in enumerate(blocks, 1))
 
     def keep(self, masks: dict[str, Tensor]) -> None:
         """Removes, for good, the terms whose mask is False; masks are named as the parameters."""
@@ -295,6 +367,87 @@ class PerLayerRule(LearningRule):
     def to_dict(self) -> dict:
         """A plain description of the rules, for JSON; `rule_from_dict` reads it."""
         return {"kind": type(self).__name__, "rules": [rule.to_dict() for rule in self.rules]}
+
+
+@torch.no_grad()
+def term_products(
+    rule: LearningRule,
+    model: nn.Module,
+    params: Params,
+    batches: Iterator,
+    *,
+    steps: int = 1,
+    points: int = 10,
+) -> dict[str, Tensor]:
+    """Inner products of what single terms change, c_k = psi_k mean_b(monomial_k) w^e_k.
+
+    They are summed over the synapses, at `points` evenly spaced ones of `steps` updates from
+    params, each on the next of the batches. Per parameter ("1/w", or "w" of a rule that all layers
+    share) a float64 matrix [terms, terms] in the order of `rule.coefficients()`. The sum of all its
+    entries is the square of the whole change, before bound, decay and what a layer forbids.
+    """
+    products: dict[str, Tensor] = {}
+    if isinstance(rule, PerLayerRule):
+        meters = [_TermMeter(r, f"{k}/", products) for k, r in enumerate(rule.rules, 1)]
+    else:
+        meters = [_TermMeter(rule, "", products) for layer_params in params if layer_params]
+    measured = {k * (steps - 1) // max(1, points - 1) for k in range(points)}
+    for step in range(steps):
+        batch = next(batches)
+        if step in measured:
+            _update_layers(model, params, batch, meters)
+        params = rule.update(model, params, batch)
+    return products
+
+
+def term_effects(rule: LearningRule, products: Mapping[str, Tensor]) -> dict[str, float]:
+    """How large the change by each term is, relative to the change by all terms together.
+
+        effect_k = rms(psi_k mean_b(monomial_k) w^e_k) / rms(delta w)
+
+    The root mean squares run over the synapses and steps that `term_products` saw. Terms may cancel
+    each other, such as a constant and y^2 at convergence: effects can exceed 1, and do not add up
+    to 1. Named as `rule.coefficients()`; 0 for parameters that the model lacks.
+    """
+    effects = dict.fromkeys(rule.coefficients(), 0.0)
+    for parameter, matrix in products.items():
+        names = [name for name in effects if name.startswith(f"{parameter}/")]
+        whole = matrix.sum()
+        shares = (matrix.diagonal() / whole).sqrt() if whole > 0 else matrix.diagonal()
+        effects.update(zip(names, shares.tolist(), strict=True))
+    return effects
+
+
+class _TermMeter:
+    """Takes a rule's place in an update: adds up `products` of what its terms would change."""
+
+    def __init__(self, rule: PolynomialRule, prefix: str, products: dict[str, Tensor]) -> None:
+        self.rule, self.views = rule, rule.views
+        self.prefix, self.products = prefix, products
+
+    def update_layer(self, layer, old, x, s, y) -> dict[str, Tensor]:
+        for group, changes in self._changes(layer, old, x, s, y).items():
+            name, flat = self.prefix + group, changes.flatten(1).double()
+            self.products[name] = self.products.get(name, 0) + flat @ flat.t()
+        return old
+
+    def _changes(self, layer, old, x, s, y) -> dict[str, Tensor]:
+        """What each term would change alone, [terms, *shape] per parameter."""
+        alone = {group: getattr(self.rule, group).diag() for group in VARIABLES}
+        most = max(1, *map(len, alone.values()))
+        rows = {g: nn.functional.pad(psi, (0, 0, 0, most - len(psi))) for g, psi in alone.items()}
+        by_term = [
+            self.rule.changes(layer, old, x, s, y, {g: psi[k] for g, psi in rows.items()})
+            for k in range(most)
+        ]
+        changes = {
+            group: torch.stack([change[group] for change in by_term])[: len(alone[group])]
+            for group in by_term[0]
+        }
+        if "m" in old:
+            unit = torch.eye(len(old["b"])).to(old["m"])
+            changes["m"] = torch.cat([changes["m"], self.rule.diagonal[:, None, None] * unit])
+        return changes
 
 
 def _update_layers(model: nn.Module, params: Params, batch, rules: list) -> Params:
@@ -346,6 +499,14 @@ class _BoundedStep(torch.autograd.Function):
         elif ctx.bound == "clamp":
             grad_delta = grad * (kept.abs() < 1)
         return grad * (1 - ctx.l2) if ctx.l2 else grad, grad_delta, None, None, None, None
+
+
+def _of_layer(effects: Mapping[str, float] | None, layer: int) -> dict[str, float] | None:
+    """The effects of one layer's terms, under the names that its rule gives them."""
+    if effects is None:
+        return None
+    of_layer = [(name.split("/", 1), effect) for name, effect in effects.items()]
+    return {name: effect for (number, name), effect in of_layer if number == str(layer)}
 
 
 def _term_text(value: float, name: str, latex: bool) -> str:
@@ -430,3 +591,31 @@ def classical_rule(name: str, rate: float, *, target: float = 0.1, **options) ->
         for group, values in terms.items():
             getattr(rule, group).copy_(torch.tensor(list(values.values())))
     return rule
+
+
+class SangerRule(LearningRule):
+    """Sanger's rule, by which the units of a layer find one principal component each, in order.
+
+    dw_i = rate mean_b( y_i x - y_i sum_{k <= i} y_k w_k ); biases and lateral weights stay. It is
+    not local: unit i must know the weights of those before it. For fully connected layers of linear
+    units on centred inputs. Source: Sanger 1989, Optimal unsupervised learning in a single-layer
+    linear feedforward neural network (the generalised Hebbian algorithm).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(float(rate)))
+
+    def update(self, model: nn.Module, params: Params, batch: Tensor) -> Params:
+        """New parameters after one batch [batch, ...]; RuleError for a convolutional layer."""
+        x, new = batch, []
+        for layer, old in zip(model.layers, params, strict=True):
+            y = layer(x, old)
+            new.append(old | {"w": old["w"] + self._change(old["w"], x, y)} if old else {})
+            x = y
+        return new
+
+    def _change(self, w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        if w.dim() != 2:
+            raise RuleError("Sanger's rule takes fully connected layers, this is a convolution")
+        return self.rate * (y.t() @ x - (y.t() @ y).tril() @ w) / len(x)

@@ -43,7 +43,13 @@ from hypgraddesc import (
     seeded_generator,
 )
 from initializers import TRAINABLE, GaussianInitializer
-from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
+from learning_rules import (
+    PerLayerRule,
+    PolynomialPairRule,
+    PolynomialRule,
+    term_effects,
+    term_products,
+)
 from linear_probe import ProbeLoss
 from mnist_datasets import batches, load_images, normalize_pixels, pair_batches
 from models_fully_local import INHIBITION, Activation, lateral_network
@@ -166,6 +172,7 @@ def make_rule(args) -> PerLayerRule:
     return PerLayerRule([
         kind.of_degree(
             args.degree,
+            lateral=args.inhibition == "lateral",
             bound=bound,
             bound_size=args.bound or 1.0,
             l2=args.l2_reg,
@@ -236,7 +243,15 @@ def evaluate_from_new_draws(args, log: RunLog, parts: dict, draws: int):
     return rows, params, interrupt.requested
 
 
-def report(log: RunLog, data, initializer, rows: list[dict], params) -> None:
+def measure_effects(args, parts: dict, steps: int) -> dict[str, float]:
+    """The effects of the rule's terms in the first of the trainings with the final rule."""
+    rule, model = parts["rule"], parts["make_model"]()
+    start, order = (seeded_generator(args.seed, EVALUATION, 0, k) for k in range(2))
+    params, stream = parts["initializer"](model, start), parts["make_batches"](order)
+    return term_effects(rule, term_products(rule, model, params, stream, steps=steps))
+
+
+def report(log: RunLog, data, initializer, rows: list[dict], params, effects: dict) -> None:
     """Writes one network trained by the rule, and how well several do."""
     arrays = {
         f"{number}.{name}": tensor.numpy(force=True)
@@ -251,6 +266,7 @@ def report(log: RunLog, data, initializer, rows: list[dict], params) -> None:
         "test_accuracy_mean": np.mean(accuracies) if rows else None,
         "test_accuracy_standard_deviation": np.std(accuracies) if rows else None,
         "initializer": initializer.effective(),
+        "term_effects": effects,
     }
     log.write_json("results.json", results)
     if rows:
@@ -306,11 +322,14 @@ def main(argv: list[str] | None = None) -> None:
         )
         if not team.first:
             return
-        log.write_rule(rule)
-        log.say(rule.formula(max_terms=6))
+        log.write_rule(rule)  # also where no training by it should be finite
         draws = args.evaluations if finished else 1
         rows, params, interrupted = evaluate_from_new_draws(args, log, parts, draws)
-        report(log, train_data, initializer, rows, params)
+        effects = measure_effects(args, parts, rows[0]["inner_steps"]) if rows else {}
+        log.write_rule(rule, effects or None)
+        log.say("the rule; in brackets, the size of a term relative to the whole change")
+        log.say(rule.formula(effects or None, max_terms=6))
+        report(log, train_data, initializer, rows, params, effects)
         draw_run(log.directory)
         log.say(f"everything is in {log.directory}")
     if interrupted or not finished:

@@ -126,11 +126,14 @@ class RunLog:
         """Write `value` to the file `name`, atomically; what JSON doesn't know goes in as `str`."""
         _write_json(self.path(name), value)
 
-    def write_rule(self, rule) -> None:
-        """Write a learning rule as rule.json, rule.txt and rule.tex, each atomically."""
+    def write_rule(self, rule, effects: Mapping[str, float] | None = None) -> None:
+        """Write a learning rule as rule.json, rule.txt and rule.tex, each atomically.
+
+        With the effects of its terms, as `term_effects` gives them, the latter are sorted by them.
+        """
         self.write_json("rule.json", rule.to_dict())
-        _write_atomically(self.path("rule.txt"), f"{rule.formula()}\n".encode())
-        _write_atomically(self.path("rule.tex"), f"{rule.formula(latex=True)}\n".encode())
+        _write_atomically(self.path("rule.txt"), f"{rule.formula(effects)}\n".encode())
+        _write_atomically(self.path("rule.tex"), f"{rule.tex(effects)}\n".encode())
 
     def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write `arrays` to the .npz file `name`, atomically."""

@@ -1,10 +1,22 @@
 """Every figure comes out, whatever the run recorded."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from figures import draw_accuracy, draw_coefficients, draw_features, draw_run, running_median
+from figures import (
+    cosines,
+    draw_accuracy,
+    draw_coefficients,
+    draw_features,
+    draw_pruning,
+    draw_rules,
+    draw_run,
+    running_median,
+    table_of_terms,
+)
 from run_log import RunLog, RunLogError
 
 COLUMNS = (
@@ -138,3 +150,71 @@ def test_the_running_median_is_that_of_the_window_cut_at_the_ends():
     values = np.random.default_rng(0).normal(size=20)
     expected = [np.median(values[max(i - 3, 0) : i + 4]) for i in range(20)]
     np.testing.assert_array_equal(running_median(values, 7), expected)
+
+
+# ---- rules ----
+
+
+def stages_of(*accuracies):
+    return [
+        {
+            "terms": 2**k,
+            "test_accuracy_mean": value,
+            "test_accuracy_standard_deviation": None if value is None else 0.01,
+        }
+        for k, value in enumerate(accuracies)
+    ]
+
+
+@pytest.mark.parametrize("accuracies", [(0.9,), (0.5, None, 0.9), (0.8, 0.8, 0.8, 0.9)])
+def test_the_stages_of_a_pruning_are_drawn_where_they_are_finite(tmp_path, accuracies):
+    directory = run_of(tmp_path / "run", [])
+    (directory / "results.json").write_text(json.dumps({"pruning": stages_of(*accuracies)}))
+    assert names(draw_run(directory)) == {"pruning.png"}
+    (directory / "results.json").write_text(json.dumps({"pruning": stages_of(None)}))
+    assert draw_run(directory) == []
+
+
+def test_the_pruning_of_one_rule_is_drawn(tmp_path):
+    draw_pruning(np.array([5]), np.array([0.9]), np.array([0.0]), tmp_path / "pruning.png")
+    assert (tmp_path / "pruning.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("count", [1, 2, 15])
+def test_any_number_of_rules_is_drawn_whatever_parameters_they_have(tmp_path, count):
+    generator = np.random.default_rng(0)
+    terms = [*(f"w/x^{k} y" for k in range(40)), "b/1", "m/diagonal", "m/y_j y_i"]
+    rules = {
+        f"a rule with a long name, {k}": {
+            term: generator.normal() for term in terms if term[0] in "wbm"[: k + 1]
+        }
+        for k in range(count)
+    }
+    rules["silent"] = dict.fromkeys(terms, 0.0)
+    draw_rules(rules, tmp_path / "rules.png", "effect")
+    with Image.open(tmp_path / "rules.png") as image:
+        assert min(image.size) > 300
+
+
+def test_terms_that_matter_in_any_rule_have_rows_by_their_mean_size():
+    rules = {
+        "a": {"w/x": -4.0, "w/y": 1.0, "w/s": 0.02, "b/1": 9.0},
+        "b": {"w/x": 0.1, "w/y^2": 0.2, "w/s": 0.0},
+        "c": {"b/y": 1.0},
+    }
+    terms, values, left_out = table_of_terms(rules, "w")
+    assert (terms, left_out) == (["x", "y^2", "y"], 1)
+    expected = [[-1, 0.5, 0], [0, 1, 0], [0.25, 0, 0], [0.005, 0, 0]]
+    np.testing.assert_allclose(values, expected)
+
+
+def test_cosines_are_between_columns_and_unknown_for_zeros():
+    values = np.array([[1.0, 2.0, 0.0, 0.0], [0.0, -2.0, 0.0, 3.0]])
+    half = np.sqrt(0.5)
+    expected = [
+        [1, half, np.nan, 0],
+        [half, 1, np.nan, -half],
+        [np.nan] * 4,
+        [0, -half, np.nan, 1],
+    ]
+    np.testing.assert_allclose(cosines(values), expected, atol=1e-15)

@@ -166,3 +166,31 @@ def test_what_a_layer_forbids_is_not_drawn(no_self, no_excitation):
     assert bool((m.diagonal() == 0).all()) == no_self
     assert bool((m <= 0).all()) == no_excitation
     assert m.requires_grad
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(
+    st.dictionaries(
+        st.sampled_from([f"{kind}_{name}" for kind in ("mean", "spread") for name in "wbm"]),
+        st.floats(-100, 100, width=32),
+        min_size=1,
+    )
+)
+def test_an_initializer_is_rebuilt_exactly_from_its_effective_numbers(numbers):
+    modes = {"mean": {}, "spread": {}}
+    for name in numbers:
+        kind, parameter = name.split("_")
+        modes[kind][parameter] = TRAINABLE
+    trained = set_to(GaussianInitializer(modes["mean"], modes["spread"]), **numbers)
+    rebuilt = GaussianInitializer.with_values(trained.effective()).to(torch.float32)
+    assert rebuilt.effective() == trained.effective()
+    assert not any(p.requires_grad for p in rebuilt.parameters())
+    model = lateral_mlp(6, [4, 3], Activation())
+    for a, b in zip(trained(model, seeded()), rebuilt(model, seeded()), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", ["means_w", "w", "mean_q", "mean", ""])
+def test_numbers_of_other_names_are_refused(name):
+    with pytest.raises(ValueError, match="mean"):
+        GaussianInitializer.with_values({name: 1.0})

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.mathtext import MathTextParser
 from oracles import DOUBLE, assert_near, gradients, normal, weighted_sum
 from torch import nn
 
@@ -21,14 +22,23 @@ from learning_rules import (
     PolynomialPairRule,
     PolynomialRule,
     RuleError,
+    SangerRule,
     classical_rule,
     load_rule,
     polynomial_exponents,
     rule_from_dict,
     save_rule,
+    term_effects,
+    term_products,
     without_swapped_views,
 )
-from models_fully_local import Activation, LateralLinear, Sequential, lateral_mlp
+from models_fully_local import (
+    Activation,
+    LateralConv2d,
+    LateralLinear,
+    Sequential,
+    lateral_mlp,
+)
 
 KINDS = (PolynomialRule, PolynomialPairRule)
 hypothesis_settings = settings(deadline=None, max_examples=50, derandomize=True)
@@ -849,3 +859,235 @@ def test_classical_rules_take_the_options_of_a_rule_and_can_be_saved():
 def test_a_rule_that_is_not_classical_is_refused_with_those_that_are():
     with pytest.raises(RuleError, match=r"'ojas'; choose from hebb, oja"):
         classical_rule("ojas", 0.1)
+
+
+# ---- Sanger's rule ----
+
+
+def test_sanger_is_the_step_of_sanger_in_every_layer():
+    rate, rule = 2.0**-5, SangerRule(2.0**-5).double()
+    model = lateral_mlp(5, [4, 3], Activation("identity"), inhibition="none")
+    params = parameters_of(model)
+    x = normal(50, 7, 5).detach()
+    new = rule.update(model, params, x)
+    assert new[0] == {}
+    for layer, old, updated in zip(model.layers[1:], params[1:], new[1:], strict=True):
+        w, y = old["w"].detach(), layer(x, old).detach()
+        expected = w.clone()
+        for inputs, outputs in zip(x, y, strict=True):
+            for i in range(len(w)):
+                reconstruction = sum(outputs[k] * w[k] for k in range(i + 1))
+                expected[i] += rate * outputs[i] * (inputs - reconstruction) / len(x)
+        assert_near(updated["w"], expected, 1e-14)
+        assert torch.equal(updated["b"], old["b"])
+        x = y
+
+
+def test_sanger_finds_the_principal_components_in_order():
+    model = Sequential([LateralLinear(5, 3, Activation("identity"), inhibition="none")])
+    directions = torch.linalg.qr(normal(0, 5, 5).detach())[0]
+    x = normal(1, 2000, 5).detach() * torch.tensor([2.0, 1.5, 1.0, 0.5, 0.2]) @ directions.T
+    params = [{"w": normal(2, 3, 5).detach(), "b": torch.zeros(3, dtype=DOUBLE)}]
+    rule = SangerRule(0.05).double()
+    with torch.no_grad():
+        for _ in range(2000):
+            params = rule.update(model, params, x)
+    _, vectors = torch.linalg.eigh(x.T @ x)
+    products = (params[0]["w"] @ vectors.flip(1)[:, :3]).abs()
+    assert torch.allclose(products, torch.eye(3, dtype=DOUBLE), atol=1e-6)
+
+
+def test_sanger_refuses_a_convolution():
+    model = Sequential([LateralConv2d(1, 2, 3, Activation("identity"), inhibition="none")])
+    params = [{"w": torch.zeros(2, 1, 3, 3), "b": torch.zeros(2)}]
+    with pytest.raises(RuleError, match="fully connected"):
+        SangerRule(0.1).update(model, params, torch.zeros(2, 1, 5, 5))
+
+
+# ---- effects of terms ----
+
+
+def changes_by_single_terms(rule, layer, old, x, s, y) -> dict[str, list]:
+    """What each term would change alone, by the plain formulas; views as tuples, or one of them."""
+    of_w, of_b, of_m = (
+        (oracles.delta_w, oracles.delta_b, oracles.delta_m)
+        if rule.views == 1
+        else (oracles.pair_delta_w, oracles.pair_delta_b, oracles.pair_delta_m)
+    )
+    terms = {
+        group: zip(rule.exponents[group], getattr(rule, group), strict=True) for group in "wbm"
+    }
+    changes = {
+        "w": [of_w([term], [psi], x, s, y, old["w"]) for term, psi in terms["w"]],
+        "b": [of_b([term], [psi], y, old["b"]) for term, psi in terms["b"]],
+    }
+    if "m" in old:
+        changes["m"] = [of_m([term], [psi], [], y, old["m"]) for term, psi in terms["m"]]
+        changes["m"] += [of_m([], [], [psi], y, old["m"]) for psi in rule.diagonal]
+    return changes
+
+
+def effects_of_one_step(rules, model, params, batch) -> list[float]:
+    """The ratio of root mean squares, layer by layer, in the order of the coefficients."""
+    rules, effects, views = iter(rules), [], batch if isinstance(batch, tuple) else (batch,)
+    for layer, old in zip(model.layers, params, strict=True):
+        if not old:
+            views = tuple(layer(view, old) for view in views)
+            continue
+        s, y = zip(*(layer.respond(view, old) for view in views), strict=True)
+        seen = (views, s, y) if len(views) == 2 else (views[0], s[0], y[0])
+        for changes in changes_by_single_terms(next(rules), layer, old, *seen).values():
+            whole = sum(changes)
+            effects += [(c.square().mean() / whole.square().mean()).sqrt().item() for c in changes]
+        views = y
+    return effects
+
+
+def plain_parameters(model) -> list[dict]:
+    return [{n: t.detach() for n, t in layer.items()} for layer in parameters_of(model)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_effects_are_ratios_of_root_mean_squares(kind):
+    rule = PerLayerRule([filled(kind.of_degree(2), seed) for seed in (0, 10)])
+    model = small_model(3, [4, 2])
+    params, batch = plain_parameters(model), batch_for(rule.rules[0], 5, 3)
+    effects = term_effects(rule, term_products(rule, model, params, iter([batch])))
+    expected = effects_of_one_step(rule.rules, model, params, batch)
+    assert list(effects) == list(rule.coefficients())
+    assert list(effects.values()) == pytest.approx(expected, rel=1e-9)
+
+
+@hypothesis_settings
+@given(sparse_rules(), st.integers(0, 99))
+def test_effects_of_any_rule_are_those_before_bound_decay_and_limit(rule, seed):
+    filled(rule, seed)
+    model = small_model(3, [2])
+    params, batch = plain_parameters(model), batch_for(rule, 4, 3)
+    free = filled(type(rule)(rule.exponents, lateral_diagonal=bool(len(rule.diagonal))), seed)
+    effects, of_free = (
+        term_effects(r, term_products(r, model, params, iter([batch]))) for r in (rule, free)
+    )
+    assert effects == of_free
+    expected = effects_of_one_step([rule], model, params, batch)
+    assert list(effects.values()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_products_are_summed_over_evenly_spaced_steps_of_a_training():
+    rule = filled(PolynomialRule.of_degree(2, bound="tanh"))
+    model = small_model(3, [4])
+    params, batches = plain_parameters(model), [batch_for(rule, 5, 3, k) for k in range(7)]
+    products = term_products(rule, model, params, iter(batches), steps=7, points=3)
+    expected = {}
+    for step, batch in enumerate(batches):
+        if step in (0, 3, 6):
+            for name, matrix in term_products(rule, model, params, iter([batch])).items():
+                expected[name] = expected.get(name, 0) + matrix
+        params = rule.update(model, params, batch)
+    for name, matrix in products.items():
+        assert_near(matrix, expected[name])
+
+
+def test_the_sum_of_products_is_the_square_of_the_whole_change():
+    rule = filled(PolynomialRule.of_degree(2))
+    model = small_model(3, [4])
+    params, batch = plain_parameters(model), batch_for(rule, 5, 3)
+    new = rule.update(model, params, batch)[1]
+    for name, matrix in term_products(rule, model, params, iter([batch])).items():
+        assert_near(matrix.sum(), (new[name] - params[1][name]).square().sum(), 1e-9)
+
+
+def test_a_rule_that_all_layers_share_has_the_effects_of_all_their_synapses():
+    rule = filled(PolynomialRule.of_degree(1))
+    model = small_model(3, [4, 2])
+    params, batch = plain_parameters(model), batch_for(rule, 5, 3)
+    shared = term_products(rule, model, params, iter([batch]))
+    apart = term_products(PerLayerRule([rule, rule]), model, params, iter([batch]))
+    for group in "wbm":
+        assert_near(shared[group], apart[f"1/{group}"] + apart[f"2/{group}"])
+    assert list(term_effects(rule, shared)) == list(rule.coefficients())
+
+
+def test_effects_in_a_convolution_of_the_whole_image_are_those_in_a_dense_layer():
+    rule, options = filled(PolynomialRule.of_degree(3)), {"inh_steps": 3}
+    image = Sequential([LateralConv2d(2, 4, 3, ACTIVATION, **options)])
+    dense = Sequential([LateralLinear(18, 4, ACTIVATION, **options)])
+    params, x = plain_parameters(image), normal(50, 5, 2, 3, 3).detach()
+    flat = [params[0] | {"w": params[0]["w"].flatten(1)}]
+    products = term_products(rule, image, params, iter([x]))
+    for name, matrix in term_products(rule, dense, flat, iter([x.flatten(1)])).items():
+        assert_near(products[name], matrix, 1e-9)
+
+
+def test_a_term_has_no_effect_where_nothing_changes_or_the_parameter_is_missing():
+    silent = PolynomialRule.of_degree(1).double()
+    model = small_model(3, [2])
+    products = term_products(silent, model, plain_parameters(model), iter([normal(50, 4, 3)]))
+    assert set(term_effects(silent, products).values()) == {0.0}
+    rule = filled(PolynomialRule.of_degree(1))
+    model = lateral_mlp(3, [2], ACTIVATION, inhibition="none")
+    products = term_products(rule, model, plain_parameters(model), iter([normal(50, 4, 3)]))
+    effects = term_effects(rule, products)
+    assert all((effect == 0) == (name[0] == "m") for name, effect in effects.items())
+
+
+def test_terms_that_cancel_each_other_have_effects_above_one():
+    rule = PolynomialRule({"b": [(0, 0), (1, 0)]}).double()
+    with torch.no_grad():
+        rule.b.copy_(torch.tensor([-1.0, 1.1]))
+    layer = LateralLinear(1, 1, Activation("identity"), inhibition="none")
+    params = [{name: torch.ones(shape, dtype=DOUBLE) for name, shape in
+               layer.parameter_shapes().items()}]  # fmt: skip
+    products = term_products(rule, Sequential([layer]), params, iter([torch.zeros(3, 1).double()]))
+    assert term_effects(rule, products) == pytest.approx({"b/1": 10.0, "b/y": 11.0})
+
+
+def test_measuring_effects_changes_nothing_and_keeps_no_graph():
+    rule = filled(PolynomialRule.of_degree(2))
+    model = small_model(3, [2])
+    params, before = parameters_of(model), copy.deepcopy(rule.state_dict())
+    old = [t.clone() for t in tensors_of(params)]
+    products = term_products(rule, model, params, iter([normal(50, 4, 3)] * 3), steps=3)
+    assert all(not matrix.requires_grad for matrix in products.values())
+    assert all(torch.equal(rule.state_dict()[name], value) for name, value in before.items())
+    assert all(torch.equal(a, b) for a, b in zip(tensors_of(params), old, strict=True))
+
+
+def test_a_formula_with_effects_names_the_largest_effects_first():
+    effects = {"w/x y": 1.25, "w/y^2 w": 0.0321, "w/1": 0.0, "b/y": 0.0, "m/y_j y_i": 2e-5,
+               "m/diagonal": 1.0}  # fmt: skip
+    expected = (
+        "Δw = 0.25 x y [1.2] - 0.5 y^2 w [0.032]\nΔb = 0\n"
+        "Δm = - 2 diagonal [1] + 0.001 y_j y_i [2e-05]"
+    )
+    assert example_rule().formula(effects) == expected
+    line = example_rule().formula(effects, latex=True, max_terms=1).splitlines()[0]
+    assert line == r"\Delta w = 2.50 \cdot 10^{-1} x y \;[1.2] + ... (1 smaller terms)"
+    both = PerLayerRule([example_rule(), example_rule()])
+    swapped = effects | {"w/x y": 0.01}
+    of_both = {f"1/{n}": e for n, e in effects.items()} | {f"2/{n}": e for n, e in swapped.items()}
+    one, two = (example_rule().formula(e) for e in (effects, swapped))
+    assert both.formula(of_both) == f"layer 1\n{one}\nlayer 2\n{two}"
+
+
+def test_tex_is_an_environment_with_every_term_once():
+    rule = filled(PolynomialPairRule.of_degree(2))
+    effects = {name: k / 7 for k, name in enumerate(rule.coefficients())}
+    for text in (rule.tex(), rule.tex(effects)):
+        lines = text.splitlines()
+        assert (lines[0], lines[-1]) == (r"\begin{align*}", r"\end{align*}")
+        assert text.count(r"\cdot") == len(effects)
+        assert all(line.endswith(r" \\") for line in lines[1:-2])
+        assert all(line.count("&") == 1 and line.count(r"\cdot") <= 3 for line in lines[1:-1])
+        for line in lines[1:-1]:
+            MathTextParser("agg").parse(f"${line.removesuffix(chr(92) * 2).replace('&', '')}$")
+    assert rule.tex(effects).count("[") == len(effects)
+
+
+def test_tex_of_a_rule_without_terms_is_zero_and_of_several_layers_a_block_each():
+    empty = PolynomialRule({"w": [(1, 0, 1, 0)]})
+    assert empty.tex().splitlines()[1:-1] == [
+        r"\Delta w ={}& 0 \\", r"\Delta b ={}& 0 \\", r"\Delta m ={}& 0",
+    ]  # fmt: skip
+    both = PerLayerRule([example_rule(), example_rule()])
+    assert both.tex() == f"Layer 1:\n{example_rule().tex()}\nLayer 2:\n{example_rule().tex()}"

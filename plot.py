@@ -1,0 +1,134 @@
+"""Figures from run directories alone.
+
+    python plot.py run runs/main-...                       every figure of a run, drawn again
+    python plot.py rules runs/a runs/b                     learned rules beside each other
+    python plot.py rules runs/a --classical oja foldiak    and beside classical ones
+
+A figure that is asked for by name is a function here, `plot_<name>(args)`, and its lines in
+make_parser; it returns the paths of what it has drawn.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from command_line import OneLineParser, UserError, run_command
+from figures import draw_rules, draw_run
+from learning_rules import PerLayerRule, classical_rule, load_rule
+from run_log import read_config, read_json
+
+EFFECT, COEFFICIENT = "effect", "coefficient"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """One subcommand per kind of figure."""
+    parser = OneLineParser(prog="plot.py", description="Figures from run directories alone.")
+    figures = parser.add_subparsers(title="figures", metavar="FIGURE", required=True)
+
+    def figure(plot: Callable[[argparse.Namespace], list[Path]], what: str) -> Callable:
+        name = plot.__name__.removeprefix("plot_")
+        subparser = figures.add_parser(name, help=what, description=what, allow_abbrev=False)
+        subparser.set_defaults(plot=plot)
+        return subparser.add_argument
+
+    add = figure(plot_run, "every figure of a run, drawn again into its figures/")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
+
+    add = figure(plot_rules, "learned rules beside each other and beside classical ones")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="directories that hold a rule.json")
+    add("--classical", nargs="+", default=[], metavar="NAME", help="such as oja, hebb, foldiak")
+    add("--by", choices=(EFFECT, COEFFICIENT),
+        help="what a term's size is (default: effect, where every RUN tells it)")  # fmt: skip
+    add("--out", type=Path, default=Path("rules.png"), metavar="FILE", help="the figure (PNG)")
+    return parser
+
+
+def plot_run(args: argparse.Namespace) -> list[Path]:
+    """All that draw_run finds something for."""
+    for directory in args.runs:
+        read_config(directory)  # refuses what is not a run's directory
+    return [path for directory in args.runs for path in draw_run(directory)]
+
+
+def plot_rules(args: argparse.Namespace) -> list[Path]:
+    """Each layer's rule is a column; classical rules come last."""
+    names = [directory.resolve().name for directory in args.runs]
+    learned = {}
+    for directory, name in zip(args.runs, names, strict=True):
+        learned |= rules_of_run(directory, name if names.count(name) == 1 else str(directory))
+    by = args.by or (EFFECT if all(rule.effects for rule in learned.values()) else COEFFICIENT)
+    classical = {name: classical_rule(name, 1.0).coefficients() for name in args.classical}
+    if by == EFFECT:
+        for name, rule in learned.items():
+            if not rule.effects:
+                raise UserError(f"{name} tells no effects of its terms: take --by coefficient")
+        classical = {
+            name: effects_of_classical(name, coefficients, list(learned.values()))
+            for name, coefficients in classical.items()
+        }
+    sizes = {n: rule.signed() if by == EFFECT else rule.coefficients for n, rule in learned.items()}
+    draw_rules(sizes | {f"{n} (classical)": v for n, v in classical.items()}, args.out, by)
+    return [args.out]
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """One layer's rule; names as "w/x y".
+
+    effects: as `term_effects` gives them, {} where they are unknown.
+    """
+
+    coefficients: dict[str, float]
+    effects: dict[str, float]
+
+    def signed(self) -> dict[str, float]:
+        """The effects with the signs of the coefficients."""
+        return {n: e if self.coefficients[n] > 0 else -e for n, e in self.effects.items()}
+
+
+def rules_of_run(directory: Path, name: str) -> dict[str, LayerRule]:
+    """The rule of each layer, by the run's name, and the layer's where there are several."""
+    rule = load_rule(directory / "rule.json")
+    results = directory / "results.json"
+    effects = read_json(results).get("term_effects", {}) if results.exists() else {}
+    if not isinstance(rule, PerLayerRule):
+        return {name: LayerRule(rule.coefficients(), effects)}
+    layers = {}
+    for number, of_layer in enumerate(rule.rules, 1):
+        label = f"{name}, layer {number}" if len(rule.rules) > 1 else name
+        names = of_layer.coefficients()
+        found = {n: effects[f"{number}/{n}"] for n in names if f"{number}/{n}" in effects}
+        layers[label] = LayerRule(names, found)
+    return layers
+
+
+def effects_of_classical(
+    name: str, coefficients: Mapping[str, float], learned: Sequence[LayerRule]
+) -> dict[str, float]:
+    """What the terms of a classical rule would change where a learned rule has led a network.
+
+    An effect is proportional to the coefficient, so that the first of the learned rules with the
+    same terms tells it, up to one factor for each parameter.
+    """
+    for rule in learned:
+        if all(rule.coefficients.get(t) and t in rule.effects for t in coefficients):
+            return {
+                term: value * rule.effects[term] / abs(rule.coefficients[term])
+                for term, value in coefficients.items()
+            }
+    terms = ", ".join(term.replace("/", ": ", 1) for term in coefficients)
+    raise UserError(
+        f"no RUN tells the effects of all terms of {name} ({terms}): take --by coefficient"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, draw, say where it is."""
+    args = make_parser().parse_args(argv)
+    for path in args.plot(args):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

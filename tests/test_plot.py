@@ -1,0 +1,132 @@
+"""The real command on run directories that hold next to nothing."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import plot
+from command_line import run_command
+from learning_rules import PerLayerRule, PolynomialRule, classical_rule
+from run_log import RunLog
+
+
+def run_of(directory, *rules, effects=None):
+    """A run's directory with a rule and, if given, the effects of its terms."""
+    with RunLog.create(directory, {}, quiet=True) as log:
+        log.write_rule(PerLayerRule(rules))
+        if effects is not None:
+            log.write_json("results.json", {"term_effects": effects})
+    return directory
+
+
+def oja(rate=1.0):
+    return classical_rule("oja", rate)
+
+
+def draw(*flags):
+    plot.main([*map(str, flags)])
+
+
+def columns_of(monkeypatch, *flags):
+    """What is drawn by `plot.py rules`, by the name of its column."""
+    drawn = {}
+    monkeypatch.setattr(plot, "draw_rules", lambda rules, path, what: drawn.update(rules, by=what))
+    draw("rules", *flags)
+    return drawn
+
+
+def refused(capsys, *flags) -> str:
+    """The one line on stderr with which the command ends, exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(plot.main, [*map(str, flags)])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_rules_of_runs_and_classical_ones_make_one_figure(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [run_of(tmp_path / name, oja()) for name in ("a", "b")]
+    draw("rules", *runs, "--classical", "oja", "foldiak", "anti-hebbian")
+    assert capsys.readouterr().out == "rules.png\n"
+    with Image.open(tmp_path / "rules.png") as image:
+        assert min(image.size) > 300
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "rules.png"}
+
+
+def test_a_run_is_drawn_again(tmp_path, capsys):
+    directories = [run_of(tmp_path / name, oja()) for name in ("a", "b")]
+    for directory in directories:
+        (directory / "metrics.csv").write_text("step,meta_loss\n1,0.5\n2,0.25\n")
+    draw("run", *directories)
+    expected = [directory / "figures" / "meta_loss.png" for directory in directories]
+    assert capsys.readouterr().out.split() == [str(path) for path in expected]
+    assert all(path.stat().st_size > 1000 for path in expected)
+
+
+def test_columns_are_named_by_run_layer_and_where_names_repeat_by_path(tmp_path, monkeypatch):
+    one = run_of(tmp_path / "one", oja(0.5))
+    two = run_of(tmp_path / "two", oja(), classical_rule("instar", 2.0))
+    other = run_of(tmp_path / "elsewhere" / "one", oja())
+    drawn = columns_of(monkeypatch, one, two, "--classical", "hebb")
+    assert list(drawn) == ["one", "two, layer 1", "two, layer 2", "hebb (classical)", "by"]
+    assert drawn["one"] == {"w/x y": 0.5, "w/y^2 w": -0.5}
+    assert drawn["two, layer 2"] == {"w/x y": 2.0, "w/y w": -2.0}
+    assert drawn["by"] == "coefficient"
+    assert str(other) in columns_of(monkeypatch, one, other)
+
+
+def test_effects_have_the_signs_of_the_coefficients(tmp_path, monkeypatch):
+    run = run_of(tmp_path / "run", oja(0.1), effects={"1/w/x y": 3.0, "1/w/y^2 w": 0.25})
+    drawn = columns_of(monkeypatch, run)
+    assert drawn == {"run": {"w/x y": 3.0, "w/y^2 w": -0.25}, "by": "effect"}
+    assert columns_of(monkeypatch, run, "--by", "coefficient")["run"]["w/x y"] == pytest.approx(0.1)
+
+
+def test_a_classical_rule_has_the_effects_that_its_terms_have_in_the_first_run_with_them(
+    tmp_path, monkeypatch
+):
+    lacking = PolynomialRule({"w": [(0, 0, 0, 0)]})
+    first = run_of(tmp_path / "first", lacking, effects={"1/w/1": 0.0})
+    second = run_of(tmp_path / "second", oja(0.5), effects={"1/w/x y": 2.0, "1/w/y^2 w": 0.25})
+    drawn = columns_of(monkeypatch, first, second, "--classical", "oja", "hebb")
+    assert drawn["oja (classical)"] == {"w/x y": 4.0, "w/y^2 w": -0.5}
+    assert drawn["hebb (classical)"] == {"w/x y": 4.0}
+
+
+def test_coefficients_are_drawn_where_a_run_tells_no_effects(tmp_path, monkeypatch):
+    effects = {"1/w/x y": 2.0, "1/w/y^2 w": 0.25}
+    runs = run_of(tmp_path / "a", oja(), effects=effects), run_of(tmp_path / "b", oja())
+    assert columns_of(monkeypatch, *runs)["by"] == "coefficient"
+
+
+def test_wrong_input_is_refused_in_one_line(tmp_path, capsys):
+    run, empty = run_of(tmp_path / "run", oja()), tmp_path / "empty"
+    empty.mkdir()
+    effects = {"1/w/x y": 2.0, "1/w/y^2 w": 0.25}
+    told = run_of(tmp_path / "told", oja(), effects=effects)
+    for flags, message in (
+        ([], "FIGURE"),
+        (["portrait"], "portrait"),
+        (["rules"], "RUN"),
+        (["run", empty], "not a run's directory"),
+        (["run", tmp_path / "absent"], "not a run's directory"),
+        (["rules", empty], "rule.json"),
+        (["rules", run, "--classical", "ojas"], "choose from hebb, oja"),
+        (["rules", run, "--by", "effect"], "--by coefficient"),
+        (["rules", told, "--classical", "instar"], "--by coefficient"),
+        (["rules", run, "--out", tmp_path / "nowhere" / "rules.png"], "can't write"),
+        (["rules", run, "--seed", "1"], "--seed"),
+    ):
+        assert message in refused(capsys, *flags), flags
+    assert not (empty / "figures").exists()
+
+
+def test_damaged_results_are_one_line(tmp_path, capsys):
+    run = run_of(tmp_path / "run", oja())
+    (run / "results.json").write_text("{")
+    assert "damaged" in refused(capsys, "rules", run)
+    (run / "results.json").write_text(json.dumps({"term_effects": {}}))
+    draw("rules", run, "--out", tmp_path / "rules.png")
