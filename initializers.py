@@ -57,10 +57,17 @@ class GaussianInitializer(nn.Module):
                 raise ValueError(f"{name!r} is no number of an initializer; use mean_w, spread_w")
             modes[kind][parameter] = FIXED
         initializer = cls(modes["mean"], modes["spread"]).double()
-        with torch.no_grad():
-            for name, number in initializer.named_parameters():
-                number.fill_(effective[name] / SCALERS[name[-1]])
+        initializer.set_values(effective)
         return initializer
+
+    def set_values(self, effective: Mapping[str, float]) -> None:
+        """Sets every mean and spread there is to those that `effective` gave.
+
+        Raises KeyError where one is missing.
+        """
+        with torch.no_grad():
+            for name, number in self.named_parameters():
+                number.fill_(effective[name] / SCALERS[name[-1]])
 
     def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
         """One draw: a dict of tensors per layer, of the shapes that the layer asks for.

@@ -222,6 +222,24 @@ class PolynomialRule(LearningRule):
     def _stepped(self, old: Tensor, delta: Tensor, limit: float = float("inf")) -> Tensor:
         return _BoundedStep.apply(old, delta, self.bound, self.bound_size, self.l2, limit)
 
+    def start_from(self, other: "PolynomialRule") -> None:
+        """Takes another rule's coefficients; terms that it lacks get 0.
+
+        Raises RuleError where it has terms that this rule lacks, or takes other inputs.
+        """
+        if other.views != self.views:
+            raise RuleError(f"the rule takes {other.views} views of each input, not {self.views}")
+        missing = [n for n, value in other.coefficients().items() if n not in self.coefficients()]
+        if missing:
+            raise RuleError(f"the rule has a term {missing[0]} that is not within this degree")
+        values = other.coefficients()
+        with torch.no_grad():
+            for group, terms in self.exponents.items():
+                names = [f"{group}/{self.term_name(group, term)}" for term in terms]
+                found = [values.get(name, 0.0) for name in names]
+                getattr(self, group).copy_(torch.tensor(found, dtype=torch.double))
+            self.diagonal.fill_(values.get("m/diagonal", 0.0))
+
     def keep(self, masks: dict[str, Tensor]) -> None:
         """Removes, for good, the terms whose mask is False; masks are named as the parameters."""
         self._planned.clear()

@@ -4,6 +4,7 @@
     python main.py 256 32                    two layers, each with a rule of its own
     python main.py 32 --pair_inputs          a rule for pairs of augmented views
     python main.py --conv 16x5 32x3          convolutional layers, each position a sample
+    python main.py 256 32 --start_from RUN   from the rule that another run has learned
     python main.py --resume runs/main-...    go on with a run that was ended
     torchrun --nproc_per_node 2 main.py 32 --tasks 4       tasks spread over processes
 
@@ -14,6 +15,7 @@ it has learned is differentiated through all of them, to improve the rule and th
 import argparse
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,6 +49,7 @@ from learning_rules import (
     PerLayerRule,
     PolynomialPairRule,
     PolynomialRule,
+    load_rule,
     term_effects,
     term_products,
 )
@@ -54,7 +57,7 @@ from linear_probe import ProbeLoss
 from mnist_datasets import batches, load_images, normalize_pixels, pair_batches
 from models_fully_local import INHIBITION, Activation, lateral_network
 from processes import join_team
-from run_log import RunLog, finish_on_interrupt, read_metrics
+from run_log import RunLog, finish_on_interrupt, read_json, read_metrics
 from train import MEMORY
 
 
@@ -63,6 +66,8 @@ def make_parser():
     parser = common_parser("Meta-learn a local learning rule by hypergradient descent.", "main")
     parser.add_argument("layers", type=positive_int, nargs="*", help="units of each layer")
     add = parser.add_argument_group("meta-learning").add_argument
+    add("--start_from", type=Path, metavar="RUN",
+        help="begin with the rule and the initial parameters of this run")  # fmt: skip
     add("--metasteps", type=nonnegative_int, default=1000, help="meta-steps before the fine-tuning")
     add("--lr", type=positive_float, default=1e-5, help="learning rate of the coefficients")
     add("--optimizer", choices=list(OPTIMIZERS), default="adam", help="of the coefficients")
@@ -188,6 +193,24 @@ def make_initializer(args) -> GaussianInitializer:
     return GaussianInitializer(means, {"w": TRAINABLE})
 
 
+def begin_with(run: Path, rule: PerLayerRule, initializer: GaussianInitializer) -> None:
+    """Takes the coefficients and the initial distribution that a run has ended with.
+
+    Layers beyond that run's take the rule of its last one.
+    """
+    learned, results = load_rule(run / "rule.json"), read_json(run / "results.json")
+    layers = learned.rules if isinstance(learned, PerLayerRule) else [learned]
+    for k, of_layer in enumerate(rule.rules):
+        of_layer.start_from(layers[min(k, len(layers) - 1)])
+    try:
+        initializer.set_values(results["initializer"])
+    except (LookupError, TypeError) as problem:
+        raise UserError(
+            f"{run}/results.json lacks the initial distribution ({problem!r}): "
+            "give the directory of a finished run of main.py or prune_rule.py"
+        ) from problem
+
+
 def make_model(args, input_shape: tuple[int, int, int]) -> nn.Module:
     """The network, without parameters; UserError where its convolutions do not fit the images."""
     try:
@@ -288,6 +311,8 @@ def build(args, train_data, test_data, device, dtype) -> dict:
         "make_batches": lambda g: draw_batches(train_data, args.batch_size, g, dtype),
         "outer_loss": ProbeLoss(train_data, test_data, args.C, args.outer_images),
     }
+    if args.start_from:
+        begin_with(args.start_from, parts["rule"], parts["initializer"])
     parts["make_model"]()  # refuses convolutions that do not fit the images
     next(parts["make_batches"](seeded_generator(0)))  # refuses a wrong batch size
     return parts

@@ -1091,3 +1091,19 @@ def test_tex_of_a_rule_without_terms_is_zero_and_of_several_layers_a_block_each(
     ]  # fmt: skip
     both = PerLayerRule([example_rule(), example_rule()])
     assert both.tex() == f"Layer 1:\n{example_rule().tex()}\nLayer 2:\n{example_rule().tex()}"
+
+
+def test_a_rule_that_starts_from_another_has_its_coefficients_and_0_elsewhere():
+    short = classical_rule("foldiak", 0.3)
+    rule = filled(PolynomialRule.of_degree(3))
+    rule.start_from(short)
+    values = rule.coefficients()
+    for name, value in short.coefficients().items():
+        assert values.pop(name) == pytest.approx(value)
+    assert not any(values.values())
+
+
+def test_a_rule_without_lateral_terms_has_none():
+    rule = PolynomialRule.of_degree(3, lateral=False)
+    assert not rule.exponents["m"] and not len(rule.diagonal)
+    assert len(rule.coefficients()) == 35 + 10

@@ -124,6 +124,27 @@ def test_every_flag_changes_the_course_of_a_run(tmp_path, plain, flags):
     assert (before == after) == (flags[0] == "--memory")
 
 
+def test_a_run_can_start_from_what_another_has_learned(tmp_path, plain):
+    run(4, 3, *TINY, "--start_from", plain, "--metasteps", "1", "--out", tmp_path / "run")
+    learned = load_rule(plain / "rule.json").rules[0].coefficients()
+    initial = json.loads((plain / "results.json").read_text())["initializer"]
+    (first,) = rows(tmp_path / "run")
+    for name, value in learned.items():
+        for layer in (1, 2):
+            assert float(first[f"coefficient/{layer}/{name}"]) == pytest.approx(value, abs=1e-12)
+    for name, value in initial.items():
+        assert float(first[f"initial/{name}"]) == pytest.approx(value, rel=1e-6)
+
+
+def test_a_start_that_does_not_fit_is_refused_in_one_line(capsys, tmp_path, plain):
+    out = ["--out", tmp_path / "run"]
+    start = [4, *TINY, "--start_from", plain]
+    assert "degree" in refused(capsys, *start, "--degree", 2, *out)
+    assert "views" in refused(capsys, *start, "--pair_inputs", *out)
+    assert "rule.json" in refused(capsys, 4, *TINY, "--start_from", tmp_path / "none", *out)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_path):
     flags = [*TINY, "--metasteps", "40", "--sparsify", "--sparsify_from", "10", "--average", "0.9"]
     run(4, *flags, "--out", tmp_path / "whole")
