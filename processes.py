@@ -70,5 +70,16 @@ def join_team() -> Team:
     if count == 1:
         return ALONE
     if not distributed.is_initialized():
-        distributed.init_process_group("gloo")
+        _meet(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     return Team(distributed.get_rank(), count)
+
+
+def _meet(attempt: int) -> None:
+    """Wait for all processes of this attempt, the first or one after a restart.
+
+    torchrun keeps its store over a restart, with the addresses of the processes that are gone;
+    without a prefix of its own, an attempt would call them.
+    """
+    store, rank, count = next(distributed.rendezvous("env://"))
+    store = distributed.PrefixStore(f"attempt {attempt}", store)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)

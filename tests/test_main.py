@@ -252,7 +252,7 @@ def test_a_new_rule_changes_nothing_but_clamps_the_weights(tmp_path):
     rule = main.make_rule(args)
     assert all(torch.equal(p, torch.zeros_like(p)) for p in rule.parameters())
     train_data, _ = load_images("mnist5k", tmp_path)
-    network = main.make_model(args, 784)
+    network = main.make_model(args, (1, 28, 28))
     params = main.make_initializer(args)(network, torch.Generator().manual_seed(0))
     x = train_data.floats(slice(0, 8))
     after = rule.update(network, params, x)
