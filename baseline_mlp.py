@@ -1,0 +1,206 @@
+"""Baseline: a linear probe on one wide layer of random features, whose distribution is learned.
+
+    python baseline_mlp.py                       10,000 features
+    python baseline_mlp.py 1000                  fewer
+    python baseline_mlp.py 1000 --metasteps 0    as they are drawn without learning
+    python baseline_mlp.py --resume runs/baseline_mlp-...
+
+    y = sigmoid(w x + b);   w = (mu_w + sd_w N(0, 1)) / sqrt(pixels),   b = mu_b + sd_b N(0, 1)
+
+Means and spreads, four numbers, follow the hypergradient of the probe's loss; w and b themselves
+are never trained. Each meta-step draws all features anew and fits the probe on --probe_images
+images, by default the fewer the more features there are, to bound its cost; the final evaluations
+use all images. The sign of a spread means nothing.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from command_line import (
+    common_parser,
+    nonnegative_int,
+    open_run,
+    parse,
+    positive_float,
+    positive_int,
+    run_command,
+    set_up,
+)
+from figures import COLOURS, _finish, _legend, _save, _single, draw_run
+from hypgraddesc import EVALUATION, MetaSettings, evaluate, hypgraddesc
+from initializers import SCALERS, TRAINABLE, GaussianInitializer
+from learning_rules import LearningRule
+from linear_probe import ProbeLoss
+from mnist_datasets import ImageData, load_images, normalize_pixels
+from models_fully_local import Activation, Params, lateral_mlp
+from run_log import RunLog, finish_on_interrupt, read_metrics
+
+NUMBERS_TO_FIT = 10**7  # images x features of a meta-step, unless --probe_images is given
+
+
+def make_parser():
+    """The command's flags."""
+    parser = common_parser("Meta-learn the distribution of random features.", "baseline_mlp")
+    parser.add_argument("features", type=number_of_features, nargs="?", default=10_000,
+        help="random features, the units of the layer")  # fmt: skip
+    add = parser.add_argument_group("meta-learning").add_argument
+    add("--metasteps", type=nonnegative_int, default=200, help="meta-steps")
+    add("--lr", type=positive_float, default=0.1, help="learning rate of the four numbers (Adam)")
+    add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
+    add = parser.add_argument_group("probe").add_argument
+    add("--C", type=positive_float, default=1.0, help="inverse penalty of the probe")
+    add("--probe_images", type=positive_int, metavar="N",
+        help="for a meta-step (default: 10 million / features)")  # fmt: skip
+    add("--outer_images", type=positive_int, default=1024, help="images of the outer loss")
+    add("--evaluations", type=positive_int, default=3, help="final draws, probed on all images")
+    return parser
+
+
+def number_of_features(text: str) -> int | str:
+    """A whole number of at least 1."""
+    # argparse converts also the default of a positional, which `parse` suppresses
+    return text if text == argparse.SUPPRESS else positive_int(text)
+
+
+class UnscaledInitializer(GaussianInitializer):
+    """Means and spreads of w and b, all trainable, in units of their effect: without scalers.
+
+    Adam moves each of them by about the learning rate.
+    """
+
+    def __init__(self) -> None:
+        trained = dict.fromkeys("wb", TRAINABLE)
+        super().__init__(trained, trained)
+        with torch.no_grad():
+            self.spread_w.fill_(1.0)
+            self.spread_b.fill_(1.0)
+
+    def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
+        """One draw: a dict of tensors per layer."""
+        return [
+            {name: tensor / SCALERS[name] for name, tensor in layer.items()}
+            for layer in super().forward(model, generator)
+        ]
+
+    def effective(self) -> dict[str, float]:
+        """Each mean and spread (of w: before the division by sqrt(fan_in))."""
+        return {name: number.item() for name, number in self.named_parameters()}
+
+
+def make_parts(args, train_data: ImageData, test_data: ImageData) -> dict:
+    """What hypgraddesc needs: the network, its distribution, no rule, the probe on few images."""
+    count = args.probe_images or max(1, NUMBERS_TO_FIT // args.features)
+    seen = [first_images(data, count) for data in (train_data, test_data)]
+    return {
+        "make_model": partial(make_model, math.prod(train_data.shape), args.features),
+        "rule": LearningRule(),
+        "initializer": UnscaledInitializer(),
+        "make_batches": lambda generator: iter(()),
+        "outer_loss": ProbeLoss(*seen, args.C, args.outer_images),
+    }
+
+
+def make_model(inputs: int, features: int) -> nn.Module:
+    """One sigmoid layer whose units do not see each other."""
+    return lateral_mlp(inputs, [features], Activation("sigmoid"), inhibition="none")
+
+
+def first_images(data: ImageData, count: int) -> ImageData:
+    """The first `count` images, or all of them if there are no more."""
+    return replace(data, images=data.images[:count], labels=data.labels[:count])
+
+
+def evaluate_on_all_images(
+    args, log: RunLog, parts: dict, train_data: ImageData, test_data: ImageData
+) -> tuple[list[dict[str, float]], bool]:
+    """Numbers of the probe on several new draws; whether Ctrl-C ended them before their time."""
+    whole = parts | {"outer_loss": ProbeLoss(train_data, test_data, args.C, args.outer_images)}
+    rows = []
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(args.evaluations, description="evaluation") as progress,
+    ):
+        for draw in range(args.evaluations):
+            row, _ = evaluate(**whole, steps=0, draw=(args.seed, EVALUATION, draw))
+            rows.append(row)
+            progress.advance(row)
+            if interrupt.requested:
+                break
+    return rows, interrupt.requested
+
+
+def draw_initial_numbers(
+    step: np.ndarray, numbers: Mapping[str, np.ndarray], path: str | Path
+) -> None:
+    """Means and spreads of the initial parameters ("mean_w" to values [steps]) over meta-steps."""
+    figure, axes = _single()
+    for colour, (name, values) in zip(COLOURS, numbers.items(), strict=False):
+        axes.plot(step, values, color=colour, lw=1.3, label=name.replace("_", " of "))
+    _finish(axes, "Distribution of the initial parameters", "meta-step", "effective value")
+    _legend(axes)
+    _save(figure, path)
+
+
+def draw_figures(directory: Path) -> None:
+    """Those of every meta-learning run, and the four numbers."""
+    draw_run(directory)
+    metrics, prefix = read_metrics(directory), "initial/"
+    numbers = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+    if numbers:
+        draw_initial_numbers(metrics["step"], numbers, directory / "figures" / "initial.png")
+
+
+def report(log: RunLog, source: str, initializer, rows: list[dict[str, float]]) -> None:
+    """The four numbers and the accuracies, on the screen and as a file; the figures."""
+    accuracies = [row["test_accuracy"] for row in rows]
+    log.write_json("results.json", {
+        "data": source,
+        "initializer": initializer.effective(),
+        "evaluations": rows,
+        "test_accuracy_mean": np.mean(accuracies) if rows else None,
+        "test_accuracy_standard_deviation": np.std(accuracies) if rows else None,
+    })  # fmt: skip
+    values = initializer.effective().items()
+    log.say(", ".join(f"{name.replace('_', ' of ')} {value:.3g}" for name, value in values))
+    if rows:
+        log.say(f"test accuracy {np.mean(accuracies):.2%} +- {np.std(accuracies):.2%} over "
+                f"{len(rows)} draws")  # fmt: skip
+    draw_figures(log.directory)
+    log.say(f"everything is in {log.directory}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, meta-learn, evaluate, report."""
+    args = parse(make_parser(), argv)
+    device, dtype = set_up(args)
+    train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
+    if args.pixelwise_normalization:
+        train_data, test_data = normalize_pixels(train_data, test_data)
+    parts = make_parts(args, train_data, test_data)
+    initializer = parts["initializer"].to(device, dtype)
+    settings = MetaSettings(metasteps=args.metasteps, lr=args.lr, inner_steps=0, seed=args.seed)
+
+    def numbers() -> dict[str, float]:
+        return {f"initial/{name}": value for name, value in initializer.effective().items()}
+
+    with open_run(args, "baseline_mlp", train_data) as log:
+        log.say(train_data.source)
+        finished = hypgraddesc(**parts, settings=settings, log=log, hyperparameters=numbers)
+        rows, interrupted = [], not finished
+        if finished:
+            rows, interrupted = evaluate_on_all_images(args, log, parts, train_data, test_data)
+        report(log, train_data.source, initializer, rows)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main)

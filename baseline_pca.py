@@ -1,0 +1,164 @@
+"""Baseline: how well a linear probe does on the first k principal components of the images.
+
+    python baseline_pca.py                               k = 1, 2, 4, ..., all pixels
+    python baseline_pca.py --components 1 2 5 10 20      other k
+    python baseline_pca.py --resume runs/baseline_pca-...
+
+The images are projected onto the components, not whitened: the probe's penalty weighs as it does
+on pixels, and on all components it is the probe on pixels. Nothing is random here: --seed changes
+nothing.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.ticker import PercentFormatter, ScalarFormatter
+
+from command_line import (
+    UserError,
+    common_parser,
+    open_run,
+    parse,
+    positive_float,
+    positive_int,
+    run_command,
+    set_up,
+)
+from figures import COLOURS, _finish, _legend, _save, _single
+from linear_probe import linear_probe
+from mnist_datasets import ImageData, load_images, normalize_pixels
+from principal_components import PrincipalComponents, principal_components, projection
+from run_log import RunLog, finish_on_interrupt, read_metrics
+
+ACCURACIES = {"train_accuracy": "training images", "test_accuracy": "test images"}
+
+
+def make_parser():
+    """The command's flags."""
+    parser = common_parser("Probe the principal components of the images.", "baseline_pca")
+    add = parser.add_argument_group("principal components").add_argument
+    add("--components", type=positive_int, nargs="+", metavar="K",
+        help="numbers of components (default: powers of two, and all)")  # fmt: skip
+    add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
+    add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
+    return parser
+
+
+def numbers_of_components(wanted: Sequence[int] | None, pixels: int) -> list[int]:
+    """Those wanted, sorted, each once; without a wish the powers of two, and all.
+
+    Raises UserError where there are fewer pixels.
+    """
+    if wanted is None:
+        return [2**i for i in range((pixels - 1).bit_length())] + [pixels]
+    if max(wanted) > pixels:
+        raise UserError(
+            f"--components {max(wanted)}: images of {pixels} pixels have no more than {pixels}"
+        )
+    return sorted(set(wanted))
+
+
+def probe_components(
+    args,
+    log: RunLog,
+    ks: Sequence[int],
+    train_data: ImageData,
+    test_data: ImageData,
+    dtype: torch.dtype,
+) -> bool:
+    """Records one row per k of the probe's accuracy; whether Ctrl-C ended it before its time.
+
+    Goes on after the k that was recorded last.
+    """
+    saved = log.load_checkpoint()
+    left = [k for k in ks if saved is None or k > saved[0]]
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(len(ks), len(ks) - len(left), "components") as progress,
+    ):
+        principal = principal_components(train_data) if left else None
+        for k in left:
+            row = probe_row(principal, k, train_data, test_data, args.C, dtype, log)
+            log.record(k, row)
+            log.save_checkpoint(k, {})
+            progress.advance({"components": k, **{name: row[name] for name in ACCURACIES}})
+            if interrupt.requested:
+                break
+    return interrupt.requested
+
+
+def probe_row(
+    principal: PrincipalComponents,
+    k: int,
+    train_data: ImageData,
+    test_data: ImageData,
+    C: float,
+    dtype: torch.dtype,
+    log: RunLog,
+) -> dict[str, float]:
+    """The probe's numbers on the first k components, and their share of the variance."""
+    begin = time.perf_counter()
+    result = linear_probe(*projection(principal, k, dtype), train_data, test_data, C)
+    if not result.fit.converged:
+        log.warn(f"{k} components: the probe stopped before its optimum")
+    return {
+        "variance_share": float(principal.variances[:k].sum() / principal.variances.sum()),
+        **{name: getattr(result, name) for name in ACCURACIES},
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def draw_accuracy_over_size(
+    sizes: np.ndarray, accuracies: Mapping[str, np.ndarray], path: str | Path, x_label: str
+) -> None:
+    """Accuracies of the probe (name to fractions [sizes]) over a size, on a logarithmic scale."""
+    figure, axes = _single()
+    for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
+        axes.plot(sizes, values, color=colour, marker="o", ms=3, lw=1.3, label=name)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    _finish(axes, "Accuracy of the linear probe", x_label, "images classified correctly")
+    axes.set_xscale("log", base=2)  # after _finish, whose ticks are those of steps
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    _legend(axes)
+    _save(figure, path)
+
+
+def report(args, log: RunLog, source: str) -> None:
+    """The table, on the screen and as a file, and its figure."""
+    metrics = read_metrics(log.directory)
+    log.say(f"{'components':>10}  {'variance':>9}  {'training':>9}  {'test':>9}")
+    table = []
+    for i, k in enumerate(metrics["step"].tolist()):
+        row = {name: float(metrics[name][i]) for name in ("variance_share", *ACCURACIES)}
+        log.say(f"{k:10d}" + "".join(f"  {value:9.2%}" for value in row.values()))
+        table.append({"components": k, **row})
+    log.write_json("results.json", {"data": source, "C": args.C, "table": table})
+    log.path("figures").mkdir(exist_ok=True)
+    accuracies = {label: metrics[name] for name, label in ACCURACIES.items()}
+    path = log.path("figures/accuracy.png")
+    draw_accuracy_over_size(metrics["step"], accuracies, path, "principal components")
+    log.say(f"everything is in {log.directory}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, probe, report."""
+    args = parse(make_parser(), argv)
+    device, dtype = set_up(args)
+    train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
+    if args.pixelwise_normalization:
+        train_data, test_data = normalize_pixels(train_data, test_data)
+    ks = numbers_of_components(args.components, math.prod(train_data.shape))
+    with open_run(args, "baseline_pca", train_data) as log:
+        log.say(train_data.source)
+        interrupted = probe_components(args, log, ks, train_data, test_data, dtype)
+        report(args, log, train_data.source)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main)

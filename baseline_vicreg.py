@@ -1,0 +1,167 @@
+"""Baseline: a sigmoid network trained by backpropagation so that views of an image agree (VICReg).
+
+    python baseline_vicreg.py                          784-256-32
+    python baseline_vicreg.py 32                       784-32
+    python baseline_vicreg.py --resume runs/baseline_vicreg-...
+
+It learns from pairs of augmented views, without labels; a linear probe on the features of the
+images as they are says how useful these have become. It is what a local rule is measured against:
+the same pairs and the same probe, but a loss and its exact gradient.
+"""
+
+import math
+from functools import partial
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from command_line import (
+    common_parser,
+    nonnegative_float,
+    nonnegative_int,
+    open_run,
+    parse,
+    positive_float,
+    positive_int,
+    run_command,
+    set_up,
+)
+from figures import COLOURS, DPI, draw_run
+from linear_probe import linear_probe
+from mnist_datasets import load_images, normalize_pixels
+from models_fully_local import Activation, lateral_mlp
+from run_log import RunLog, finish_on_interrupt, read_metrics
+from train import detached
+from vicreg import TERMS, VICReg, vicreg_loss
+
+ACCURACIES = ("train_accuracy", "test_accuracy")
+NOT_PROBED = dict.fromkeys(ACCURACIES, math.nan)
+
+
+def make_parser():
+    """The command's flags."""
+    parser = common_parser("Train a network by VICReg on augmented pairs.", "baseline_vicreg")
+    parser.add_argument(
+        "layers", type=positive_int, nargs="*", default=[256, 32], help="units of each layer"
+    )
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=nonnegative_int, default=100, help="passes over the training images")
+    add("--lr", type=positive_float, default=1e-3, help="learning rate (AdamW)")
+    add("--weight_decay", type=nonnegative_float, default=0.01, help="of AdamW, times the rate")
+    add("--batch_size", type=positive_int, default=1024, help="images of one step, two views each")
+    add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
+    add = parser.add_argument_group("loss").add_argument
+    add("--invariance", type=nonnegative_float, default=250.0, metavar="WEIGHT",
+        help="weight of the mean squared difference of the views")  # fmt: skip
+    add("--variance", type=nonnegative_float, default=25.0, metavar="WEIGHT",
+        help="weight of standard deviations below the hinge")  # fmt: skip
+    add("--covariance", type=nonnegative_float, default=1000.0, metavar="WEIGHT",
+        help="weight of the squared covariances of different features")  # fmt: skip
+    add("--hinge", type=positive_float, default=0.1, help="standard deviation that is enough")
+    add = parser.add_argument_group("probe").add_argument
+    add("--C", type=positive_float, default=1e6, help="inverse penalty of the probe")
+    add("--probe_every", type=nonnegative_int, default=10, metavar="EPOCHS",
+        help="how often the features are judged on the way; 0: never")  # fmt: skip
+    return parser
+
+
+def make_training(args, data, dtype: torch.dtype) -> VICReg:
+    """The untrained network and its optimiser."""
+    weights = {name: getattr(args, name) for name in TERMS}
+    sizes = math.prod(data.shape), args.layers
+    return VICReg(
+        lateral_mlp(*sizes, Activation("sigmoid"), inhibition="none"),
+        data,
+        args.seed,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        batch_size=args.batch_size,
+        loss=partial(vicreg_loss, **weights, hinge=args.hinge),
+        dtype=dtype,
+    )
+
+
+def probe(training: VICReg, test_data, C: float) -> dict[str, float]:
+    """The accuracies, fractions, of a linear probe on the features of images as they are."""
+    result = linear_probe(training.model, detached(training.params), training.data, test_data, C)
+    return {name: getattr(result, name) for name in ACCURACIES}
+
+
+def train(args, training: VICReg, test_data, log: RunLog) -> bool:
+    """All epochs, a row of metrics and a checkpoint after each; False where Ctrl-C ended them."""
+    saved = log.load_checkpoint()
+    if saved is not None:
+        training.load_state_dict(saved[1])
+        log.say(f"going on from epoch {training.epoch}")
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(args.epochs, training.epoch, "epoch") as progress,
+    ):
+        while training.epoch < args.epochs and not interrupt.requested:
+            row = training.train_epoch()
+            last = training.epoch == args.epochs
+            due = args.probe_every and (last or training.epoch % args.probe_every == 0)
+            accuracies = probe(training, test_data, args.C) if due else {}
+            log.record(training.epoch, row | NOT_PROBED | accuracies)
+            log.save_checkpoint(training.epoch, training.state_dict())
+            progress.advance(row | accuracies)
+    return training.epoch == args.epochs
+
+
+def report(args, training: VICReg, test_data, log: RunLog) -> None:
+    """The accuracy on the screen; parameters, results and figures as files."""
+    accuracies = probe(training, test_data, args.C)
+    arrays = {
+        f"{number}.{name}": tensor.numpy(force=True)
+        for number, layer in enumerate((p for p in training.params if p), 1)
+        for name, tensor in layer.items()
+    }
+    shape = np.array(training.data.shape)
+    log.write_arrays("parameters.npz", {**arrays, "input_shape": shape})
+    results = {"data": training.data.source, "epochs": training.epoch, **accuracies}
+    log.write_json("results.json", results)
+    draw_run(log.directory)
+    if metrics := read_metrics(log.directory):
+        weights = {name: getattr(args, name) for name in TERMS}
+        draw_loss(metrics, weights, log.path("figures/loss.png"))
+    log.say(
+        f"test accuracy {accuracies['test_accuracy']:.2%}, training accuracy "
+        f"{accuracies['train_accuracy']:.2%} after {training.epoch} epochs"
+    )
+
+
+def draw_loss(metrics: dict[str, np.ndarray], weights: dict[str, float], path) -> None:
+    """The loss over epochs, and its weighted terms, which sum up to it."""
+    figure = Figure((6.4, 3.8), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    curves = {"loss": metrics["loss"]} | {name: weights[name] * metrics[name] for name in TERMS}
+    for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
+        axes.plot(metrics["step"], values, color=colour, marker="o", ms=3, lw=1.3, label=name)
+    axes.set_ylim(bottom=0)
+    axes.set(title="Loss and its weighted terms", xlabel="epoch", ylabel="mean over the epoch")
+    axes.grid(True, color="#e6e6e6", lw=0.6)
+    axes.legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, train, probe, report."""
+    args = parse(make_parser(), argv)
+    device, dtype = set_up(args)
+    train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
+    if args.pixelwise_normalization:
+        train_data, test_data = normalize_pixels(train_data, test_data)
+    training = make_training(args, train_data, dtype)
+    with open_run(args, "baseline_vicreg", train_data) as log:
+        log.say(train_data.source)
+        finished = train(args, training, test_data, log)
+        report(args, training, test_data, log)
+        log.say(f"everything is in {log.directory}")
+    if not finished:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,320 @@
+"""Judges learned rules beyond what they were trained on, beside classical rules and references.
+
+    python evaluate.py runs/main-...                    as it was trained, from new draws
+    python evaluate.py runs/main-... --datasets mnist fashion rotated --layers 32 --layers 256 32 \\
+        --steps 250 500 1000                            other images, sizes and numbers of steps
+    python evaluate.py runs/a runs/b --rules oja sanger instar foldiak --references random pca
+
+Without --datasets, --layers, --steps they are those of the first RUN. One training is probed after
+each of the --steps. In a network deeper than the one that a rule was learned on, further layers use
+the rule of its last layer. "rotated" are MNIST's digits, each turned once by up to 45 degrees.
+
+Classical rules run on networks of their own on pixel-centred images: oja and sanger on linear units
+without inhibition, instar and foldiak on sigmoid units that inhibit each other. Their rate is
+chosen once for each data set and layer sizes, from 1e-4 to 1 in half powers of ten, by the accuracy
+after the last step on a sixth of the training images, held out meanwhile. The references are judged
+without any steps: random features (the first RUN's initial network), pca (as many components as the
+last layer has units), and vicreg, trained by backpropagation for 100 epochs, many minutes each.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.ticker import PercentFormatter
+
+from command_line import (
+    DATASETS,
+    UserError,
+    common_parser,
+    open_run,
+    parse,
+    positive_int,
+    run_command,
+    set_up,
+)
+from figures import COLOURS, FONT, _figure, _finish, _save
+from hypgraddesc import seeded_generator
+from mnist_datasets import ImageData, batches, load_images
+from rule_comparison import (
+    CLASSICAL,
+    RATES,
+    REFERENCES,
+    Comparison,
+    LearnedRun,
+    Method,
+    Row,
+    Setting,
+    classical,
+    learned,
+    load_run,
+    reference_methods,
+    rotated,
+    run_comparison,
+)
+from run_log import RunLog
+
+ROTATED = "rotated"
+
+
+def make_parser():
+    """The command's flags; --datasets stands in the place of the common --dataset."""
+    parser = common_parser("Judge learned rules beyond their training.", "evaluate")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directories of main.py")
+    group = parser.add_argument_group("what is compared", conflict_handler="resolve")
+    add = group.add_argument
+    add("--datasets", "--dataset", nargs="+", choices=(*DATASETS, ROTATED), help="images")
+    add("--layers", type=positive_int, nargs="+", action="append", metavar="UNITS",
+        help="units of each layer; may come several times")  # fmt: skip
+    add("--steps", type=positive_int, nargs="+", help="numbers of updates")
+    add("--seeds", type=positive_int, default=3, metavar="N", help="trainings of each kind")
+    add("--rules", nargs="+", choices=list(CLASSICAL), help="classical rules")
+    add("--references", nargs="+", choices=REFERENCES, help="what has no steps")
+    return parser
+
+
+def fill_in(args, runs: Sequence[LearnedRun]) -> None:
+    """What the flags leave open is as in the first run; nothing is asked for twice."""
+    config = runs[0].config
+    args.datasets = list(dict.fromkeys(args.datasets or [config["dataset"]]))
+    layers = args.layers or [config["layers"]]
+    args.layers = [list(sizes) for sizes in dict.fromkeys(map(tuple, layers))]
+    args.steps = sorted(set(args.steps or [runs[0].steps]))
+    args.rules, args.references = args.rules or [], args.references or []
+
+
+def refuse_what_cannot_be_compared(args, runs: Sequence[LearnedRun]) -> None:
+    """UserError where two rows of the table would have one name, or two probes differ."""
+    names = Counter([run.name for run in runs] + args.rules + args.references)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise UserError(f"{twice[0]} would name several rows: give each run, rule, reference once")
+    for run in runs[1:]:
+        if run.config["C"] != runs[0].config["C"]:
+            raise UserError(
+                f"{runs[0].name} and {run.name} were judged with --C {runs[0].config['C']:g} and "
+                f"{run.config['C']:g}: evaluate them one by one"
+            )
+    if [] in args.layers and (args.rules or args.references):
+        raise UserError(f"{runs[0].name} has convolutions only: give --layers to compare with it")
+
+
+def make_methods(args, runs: Sequence[LearnedRun]) -> dict[str, Method]:
+    """The rows of the table, by name."""
+    references = reference_methods(runs[0])
+    return {
+        **{run.name: Method(lambda setting, run=run: learned(run, setting)) for run in runs},
+        **{
+            name: Method(lambda setting, rate, name=name: classical(name, setting, rate), RATES)
+            for name in args.rules
+        },
+        **{name: references[name] for name in args.references},
+    }
+
+
+def load_data(name: str, data_dir: Path) -> tuple[ImageData, ImageData]:
+    """Training and test images; the angles of rotated digits are the same in every run."""
+    if name != ROTATED:
+        return load_images(name, data_dir)
+    digits = load_images("mnist", data_dir)
+    return tuple(rotated(data, seeded_generator(part)) for part, data in enumerate(digits))
+
+
+def make_settings(args, run: LearnedRun, device, dtype) -> list[Setting]:
+    """Every data set with every network; the probe and the batch size are the first run's."""
+    settings = []
+    for name in args.datasets:
+        train_data, test_data = (data.to(device) for data in load_data(name, args.data_dir))
+        settings += [
+            Setting(
+                dataset=name,
+                train=train_data,
+                test=test_data,
+                layers=tuple(layers),
+                C=run.config["C"],
+                outer_images=run.config["outer_images"],
+                batch_size=run.config["batch_size"],
+                dtype=dtype,
+            )
+            for layers in args.layers
+        ]
+    return settings
+
+
+def what_was_found(runs: Sequence[LearnedRun], settings: Sequence[Setting]) -> dict[str, str]:
+    """What a resumed run must find again: the rules, and as many images."""
+    found = {setting.dataset: f"{len(setting.train)} images" for setting in settings}
+    for run in runs:
+        content = json.dumps([run.rule.to_dict(), run.start]).encode()
+        found[run.name] = f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
+    return found
+
+
+# ---- results ----
+
+
+def summarize(rows: Sequence[Row]) -> list[Row]:
+    """Mean and standard deviation (the population's) of the test accuracy over the draws.
+
+    One row for each method, data set, layers and number of steps. Trainings whose numbers are not
+    finite count in `trainings`, not in `finite`.
+    """
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if not row["held_out"]:
+            key = tuple(row[name] for name in ("method", "dataset", "layers", "inner_steps"))
+            groups.setdefault(key, []).append(row)
+    summary = []
+    for (method, dataset, layers, steps), group in groups.items():
+        accuracies = [row["test_accuracy"] for row in group]
+        finite = [value for value in accuracies if math.isfinite(value)]
+        summary.append({
+            "method": method,
+            "dataset": dataset,
+            "layers": layers,
+            "inner_steps": steps,
+            "rate": group[0]["rate"],
+            "trainings": len(group),
+            "finite": len(finite),
+            "test_accuracy_mean": np.mean(finite) if finite else None,
+            "test_accuracy_standard_deviation": np.std(finite) if finite else None,
+        })  # fmt: skip
+    return summary
+
+
+def table_cells(summary: Sequence[Row], draws: int) -> list[list[str]]:
+    """A heading, then a row for each layers, method and steps; data sets are side by side.
+
+    draws: how many trainings each number should be of; where it is of fewer, it says so.
+    """
+    datasets = list(dict.fromkeys(row["dataset"] for row in summary))
+    sizes = list(dict.fromkeys(row["layers"] for row in summary))
+    lines: dict[tuple, dict[str, str]] = {}
+    for row in sorted(summary, key=lambda row: sizes.index(row["layers"])):
+        key = (row["method"], row["layers"], str(row["inner_steps"] or "-"))
+        lines.setdefault(key, {})[row["dataset"]] = accuracy_text(row, draws)
+    body = [[*key, *(cells.get(name, "") for name in datasets)] for key, cells in lines.items()]
+    return [["method", "layers", "steps", *datasets], *body]
+
+
+def accuracy_text(row: Row, draws: int) -> str:
+    """Mean and deviation in percent, and of how many of the draws if not of all."""
+    if not row["finite"]:
+        return "not finite"
+    mean, deviation = row["test_accuracy_mean"], row["test_accuracy_standard_deviation"]
+    some = f" ({row['finite']} of {draws})" if row["finite"] < draws else ""
+    return f"{100 * mean:.2f} ± {100 * deviation:.2f} %{some}"
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table for the screen, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
+    ]
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """The same table in Markdown."""
+    heading, *body = cells
+    rule = ["---", *["---:"] * (len(heading) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heading, rule, *body))
+
+
+def draw_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
+    """Test accuracy over inner steps, a panel for each data set and layer sizes.
+
+    Bars are standard deviations; what has no steps is a dashed line.
+    """
+    datasets = list(dict.fromkeys(row["dataset"] for row in summary))
+    sizes = list(dict.fromkeys(row["layers"] for row in summary))
+    methods = list(dict.fromkeys(row["method"] for row in summary))
+    figure = _figure(3.6 * len(datasets) + 1.4, 3.2 * len(sizes))
+    grid = figure.subplots(len(sizes), len(datasets), squeeze=False, sharey="col")
+    for i, layers in enumerate(sizes):
+        for j, dataset in enumerate(datasets):
+            axes, bottom = grid[i, j], "inner steps" if i == len(sizes) - 1 else ""
+            for number, method in enumerate(methods):
+                place = {"method": method, "dataset": dataset, "layers": layers}
+                rows = [row for row in summary if place.items() <= row.items() and row["finite"]]
+                _draw_method(axes, method, rows, COLOURS[number % len(COLOURS)])
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+            _finish(axes, f"{dataset}, {layers}", bottom, "" if j else "test accuracy of the probe")
+            axes.set_xticks(sorted({row["inner_steps"] for row in summary} - {0}))
+    shown = [axes.get_legend_handles_labels() for axes in grid.flat]
+    handles = {label: handle for pair in shown for handle, label in zip(*pair, strict=True)}
+    names = [name for name in methods if name in handles]
+    figure.legend([handles[name] for name in names], names, loc="outside right upper",
+                  frameon=False, fontsize=FONT - 1)  # fmt: skip
+    _save(figure, path)
+
+
+def _draw_method(axes, method: str, rows: Sequence[Row], colour: str) -> None:
+    mean, deviation = (
+        [row[f"test_accuracy_{name}"] for row in rows] for name in ("mean", "standard_deviation")
+    )
+    steps = [row["inner_steps"] for row in rows]
+    if steps == [0]:
+        axes.axhline(mean[0], color=colour, ls="--", lw=1.2, label=method)
+    elif rows:
+        axes.errorbar(
+            steps, mean, deviation, color=colour, marker="o", ms=3, lw=1.3, capsize=2, label=method
+        )
+
+
+def report(log: RunLog, comparison: Comparison) -> None:
+    """The table, on the screen and in table.md; results.json; the figure."""
+    summary = summarize(comparison.rows)
+    trainings, trials = [], []
+    for row in comparison.rows:
+        plain = {k: None if v != v else v for k, v in row.items() if k != "held_out"}
+        if row["held_out"]:
+            plain["held_out_accuracy"] = plain.pop("test_accuracy")
+        (trials if row["held_out"] else trainings).append(plain)
+    log.write_json("results.json", {
+        "data": {s.dataset: s.train.source for s in comparison.settings},
+        "methods": list(comparison.methods),
+        "summary": summary,
+        "trainings": trainings,
+        "trials_of_rates": trials,
+    })  # fmt: skip
+    if summary:
+        cells = table_cells(summary, comparison.draws)
+        log.path("table.md").write_text(markdown(cells))
+        log.path("figures").mkdir(exist_ok=True)
+        draw_accuracy_over_steps(summary, log.path("figures/accuracy_over_steps.png"))
+        log.say(f"test accuracy, mean and standard deviation over {comparison.draws} draws")
+        for line in aligned(cells):
+            log.say(line)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, read the runs, build, train and probe, report."""
+    args = parse(make_parser(), argv)
+    device, dtype = set_up(args)
+    runs = [load_run(directory) for directory in args.runs]
+    fill_in(args, runs)
+    refuse_what_cannot_be_compared(args, runs)
+    settings = make_settings(args, runs[0], device, dtype)
+    largest = max(run.config["batch_size"] for run in runs)
+    for setting in settings:  # refuses a batch size that is too large
+        used = setting.within_training() if args.rules else setting
+        next(batches(used.train, largest, seeded_generator(0)))
+    comparison = Comparison(make_methods(args, runs), settings, args.steps, args.seeds, args.seed)
+    found = argparse.Namespace(**vars(args), found=what_was_found(runs, settings))
+    with open_run(found, "evaluate", settings[0].train) as log:
+        for source in dict.fromkeys(setting.train.source for setting in settings):
+            log.say(source)
+        finished = run_comparison(comparison, log)
+        report(log, comparison)
+        log.say(f"everything is in {log.directory}")
+    if not finished:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main)

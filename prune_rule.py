@@ -1,0 +1,316 @@
+"""Shortens a learned rule term by term: accuracy against the number of terms.
+
+    python prune_rule.py runs/main-...
+    python prune_rule.py runs/main-... --terms 20 10 5 --seeds 10
+    python prune_rule.py --resume runs/prune_rule-...
+
+A change is linear in the coefficients. When a term goes, the other terms of its parameter take over
+what they can of the change, c_k by term k, that the rule made in some trainings:
+
+    minimise over a  |sum_k a_k c_k - sum_k c_k|^2;   psi_k <- a_k psi_k
+
+This has a closed form for each term that may go (Hassibi, Stork 1993, Optimal brain surgeon). Down
+to --try_below terms the one goes without which the least of the change is left unexplained. From
+there on the first --candidates of this order are each left out of some trainings, and the one goes
+without which the outer loss is smallest. Nothing is meta-learned, and test images choose nothing.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from command_line import (
+    UserError,
+    common_parser,
+    nonnegative_float,
+    nonnegative_int,
+    open_run,
+    parse,
+    positive_int,
+    run_command,
+    set_up,
+)
+from figures import draw_run
+from hypgraddesc import EVALUATION, seeded_generator
+from learning_rules import PerLayerRule, rule_from_dict, term_effects, term_products
+from mnist_datasets import load_images
+from rule_comparison import Entry, LearnedRun, Setting, learned, load_run, trajectory
+from run_log import RunLog, finish_on_interrupt
+
+TERMS = (40, 30, 20, 15, 12, 10, 9, 8, 7, 6, 5, 4)
+TRIAL = EVALUATION + 2  # stands there in the names of the draws that choose a term
+RIDGE = 1e-10  # of correlations between terms, which may be exactly dependent
+TERMS_SHOWN = 8
+
+
+def make_parser():
+    """The command's flags."""
+    parser = common_parser("Shorten a learned rule, term by term.", "prune_rule")
+    parser.add_argument("run", metavar="RUN", help="directory of main.py")
+    add = parser.add_argument_group("pruning").add_argument
+    add("--terms", type=positive_int, nargs="+", default=TERMS, help="how many terms to judge")
+    add("--try_below", type=nonnegative_int, default=20, metavar="TERMS",
+        help="from so many terms on, try who may go")  # fmt: skip
+    add("--candidates", type=positive_int, default=10, help="so many at each removal")
+    add("--trials", type=positive_int, default=2, help="trainings that measure a change or a loss")
+    add = parser.add_argument_group("judgement").add_argument
+    add("--seeds", type=positive_int, default=3, metavar="N", help="trainings by each rule judged")
+    add("--inner_steps", type=positive_int, help="updates of a training (default: as RUN's last)")
+    add("--tolerance", type=nonnegative_float, default=0.005, metavar="FRACTION",
+        help="the shortest rule may lose so much training accuracy")  # fmt: skip
+    return parser
+
+
+# ---- who may go ----
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A term that may go.
+
+    parameter: as "1/w"; index: of the term among those of the parameter.
+    factors: float64 [terms], of their coefficients when it is gone; its own is 0.
+    unexplained: squared difference to the change before, relative to that change.
+    """
+
+    parameter: str
+    index: int
+    factors: Tensor
+    unexplained: float
+
+
+def removals(products: Mapping[str, Tensor]) -> list[Removal]:
+    """One for each term, from `term_products`; the least unexplained first."""
+    found = []
+    for parameter, matrix in products.items():
+        size = matrix.diagonal().sqrt()
+        safe = torch.where(size > 0, size, 1.0)  # terms without any change
+        correlation = matrix / safe / safe.unsqueeze(1)
+        inverse = torch.linalg.inv(correlation + RIDGE * torch.eye(len(matrix)).to(matrix))
+        whole = max(float(matrix.sum()), torch.finfo(matrix.dtype).tiny)
+        for k, column in enumerate(inverse.unbind(1)):
+            factors = 1 - column / column[k] * size[k] / safe
+            factors[k] = 0
+            found.append(Removal(parameter, k, factors, float(size[k] ** 2 / column[k]) / whole))
+    return sorted(found, key=lambda removal: removal.unexplained)
+
+
+def without(rule: PerLayerRule, removal: Removal) -> PerLayerRule:
+    """A copy of the rule without this term, the other coefficients adapted."""
+    layer, group = removal.parameter.split("/")
+    stays = torch.arange(len(removal.factors)) != removal.index
+    shorter = copy.deepcopy(rule)
+    of_layer = shorter.rules[int(layer) - 1]
+    names = (group, "diagonal") if group == "m" else (group,)
+    sizes = [len(getattr(of_layer, name)) for name in names]
+    with torch.no_grad():
+        for name, factors in zip(names, removal.factors.split(sizes), strict=True):
+            getattr(of_layer, name).mul_(factors.to(getattr(of_layer, name)))
+    of_layer.keep(dict(zip(names, stays.split(sizes), strict=True)))
+    return shorter
+
+
+def products_without(products: Mapping[str, Tensor], removal: Removal) -> dict[str, Tensor]:
+    """What `without` makes of the products, where the training stays as it was."""
+    matrix = products[removal.parameter] * torch.outer(removal.factors, removal.factors)
+    stays = torch.arange(len(matrix)) != removal.index
+    return {**products, removal.parameter: matrix[stays][:, stays]}
+
+
+class Trainings:
+    """Trainings by one rule or another, of the network that a run was learned on.
+
+    steps: updates of each. Draws are named (seed, TRIAL or EVALUATION, number).
+    """
+
+    def __init__(self, entry: Entry, steps: int, seed: int) -> None:
+        self.entry, self.steps, self.seed = entry, steps, seed
+
+    def outcomes(self, rule: PerLayerRule, kind: int, draws: int) -> list[dict[str, float]]:
+        """The outer loss and its numbers after each; NaN where one is not finite."""
+        entry = replace(self.entry, rule=rule)
+        keys = ((self.seed, kind, draw) for draw in range(draws))
+        return [trajectory(entry, [self.steps], key)[0] for key in keys]
+
+    def products(self, rule: PerLayerRule, draws: int) -> dict[str, Tensor]:
+        """The sum of `term_products` over some; FloatingPointError where one is not finite."""
+        total: dict[str, Tensor] = {}
+        for draw in range(draws):
+            start, order = (seeded_generator(self.seed, TRIAL, draw, k) for k in range(2))
+            params = self.entry.initializer(self.entry.model, start)
+            stream = self.entry.make_batches(order)
+            found = term_products(rule, self.entry.model, params, stream, steps=self.steps)
+            total = {name: total.get(name, 0) + matrix.cpu() for name, matrix in found.items()}
+        if not all(matrix.isfinite().all() for matrix in total.values()):
+            count = len(rule.coefficients())
+            raise FloatingPointError(f"a training by the rule of {count} terms is not finite")
+        return total
+
+
+def choose(
+    rule: PerLayerRule, products: Mapping[str, Tensor], trainings: Trainings, args
+) -> tuple[Removal, dict[str, float]]:
+    """Which term goes, and numbers to record; trial_loss is NaN where none was tried."""
+    ranked = removals(products)
+    chosen, loss = ranked[0], math.nan
+    if len(ranked) <= args.try_below:
+        losses = []
+        for removal in ranked[: args.candidates]:
+            rows = trainings.outcomes(without(rule, removal), TRIAL, args.trials)
+            losses.append(np.mean([row["meta_loss"] for row in rows]))
+        if np.isfinite(losses).any():
+            chosen, loss = ranked[np.nanargmin(losses)], np.nanmin(losses)
+    numbers = {
+        "terms": len(ranked) - 1,
+        "unexplained": chosen.unexplained,
+        "trial_loss": loss,
+    }
+    return chosen, numbers
+
+
+# ---- from the whole rule to the shortest ----
+
+
+def judge(rule: PerLayerRule, effects: dict[str, float], trainings: Trainings, draws: int) -> dict:
+    """A rule, its effects, and how well trainings by it do from new draws, in plain values."""
+    rows = trainings.outcomes(rule, EVALUATION, draws)
+    stage = {"terms": len(effects), "rule": rule.to_dict(), "term_effects": effects}
+    stage["evaluations"] = [row for row in rows if all(map(math.isfinite, row.values()))]
+    for name in ("train_accuracy", "test_accuracy"):
+        values = [row[name] for row in stage["evaluations"]]
+        stage[f"{name}_mean"] = float(np.mean(values)) if values else None
+        stage[f"{name}_standard_deviation"] = float(np.std(values)) if values else None
+    return stage
+
+
+def prune(
+    rule: PerLayerRule, sizes: Sequence[int], trainings: Trainings, args, log: RunLog
+) -> tuple[list[dict], bool]:
+    """A stage for each of `sizes`, falling, and whether it came to the last of them."""
+    removed, products, stages = 0, {}, []
+    saved = log.load_checkpoint()
+    if saved is not None:
+        removed, state = saved
+        rule = rule_from_dict(state["rule"]).to(rule.rules[0].w)
+        products, stages = state["products"], list(state["stages"])
+        log.say(f"going on from {len(rule.coefficients())} terms")
+    total = sizes[0] - sizes[-1]
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(total, removed, "removal") as progress,
+    ):
+        for step in itertools.count(removed + 1):
+            count = len(rule.coefficients())
+            if count in sizes and all(stage["terms"] != count for stage in stages):
+                try:
+                    products = trainings.products(rule, args.trials)
+                except FloatingPointError as problem:
+                    if not stages:
+                        raise
+                    log.warn(f"{problem}: no shorter rule is looked for")
+                    return stages, True
+                effects = term_effects(rule, products)
+                stages.append(judge(rule, effects, trainings, args.seeds))
+            if count == sizes[-1] or interrupt.requested:
+                return stages, count == sizes[-1]
+            removal, numbers = choose(rule, products, trainings, args)
+            rule, products = without(rule, removal), products_without(products, removal)
+            log.record(step, numbers)
+            state = {"rule": rule.to_dict(), "products": products, "stages": stages}
+            log.save_checkpoint(step, state)
+            progress.advance(numbers | {"test_accuracy": stages[-1]["test_accuracy_mean"] or 0.0})
+
+
+def sizes_of(rule: PerLayerRule, wanted: Sequence[int]) -> list[int]:
+    """The whole rule's number of terms and those wanted below it, falling."""
+    whole = len(rule.coefficients())
+    sizes = sorted({n for n in wanted if n < whole} | {whole}, reverse=True)
+    if len(sizes) == 1:
+        raise UserError(f"the rule has {whole} terms: give smaller numbers as --terms")
+    return sizes
+
+
+# ---- results ----
+
+
+def stage_text(stage: dict) -> str:
+    """A line of the table."""
+    if stage["test_accuracy_mean"] is None:
+        return f"{stage['terms']:>5} terms: not finite"
+    mean, deviation = (stage[f"test_accuracy_{name}"] for name in ("mean", "standard_deviation"))
+    trainings = len(stage["evaluations"])
+    return (
+        f"{stage['terms']:>5} terms: test accuracy {mean:.2%} +- {deviation:.2%} over {trainings} "
+        "trainings"
+    )
+
+
+def shortest(stages: Sequence[dict], tolerance: float) -> dict:
+    """The one with the fewest terms, of those that lose no more training accuracy than this."""
+    accuracies = [stage["train_accuracy_mean"] or 0.0 for stage in stages]
+    good = [s for s, a in zip(stages, accuracies, strict=True) if a >= accuracies[0] - tolerance]
+    return min(good, key=lambda stage: stage["terms"])
+
+
+def report(args, log: RunLog, run: LearnedRun, source: str, stages: list[dict]) -> None:
+    """Every rule judged as a file, the table as results.json and a figure, the shortest rule."""
+    for stage in stages:
+        log.write_json(f"rule-{stage['terms']}.json", stage["rule"])
+    best = shortest(stages, args.tolerance)
+    rule = rule_from_dict(best["rule"])
+    log.write_rule(rule, best["term_effects"])
+    log.write_json("results.json", {
+        "data": source,
+        "run": args.run,
+        "initializer": run.start,
+        "shortest": best["terms"],
+        "term_effects": best["term_effects"],
+        "pruning": stages,
+    })  # fmt: skip
+    draw_run(log.directory)
+    for stage in stages:
+        log.say(stage_text(stage))
+    log.say(
+        f"shortest rule that loses no more than {args.tolerance:.1%} of the training images: "
+        f"{best['terms']} terms (in brackets: size relative to the whole change)"
+    )
+    log.say(rule.formula(best["term_effects"], max_terms=TERMS_SHOWN))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, read the run, prune, report."""
+    args = parse(make_parser(), argv)
+    device, dtype = set_up(args)
+    run = load_run(args.run)
+    sizes = sizes_of(run.rule, args.terms)
+    train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
+    setting = Setting(
+        dataset=args.dataset,
+        train=train_data,
+        test=test_data,
+        layers=tuple(run.config["layers"]),
+        C=run.config["C"],
+        outer_images=run.config["outer_images"],
+        batch_size=run.config["batch_size"],
+        dtype=dtype,
+    )
+    entry = learned(run, setting)
+    next(entry.make_batches(seeded_generator(0)))  # refuses a wrong batch size
+    trainings = Trainings(entry, args.inner_steps or run.steps, args.seed)
+    with open_run(args, "prune_rule", train_data) as log:
+        log.say(train_data.source)
+        stages, finished = prune(entry.rule, sizes, trainings, args, log)
+        report(args, log, run, train_data.source, stages)
+        log.say(f"everything is in {log.directory}")
+    if not finished:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main)

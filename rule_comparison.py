@@ -1,0 +1,453 @@
+"""Learned rules, classical rules and references side by side, on any images and layer sizes.
+
+A method says what it would train in a setting (images, layer sizes, a probe): a network, its
+initial parameters, a rule, batches. Each such entry is trained from several draws, and the probe
+judges it after each of several numbers of steps on the way. What a method needs beyond its setting
+(the rate of a classical rule) is chosen on training images alone.
+
+    rule of layer k, in a network of any depth = learned rule of layer min(k, depth when learned)
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hypgraddesc import EVALUATION, OuterLoss, seeded_generator
+from initializers import GaussianInitializer
+from learning_rules import LearningRule, PerLayerRule, SangerRule, classical_rule, load_rule
+from linear_probe import ProbeLoss
+from mnist_datasets import ImageData, augment, batches, normalize_pixels, pair_batches
+from models_fully_local import Activation, Params, lateral_network
+from principal_components import principal_components, projection
+from run_log import (
+    RunLog,
+    RunLogError,
+    finish_on_interrupt,
+    read_config,
+    read_json,
+    read_metrics,
+)
+from train import detached, train
+from vicreg import VICReg
+
+RATES = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))  # of the classical rules
+SELECTION = EVALUATION + 1  # stands there in the name of the draw that chooses a rate
+HELD_OUT = 6  # one of so many training images is held out to choose a rate
+VICREG_EPOCHS = 100
+ROTATION = 45.0  # degrees, to either side
+
+Row = dict[str, Any]
+
+
+# ---- what is compared, and where ----
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Images, the units of a network's layers, and the probe that judges what it has learned.
+
+    train, test: without normalisation; each method has its own.
+    C, outer_images: as in `linear_probe`.
+    batch_size: of methods that have none of their own.
+    held_out: whether the test images are training images, held out to choose a rate.
+    """
+
+    dataset: str
+    train: ImageData
+    test: ImageData
+    layers: tuple[int, ...]
+    C: float
+    outer_images: int
+    batch_size: int
+    dtype: torch.dtype = torch.float32
+    held_out: bool = False
+
+    def within_training(self) -> "Setting":
+        """The same without the test images: in their place, the last of the training images."""
+        kept = len(self.train) - len(self.train) // HELD_OUT
+        train, test = (
+            replace(self.train, images=self.train.images[part], labels=self.train.labels[part])
+            for part in (slice(kept), slice(kept, None))
+        )
+        return replace(self, train=train, test=test, held_out=True)
+
+    def probe(self, images: tuple[ImageData, ImageData]) -> ProbeLoss:
+        """The probe, on training and test images that a method has normalised."""
+        return ProbeLoss(*images, self.C, self.outer_images)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a method trains in a setting; the parts are those of `hypgraddesc.evaluate`.
+
+    model: called as model(x, params).
+    initializer: (model, generator) -> params.
+    outer_loss: judges them.
+    rule, make_batches: what trains them, (generator) -> iterator. Without a rule the initial
+        parameters are judged.
+    """
+
+    model: nn.Module
+    initializer: Callable[[nn.Module, torch.Generator], Params]
+    outer_loss: OuterLoss
+    rule: LearningRule | None = None
+    make_batches: Callable[[torch.Generator], Iterator] = lambda generator: iter(())
+
+
+@dataclass(frozen=True)
+class Method:
+    """enter(setting) -> entry, or enter(setting, rate) where there are rates to choose from."""
+
+    enter: Callable[..., Entry]
+    rates: tuple[float, ...] = ()
+
+
+# ---- learned rules ----
+
+
+@dataclass(frozen=True)
+class LearnedRun:
+    """What a run of main.py learned.
+
+    config: its flags; start: the initial distribution, as in GaussianInitializer.effective;
+    steps: how many updates its last meta-step made.
+    """
+
+    name: str
+    config: dict[str, Any]
+    rule: PerLayerRule
+    start: dict[str, float]
+    steps: int
+
+
+def load_run(directory: str | Path) -> LearnedRun:
+    """The rule in a run's directory; RunLogError or RuleError where there is none."""
+    directory = Path(directory).resolve()
+    config = read_config(directory)
+    if config.get("command") != "main":
+        command = config.get("command", "another program")
+        raise RunLogError(f"{directory} is a run of {command}, expected one of main.py")
+    for name in ("rule.json", "results.json"):
+        if not (directory / name).exists():
+            raise RunLogError(
+                f"{directory} holds no {name}: it is not finished; "
+                f"end it with main.py --resume {directory}"
+            )
+    rule = load_rule(directory / "rule.json")
+    if not isinstance(rule, PerLayerRule):
+        raise RunLogError(f"{directory}/rule.json is one rule, expected one for each layer")
+    results, metrics = read_json(directory / "results.json"), read_metrics(directory)
+    try:
+        start = dict(results["initializer"])
+        GaussianInitializer.with_values(start)
+        steps = int(metrics.get("inner_steps", [config["initial_inner_steps"]])[-1])
+        run = LearnedRun(directory.name, config, rule, start, steps)
+        network(run, (1, 28, 28), config["layers"])
+    except (LookupError, TypeError, ValueError) as problem:
+        raise RunLogError(f"{directory} is not a whole run of main.py: {problem!r}") from problem
+    return run
+
+
+def network(run: LearnedRun, input_shape: Sequence[int], layers: Sequence[int]) -> nn.Module:
+    """The network of a run, with other layers."""
+    same = ("inhibition", "inh_steps", "inh_factor", "forbid_self_inhibition", "forbid_excitation")
+    return lateral_network(
+        input_shape,
+        layers,
+        Activation("sigmoid", 4.0),
+        convolutions=run.config.get("conv", ()),
+        pool=run.config.get("pool", 2),
+        **{name: run.config[name] for name in same},
+    )
+
+
+def learned(run: LearnedRun, setting: Setting) -> Entry:
+    """The run's rule, network, initial distribution, normalisation and batches."""
+    images = setting.train, setting.test
+    if run.config["pixelwise_normalization"]:
+        images = normalize_pixels(*images)
+    model = network(run, setting.train.shape, setting.layers)
+    plastic = sum(bool(layer.parameter_shapes()) for layer in model.layers)
+    rules = [run.rule.rules[min(k, len(run.rule.rules) - 1)] for k in range(plastic)]
+    draw_batches = pair_batches if rules[0].views == 2 else batches
+    return Entry(
+        model,
+        _initializer(run.start, setting),
+        setting.probe(images),
+        PerLayerRule(rules).to(images[0].images.device, setting.dtype),
+        lambda generator: draw_batches(
+            images[0], run.config["batch_size"], generator, setting.dtype
+        ),
+    )
+
+
+def _initializer(effective: Mapping[str, float], setting: Setting) -> GaussianInitializer:
+    initializer = GaussianInitializer.with_values(effective)
+    return initializer.to(setting.train.images.device, setting.dtype)
+
+
+# ---- classical rules ----
+
+
+@dataclass(frozen=True)
+class Classical:
+    """A rule at a rate, the options of the network that it belongs to, and how that starts."""
+
+    make_rule: Callable[[float], LearningRule]
+    network: dict[str, Any]
+    start: dict[str, float]
+
+
+LINEAR = {"activation": Activation("identity"), "inhibition": "none"}
+COMPETING = {
+    "activation": Activation("sigmoid", 4.0),
+    "inh_factor": 0.2,
+    "forbid_self_inhibition": True,
+}
+CLASSICAL = {
+    "oja": Classical(partial(classical_rule, "oja"), LINEAR, {"spread_w": 1.0}),
+    "sanger": Classical(SangerRule, LINEAR, {"spread_w": 1.0}),
+    "instar": Classical(
+        partial(classical_rule, "instar"), COMPETING, {"spread_w": 1.0, "mean_m": -0.5}
+    ),
+    "foldiak": Classical(
+        partial(classical_rule, "foldiak"),
+        COMPETING | {"forbid_excitation": True},
+        {"spread_w": 1.0},
+    ),
+}
+
+
+def classical(name: str, setting: Setting, rate: float) -> Entry:
+    """A classical rule in its own network, on pixel-centred images.
+
+    On images that are not centred every unit with positive weights is always active: instar and
+    Foldiak's rule then end where all units respond alike.
+    """
+    parts = CLASSICAL[name]
+    images = normalize_pixels(setting.train, setting.test, unit_variance=False)
+    return Entry(
+        lateral_network(setting.train.shape, setting.layers, **parts.network),
+        _initializer(parts.start, setting),
+        setting.probe(images),
+        parts.make_rule(rate).to(images[0].images.device, setting.dtype),
+        lambda generator: batches(images[0], setting.batch_size, generator, setting.dtype),
+    )
+
+
+# ---- references ----
+
+
+REFERENCES = ("random", "pca", "vicreg")
+
+
+def reference_methods(run: LearnedRun) -> dict[str, Method]:
+    """What a rule is measured against; random features are those of the run's initial draw."""
+    return {
+        "random": Method(lambda setting: replace(learned(run, setting), rule=None)),
+        "pca": Method(pca),
+        "vicreg": Method(vicreg),
+    }
+
+
+def pca(setting: Setting) -> Entry:
+    """As many principal components as the last layer has units (as there are pixels, at most)."""
+    principal = principal_components(setting.train)
+    count = min(setting.layers[-1], len(principal.components))
+    model, params = projection(principal, count, setting.dtype)
+    images = setting.train, setting.test
+    return Entry(model, lambda model, generator: params, setting.probe(images))
+
+
+def vicreg(setting: Setting) -> Entry:
+    """Sigmoid units trained by backpropagation on pairs, all epochs; its steps are its own."""
+
+    def trained(model: nn.Module, generator: torch.Generator) -> Params:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        training = VICReg(model, setting.train, seed, dtype=setting.dtype)
+        while training.epoch < VICREG_EPOCHS:
+            training.train_epoch()
+        return detached(training.params)
+
+    model = lateral_network(
+        setting.train.shape, setting.layers, Activation("sigmoid"), inhibition="none"
+    )
+    return Entry(model, trained, setting.probe((setting.train, setting.test)))
+
+
+# ---- images ----
+
+
+def rotated(data: ImageData, generator: torch.Generator, degrees: float = ROTATION) -> ImageData:
+    """The same images, each turned by an angle of its own, uniform within +-degrees."""
+    turn = partial(
+        augment, generator=generator, padding=0, degrees=degrees, scale=(1.0, 1.0),
+        ratio=(1.0, 1.0), brightness=0.0, contrast=0.0,
+    )  # fmt: skip
+    turned = [turn(images).mul_(255).round_().byte() for images in data.images.split(4096)]
+    source = f"{data.source}, each rotated by up to {degrees:g} degrees"
+    return replace(data, images=torch.cat(turned), source=source)
+
+
+# ---- training and judging ----
+
+
+def trajectory(entry: Entry, steps: Sequence[int], draw: tuple[int, ...]) -> list[dict[str, float]]:
+    """The outer loss and its numbers after each of `steps` (rising) of one training.
+
+    They are those that `hypgraddesc.evaluate` gives for the same draw and as many steps; NaN from
+    where on the parameters or the loss are not finite.
+    """
+    start, order = (seeded_generator(*draw, k) for k in range(2))
+    stream, rows = entry.make_batches(order), []
+    try:
+        params = entry.initializer(entry.model, start)
+        for done, until in itertools.pairwise([0, *steps]):
+            params = train(entry.model, params, stream, entry.rule, until - done, grad=False)
+            if not all(tensor.isfinite().all() for layer in params for tensor in layer.values()):
+                break
+            outer = seeded_generator(*draw, 2)
+            loss, numbers = entry.outer_loss(entry.model, params, outer)
+            rows.append({"meta_loss": loss.item(), **numbers})
+    except FloatingPointError:
+        pass  # what is missing in the rows says it
+    nothing = dict.fromkeys(("meta_loss", *entry.outer_loss.metrics), math.nan)
+    return rows + [nothing] * (len(steps) - len(rows))
+
+
+class Comparison:
+    """All trainings of all methods in all settings; `run` makes those that have no rows yet.
+
+    rows: one for each number of steps of each training (only the last, where a rate is tried), in
+        the order of the trainings:
+        method, dataset, layers, held_out, rate, draw, inner_steps (0: nothing was trained),
+        meta_loss, train_accuracy, test_accuracy.
+    A draw is named (seed, EVALUATION, number), as in main.py, so that no training depends on
+    another; that of the search for a rate, which all rates share, is (seed, SELECTION, 0).
+    """
+
+    def __init__(
+        self,
+        methods: Mapping[str, Method],
+        settings: Sequence[Setting],
+        steps: Sequence[int],
+        draws: int,
+        seed: int,
+        rows: Sequence[Row] = (),
+    ) -> None:
+        self.methods, self.settings = dict(methods), list(settings)
+        self.steps, self.draws, self.seed = sorted(steps), draws, seed
+        self.rows = list(rows)
+
+    @property
+    def trainings(self) -> int:
+        """How many there are in all."""
+        return len(self.settings) * sum(self.draws + len(m.rates) for m in self.methods.values())
+
+    @property
+    def done(self) -> int:
+        """How many of them have rows."""
+        return len({tuple(_name(row).values()) for row in self.rows})
+
+    def run(self) -> Iterator[list[Row]]:
+        """Makes the missing trainings one by one; yields the new rows of each."""
+        for setting, (name, method) in itertools.product(self.settings, self.methods.items()):
+            rate = None
+            if method.rates:
+                within = setting.within_training()
+                for candidate in method.rates:
+                    yield from self._train(name, within, candidate, 0)
+                rate = self.best_rate(name, setting)
+            for draw in range(self.draws):
+                yield from self._train(name, setting, rate, draw)
+
+    def _train(
+        self, name: str, setting: Setting, rate: float | None, draw: int
+    ) -> Iterator[list[Row]]:
+        training = {
+            "method": name,
+            "dataset": setting.dataset,
+            "layers": layers_text(setting.layers),
+            "held_out": setting.held_out,
+            "rate": rate,
+            "draw": draw,
+        }
+        if any(_name(row) == training for row in self.rows):
+            return
+        enter = self.methods[name].enter
+        entry = enter(setting) if rate is None else enter(setting, rate)
+        steps = [0] if entry.rule is None else self.steps
+        kind = EVALUATION
+        if setting.held_out:
+            steps, kind = steps[-1:], SELECTION
+        numbers = trajectory(entry, steps, (self.seed, kind, draw))
+        new = [
+            {**training, "inner_steps": count, **row}
+            for count, row in zip(steps, numbers, strict=True)
+        ]
+        self.rows += new
+        yield new
+
+    def best_rate(self, name: str, setting: Setting) -> float:
+        """That with the highest accuracy on held-out training images after the last step."""
+        where = {"method": name, "dataset": setting.dataset, "held_out": True}
+        where["layers"] = layers_text(setting.layers)
+        trials = [row for row in self.rows if where.items() <= row.items()]
+        return max(trials, key=lambda row: np.nan_to_num(row["test_accuracy"]))["rate"]
+
+
+NAME = ("method", "dataset", "layers", "held_out", "rate", "draw")
+
+
+def _name(row: Row) -> Row:
+    """Which training a row is of."""
+    return {key: row[key] for key in NAME}
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """Layer sizes such as 256-32."""
+    return "-".join(map(str, layers))
+
+
+def run_comparison(comparison: Comparison, log: RunLog) -> bool:
+    """Makes all trainings that the log does not have, with its rows; True when none is missing.
+
+    metrics.csv tells methods, data sets and layers by their places in the comparison, from 0.
+    """
+    saved = log.load_checkpoint()
+    if saved is not None:
+        comparison.rows = saved[1]["rows"]
+        log.say(f"going on from training {comparison.done} of {comparison.trainings}")
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(comparison.trainings, comparison.done, "training") as progress,
+    ):
+        for new in comparison.run():
+            first = len(comparison.rows) - len(new) + 1
+            for number, row in enumerate(new, first):
+                log.record(number, _as_numbers(comparison, row))
+            log.save_checkpoint(len(comparison.rows), {"rows": comparison.rows})
+            last = new[-1]
+            what = f"{last['method']} {last['dataset']} {last['layers']}: test_accuracy"
+            progress.advance({what: last["test_accuracy"]})
+            if interrupt.requested:
+                break
+    return comparison.done == comparison.trainings
+
+
+def _as_numbers(comparison: Comparison, row: Row) -> dict[str, float]:
+    places = {
+        "method": list(comparison.methods),
+        "dataset": list(dict.fromkeys(s.dataset for s in comparison.settings)),
+        "layers": list(dict.fromkeys(layers_text(s.layers) for s in comparison.settings)),
+    }
+    numbers = row | {key: names.index(row[key]) for key, names in places.items()}
+    return numbers | {"rate": math.nan if row["rate"] is None else row["rate"]}

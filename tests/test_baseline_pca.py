@@ -1,0 +1,133 @@
+"""The real command with few components, and which numbers of components it takes."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import baseline_pca
+from command_line import run_command
+
+ROOT = Path(__file__).resolve().parent.parent
+KS = ["--components", "4", "1", "20", "4"]
+TINY = ["--dataset", "mnist5k", "--threads", "1", "--quiet"]
+
+
+def run(*flags) -> None:
+    baseline_pca.main([*map(str, flags)])
+
+
+def rows(directory: Path) -> list[dict[str, str]]:
+    with (directory / "metrics.csv").open() as file:
+        return [{n: v for n, v in row.items() if n != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A run without further flags."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    run(*TINY, *KS, "--out", out)
+    return out
+
+
+def test_a_run_leaves_a_table_of_accuracies_that_rise_with_the_components(plain):
+    results = json.loads((plain / "results.json").read_text())
+    assert "embedded" in results["data"]
+    table = results["table"]
+    assert [row["components"] for row in table] == [1, 4, 20]
+    for name in ("variance_share", "train_accuracy", "test_accuracy"):
+        values = [row[name] for row in table]
+        assert values == sorted(values) and values[0] > 0.05 and values[-1] < 1
+        assert values == [float(row[name]) for row in rows(plain)]
+    assert table[-1]["test_accuracy"] > 0.8
+    assert (plain / "figures" / "accuracy.png").stat().st_size > 1000
+
+
+def test_the_table_is_shown_also_when_the_run_was_at_its_end_already(capsys, plain, tmp_path):
+    run("--dataset", "mnist5k", "--threads", 1, "--components", 1, "--out", tmp_path / "run")
+    first = capsys.readouterr().out
+    assert "test" in first and "training" in first
+    run("--resume", tmp_path / "run")
+    assert capsys.readouterr().out == first
+    assert rows(tmp_path / "run") == rows(plain)[:1]
+
+
+@pytest.mark.parametrize("flags", [["--pixelwise_normalization"], ["--C", "1e-3"]], ids=" ".join)
+def test_every_flag_changes_the_numbers(tmp_path, plain, flags):
+    run(*TINY, *KS, *flags, "--out", tmp_path / "run")
+    assert rows(tmp_path / "run")[-1] != rows(plain)[-1]
+
+
+def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
+    flags = [*TINY, "--components", 1, 2, 3, 80, 81]
+    run(*flags, "--out", tmp_path / "whole")
+    process = start(*flags, "--out", tmp_path / "killed")
+    wait_for_rows(tmp_path / "killed", 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(rows(tmp_path / "killed")) < 5
+    run("--resume", tmp_path / "killed", "--quiet")
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    results = [(tmp_path / name / "results.json").read_text() for name in ("killed", "whole")]
+    assert results[0] == results[1]
+
+
+def test_an_interrupted_run_ends_cleanly_with_its_table_and_status_130(tmp_path):
+    out = tmp_path / "run"
+    process = start(*TINY, "--components", *range(1, 700), "--out", out)
+    wait_for_rows(out, 2, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    table = json.loads((out / "results.json").read_text())["table"]
+    assert len(table) == len(rows(out)) < 699
+    assert (out / "figures" / "accuracy.png").exists()
+
+
+def start(*flags) -> subprocess.Popen:
+    command = [sys.executable, "baseline_pca.py", *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+
+
+def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> None:
+    metrics = directory / "metrics.csv"
+    for _ in range(1200):
+        assert process.poll() is None, f"the run ended before row {count}"
+        if metrics.exists() and metrics.read_text().count("\n") > count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no row {count} within a minute")
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [(784, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 784]), (4, [1, 2, 4]), (1, [1])],
+)
+def test_without_a_wish_the_numbers_are_powers_of_two_and_all(pixels, expected):
+    assert baseline_pca.numbers_of_components(None, pixels) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--components", "785"], "784"),
+        (["--components", "0"], "at least 1"),
+        (["--components"], "argument"),
+        (["--components", "few"], "whole number"),
+        (["--C", "0"], "above 0"),
+        (["32"], "32"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        run_command(baseline_pca.main, [*TINY, *flags, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], lines
+    assert not (tmp_path / "run").exists()

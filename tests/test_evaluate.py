@@ -1,0 +1,254 @@
+"""The real command on a tiny run of main.py: its table, how it resumes, what it refuses."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import main
+from command_line import run_command
+from mnist_datasets import load_images
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMON = ["--threads", "1", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder with two runs, one of them on pairs."""
+    place = tmp_path_factory.mktemp("runs")
+    tiny = [
+        "--dataset", "mnist5k", "--metasteps", "2", "--initial_inner_steps", "2", "--lr", "1e-3",
+        "--max_inner_steps", "2", "--batch_size", "64", "--evaluations", "2", *COMMON,
+    ]  # fmt: skip
+    main.main(["5", *tiny, "--out", str(place / "single")])
+    main.main(["5", *tiny, "--pair_inputs", "--inhibition", "none", "--out", str(place / "pairs")])
+    return place
+
+
+def run(*flags) -> None:
+    evaluate.main([*map(str, flags), *COMMON])
+
+
+def results(directory: Path) -> dict:
+    return json.loads((directory / "results.json").read_text())
+
+
+def rows(directory: Path) -> list[dict[str, str]]:
+    with (directory / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def refused(capsys, *flags) -> str:
+    """The one line on stderr with which the command ends, exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(evaluate.main, [*map(str, flags), *COMMON])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_without_flags_a_run_is_judged_as_it_was_trained(runs, tmp_path):
+    run(runs / "single", "--seeds", 2, "--out", tmp_path / "out")
+    trainings = results(tmp_path / "out")["trainings"]
+    names = ("inner_steps", "meta_loss", "train_accuracy", "test_accuracy")
+    own = results(runs / "single")["evaluations"]
+    assert [{name: row[name] for name in names} for row in trainings] == own
+    assert {(row["dataset"], row["layers"]) for row in trainings} == {("mnist5k", "5")}
+
+
+def test_a_comparison_leaves_a_table_all_numbers_and_a_figure(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "RATES", (1e-3, 1e-2))
+    out = tmp_path / "out"
+    flags = ["--layers", 6, "--layers", 6, 5, "--steps", 3, 1, 3, "--seeds", 2, "--out", out]
+    several = ["--rules", "oja", "foldiak", "--references", "random", "pca"]
+    evaluate.main([*map(str, [runs / "single", runs / "pairs", *flags, *several])])
+    shown = capsys.readouterr().out
+    found = results(out)
+    assert found["methods"] == ["single", "pairs", "oja", "foldiak", "random", "pca"]
+    assert "embedded" in found["data"]["mnist5k"]
+    assert len(found["summary"]) == 2 * (4 * 2 + 2)
+    assert len(found["trainings"]) == 2 * len(found["summary"])
+    assert len(found["trials_of_rates"]) == 2 * 2 * 2
+    assert all("test_accuracy" not in row for row in found["trials_of_rates"])
+    table = (out / "table.md").read_text().splitlines()
+    assert table[0] == "| method | layers | steps | mnist5k |"
+    assert len(table) == 2 + len(found["summary"])
+    for name in found["methods"]:
+        assert f"\n{name} " in shown
+    assert (out / "figures" / "accuracy_over_steps.png").stat().st_size > 10_000
+    numbers = rows(out)
+    assert len(numbers) == len(found["trainings"]) + len(found["trials_of_rates"])
+    chosen = next(row["rate"] for row in found["summary"] if row["method"] == "oja")
+    assert chosen in (1e-3, 1e-2)
+
+
+def test_rotated_digits_and_other_data_sets_stand_side_by_side(runs, tmp_path, monkeypatch):
+    embedded = load_images("mnist5k", tmp_path)
+    monkeypatch.setattr(evaluate, "load_images", lambda *_: embedded)
+    out, flags = tmp_path / "out", ["--datasets", "mnist", "rotated", "--seeds", 1]
+    run(runs / "single", *flags, "--out", out)
+    heading, _, line = (out / "table.md").read_text().splitlines()
+    assert heading == "| method | layers | steps | mnist | rotated |"
+    upright, rotated = (float(cell.split(" ±")[0]) for cell in line.split("|")[4:6])
+    assert upright != rotated
+    assert "rotated" in results(out)["data"]["rotated"]
+
+
+def _start(runs, out, seeds) -> list[str]:
+    flags = ["--layers", "5", "--layers", "4", "--steps", "2", "4", "--references", "random"]
+    command = [sys.executable, "evaluate.py", str(runs / "single"), *flags, *COMMON]
+    return [*command, "--seeds", str(seeds), "--out", str(out)]
+
+
+def _process(command) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+
+
+def _wait_for_rows(directory: Path, count: int, process) -> None:
+    metrics = directory / "metrics.csv"
+    for _ in range(1200):
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended before row {count}")
+        if metrics.exists() and metrics.read_text().count("\n") > count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no row {count} within a minute")
+
+
+def test_a_run_killed_and_resumed_ends_as_one_never_killed(runs, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    evaluate.main(_start(runs, whole, 8)[2:])
+    process = _process(_start(runs, killed, 8))
+    _wait_for_rows(killed, 5, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "results.json").exists()
+    run("--resume", killed)
+    assert rows(killed) == rows(whole)
+    for name in ("results.json", "table.md"):
+        assert (killed / name).read_text() == (whole / name).read_text()
+
+
+def test_an_interrupted_run_ends_cleanly_with_what_it_has_and_status_130(runs, tmp_path):
+    out = tmp_path / "out"
+    process = _process(_start(runs, out, 100_000))
+    _wait_for_rows(out, 3, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert len(results(out)["trainings"]) == len(rows(out)) < 100
+    assert (out / "figures" / "accuracy_over_steps.png").exists()
+    assert (out / "table.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--layers", "0"], "at least 1"),
+        (["--steps", "0"], "at least 1"),
+        (["--steps", "-5"], "at least 1"),
+        (["--seeds", "0"], "at least 1"),
+        (["--rules", "ojas"], "oja"),
+        (["--references", "lda"], "pca"),
+        (["--datasets", "svhn"], "mnist"),
+        (["--rules", "oja", "oja"], "oja would name several rows"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_flags_are_refused_in_one_line(runs, capsys, tmp_path, flags, message):
+    out = tmp_path / "out"
+    assert message in refused(capsys, runs / "single", *flags, "--out", out)
+    assert not out.exists()
+
+
+def test_what_is_no_finished_run_is_refused_in_one_line(runs, capsys, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(runs / "single", unfinished)
+    (unfinished / "rule.json").unlink()
+    assert "main.py --resume" in refused(capsys, unfinished)
+    assert "config.json" in refused(capsys, tmp_path)
+    assert "config.json" in refused(capsys, tmp_path / "nothing")
+    assert "RUN" in refused(capsys, "--steps", 3)
+
+
+def _altered(run: Path, place: Path, **flags) -> Path:
+    shutil.copytree(run, place)
+    config = json.loads((place / "config.json").read_text()) | flags
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+def test_runs_that_cannot_stand_in_one_table_are_refused(runs, capsys, tmp_path):
+    single, other = runs / "single", _altered(runs / "single", tmp_path / "other", C=5.0)
+    assert "1000 and 5" in refused(capsys, single, other)
+    assert "single would name" in refused(capsys, single, single)
+    large = _altered(single, tmp_path / "large", batch_size=5000)
+    assert "5000" in refused(capsys, single, large, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    convolutions = _altered(single, tmp_path / "convolutions", layers=[], conv=[[4, 5]])
+    assert "--layers" in refused(capsys, convolutions, "--rules", "oja")
+
+
+def test_a_comparison_is_not_resumed_with_another_rule_or_other_flags(runs, capsys, tmp_path):
+    copy, out = tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(runs / "single", copy)
+    run(copy, "--seeds", 1, "--out", out)
+    assert "seeds" in refused(capsys, "--resume", out, "--seeds", 2)
+    description = json.loads((copy / "rule.json").read_text())
+    description["rules"][0]["terms"]["w"][0]["coefficient"] += 1e-6
+    (copy / "rule.json").write_text(json.dumps(description))
+    assert "found" in refused(capsys, "--resume", out)
+
+
+# ---- the table ----
+
+
+def row(method: str, dataset: str, layers: str, steps: int, accuracy: float, draw: int = 0) -> dict:
+    return {
+        "method": method, "dataset": dataset, "layers": layers, "inner_steps": steps, "draw": draw,
+        "rate": None, "held_out": False, "test_accuracy": accuracy,
+    }  # fmt: skip
+
+
+def test_a_summary_holds_mean_and_deviation_of_finite_test_accuracies():
+    rows = [
+        *(row("a", "d", "4", 5, accuracy, k) for k, accuracy in enumerate([0.5, 0.7, math.nan])),
+        row("a", "d", "4", 5, 0.1) | {"held_out": True},
+        row("b", "d", "4", 5, math.nan),
+    ]
+    first, second = evaluate.summarize(rows)
+    assert first["test_accuracy_mean"] == pytest.approx(0.6)
+    assert first["test_accuracy_standard_deviation"] == pytest.approx(0.1)
+    assert (first["trainings"], first["finite"]) == (3, 2)
+    assert evaluate.accuracy_text(first, 3) == "60.00 ± 10.00 % (2 of 3)"
+    assert second["test_accuracy_mean"] is None
+    assert evaluate.accuracy_text(second, 3) == "not finite"
+
+
+def test_a_table_has_the_data_sets_side_by_side_and_gaps_where_nothing_is():
+    rows = [row("a", d, n, s, 0.5) for d in ("d", "e") for n in ("4", "4-3") for s in (1, 2)]
+    rows += [row("reference", "d", "4", 0, 0.25)]
+    cells = evaluate.table_cells(evaluate.summarize(rows), 1)
+    half, quarter = "50.00 ± 0.00 %", "25.00 ± 0.00 %"
+    assert cells == [
+        ["method", "layers", "steps", "d", "e"],
+        ["a", "4", "1", half, half],
+        ["a", "4", "2", half, half],
+        ["reference", "4", "-", quarter, ""],
+        ["a", "4-3", "1", half, half],
+        ["a", "4-3", "2", half, half],
+    ]
+    lines = evaluate.aligned(cells)
+    assert len({len(line) for line in lines}) == 1 and lines[0].startswith("method  ")
+    assert evaluate.markdown(cells).splitlines()[1] == "| --- | ---: | ---: | ---: | ---: |"

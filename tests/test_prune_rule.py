@@ -1,0 +1,247 @@
+"""Removals against least squares by torch, and the real command on a tiny run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import DOUBLE, normal
+
+import main
+import prune_rule
+from command_line import run_command
+from learning_rules import PerLayerRule, PolynomialRule, load_rule, term_products
+from models_fully_local import Activation, lateral_mlp
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = [
+    "--dataset", "mnist5k", "--seeds", "1", "--trials", "1", "--inner_steps", "3", "--candidates",
+    "2", "--threads", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> Path:
+    """A run of main.py with a rule of 5 + 3 + 5 terms."""
+    out = tmp_path_factory.mktemp("learned") / "run"
+    main.main([
+        "4", "--degree", "1", "--dataset", "mnist5k", "--metasteps", "3", "--initial_inner_steps",
+        "3", "--max_inner_steps", "3", "--batch_size", "64", "--evaluations", "1", "--lr", "1e-3",
+        "--warmup_steps", "1", "--threads", "1", "--quiet", "--out", str(out),
+    ])  # fmt: skip
+    return out
+
+
+def run(*flags) -> None:
+    prune_rule.main([*map(str, flags)])
+
+
+def results_of(directory: Path) -> dict:
+    return json.loads((directory / "results.json").read_text())
+
+
+def refused(capsys, *flags) -> str:
+    """The one line on stderr with which the command ends, exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(prune_rule.main, [*map(str, flags)])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# ---- removals ----
+
+
+def changes_and_products(terms: int, seed: int = 0):
+    """What terms change [synapses, terms], and the inner products of it."""
+    changes = normal(seed, 50, terms).detach()
+    return changes, {"1/w": changes.T @ changes}
+
+
+def test_a_removal_is_the_least_squares_fit_of_the_terms_that_stay():
+    changes, products = changes_and_products(6)
+    whole = changes.sum(1)
+    found = prune_rule.removals(products)
+    assert sorted(removal.index for removal in found) == list(range(6))
+    for removal in found:
+        stays = torch.arange(6) != removal.index
+        fit = torch.linalg.lstsq(changes[:, stays], whole[:, None])
+        error = (changes[:, stays] @ fit.solution[:, 0] - whole).square().sum()
+        assert torch.allclose(removal.factors[stays], fit.solution[:, 0], atol=1e-6)
+        assert removal.factors[removal.index] == 0
+        assert removal.unexplained == pytest.approx(float(error / whole.square().sum()), rel=1e-6)
+
+
+def test_removals_come_in_the_order_of_what_they_leave_unexplained():
+    _, products = changes_and_products(5)
+    products["1/b"] = changes_and_products(3, seed=1)[1]["1/w"]
+    found = [removal.unexplained for removal in prune_rule.removals(products)]
+    assert len(found) == 8 and found == sorted(found)
+
+
+def test_a_term_that_others_make_up_for_goes_first_and_costs_nothing():
+    changes, _ = changes_and_products(4)
+    changes[:, 2] = changes[:, 0] + changes[:, 3]
+    first = prune_rule.removals({"2/m": changes.T @ changes})[0]
+    assert first.index in (0, 2, 3) and abs(first.unexplained) < 1e-8
+    kept = changes @ first.factors
+    assert torch.allclose(kept, changes.sum(1), atol=1e-3)
+
+
+def test_a_term_without_any_change_goes_first_and_leaves_the_others_alone():
+    changes, _ = changes_and_products(4)
+    changes[:, 1] = 0
+    first = prune_rule.removals({"1/w": changes.T @ changes})[0]
+    assert (first.index, first.unexplained) == (1, 0)
+    assert first.factors.tolist() == [1, 0, 1, 1]
+
+
+def test_products_after_removals_are_those_of_the_terms_that_stay():
+    changes, products = changes_and_products(6)
+    for _ in range(3):
+        removal = prune_rule.removals(products)[0]
+        products = prune_rule.products_without(products, removal)
+        stays = torch.arange(len(removal.factors)) != removal.index
+        changes = (changes * removal.factors)[:, stays]
+        assert torch.allclose(products["1/w"], changes.T @ changes, atol=1e-5)
+
+
+def random_rule(layers: int) -> PerLayerRule:
+    rule = PerLayerRule([PolynomialRule.of_degree(2) for _ in range(layers)]).double()
+    with torch.no_grad():
+        for k, p in enumerate(rule.parameters()):
+            p.copy_(normal(k, *p.shape, scale=0.1))
+    return rule
+
+
+def test_a_shortened_rule_makes_nearly_the_same_change_as_the_whole_one():
+    rule, model = random_rule(2), lateral_mlp(7, [5, 3], Activation("sigmoid", 2.0))
+    params = [
+        {n: normal(10 * k, *shape).detach() for n, shape in layer.parameter_shapes().items()}
+        for k, layer in enumerate(model.layers)
+    ]
+    x = normal(99, 30, 7).detach()
+    products = term_products(rule, model, params, iter([x]))
+    for removal in prune_rule.removals(products)[:12]:
+        shorter = prune_rule.without(rule, removal)
+        assert len(shorter.coefficients()) == len(rule.coefficients()) - 1
+        assert set(shorter.coefficients()) < set(rule.coefficients())
+        layer, group = removal.parameter.split("/")
+        old, whole, left = (
+            p[int(layer)][group]
+            for p in (params, rule.update(model, params, x), shorter.update(model, params, x))
+        )
+        error = (left - whole).square().sum() / (whole - old).square().sum()
+        assert error.item() == pytest.approx(removal.unexplained, rel=1e-4, abs=1e-9)
+    assert len(rule.coefficients()) == 2 * (15 + 6 + 10 + 1)
+
+
+def test_the_diagonal_of_the_lateral_weights_can_go():
+    rule = random_rule(1)
+    last = prune_rule.Removal("1/m", 10, torch.tensor([2.0] * 10 + [0.0], dtype=DOUBLE), 0.0)
+    shorter = prune_rule.without(rule, last)
+    assert "1/m/diagonal" not in shorter.coefficients()
+    for name, value in shorter.coefficients().items():
+        assert value == rule.coefficients()[name] * (2 if name.startswith("1/m") else 1)
+
+
+# ---- the command ----
+
+
+def test_a_run_leaves_rules_a_table_and_a_figure(tmp_path, learned, capsys):
+    out = tmp_path / "run"
+    run(learned, *FAST, "--terms", 9, 5, 2, 40, "--try_below", 4, "--out", out)
+    stages = results_of(out)["pruning"]
+    assert [stage["terms"] for stage in stages] == [13, 9, 5, 2]
+    for stage in stages:
+        rule = load_rule(out / f"rule-{stage['terms']}.json")
+        assert list(rule.coefficients()) == list(stage["term_effects"])
+        assert len(rule.coefficients()) == stage["terms"] and len(stage["evaluations"]) == 1
+    shown = capsys.readouterr().out
+    assert shown.count("test accuracy") == 4 and "Δw" in shown
+    best = results_of(out)["shortest"]
+    assert len(load_rule(out / "rule.json").coefficients()) == best
+    assert (out / "figures" / "pruning.png").stat().st_size > 1000
+
+
+def test_the_whole_rule_does_as_well_as_in_its_own_run(tmp_path, learned):
+    run(learned, *FAST, "--terms", 12, "--quiet", "--out", tmp_path / "run")
+    whole = results_of(tmp_path / "run")["pruning"][0]["evaluations"][0]
+    own = json.loads((learned / "results.json").read_text())["evaluations"][0]
+    assert whole == pytest.approx({name: own[name] for name in whole})
+
+
+def test_the_term_goes_without_which_the_loss_of_trials_is_smallest(tmp_path, learned):
+    losses = {}
+    for candidates in (1, 13):
+        out = tmp_path / str(candidates)
+        flags = [*FAST, "--try_below", 13, "--candidates", candidates, "--terms", 12, "--quiet"]
+        run(learned, *flags, "--out", out)
+        losses[candidates] = float((out / "metrics.csv").read_text().split(",")[-1])
+    assert losses[13] <= losses[1]
+
+
+def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path, learned):
+    flags = [str(learned), *FAST, "--terms", "7", "2", "--try_below", "13", "--quiet"]
+    run(*flags, "--out", tmp_path / "whole")
+    command = [sys.executable, "prune_rule.py", *flags, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    _wait_for_rows(tmp_path / "killed", 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run("--resume", tmp_path / "killed", "--quiet")
+    for name in ("metrics.csv", "results.json", "rule.json"):
+        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def _wait_for_rows(directory: Path, count: int, process) -> None:
+    metrics = directory / "metrics.csv"
+    for _ in range(1200):
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended before row {count}")
+        if metrics.exists() and metrics.read_text().count("\n") > count:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no row {count} within 60 s")
+
+
+def test_an_interrupted_run_reports_what_it_has_with_status_130(tmp_path, learned):
+    flags = [*FAST, "--terms", "12", "2", "--try_below", "13", "--candidates", "13"]
+    command = [
+        sys.executable, "prune_rule.py", str(learned), *flags, "--trials", "2", "--quiet",
+        "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
+    _wait_for_rows(tmp_path / "run", 1, process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert results_of(tmp_path / "run")["pruning"][0]["terms"] == 13
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--terms", 0], "at least 1"),
+        (["--terms", 13, 70], "13 terms"),
+        (["--tolerance", -1], "at least 0"),
+        (["--batch_size", 64], "unrecognized"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, learned, flags, message):
+    assert message in refused(capsys, learned, *FAST, *flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_finished_run_of_main_is_refused(capsys, tmp_path, learned):
+    assert "not a run's directory" in refused(capsys, tmp_path, *FAST)
+    pruned = tmp_path / "pruned"
+    run(learned, *FAST, "--terms", 12, "--quiet", "--out", pruned)
+    assert "main.py" in refused(capsys, pruned, *FAST)

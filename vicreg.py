@@ -1,0 +1,176 @@
+"""VICReg: trains a network so that two views of an image have the same features, yet rich ones.
+
+    loss = lambda s(Z1, Z2) + mu (v(Z1) + v(Z2)) + nu (c(Z1) + c(Z2))
+    s = mean over images and features of (Z1 - Z2)^2
+    v = mean over features of max(0, gamma - sqrt(C_ii + 1e-4))
+    c = 1/D sum_{i != j} C_ij^2,      C = covariance of the columns of Z [B, D], over B - 1
+
+Source: Bardes, Ponce, LeCun 2022, VICReg (arXiv 2105.04906), equations 1 to 6. There s sums over
+the features; here it is their mean, as in the pseudo-code of its appendix. Up to a common factor,
+the weights 250, 25, 1000 with gamma = 0.1 are the paper's 25, 25, 1 with gamma = 1 for features
+divided by 0.1: a sigmoid unit's standard deviation is at most 1/2. There is no expander network;
+the loss sees the features themselves.
+"""
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hypgraddesc import NonFiniteError, seeded_generator
+from mnist_datasets import DataError, ImageData, pair_batches
+from models_fully_local import Params
+
+EPSILON = 1e-4  # under the square root of a variance: keeps its gradient finite
+TERMS = ("invariance", "variance", "covariance")
+
+
+def vicreg_loss(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    invariance: float = 250.0,
+    variance: float = 25.0,
+    covariance: float = 1000.0,
+    hinge: float = 0.1,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of features z1, z2 [B, D] of two views of B images, and its three terms.
+
+    invariance, variance, covariance: the weights lambda, mu, nu; hinge: gamma, the standard
+    deviation above which a feature costs nothing. The terms are detached scalars before their
+    weights, the two last summed over the views. Raises ValueError for other shapes and for B < 2.
+    """
+    if z1.dim() != 2 or z1.shape != z2.shape or len(z1) < 2:
+        raise ValueError(
+            f"features have shapes {list(z1.shape)} and {list(z2.shape)}; "
+            "expected the same [B, D] twice, B at least 2"
+        )
+    spread1, correlation1 = _spread_and_correlation(z1, hinge)
+    spread2, correlation2 = _spread_and_correlation(z2, hinge)
+    terms = ((z1 - z2).square().mean(), spread1 + spread2, correlation1 + correlation2)
+    loss = invariance * terms[0] + variance * terms[1] + covariance * terms[2]
+    return loss, {name: term.detach() for name, term in zip(TERMS, terms, strict=True)}
+
+
+def _spread_and_correlation(z: Tensor, hinge: float) -> tuple[Tensor, Tensor]:
+    """v and c of features [B, D], from one Gram matrix."""
+    centred = z - z.mean(0)
+    C = centred.T @ centred / (len(z) - 1)
+    variances = C.diagonal()
+    v = (hinge - (variances + EPSILON).sqrt()).relu().mean()
+    c = (C - variances.diag_embed()).square().sum() / len(C)
+    return v, c
+
+
+class VICReg:
+    """The state of a training run on pairs of augmented views; `train_epoch` is one pass.
+
+        training = VICReg(model, data, seed=0)
+        while training.epoch < 100:
+            training.train_epoch()
+        features = model(x, training.params)
+
+    model: called as model(x, params) on float [B, C, H, W], returns [B, D].
+    params: a list with one dict of tensors per layer, on the data's device, changed in place.
+    epoch: how many passes are done. Each has a generator of its own, made from (seed, epoch), so
+        that a resumed run needs no generator's state.
+    loss: (z1, z2) -> scalar and a dict of numbers to record.
+    The optimiser is AdamW (Loshchilov, Hutter 2019), its rate constant. Raises DataError for a
+    batch size that the data do not allow.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageData,
+        seed: int = 0,
+        *,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        batch_size: int = 1024,
+        loss: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]] = vicreg_loss,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not 2 <= batch_size <= len(data):
+            raise DataError(
+                f"batch size {batch_size} must be from 2, for a variance, to {len(data)}"
+            )
+        self.model, self.data, self.seed = model, data, seed
+        self.batch_size, self.loss, self.dtype = batch_size, loss, dtype
+        drawn = uniform_parameters(model, seeded_generator(seed, 0, 0))
+        self.params = [
+            {name: t.to(data.images.device, dtype).requires_grad_() for name, t in layer.items()}
+            for layer in drawn
+        ]
+        self.optimizer = torch.optim.AdamW(self._leaves(), lr, weight_decay=weight_decay)
+        self.epoch = 0
+
+    def _leaves(self) -> list[Tensor]:
+        return [tensor for layer in self.params for tensor in layer.values()]
+
+    def train_epoch(self) -> dict[str, float]:
+        """One pass over the images in a new order; means over its steps, and seconds.
+
+        What is left at its end, less than a batch, is dropped. Raises NonFiniteError where the loss
+        or its gradient is not finite, before any step on it.
+        """
+        begin = time.perf_counter()
+        generator = seeded_generator(self.seed, self.epoch, 1)
+        pairs = pair_batches(self.data, self.batch_size, generator, self.dtype)
+        steps = len(self.data) // self.batch_size
+        rows = [self._step(*pair) for pair in itertools.islice(pairs, steps)]
+        self.epoch += 1
+        means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        return means | {"seconds": time.perf_counter() - begin}
+
+    def _step(self, x1: Tensor, x2: Tensor) -> dict[str, float]:
+        loss, terms = self.loss(self.model(x1, self.params), self.model(x2, self.params))
+        numbers = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
+        gradient = torch.autograd.grad(loss, self._leaves())
+        norm = torch.nn.utils.get_total_norm(gradient)
+        if not math.isfinite(numbers["loss"]) or not torch.isfinite(norm):
+            raise NonFiniteError(
+                f"epoch {self.epoch + 1}, loss {numbers['loss']:g} with a gradient of norm "
+                f"{norm:g}: not finite"
+            )
+        for tensor, slope in zip(self._leaves(), gradient, strict=True):
+            tensor.grad = slope
+        self.optimizer.step()
+        return numbers
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs, in plain containers of tensors."""
+        return {
+            "epoch": self.epoch,
+            "params": [{n: t.detach() for n, t in layer.items()} for layer in self.params],
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up a run where `state_dict` left it."""
+        self.epoch = state["epoch"]
+        with torch.no_grad():
+            for layer, saved in zip(self.params, state["params"], strict=True):
+                for name, tensor in layer.items():
+                    tensor.copy_(saved[name])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+
+
+def uniform_parameters(model: nn.Module, generator: torch.Generator) -> Params:
+    """Initial parameters, float64: all uniform within +-1/sqrt(fan-in), as torch.nn.Linear's are.
+
+    `generator` is on the CPU.
+    """
+    params = []
+    for layer in model.layers:
+        shapes = layer.parameter_shapes()
+        params.append({
+            name: (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
+            / math.sqrt(math.prod(shapes["w"][1:]))
+            for name, shape in shapes.items()
+        })  # fmt: skip
+    return params
