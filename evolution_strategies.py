@@ -1,0 +1,103 @@
+"""Hypergradients without derivatives: losses at randomly perturbed hyperparameters.
+
+    g = 1 / (2 sigma^2 N) sum_i xi_i (E(w_i+) - E(w_i-)),   e_i ~ N(0, sigma^2 I)
+    w_i+, w_i- from updates under lambda + e_i, lambda - e_i
+
+In antithetic evolution strategies xi_i = e_i: the gradient of E smoothed over a width sigma. In
+persistent ones (Vicol, Metz, Sohl-Dickstein 2021, arXiv 2112.13835) each pair goes on from where
+its last unroll ended and xi_i is the sum of its e_i so far: unrolls as short as one likes, and no
+truncation bias. Update maps need not be differentiable. Arguments are those of hypergradients.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linear_solvers import HypergradientError
+from update_maps import OuterLoss, Point, Tree, UpdateMap, advance
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Where the two trajectories of each pair are, and the sum of its perturbations so far.
+
+    above, below: params under +e and -e. perturbations: per pair, a tensor per hyperparameter.
+    """
+
+    above: list[Tree]
+    below: list[Tree]
+    perturbations: list[list[Tensor]]
+
+    @classmethod
+    def start(cls, params: Tree, hparams: Tree, pairs: int) -> "Pairs":
+        """All pairs at the same params, unperturbed; a trajectory starts anew with it."""
+        if pairs < 1:
+            raise HypergradientError(f"pairs must be at least 1, got {pairs}")
+        zeros = [torch.zeros_like(h) for h in Point(params, hparams).hparams]
+        return cls([params] * pairs, [params] * pairs, [zeros] * pairs)
+
+
+def evolution_strategies(
+    params: Tree,
+    hparams: Tree,
+    update_maps: Sequence[UpdateMap],
+    outer_loss: OuterLoss,
+    sigma: float,
+    pairs: int,
+    generator: torch.Generator,
+    set_grad: bool = True,
+) -> Tree:
+    """Antithetic evolution strategies: 2 * pairs trajectories from w_0 = params.
+
+    Its standard deviation grows with the number of hyperparameters and falls as 1 / sqrt(pairs).
+    """
+    start = Pairs.start(params, hparams, pairs)
+    return persistent_evolution_strategies(
+        start, hparams, update_maps, outer_loss, sigma, generator, set_grad
+    )[0]
+
+
+def persistent_evolution_strategies(
+    pairs: Pairs,
+    hparams: Tree,
+    update_maps: Sequence[UpdateMap],
+    outer_loss: OuterLoss,
+    sigma: float,
+    generator: torch.Generator,
+    set_grad: bool = True,
+) -> tuple[Tree, Pairs]:
+    """One unroll of every pair, its part of the hypergradient, and the pairs after it.
+
+    The parts of a trajectory's unrolls add up to the gradient of the sum of their outer losses.
+    """
+    if not sigma > 0 or not update_maps:
+        raise HypergradientError(
+            f"sigma must be > 0 and update_maps not empty, got {sigma} and {len(update_maps)} maps"
+        )
+    point = Point(pairs.above[0], hparams)
+    total = [torch.zeros_like(h) for h in point.hparams]
+    above, below, sums = [], [], []
+    for start_above, start_below, before in zip(
+        pairs.above, pairs.below, pairs.perturbations, strict=True
+    ):
+        noise = [_normal(h, sigma, generator) for h in point.hparams]
+        sums.append(torch._foreach_add(before, noise))
+        ends, losses = [], []
+        for start, sign in ((start_above, 1), (start_below, -1)):
+            shifted = torch._foreach_add([h.detach() for h in point.hparams], noise, alpha=sign)
+            moved = point.hparams_tree([h.requires_grad_() for h in shifted])
+            ends.append(advance(start, moved, update_maps))
+            with torch.no_grad():
+                losses.append(float(outer_loss(ends[-1], moved)))
+        above.append(ends[0])
+        below.append(ends[1])
+        total = torch._foreach_add(total, sums[-1], alpha=losses[0] - losses[1])
+    gradient = torch._foreach_div(total, 2 * sigma**2 * len(sums))
+    return point.delivered(gradient, set_grad), Pairs(above, below, sums)
+
+
+def _normal(like: Tensor, sigma: float, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(like.shape, generator=generator, dtype=like.dtype, device=generator.device)
+    return sigma * noise.to(like.device)

@@ -1,0 +1,562 @@
+"""Hypergradients: the derivative of E(w(lambda), lambda) by every hyperparameter lambda.
+
+    implicit   w = Phi(w, lambda):   (I - J^T) v = grad_w E,   J = dPhi/dw
+               dE = grad_lambda E + (dPhi/dlambda)^T v
+    reverse    w_{t+1} = Phi_t(w_t, lambda), t < T:   a_T = grad_w E,   a_t = (dPhi_t/dw)^T a_{t+1}
+               dE = grad_lambda E + sum_t (dPhi_t/dlambda)^T a_{t+1}
+    forward    Z_0 = 0,   Z_{t+1} = (dPhi_t/dw) Z_t + dPhi_t/dlambda
+               dE = grad_lambda E + Z_T^T grad_w E
+
+Franceschi et al. 2017 (arXiv 1703.01785), Lorraine et al. 2020 (1911.02590), Grazzi et al. 2020
+(2006.16218) and 2022 (2202.03397), whose HyperTorch gave eight functions here their names and
+signatures. Everywhere params and hparams are lists, or any pytree, of tensors; every hyperparameter
+has requires_grad; fp_map and the update maps take (params, hparams) to new params of the same
+shapes, outer_loss takes them to a scalar. A method returns the hypergradient, zero where nothing
+depends on a hyperparameter, as a tree like hparams, and with set_grad adds it into each .grad.
+The equations' solvers are in linear_solvers.py, methods without derivatives in
+evolution_strategies.py, differentiable inner optimisers in inner_optimizers.py.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from linear_solvers import (
+    ConjugateGradient,
+    DivergenceError,
+    FixedPoint,
+    HypergradientError,
+    NormalEquations,
+    NystromConjugateGradient,
+    Optimizer,
+    Solver,
+    hopeless,
+    norm,
+)
+from update_maps import (
+    MapSystem,
+    OuterLoss,
+    Point,
+    Tree,
+    UpdateMap,
+    advance,
+    attached_scalar,
+    delivered,
+    hyperparameters,
+    products,
+)
+
+# ---- along a trajectory ----
+
+
+def reverse_unroll(
+    params: Tree, hparams: Tree, outer_loss: OuterLoss, set_grad: bool = True
+) -> Tree:
+    """Backpropagation through whatever made params, which stay attached to hparams.
+
+    The graph is kept: other losses of the same params can be differentiated after this one.
+    """
+    leaves, spec = hyperparameters(hparams)
+    loss = attached_scalar(outer_loss(params, hparams), "outer_loss")
+    found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    if all(g is None for g in found):
+        raise HypergradientError(
+            "outer_loss depends on no hyperparameter; params must be attached to them"
+        )
+    gradient = [torch.zeros_like(h) if g is None else g for h, g in zip(leaves, found, strict=True)]
+    return delivered(gradient, leaves, spec, set_grad)
+
+
+def reverse(
+    params_history: Sequence[Tree],
+    hparams: Tree,
+    update_map_history: Sequence[UpdateMap],
+    outer_loss: OuterLoss,
+    set_grad: bool = True,
+) -> Tree:
+    """Reverse mode from the kept states: each update runs once more, and only its graph is kept.
+
+    params_history: w_0, ..., w_T, or only the last k + 1 of them: truncated reverse, which leaves
+    out what hparams did to w_{T-k}. update_map_history: Phi_0, ..., Phi_{T-1}; the last k are used.
+    """
+    steps = len(params_history) - 1
+    if steps < 1 or len(update_map_history) < steps:
+        raise HypergradientError(
+            f"the history is too short: {steps + 1} states need {max(1, steps)} update maps and "
+            f"there are {len(update_map_history)}; give w_0 to w_T and Phi_0 to Phi_(T-1)"
+        )
+    adjoint, gradient = Point(params_history[-1], hparams).loss_gradients(outer_loss)
+    states, updates = params_history[:-1], update_map_history[-steps:]
+    for state, update in zip(reversed(states), reversed(updates), strict=True):
+        point = Point(state, hparams)
+        adjoint, indirect = point.pulled_back(point.apply(update), adjoint)
+        gradient = torch._foreach_add(gradient, indirect)
+    return point.delivered(gradient, set_grad)
+
+
+def checkpointed_reverse(
+    params: Tree,
+    hparams: Tree,
+    update_maps: Sequence[UpdateMap],
+    outer_loss: OuterLoss,
+    segment_length: int | None = None,
+    set_grad: bool = True,
+) -> Tree:
+    """Reverse mode from w_0 = params that keeps one state per segment of the update maps.
+
+    The maps run twice: forward, then segment by segment under a graph. Memory: a state for each
+    segment and the graph of one; sqrt(T) updates by default. (Griewank and Walther 2008, ch. 12.)
+    """
+    _check_count("the number of update_maps", len(update_maps))
+    length = math.isqrt(len(update_maps) - 1) + 1 if segment_length is None else segment_length
+    _check_count("segment_length", length)
+    segments = [update_maps[k : k + length] for k in range(0, len(update_maps), length)]
+    history = _trajectory(params, hparams, segments)
+    chains = [functools.partial(_chain, segment) for segment in segments]
+    return reverse(history, hparams, chains, outer_loss, set_grad)
+
+
+def truncated_reverse(
+    params: Tree,
+    hparams: Tree,
+    K: int,
+    update_maps: Sequence[UpdateMap],
+    outer_loss: OuterLoss,
+    set_grad: bool = True,
+) -> Tree:
+    """Reverse mode through the last K update maps only; the error is that of J's K-th power.
+
+    Memory: K states and the graph of one update. (Shaban et al. 2019, arXiv 1810.10667.)
+    """
+    _check_count("K", K)
+    if len(update_maps) < K:
+        raise HypergradientError(f"K = {K} needs as many update_maps, got {len(update_maps)}")
+    start = advance(params, hparams, update_maps[: len(update_maps) - K])
+    last = update_maps[len(update_maps) - K :]
+    history = _trajectory(start, hparams, [[update] for update in last])
+    return reverse(history, hparams, last, outer_loss, set_grad)
+
+
+def neumann_lookback(
+    params: Tree,
+    hparams: Tree,
+    K: int,
+    update_maps: Sequence[UpdateMap],
+    outer_loss: OuterLoss,
+    set_grad: bool = True,
+) -> Tree:
+    """K terms of the Neumann series with the last maps of a trajectory, all of them at w_{T-1}.
+
+        v_0 = grad_w E(w_T),   v_{j+1} = (dPhi_{T-1-j}/dw)^T v_j,   w_T = Phi_{T-1}(w_{T-1})
+        dE = grad_lambda E + (dPhi_{T-1}/dlambda)^T (v_0 + ... + v_{K-1})
+
+    Truncated reverse mode as though nothing had moved for K steps: no state is kept but params,
+    w_{T-1}. update_maps: the last K - 1 maps or more, oldest first, or the last one alone, which
+    then stands for all. A sum of so many terms, not a solved system: nothing is refused as
+    divergent. (Clarke et al. 2022, arXiv 2110.10461.)
+    """
+    _check_count("K", K)
+    if not update_maps or 1 < len(update_maps) < K - 1:
+        raise HypergradientError(
+            f"the history is too short: {K} terms need the last {max(1, K - 1)} update maps, or "
+            f"one that stands for all, got {len(update_maps)}"
+        )
+    point = Point(params, hparams)
+    last = point.apply(update_maps[-1])
+    term, gradient = Point(point.tree(last), hparams).loss_gradients(outer_loss)
+    total, mapped = term, last
+    for j in range(K - 1):
+        if j and len(update_maps) > 1:
+            mapped = point.apply(update_maps[-1 - j])
+        term = products(mapped, point.params, term, retain_graph=True)
+        total = torch._foreach_add(total, term)
+    gradient = torch._foreach_add(gradient, products(last, point.hparams, total))
+    return point.delivered(gradient, set_grad)
+
+
+def forward_mode(
+    params: Tree,
+    hparams: Tree,
+    update_maps: Sequence[UpdateMap],
+    outer_loss: OuterLoss,
+    set_grad: bool = True,
+    vectorize: bool = False,
+) -> Tree:
+    """Forward mode from w_0 = params: memory of one update however many there are.
+
+    Time and memory grow with the number n of single hyperparameters: Z is n times the parameters.
+    The maps must use the hparams they are given, and every function in them must support forward
+    mode. With vectorize all n directions go through torch.func.jvp at once, which takes maps whose
+    inner gradients are torch.func.grad, not torch.autograd.grad; without, n runs of each map.
+    (Franceschi et al. 2017, arXiv 1703.01785.)
+    """
+    _check_count("the number of update_maps", len(update_maps))
+    point = Point(params, hparams)
+    sizes = [t.numel() for t in point.hparams]
+    unit = torch.eye(sum(sizes), dtype=point.hparams[0].dtype, device=point.hparams[0].device)
+    directions = [
+        columns.reshape(-1, *t.shape).to(t)
+        for columns, t in zip(unit.split(sizes, dim=1), point.hparams, strict=True)
+    ]
+    tangents = [p.new_zeros(len(unit), *p.shape) for p in point.params]
+    push = _pushed_at_once if vectorize else _pushed_one_by_one
+    for update in update_maps:
+        try:
+            new, tangents = push(point, update, tangents, directions)
+        except RuntimeError as problem:
+            hint = ", or torch.autograd.grad in it: leave vectorize out" if vectorize else ""
+            raise HypergradientError(
+                f"the map does not run in forward mode, take reverse{hint} "
+                f"({str(problem).splitlines()[0]})"
+            ) from problem
+        point = Point(point.tree(new), hparams)
+    grad_params, gradient = point.loss_gradients(outer_loss)
+    total = sum(
+        z.reshape(len(z), -1) @ g.reshape(-1) for z, g in zip(tangents, grad_params, strict=True)
+    )
+    indirect = [t.view_as(h) for t, h in zip(total.split(sizes), point.hparams, strict=True)]
+    return point.delivered(torch._foreach_add(gradient, indirect), set_grad)
+
+
+def exact(
+    opt_params_f: Callable[[Tree], Tree],
+    hparams: Tree,
+    outer_loss: OuterLoss,
+    set_grad: bool = True,
+) -> Tree:
+    """Backpropagation through the parameters in closed form, opt_params_f(hparams)."""
+    return reverse_unroll(opt_params_f(hparams), hparams, outer_loss, set_grad)
+
+
+# ---- at a fixed point ----
+
+
+@dataclass(frozen=True)
+class LinearSolve:
+    """How (I - J^T) v = b was solved.
+
+    solution: v, a tree like params.
+    residuals: |b - (I - J^T) v_k| of the iterates, the last of them v. Where fp_map is stochastic,
+    of one draw each.
+    """
+
+    solution: Tree
+    residuals: tuple[float, ...]
+
+    @property
+    def iterations(self) -> int:
+        return len(self.residuals) - 1
+
+    @property
+    def residual(self) -> float:
+        return self.residuals[-1]
+
+
+def implicit(
+    params: Tree,
+    hparams: Tree,
+    fp_map: UpdateMap,
+    outer_loss: OuterLoss,
+    solver: Solver,
+    set_grad: bool = True,
+    stochastic: bool = False,
+    outer_draws: int = 1,
+    map_draws: int = 1,
+) -> tuple[Tree, LinearSolve]:
+    """The hypergradient at a fixed point of fp_map, and how its linear system was solved.
+
+    All implicit methods are this function with a solver of theirs. fp_map runs once, and is
+    differentiated once per iteration and once at the end, for the hyperparameters and the residual.
+    stochastic: fp_map is drawn anew for every product. outer_draws and map_draws: the outer
+    gradients and the last product are means of so many draws.
+    Raises DivergenceError where the solution is worse than v = 0 and getting worse.
+    """
+    _check_count("K", solver.iterations)
+    point = Point(params, hparams)
+    b, direct = _mean([point.loss_gradients(outer_loss) for _ in range(outer_draws)])
+    system = MapSystem(point, fp_map, stochastic)
+    v, residuals = solver.solve(system, b)
+    transposed, indirect = _mean([system.pulled_back(v) for _ in range(map_draws)])
+    rest = [g - t + p for g, t, p in zip(b, v, transposed, strict=True)]
+    residuals = (*residuals, norm(rest))
+    start = max(norm(b), residuals[0])
+    refuse = hopeless(residuals[-1], start) if stochastic else solver.diverges(residuals, start)
+    if refuse:
+        raise DivergenceError(
+            f"the linear system (I - J^T) v = b diverges: residual {residuals[-1]:.3g} after "
+            f"{len(residuals) - 1} iterations, {start:.3g} at v = 0; fp_map must be a contraction "
+            f"for fixed_point, I - J symmetric positive definite for CG, regular for CG_normaleq"
+        )
+    gradient = point.delivered(torch._foreach_add(direct, indirect), set_grad)
+    return gradient, LinearSolve(point.tree(v), residuals)
+
+
+def fixed_point(
+    params: Tree,
+    hparams: Tree,
+    K: int,
+    fp_map: UpdateMap,
+    outer_loss: OuterLoss,
+    tol: float = 1e-10,
+    set_grad: bool = True,
+    stochastic: bool = False,
+) -> Tree:
+    """K iterations v <- J^T v + grad_w E, or until v moves by less than tol.
+
+    For contractions; the error falls with the contraction's rate, as that of K steps of reverse.
+    """
+    solver = FixedPoint(K, tol)
+    return implicit(params, hparams, fp_map, outer_loss, solver, set_grad, stochastic)[0]
+
+
+def neumann(
+    params: Tree,
+    hparams: Tree,
+    K: int,
+    fp_map: UpdateMap,
+    outer_loss: OuterLoss,
+    tol: float = 1e-10,
+    set_grad: bool = True,
+) -> Tree:
+    """K terms of the Neumann series beyond the first: fixed_point with K + 1. (Lorraine 2020.)"""
+    _check_count("K", K)
+    return implicit(params, hparams, fp_map, outer_loss, FixedPoint(K + 1, tol), set_grad)[0]
+
+
+def CG(  # noqa: N802 - HyperTorch's name
+    params: Tree,
+    hparams: Tree,
+    K: int,
+    fp_map: UpdateMap,
+    outer_loss: OuterLoss,
+    tol: float = 1e-10,
+    set_grad: bool = True,
+    stochastic: bool = False,
+) -> Tree:
+    """K iterations of conjugate gradients, or until the residual is less than tol.
+
+    I - J must be symmetric positive definite, as for a gradient step on a convex loss.
+    """
+    solver = ConjugateGradient(K, tol)
+    return implicit(params, hparams, fp_map, outer_loss, solver, set_grad, stochastic)[0]
+
+
+def CG_normaleq(  # noqa: N802 - HyperTorch's name
+    params: Tree,
+    hparams: Tree,
+    K: int,
+    fp_map: UpdateMap,
+    outer_loss: OuterLoss,
+    tol: float = 1e-10,
+    set_grad: bool = True,
+) -> Tree:
+    """K iterations of conjugate gradients on the normal equations: any regular I - J.
+
+    Each costs a product with J besides that with J^T; the map must be twice differentiable.
+    """
+    return implicit(params, hparams, fp_map, outer_loss, NormalEquations(K, tol), set_grad)[0]
+
+
+def nystrom(
+    params: Tree,
+    hparams: Tree,
+    K: int,
+    fp_map: UpdateMap,
+    outer_loss: OuterLoss,
+    tol: float = 1e-10,
+    set_grad: bool = True,
+    rank: int = 10,
+    generator: torch.Generator | None = None,
+) -> Tree:
+    """CG preconditioned by a Nystrom approximation of I - J, which costs `rank` products more.
+
+    Assumes that I - J is symmetric positive definite; helps where few of its eigenvalues are large.
+    """
+    solver = NystromConjugateGradient(K, tol, rank, generator)
+    return implicit(params, hparams, fp_map, outer_loss, solver, set_grad)[0]
+
+
+def stoch_AID(  # noqa: N802 - HyperTorch's name
+    params: Tree,
+    hparams: Tree,
+    outer_loss: OuterLoss,
+    K: int,
+    J_inner: int = 1,
+    J_outer: int = 1,
+    fp_map: UpdateMap | None = None,
+    inner_loss: OuterLoss | None = None,
+    linsys_start: Tree | None = None,
+    stoch_outer: bool = False,
+    stoch_inner: bool = False,
+    optim_build: Callable[..., tuple[torch.optim.Optimizer, Any]] | None = None,
+    opt_params: dict | None = None,
+    set_grad: bool = True,
+    verbose: bool = True,
+) -> tuple[Tree, Tree]:
+    """K steps of any torch optimiser on the linear system; returns the hypergradient and v.
+
+    One of fp_map and inner_loss is needed; inner_loss stands for a gradient step of rate 1 on it.
+    linsys_start: where v begins, for example at the v of the hypergradient before.
+    stoch_outer, stoch_inner: outer_loss, and fp_map or inner_loss, are drawn anew at each use; the
+    outer gradients are then means of J_outer draws, the last product of J_inner.
+    optim_build(v, **opt_params) -> (optimiser, scheduler or None); SGD of rate 1 by default.
+    verbose prints the residual of some iterations. (Grazzi et al. 2022, algorithm 1.)
+    """
+    if fp_map is None and inner_loss is None:
+        raise HypergradientError("give fp_map or inner_loss")
+    if (J_inner != 1 and not stoch_inner) or (J_outer != 1 and not stoch_outer):
+        raise HypergradientError("J_inner needs stoch_inner, J_outer needs stoch_outer")
+    _check_count("J_inner and J_outer", min(J_inner, J_outer))
+    start = None
+    if linsys_start is not None:
+        start = Point(params, hparams).matching(linsys_start, "linsys_start")
+
+    def progress(k: int, residual: float) -> None:
+        if verbose and (k % max(1, K // 5) == 0 or k == K - 1):
+            print(f"k={k}: |v - J^T v - grad_w E| = {residual:.3e}")
+
+    solver = Optimizer(K, optim_build, opt_params or {}, start, progress)
+    gradient, solve = implicit(
+        params, hparams, fp_map or functools.partial(_gradient_step, inner_loss), outer_loss,
+        solver, set_grad, stoch_inner, J_outer, J_inner,
+    )  # fmt: skip
+    return gradient, solve.solution
+
+
+# ---- in a graph ----
+
+
+def differentiable_by(
+    method: Callable[..., Tree], **options
+) -> Callable[[Callable[[Tree, Tree], Tree]], Callable[[Tree, Tree], Tree]]:
+    """Decorates a solver(params, hparams) -> params so that its result has a gradient in hparams.
+
+        @differentiable_by(CG, K=20, fp_map=phi)
+        def solve(params, hparams): ...
+
+    The solver runs without a graph, however it works. The backward pass is any method of this
+    module, with its options: those with update_maps start again from the solver's params, all
+    others take its result for the fixed point. The start gets no gradient, and nothing a second.
+    """
+
+    def decorate(solver: Callable[[Tree, Tree], Tree]) -> Callable[[Tree, Tree], Tree]:
+        @functools.wraps(solver)
+        def solve(params: Tree, hparams: Tree) -> Tree:
+            with torch.enable_grad():
+                leaves, spec = tree_flatten(solver(params, hparams))
+            solution = [t.detach() for t in leaves]
+            start = params if "update_maps" in options else tree_unflatten(solution, spec)
+
+            def pull_back(cotangents: Sequence[Tensor]) -> list[Tensor]:
+                def outer_loss(w: Tree, _: Tree) -> Tensor:
+                    pairs = zip(tree_flatten(w)[0], cotangents, strict=True)
+                    return sum((t * c).sum() for t, c in pairs)
+
+                gradient = method(
+                    params=start, hparams=hparams, outer_loss=outer_loss, set_grad=False, **options
+                )
+                return tree_flatten(gradient)[0]
+
+            attached = _Attached.apply(pull_back, solution, *tree_flatten(hparams)[0])
+            return tree_unflatten(attached, spec)
+
+        return solve
+
+    return decorate
+
+
+class _Attached(torch.autograd.Function):
+    """A solution with pull_back(cotangents) for the gradients of the hyperparameters."""
+
+    @staticmethod
+    def forward(ctx, pull_back, solution, *hparams):
+        ctx.pull_back = pull_back
+        ctx.save_for_backward(*hparams)
+        return tuple(t.detach() for t in solution)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *cotangents):
+        _ = ctx.saved_tensors  # raises where a hyperparameter was changed in place since
+        return None, None, *ctx.pull_back(cotangents)
+
+
+# ---- helpers ----
+
+
+def _check_count(what: str, count: int) -> None:
+    if count < 1:
+        raise HypergradientError(f"{what} must be at least 1, got {count}")
+
+
+def _mean(draws: list[tuple[list[Tensor], list[Tensor]]]) -> list[list[Tensor]]:
+    """The means, over draws, of both lists of tensors."""
+    if len(draws) == 1:
+        return list(draws[0])
+    return [
+        [sum(tensors) / len(draws) for tensors in zip(*lists, strict=True)]
+        for lists in zip(*draws, strict=True)
+    ]
+
+
+def _chain(update_maps: Sequence[UpdateMap], params: Tree, hparams: Tree) -> Tree:
+    for update in update_maps:
+        params = update(params, hparams)
+    return params
+
+
+def _trajectory(params: Tree, hparams: Tree, segments: Sequence[Sequence[UpdateMap]]) -> list[Tree]:
+    """The params at the start and after each segment of updates."""
+    history = [params]
+    for segment in segments:
+        history.append(advance(history[-1], hparams, segment))
+    return history
+
+
+def _gradient_step(loss: OuterLoss, params: Tree, hparams: Tree) -> Tree:
+    leaves, spec = tree_flatten(params)
+    gradient = products([loss(params, hparams)], leaves, [None], create_graph=True)
+    return tree_unflatten(torch._foreach_sub(leaves, gradient), spec)
+
+
+def _pushed_one_by_one(
+    point: Point, update: UpdateMap, tangents: list[Tensor], directions: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The update's result and its derivatives along [n, ...] directions, by dual numbers."""
+    pushed = []
+    for k in range(len(directions[0])):
+        with forward_ad.dual_level(), torch.enable_grad():
+            pairs = (point.params, tangents), ([h.detach() for h in point.hparams], directions)
+            duals = [
+                [forward_ad.make_dual(t, d[k]) for t, d in zip(leaves, along, strict=True)]
+                for leaves, along in pairs
+            ]
+            result = update(point.tree(duals[0]), point.hparams_tree(duals[1]))
+            moved = [forward_ad.unpack_dual(t) for t in point.matching(result, "the map's result")]
+            new = [primal.detach() for primal, _ in moved]
+            pushed.append([torch.zeros_like(p) if z is None else z.detach() for p, z in moved])
+    return new, [torch.stack(of_one) for of_one in zip(*pushed, strict=True)]
+
+
+def _pushed_at_once(
+    point: Point, update: UpdateMap, tangents: list[Tensor], directions: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The same, by a vectorised torch.func.jvp."""
+    primals = [t.detach() for t in point.params], [t.detach() for t in point.hparams]
+
+    def function(params: list[Tensor], hparams: list[Tensor]) -> list[Tensor]:
+        result = update(point.tree(params), point.hparams_tree(hparams))
+        return point.matching(result, "the map's result")
+
+    push = torch.func.vmap(
+        lambda z, d: torch.func.jvp(function, primals, (z, d)), out_dims=(None, 0)
+    )
+    return push(tangents, directions)

@@ -1,0 +1,260 @@
+"""Inner optimisers as update maps: steps on a loss that can themselves be differentiated.
+
+    GradientDescent   w' = w - step g                             g = grad_w loss(w, hparams, data)
+    HeavyBall         w' = w - step g + momentum (w - previous)   Polyak 1964; previous' = w
+    Momentum          v' = momentum v + g,   w' = w - step v'     as in torch.optim.SGD
+    Nesterov          v' = momentum v + g,   w' = w - step (g + momentum v')      (Sutskever 2013)
+    Adam              w' = w - step m_hat / (sqrt(v_hat) + eps)   Kingma and Ba 2015
+
+Called as optimizer(params, hparams) -> params, the form of all maps in hypergradients.py. What an
+optimiser remembers stands in the same list, after the parameters: start with
+optimizer.get_opt_params(params). Names and arguments of the first three are HyperTorch's.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from linear_solvers import HypergradientError, Vector
+from update_maps import Tree, attached_scalar, products
+
+Setting = float | Tensor | Callable[[Tree], float | Tensor]  # a number or a function of hparams
+
+GRADIENTS = ("graph", "mixed", "func")
+
+
+class InnerOptimizer:
+    """What the optimisers share.
+
+    loss_f(params, hparams), or loss_f(params, hparams, data) where data are given: a scalar.
+    data_or_iter: the data of every step, or an iterator over those of each. (Methods that run a map
+    again need the same data again: give them one optimiser per batch, not an iterator.)
+    gradient: how g gets its own derivative.
+        graph  torch.autograd.grad with create_graph: fast where a step is multiplied many times
+        mixed  forward over reverse mode when the backward pass arrives: between the passes only
+               params and hparams are kept, each product costs a step in both modes; the loss must
+               use no other tensor that wants a gradient (MixFlow; Kemaev 2025, arXiv 2505.00793)
+        func   torch.func.grad, for maps inside torch.func transforms
+    settings: numbers, or functions of hparams to numbers, such as step_size.
+    curr_loss: the loss at the params of the last call, detached; None with func.
+    """
+
+    copies = 1  # of the parameters in the list: themselves, and what is remembered of each
+    extra = 0  # tensors after them
+
+    def __init__(
+        self, loss_f: Callable, data_or_iter: Any, gradient: str, **settings: Setting
+    ) -> None:
+        if gradient not in GRADIENTS:
+            raise HypergradientError(
+                f"gradient {gradient!r} is unknown; choose from {', '.join(GRADIENTS)}"
+            )
+        self.loss_f, self.gradient, self.settings = loss_f, gradient, settings
+        self.data_iterator: Iterator | None = None
+        if data_or_iter is not None:
+            is_iterator = hasattr(data_or_iter, "__next__")
+            self.data_iterator = data_or_iter if is_iterator else repeat(data_or_iter)
+        self.curr_loss: Tensor | None = None
+
+    def get_opt_params(self, params: Tree) -> list:
+        """The list to start with: params, a list of tensors or trees, and an empty memory."""
+        zeros = tree_map(torch.zeros_like, list(params))
+        return [*params, *zeros * (self.copies - 1)]
+
+    def __call__(self, params: Tree, hparams: Tree, create_graph: bool = True) -> list:
+        """The list after one step; without create_graph it is detached."""
+        w, memory, spec = self._divided(params)
+        data = () if self.data_iterator is None else (next(self.data_iterator),)
+
+        def loss(leaves: list[Tensor], hparams: Tree) -> Tensor:
+            value = self.loss_f(tree_unflatten(leaves, spec), hparams, *data)
+            self.curr_loss = None if self.gradient == "func" else value.detach()
+            return value
+
+        if not create_graph:
+            w = [t.detach() for t in w]
+        if self.gradient != "func":
+            w = [t if t.requires_grad else t.detach().requires_grad_() for t in w]
+        with torch.enable_grad():
+            g = self._differentiated(loss, w, hparams, create_graph)
+        with torch.set_grad_enabled(create_graph):
+            values = {n: s(hparams) if callable(s) else s for n, s in self.settings.items()}
+            new = self.update(w, g, *memory, **values)
+        copies, extra = new[: self.copies], new[self.copies :]
+        return [entry for leaves in copies for entry in tree_unflatten(leaves, spec)] + extra
+
+    def update(self, w: Vector, g: Vector, *memory, **settings: float | Tensor) -> list:
+        """New parameters and memory from the old and the gradient, as flat lists of tensors."""
+        raise NotImplementedError
+
+    def _divided(self, params: Tree) -> tuple[Vector, list, Any]:
+        """Parameters and memory as flat lists, and the structure of a list of parameters."""
+        count, rest = divmod(len(params) - self.extra, self.copies)
+        if rest or count < 1:
+            raise HypergradientError(
+                f"{type(self).__name__} takes {self.copies} entries per parameter and "
+                f"{self.extra} besides, got {len(params)}; start with get_opt_params(params)"
+            )
+        chunks = [list(params[k * count : (k + 1) * count]) for k in range(self.copies)]
+        w, spec = tree_flatten(chunks[0])
+        memory = [spec.flatten_up_to(chunk) for chunk in chunks[1:]]
+        if any(a.shape != b.shape for leaves in memory for a, b in zip(w, leaves, strict=True)):
+            raise HypergradientError(
+                "what is remembered has not the shapes of the parameters; "
+                "start with get_opt_params(params)"
+            )
+        return w, [*memory, *params[self.copies * count :]], spec
+
+    def _differentiated(
+        self, loss: Callable, w: Vector, hparams: Tree, create_graph: bool
+    ) -> Vector:
+        if self.gradient == "func":
+            return torch.func.grad(loss)(w, hparams)
+        if self.gradient == "mixed" and create_graph:
+            leaves, spec = tree_flatten(hparams)
+            return list(_MixedGradient.apply(loss, spec, len(w), *w, *leaves))
+        value = attached_scalar(loss(w, hparams), "the inner loss")
+        return products([value], w, [None], create_graph=create_graph)
+
+
+class GradientDescent(InnerOptimizer):
+    """w' = w - step g."""
+
+    def __init__(self, loss_f, step_size: Setting, data_or_iter=None, *, gradient="graph") -> None:
+        super().__init__(loss_f, data_or_iter, gradient, step_size=step_size)
+
+    def update(self, w, g, *, step_size):
+        return [_moved(w, g, step_size)]
+
+
+class HeavyBall(InnerOptimizer):
+    """w' = w - step g + momentum (w - previous), previous' = w."""
+
+    copies = 2
+
+    def __init__(
+        self, loss_f, step_size: Setting, momentum: Setting, data_or_iter=None, *, gradient="graph"
+    ) -> None:
+        settings = {"step_size": step_size, "momentum": momentum}
+        super().__init__(loss_f, data_or_iter, gradient, **settings)
+
+    def get_opt_params(self, params: Tree) -> list:
+        """The list to start with, at rest: the previous parameters are the parameters."""
+        return [*params, *params]
+
+    def update(self, w, g, previous, *, step_size, momentum):
+        moved = _moved(w, g, step_size)
+        return [[m + momentum * (a - b) for m, a, b in zip(moved, w, previous, strict=True)], w]
+
+
+class Momentum(InnerOptimizer):
+    """v' = momentum v + g, w' = w - step v'."""
+
+    copies = 2
+
+    def __init__(
+        self, loss_f, step_size: Setting, momentum: Setting, data_or_iter=None, *, gradient="graph"
+    ) -> None:
+        settings = {"step_size": step_size, "momentum": momentum}
+        super().__init__(loss_f, data_or_iter, gradient, **settings)
+
+    def update(self, w, g, v, *, step_size, momentum):
+        v = [momentum * a + b for a, b in zip(v, g, strict=True)]
+        return [_moved(w, v, step_size), v]
+
+
+class Nesterov(InnerOptimizer):
+    """v' = momentum v + g, w' = w - step (g + momentum v')."""
+
+    copies = 2
+
+    def __init__(
+        self, loss_f, step_size: Setting, momentum: Setting, data_or_iter=None, *, gradient="graph"
+    ) -> None:
+        settings = {"step_size": step_size, "momentum": momentum}
+        super().__init__(loss_f, data_or_iter, gradient, **settings)
+
+    def update(self, w, g, v, *, step_size, momentum):
+        v = [momentum * a + b for a, b in zip(v, g, strict=True)]
+        return [_moved(w, [b + momentum * a for a, b in zip(v, g, strict=True)], step_size), v]
+
+
+class Adam(InnerOptimizer):
+    """m' = beta1 m + (1 - beta1) g, v' = beta2 v + (1 - beta2) g^2, both divided by 1 - beta^t.
+
+    Where v is 0, as for an input that is always 0, the derivative of its root is taken as 0.
+    """
+
+    copies, extra = 3, 1
+
+    def __init__(
+        self,
+        loss_f,
+        step_size: Setting,
+        beta1: Setting = 0.9,
+        beta2: Setting = 0.999,
+        eps: Setting = 1e-8,
+        data_or_iter=None,
+        *,
+        gradient="graph",
+    ) -> None:
+        settings = {"step_size": step_size, "beta1": beta1, "beta2": beta2, "eps": eps}
+        super().__init__(loss_f, data_or_iter, gradient, **settings)
+
+    def get_opt_params(self, params: Tree) -> list:
+        """The list to start with: params, zeros for both moments, and the number of steps."""
+        leaf = tree_flatten(params)[0][0]
+        return [*super().get_opt_params(params), leaf.new_zeros(())]
+
+    def update(self, w, g, m, v, step, *, step_size, beta1, beta2, eps):
+        step = step + 1
+        m = [beta1 * a + (1 - beta1) * b for a, b in zip(m, g, strict=True)]
+        v = [beta2 * a + (1 - beta2) * b.square() for a, b in zip(v, g, strict=True)]
+        scale1, scale2 = 1 - beta1**step, 1 - beta2**step
+        pairs = zip(m, v, strict=True)
+        direction = [(a / scale1) / (_root(b / scale2) + eps) for a, b in pairs]
+        return [_moved(w, direction, step_size), m, v, step]
+
+
+class _MixedGradient(torch.autograd.Function):
+    """grad_w loss; its product with u is d/de grad loss(w + e u, hparams) at e = 0."""
+
+    @staticmethod
+    def forward(ctx, loss, spec, count, *leaves):
+        ctx.loss, ctx.spec, ctx.count = loss, spec, count
+        ctx.save_for_backward(*leaves)
+        w = [t.detach().requires_grad_() for t in leaves[:count]]
+        hparams = tree_unflatten([t.detach() for t in leaves[count:]], spec)
+        with torch.enable_grad():
+            value = attached_scalar(loss(w, hparams), "the inner loss")
+            return tuple(products([value], w, [None]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *u):
+        leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        w, hparams = leaves[: ctx.count], leaves[ctx.count :]
+        with torch.enable_grad(), forward_ad.dual_level():
+            duals = [forward_ad.make_dual(t, d) for t, d in zip(w, u, strict=True)]
+            value = ctx.loss(duals, tree_unflatten(hparams, ctx.spec))
+            found = torch.autograd.grad(value, [*duals, *hparams], allow_unused=True)
+            tangents = [None if t is None else forward_ad.unpack_dual(t).tangent for t in found]
+        return None, None, None, *tangents
+
+
+def _moved(w: Vector, direction: Vector, step: float | Tensor) -> list[Tensor]:
+    """w - step direction, in the operations whose backward pass is shortest."""
+    if isinstance(step, Tensor):
+        return [a + (-step) * b for a, b in zip(w, direction, strict=True)]
+    return [torch.add(a, b, alpha=-step) for a, b in zip(w, direction, strict=True)]
+
+
+def _root(v: Tensor) -> Tensor:
+    positive = v > 0
+    return torch.where(positive, v, 1.0).sqrt() * positive

@@ -1,0 +1,117 @@
+"""Evolution strategies: their means on problems in closed form, persistence, reproducibility."""
+
+import pytest
+import torch
+from oracles import DOUBLE, normal
+
+from evolution_strategies import (
+    Pairs,
+    evolution_strategies,
+    persistent_evolution_strategies,
+)
+from hypergradients import checkpointed_reverse
+from linear_solvers import HypergradientError
+
+
+def step(params, hparams):
+    """A leaky sum of the hyperparameters; what they do lasts for many steps."""
+    w, (a, b) = params["w"], hparams
+    return {"w": 0.95 * w + 0.1 * a * w.cos() + b}
+
+
+def loss(params, hparams):
+    return params["w"].square().sum() + hparams[1].sum()
+
+
+def problem():
+    start = {"w": normal(1, 3).detach()}
+    hparams = [torch.tensor(0.5, dtype=DOUBLE, requires_grad=True), normal(2, 3, scale=0.3)]
+    return start, hparams
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def flat(gradient):
+    return torch.cat([g.reshape(-1) for g in gradient])
+
+
+def test_antithetic_evolution_strategies_estimate_the_hypergradient():
+    start, hparams = problem()
+    expected = flat(checkpointed_reverse(start, hparams, [step] * 5, loss, set_grad=False))
+    found = flat(evolution_strategies(start, hparams, [step] * 5, loss, 1e-3, 2000, seeded()))
+    # The standard deviation of each entry is about |gradient| / sqrt(pairs).
+    assert (found - expected).abs().max() < 4 * expected.norm() / 2000**0.5
+    assert torch.equal(flat([h.grad for h in hparams]), found)
+
+
+def test_a_single_pair_is_the_difference_along_its_perturbation():
+    start, hparams = problem()
+    found = flat(evolution_strategies(start, hparams, [step] * 3, loss, 0.1, 1, seeded(7)))
+    generator = seeded(7)
+    noise = [0.1 * torch.randn(h.shape, generator=generator, dtype=DOUBLE) for h in hparams]
+    losses = []
+    for sign in (1, -1):
+        moved = [h.detach() + sign * n for h, n in zip(hparams, noise, strict=True)]
+        params = start
+        for _ in range(3):
+            params = step(params, moved)
+        losses.append(loss(params, moved))
+    expected = flat(noise) * (losses[0] - losses[1]) / (2 * 0.1**2)
+    assert torch.allclose(found, expected, rtol=1e-12)
+
+
+def test_persistent_strategies_see_what_truncated_ones_do_not():
+    start, hparams = problem()
+    unrolls, length, pairs = 6, 2, 1500
+    total = torch.zeros(4, dtype=DOUBLE)
+    for k in range(1, unrolls + 1):
+        maps = [step] * (k * length)
+        total += flat(checkpointed_reverse(start, hparams, maps, loss, set_grad=False))
+    state, found, generator = Pairs.start(start, hparams, pairs), 0, seeded()
+    truncated, params = 0, start
+    for _ in range(unrolls):
+        gradient, state = persistent_evolution_strategies(
+            state, hparams, [step] * length, loss, 1e-3, generator, set_grad=False
+        )
+        found = found + flat(gradient)
+        args = (hparams, [step] * length, loss)
+        truncated = truncated + flat(checkpointed_reverse(params, *args, set_grad=False))
+        for _ in range(length):
+            params = {"w": step(params, hparams)["w"].detach()}
+    error = (found - total).norm() / total.norm()
+    assert error < 0.15 < (truncated - total).norm() / total.norm() / 2
+    assert all(h.grad is None for h in hparams)
+
+
+def test_maps_without_derivatives_will_do():
+    def rounded(params, hparams):
+        return {"w": torch.round(params["w"].detach() * 8 + 8 * hparams[1].detach()) / 8}
+
+    start, hparams = problem()
+    found = evolution_strategies(start, hparams, [rounded] * 4, loss, 0.5, 400, seeded())
+    assert 0.5 < found[1].norm() / (2 * 4 * (start["w"] + 4 * hparams[1]).norm()).detach() < 1.5
+
+
+def test_the_same_seed_gives_the_same_bits_and_nothing_is_changed():
+    start, hparams = problem()
+    before = start["w"].clone()
+    arguments = start, hparams, [step] * 3, loss, 0.1, 5
+    runs = [flat(evolution_strategies(*arguments, seeded(s), set_grad=False)) for s in (1, 1, 2)]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    assert torch.equal(start["w"], before)
+    state = Pairs.start(start, hparams, 2)
+    persistent_evolution_strategies(state, hparams, [step], loss, 0.1, seeded())
+    assert all(n.abs().max() == 0 for pair in state.perturbations for n in pair)
+
+
+def test_wrong_use_gets_one_line():
+    start, hparams = problem()
+    with pytest.raises(HypergradientError, match="pairs must be at least 1, got 0"):
+        evolution_strategies(start, hparams, [step], loss, 0.1, 0, seeded())
+    for sigma, maps in ((0.0, [step]), (0.1, [])):
+        with pytest.raises(HypergradientError, match="sigma must be > 0 and update_maps not empty"):
+            evolution_strategies(start, hparams, maps, loss, sigma, 2, seeded())
+    with pytest.raises(HypergradientError, match="requires_grad"):
+        evolution_strategies(start, [h.detach() for h in hparams], [step], loss, 0.1, 2, seeded())

@@ -1,0 +1,222 @@
+"""Inner optimisers: torch.optim's numbers, derivatives of steps, trees, data, memory."""
+
+import functools
+
+import pytest
+import torch
+from oracles import DOUBLE, assert_near, normal
+
+from hypergradients import checkpointed_reverse, forward_mode, reverse, reverse_unroll
+from inner_optimizers import GRADIENTS, Adam, GradientDescent, HeavyBall, Momentum, Nesterov
+from linear_solvers import HypergradientError
+
+
+def loss(params, hparams):
+    """A loss of two tensors that is neither quadratic nor separable."""
+    a, b = params
+    return (a @ b).sin().sum() + hparams[0] * (a.square().sum() + b.pow(4).sum())
+
+
+def start():
+    return [normal(1, 2, 3).detach(), normal(2, 3).detach()]
+
+
+def hyperparameters():
+    return [torch.tensor(v, dtype=DOUBLE, requires_grad=True) for v in (0.1, 0.05, 0.8)]
+
+
+def step_size(hparams):
+    return hparams[1]
+
+
+def momentum(hparams):
+    return hparams[2]
+
+
+OPTIMIZERS = {
+    "GradientDescent": functools.partial(GradientDescent, step_size=step_size),
+    "HeavyBall": functools.partial(HeavyBall, step_size=step_size, momentum=momentum),
+    "Momentum": functools.partial(Momentum, step_size=step_size, momentum=momentum),
+    "Nesterov": functools.partial(Nesterov, step_size=step_size, momentum=momentum),
+    "Adam": functools.partial(Adam, step_size=step_size, beta1=momentum, beta2=0.9),
+}
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    (GradientDescent(loss, 0.05), functools.partial(torch.optim.SGD, lr=0.05)),
+    (HeavyBall(loss, 0.05, 0.8), functools.partial(torch.optim.SGD, lr=0.05, momentum=0.8)),
+    (Momentum(loss, 0.05, 0.8), functools.partial(torch.optim.SGD, lr=0.05, momentum=0.8)),
+    (Nesterov(loss, 0.05, 0.8),
+     functools.partial(torch.optim.SGD, lr=0.05, momentum=0.8, nesterov=True)),
+    (Adam(loss, 0.05, 0.8, 0.9), functools.partial(torch.optim.Adam, lr=0.05, betas=(0.8, 0.9))),
+])  # fmt: skip
+def test_steps_are_those_of_torch_optim(ours, theirs):
+    params, hparams = ours.get_opt_params(start()), hyperparameters()
+    leaves = [t.clone().requires_grad_() for t in start()]
+    optimizer = theirs(leaves)
+    for _ in range(6):
+        params = ours(params, hparams, create_graph=False)
+        optimizer.zero_grad()
+        loss(leaves, hparams).backward()
+        optimizer.step()
+        for a, b in zip(params[:2], leaves, strict=True):
+            assert_near(a, b.detach(), 1e-12)
+            assert not a.requires_grad
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_hypergradients_through_the_steps_agree_with_finite_differences(name, gradient):
+    optimizer = OPTIMIZERS[name](loss, gradient=gradient)
+
+    def outer(*hparams):
+        params = optimizer.get_opt_params(start())
+        for _ in range(4):
+            params = optimizer(params, list(hparams))
+        return params[0].square().sum() + params[1].sum()
+
+    assert torch.autograd.gradcheck(outer, hyperparameters(), eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_is_a_map_for_every_kind_of_method(name):
+    def outer_loss(params, hparams):
+        return params[0].square().sum() + params[1].sum() + hparams[2]
+
+    hparams, results = hyperparameters(), []
+    for gradient in GRADIENTS:
+        optimizer = OPTIMIZERS[name](loss, gradient=gradient)
+        history = [optimizer.get_opt_params(start())]
+        for _ in range(4):
+            history.append(optimizer(history[-1], hparams, create_graph=False))
+        maps = [optimizer] * 4
+        results.append(reverse(history, hparams, maps, outer_loss, set_grad=False))
+        results.append(checkpointed_reverse(history[0], hparams, maps, outer_loss, set_grad=False))
+        params = history[0]
+        for _ in range(4):
+            params = optimizer(params, hparams)
+        results.append(reverse_unroll(params, hparams, outer_loss, set_grad=False))
+    results.append(forward_mode(history[0], hparams, maps, outer_loss, False, vectorize=True))
+    for result in results:
+        for a, b in zip(result, results[0], strict=True):
+            assert_near(a, b, 1e-11)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_may_be_a_dict_per_layer(name, gradient):
+    def tree_loss(params, hparams):
+        return loss([params[0]["a"], params[2]["b"]], hparams["all"])
+
+    hparams = hyperparameters()
+    optimizer = OPTIMIZERS[name](loss, gradient=gradient)
+    expected = optimizer.get_opt_params(start())
+    settings = {key: functools.partial(lambda s, h: s(h["all"]), s) if callable(s) else s
+                for key, s in optimizer.settings.items()}  # fmt: skip
+    optimizer_on_trees = type(optimizer)(tree_loss, **settings, gradient=gradient)
+    a, b = start()
+    params = optimizer_on_trees.get_opt_params([{"a": a}, {}, {"b": b}])
+    for _ in range(3):
+        expected = optimizer(expected, hparams)
+        params = optimizer_on_trees(params, {"all": hparams})
+    assert len(params) == optimizer.copies * 3 + optimizer.extra and params[1] == {}
+    assert torch.equal(params[0]["a"], expected[0]) and torch.equal(params[2]["b"], expected[1])
+    found = torch.autograd.grad(params[0]["a"].sum(), hparams[0])[0]
+    assert torch.equal(found, torch.autograd.grad(expected[0].sum(), hparams[0])[0])
+
+
+def test_data_come_from_an_iterator_or_are_the_same_at_every_step():
+    seen = []
+
+    def data_loss(params, hparams, data):
+        seen.append(data)
+        return (params[0] * data).sum()
+
+    w, h = [torch.zeros(2, dtype=DOUBLE)], hyperparameters()
+    batches = [torch.full((2,), v, dtype=DOUBLE) for v in (1.0, 2.0, 3.0)]
+    optimizer = GradientDescent(data_loss, 1.0, iter(batches))
+    for _ in range(3):
+        w = optimizer(w, h)
+    assert seen == batches and torch.equal(w[0].detach(), -sum(batches))
+    repeated = GradientDescent(data_loss, 1.0, batches[1])
+    assert torch.equal(repeated(repeated(w, h), h)[0].detach(), w[0].detach() - 4)
+
+
+def test_a_parameter_without_influence_stays_and_always_zero_gradients_stay_finite():
+    h = hyperparameters()
+    for name, make in OPTIMIZERS.items():
+        optimizer = make(lambda params, h: h[0] * (params[0] * torch.tensor([0.0, 1.0])).sum())
+        params = optimizer.get_opt_params([torch.ones(2, dtype=DOUBLE), normal(0, 3).detach()])
+        for _ in range(3):
+            params = optimizer(params, h)
+        assert torch.equal(params[1].detach(), normal(0, 3).detach()), name
+        assert torch.autograd.grad(params[0].sum(), h[0])[0].isfinite(), name
+
+
+def test_heavy_ball_starts_at_rest():
+    h = hyperparameters()
+    ball, plain = HeavyBall(loss, 0.05, 0.9), GradientDescent(loss, 0.05)
+    for a, b in zip(ball(ball.get_opt_params(start()), h)[:2], plain(start(), h), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_loss_of_the_last_call_is_kept_without_its_graph():
+    optimizer = GradientDescent(loss, 0.05)
+    assert optimizer.curr_loss is None
+    optimizer(start(), hyperparameters())
+    assert optimizer.curr_loss == loss(start(), hyperparameters()).detach()
+    assert not optimizer.curr_loss.requires_grad
+
+
+def test_mixed_mode_keeps_params_and_hyperparameters_only():
+    x = normal(5, 50, 20).detach()
+
+    def deep_loss(params, hparams):
+        y = x
+        for _ in range(10):
+            y = torch.tanh(y @ params[0])
+        return y.square().sum() + hparams[0] * params[0].square().sum()
+
+    w, h = [normal(6, 20, 20, scale=0.2)], hyperparameters()
+    x.requires_grad_(False)
+    kept = {}
+    for gradient in ("graph", "mixed"):
+        optimizer = GradientDescent(deep_loss, 0.05, gradient=gradient)
+        moved = optimizer(w, h)
+        kept[gradient] = graph_size(moved[0])
+    assert kept["mixed"] <= w[0].nbytes + 3 * 8 < 0.02 * kept["graph"]
+
+
+def graph_size(tensor) -> int:
+    """Bytes of all that the nodes of a graph keep."""
+    storages, nodes, seen = {}, [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        saved = [getattr(node, n) for n in dir(node) if n.startswith("_saved")]
+        saved += list(getattr(node, "saved_tensors", ()))
+        for t in saved:
+            if isinstance(t, torch.Tensor):
+                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        nodes += [n for n, _ in node.next_functions]
+    return sum(storages.values())
+
+
+def test_wrong_use_gets_one_line():
+    h = hyperparameters()
+    with pytest.raises(HypergradientError, match="'tape' is unknown; choose from graph, mixed"):
+        GradientDescent(loss, 0.1, gradient="tape")
+    for optimizer, params in ((Momentum(loss, 0.1, 0.9), [torch.zeros(2)]), (Adam(loss, 0.1), [])):
+        with pytest.raises(HypergradientError, match=r"start with get_opt_params\(params\)"):
+            optimizer(params, h)
+    with pytest.raises(HypergradientError, match="has not the shapes"):
+        Momentum(loss, 0.1, 0.9)([torch.zeros(2), torch.zeros(3)], h)
+    for gradient in ("graph", "mixed"):
+        with pytest.raises(HypergradientError, match="the inner loss must be a scalar"):
+            GradientDescent(lambda p, h: p[0], 0.1, gradient=gradient)([torch.zeros(2)], h)
+        with pytest.raises(HypergradientError, match="detached"):
+            GradientDescent(lambda p, h: p[0].sum().detach(), 0.1, gradient=gradient)(
+                [torch.zeros(2)], h
+            )
