@@ -16,7 +16,6 @@ use all images. The sign of a spread means nothing.
 import argparse
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -98,13 +97,13 @@ class UnscaledInitializer(GaussianInitializer):
 def make_parts(args, train_data: ImageData, test_data: ImageData) -> dict:
     """What hypgraddesc needs: the network, its distribution, no rule, the probe on few images."""
     count = args.probe_images or max(1, NUMBERS_TO_FIT // args.features)
-    seen = [first_images(data, count) for data in (train_data, test_data)]
+    seen = [data.subset(slice(count)) for data in (train_data, test_data)]
     return {
         "make_model": partial(make_model, math.prod(train_data.shape), args.features),
         "rule": LearningRule(),
         "initializer": UnscaledInitializer(),
         "make_batches": lambda generator: iter(()),
-        "outer_loss": ProbeLoss(*seen, args.C, args.outer_images),
+        "outer_loss": ProbeLoss(*seen, args.C, outer_images=args.outer_images),
     }
 
 
@@ -113,16 +112,13 @@ def make_model(inputs: int, features: int) -> nn.Module:
     return lateral_mlp(inputs, [features], Activation("sigmoid"), inhibition="none")
 
 
-def first_images(data: ImageData, count: int) -> ImageData:
-    """The first `count` images, or all of them if there are no more."""
-    return replace(data, images=data.images[:count], labels=data.labels[:count])
-
-
 def evaluate_on_all_images(
     args, log: RunLog, parts: dict, train_data: ImageData, test_data: ImageData
 ) -> tuple[list[dict[str, float]], bool]:
     """Numbers of the probe on several new draws; whether Ctrl-C ended them before their time."""
-    whole = parts | {"outer_loss": ProbeLoss(train_data, test_data, args.C, args.outer_images)}
+    whole = parts | {
+        "outer_loss": ProbeLoss(train_data, test_data, args.C, outer_images=args.outer_images)
+    }
     rows = []
     with (
         finish_on_interrupt() as interrupt,

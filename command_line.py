@@ -31,7 +31,7 @@ import torch
 
 from hypgraddesc import MetaError
 from learning_rules import RuleError
-from linear_probe import ProbeError
+from logistic_regression import ProbeError
 from mnist_datasets import DataError, ImageData
 from processes import ALONE, Team
 from run_log import RunLog, RunLogError, SilentLog, plain, read_config

@@ -88,18 +88,16 @@ class ConjugateGradient:
     """Hestenes and Stiefel 1952; I - J symmetric positive definite. Error ~ (1 - 2 / sqrt(cond))^k.
 
     tol: ends when the residual is less, or at the rounding error of b.
+    precondition(r): about (I - J)^-1 r, symmetric positive definite too; r itself by default.
     Raises DivergenceError where I - J is seen not to be positive definite.
     """
 
     iterations: int
     tol: float = 1e-10
+    precondition: Callable[[Vector], Vector] | None = None
 
     def solve(self, system: System, b: Vector) -> tuple[Vector, list[float]]:
-        return self._solve(system, b, lambda r: r)
-
-    def _solve(
-        self, system: System, b: Vector, precondition: Callable[[Vector], Vector]
-    ) -> tuple[Vector, list[float]]:
+        precondition = self.precondition or (lambda r: r)
         v, r = [torch.zeros_like(t) for t in b], b
         z = p = precondition(r)
         rz, residuals = dot(r, z), [norm(b)]
@@ -127,7 +125,7 @@ class ConjugateGradient:
 
 
 @dataclass(frozen=True)
-class NystromConjugateGradient(ConjugateGradient):
+class NystromConjugateGradient:
     """Conjugate gradients preconditioned by a randomised Nystrom approximation U L U^T of I - J.
 
         P^-1 = l_rank U L^-1 U^T + (I - U U^T)
@@ -141,6 +139,8 @@ class NystromConjugateGradient(ConjugateGradient):
     generator: of its random test matrix; a fixed seed without one.
     """
 
+    iterations: int
+    tol: float = 1e-10
     rank: int = 10
     generator: torch.Generator | None = None
 
@@ -152,7 +152,9 @@ class NystromConjugateGradient(ConjugateGradient):
             flat = _flat(r)
             return _shaped(flat + basis @ (gain * (basis.T @ flat)), b)
 
-        return self._solve(system, b, precondition)
+        return ConjugateGradient(self.iterations, self.tol, precondition).solve(system, b)
+
+    diverges = ConjugateGradient.diverges
 
     def _approximate(self, system: System, b: Vector) -> tuple[Tensor, Tensor]:
         """U [parameters, rank] and the eigenvalues [rank], largest first."""

@@ -53,12 +53,14 @@ from learning_rules import (
     term_effects,
     term_products,
 )
-from linear_probe import ProbeLoss
+from linear_probe import PROBE_GRADIENTS, ProbeLoss, extract_features
 from mnist_datasets import batches, load_images, normalize_pixels, pair_batches
 from models_fully_local import INHIBITION, Activation, lateral_network
 from processes import join_team
 from run_log import RunLog, finish_on_interrupt, read_json, read_metrics
 from train import MEMORY
+
+NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_images is given
 
 
 def make_parser():
@@ -109,6 +111,10 @@ def make_parser():
     add("--l2_reg", type=fraction, default=0.0, help="decay of the network's parameters")
     add = parser.add_argument_group("probe").add_argument
     add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
+    add("--probe_images", type=positive_int, metavar="N",
+        help="for a meta-step (default: 16 million / features)")  # fmt: skip
+    add("--probe_gradient", choices=PROBE_GRADIENTS, default="envelope",
+        help="implicit: exact, of images that the probe has not seen")  # fmt: skip
     add("--outer_images", type=positive_int, default=1024, help="images of the outer loss")
     add("--evaluations", type=positive_int, default=5, help="trainings with the final rule")
     return parser
@@ -309,13 +315,26 @@ def build(args, train_data, test_data, device, dtype) -> dict:
         "rule": make_rule(args).to(device, dtype),
         "initializer": make_initializer(args).to(device, dtype),
         "make_batches": lambda g: draw_batches(train_data, args.batch_size, g, dtype),
-        "outer_loss": ProbeLoss(train_data, test_data, args.C, args.outer_images),
     }
     if args.start_from:
         begin_with(args.start_from, parts["rule"], parts["initializer"])
-    parts["make_model"]()  # refuses convolutions that do not fit the images
+    model = parts["make_model"]()  # refuses convolutions that do not fit the images
     next(parts["make_batches"](seeded_generator(0)))  # refuses a wrong batch size
-    return parts
+    one = extract_features(model, parts["initializer"](model), train_data.subset(slice(1)))
+    count = args.probe_images or max(1, NUMBERS_TO_FIT // one.shape[1])
+    seen = [data.subset(slice(count)) for data in (train_data, test_data)]
+    return parts | {"outer_loss": make_outer_loss(args, *seen)}
+
+
+def make_outer_loss(args, train_data, test_data) -> ProbeLoss:
+    """The probe on these images."""
+    return ProbeLoss(
+        train_data,
+        test_data,
+        args.C,
+        outer_images=args.outer_images,
+        probe_gradient=args.probe_gradient,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -349,7 +368,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         log.write_rule(rule)  # also where no training by it should be finite
         draws = args.evaluations if finished else 1
-        rows, params, interrupted = evaluate_from_new_draws(args, log, parts, draws)
+        whole = parts | {"outer_loss": make_outer_loss(args, train_data, test_data)}
+        rows, params, interrupted = evaluate_from_new_draws(args, log, whole, draws)
         effects = measure_effects(args, parts, rows[0]["inner_steps"]) if rows else {}
         log.write_rule(rule, effects or None)
         log.say("the rule; in brackets, the size of a term relative to the whole change")

@@ -85,6 +85,10 @@ class ImageData:
         """Number of classes: the largest label plus one."""
         return int(self.labels.max()) + 1 if len(self) else 0
 
+    def subset(self, rows: slice) -> "ImageData":
+        """The images and labels of these rows; beyond the end there are none."""
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
+
     def floats(
         self, index: slice | Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:

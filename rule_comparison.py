@@ -73,15 +73,12 @@ class Setting:
     def within_training(self) -> "Setting":
         """The same without the test images: in their place, the last of the training images."""
         kept = len(self.train) - len(self.train) // HELD_OUT
-        train, test = (
-            replace(self.train, images=self.train.images[part], labels=self.train.labels[part])
-            for part in (slice(kept), slice(kept, None))
-        )
+        train, test = (self.train.subset(part) for part in (slice(kept), slice(kept, None)))
         return replace(self, train=train, test=test, held_out=True)
 
     def probe(self, images: tuple[ImageData, ImageData]) -> ProbeLoss:
         """The probe, on training and test images that a method has normalised."""
-        return ProbeLoss(*images, self.C, self.outer_images)
+        return ProbeLoss(*images, self.C, outer_images=self.outer_images)
 
 
 @dataclass(frozen=True)

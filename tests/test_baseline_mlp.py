@@ -14,7 +14,8 @@ import torch
 
 import baseline_mlp
 from command_line import parse, run_command
-from linear_probe import extract_features, fit_logistic
+from linear_probe import extract_features
+from logistic_regression import fit_logistic
 from mnist_datasets import load_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +93,7 @@ def test_the_hypergradient_is_that_of_the_penalised_loss_with_the_probe_fitted_a
     parts = baseline_mlp.make_parts(args, *digits)
     start = {"mean_w": 0.3, "mean_b": -0.2, "spread_w": 2.0, "spread_b": 0.8}
     initializer = with_numbers(parts["initializer"].double(), **start)
-    model, data = parts["make_model"](), baseline_mlp.first_images(digits[0], 120)
+    model, data = parts["make_model"](), digits[0].subset(slice(120))
 
     def minimum() -> float:
         features = extract_features(model, initializer(model, seeded()), data)
@@ -168,7 +169,7 @@ def test_without_meta_steps_the_untrained_distribution_is_evaluated(tmp_path):
 
 
 def test_more_probe_images_than_there_are_mean_all_of_them(digits):
-    assert len(baseline_mlp.first_images(digits[1], 5000)) == 1000
+    assert len(digits[1].subset(slice(5000))) == 1000
 
 
 @pytest.mark.parametrize(("features", "images"), [(10_000, 1000), (20_000, 500), (5, 4000)])

@@ -16,7 +16,7 @@ import torch
 
 import baseline_vicreg
 from command_line import run_command
-from linear_probe import fit_logistic
+from logistic_regression import fit_logistic
 from mnist_datasets import load_images
 
 ROOT = Path(__file__).resolve().parent.parent

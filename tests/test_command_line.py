@@ -23,7 +23,7 @@ from command_line import (
     run_command,
     set_up,
 )
-from linear_probe import ProbeError
+from logistic_regression import ProbeError
 from mnist_datasets import DataError, ImageData
 from run_log import RunLogError
 

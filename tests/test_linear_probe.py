@@ -1,5 +1,6 @@
 """Tests of linear_probe.py, against scikit-learn, finite differences and closed forms."""
 
+import functools
 import warnings
 from dataclasses import dataclass
 
@@ -10,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from linear_probe import (
+import linear_probe as module
+from linear_probe import ProbeLoss, extract_features, linear_probe
+from logistic_regression import (
     LogisticFit,
     NonFiniteFeatures,
     ProbeError,
-    extract_features,
     fit_logistic,
-    linear_probe,
+    solve_hessian,
 )
 
 
@@ -217,7 +219,7 @@ def test_any_shape_gives_a_finite_classifier_no_worse_than_the_constant_one(
 def test_more_features_than_are_whitened_reach_the_same_optimum(monkeypatch):
     features, labels = mixture(D=30)
     whitened = fit_logistic(features, labels, 4, C=1.0)
-    monkeypatch.setattr("linear_probe.WHITEN_UP_TO", 8)
+    monkeypatch.setattr("logistic_regression.WHITEN_UP_TO", 8)
     scaled = fit_logistic(features, labels, 4, C=1.0, tolerance=1e-10)
     assert scaled.objective == pytest.approx(whitened.objective, rel=1e-6)
 
@@ -335,6 +337,84 @@ def test_gradient_over_all_images_is_that_of_the_fitted_objective():
     dw = torch.randn(w.shape, generator=torch.Generator().manual_seed(0)).double()
     difference = (refitted(w + 1e-4 * dw) - refitted(w - 1e-4 * dw)) / 2e-4
     assert float((slope * dw).sum()) == pytest.approx(difference, rel=1e-3)
+
+
+@pytest.mark.parametrize("C", [0.1, 1000.0])
+@pytest.mark.parametrize("absent", [False, True])
+def test_the_hessian_is_inverted(C, absent):
+    features, labels = mixture(N=300, D=4, classes=3)
+    if absent:
+        labels = torch.where(labels == 1, 0, labels)
+    fit = fit_logistic(features, labels, 3, C, tolerance=1e-14)
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.tensor([1.0, 0.0 if absent else 1.0, 1.0]).double()[:, None]
+    right = torch.randn(3, 5, generator=generator, dtype=torch.float64) * kept
+    right = (right - kept * right.sum(0) / kept.sum()) * kept
+
+    def objective(both):
+        logits = features @ both[:, :4].T + both[:, 4]
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        return (C * loss + 0.5 * both[:, :4].square().sum()) / (C * 300)
+
+    both = torch.cat([fit.weight, fit.bias[:, None]], 1)
+    weight, bias = solve_hessian(features, labels, C, fit, right[:, :4], right[:, 4])
+    solved = torch.cat([weight, bias[:, None]], 1)
+    product = torch.autograd.functional.hvp(objective, both, solved)[1]
+    torch.testing.assert_close(product, right, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("C", [0.05, 1.0, 1000.0])
+def test_implicit_gradient_is_that_of_a_held_out_loss_with_the_probe_fitted_anew(monkeypatch, C):
+    exactly = functools.partial(fit_logistic, tolerance=1e-16)
+    monkeypatch.setattr(module, "fit_logistic", exactly)
+    monkeypatch.setattr(module, "ROWS_WITH_GRAPH", 70)
+    train, params = images(300, 0), sigmoid_params()
+
+    def held_out(w, b):
+        options = {"outer_images": 64, "probe_gradient": "implicit"}
+        generator = torch.Generator().manual_seed(5)
+        point = [{}, {"w": w, "b": b}]
+        return linear_probe(sigmoid_layer, point, train, train, C, generator=generator, **options)
+
+    result = held_out(params[1]["w"], params[1]["b"])
+    slopes = torch.autograd.grad(result.loss, [params[1]["w"], params[1]["b"]])
+    w, b = params[1]["w"].detach(), params[1]["b"].detach()
+    assert held_out(w, b).loss.item() == pytest.approx(result.loss.item(), rel=1e-12)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        dw, db = (torch.randn(a.shape, generator=generator).double() for a in (w, b))
+        above, below = (held_out(w + h * dw, b + h * db).loss.item() for h in (1e-4, -1e-4))
+        expected = float((slopes[0] * dw).sum() + (slopes[1] * db).sum())
+        assert (above - below) / 2e-4 == pytest.approx(expected, rel=1e-5)
+
+
+def test_implicit_gradient_reaches_through_a_graph_behind_the_params():
+    train, params = images(200, 0), sigmoid_params()
+    scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    scaled = [{}, {name: scale * t.detach() for name, t in params[1].items()}]
+    loss = ProbeLoss(train, train, 1.0, outer_images=50, probe_gradient="implicit")
+
+    def gradients(point, by):
+        value, numbers = loss(sigmoid_layer, point, torch.Generator().manual_seed(1))
+        assert set(numbers) == {"train_accuracy", "test_accuracy"}
+        return torch.autograd.grad(value, by)
+
+    at = [{}, {name: (1.3 * t.detach()).requires_grad_() for name, t in params[1].items()}]
+    by_params = gradients(at, [at[1]["w"], at[1]["b"]])
+    pairs = zip(by_params, (params[1]["w"], params[1]["b"]), strict=True)
+    expected = sum(float((g * t.detach()).sum()) for g, t in pairs)
+    assert float(gradients(scaled, [scale])[0]) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("options", [
+    {"probe_gradient": "exact"}, {"probe_gradient": "implicit", "outer_images": 300},
+])  # fmt: skip
+def test_a_gradient_that_cannot_be_had_is_refused(options):
+    train = images(300, 0)
+    with pytest.raises(ProbeError, match="expected"):
+        linear_probe(sigmoid_layer, sigmoid_params(), train, train, **options)
+    with pytest.raises(ProbeError, match="expected"):
+        ProbeLoss(train, train, 1.0, **options)
 
 
 def test_accuracies_are_those_of_scikit_learn():

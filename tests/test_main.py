@@ -115,6 +115,8 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--degree", "2"],
         ["--dtype", "float64"],
         ["--outer_images", "100"],
+        ["--probe_images", "900"],
+        ["--probe_gradient", "implicit"],
     ],
     ids=" ".join,
 )
@@ -200,6 +202,18 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["--conv", "16*5"], "16x5"),
         (["--conv", "4x20", "4x20", "--dataset", "mnist5k"], "smaller kernels"),
         (["32", "--pool", "3"], "--conv"),
+        (
+            [
+                "32",
+                "--dataset",
+                "mnist5k",
+                "--probe_gradient",
+                "implicit",
+                "--outer_images",
+                "4000",
+            ],
+            "holds out 4000",
+        ),
         (["32", "--threads", "99999999999"], "cores"),
         (["32", "--initial_inner_steps", "300"], "--max_inner_steps"),
         (["32", "--raise_by", "50"], "--initial_inner_steps"),

@@ -1,0 +1,404 @@
+"""Multinomial logistic regression of features that are already there: the solver of the probe.
+
+    minimise over W, b:   C sum_n CE(softmax(W f_n + b), label_n) + 1/2 |W|^2
+
+which is scikit-learn's LogisticRegression(C=C) for three classes or more. (For two, scikit-learn
+penalises the difference w_1 - w_0 instead: its C is then twice the C here for the same answer.)
+
+L-BFGS on all rows, at a few milliseconds an iteration, made short by two metrics:
+1. Features are centred and whitened. There, Boehning's bound is Hessian <= I/2, and the quadratic
+   penalty stays exact, as a diagonal. (Boehning 1992, Multinomial logistic regression algorithm.)
+2. Every few iterations the Hessian of a strided subsample of rows replaces that bound: all of it
+   where classes x features is small, else (up to 512 features) its block for each class. (Byrd,
+   Chin, Neveitt, Nocedal 2011, On the use of stochastic Hessian information.)
+Beyond 2,048 features a D x D matrix would cost more than the solve: columns are scaled, no more.
+Products run in the features' dtype; whatever is small, and every sum over rows, is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linear_solvers import ConjugateGradient, Vector
+
+NUMBERS_AT_ONCE = 2**19  # of features in a chunk; bounds the float64 copies
+WHITEN_UP_TO = 2048  # features; above, each column is only scaled
+WHITEN_IN_DOUBLE_UP_TO = 256  # features; above, N D^2 products in double would dominate the solve
+JOINT_HESSIAN_UP_TO = 800  # classes * (features + 1); above, one block for each class
+BLOCKS_UP_TO = 512  # features; above, Boehning's bound stays: blocks cost more than they save
+JOINT_ROWS, BLOCK_ROWS = 4096, 16384
+JOINT_SCHEDULE, BLOCK_SCHEDULE = (4, 8), (10, 30)  # first iteration, and every so many
+HESSIAN_SHIFT = 0.03  # of its mean diagonal: a subsample misses some directions
+MEMORY = 30  # pairs kept by L-BFGS
+ABSENT_BIAS = -40.0  # see fit_logistic
+MOST_PRODUCTS = 500  # with the Hessian, of solve_hessian
+HESSIAN_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}  # relative, of its residual
+OBJECTIVE_NOISE = {torch.float32: 1e-8, torch.float64: 2e-15}  # relative, of one evaluation
+
+
+class ProbeError(ValueError):
+    """Wrong input to the probe: what is wrong and what would be right, in one line."""
+
+
+class NonFiniteFeatures(ProbeError, FloatingPointError):  # noqa: N818 - the name says what it is
+    """Features that are NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class LogisticFit:
+    """A fitted classifier, logits = features @ weight.T + bias; tensors are float64.
+
+    objective: C * summed cross-entropy + 1/2 |weight|^2, evaluated in float64 on all rows
+    gradient_norm: Euclidean norm of its gradient with respect to (weight, bias), same units
+    iterations: steps of L-BFGS
+    converged: whether the predicted decrease fell below tolerance * objective
+    """
+
+    weight: Tensor
+    bias: Tensor
+    objective: float
+    gradient_norm: float
+    iterations: int
+    converged: bool
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, classes], float64."""
+        if features.ndim != 2 or features.shape[1] != self.weight.shape[1]:
+            raise ProbeError(
+                f"features have shape {list(features.shape)}; "
+                f"expected [B, {self.weight.shape[1]}] for this classifier"
+            )
+        return features.to(self.weight.dtype) @ self.weight.T + self.bias
+
+
+@torch.no_grad()
+def fit_logistic(
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    C: float = 1000.0,
+    *,
+    tolerance: float = 1e-8,
+    max_iterations: int = 1000,
+    start: LogisticFit | None = None,
+) -> LogisticFit:
+    """Multinomial logistic regression of labels [N] on features [N, D]; see the module's formula.
+
+    Stops when a step promises to lower the objective by less than `tolerance` relative to it (at
+    float32, rounding leaves about 1e-8). The result is never worse than `start`, nor than the
+    constant classifier where the solver starts without one.
+
+    A class without a label has its optimum at bias -> -inf, weight 0. It gets bias -40: since the
+    logits of the others sum to zero, their largest is >= 0, and its probability <= exp(-40).
+    """
+    labels = _check(features, labels, classes, C, start)
+    counts = torch.bincount(labels, minlength=classes)
+    present, labels = _present(counts, labels)
+    problem = LogisticProblem(features, labels, len(present), C)
+
+    if start is None:
+        bias = counts[present].double().log()
+        weight = bias.new_zeros(len(present), features.shape[1])
+    else:
+        weight = start.weight.to(features.device, torch.float64)[present]
+        bias = start.bias.to(features.device, torch.float64)[present]
+    first = weight - weight.mean(0), bias - bias.mean()
+    V, iterations, converged = _lbfgs(problem, problem.whiten(*first), tolerance, max_iterations)
+    best = problem.unwhiten(V)
+    objective, slope = _objective_and_slope(features, labels, *best, C)
+    if not objective <= (before := _objective_and_slope(features, labels, *first, C))[0]:
+        best, (objective, slope) = first, before
+
+    weight = best[0].new_zeros(classes, features.shape[1]).index_copy(0, present, best[0])
+    bias = best[1].new_full((classes,), ABSENT_BIAS).index_copy(0, present, best[1])
+    return LogisticFit(weight, bias, objective, slope, iterations, converged)
+
+
+@torch.no_grad()
+def solve_hessian(
+    features: Tensor,
+    labels: Tensor,
+    C: float,
+    fit: LogisticFit,
+    weight: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """H^-1 (weight, bias), H the Hessian of the objective over C N at the classifier `fit`.
+
+    features [N, D], labels [N] and C as they were given to fit_logistic; weight [classes, D] and
+    bias [classes], whose sum over classes must be 0 (H does not see a shift of all biases), and
+    likewise what is returned, float64. Classes without a label are left out: zeros.
+    Conjugate gradients in the whitened coordinates, preconditioned as the fit was.
+    """
+    present, labels = _present(torch.bincount(labels, minlength=len(bias)), labels)
+    problem = LogisticProblem(features, labels, len(present), C)
+    V = problem.whiten(fit.weight[present], fit.bias[present])
+    joint = V.numel() <= JOINT_HESSIAN_UP_TO
+    factors = problem.curvature(V) if joint or V.shape[1] <= BLOCKS_UP_TO else None
+
+    def precondition(r: Vector) -> Vector:
+        direction = _inverse_hessian_product(r[0], (), factors)
+        return [direction - direction.mean(0)]
+
+    g = problem.pull_back(weight[present], bias[present])
+    tolerance = HESSIAN_TOLERANCE[features.dtype] * float(g.norm())
+    solver = ConjugateGradient(MOST_PRODUCTS, tolerance, precondition)
+    (v,), _ = solver.solve(_Hessian(problem, V), [g - g.mean(0)])
+    solved = problem.unwhiten(v)
+    return (
+        torch.zeros_like(fit.weight).index_copy(0, present, solved[0]),
+        torch.zeros_like(fit.bias).index_copy(0, present, solved[1]),
+    )
+
+
+def _present(counts: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes that have labels, and the labels as places in that list."""
+    return counts.nonzero()[:, 0], (torch.cumsum(counts > 0, 0) - 1)[labels]
+
+
+class LogisticProblem:
+    """The objective over C N, in coordinates V [classes, D + 1] of whitened features.
+
+    A row f has coordinates z = (f - mean) U * scale, then a one: they are the rows of Z [N, D + 1].
+    Since U is orthogonal (or None, for no rotation), the penalty is 1/2 sum V^2 penalty.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, classes: int, C: float):
+        N, D = features.shape
+        self.classes, self.ridge = classes, 1 / (C * N)
+        self.of_label = labels * N + torch.arange(N, device=labels.device)  # in [classes, N]
+        self.mean = sum(rows.sum(0, dtype=torch.float64) for (rows,) in in_chunks(features)) / N
+        if not bool(torch.isfinite(self.mean).all()):
+            raise NonFiniteFeatures(_what_is_not_finite(features))
+        product = torch.float64 if D <= WHITEN_IN_DOUBLE_UP_TO else features.dtype
+        self.U, variance = self._principal_axes(features, product)
+        self.scale = (variance + 2 * self.ridge).rsqrt()
+        self.penalty = self.ridge * torch.cat([self.scale**2, self.scale.new_zeros(1)])
+        self.Z = features.new_ones(N, D + 1)
+        T = None if self.U is None else (self.U * self.scale).to(product)
+        for rows, z in in_chunks(features, self.Z):
+            centred = rows - self.mean
+            z[:, :D] = centred * self.scale if T is None else centred.to(product) @ T
+
+    def _principal_axes(
+        self, features: Tensor, product: torch.dtype
+    ) -> tuple[Tensor | None, Tensor]:
+        """U [D, D] and the variances [D] along its columns; past WHITEN_UP_TO no U."""
+        N, D = features.shape
+        wide = D > WHITEN_UP_TO
+        covariance = self.mean.new_zeros(D) if wide else self.mean.new_zeros(D, D)
+        for (rows,) in in_chunks(features):
+            centred = (rows - self.mean).to(torch.float64 if wide else product)
+            covariance += centred.square_().sum(0) if wide else centred.T @ centred
+        covariance /= N
+        if not bool(torch.isfinite(covariance).all()):
+            raise NonFiniteFeatures("features are too large: covariance overflows; scale them")
+        if wide:
+            return None, covariance
+        variance, U = torch.linalg.eigh(covariance)
+        return U, variance.clamp_min(100 * torch.finfo(product).eps * float(variance[-1]))
+
+    def whiten(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Coordinates V of the classifier (weight, bias)."""
+        rotated = weight if self.U is None else weight @ self.U
+        return torch.cat([rotated / self.scale, (bias + weight @ self.mean)[:, None]], 1)
+
+    def unwhiten(self, V: Tensor) -> tuple[Tensor, Tensor]:
+        """The classifier (weight, bias) at coordinates V."""
+        rotated = V[:, :-1] * self.scale
+        weight = rotated if self.U is None else rotated @ self.U.T
+        return weight, V[:, -1] - weight @ self.mean
+
+    def pull_back(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """A gradient by (weight, bias) as one by V: the transpose of `unwhiten`."""
+        centred = weight - bias[:, None] * self.mean
+        rotated = centred if self.U is None else centred @ self.U
+        return torch.cat([rotated * self.scale, bias[:, None]], 1)
+
+    def value_and_gradient(self, V: Tensor) -> tuple[float, Tensor]:
+        """Objective and gradient [classes, D + 1]; rows come last, for wide loops."""
+        logits = V.to(self.Z.dtype) @ self.Z.T
+        losses, residual = _losses_and_residual(logits, self.of_label)
+        N = len(self.Z)
+        value = losses.sum(dtype=torch.float64) / N + 0.5 * (V.square() * self.penalty).sum()
+        return float(value), (residual @ self.Z).double() / N + V * self.penalty
+
+    def curvature(self, V: Tensor) -> Tensor | None:
+        """Cholesky factors of the Hessian at V on evenly spaced rows; None where one fails.
+
+        One factor, [1, classes * d, classes * d], or if that is large [classes, d, d], leaving out
+        what couples the classes.
+        """
+        N, d = self.Z.shape
+        joint = self.classes * d <= JOINT_HESSIAN_UP_TO
+        wanted = JOINT_ROWS if joint else BLOCK_ROWS
+        rows = torch.arange(min(N, wanted), device=V.device) * N // min(N, wanted)
+        Z = self.Z[rows]
+        P = torch.softmax(V.to(Z.dtype) @ Z.T, 0)
+        H = torch.stack([Z.T @ (Z * w[:, None]) for w in (P if joint else P * (1 - P))]).double()
+        if joint:
+            outer = (P.T[:, :, None] * Z[:, None, :]).flatten(1)
+            H = (torch.block_diag(*H) - outer.T @ outer)[None]
+        H /= len(rows)
+        diagonal = H.diagonal(dim1=1, dim2=2)
+        diagonal += self.penalty.repeat(H.shape[1] // d) + HESSIAN_SHIFT * diagonal.mean()
+        factors, failed = torch.linalg.cholesky_ex(H)
+        return None if bool(failed.any()) else factors
+
+
+class _Hessian:
+    """Products with the Hessian of a problem at V, as a system I - J for `linear_solvers`."""
+
+    def __init__(self, problem: LogisticProblem, V: Tensor) -> None:
+        self.problem = problem
+        self.P = torch.softmax(V.to(problem.Z.dtype) @ problem.Z.T, 0)
+
+    def transposed(self, v: Vector) -> Vector:
+        """v - H v."""
+        problem, (direction,) = self.problem, v
+        A = self.P * (direction.to(problem.Z.dtype) @ problem.Z.T)
+        A -= self.P * A.sum(0)
+        product = (A @ problem.Z).double() / len(problem.Z) + direction * problem.penalty
+        return [direction - product]
+
+
+def _lbfgs(
+    problem: LogisticProblem, V: Tensor, tolerance: float, max_iterations: int
+) -> tuple[Tensor, int, bool]:
+    """L-BFGS (Nocedal & Wright, algorithm 7.4) with the inverse curvature as its first matrix.
+
+    Directions keep their sum over classes at zero, where the optimum lies: the loss does not see
+    that sum. Returns the last V, the number of steps, and whether it converged.
+    """
+    noise = OBJECTIVE_NOISE[problem.Z.dtype]
+    value, gradient = problem.value_and_gradient(V)
+    pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
+    factors = None
+    joint = V.numel() <= JOINT_HESSIAN_UP_TO
+    first, every = JOINT_SCHEDULE if joint else BLOCK_SCHEDULE
+    narrow = joint or V.shape[1] <= BLOCKS_UP_TO
+    for iteration in range(max_iterations):
+        if narrow and iteration % every == first:
+            factors = problem.curvature(V)
+        direction = -_inverse_hessian_product(gradient, pairs, factors)
+        direction -= direction.mean(0)
+        slope = float((gradient * direction).sum())
+        if not math.isfinite(value + slope) or slope > 0:
+            return V, iteration, False
+        if -slope / 2 <= tolerance * value:
+            return V, iteration, True
+        step = 1.0
+        while True:
+            new = V + step * direction
+            new_value, new_gradient = problem.value_and_gradient(new)
+            if new_value <= value + 1e-4 * step * slope + noise * value:
+                break
+            step *= _interpolate(new_value - value, step * slope)
+            if -step * slope <= noise * value:
+                return V, iteration, -slope / 2 <= 100 * noise * value
+        s, y = new - V, new_gradient - gradient
+        if (curvature := (s * y).sum()) > 0:
+            pairs.append((s, y, 1 / curvature))
+        V, value, gradient = new, new_value, new_gradient
+    return V, max_iterations, False
+
+
+def _inverse_hessian_product(gradient: Tensor, pairs, factors: Tensor | None) -> Tensor:
+    """The two-loop recursion around Boehning's bound (H^-1 >= 2) or Cholesky factors of H."""
+    q, alphas = gradient.clone(), []
+    for s, y, rho in reversed(pairs):
+        alphas.append(rho * (s * q).sum())
+        q -= alphas[-1] * y
+    if factors is not None:
+        q = torch.cholesky_solve(q.reshape(len(factors), -1, 1), factors).view_as(gradient)
+    elif pairs:
+        s, y, _ = pairs[-1]
+        q *= (s * y).sum() / y.square().sum()
+    else:
+        q *= 2
+    for (s, y, rho), alpha in zip(pairs, reversed(alphas), strict=True):
+        q += s * (alpha - rho * (y * q).sum())
+    return q
+
+
+def _interpolate(rise: float, slope: float) -> float:
+    """Factor on a rejected step: the minimum of the parabola through it, within [0.1, 0.5]."""
+    if not math.isfinite(rise):
+        return 0.1
+    return min(0.5, max(0.1, -slope / (2 * (rise - slope))))
+
+
+def _losses_and_residual(logits: Tensor, of_label: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [N] and its gradient by logits [classes, N], which it overwrites.
+
+    Without cancellation: a loss of 1e-12 keeps all its digits, which separable data need.
+    """
+    flat = logits.view(-1)
+    top = logits.amax(0)
+    margin = flat[of_label].sub_(top)  # <= 0
+    residual = logits.sub_(top).exp_()
+    flat[of_label] = 0
+    others = residual.sum(0)
+    total = others + margin.exp()
+    residual /= total
+    losses = torch.log1p(others + margin.expm1()).sub_(margin)
+    flat[of_label] = -others / total
+    return losses, residual
+
+
+def _objective_and_slope(
+    features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, C: float
+) -> tuple[float, float]:
+    """The objective as scikit-learn writes it and the norm of its gradient, in float64."""
+    value, by_weight, by_bias = 0.5 * weight.square().sum(), weight.clone(), torch.zeros_like(bias)
+    for rows, targets in in_chunks(features, labels):
+        rows = rows.double()
+        logits = torch.addmm(bias[:, None], weight, rows.T)
+        of_label = targets * len(rows) + torch.arange(len(rows), device=rows.device)
+        losses, residual = _losses_and_residual(logits, of_label)
+        value += C * losses.sum()
+        by_weight += C * (residual @ rows)
+        by_bias += C * residual.sum(1)
+    return float(value), math.sqrt(float(by_weight.square().sum() + by_bias.square().sum()))
+
+
+def in_chunks(features: Tensor, *others: Tensor) -> zip:
+    """The same rows of features [N, D] and of other tensors, a chunk at a time."""
+    rows = max(256, NUMBERS_AT_ONCE // features.shape[1])
+    return zip(features.split(rows), *(other.split(rows) for other in others), strict=True)
+
+
+def _what_is_not_finite(features: Tensor) -> str:
+    rows = (~torch.isfinite(features)).any(1)
+    if not bool(rows.any()):
+        return "features are too large: their sum overflows; scale them"
+    return (
+        f"features of {int(rows.sum())} of {len(rows)} rows are NaN or infinite, "
+        f"first in row {int(rows.nonzero()[0])}; expected finite features"
+    )
+
+
+def _check(features: Tensor, labels: Tensor, classes: int, C: float, start) -> Tensor:
+    """Labels as int64 on the features' device; ProbeError where anything does not fit."""
+    if features.ndim != 2 or 0 in features.shape:
+        raise ProbeError(f"features have shape {list(features.shape)}; expected [N, D], N, D >= 1")
+    if features.dtype not in OBJECTIVE_NOISE:
+        raise ProbeError(f"features are {features.dtype}; expected float32 or float64")
+    if labels.shape != features.shape[:1]:
+        raise ProbeError(f"labels have shape {list(labels.shape)}; expected [{len(features)}]")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ProbeError(f"labels are {labels.dtype}; expected integers")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ProbeError(f"labels run from {low} to {high}; expected 0 to {classes - 1}")
+    if not (math.isfinite(C) and C > 0):
+        raise ProbeError(f"C is {C}; expected a positive finite number")
+    shape = (classes, features.shape[1])
+    if start is not None and tuple(start.weight.shape) != shape:
+        raise ProbeError(f"start has weight {list(start.weight.shape)}; expected {list(shape)}")
+    return labels.to(features.device, torch.int64)
