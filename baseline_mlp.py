@@ -13,14 +13,12 @@ images, by default the fewer the more features there are, to bound its cost; the
 use all images. The sign of a spread means nothing.
 """
 
-import argparse
 import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import nn
 
 from command_line import (
@@ -33,13 +31,14 @@ from command_line import (
     run_command,
     set_up,
 )
-from figures import COLOURS, _finish, _legend, _save, _single, draw_run
+from figure_style import COLOURS, add_legend, label_axes, one_panel, save_figure
+from figures import draw_run
 from hypgraddesc import EVALUATION, MetaSettings, evaluate, hypgraddesc
-from initializers import SCALERS, TRAINABLE, GaussianInitializer
+from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, load_images, normalize_pixels
-from models_fully_local import Activation, Params, lateral_mlp
+from models_fully_local import Activation, lateral_mlp
 from run_log import RunLog, finish_on_interrupt, read_metrics
 
 NUMBERS_TO_FIT = 10**7  # images x features of a meta-step, unless --probe_images is given
@@ -48,7 +47,7 @@ NUMBERS_TO_FIT = 10**7  # images x features of a meta-step, unless --probe_image
 def make_parser():
     """The command's flags."""
     parser = common_parser("Meta-learn the distribution of random features.", "baseline_mlp")
-    parser.add_argument("features", type=number_of_features, nargs="?", default=10_000,
+    parser.add_argument("features", type=positive_int, nargs="?", default=10_000,
         help="random features, the units of the layer")  # fmt: skip
     add = parser.add_argument_group("meta-learning").add_argument
     add("--metasteps", type=nonnegative_int, default=200, help="meta-steps")
@@ -63,35 +62,13 @@ def make_parser():
     return parser
 
 
-def number_of_features(text: str) -> int | str:
-    """A whole number of at least 1."""
-    # argparse converts also the default of a positional, which `parse` suppresses
-    return text if text == argparse.SUPPRESS else positive_int(text)
+def make_initializer() -> GaussianInitializer:
+    """Means and spreads of w and b, all trained, in units of their effect.
 
-
-class UnscaledInitializer(GaussianInitializer):
-    """Means and spreads of w and b, all trainable, in units of their effect: without scalers.
-
-    Adam moves each of them by about the learning rate.
+    Without scalers: Adam moves each of them by about the learning rate.
     """
-
-    def __init__(self) -> None:
-        trained = dict.fromkeys("wb", TRAINABLE)
-        super().__init__(trained, trained)
-        with torch.no_grad():
-            self.spread_w.fill_(1.0)
-            self.spread_b.fill_(1.0)
-
-    def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
-        """One draw: a dict of tensors per layer."""
-        return [
-            {name: tensor / SCALERS[name] for name, tensor in layer.items()}
-            for layer in super().forward(model, generator)
-        ]
-
-    def effective(self) -> dict[str, float]:
-        """Each mean and spread (of w: before the division by sqrt(fan_in))."""
-        return {name: number.item() for name, number in self.named_parameters()}
+    trained = dict.fromkeys("wb", TRAINABLE)
+    return GaussianInitializer(trained, trained, scalers=dict.fromkeys("wb", 1.0))
 
 
 def make_parts(args, train_data: ImageData, test_data: ImageData) -> dict:
@@ -101,7 +78,7 @@ def make_parts(args, train_data: ImageData, test_data: ImageData) -> dict:
     return {
         "make_model": partial(make_model, math.prod(train_data.shape), args.features),
         "rule": LearningRule(),
-        "initializer": UnscaledInitializer(),
+        "initializer": make_initializer(),
         "make_batches": lambda generator: iter(()),
         "outer_loss": ProbeLoss(*seen, args.C, outer_images=args.outer_images),
     }
@@ -137,12 +114,12 @@ def draw_initial_numbers(
     step: np.ndarray, numbers: Mapping[str, np.ndarray], path: str | Path
 ) -> None:
     """Means and spreads of the initial parameters ("mean_w" to values [steps]) over meta-steps."""
-    figure, axes = _single()
+    figure, axes = one_panel()
     for colour, (name, values) in zip(COLOURS, numbers.items(), strict=False):
         axes.plot(step, values, color=colour, lw=1.3, label=name.replace("_", " of "))
-    _finish(axes, "Distribution of the initial parameters", "meta-step", "effective value")
-    _legend(axes)
-    _save(figure, path)
+    label_axes(axes, "Distribution of the initial parameters", "meta-step", "effective value")
+    add_legend(axes)
+    save_figure(figure, path)
 
 
 def draw_figures(directory: Path) -> None:

@@ -28,7 +28,7 @@ from command_line import (
     run_command,
     set_up,
 )
-from figures import COLOURS, _finish, _legend, _save, _single
+from figure_style import COLOURS, add_legend, label_axes, one_panel, save_figure
 from linear_probe import linear_probe
 from mnist_datasets import ImageData, load_images, normalize_pixels
 from principal_components import PrincipalComponents, principal_components, projection
@@ -116,15 +116,15 @@ def draw_accuracy_over_size(
     sizes: np.ndarray, accuracies: Mapping[str, np.ndarray], path: str | Path, x_label: str
 ) -> None:
     """Accuracies of the probe (name to fractions [sizes]) over a size, on a logarithmic scale."""
-    figure, axes = _single()
+    figure, axes = one_panel()
     for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
         axes.plot(sizes, values, color=colour, marker="o", ms=3, lw=1.3, label=name)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    _finish(axes, "Accuracy of the linear probe", x_label, "images classified correctly")
+    label_axes(axes, "Accuracy of the linear probe", x_label, "images classified correctly")
     axes.set_xscale("log", base=2)  # after _finish, whose ticks are those of steps
     axes.xaxis.set_major_formatter(ScalarFormatter())
-    _legend(axes)
-    _save(figure, path)
+    add_legend(axes)
+    save_figure(figure, path)
 
 
 def report(args, log: RunLog, source: str) -> None:

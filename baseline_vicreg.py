@@ -14,8 +14,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from command_line import (
     common_parser,
@@ -28,7 +26,8 @@ from command_line import (
     run_command,
     set_up,
 )
-from figures import COLOURS, DPI, draw_run
+from figure_style import COLOURS, add_legend, label_axes, one_panel, save_figure
+from figures import draw_run
 from linear_probe import linear_probe
 from mnist_datasets import load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
@@ -134,16 +133,14 @@ def report(args, training: VICReg, test_data, log: RunLog) -> None:
 
 def draw_loss(metrics: dict[str, np.ndarray], weights: dict[str, float], path) -> None:
     """The loss over epochs, and its weighted terms, which sum up to it."""
-    figure = Figure((6.4, 3.8), dpi=DPI, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = one_panel()
     curves = {"loss": metrics["loss"]} | {name: weights[name] * metrics[name] for name in TERMS}
     for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
         axes.plot(metrics["step"], values, color=colour, marker="o", ms=3, lw=1.3, label=name)
     axes.set_ylim(bottom=0)
-    axes.set(title="Loss and its weighted terms", xlabel="epoch", ylabel="mean over the epoch")
-    axes.grid(True, color="#e6e6e6", lw=0.6)
-    axes.legend(frameon=False)
-    FigureCanvasAgg(figure).print_png(str(path))
+    label_axes(axes, "Loss and its weighted terms", "epoch", "mean over the epoch")
+    add_legend(axes)
+    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -38,7 +38,7 @@ from command_line import (
     run_command,
     set_up,
 )
-from figures import COLOURS, FONT, _figure, _finish, _save
+from figure_style import COLOURS, FONT, label_axes, new_figure, save_figure
 from hypgraddesc import seeded_generator
 from mnist_datasets import ImageData, batches, load_images
 from rule_comparison import (
@@ -233,7 +233,7 @@ def draw_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
     datasets = list(dict.fromkeys(row["dataset"] for row in summary))
     sizes = list(dict.fromkeys(row["layers"] for row in summary))
     methods = list(dict.fromkeys(row["method"] for row in summary))
-    figure = _figure(3.6 * len(datasets) + 1.4, 3.2 * len(sizes))
+    figure = new_figure(3.6 * len(datasets) + 1.4, 3.2 * len(sizes))
     grid = figure.subplots(len(sizes), len(datasets), squeeze=False, sharey="col")
     for i, layers in enumerate(sizes):
         for j, dataset in enumerate(datasets):
@@ -243,14 +243,16 @@ def draw_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
                 rows = [row for row in summary if place.items() <= row.items() and row["finite"]]
                 _draw_method(axes, method, rows, COLOURS[number % len(COLOURS)])
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-            _finish(axes, f"{dataset}, {layers}", bottom, "" if j else "test accuracy of the probe")
+            label_axes(
+                axes, f"{dataset}, {layers}", bottom, "" if j else "test accuracy of the probe"
+            )
             axes.set_xticks(sorted({row["inner_steps"] for row in summary} - {0}))
     shown = [axes.get_legend_handles_labels() for axes in grid.flat]
     handles = {label: handle for pair in shown for handle, label in zip(*pair, strict=True)}
     names = [name for name in methods if name in handles]
     figure.legend([handles[name] for name in names], names, loc="outside right upper",
                   frameon=False, fontsize=FONT - 1)  # fmt: skip
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_method(axes, method: str, rows: Sequence[Row], colour: str) -> None:

@@ -14,21 +14,27 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from numpy.lib.stride_tricks import sliding_window_view
 
+from figure_style import (
+    COLOURS,
+    DIVERGING,
+    DPI,
+    FAINT,
+    FONT,
+    GREY,
+    add_legend,
+    label_axes,
+    new_figure,
+    one_panel,
+    save_figure,
+    whole_ticks,
+)
 from run_log import RunLogError, read_json, read_metrics
-
-# Okabe and Ito's colours, told apart also by the colour-blind; their yellow is darkened for paper
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b8a900")
-GREY, FAINT = "#4d4d4d", "#bbbbbb"
-DIVERGING = "RdBu_r"  # red above 0, blue below
-DPI = 150
-FONT = 9
 
 LABELLED = 8  # coefficients named in the legend
 LARGEST_GRID = 64  # units shown as images
@@ -60,34 +66,34 @@ def draw_run(directory: str | Path) -> list[Path]:
 
 def draw_meta_loss(step: np.ndarray, loss: np.ndarray, path: str | Path) -> None:
     """The meta-loss over meta-steps, faint, and its running median."""
-    figure, axes = _single()
+    figure, axes = one_panel()
     _raw_and_median(axes, step, loss, COLOURS[0])
     _mark_failed(axes, step, loss)
-    _finish(axes, "Meta-loss", "meta-step", "outer loss after the inner steps")
-    _legend(axes)
-    _save(figure, path)
+    label_axes(axes, "Meta-loss", "meta-step", "outer loss after the inner steps")
+    add_legend(axes)
+    save_figure(figure, path)
 
 
 def draw_accuracy(step: np.ndarray, accuracies: Curves, path: str | Path) -> None:
     """Accuracies of the probe (name to fractions [steps]) over meta-steps."""
-    figure, axes = _single()
+    figure, axes = one_panel()
     for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
         _raw_and_median(axes, step, values, colour, name)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    _finish(axes, "Accuracy of the linear probe", "meta-step", "images classified correctly")
-    _legend(axes)
-    _save(figure, path)
+    label_axes(axes, "Accuracy of the linear probe", "meta-step", "images classified correctly")
+    add_legend(axes)
+    save_figure(figure, path)
 
 
 def draw_hypergradient(step: np.ndarray, norm: np.ndarray, path: str | Path) -> None:
     """The norm of the hypergradient over meta-steps, on a logarithmic scale."""
-    figure, axes = _single()
+    figure, axes = one_panel()
     axes.set_yscale("log")
     _raw_and_median(axes, step, np.where(norm > 0, norm, np.nan), COLOURS[0])
     _mark_failed(axes, step, norm)
-    _finish(axes, "Norm of the hypergradient", "meta-step", "Euclidean norm before clipping")
-    _legend(axes)
-    _save(figure, path)
+    label_axes(axes, "Norm of the hypergradient", "meta-step", "Euclidean norm before clipping")
+    add_legend(axes)
+    save_figure(figure, path)
 
 
 def draw_coefficients(step: np.ndarray, coefficients: Curves, path: str | Path) -> None:
@@ -100,7 +106,7 @@ def draw_coefficients(step: np.ndarray, coefficients: Curves, path: str | Path) 
     layers = list(dict.fromkeys(layer for layer, _ in panels))
     groups = [group for group in GROUPS if any(key[1] == group for key in panels)]
     rows, columns = max(len(layers), 1), max(len(groups), 1)
-    figure = _figure(4.6 * columns, 3.0 * rows)
+    figure = new_figure(4.6 * columns, 3.0 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for row, layer in enumerate(layers):
         for column, group in enumerate(groups):
@@ -108,9 +114,9 @@ def draw_coefficients(step: np.ndarray, coefficients: Curves, path: str | Path) 
             _coefficient_curves(axes, step, panels.get((layer, group), {}))
             bottom = "meta-step" if row == rows - 1 else ""
             title = f"Layer {layer}: {GROUPS[group]}" if layer else GROUPS[group]
-            _finish(axes, title, bottom, "" if column else "coefficient")
+            label_axes(axes, title, bottom, "" if column else "coefficient")
     figure.suptitle("Coefficients of the learning rule", fontsize=FONT + 3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_features(
@@ -137,7 +143,7 @@ def draw_lateral(lateral: Mapping[str, np.ndarray], path: str | Path) -> None:
 
     The scale is that of the entries off the diagonal, which a rule often sets apart.
     """
-    figure = _figure(4.4 * max(len(lateral), 1), 3.8)
+    figure = new_figure(4.4 * max(len(lateral), 1), 3.8)
     grid = figure.subplots(1, max(len(lateral), 1), squeeze=False)[0]
     for axes, (layer, matrix) in zip(grid, lateral.items(), strict=False):
         off_diagonal = matrix[~np.eye(len(matrix), dtype=bool)]
@@ -148,10 +154,10 @@ def draw_lateral(lateral: Mapping[str, np.ndarray], path: str | Path) -> None:
         bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03, extend=beyond)
         bar.ax.tick_params(labelsize=FONT - 1)
         bar.outline.set_visible(False)
-        _finish(axes, f"Layer {layer}: lateral weights m", "from unit", "to unit")
+        label_axes(axes, f"Layer {layer}: lateral weights m", "from unit", "to unit")
         axes.grid(False)
-        axes.yaxis.set_major_locator(_whole_ticks())
-    _save(figure, path)
+        axes.yaxis.set_major_locator(whole_ticks())
+    save_figure(figure, path)
 
 
 def draw_pruning(
@@ -161,21 +167,21 @@ def draw_pruning(
 
     The whole rule is the one with the most terms.
     """
-    figure, axes = _single()
+    figure, axes = one_panel()
     colour, whole = COLOURS[0], mean[np.argmax(terms)]
     axes.axhline(whole, color=GREY, lw=0.8, ls="--", label=f"whole rule, {terms.max()} terms")
     axes.errorbar(terms, mean, deviation, color=colour, marker="o", ms=4, lw=1.3, capsize=2)
     axes.set_xscale("log")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    _finish(axes, "Accuracy of shortened rules", "terms of the rule", "test images, probe")
+    label_axes(axes, "Accuracy of shortened rules", "terms of the rule", "test images, probe")
     labelled = []
     for number in sorted(terms):
         if not labelled or number > 1.12 * labelled[-1]:  # numbers closer together would overlap
             labelled.append(number)
     axes.set_xticks(labelled, [str(number) for number in labelled])
     axes.xaxis.minorticks_off()
-    _legend(axes)
-    _save(figure, path)
+    add_legend(axes)
+    save_figure(figure, path)
 
 
 def draw_rules(rules: Rules, path: str | Path, what: str) -> None:
@@ -191,7 +197,7 @@ def draw_rules(rules: Rules, path: str | Path, what: str) -> None:
     rows = [max(len(terms), len(rules), 8) for terms, _, _ in tables]
     cell, names = 0.24, 0.075 * max(map(len, rules))
     width, height = 2 * cell * max(len(rules), 6) + names + 3.2, cell * sum(rows)
-    figure = _figure(width, height + (names + 0.6) * len(groups) + 0.5)
+    figure = new_figure(width, height + (names + 0.6) * len(groups) + 0.5)
     grid = figure.subplots(len(groups), 2, squeeze=False, height_ratios=rows)
     for (left, right), group, (terms, values, left_out) in zip(grid, groups, tables, strict=True):
         image = _matrix(left, values[: len(terms)], GROUPS[group])
@@ -207,7 +213,7 @@ def draw_rules(rules: Rules, path: str | Path, what: str) -> None:
     bar.set_label(f"{what}, relative to the rule's largest\ncosine", fontsize=FONT - 1)
     bar.ax.tick_params(labelsize=FONT - 1)
     bar.outline.set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 # ---- from a run's files to the functions above ----
@@ -457,51 +463,7 @@ def _save_mosaic(pixels: np.ndarray, limit: float, title: str, path: str | Path)
     bar.ax.tick_params(labelsize=FONT - 1)
     bar.outline.set_visible(False)
     figure.text(box[0], 1 - 16 / full_height, title, va="top", fontsize=FONT + 1)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 # ---- house style ----
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure((width, height), dpi=DPI, layout="constrained")
-
-
-def _single() -> tuple[Figure, Axes]:
-    figure = _figure(6.4, 3.8)
-    return figure, figure.subplots()
-
-
-def _finish(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Title, labels, a light grid, and no frame but the two axes."""
-    axes.set_title(title, fontsize=FONT + 1, loc="left")
-    axes.set_xlabel(x_label, fontsize=FONT)
-    axes.set_ylabel(y_label, fontsize=FONT)
-    axes.tick_params(labelsize=FONT - 1, colors=GREY)
-    axes.yaxis.get_offset_text().set_fontsize(FONT - 1)
-    axes.xaxis.set_major_locator(_whole_ticks())
-    axes.grid(True, color="#e6e6e6", lw=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    left, right = axes.get_xlim()
-    if right - left < 1:  # a single step
-        axes.set_xlim((left + right - 1) / 2, (left + right + 1) / 2)
-    if not axes.has_data():
-        axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color=GREY)
-
-
-def _whole_ticks() -> MaxNLocator:
-    return MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
-
-
-def _legend(axes: Axes) -> None:
-    if any(axes.get_legend_handles_labels()[1]):
-        axes.legend(fontsize=FONT - 1, frameon=False, loc="best")
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    try:
-        FigureCanvasAgg(figure).print_png(str(path))
-    except OSError as error:
-        raise RunLogError(f"can't write {path}: {error.strerror or error}") from error

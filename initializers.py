@@ -22,18 +22,25 @@ class GaussianInitializer(nn.Module):
 
     Attributes:
         means, spreads: for "w", "b", "m" whether each is "trainable", "fixed" or "absent" (0).
+        scalers: W, S above by parameter; others than those only where they are given.
         A mean starts at 0, a spread at 1 / scaler, so that it is effectively 1.
         The nn.Parameters are called mean_w, spread_w, ... and hold the unscaled numbers.
     """
 
-    def __init__(self, means: Mapping[str, str], spreads: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        means: Mapping[str, str],
+        spreads: Mapping[str, str],
+        scalers: Mapping[str, float] = SCALERS,
+    ) -> None:
         super().__init__()
+        self.scalers = {**SCALERS, **scalers}
         for kind, modes in (("mean", means), ("spread", spreads)):
             if unknown := set(modes) - set(SCALERS):
                 raise ValueError(
                     f"{kind} of {sorted(unknown)}: parameters are {', '.join(SCALERS)}"
                 )
-            for name, scaler in SCALERS.items():
+            for name, scaler in self.scalers.items():
                 mode = modes.get(name, ABSENT)
                 if mode not in (TRAINABLE, FIXED, ABSENT):
                     raise ValueError(f"{kind} of {name} is {mode!r}; use trainable, fixed, absent")
@@ -67,7 +74,7 @@ class GaussianInitializer(nn.Module):
         """
         with torch.no_grad():
             for name, number in self.named_parameters():
-                number.fill_(effective[name] / SCALERS[name[-1]])
+                number.fill_(effective[name] / self.scalers[name[-1]])
 
     def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
         """One draw: a dict of tensors per layer, of the shapes that the layer asks for.
@@ -87,7 +94,7 @@ class GaussianInitializer(nn.Module):
         return params
 
     def _draw(self, name: str, shape: tuple[int, ...], generator) -> Tensor:
-        scale = SCALERS[name]
+        scale = self.scalers[name]
         if name == "w":
             scale /= math.sqrt(math.prod(shape[1:]))
         mean, spread = getattr(self, f"mean_{name}", None), getattr(self, f"spread_{name}", None)
@@ -102,4 +109,4 @@ class GaussianInitializer(nn.Module):
 
     def effective(self) -> dict[str, float]:
         """Each mean and spread, scaler included (of w: before the division by sqrt(fan_in))."""
-        return {n: p.item() * SCALERS[n[-1]] for n, p in self.named_parameters()}
+        return {n: p.item() * self.scalers[n[-1]] for n, p in self.named_parameters()}

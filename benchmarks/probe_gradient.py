@@ -48,7 +48,7 @@ def oja(setting: Setting) -> Entry:
         lateral_network(setting.train.shape, setting.layers, Activation("sigmoid", 4.0), **options),
         GaussianInitializer.with_values({"spread_w": 1.0, "mean_b": 0.0}).to(setting.dtype),
         setting.probe((setting.train, setting.test)),
-        PerLayerRule([classical_rule("oja", 0.01)]).to(setting.dtype),
+        PerLayerRule([classical_rule("oja", 1e-3)]).to(setting.dtype),
         lambda generator: batches(setting.train, setting.batch_size, generator, setting.dtype),
     )
 

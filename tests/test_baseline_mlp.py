@@ -66,7 +66,7 @@ def with_numbers(initializer, **values):
 
 def test_the_formula_of_the_random_layer_holds():
     initializer = with_numbers(
-        baseline_mlp.UnscaledInitializer().double(),
+        baseline_mlp.make_initializer().double(),
         mean_w=0.2, mean_b=0.7, spread_w=3.0, spread_b=0.5,
     )  # fmt: skip
     _, layer = initializer(baseline_mlp.make_model(9, 4), seeded(5))
@@ -78,7 +78,7 @@ def test_the_formula_of_the_random_layer_holds():
 
 
 def test_numbers_start_at_mean_zero_and_spread_one():
-    effective = baseline_mlp.UnscaledInitializer().effective()
+    effective = baseline_mlp.make_initializer().effective()
     assert effective == {"mean_w": 0.0, "mean_b": 0.0, "spread_w": 1.0, "spread_b": 1.0}
 
 
@@ -164,7 +164,7 @@ def test_every_flag_changes_the_course_of_a_run(tmp_path, plain, flags):
 def test_without_meta_steps_the_untrained_distribution_is_evaluated(tmp_path):
     run(*TINY, "--metasteps", 0, "--out", tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["initializer"] == baseline_mlp.UnscaledInitializer().effective()
+    assert results["initializer"] == baseline_mlp.make_initializer().effective()
     assert len(results["evaluations"]) == 2
 
 

@@ -1,0 +1,69 @@
+"""How every figure of the program looks: colours, sizes, axes, legends, files.
+
+Figures are matplotlib Figure objects with a canvas of their own; pyplot and its state are not used.
+"""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from run_log import RunLogError
+
+# Okabe and Ito's colours, told apart also by the colour-blind; their yellow is darkened for paper
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b8a900")
+GREY, FAINT = "#4d4d4d", "#bbbbbb"
+DIVERGING = "RdBu_r"  # red above 0, blue below
+DPI = 150
+FONT = 9
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    return Figure((width, height), dpi=DPI, layout="constrained")
+
+
+def one_panel() -> tuple[Figure, Axes]:
+    """A figure of one panel, in the usual size."""
+    figure = new_figure(6.4, 3.8)
+    return figure, figure.subplots()
+
+
+def label_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Title, labels, a light grid, and no frame but the two axes."""
+    axes.set_title(title, fontsize=FONT + 1, loc="left")
+    axes.set_xlabel(x_label, fontsize=FONT)
+    axes.set_ylabel(y_label, fontsize=FONT)
+    axes.tick_params(labelsize=FONT - 1, colors=GREY)
+    axes.yaxis.get_offset_text().set_fontsize(FONT - 1)
+    axes.xaxis.set_major_locator(whole_ticks())
+    axes.grid(True, color="#e6e6e6", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    left, right = axes.get_xlim()
+    if right - left < 1:  # a single step
+        axes.set_xlim((left + right - 1) / 2, (left + right + 1) / 2)
+    if not axes.has_data():
+        axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color=GREY)
+
+
+def whole_ticks() -> MaxNLocator:
+    """At most six ticks, at whole numbers."""
+    return MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
+
+
+def add_legend(axes: Axes) -> None:
+    """A legend, where a curve has a name."""
+    if any(axes.get_legend_handles_labels()[1]):
+        axes.legend(fontsize=FONT - 1, frameon=False, loc="best")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a PNG. Raises RunLogError where that cannot be."""
+    try:
+        FigureCanvasAgg(figure).print_png(str(path))
+    except OSError as error:
+        raise RunLogError(f"can't write {path}: {error.strerror or error}") from error
