@@ -31,6 +31,7 @@ import torch
 
 from hypgraddesc import MetaError
 from learning_rules import RuleError
+from linear_solvers import HypergradientError
 from logistic_regression import ProbeError
 from mnist_datasets import DataError, ImageData
 from processes import ALONE, Team
@@ -38,6 +39,8 @@ from run_log import RunLog, RunLogError, SilentLog, plain, read_config
 
 DATASETS = ("mnist", "fashion", "mnist5k")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+WRONG_INPUT = (RunLogError, DataError, ProbeError, RuleError, MetaError, HypergradientError)
 
 OF_THE_CALL = ("out", "resume", "quiet")  # flags that belong to one call, not to the run
 MAY_DIFFER = ("data_dir",)  # on --resume: where the data lies changes no number
@@ -160,7 +163,7 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
         sys.exit(1)
     except FloatingPointError as error:
         _exit_with_line(error, status=1)
-    except (UserError, RunLogError, DataError, ProbeError, RuleError, MetaError) as error:
+    except (UserError, *WRONG_INPUT) as error:
         _exit_with_line(error, status=2)
     except OSError as error:
         _exit_with_line(f"cannot read or write: {error}", status=2)

@@ -33,6 +33,7 @@ from figures import draw_features, draw_run
 from hypgraddesc import EVALUATION, MetaSettings, evaluate, hypgraddesc, seeded_generator
 from initializers import FIXED, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule, classical_rule
+from meta_gradients import Reverse
 from mnist_datasets import ImageData, batches, load_images, normalize_pixels
 from models_fully_local import Activation, Params, lateral_mlp
 from run_log import RunLog
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         ),
         sparsify_from=args.sparsify,
         inner_steps=args.inner_steps,
-        memory=args.memory,
+        method=Reverse(args.memory),
         seed=args.seed,
     )
 

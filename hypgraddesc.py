@@ -14,17 +14,26 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from learning_rules import LearningRule
+from meta_gradients import (
+    MetaGradient,
+    NonFiniteError,
+    Reverse,
+    Strategies,
+    Task,
+    check_finite,
+    trained_hyperparameters,
+)
 from models_fully_local import Params
 from processes import ALONE, Team
 from run_log import RunLog, finish_on_interrupt
-from train import MEMORY_LIMIT, detached, train
+from train import detached, train
 
 Schedule = float | Callable[[int], float]
 
@@ -34,10 +43,6 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 
 class MetaError(ValueError):
     """What is wrong with the settings or the course of a meta-run, in one line."""
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or hypergradient that is not finite, and where it arose."""
 
 
 class OuterLoss(Protocol):
@@ -76,8 +81,7 @@ class MetaSettings:
     sparsify_from: int | None = None  # from here on a coefficient that changes sign is removed
     average: float = 0.0  # decay of the running average of the coefficients; 0: the last ones
     nonfinite: str = "skip"  # or "stop"
-    memory: str = "fit"
-    memory_limit: int = MEMORY_LIMIT
+    method: MetaGradient = field(default_factory=Reverse)
     seed: int = 0
 
     def check(self, initializer: nn.Module) -> None:
@@ -88,6 +92,14 @@ class MetaSettings:
                 "training the initializer needs reinitialisation at every meta-step and no "
                 "ungraded steps; fix the initializer or leave both out"
             )
+        if trains_initializer and not self.method.reaches_start:
+            name = type(self.method).__name__.lower()
+            raise MetaError(
+                f"method {name} does not reach the initial distribution: fix the initializer, or "
+                "take reverse, forward or es"
+            )
+        if isinstance(self.method, Strategies) and self.reinitialize_every > 1:
+            raise MetaError("es needs reinitialisation at every meta-step: it ends in no training")
         if self.accumulate and self.reinitialize_every == 1:
             raise MetaError("accumulating gradients needs reinitialize_every of at least 2")
         if self.optimizer not in OPTIMIZERS:
@@ -164,13 +176,7 @@ class HypergradientDescent:
         self._start_optimizer()
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        modules = {"rule": self.rule, "initializer": self.initializer}
-        return {
-            f"{kind}.{name}": p
-            for kind, module in modules.items()
-            for name, p in module.named_parameters()
-            if p.requires_grad
-        }
+        return trained_hyperparameters(self.rule, self.initializer)
 
     def _start_optimizer(self) -> None:
         trained = list(self._trained().values())
@@ -217,40 +223,33 @@ class HypergradientDescent:
         try:
             gradient, numbers = self._run_task(task, steps)
         except FloatingPointError as problem:
-            return TaskOutcome(task, None, {}, str(problem))
+            return TaskOutcome(task, None, {}, f"task {task}, {problem}")
         return TaskOutcome(task, [g.cpu() for g in gradient], numbers)
 
-    def _run_task(self, task: int, steps: int) -> tuple[list[Tensor], dict[str, float]]:
+    def _run_task(self, number: int, steps: int) -> tuple[list[Tensor], dict[str, float]]:
         """The hypergradient of one draw of initial parameters and batches, and its numbers."""
-        settings, metastep = self.settings, self.metastep
-        model = self.make_model()
-        params = self.carried[task] if metastep % settings.reinitialize_every else None
-        fresh = params is None
-        if fresh:
-            start = seeded_generator(settings.seed, metastep, task, 0)
-            params = self.initializer(model, start)
-        batches = self.make_batches(seeded_generator(settings.seed, metastep, task, 1))
-        if fresh and settings.ungraded_steps:
-            params = train(model, params, batches, self.rule, settings.ungraded_steps, grad=False)
-        theta = train(
-            model, params, batches, self.rule, steps,
-            memory=settings.memory, memory_limit=settings.memory_limit,
-        )  # fmt: skip
-        _check_finite(theta, f"parameters after {steps} inner steps of task {task}")
-        generator = seeded_generator(settings.seed, metastep, task, 2)
-        loss, numbers = self.outer_loss(model, theta, generator)
-        _check_finite(loss, f"outer loss of task {task}")
-        trained = self._trained()
-        gradient = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        gradient = [
-            torch.zeros_like(p) if g is None else g
-            for g, p in zip(gradient, trained.values(), strict=True)
-        ]
-        for name, g in zip(trained, gradient, strict=True):
+        task = self._draw_task(number, steps)
+        gradient, theta = self.settings.method(task)
+        for name, g in zip(self._trained(), gradient, strict=True):
             # The optimiser squares it: what overflows then is as bad as what is not finite now.
-            _check_finite(g.square(), f"hypergradient of {name} in task {task}")
-        self.carried[task] = detached(theta)
-        return gradient, {"meta_loss": loss.item(), **numbers}
+            check_finite(g.square(), f"hypergradient of {name}")
+        self.carried[number] = detached(theta)
+        return gradient, task.numbers()
+
+    def _draw_task(self, number: int, steps: int) -> Task:
+        settings, draw = self.settings, (self.settings.seed, self.metastep, number)
+        model = self.make_model()
+        batches = self.make_batches(seeded_generator(*draw, 1))
+        task = Task(
+            model, self.rule, self.initializer, batches, steps,
+            judge=lambda params: self.outer_loss(model, params, seeded_generator(*draw, 2)),
+            draw_start=lambda: seeded_generator(*draw, 0),
+            generator=seeded_generator(*draw, 3),
+            start=self.carried[number] if self.metastep % settings.reinitialize_every else None,
+        )  # fmt: skip
+        if task.start is None and settings.ungraded_steps:
+            task.start = task.advanced(task.initial(), settings.ungraded_steps)
+        return task
 
     def _collect(self, gradients: list[list[Tensor]]) -> float:
         """Adds the mean of the clipped hypergradients to what is pending; their mean norm."""
@@ -436,15 +435,9 @@ def evaluate(
     model = make_model()
     start, order, outer = (seeded_generator(*draw, k) for k in range(3))
     params = train(model, initializer(model, start), make_batches(order), rule, steps, grad=False)
-    _check_finite(params, f"parameters after {steps} inner steps")
+    check_finite(params, f"parameters after {steps} inner steps")
     loss, numbers = outer_loss(model, params, outer)
     return {"meta_loss": loss.item(), **numbers}, params
-
-
-def _check_finite(value: Tensor | Params, what: str) -> None:
-    tensors = [value] if isinstance(value, Tensor) else [t for d in value for t in d.values()]
-    if not all(torch.isfinite(t).all() for t in tensors):
-        raise NonFiniteError(f"{what}: not finite")
 
 
 def _mean(values: list[float]) -> float:

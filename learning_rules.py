@@ -66,6 +66,10 @@ class LearningRule(nn.Module):
         """New parameters, with the old ones and the batch left as they are."""
         raise NotImplementedError
 
+    def forward(self, model: nn.Module, params: Params, batch) -> Params:
+        """`update`, as torch.func.functional_call needs it."""
+        return self.update(model, params, batch)
+
     def keep(self, masks: dict[str, Tensor]) -> None:
         """Removes, for good, the hyperparameters whose mask is False; masks are named as these.
 

@@ -44,7 +44,7 @@ from hypgraddesc import (
     rising_steps,
     seeded_generator,
 )
-from initializers import TRAINABLE, GaussianInitializer
+from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import (
     PerLayerRule,
     PolynomialPairRule,
@@ -54,6 +54,7 @@ from learning_rules import (
     term_products,
 )
 from linear_probe import PROBE_GRADIENTS, ProbeLoss, extract_features
+from meta_gradients import METHODS, Forward, MetaGradient, Reverse, Strategies, Truncated
 from mnist_datasets import batches, load_images, normalize_pixels, pair_batches
 from models_fully_local import INHIBITION, Activation, lateral_network
 from processes import join_team
@@ -92,6 +93,11 @@ def make_parser():
     add("--raise_every", type=positive_int, default=100, help="meta-steps between raises")
     add("--raise_by", type=nonnegative_int, default=0, help="inner steps added at each raise")
     add("--batch_size", type=positive_int, default=1024, help="images of one update")
+    add("--method", choices=list(METHODS), default="reverse", help="way to the hypergradient")
+    add("--K", type=positive_int,
+        help="last updates (truncated) or terms (lookback, implicit), default 20")  # fmt: skip
+    add("--sigma", type=positive_float, help="perturbation of the hyperparameters by es (1e-4)")
+    add("--pairs", type=positive_int, help="of perturbed trainings by es (4)")
     add("--compile", action="store_true", help="compile the update (needs a C++ compiler)")
     add("--memory", choices=MEMORY, default="fit", help="what is kept for the backward pass")
     add("--memory_limit", type=positive_float, default=2.5, metavar="GB", help="for --memory fit")
@@ -141,6 +147,14 @@ def refuse_flags_without_effect(args) -> None:
         )
     if args.raise_by and first == most:
         raise UserError(f"--raise_by needs --initial_inner_steps below --max_inner_steps {most}")
+    if args.K and args.method not in ("truncated", "lookback", "implicit"):
+        raise UserError("--K needs --method truncated, lookback or implicit")
+    if (args.sigma or args.pairs) and args.method != "es":
+        raise UserError("--sigma and --pairs need --method es")
+    if args.memory != "fit" and args.method not in ("reverse", "truncated"):
+        raise UserError("--memory needs --method reverse or truncated: the others keep one update")
+    if args.compile and args.method not in ("reverse", "truncated"):
+        raise UserError("--compile needs --method reverse or truncated")
     if args.pool != 2 and not args.conv:
         raise UserError("--pool averages what --conv yields: give --conv as well, or leave it out")
     if args.compile and args.sparsify:
@@ -170,10 +184,22 @@ def make_settings(args) -> MetaSettings:
         sparsify_from=args.sparsify_from if args.sparsify else None,
         average=args.average,
         nonfinite=args.nonfinite,
-        memory=args.memory,
-        memory_limit=int(args.memory_limit * 2**30),
+        method=make_method(args),
         seed=args.seed,
     )
+
+
+def make_method(args) -> MetaGradient:
+    """The way to the hypergradient."""
+    limit = int(args.memory_limit * 2**30)
+    chosen = METHODS[args.method]
+    if chosen is Reverse:
+        return Reverse(args.memory, limit)
+    if chosen is Truncated:
+        return Truncated(args.memory, limit, args.K or Truncated.K)
+    if chosen is Strategies:
+        return Strategies(args.sigma or Strategies.sigma, args.pairs or Strategies.pairs)
+    return chosen() if chosen is Forward else chosen(args.K or chosen.K)
 
 
 def make_rule(args) -> PerLayerRule:
@@ -194,9 +220,10 @@ def make_rule(args) -> PerLayerRule:
 
 
 def make_initializer(args) -> GaussianInitializer:
-    """Spread of w trained; b and m start at trained means, without spread."""
-    means = {"b": TRAINABLE, "m": TRAINABLE} if args.inhibition == "lateral" else {"b": TRAINABLE}
-    return GaussianInitializer(means, {"w": TRAINABLE})
+    """Spread of w, means of b and m, which start without spread; trained where the method can."""
+    mode = TRAINABLE if METHODS[args.method].reaches_start else FIXED
+    names = "bm" if args.inhibition == "lateral" else "b"
+    return GaussianInitializer(dict.fromkeys(names, mode), {"w": mode})
 
 
 def begin_with(run: Path, rule: PerLayerRule, initializer: GaussianInitializer) -> None:

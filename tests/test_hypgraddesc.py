@@ -33,6 +33,7 @@ from hypgraddesc import (
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, PolynomialRule
+from meta_gradients import Reverse
 from models_fully_local import Activation, lateral_mlp
 from run_log import RunLog, read_metrics
 from train import MEMORY
@@ -310,7 +311,7 @@ def test_the_start_the_batches_and_the_outer_loss_share_no_noise():
 def test_every_memory_policy_gives_the_same_run(memory):
     rows = []
     for policy in ("keep", memory):
-        run = descent([0.1], distance(1.0), spread=1.0, inner_steps=5, memory=policy)
+        run = descent([0.1], distance(1.0), spread=1.0, inner_steps=5, method=Reverse(policy))
         rows.append([without_seconds(run.step()) for _ in range(3)])
     assert rows[0] == rows[1]
 
@@ -555,7 +556,7 @@ def raising(w):
 
 
 FAILURES = [nan_loss, infinite_loss, nan_gradient, raising]
-PLACES = ["outer loss of task 1", "outer loss of task 1", "hypergradient of rule.psi in task 1",
+PLACES = ["task 1, outer loss", "task 1, outer loss", "task 1, hypergradient of rule.psi",
           "features of the training set"]  # fmt: skip
 
 
@@ -617,7 +618,7 @@ def test_inner_parameters_that_are_not_finite_are_never_judged():
     assert run.step()["skipped_tasks"] == 1
     assert run.outer_loss.seen == [] and run.rule.psi.item() == 0.5
     stopping = descent([0.5], distance(1.0), batches=exploding, inner_steps=2, nonfinite="stop")
-    with pytest.raises(NonFiniteError, match="meta-step 1, parameters after 2 inner steps of task"):
+    with pytest.raises(NonFiniteError, match="meta-step 1, task 0, parameters after 2 inner steps"):
         stopping.step()
 
 
@@ -1076,7 +1077,7 @@ def failing_loop(log, nonfinite):
 def test_a_loop_that_is_to_stop_at_what_is_not_finite_stops(tmp_path):
     with (
         RunLog.create(tmp_path / "run", {}, quiet=True) as log,
-        pytest.raises(NonFiniteError, match="meta-step 3, outer loss of task 0"),
+        pytest.raises(NonFiniteError, match="meta-step 3, task 0, outer loss"),
     ):
         failing_loop(log, "stop")
     assert read_metrics(tmp_path / "run")["step"].tolist() == [1, 2]
@@ -1088,7 +1089,7 @@ def test_a_loop_that_skips_what_is_not_finite_goes_on_and_says_where(tmp_path):
     columns = read_metrics(tmp_path / "run")
     assert columns["skipped_tasks"].tolist() == [0, 0, 1, 0]
     assert math.isnan(columns["meta_loss"][2]) and columns["psi0"][2] == columns["psi0"][3]
-    assert "meta-step 3, outer loss of task 0" in (tmp_path / "run" / "log.txt").read_text()
+    assert "meta-step 3, task 0, outer loss" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_the_loop_says_where_it_goes_on(tmp_path):

@@ -117,6 +117,10 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--outer_images", "100"],
         ["--probe_images", "900"],
         ["--probe_gradient", "implicit"],
+        ["--method", "truncated", "--K", "1"],
+        ["--method", "lookback", "--K", "2"],
+        ["--method", "implicit", "--K", "1"],
+        ["--method", "es", "--sigma", "1e-3", "--pairs", "1"],
     ],
     ids=" ".join,
 )
@@ -202,6 +206,11 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["--conv", "16*5"], "16x5"),
         (["--conv", "4x20", "4x20", "--dataset", "mnist5k"], "smaller kernels"),
         (["32", "--pool", "3"], "--conv"),
+        (["32", "--K", "3"], "--method truncated"),
+        (["32", "--pairs", "3"], "--method es"),
+        (["32", "--method", "es", "--memory", "keep"], "--method reverse"),
+        (["32", "--method", "implicit", "--compile"], "--method reverse"),
+        (["32", "--method", "forward", "--dataset", "mnist5k"], "take reverse"),
         (
             [
                 "32",
