@@ -34,8 +34,9 @@ from hypgraddesc import EVALUATION, MetaSettings, evaluate, hypgraddesc, seeded_
 from initializers import FIXED, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule, classical_rule
 from meta_gradients import Reverse
-from mnist_datasets import ImageData, batches, load_images, normalize_pixels
+from mnist_datasets import batches, load_images, normalize_pixels
 from models_fully_local import Activation, Params, lateral_mlp
+from principal_components import principal_components
 from run_log import RunLog
 from train import MEMORY
 
@@ -85,12 +86,6 @@ def cosines(w: Tensor, direction: Tensor) -> Tensor:
     """|cosine| [neurons] between weights [neurons, pixels] and a unit vector [pixels]."""
     w = w.detach()
     return (w @ direction).abs() / w.norm(dim=1)
-
-
-def first_principal_direction(data: ImageData) -> Tensor:
-    """Unit vector [pixels] of the images' largest variance; the data is centred already."""
-    x = data.floats(dtype=torch.float64).flatten(1)
-    return torch.linalg.eigh(x.t() @ x).eigenvectors[:, -1]
 
 
 def make_rule(bound: float) -> PerLayerRule:
@@ -203,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = set_up(args)
     data, _ = normalize_pixels(*load_images(args.dataset, args.data_dir), unit_variance=False)
     data = data.to(device)
-    direction = first_principal_direction(data).to(dtype)
+    direction = principal_components(data).components[0].to(dtype)
     rule = make_rule(args.bound).to(device, dtype)
     parts = {
         "make_model": partial(make_neurons, math.prod(data.shape), args.pairs),
