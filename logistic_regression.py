@@ -12,6 +12,7 @@ L-BFGS on all rows, at a few milliseconds an iteration, made short by two metric
    where classes x features is small, else (up to 512 features) its block for each class. (Byrd,
    Chin, Neveitt, Nocedal 2011, On the use of stochastic Hessian information.)
 Beyond 2,048 features a D x D matrix would cost more than the solve: columns are scaled, no more.
+With fewer rows than features, W is a sum of the centred rows: directions outside are left out.
 Products run in the features' dtype; whatever is small, and every sum over rows, is float64.
 """
 
@@ -29,6 +30,7 @@ from linear_solvers import ConjugateGradient, Vector
 NUMBERS_AT_ONCE = 2**19  # of features in a chunk; bounds the float64 copies
 WHITEN_UP_TO = 2048  # features; above, each column is only scaled
 WHITEN_IN_DOUBLE_UP_TO = 256  # features; above, N D^2 products in double would dominate the solve
+LEAST_VARIANCE = 1e-10  # of the largest, of a direction that fewer rows than features differ in
 JOINT_HESSIAN_UP_TO = 800  # classes * (features + 1); above, one block for each class
 BLOCKS_UP_TO = 512  # features; above, Boehning's bound stays: blocks cost more than they save
 JOINT_ROWS, BLOCK_ROWS = 4096, 16384
@@ -150,6 +152,9 @@ def solve_hessian(
     solver = ConjugateGradient(MOST_PRODUCTS, tolerance, precondition)
     (v,), _ = solver.solve(_Hessian(problem, V), [g - g.mean(0)])
     solved = problem.unwhiten(v)
+    centred = weight[present] - bias[present][:, None] * problem.mean
+    rest = problem.outside(centred) / problem.ridge  # there, H is that of the penalty alone
+    solved = solved[0] + rest, solved[1] - rest @ problem.mean
     return (
         torch.zeros_like(fit.weight).index_copy(0, present, solved[0]),
         torch.zeros_like(fit.bias).index_copy(0, present, solved[1]),
@@ -165,7 +170,8 @@ class LogisticProblem:
     """The objective over C N, in coordinates V [classes, D + 1] of whitened features.
 
     A row f has coordinates z = (f - mean) U * scale, then a one: they are the rows of Z [N, D + 1].
-    Since U is orthogonal (or None, for no rotation), the penalty is 1/2 sum V^2 penalty.
+    U [D, D] is orthogonal, so that the penalty is 1/2 sum V^2 penalty; None for no rotation. Where
+    there are fewer rows than features, it has a column for each direction in which they differ.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int, C: float):
@@ -175,20 +181,27 @@ class LogisticProblem:
         self.mean = sum(rows.sum(0, dtype=torch.float64) for (rows,) in in_chunks(features)) / N
         if not bool(torch.isfinite(self.mean).all()):
             raise NonFiniteFeatures(_what_is_not_finite(features))
-        product = torch.float64 if D <= WHITEN_IN_DOUBLE_UP_TO else features.dtype
-        self.U, variance = self._principal_axes(features, product)
+        if N < D and N <= WHITEN_UP_TO:
+            self.U, variance, coordinates = self._axes_of_few_rows(features)
+        else:
+            product = torch.float64 if D <= WHITEN_IN_DOUBLE_UP_TO else features.dtype
+            self.U, variance = self._principal_axes(features, product)
+            coordinates = None
         self.scale = (variance + 2 * self.ridge).rsqrt()
         self.penalty = self.ridge * torch.cat([self.scale**2, self.scale.new_zeros(1)])
-        self.Z = features.new_ones(N, D + 1)
+        self.Z = features.new_ones(N, len(variance) + 1)
+        if coordinates is not None:
+            self.Z[:, :-1] = coordinates * self.scale
+            return
         T = None if self.U is None else (self.U * self.scale).to(product)
         for rows, z in in_chunks(features, self.Z):
             centred = rows - self.mean
-            z[:, :D] = centred * self.scale if T is None else centred.to(product) @ T
+            z[:, :-1] = centred * self.scale if T is None else centred.to(product) @ T
 
     def _principal_axes(
         self, features: Tensor, product: torch.dtype
     ) -> tuple[Tensor | None, Tensor]:
-        """U [D, D] and the variances [D] along its columns; past WHITEN_UP_TO no U."""
+        """U and the variances along its columns; past WHITEN_UP_TO no U."""
         N, D = features.shape
         wide = D > WHITEN_UP_TO
         covariance = self.mean.new_zeros(D) if wide else self.mean.new_zeros(D, D)
@@ -202,6 +215,18 @@ class LogisticProblem:
             return None, covariance
         variance, U = torch.linalg.eigh(covariance)
         return U, variance.clamp_min(100 * torch.finfo(product).eps * float(variance[-1]))
+
+    def _axes_of_few_rows(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """U [D, R], the variances [R], and the rows' coordinates (f - mean) U [N, R].
+
+        R < N < D; by way of the products of rows with each other.
+        """
+        centred = features.double() - self.mean
+        variance, vectors = torch.linalg.eigh(centred @ centred.T / len(features))
+        kept = variance > LEAST_VARIANCE * variance[-1]
+        variance, vectors = variance[kept], vectors[:, kept]
+        lengths = (len(features) * variance).sqrt()
+        return centred.T @ (vectors / lengths), variance, vectors * lengths
 
     def whiten(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Coordinates V of the classifier (weight, bias)."""
@@ -219,6 +244,12 @@ class LogisticProblem:
         centred = weight - bias[:, None] * self.mean
         rotated = centred if self.U is None else centred @ self.U
         return torch.cat([rotated * self.scale, bias[:, None]], 1)
+
+    def outside(self, weight: Tensor) -> Tensor:
+        """The part of weights [classes, D] that is orthogonal to all columns of U."""
+        if self.U is None:
+            return torch.zeros_like(weight)
+        return weight - (weight @ self.U) @ self.U.T
 
     def value_and_gradient(self, V: Tensor) -> tuple[float, Tensor]:
         """Objective and gradient [classes, D + 1]; rows come last, for wide loops."""

@@ -1,16 +1,11 @@
 """The hypergradient of the four numbers by finite differences, and the real command, tiny."""
 
-import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import interrupt_at_row, kill_at_row, outcome, rows
 
 import baseline_mlp
 from command_line import parse, run_command
@@ -28,16 +23,6 @@ NUMBERS = ("mean_w", "mean_b", "spread_w", "spread_b")
 
 def run(*flags) -> None:
     baseline_mlp.main([*map(str, flags)])
-
-
-def rows(directory: Path) -> list[dict[str, str]]:
-    with (directory / "metrics.csv").open() as file:
-        return [{n: v for n, v in row.items() if n != "seconds"} for row in csv.DictReader(file)]
-
-
-def outcome(directory: Path) -> tuple:
-    """All numbers of a run that do not depend on the time it took."""
-    return rows(directory), (directory / "results.json").read_text()
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -184,38 +169,17 @@ def test_unless_told_a_meta_step_sees_fewer_images_the_more_features_there_are(
 def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
     flags = [*TINY, "--metasteps", 30]
     run(*flags, "--out", tmp_path / "whole")
-    process = start(*flags, "--out", tmp_path / "killed")
-    wait_for_rows(tmp_path / "killed", 13, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    out = tmp_path / "killed"
+    kill_at_row(13, out, "baseline_mlp.py", *flags, "--out", out)
     run("--resume", tmp_path / "killed", "--quiet")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
     out = tmp_path / "run"
-    process = start(*TINY, "--metasteps", 100_000, "--out", out)
-    wait_for_rows(out, 2, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    interrupt_at_row(2, out, "baseline_mlp.py", *TINY, "--metasteps", 100_000, "--out", out)
     assert json.loads((out / "results.json").read_text())["evaluations"] == []
     assert (out / "figures" / "initial.png").exists() and (out / "checkpoint.pt").exists()
-
-
-def start(*flags) -> subprocess.Popen:
-    command = [sys.executable, "baseline_mlp.py", *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-
-
-def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> None:
-    metrics = directory / "metrics.csv"
-    for _ in range(1200):
-        assert process.poll() is None, f"the run ended before row {count}"
-        if metrics.exists() and metrics.read_text().count("\n") > count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no row {count} within a minute")
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,10 @@
 """The real command with few components, and which numbers of components it takes."""
 
-import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from commands import interrupt_at_row, kill_at_row, rows
 
 import baseline_pca
 from command_line import run_command
@@ -21,11 +16,6 @@ TINY = ["--dataset", "mnist5k", "--threads", "1", "--quiet"]
 
 def run(*flags) -> None:
     baseline_pca.main([*map(str, flags)])
-
-
-def rows(directory: Path) -> list[dict[str, str]]:
-    with (directory / "metrics.csv").open() as file:
-        return [{n: v for n, v in row.items() if n != "seconds"} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +57,8 @@ def test_every_flag_changes_the_numbers(tmp_path, plain, flags):
 def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
     flags = [*TINY, "--components", 1, 2, 3, 80, 81]
     run(*flags, "--out", tmp_path / "whole")
-    process = start(*flags, "--out", tmp_path / "killed")
-    wait_for_rows(tmp_path / "killed", 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    out = tmp_path / "killed"
+    kill_at_row(3, out, "baseline_pca.py", *flags, "--out", out)
     assert len(rows(tmp_path / "killed")) < 5
     run("--resume", tmp_path / "killed", "--quiet")
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
@@ -80,29 +68,11 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
 
 def test_an_interrupted_run_ends_cleanly_with_its_table_and_status_130(tmp_path):
     out = tmp_path / "run"
-    process = start(*TINY, "--components", *range(1, 700), "--out", out)
-    wait_for_rows(out, 2, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    flags = [*TINY, "--components", *range(1, 700), "--out", out]
+    interrupt_at_row(2, out, "baseline_pca.py", *flags)
     table = json.loads((out / "results.json").read_text())["table"]
     assert len(table) == len(rows(out)) < 699
     assert (out / "figures" / "accuracy.png").exists()
-
-
-def start(*flags) -> subprocess.Popen:
-    command = [sys.executable, "baseline_pca.py", *map(str, flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-
-
-def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> None:
-    metrics = directory / "metrics.csv"
-    for _ in range(1200):
-        assert process.poll() is None, f"the run ended before row {count}"
-        if metrics.exists() and metrics.read_text().count("\n") > count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no row {count} within a minute")
 
 
 @pytest.mark.parametrize(

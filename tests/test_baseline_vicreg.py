@@ -1,18 +1,13 @@
 """The real command, with a tiny budget: what it writes, how it resumes, what it refuses."""
 
-import csv
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
 
 import baseline_vicreg
 from command_line import run_command
@@ -30,35 +25,12 @@ def run(*flags) -> None:
     baseline_vicreg.main([*map(str, flags)])
 
 
-def rows(directory: Path) -> list[dict[str, str]]:
-    with (directory / "metrics.csv").open() as file:
-        return [
-            {name: value for name, value in row.items() if name != "seconds"}
-            for row in csv.DictReader(file)
-        ]
-
-
-def outcome(directory: Path) -> tuple:
-    """All numbers of a run that do not depend on the time it took."""
-    return rows(directory), (directory / "results.json").read_text()
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
     """A run without further flags."""
     out = tmp_path_factory.mktemp("plain") / "run"
     run(4, *TINY, "--out", out)
     return out
-
-
-def refused(capsys, *flags) -> str:
-    """The one line on stderr with which the command ends, exit status 2."""
-    with pytest.raises(SystemExit) as stop:
-        run_command(baseline_vicreg.main, [*map(str, flags)])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def test_a_run_without_sizes_is_of_256_and_32_units_and_leaves_all_its_files(tmp_path):
@@ -137,39 +109,17 @@ def test_no_epoch_judges_the_random_start(tmp_path):
 def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_path):
     flags = [*TINY, "--epochs", "12"]
     run(4, *flags, "--out", tmp_path / "whole")
-    command = [sys.executable, "baseline_vicreg.py", "4", *flags, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    _wait_for_rows(tmp_path / "killed", 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    out = tmp_path / "killed"
+    kill_at_row(3, out, "baseline_vicreg.py", 4, *flags, "--out", out)
     assert len(rows(tmp_path / "killed")) < 12
     run("--resume", tmp_path / "killed", "--quiet")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
-def _wait_for_rows(directory: Path, count: int, process) -> None:
-    metrics = directory / "metrics.csv"
-    for _ in range(600):
-        if process.poll() is not None:
-            raise AssertionError(f"the run ended before row {count}")
-        if metrics.exists() and metrics.read_text().count("\n") > count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no row {count} within 30 s")
-
-
 def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
     out = tmp_path / "run"
-    command = [
-        *(sys.executable, "baseline_vicreg.py", "4", *TINY),
-        *("--epochs", "100000", "--out", str(out)),
-    ]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-    )
-    _wait_for_rows(out, 2, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    flags = [*TINY, "--epochs", "100000", "--out", out]
+    interrupt_at_row(2, out, "baseline_vicreg.py", 4, *flags)
     results = json.loads((out / "results.json").read_text())
     assert results["epochs"] == len(rows(out)) and (out / "figures" / "loss.png").exists()
 
@@ -191,7 +141,8 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_no_directory(
     capsys, tmp_path, flags, message
 ):
     out = tmp_path / "run"
-    assert message in refused(capsys, *flags, "--dataset", "mnist5k", "--out", out)
+    flags = [*flags, "--dataset", "mnist5k", "--out", out]
+    assert message in refused(capsys, baseline_vicreg.main, *flags)
     assert not out.exists()
 
 
@@ -205,9 +156,9 @@ def test_a_run_that_diverges_stops_with_its_epoch_and_status_1(capsys, tmp_path)
 
 
 def test_resuming_with_other_flags_is_refused(capsys, plain):
-    line = refused(capsys, "--resume", plain, "--hinge", "0.5", "--quiet")
+    line = refused(capsys, baseline_vicreg.main, "--resume", plain, "--hinge", "0.5", "--quiet")
     assert "hinge" in line and "0.5" in line
-    assert "layers" in refused(capsys, 5, "--resume", plain, "--quiet")
+    assert "layers" in refused(capsys, baseline_vicreg.main, 5, "--resume", plain, "--quiet")
 
 
 @pytest.mark.slow

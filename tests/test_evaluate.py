@@ -1,21 +1,15 @@
 """The real command on a tiny run of main.py: its table, how it resumes, what it refuses."""
 
-import csv
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from commands import interrupt_at_row, kill_at_row, refused, rows
 
 import evaluate
 import main
-from command_line import run_command
 from mnist_datasets import load_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,21 +35,6 @@ def run(*flags) -> None:
 
 def results(directory: Path) -> dict:
     return json.loads((directory / "results.json").read_text())
-
-
-def rows(directory: Path) -> list[dict[str, str]]:
-    with (directory / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def refused(capsys, *flags) -> str:
-    """The one line on stderr with which the command ends, exit status 2."""
-    with pytest.raises(SystemExit) as stop:
-        run_command(evaluate.main, [*map(str, flags), *COMMON])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def test_without_flags_a_run_is_judged_as_it_was_trained(runs, tmp_path):
@@ -105,35 +84,15 @@ def test_rotated_digits_and_other_data_sets_stand_side_by_side(runs, tmp_path, m
     assert "rotated" in results(out)["data"]["rotated"]
 
 
-def _start(runs, out, seeds) -> list[str]:
-    flags = ["--layers", "5", "--layers", "4", "--steps", "2", "4", "--references", "random"]
-    command = [sys.executable, "evaluate.py", str(runs / "single"), *flags, *COMMON]
-    return [*command, "--seeds", str(seeds), "--out", str(out)]
-
-
-def _process(command) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-
-
-def _wait_for_rows(directory: Path, count: int, process) -> None:
-    metrics = directory / "metrics.csv"
-    for _ in range(1200):
-        if process.poll() is not None:
-            raise AssertionError(f"the run ended before row {count}")
-        if metrics.exists() and metrics.read_text().count("\n") > count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no row {count} within a minute")
+def _flags(runs, out, seeds) -> list:
+    flags = ["--layers", 5, "--layers", 4, "--steps", 2, 4, "--references", "random", *COMMON]
+    return [runs / "single", *flags, "--seeds", seeds, "--out", out]
 
 
 def test_a_run_killed_and_resumed_ends_as_one_never_killed(runs, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    evaluate.main(_start(runs, whole, 8)[2:])
-    process = _process(_start(runs, killed, 8))
-    _wait_for_rows(killed, 5, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    evaluate.main([*map(str, _flags(runs, whole, 8))])
+    kill_at_row(5, killed, "evaluate.py", *_flags(runs, killed, 8))
     assert not (killed / "results.json").exists()
     run("--resume", killed)
     assert rows(killed) == rows(whole)
@@ -143,10 +102,7 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(runs, tmp_path):
 
 def test_an_interrupted_run_ends_cleanly_with_what_it_has_and_status_130(runs, tmp_path):
     out = tmp_path / "out"
-    process = _process(_start(runs, out, 100_000))
-    _wait_for_rows(out, 3, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    interrupt_at_row(3, out, "evaluate.py", *_flags(runs, out, 100_000))
     assert len(results(out)["trainings"]) == len(rows(out)) < 100
     assert (out / "figures" / "accuracy_over_steps.png").exists()
     assert (out / "table.md").exists()
@@ -168,7 +124,7 @@ def test_an_interrupted_run_ends_cleanly_with_what_it_has_and_status_130(runs, t
 )
 def test_wrong_flags_are_refused_in_one_line(runs, capsys, tmp_path, flags, message):
     out = tmp_path / "out"
-    assert message in refused(capsys, runs / "single", *flags, "--out", out)
+    assert message in refused(capsys, evaluate.main, runs / "single", *flags, "--out", out, *COMMON)
     assert not out.exists()
 
 
@@ -176,10 +132,10 @@ def test_what_is_no_finished_run_is_refused_in_one_line(runs, capsys, tmp_path):
     unfinished = tmp_path / "unfinished"
     shutil.copytree(runs / "single", unfinished)
     (unfinished / "rule.json").unlink()
-    assert "main.py --resume" in refused(capsys, unfinished)
-    assert "config.json" in refused(capsys, tmp_path)
-    assert "config.json" in refused(capsys, tmp_path / "nothing")
-    assert "RUN" in refused(capsys, "--steps", 3)
+    assert "main.py --resume" in refused(capsys, evaluate.main, unfinished, *COMMON)
+    assert "config.json" in refused(capsys, evaluate.main, tmp_path, *COMMON)
+    assert "config.json" in refused(capsys, evaluate.main, tmp_path / "nothing", *COMMON)
+    assert "RUN" in refused(capsys, evaluate.main, "--steps", 3, *COMMON)
 
 
 def _altered(run: Path, place: Path, **flags) -> Path:
@@ -191,24 +147,26 @@ def _altered(run: Path, place: Path, **flags) -> Path:
 
 def test_runs_that_cannot_stand_in_one_table_are_refused(runs, capsys, tmp_path):
     single, other = runs / "single", _altered(runs / "single", tmp_path / "other", C=5.0)
-    assert "1000 and 5" in refused(capsys, single, other)
-    assert "single would name" in refused(capsys, single, single)
+    assert "1000 and 5" in refused(capsys, evaluate.main, single, other, *COMMON)
+    assert "single would name" in refused(capsys, evaluate.main, single, single, *COMMON)
     large = _altered(single, tmp_path / "large", batch_size=5000)
-    assert "5000" in refused(capsys, single, large, "--out", tmp_path / "out")
+    assert "5000" in refused(
+        capsys, evaluate.main, single, large, "--out", tmp_path / "out", *COMMON
+    )
     assert not (tmp_path / "out").exists()
     convolutions = _altered(single, tmp_path / "convolutions", layers=[], conv=[[4, 5]])
-    assert "--layers" in refused(capsys, convolutions, "--rules", "oja")
+    assert "--layers" in refused(capsys, evaluate.main, convolutions, "--rules", "oja", *COMMON)
 
 
 def test_a_comparison_is_not_resumed_with_another_rule_or_other_flags(runs, capsys, tmp_path):
     copy, out = tmp_path / "copy", tmp_path / "out"
     shutil.copytree(runs / "single", copy)
     run(copy, "--seeds", 1, "--out", out)
-    assert "seeds" in refused(capsys, "--resume", out, "--seeds", 2)
+    assert "seeds" in refused(capsys, evaluate.main, "--resume", out, "--seeds", 2, *COMMON)
     description = json.loads((copy / "rule.json").read_text())
     description["rules"][0]["terms"]["w"][0]["coefficient"] += 1e-6
     (copy / "rule.json").write_text(json.dumps(description))
-    assert "found" in refused(capsys, "--resume", out)
+    assert "found" in refused(capsys, evaluate.main, "--resume", out, *COMMON)
 
 
 # ---- the table ----

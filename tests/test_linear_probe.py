@@ -167,6 +167,15 @@ def test_start_at_the_optimum_takes_hardly_an_iteration():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fewer_rows_than_features_reach_the_optimum_of_scikit_learn(dtype):
+    features, labels = mixture(N=60, D=3000, classes=3, spread=20.0)
+    features = features.to(dtype)
+    fit = fit_logistic(features, labels, 3, 0.01, tolerance=1e-12)
+    best = objective_of_scikit_learn(features.double(), labels, 0.01)
+    assert fit.objective == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_class_without_labels_gets_no_probability_and_leaves_the_others_alone(dtype):
     features, labels = mixture(classes=3)
     features = features.to(dtype)
@@ -340,24 +349,24 @@ def test_gradient_over_all_images_is_that_of_the_fitted_objective():
 
 
 @pytest.mark.parametrize("C", [0.1, 1000.0])
-@pytest.mark.parametrize("absent", [False, True])
-def test_the_hessian_is_inverted(C, absent):
-    features, labels = mixture(N=300, D=4, classes=3)
+@pytest.mark.parametrize("absent, N, D", [(False, 300, 4), (True, 300, 4), (False, 12, 30)])
+def test_the_hessian_is_inverted(C, absent, N, D):
+    features, labels = mixture(N=N, D=D, classes=3)
     if absent:
         labels = torch.where(labels == 1, 0, labels)
     fit = fit_logistic(features, labels, 3, C, tolerance=1e-14)
     generator = torch.Generator().manual_seed(0)
     kept = torch.tensor([1.0, 0.0 if absent else 1.0, 1.0]).double()[:, None]
-    right = torch.randn(3, 5, generator=generator, dtype=torch.float64) * kept
+    right = torch.randn(3, D + 1, generator=generator, dtype=torch.float64) * kept
     right = (right - kept * right.sum(0) / kept.sum()) * kept
 
     def objective(both):
-        logits = features @ both[:, :4].T + both[:, 4]
+        logits = features @ both[:, :D].T + both[:, D]
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        return (C * loss + 0.5 * both[:, :4].square().sum()) / (C * 300)
+        return (C * loss + 0.5 * both[:, :D].square().sum()) / (C * N)
 
     both = torch.cat([fit.weight, fit.bias[:, None]], 1)
-    weight, bias = solve_hessian(features, labels, C, fit, right[:, :4], right[:, 4])
+    weight, bias = solve_hessian(features, labels, C, fit, right[:, :D], right[:, D])
     solved = torch.cat([weight, bias[:, None]], 1)
     product = torch.autograd.functional.hvp(objective, both, solved)[1]
     torch.testing.assert_close(product, right, rtol=1e-8, atol=1e-8)

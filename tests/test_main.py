@@ -1,19 +1,13 @@
 """The real command, with a tiny budget: what it writes, how it resumes, what it refuses."""
 
-import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
 
 import main
-from command_line import run_command
 from learning_rules import load_rule
 from mnist_datasets import load_images
 
@@ -30,35 +24,12 @@ def run(*flags) -> None:
     main.main([*map(str, flags)])
 
 
-def rows(directory: Path) -> list[dict[str, str]]:
-    with (directory / "metrics.csv").open() as file:
-        return [
-            {name: value for name, value in row.items() if name != "seconds"}
-            for row in csv.DictReader(file)
-        ]
-
-
-def outcome(directory: Path) -> tuple:
-    """All numbers of a run that do not depend on the time it took."""
-    return rows(directory), (directory / "results.json").read_text()
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
     """A run without further flags."""
     out = tmp_path_factory.mktemp("plain") / "run"
     run(4, *TINY, "--out", out)
     return out
-
-
-def refused(capsys, *flags) -> str:
-    """The one line on stderr with which the command ends, exit status 2."""
-    with pytest.raises(SystemExit) as stop:
-        run_command(main.main, [*map(str, flags)])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def test_a_run_leaves_configuration_metrics_checkpoint_rule_and_figures(tmp_path):
@@ -145,48 +116,29 @@ def test_a_run_can_start_from_what_another_has_learned(tmp_path, plain):
 def test_a_start_that_does_not_fit_is_refused_in_one_line(capsys, tmp_path, plain):
     out = ["--out", tmp_path / "run"]
     start = [4, *TINY, "--start_from", plain]
-    assert "degree" in refused(capsys, *start, "--degree", 2, *out)
-    assert "views" in refused(capsys, *start, "--pair_inputs", *out)
-    assert "rule.json" in refused(capsys, 4, *TINY, "--start_from", tmp_path / "none", *out)
+    assert "degree" in refused(capsys, main.main, *start, "--degree", 2, *out)
+    assert "views" in refused(capsys, main.main, *start, "--pair_inputs", *out)
+    nowhere = ["--start_from", tmp_path / "none", *out]
+    assert "rule.json" in refused(capsys, main.main, 4, *TINY, *nowhere)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_path):
     flags = [*TINY, "--metasteps", "40", "--sparsify", "--sparsify_from", "10", "--average", "0.9"]
     run(4, *flags, "--out", tmp_path / "whole")
-    command = [sys.executable, "main.py", "4", *flags, "--out", str(tmp_path / "killed")]
-    for kill in range(3):
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        _wait_for_rows(tmp_path / "killed", 7 + 11 * kill, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        command = [sys.executable, "main.py", "--resume", str(tmp_path / "killed"), "--quiet"]
+    out = tmp_path / "killed"
+    kill_at_row(7, out, "main.py", 4, *flags, "--out", out)
+    for count in (18, 29):
+        kill_at_row(count, out, "main.py", "--resume", out, "--quiet")
     run("--resume", tmp_path / "killed", "--quiet")
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     for name in ("results.json", "rule.json"):
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
-def _wait_for_rows(directory: Path, count: int, process) -> None:
-    metrics = directory / "metrics.csv"
-    for _ in range(600):
-        if process.poll() is not None:
-            raise AssertionError(f"the run ended before row {count}")
-        if metrics.exists() and metrics.read_text().count("\n") > count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no row {count} within 30 s")
-
-
 def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "main.py", "4", *TINY, "--metasteps", "100000", "--out", str(out)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-    )
-    _wait_for_rows(out, 3, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    interrupt_at_row(3, out, "main.py", 4, *TINY, "--metasteps", "100000", "--out", out)
     assert (out / "figures" / "meta_loss.png").exists() and (out / "checkpoint.pt").exists()
     assert (out / "results.json").exists()
 
@@ -232,11 +184,11 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
 )
 def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):
     where = ["--out", tmp_path / "run"]
-    assert message in refused(capsys, *flags, *where)
+    assert message in refused(capsys, main.main, *flags, *where)
 
 
 def test_a_refused_batch_size_leaves_no_directory_behind(capsys, tmp_path):
-    refused(capsys, 4, *TINY, "--batch_size", 5000, "--out", tmp_path / "run")
+    refused(capsys, main.main, 4, *TINY, "--batch_size", 5000, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -244,7 +196,7 @@ def test_a_run_is_not_resumed_on_other_images(capsys, tmp_path, plain, monkeypat
     other = [data.__class__(data.images[1:], data.labels[1:], "other")
              for data in load_images("mnist5k", tmp_path)]  # fmt: skip
     monkeypatch.setattr(main, "load_images", lambda *_: other)
-    assert "images" in refused(capsys, "--resume", plain, "--quiet")
+    assert "images" in refused(capsys, main.main, "--resume", plain, "--quiet")
 
 
 def test_a_rule_that_trains_nothing_finite_is_saved_all_the_same(tmp_path):
@@ -261,13 +213,13 @@ def test_evaluations_take_as_many_steps_as_the_last_meta_step(plain):
 
 def test_an_output_that_cannot_be_written_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "file" in refused(capsys, 4, *TINY, "--out", tmp_path / "file" / "run")
+    assert "file" in refused(capsys, main.main, 4, *TINY, "--out", tmp_path / "file" / "run")
 
 
 def test_resuming_with_another_configuration_is_refused(capsys, tmp_path, plain):
-    line = refused(capsys, "--resume", plain, "--lr", "0.5", "--quiet")
+    line = refused(capsys, main.main, "--resume", plain, "--lr", "0.5", "--quiet")
     assert "lr" in line and "0.5" in line
-    assert "no" in refused(capsys, "--resume", tmp_path / "nothing")
+    assert "no" in refused(capsys, main.main, "--resume", tmp_path / "nothing")
 
 
 def test_a_new_rule_changes_nothing_but_clamps_the_weights(tmp_path):

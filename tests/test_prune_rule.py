@@ -1,20 +1,15 @@
 """Removals against least squares by torch, and the real command on a tiny run."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import interrupt_at_row, kill_at_row, refused
 from oracles import DOUBLE, normal
 
 import main
 import prune_rule
-from command_line import run_command
 from learning_rules import PerLayerRule, PolynomialRule, load_rule, term_products
 from models_fully_local import Activation, lateral_mlp
 
@@ -43,16 +38,6 @@ def run(*flags) -> None:
 
 def results_of(directory: Path) -> dict:
     return json.loads((directory / "results.json").read_text())
-
-
-def refused(capsys, *flags) -> str:
-    """The one line on stderr with which the command ends, exit status 2."""
-    with pytest.raises(SystemExit) as stop:
-        run_command(prune_rule.main, [*map(str, flags)])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 # ---- removals ----
@@ -190,39 +175,17 @@ def test_the_term_goes_without_which_the_loss_of_trials_is_smallest(tmp_path, le
 def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path, learned):
     flags = [str(learned), *FAST, "--terms", "7", "2", "--try_below", "13", "--quiet"]
     run(*flags, "--out", tmp_path / "whole")
-    command = [sys.executable, "prune_rule.py", *flags, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    _wait_for_rows(tmp_path / "killed", 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    out = tmp_path / "killed"
+    kill_at_row(3, out, "prune_rule.py", *flags, "--out", out)
     run("--resume", tmp_path / "killed", "--quiet")
     for name in ("metrics.csv", "results.json", "rule.json"):
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
-def _wait_for_rows(directory: Path, count: int, process) -> None:
-    metrics = directory / "metrics.csv"
-    for _ in range(1200):
-        if process.poll() is not None:
-            raise AssertionError(f"the run ended before row {count}")
-        if metrics.exists() and metrics.read_text().count("\n") > count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no row {count} within 60 s")
-
-
 def test_an_interrupted_run_reports_what_it_has_with_status_130(tmp_path, learned):
-    flags = [*FAST, "--terms", "12", "2", "--try_below", "13", "--candidates", "13"]
-    command = [
-        sys.executable, "prune_rule.py", str(learned), *flags, "--trials", "2", "--quiet",
-        "--out", str(tmp_path / "run"),
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-    )
-    _wait_for_rows(tmp_path / "run", 1, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    flags = ["--terms", 12, 2, "--try_below", 13, "--candidates", 13, "--trials", 2, "--quiet"]
+    out = tmp_path / "run"
+    interrupt_at_row(1, out, "prune_rule.py", learned, *FAST, *flags, "--out", out)
     assert results_of(tmp_path / "run")["pruning"][0]["terms"] == 13
 
 
@@ -236,12 +199,13 @@ def test_an_interrupted_run_reports_what_it_has_with_status_130(tmp_path, learne
     ],
 )
 def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, learned, flags, message):
-    assert message in refused(capsys, learned, *FAST, *flags, "--out", tmp_path / "run")
+    flags = [*FAST, *flags, "--out", tmp_path / "run"]
+    assert message in refused(capsys, prune_rule.main, learned, *flags)
     assert not (tmp_path / "run").exists()
 
 
 def test_what_is_no_finished_run_of_main_is_refused(capsys, tmp_path, learned):
-    assert "not a run's directory" in refused(capsys, tmp_path, *FAST)
+    assert "not a run's directory" in refused(capsys, prune_rule.main, tmp_path, *FAST)
     pruned = tmp_path / "pruned"
     run(learned, *FAST, "--terms", 12, "--quiet", "--out", pruned)
-    assert "main.py" in refused(capsys, pruned, *FAST)
+    assert "main.py" in refused(capsys, prune_rule.main, pruned, *FAST)
