@@ -56,7 +56,12 @@ from learning_rules import (
 from linear_probe import PROBE_GRADIENTS, ProbeLoss, extract_features
 from meta_gradients import METHODS, Forward, MetaGradient, Reverse, Strategies, Truncated
 from mnist_datasets import batches, load_images, normalize_pixels, pair_batches
-from models_fully_local import INHIBITION, Activation, lateral_network
+from models_fully_local import (
+    INHIBITION,
+    WITH_LATERAL_WEIGHTS,
+    Activation,
+    lateral_network,
+)
 from processes import join_team
 from run_log import RunLog, finish_on_interrupt, read_json, read_metrics
 from train import MEMORY
@@ -159,10 +164,13 @@ def refuse_flags_without_effect(args) -> None:
         raise UserError("--pool averages what --conv yields: give --conv as well, or leave it out")
     if args.compile and args.sparsify:
         raise UserError("--compile does not go with --sparsify, whose rule changes: leave one out")
+    if args.compile and args.inhibition == "equilibrium":
+        raise UserError("--compile does not go with --inhibition equilibrium: leave one out")
     lateral_only = args.forbid_self_inhibition or args.forbid_excitation
-    if args.inhibition != "lateral" and lateral_only:
+    if args.inhibition not in WITH_LATERAL_WEIGHTS and lateral_only:
         raise UserError(
-            "--forbid_self_inhibition and --forbid_excitation need --inhibition lateral"
+            "--forbid_self_inhibition and --forbid_excitation need --inhibition lateral, "
+            "or equilibrium"
         )
 
 
@@ -209,7 +217,7 @@ def make_rule(args) -> PerLayerRule:
     return PerLayerRule([
         kind.of_degree(
             args.degree,
-            lateral=args.inhibition == "lateral",
+            lateral=args.inhibition in WITH_LATERAL_WEIGHTS,
             bound=bound,
             bound_size=args.bound or 1.0,
             l2=args.l2_reg,
@@ -222,7 +230,7 @@ def make_rule(args) -> PerLayerRule:
 def make_initializer(args) -> GaussianInitializer:
     """Spread of w, means of b and m, which start without spread; trained where the method can."""
     mode = TRAINABLE if METHODS[args.method].reaches_start else FIXED
-    names = "bm" if args.inhibition == "lateral" else "b"
+    names = "bm" if args.inhibition in WITH_LATERAL_WEIGHTS else "b"
     return GaussianInitializer(dict.fromkeys(names, mode), {"w": mode})
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from equilibrium import equilibrium
 from local_polynomial import Windows, samples
 
 Params = list[dict[str, Tensor]]
@@ -108,14 +109,16 @@ def lateral_dynamics(
     return _LateralDynamics.apply(s, m, activation, inh_steps, inh_factor)
 
 
-INHIBITION = ("lateral", "none", "l1", "l2")
+WITH_LATERAL_WEIGHTS = ("lateral", "equilibrium")
+INHIBITION = (*WITH_LATERAL_WEIGHTS, "none", "l1", "l2")
 
 
 class _LateralLayer(nn.Module):
     """What layers of competing units share, whatever their inputs are.
 
-    inhibition: "lateral" (the dynamics above), "none" (y = sigma(s)), "l1" or "l2" (sigma(s)
-    divided by 1e-6 + its norm). Only "lateral" has the parameter m.
+    inhibition: "lateral" (the dynamics above), "equilibrium" (their limit, see equilibrium.py),
+    "none" (y = sigma(s)), "l1" or "l2" (sigma(s) divided by 1e-6 + its norm). Only the first two
+    have the parameter m, and only the first has steps.
     forbid_self_inhibition keeps m's diagonal at 0, forbid_excitation keeps m <= 0.
     """
 
@@ -146,7 +149,7 @@ class _LateralLayer(nn.Module):
         """The shapes of the tensors that this layer expects, by name."""
         units = self.weight_shape[0]
         shapes = {"w": self.weight_shape, "b": (units,)}
-        if self.inhibition == "lateral":
+        if self.inhibition in WITH_LATERAL_WEIGHTS:
             shapes["m"] = (units, units)
         return shapes
 
@@ -156,6 +159,8 @@ class _LateralLayer(nn.Module):
             return lateral_dynamics(
                 s, params["m"], self.activation, self.inh_steps, self.inh_factor
             )
+        if self.inhibition == "equilibrium":
+            return equilibrium(s, params["m"], self.activation)
         y = self.activation.of_scaled_(self.activation.slope * s)
         if self.inhibition != "none":
             order = 1 if self.inhibition == "l1" else 2

@@ -12,14 +12,16 @@ The synthetic data, drawn with seed 1, and all defaults are those of HyperTorch'
 validation losses stand beside ours. First comes the error of every method at l = 1, in float64 and
 over the number k of steps or iterations, beside what theory promises (Grazzi et al. 2020, arXiv
 2006.16218): the powers of the map's contraction, or ((sqrt c - 1) / (sqrt c + 1))^k for conjugate
-gradients, where c is the condition number, and its root c^2 for the normal equations.
+gradients, where c is the condition number of I - J, its square for the normal equations. Implicit
+methods stop at their tolerance, 1e-10.
 """
 
 import csv
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from command_line import (
     UserError,
     common_parser,
-    nonnegative_float,
+    fraction,
     nonnegative_int,
     open_run,
     parse,
@@ -45,7 +47,7 @@ from command_line import (
 )
 from figure_style import (
     COLOURS,
-    FAINT,
+    GREY,
     add_legend,
     label_axes,
     new_figure,
@@ -66,49 +68,53 @@ from hypergradients import (
     truncated_reverse,
 )
 from inner_optimizers import GradientDescent
+from linear_solvers import DivergenceError
 from mnist_datasets import ImageData, load_images
 from run_log import RunLog, finish_on_interrupt, read_metrics
 from update_maps import advance
 
+# Validation losses in HyperTorch's notebook, which are of the defaults here
 PUBLISHED = {0: 0.5744, 10: 0.5338, 20: 0.3615, 30: 0.3225, 40: 0.2988, 50: 0.2945, 60: 0.2906}
-PUBLISHED_WITH = {"data": "synthetic", "seed": 1, "method": "truncated_reverse", "steps": 100,
-                  "K": 10, "rate": 0.1, "lr": 1.0, "momentum": 0.9, "dtype": "float32"}  # fmt: skip
-LEAST = 1e-8  # an L2 weight
 CURVE = (1, 2, 3, 4, 6, 8, 11, 15, 20, 27, 36, 48, 64, 85)  # k of the errors
-ROUNDING = 1e-14  # relative errors below it tell nothing in float64
+LEAST = 1e-8  # an L2 weight
+NEWTON_STEPS = 12
+FORWARD_STEPS = 8000  # k times features, at most, in the comparison
+SAVE_EVERY = 10  # outer steps
+RATES = {"synthetic": 1.0, "digits": 100.0}  # of hypergradient descent
+NO_IMAGES = torch.zeros(0, 1, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Logistic regression with an L2 weight for each feature; hyperparameters [l], parameters [w].
+    """Logistic regression with an L2 weight for each feature; parameters [w], hyperparameters [l].
 
-    inputs: [points, features]. targets: 0 or 1 [points]. rate: of gradient descent.
+    inputs: [points, features]. targets: 0 or 1, [points]. rate: of gradient descent.
+    start: w_0, [features].
     """
 
     inputs: Tensor
     targets: Tensor
     validation_inputs: Tensor
     validation_targets: Tensor
+    start: Tensor
     rate: float
 
     def to(self, *where) -> "Problem":
         """The same on another device, or of another type."""
-        tensors = (self.inputs, self.targets, self.validation_inputs, self.validation_targets)
-        return Problem(*(t.to(*where) for t in tensors), self.rate)
+        tensors = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **{name: t.to(*where) for name, t in tensors.items()})
 
-    def start(self) -> list[Tensor]:
-        """w_0 = 0."""
-        return [self.inputs.new_zeros(self.inputs.shape[1])]
-
-    def first_hparams(self) -> list[Tensor]:
-        """All L2 weights 1."""
-        return [self.inputs.new_ones(self.inputs.shape[1]).requires_grad_()]
+    def all_ones(self) -> list[Tensor]:
+        """The hyperparameters to begin with."""
+        return [torch.ones_like(self.start).requires_grad_()]
 
     def inner_loss(self, params: list[Tensor], hparams: list[Tensor]) -> Tensor:
+        """Mean cross-entropy of the training points, and the penalty."""
         fit = binary_cross_entropy_with_logits(self.inputs @ params[0], self.targets)
         return fit + (hparams[0] * params[0].square()).sum() / 2
 
     def outer_loss(self, params: list[Tensor], hparams: list[Tensor]) -> Tensor:
+        """Mean cross-entropy of the validation points."""
         logits = self.validation_inputs @ params[0]
         return binary_cross_entropy_with_logits(logits, self.validation_targets)
 
@@ -117,97 +123,358 @@ class Problem:
         right = (self.validation_inputs @ params[0] > 0) == (self.validation_targets > 0.5)
         return float(right.double().mean())
 
-    def map(self, gradient: str = "graph") -> GradientDescent:
-        """A step of gradient descent on the inner loss."""
+    def step(self, gradient: str = "graph") -> GradientDescent:
+        """The map: gradient descent on the inner loss."""
         return GradientDescent(self.inner_loss, self.rate, gradient=gradient)
 
-    def hessian(self, params: list[Tensor], hparams: list[Tensor]) -> Tensor:
+    def hessian(self, w: Tensor, l2: Tensor) -> Tensor:
         """Of the inner loss: X^T diag(p (1 - p)) X / n + diag(l), [features, features]."""
-        p = torch.sigmoid(self.inputs @ params[0])
-        weighted = self.inputs.T * (p * (1 - p)) @ self.inputs
-        return weighted / len(self.inputs) + hparams[0].detach().diag()
+        p = torch.sigmoid(self.inputs @ w)
+        return self.inputs.T * (p * (1 - p)) @ self.inputs / len(self.inputs) + l2.diag()
 
-    def solve(self, hparams: list[Tensor]) -> list[Tensor]:
-        """w* by Newton's method, which gets there without line search where l is about 1."""
-        params = self.start()
-        for _ in range(30):
-            p = torch.sigmoid(self.inputs @ params[0])
-            residual = self.inputs.T @ (p - self.targets) / len(self.inputs)
-            gradient = residual + hparams[0].detach() * params[0]
-            step = torch.linalg.solve(self.hessian(params, hparams), gradient)
-            params = [params[0] - step]
-            if step.norm() < 1e-15 * params[0].norm():
-                break
-        return params
+    def solution(self, l2: Tensor) -> Tensor:
+        """w*, by Newton's method, which needs no line search where l is about 1."""
+        w = torch.zeros_like(self.start)
+        for _ in range(NEWTON_STEPS):
+            residual = torch.sigmoid(self.inputs @ w) - self.targets
+            gradient = self.inputs.T @ residual / len(self.inputs) + l2 * w
+            w = w - torch.linalg.solve(self.hessian(w, l2), gradient)
+        return w
 
-    def hypergradient(self, params: list[Tensor], hparams: list[Tensor]) -> Tensor:
-        """Exact, at w*: -w* H^-1 grad_w E, as the inner gradient's derivative by l_i is w_i e_i."""
-        p = torch.sigmoid(self.validation_inputs @ params[0])
-        grad = self.validation_inputs.T @ (p - self.validation_targets)
-        grad = grad / len(self.validation_targets)
-        return -params[0] * torch.linalg.solve(self.hessian(params, hparams), grad)
+    def hypergradient(self, w: Tensor, l2: Tensor) -> Tensor:
+        """At w*: -w* H^-1 grad_w E, because l_i only moves the inner gradient's entry i, by w_i."""
+        residual = torch.sigmoid(self.validation_inputs @ w) - self.validation_targets
+        gradient = self.validation_inputs.T @ residual / len(residual)
+        return -w * torch.linalg.solve(self.hessian(w, l2), gradient)
 
 
-# ---- the methods: (problem, hparams, T, k) -> hypergradient after T steps, k of them or k products
+def synthetic_problem(seed: int, rate: float) -> Problem:
+    """HyperTorch's: 1,000 points of 20 features, half of them for validation, float64."""
+    random = np.random.RandomState(seed)  # its stream is frozen: the same numbers in every NumPy
+    w, x = random.randn(20), random.randn(1000, 20)
+    y = (x @ w + 0.1 * random.randn(1000) > 0).astype(float)
+    x, x_val, y, y_val = map(
+        torch.from_numpy, train_test_split(x, y, test_size=0.5, random_state=random)
+    )
+    return Problem(x, y, x_val, y_val, torch.zeros(20, dtype=x.dtype), rate)
+
+
+def digits_problem(sets: Sequence[ImageData], classes: Sequence[int], rate: float) -> Problem:
+    """Two classes of the training images, and of the test images for validation, float64."""
+    parts = []
+    for data in sets:
+        rows = torch.isin(data.labels, torch.tensor(classes)).nonzero().squeeze(1)
+        parts += [data.floats(rows, torch.float64).flatten(1)]
+        parts += [(data.labels[rows] == classes[1]).double()]
+    if any(part.unique().numel() < 2 for part in parts[1::2]):
+        raise UserError(f"--classes {classes[0]} {classes[1]}: there are no images of both")
+    return Problem(*parts, parts[0].new_zeros(parts[0].shape[1]), rate)
+
+
+# ---- methods: (problem, hparams, steps, k) to the hypergradient after so many steps from w_0 ----
 
 Method = Callable[[Problem, list[Tensor], int, int], list[Tensor]]
 
 
-def along(method: Callable, problem: Problem, hparams, steps: int, k: int) -> list[Tensor]:
-    """Methods that follow all steps from w_0; k plays no part."""
-    maps = [problem.map()] * steps
-    return method(problem.start(), hparams, update_maps=maps, outer_loss=problem.outer_loss)
-
-
-def reversed_history(problem: Problem, hparams, steps: int, k: int) -> list[Tensor]:
-    """reverse, with all states kept."""
-    history, update = [problem.start()], problem.map()
+def with_all_states(problem: Problem, hparams: list[Tensor], steps: int, k: int) -> list[Tensor]:
+    """reverse from all kept states; k plays no part."""
+    history, update = [[problem.start]], problem.step()
     for _ in range(steps):
         history.append(update(history[-1], hparams, create_graph=False))
     return reverse(history, hparams, [update] * steps, problem.outer_loss)
 
 
-def forwarded(problem: Problem, hparams, steps: int, k: int) -> list[Tensor]:
-    """forward_mode, all directions at once."""
-    maps = [problem.map("func")] * steps
-    return forward_mode(problem.start(), hparams, maps, problem.outer_loss, vectorize=True)
+def with_checkpoints(problem: Problem, hparams: list[Tensor], steps: int, k: int) -> list[Tensor]:
+    """checkpointed_reverse; k plays no part."""
+    updates = [problem.step()] * steps
+    return checkpointed_reverse([problem.start], hparams, updates, problem.outer_loss)
 
 
-def truncated(problem: Problem, hparams, steps: int, k: int) -> list[Tensor]:
-    """The last k of all steps; the steps are more where k is."""
-    maps = [problem.map()] * max(steps, k)
-    return truncated_reverse(problem.start(), hparams, k, maps, problem.outer_loss)
+def forwards(problem: Problem, hparams: list[Tensor], steps: int, k: int) -> list[Tensor]:
+    """forward_mode in all directions at once; k plays no part."""
+    updates = [problem.step("func")] * steps
+    return forward_mode([problem.start], hparams, updates, problem.outer_loss, vectorize=True)
 
 
-def looked_back(problem: Problem, hparams, steps: int, k: int) -> list[Tensor]:
-    """neumann_lookback: k terms with the map at w_{T-1}."""
-    maps = [problem.map()]
-    params = advance(problem.start(), hparams, maps * (steps - 1))
-    return neumann_lookback(params, hparams, k, maps, problem.outer_loss)
+def truncated(problem: Problem, hparams: list[Tensor], steps: int, k: int) -> list[Tensor]:
+    """truncated_reverse through the last k steps."""
+    updates = [problem.step()] * max(steps, k)
+    return truncated_reverse([problem.start], hparams, k, updates, problem.outer_loss)
 
 
-def at_the_end(method: Callable, problem: Problem, hparams, steps: int, k: int) -> list[Tensor]:
-    """Implicit methods, with w_T for the fixed point."""
-    params = advance(problem.start(), hparams, [problem.map()] * steps)
-    return method(params, hparams, K=k, fp_map=problem.map(), outer_loss=problem.outer_loss)
+def looking_back(problem: Problem, hparams: list[Tensor], steps: int, k: int) -> list[Tensor]:
+    """neumann_lookback: k terms at the last state but one."""
+    update = problem.step()
+    params = advance([problem.start], hparams, [update] * (steps - 1))
+    return neumann_lookback(params, hparams, k, [update], problem.outer_loss)
 
 
-def by_an_optimizer(*args, **options) -> list[Tensor]:
-    """stoch_AID's hypergradient, of SGD of rate 1 without noise."""
+def at_fixed_point(
+    method: Callable, problem: Problem, hparams: list[Tensor], steps: int, k: int
+) -> list[Tensor]:
+    """An implicit method with K = k, for which the last state is the fixed point."""
+    update = problem.step()
+    params = advance([problem.start], hparams, [update] * steps)
+    return method(params, hparams, K=k, fp_map=update, outer_loss=problem.outer_loss)
+
+
+def by_optimizer(*args, **options) -> list[Tensor]:
+    """The hypergradient of stoch_AID, SGD of rate 1."""
     return stoch_AID(*args, **options, verbose=False)[0]
 
 
-METHODS: dict[str, Method] = {
-    "reverse": reversed_history,
-    "checkpointed_reverse": partial(along, checkpointed_reverse),
-    "forward_mode": forwarded,
-    "truncated_reverse": truncated,
-    "neumann_lookback": looked_back,
-    "fixed_point": partial(at_the_end, fixed_point),
-    "neumann": partial(at_the_end, neumann),
-    "stoch_AID": partial(at_the_end, by_an_optimizer),
-    "CG": partial(at_the_end, CG),
-    "CG_normaleq": partial(at_the_end, CG_normaleq),
-    "nystrom": partial(at_the_end, nystrom),
+ALL_STEPS: dict[str, Method] = {
+    "reverse": with_all_states,
+    "checkpointed_reverse": with_checkpoints,
+    "forward_mode": forwards,
 }
-WHOLE = ("reverse", "checkpointed_reverse", "forward_mode")  # k is the number of all steps
+LAST_STEPS: dict[str, Method] = {"truncated_reverse": truncated, "neumann_lookback": looking_back}
+IMPLICIT: dict[str, Method] = {
+    "fixed_point": partial(at_fixed_point, fixed_point),
+    "neumann": partial(at_fixed_point, neumann),
+    "stoch_AID": partial(at_fixed_point, by_optimizer),
+    "CG": partial(at_fixed_point, CG),
+    "CG_normaleq": partial(at_fixed_point, CG_normaleq),
+    "nystrom": partial(at_fixed_point, nystrom),
+}
+METHODS = ALL_STEPS | LAST_STEPS | IMPLICIT
+
+
+# ---- the error of each method ----
+
+
+def error_curves(problem: Problem, ks: Sequence[int], progress) -> dict[str, list[float]]:
+    """Relative errors at l = 1 of each method, for each k; nan where a method says it diverges.
+
+    Methods that follow all steps take k steps from w_0; all others begin at w*, where only their
+    own error is left. forward_mode is left out, nan, where it would take long.
+    """
+    hparams = problem.all_ones()
+    l2 = hparams[0].detach()
+    solution = problem.solution(l2)
+    exact = problem.hypergradient(solution, l2)
+    there = replace(problem, start=solution)
+    curves = {}
+    for name, method in METHODS.items():
+        begin, follows = (problem, True) if name in ALL_STEPS else (there, False)
+        curves[name] = []
+        for k in ks:
+            found = torch.full_like(exact, math.nan)
+            if name != "forward_mode" or k * len(exact) <= FORWARD_STEPS:
+                with suppress(DivergenceError):
+                    found = method(begin, hparams, k if follows else 1, k)[0]
+            curves[name].append(float((found - exact).norm() / exact.norm()))
+        progress.advance()
+    return curves
+
+
+def theoretical_rates(problem: Problem) -> dict[str, float]:
+    """By how much an iteration multiplies the error, at w* of l = 1. (Grazzi et al. 2020.)
+
+    Conjugate gradients: (sqrt c - 1) / (sqrt c + 1), with c of I - J, or of its square.
+    """
+    l2 = torch.ones_like(problem.start)
+    eigenvalues = torch.linalg.eigvalsh(problem.hessian(problem.solution(l2), l2))
+    condition = float(eigenvalues[-1] / eigenvalues[0])
+    root = math.sqrt(condition)
+    return {
+        "contraction": float((1 - problem.rate * eigenvalues).abs().max()),
+        "CG": (root - 1) / (root + 1),
+        "CG_normaleq": (condition - 1) / (condition + 1),
+    }
+
+
+def compare_methods(problem: Problem, log: RunLog) -> None:
+    """Errors and rates as errors.csv and rates.json, and their figure."""
+    with log.progress(len(METHODS), description="method") as progress:
+        curves = error_curves(problem, CURVE, progress)
+    rates = theoretical_rates(problem)
+    with log.path("errors.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["k", *curves])
+        writer.writerows(zip(CURVE, *curves.values(), strict=True))
+    log.write_json("rates.json", rates)
+    log.path("figures").mkdir(exist_ok=True)
+    draw_errors(CURVE, curves, rates, log.path("figures/errors.png"))
+    shown = [k for k in (1, 4, 11, 27, 85) if k in CURVE]
+    log.say("relative error of the hypergradient at l = 1, float64; contraction "
+            f"{rates['contraction']:.3f}, rate of CG {rates['CG']:.3f}")  # fmt: skip
+    log.say(f"{'k':>20}" + "".join(f"{k:>10}" for k in shown))
+    for name, errors in curves.items():
+        log.say(f"{name:>20}" + "".join(f"{errors[CURVE.index(k)]:10.1e}" for k in shown))
+
+
+def draw_errors(
+    ks: Sequence[int],
+    curves: Mapping[str, Sequence[float]],
+    rates: Mapping[str, float],
+    path: str | Path,
+) -> None:
+    """Errors over k on a logarithmic scale, and theory's slopes, each through a curve's start."""
+    figure = new_figure(9.6, 4.2)
+    panels = {
+        "Along the trajectory": (ALL_STEPS | LAST_STEPS, {"contraction": "truncated_reverse"}),
+        "At the fixed point": (IMPLICIT, {"contraction": "fixed_point", "CG": "CG",
+                                          "CG_normaleq": "CG_normaleq"}),
+    }  # fmt: skip
+    for axes, (title, (names, slopes)) in zip(
+        figure.subplots(1, 2, sharey=True), panels.items(), strict=True
+    ):
+        for number, name in enumerate(names):  # hollow markers: several curves are the same
+            axes.plot(ks, curves[name], color=COLOURS[number], lw=1, marker="o",
+                      ms=9 - 1.4 * number, mfc="none", label=name)  # fmt: skip
+        for rate, name in slopes.items():
+            line = curves[name][0] * rates[rate] ** (np.array(ks) - ks[0])
+            axes.plot(ks, line, color=COLOURS[list(names).index(name)], lw=0.9, ls="--")
+        axes.plot([], [], color=GREY, lw=0.9, ls="--", label="theory, in the method's colour")
+        label_axes(axes, title, "steps, terms or iterations k", "relative error")
+        axes.set_yscale("log")
+        axes.set_ylim(1e-12, 10)
+        add_legend(axes)
+    save_figure(figure, path)
+
+
+# ---- optimisation of the L2 weights ----
+
+
+def optimise(args, problem: Problem, log: RunLog) -> bool:
+    """A row of metrics per outer step, checkpoints; whether Ctrl-C ended it before its time."""
+    hparams = problem.all_ones()
+    optimizer = torch.optim.SGD(hparams, lr=args.lr, momentum=args.momentum)
+    done = 0
+    if (saved := log.load_checkpoint()) is not None:
+        done = saved[0] + 1
+        hparams[0].data.copy_(saved[1]["l2"])
+        optimizer.load_state_dict(saved[1]["optimizer"])
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(args.outer_steps, done, "outer step") as progress,
+    ):
+        for step in range(done, args.outer_steps):
+            row = outer_step(args, problem, hparams, optimizer)
+            log.record(step, row)
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.outer_steps or interrupt.requested:
+                state = {"l2": hparams[0].detach(), "optimizer": optimizer.state_dict()}
+                log.save_checkpoint(step, state)
+            progress.advance(row)
+            if interrupt.requested:
+                break
+    return interrupt.requested
+
+
+def outer_step(args, problem: Problem, hparams: list[Tensor], optimizer) -> dict[str, float]:
+    """Moves the L2 weights; the numbers are those before."""
+    params = advance([problem.start], hparams, [problem.step()] * args.steps)
+    row = {
+        "validation_loss": float(problem.outer_loss(params, hparams)),
+        "validation_accuracy": problem.accuracy(params),
+        "least_l2": float(hparams[0].detach().min()),
+        "largest_l2": float(hparams[0].detach().max()),
+    }
+    optimizer.zero_grad()
+    gradient = METHODS[args.method](problem, hparams, args.steps, args.K)
+    row["hypergradient_norm"] = float(gradient[0].norm())
+    if not all(math.isfinite(value) for value in row.values()):
+        raise FloatingPointError(f"not finite any more: {row}; take a smaller --lr or --rate")
+    optimizer.step()
+    hparams[0].data.clamp_(min=LEAST)
+    return row
+
+
+def report(args, log: RunLog, source: str) -> None:
+    """The table of validation losses, on the screen and as a file, and the figures."""
+    metrics = read_metrics(log.directory)
+    published = PUBLISHED if is_published(args) else {}
+    log.say(
+        f"{'outer step':>10}{'loss':>10}{'accuracy':>10}" + "  published loss" * bool(published)
+    )
+    table = []
+    for i, step in enumerate(metrics["step"].tolist()):
+        if step % 10 and i + 1 < len(metrics["step"]):
+            continue
+        row = {name: float(metrics[name][i]) for name in ("validation_loss", "validation_accuracy")}
+        told = {"published_loss": published[step]} if step in published else {}
+        loss, accuracy = row.values()
+        log.say(f"{step:>10}{loss:10.4f}{accuracy:10.2%}" + "".join(
+            f"{value:12.4f}" for value in told.values()))  # fmt: skip
+        table.append({"step": step, **row, **told})
+    log.write_json("results.json", {"data": source, "method": args.method, "table": table})
+    draw_losses(metrics, published, log.path("figures/loss.png"))
+    log.say(f"everything is in {log.directory}")
+
+
+def is_published(args) -> bool:
+    """Whether the run has the settings of the published numbers."""
+    defaults = make_parser().parse_args([])
+    defaults.lr = RATES[defaults.data]
+    names = ("data", "method", "steps", "K", "rate", "lr", "momentum", "seed")
+    return all(getattr(args, name) == getattr(defaults, name) for name in names)
+
+
+def draw_losses(
+    metrics: Mapping[str, np.ndarray], published: Mapping[int, float], path: str | Path
+) -> None:
+    """The validation loss over outer steps, and published values where there are."""
+    figure, axes = one_panel()
+    axes.plot(metrics["step"], metrics["validation_loss"], color=COLOURS[0], lw=1.3, label="here")
+    if published:
+        axes.plot(list(published), list(published.values()), color=COLOURS[1], ls="", marker="o",
+                  ms=5, mfc="none", label="published")  # fmt: skip
+    label_axes(axes, "L2 weights by hypergradient descent", "outer step", "validation loss")
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+# ---- the command ----
+
+
+def make_parser():
+    """The command's flags."""
+    parser = common_parser("Optimise an L2 weight for each feature.", "logistic_regression")
+    parser.set_defaults(dataset="mnist5k", seed=1)
+    add = parser.add_argument_group("problem").add_argument
+    add("--data", choices=("synthetic", "digits"), default="synthetic",
+        help="points drawn with --seed, or two classes of --dataset")  # fmt: skip
+    add("--classes", type=nonnegative_int, nargs=2, default=[4, 9], help="of the digits")
+    add("--steps", type=positive_int, default=100, help="of gradient descent, T")
+    add("--rate", type=positive_float, default=0.1, help="of gradient descent")
+    add = parser.add_argument_group("hypergradient descent").add_argument
+    add("--method", choices=list(METHODS), default="truncated_reverse", help="hypergradient")
+    add("--K", type=positive_int, default=10, help="steps, terms or iterations of the method")
+    add("--outer_steps", type=positive_int, default=100, help="of hypergradient descent")
+    add("--lr", type=positive_float, help="of SGD (default: 1, for digits 100)")
+    add("--momentum", type=fraction, default=0.9, help="of SGD")
+    return parser
+
+
+def make_problem(args) -> tuple[Problem, ImageData]:
+    """The problem in float64, and the images it is made of, none where it is synthetic."""
+    if args.data == "synthetic":
+        source = f"1,000 synthetic points of 20 features, seed {args.seed}"
+        return synthetic_problem(args.seed, args.rate), ImageData(*NO_IMAGES, source)
+    sets = load_images(args.dataset, args.data_dir)
+    problem = digits_problem(sets, args.classes, args.rate)
+    counts = f"{len(problem.targets):,} + {len(problem.validation_targets):,}"
+    source = f"{counts} images of {args.classes[0]} and {args.classes[1]}; {sets[0].source}"
+    return problem, replace(sets[0], source=source)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, compare the methods, optimise, report."""
+    args = parse(make_parser(), argv)
+    if args.lr is None:
+        args.lr = RATES[args.data]
+    device, dtype = set_up(args)
+    problem, data = make_problem(args)
+    problem = problem.to(device)
+    with open_run(args, "logistic_regression", data) as log:
+        log.say(data.source)
+        compare_methods(problem, log)
+        interrupted = optimise(args, problem.to(dtype), log)
+        report(args, log, data.source)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -78,6 +78,7 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--clip_grads", "--clip_norm", "5"],
         ["--inh_steps", "3", "--inh_factor", "0.5"],
         ["--inhibition", "l2"],
+        ["--inhibition", "equilibrium"],
         ["--l2_reg", "0.01"],
         ["--optimizer", "rmsprop"],
         ["--tasks", "2", "--decay", "cosine", "--average", "0.5"],

@@ -29,6 +29,7 @@ from models_fully_local import (
     lateral_mlp,
 )
 
+STEPWISE = [kind for kind in INHIBITION if kind != "equilibrium"]
 BASES = list(SIGMAS)
 hypothesis_settings = settings(deadline=None, max_examples=40, derandomize=True)
 
@@ -138,7 +139,7 @@ def test_a_fixed_point_of_the_dynamics_is_reached_in_many_steps():
 @hypothesis_settings
 @given(
     st.integers(1, 6), st.integers(1, 5), st.integers(1, 5), st.integers(0, 4),
-    st.sampled_from(BASES), st.sampled_from(INHIBITION), st.integers(0, 99),
+    st.sampled_from(BASES), st.sampled_from(STEPWISE), st.integers(0, 99),
 )  # fmt: skip
 def test_a_layer_of_any_size_and_inhibition_is_its_formula(
     batch, fan_in, fan_out, steps, base, inhibition, seed
@@ -303,3 +304,17 @@ def test_another_number_of_parameter_dicts_is_refused(count):
 def test_layers_are_modules_that_print_their_sizes():
     assert isinstance(LateralLinear(4, 2), nn.Module)
     assert "4, 2" in repr(LateralLinear(4, 2))
+
+
+def test_an_equilibrium_layer_is_the_limit_of_the_lateral_one():
+    generator = torch.Generator().manual_seed(4)
+    params = {
+        "w": torch.randn(5, 7, generator=generator, dtype=torch.float64),
+        "b": torch.randn(5, generator=generator, dtype=torch.float64),
+        "m": -0.3 * torch.rand(5, 5, generator=generator, dtype=torch.float64),
+    }
+    x = torch.rand(6, 7, generator=generator, dtype=torch.float64)
+    limit = LateralLinear(7, 5, Activation(), inhibition="equilibrium")
+    steps = LateralLinear(7, 5, Activation(), inh_steps=300)
+    assert limit.parameter_shapes() == steps.parameter_shapes()
+    torch.testing.assert_close(limit(x, params), steps(x, params), rtol=0, atol=1e-4)

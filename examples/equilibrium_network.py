@@ -1,0 +1,313 @@
+"""An equilibrium network, trained through its fixed point, beside an ordinary tanh network.
+
+    python examples/equilibrium_network.py                       fixed point iterations backwards
+    python examples/equilibrium_network.py --method CG_normaleq  another hypergradient
+    python examples/equilibrium_network.py --resume runs/equilibrium_network-...
+
+    h = tanh(h A + x B + c),   logits = h W + b        the ordinary network: A = 0, no iteration
+
+T iterations from h = 0 find the hidden states of a batch; the hypergradient of the cross-entropy by
+A, B, c, W, b comes from K iterations or products. After each step of SGD A's singular values are
+cut at --radius, so that the map stays a contraction. (Bai, Kolter, Koltun 2019, arXiv 1909.01377;
+the experiment: Grazzi et al. 2020, arXiv 2006.16218, section 3.2, there with whole-set steps.) The
+ordinary network has the same first weights, batches, rate and momentum, and backpropagation.
+"""
+
+import math
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from command_line import (
+    UserError,
+    common_parser,
+    fraction,
+    nonnegative_float,
+    open_run,
+    parse,
+    positive_float,
+    positive_int,
+    run_command,
+    set_up,
+)
+from figure_style import COLOURS, add_legend, label_axes, new_figure, save_figure
+from hypergradients import (
+    CG_normaleq,
+    checkpointed_reverse,
+    fixed_point,
+    neumann,
+    neumann_lookback,
+    reverse,
+    reverse_unroll,
+    stoch_AID,
+    truncated_reverse,
+)
+from mnist_datasets import ImageData, load_images
+from run_log import RunLog, finish_on_interrupt, read_metrics
+from update_maps import OuterLoss, UpdateMap, advance
+
+NETWORKS = {"equilibrium": "equilibrium network", "ordinary": "ordinary network"}
+IMPLICIT = {
+    "fixed_point": fixed_point,
+    "neumann": neumann,
+    "CG_normaleq": CG_normaleq,
+    "stoch_AID": partial(stoch_AID, verbose=False),
+}
+ALONG_ITERATIONS = ("reverse_unroll", "reverse", "checkpointed_reverse", "truncated_reverse",
+                    "neumann_lookback")  # fmt: skip
+ASYMMETRIC = "I - J is not symmetric here; take CG_normaleq or fixed_point"
+UNSUITED = {
+    "CG": ASYMMETRIC,
+    "nystrom": ASYMMETRIC,
+    "forward_mode": "it runs the network once for each of its weights; take reverse",
+}
+
+
+class Network:
+    """Weights A [units, units], B [pixels, units], c, W [units, classes], b, and their momentum.
+
+    recurrent: whether h is a fixed point; otherwise A plays no part.
+    """
+
+    def __init__(self, args, pixels: int, classes: int, recurrent: bool, **options) -> None:
+        generator = torch.Generator().manual_seed(args.seed)
+        units = args.units
+        shapes = [(units, units), (pixels, units), (units,), (units, classes), (classes,)]
+        drawn = [torch.randn(shape, generator=generator) * args.spread for shape in shapes]
+        drawn[-1].zero_()
+        self.args, self.recurrent = args, recurrent
+        self.weights = [w.to(**options).requires_grad_() for w in drawn]
+        self.optimizer = torch.optim.SGD(self.weights, lr=args.lr, momentum=args.momentum)
+
+    def map(self, x: Tensor) -> UpdateMap:
+        """h -> tanh(h A + x B + c) for inputs [n, pixels]."""
+        return lambda h, weights: [torch.tanh(h[0] @ weights[0] + x @ weights[1] + weights[2])]
+
+    def start(self, x: Tensor) -> list[Tensor]:
+        """h = 0."""
+        return [x.new_zeros(len(x), self.args.units)]
+
+    @torch.no_grad()
+    def hidden(self, x: Tensor) -> list[Tensor]:
+        """The hidden states [n, units] after T iterations, one in the ordinary network."""
+        driven = x @ self.weights[1] + self.weights[2]  # the same in all iterations
+        h = torch.tanh(driven)
+        for _ in range(self.args.T - 1 if self.recurrent else 0):
+            h = torch.tanh(h @ self.weights[0] + driven)
+        return [h]
+
+    def train_batch(self, x: Tensor, labels: Tensor) -> float:
+        """A step of SGD; returns the loss before."""
+        self.optimizer.zero_grad()
+        losses = []
+
+        def loss(h: list[Tensor], weights: list[Tensor]) -> Tensor:
+            value = cross_entropy(logits(h, weights), labels)
+            losses.append(float(value.detach()))
+            return value
+
+        if self.recurrent:
+            self._differentiate(x, loss)
+        else:
+            loss([torch.tanh(x @ self.weights[1] + self.weights[2])], self.weights).backward()
+        self.optimizer.step()
+        if self.recurrent:
+            self.weights[0].data.copy_(projected(self.weights[0].detach(), self.args.radius))
+        return losses[-1]
+
+    def _differentiate(self, x: Tensor, loss: OuterLoss) -> None:
+        """Adds the hypergradient into the weights' .grad."""
+        method, T, K = self.args.method, self.args.T, self.args.K
+        update, weights = self.map(x), self.weights
+        if method in IMPLICIT:
+            IMPLICIT[method](self.hidden(x), weights, K=K, fp_map=update, outer_loss=loss)
+        elif method == "reverse_unroll":
+            h = self.start(x)
+            for _ in range(T):
+                h = update(h, weights)
+            reverse_unroll(h, weights, loss)
+        elif method == "reverse":
+            history = [self.start(x)]
+            for _ in range(T):
+                history.append(advance(history[-1], weights, [update]))
+            reverse(history, weights, [update] * T, loss)
+        elif method == "checkpointed_reverse":
+            checkpointed_reverse(self.start(x), weights, [update] * T, loss)
+        elif method == "truncated_reverse":
+            truncated_reverse(self.start(x), weights, K, [update] * max(T, K), loss)
+        else:
+            h = advance(self.start(x), weights, [update] * (T - 1))
+            neumann_lookback(h, weights, K, [update], loss)
+
+    @torch.no_grad()
+    def judge(self, x: Tensor, labels: Tensor) -> tuple[float, float]:
+        """Mean cross-entropy, and the share of inputs that are classified correctly."""
+        output = logits(self.hidden(x), self.weights)
+        right = (output.argmax(1) == labels).double().mean()
+        return float(cross_entropy(output, labels)), float(right)
+
+    @torch.no_grad()
+    def distance_from_fixed_point(self, x: Tensor) -> float:
+        """|h_{T+1} - h_T| / |h_T|."""
+        h = self.hidden(x)
+        return float((self.map(x)(h, self.weights)[0] - h[0]).norm() / h[0].norm())
+
+    def state_dict(self) -> dict:
+        return {"weights": [w.detach() for w in self.weights],
+                "optimizer": self.optimizer.state_dict()}  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        for weight, saved in zip(self.weights, state["weights"], strict=True):
+            weight.data.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def logits(h: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """h W + b, [n, classes]."""
+    return h[0] @ weights[3] + weights[4]
+
+
+def projected(matrix: Tensor, radius: float) -> Tensor:
+    """The nearest matrix whose singular values are at most `radius`."""
+    if not matrix.isfinite().all():
+        raise FloatingPointError("the weights are not finite any more; take a smaller --lr")
+    u, s, v = torch.linalg.svd(matrix)
+    return (u * s.clamp(max=radius)) @ v
+
+
+# ---- the command ----
+
+
+def make_parser():
+    """The command's flags."""
+    parser = common_parser("Train an equilibrium network on digits.", "equilibrium_network")
+    parser.set_defaults(dataset="mnist5k")
+    add = parser.add_argument_group("network").add_argument
+    add("--units", type=positive_int, default=200, help="hidden states")
+    add("--T", type=positive_int, default=20, help="iterations of the map")
+    add("--radius", type=positive_float, default=0.99, help="A's largest singular value")
+    add("--spread", type=nonnegative_float, default=0.01, help="of the first weights")
+    add = parser.add_argument_group("training").add_argument
+    add("--method", choices=(*IMPLICIT, *ALONG_ITERATIONS, *UNSUITED), default="fixed_point",
+        help="hypergradient")  # fmt: skip
+    add("--K", type=positive_int, default=20, help="iterations or terms of the method")
+    add("--train_images", type=positive_int, default=5000, help="at most")
+    add("--epochs", type=positive_int, default=30, help="passes over the training images")
+    add("--batch_size", type=positive_int, default=200, help="images of one step")
+    add("--lr", type=positive_float, default=0.5, help="learning rate (SGD)")
+    add("--momentum", type=fraction, default=0.9, help="of SGD")
+    return parser
+
+
+Pairs = tuple[Tensor, Tensor]  # inputs [n, pixels], labels [n]
+
+
+def flat(data: ImageData, dtype: torch.dtype) -> Pairs:
+    """All images as rows, and their labels."""
+    return data.floats(dtype=dtype).flatten(1), data.labels
+
+
+def train_epoch(
+    args, networks: Mapping[str, Network], train: Pairs, test: Pairs, epoch: int
+) -> dict[str, float]:
+    """Both networks see the same batches; the losses of training are means over the epoch."""
+    x, labels = train
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(x), generator=generator).to(x.device)
+    row = {}
+    for name, network in networks.items():
+        losses = [
+            network.train_batch(x[rows], labels[rows]) for rows in order.split(args.batch_size)
+        ]
+        row[f"{name}/train_loss"] = sum(losses) / len(losses)
+        row[f"{name}/train_accuracy"] = network.judge(x, labels)[1]
+        row[f"{name}/test_loss"], row[f"{name}/test_accuracy"] = network.judge(*test)
+    row["distance_from_fixed_point"] = networks["equilibrium"].distance_from_fixed_point(test[0])
+    if not all(math.isfinite(value) for value in row.values()):
+        raise FloatingPointError(f"epoch {epoch}: loss not finite; take a smaller --lr")
+    return row
+
+
+def train_networks(
+    args, networks: Mapping[str, Network], train: Pairs, test: Pairs, log: RunLog
+) -> bool:
+    """All epochs, a row of metrics and a checkpoint after each; whether Ctrl-C ended them."""
+    done = 0
+    if (saved := log.load_checkpoint()) is not None:
+        done = saved[0]
+        for name, network in networks.items():
+            network.load_state_dict(saved[1][name])
+    with finish_on_interrupt() as interrupt, log.progress(args.epochs, done, "epoch") as progress:
+        for epoch in range(done + 1, args.epochs + 1):
+            row = train_epoch(args, networks, train, test, epoch)
+            log.record(epoch, row)
+            log.save_checkpoint(epoch, {n: network.state_dict() for n, network in networks.items()})
+            progress.advance({n: row[f"{n}/test_accuracy"] for n in networks})
+            if interrupt.requested:
+                break
+    return interrupt.requested
+
+
+def draw_curves(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Losses and accuracies of both networks over epochs; training dashed."""
+    figure = new_figure(9.6, 3.8)
+    panels = {"loss": "cross-entropy", "accuracy": "images classified correctly"}
+    for axes, (what, y_label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for colour, (name, title) in zip(COLOURS, NETWORKS.items(), strict=False):
+            for part, style in (("train", "--"), ("test", "-")):
+                values = metrics[f"{name}/{part}_{what}"]
+                axes.plot(metrics["step"], values, color=colour, ls=style, lw=1.3,
+                          label=f"{title}, {part}")  # fmt: skip
+        label_axes(axes, what.capitalize(), "epoch", y_label)
+        add_legend(axes)
+    save_figure(figure, path)
+
+
+def report(args, log: RunLog, source: str) -> None:
+    """The accuracies on the screen and as a file, and the figure."""
+    metrics = read_metrics(log.directory)
+    last = {name: float(values[-1]) for name, values in metrics.items() if name != "step"}
+    log.write_json("results.json", {"data": source, "method": args.method,
+                                    "epochs": int(metrics["step"][-1]), **last})  # fmt: skip
+    for name, title in NETWORKS.items():
+        log.say(f"{title}: test accuracy {last[f'{name}/test_accuracy']:.2%}, training accuracy "
+                f"{last[f'{name}/train_accuracy']:.2%}")  # fmt: skip
+    log.say(f"one more iteration moves h by {last['distance_from_fixed_point']:.1e} of its norm")
+    log.path("figures").mkdir(exist_ok=True)
+    draw_curves(metrics, log.path("figures/training.png"))
+    log.say(f"everything is in {log.directory}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, train both networks, report."""
+    args = parse(make_parser(), argv)
+    if args.method in UNSUITED:
+        raise UserError(f"--method {args.method} does not suit: {UNSUITED[args.method]}")
+    device, dtype = set_up(args)
+    train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
+    train_data = train_data.subset(slice(args.train_images))
+    sizes = math.prod(train_data.shape), train_data.classes
+    networks = {
+        name: Network(args, *sizes, name == "equilibrium", device=device, dtype=dtype)
+        for name in NETWORKS
+    }
+    with open_run(args, "equilibrium_network", train_data) as log:
+        source = f"{len(train_data):,} images for training; {train_data.source}"
+        log.say(source)
+        sets = flat(train_data, dtype), flat(test_data, dtype)
+        interrupted = train_networks(args, networks, *sets, log)
+        report(args, log, source)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,481 @@
+"""Few-shot learning: initial weights that a few steps adapt to a task, by implicit gradients.
+
+    python examples/imaml.py                                5 ways, 1 shot: digits and clothes
+    python examples/imaml.py --dataset omniglot             where it is in --data-dir
+    python examples/imaml.py --problem sinusoid             regression of sine waves
+    python examples/imaml.py --resume runs/imaml-...
+
+    w*(theta) = argmin_w  task loss(w, support) + lambda / 2 |w - theta|^2
+    theta     by Adam on the mean over tasks of  task loss(w*, queries)
+
+w* is approximated by gradient descent from theta, its hypergradient by conjugate gradients on
+I - J, the Hessian, for all tasks of a meta-step at once. (iMAML; Rajeswaran et al. 2019, arXiv
+1909.04630.) The Hessian of a network need not be positive definite: where conjugate gradients meet
+negative curvature, they end one iteration before.
+
+Classes are pictures of one kind, turned by 0, 90, 180 or 270 degrees. Those for testing are made of
+kinds never seen in training: labels 7, 8, 9 of each data set, or Omniglot's evaluation set. What is
+compared is adaptation from learned and from initial theta, on the same tasks.
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.func import vmap
+from torch.nn.functional import conv2d, cross_entropy, linear, mse_loss
+
+from command_line import (
+    DATASETS,
+    UserError,
+    common_parser,
+    open_run,
+    parse,
+    positive_float,
+    positive_int,
+    run_command,
+    set_up,
+)
+from figure_style import COLOURS, add_legend, label_axes, new_figure, save_figure
+from hypergradients import implicit
+from inner_optimizers import GradientDescent
+from linear_solvers import ConjugateGradient, DivergenceError, FixedPoint, NormalEquations
+from mnist_datasets import DataError, ImageData, load_images
+from run_log import RunLog, finish_on_interrupt, read_metrics
+
+METHODS = {
+    "CG": ConjugateGradient,
+    "CG_normaleq": NormalEquations,
+    "fixed_point": FixedPoint,
+}
+FIRST_HELD_OUT = 7  # label of each data set
+OMNIGLOT = ("omniglot-py/images_background", "omniglot-py/images_evaluation")
+TASKS_AT_ONCE = 16  # when testing
+FEATURE_SCALE = 0.5  # the inner loss's curvature then stays below 2 / rate: steps do not overshoot
+NO_IMAGES = torch.zeros(0, 1, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+TRAINING, TESTING = range(2)  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tasks: inputs and targets to adapt to, and others to judge by; [tasks, points, ...]."""
+
+    support: tuple[Tensor, Tensor]
+    queries: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class PictureTasks:
+    """Tasks of `ways` classes, made of kinds (uint8 [n, 1, H, W] each) in four orientations."""
+
+    kinds: Sequence[Tensor]
+    ways: int
+    shots: int
+    queries: int
+    dtype: torch.dtype
+    device: torch.device
+
+    score = "accuracy"
+
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """Tasks with inputs float [tasks, points, 1, H, W] and labels int64 [tasks, points]."""
+        x = torch.stack([self._pictures(generator) for _ in range(count)])
+        x = x.to(self.device, self.dtype) / 255
+        y = torch.arange(self.ways, device=self.device)[:, None]
+
+        def part(rows: slice, number: int) -> tuple[Tensor, Tensor]:
+            labels = y.expand(self.ways, number).reshape(1, -1)
+            return x[:, :, rows].flatten(1, 2), labels.expand(count, -1)
+
+        return Batch(
+            part(slice(self.shots), self.shots), part(slice(self.shots, None), self.queries)
+        )
+
+    def _pictures(self, generator: torch.Generator) -> Tensor:
+        """uint8 [ways, shots + queries, 1, H, W], all different."""
+        drawn = []
+        for number in torch.randperm(4 * len(self.kinds), generator=generator)[: self.ways]:
+            kind, turns = self.kinds[number // 4], int(number % 4)
+            rows = torch.randperm(len(kind), generator=generator)[: self.shots + self.queries]
+            drawn.append(kind[rows].rot90(turns, (2, 3)))
+        return torch.stack(drawn)
+
+    def initial(self, generator: torch.Generator) -> list[Tensor]:
+        """Three layers of 3 x 3 filters of stride 2, and a linear one that begins at 0."""
+        height = math.ceil(self.kinds[0].shape[-1] / 8)
+        shapes = [(16, 1, 3, 3), (16, 16, 3, 3), (32, 16, 3, 3), (self.ways, 32 * height**2)]
+        return drawn_weights(shapes, generator)
+
+    def outputs(self, params: list[Tensor], x: Tensor) -> Tensor:
+        """Logits [points, ways]; each filter's response is normalised over all points at hand."""
+        for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
+            response = conv2d(x, weight, stride=2, padding=1)
+            mean = response.mean((0, 2, 3), keepdim=True)
+            variance = (response - mean).square().mean((0, 2, 3), keepdim=True)
+            x = torch.relu((response - mean) * torch.rsqrt(variance + 1e-5) + bias.view(-1, 1, 1))
+        return linear(x.flatten(1) * FEATURE_SCALE, params[-2], params[-1])
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy."""
+        return cross_entropy(outputs, labels)
+
+    def judged(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Share of right answers, [tasks]."""
+        return (outputs.argmax(-1) == labels).double().mean(-1)
+
+
+@dataclass(frozen=True)
+class SinusoidTasks:
+    """a sin(x + p) with a in [0.1, 5], p in [0, pi], seen at `shots` points x in [-5, 5].
+
+    (Finn, Abbeel, Levine 2017, arXiv 1703.03400, section 5.1.)
+    """
+
+    shots: int
+    queries: int
+    dtype: torch.dtype
+    device: torch.device
+
+    score = "mean squared error"
+
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """Tasks with inputs and targets [tasks, points, 1]."""
+        a, p = torch.rand(2, count, 1, 1, generator=generator, dtype=torch.float64)
+        x = 10 * torch.rand(count, self.shots + self.queries, 1, generator=generator) - 5
+        y = (0.1 + 4.9 * a) * torch.sin(x + math.pi * p)
+        x, y = (t.to(self.device, self.dtype) for t in (x, y))
+        n = self.shots
+        return Batch((x[:, :n], y[:, :n]), (x[:, n:], y[:, n:]))
+
+    def initial(self, generator: torch.Generator) -> list[Tensor]:
+        """1-40-40-1, first units spread over the interval; the last layer begins at 0.
+
+        They are smooth: at a kink gradient descent would not come to rest, and there is no Hessian.
+        """
+        params = drawn_weights([(40, 1), (40, 40), (1, 40)], generator)
+        params[1].copy_(2 * torch.rand(40, generator=generator) - 1)
+        return params
+
+    def outputs(self, params: list[Tensor], x: Tensor) -> Tensor:
+        """[points, 1]"""
+        x = x / 5
+        for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
+            x = torch.tanh(linear(x, weight, bias))
+        return linear(x, params[-2], params[-1])
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error."""
+        return mse_loss(outputs, targets)
+
+    def judged(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared errors [tasks]."""
+        return (outputs - targets).square().double().mean((-2, -1))
+
+
+Tasks = PictureTasks | SinusoidTasks
+
+
+def drawn_weights(shapes: Sequence[tuple], generator: torch.Generator) -> list[Tensor]:
+    """Weights of variance 2 / fan-in and biases 0 for each layer; the last layer is 0."""
+    params = []
+    for shape in shapes:
+        weight = torch.randn(shape, generator=generator) * (2 / math.prod(shape[1:])) ** 0.5
+        params += [weight, torch.zeros(shape[0])]
+    params[-2].zero_()
+    return params
+
+
+# ---- the two levels; params are lists of tensors [tasks, ...], hparams of the same without tasks
+
+
+class TwoLevels:
+    """The inner and the outer loss of a batch of tasks.
+
+    pull: lambda, the weight of the squared distance from theta.
+    """
+
+    def __init__(self, tasks: Tasks, batch: Batch, pull: float) -> None:
+        self.tasks, self.batch, self.pull = tasks, batch, pull
+
+    def losses(self, params: list[Tensor], points: tuple[Tensor, Tensor]) -> Tensor:
+        """The task loss of each task, [tasks]."""
+        return vmap(lambda w, x, y: self.tasks.loss(self.tasks.outputs(w, x), y))(params, *points)
+
+    def inner(self, params: list[Tensor], hparams: list[Tensor]) -> Tensor:
+        """Summed over tasks, so that each task's gradient is its own."""
+        distance = sum((w - theta).square().sum() for w, theta in zip(params, hparams, strict=True))
+        return self.losses(params, self.batch.support).sum() + self.pull / 2 * distance
+
+    def outer(self, params: list[Tensor], hparams: list[Tensor]) -> Tensor:
+        """Mean over tasks."""
+        return self.losses(params, self.batch.queries).mean()
+
+    def adapted(self, hparams: list[Tensor], steps: int, rate: float) -> list[list[Tensor]]:
+        """The params of all tasks at theta and after each step of gradient descent."""
+        count, step = len(self.batch.support[0]), GradientDescent(self.inner, rate)
+        history = [[h.detach().expand(count, *h.shape).clone() for h in hparams]]
+        for _ in range(steps):
+            history.append(step(history[-1], hparams, create_graph=False))
+        return history
+
+    @torch.no_grad()
+    def scores(self, params: list[Tensor]) -> Tensor:
+        """[tasks]"""
+        x, y = self.batch.queries
+        return self.tasks.judged(vmap(self.tasks.outputs)(params, x), y)
+
+
+def meta_step(args, tasks: Tasks, hparams: list[Tensor], optimizer, number: int) -> dict:
+    """Moves theta; the numbers are those before."""
+    levels = TwoLevels(tasks, tasks.draw(args.tasks, generator(args, TRAINING, number)), args.pull)
+    params = levels.adapted(hparams, args.steps, args.rate)[-1]
+    row = {"meta_loss": float(levels.outer(params, hparams).detach())}
+    row["score"] = float(levels.scores(params).mean())
+    if not math.isfinite(row["meta_loss"]):
+        raise FloatingPointError(f"meta-step {number}: loss not finite; take a smaller --lr")
+    optimizer.zero_grad()
+    solve = hypergradient(args, levels, params, hparams)
+    squares = sum(float(h.grad.square().sum()) for h in hparams)
+    optimizer.step()
+    return row | {
+        "hypergradient_norm": math.sqrt(squares),
+        "iterations": solve.iterations,
+        "residual": solve.residual,
+    }
+
+
+def hypergradient(args, levels: TwoLevels, params: list[Tensor], hparams: list[Tensor]):
+    """Adds it into .grad; returns how the linear system was solved.
+
+    The map of the conjugate gradients is a gradient step of rate 1, for which I - J is the Hessian;
+    that of the fixed point iteration, which has to be a contraction, is the inner one.
+    """
+    rate = args.rate if args.method == "fixed_point" else 1.0
+    step = GradientDescent(levels.inner, rate)
+    for iterations in range(args.K, 0, -1):
+        solver = METHODS[args.method](iterations)
+        try:
+            return implicit(params, hparams, step, levels.outer, solver)[1]
+        except DivergenceError:
+            if iterations == 1 or args.method != "CG":
+                raise
+    raise AssertionError
+
+
+def generator(args, *stream: int) -> torch.Generator:
+    """Random numbers of their own for each purpose."""
+    seed = np.random.SeedSequence((args.seed, *stream)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
+
+
+def meta_learn(args, tasks: Tasks, hparams: list[Tensor], log: RunLog) -> bool:
+    """A row of metrics and a checkpoint per meta-step; whether Ctrl-C ended it before its time."""
+    optimizer = torch.optim.Adam(hparams, lr=args.lr)
+    done = 0
+    if (saved := log.load_checkpoint()) is not None:
+        done = saved[0] + 1
+        for h, value in zip(hparams, saved[1]["theta"], strict=True):
+            h.data.copy_(value)
+        optimizer.load_state_dict(saved[1]["optimizer"])
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(args.metasteps, done, "meta-step") as progress,
+    ):
+        for number in range(done, args.metasteps):
+            row = meta_step(args, tasks, hparams, optimizer, number)
+            log.record(number, row)
+            theta = [h.detach() for h in hparams]
+            log.save_checkpoint(number, {"theta": theta, "optimizer": optimizer.state_dict()})
+            progress.advance({name: row[name] for name in ("meta_loss", "score")})
+            if interrupt.requested:
+                break
+    return interrupt.requested
+
+
+def test(args, tasks: Tasks, hparams: list[Tensor]) -> np.ndarray:
+    """Scores [tasks, steps + 1] on the queries of test tasks, the same for every theta."""
+    scores, random = [], generator(args, TESTING)
+    for begin in range(0, args.test_tasks, TASKS_AT_ONCE):
+        count = min(TASKS_AT_ONCE, args.test_tasks - begin)
+        levels = TwoLevels(tasks, tasks.draw(count, random), args.pull)
+        history = levels.adapted(hparams, args.steps, args.rate)
+        scores.append(torch.stack([levels.scores(params) for params in history], dim=1))
+    return torch.cat(scores).numpy(force=True)
+
+
+# ---- pictures ----
+
+
+def load_kinds(args) -> tuple[list[Tensor], list[Tensor], ImageData]:
+    """Kinds of pictures, uint8 [n, 1, 28, 28] each, for training and testing; and all of them."""
+    if "omniglot" in args.dataset:
+        if len(args.dataset) > 1:
+            raise UserError("--dataset omniglot stands alone, its characters are divided already")
+        folder = Path(args.data_dir).expanduser()
+        train, test = (read_omniglot(folder / part) for part in OMNIGLOT)
+        source = f"Omniglot in {folder}"
+    else:
+        sets = [load_images(name, args.data_dir)[0] for name in args.dataset]
+        train, test = (
+            [data.images[data.labels == label] for data in sets for label in labels]
+            for labels in (range(FIRST_HELD_OUT), range(FIRST_HELD_OUT, 10))
+        )
+        source = "; ".join(data.source for data in sets)
+    kinds = [*train, *test]
+    sizes = torch.tensor([len(kind) for kind in kinds])
+    labels = torch.arange(len(kinds)).repeat_interleave(sizes)
+    return train, test, ImageData(torch.cat(kinds), labels, source)
+
+
+def read_omniglot(folder: Path) -> list[Tensor]:
+    """The characters under a folder in torchvision's layout, alphabet/character/*.png, as 28 x 28.
+
+    Ink is bright, as in MNIST.
+    """
+    characters = sorted(path for path in folder.glob("*/*") if path.is_dir())
+    if not characters:
+        raise DataError(
+            f"Omniglot is not in {folder}; torchvision.datasets.Omniglot(..., download=True) puts "
+            f"it there, or take --dataset mnist fashion"
+        )
+    return [
+        torch.stack([drawing(path) for path in sorted(character.glob("*.png"))])
+        for character in characters
+    ]
+
+
+def drawing(path: Path) -> Tensor:
+    """uint8 [1, 28, 28] of a file with black ink on white."""
+    with Image.open(path) as image:
+        small = image.convert("L").resize((28, 28), Image.Resampling.BOX)
+    return torch.from_numpy(255 - np.array(small))[None]
+
+
+# ---- the command ----
+
+
+def make_parser():
+    """The command's flags."""
+    parser = common_parser("Meta-learn initial weights by implicit gradients.", "imaml")
+    for action in parser._actions:
+        if action.dest == "dataset":  # of the common flags; here several may be put together
+            action.nargs, action.choices = "+", (*DATASETS, "omniglot")
+            action.help = "pictures; several are put together"
+    parser.set_defaults(dataset=["mnist", "fashion"])
+    add = parser.add_argument_group("tasks").add_argument
+    add("--problem", choices=("pictures", "sinusoid"), default="pictures", help="kind of tasks")
+    add("--ways", type=positive_int, default=5, help="classes of a task")
+    add("--shots", type=positive_int, metavar="N",
+        help="per class to adapt to (default: 1; of a sine wave 10)")  # fmt: skip
+    add("--queries", type=positive_int, default=15, help="per class to judge by")
+    add = parser.add_argument_group("adaptation").add_argument
+    add("--pull", type=positive_float, metavar="LAMBDA",
+        help="towards the initial weights (default: 2; of sine waves 0.5)")  # fmt: skip
+    add("--steps", type=positive_int, default=16, help="of gradient descent")
+    add("--rate", type=positive_float, metavar="RATE",
+        help="of gradient descent (default: 0.1; of sine waves 0.02)")  # fmt: skip
+    add = parser.add_argument_group("meta-learning").add_argument
+    add("--method", choices=list(METHODS), default="CG", help="hypergradient")
+    add("--K", type=positive_int, default=5, help="iterations of the method")
+    add("--tasks", type=positive_int, default=16, help="of a meta-step")
+    add("--metasteps", type=positive_int, metavar="N",
+        help="(default: 60; of sine waves 500)")  # fmt: skip
+    add("--lr", type=positive_float, default=3e-3, help="of Adam")
+    add("--test_tasks", type=positive_int, default=200, help="to judge by at the end")
+    return parser
+
+
+DEFAULTS = {
+    "pictures": {"shots": 1, "pull": 2.0, "rate": 0.1, "metasteps": 60},
+    "sinusoid": {"shots": 10, "pull": 0.5, "rate": 0.02, "metasteps": 500},
+}
+
+
+def make_tasks(args, dtype: torch.dtype, device: torch.device) -> tuple[Tasks, Tasks, ImageData]:
+    """Tasks for training and for testing, and all pictures, none for sine waves."""
+    sizes = {"shots": args.shots, "queries": args.queries, "dtype": dtype, "device": device}
+    if args.problem == "sinusoid":
+        tasks = SinusoidTasks(**sizes)
+        return tasks, tasks, ImageData(*NO_IMAGES, f"sine waves, seed {args.seed}")
+    *parts, data = load_kinds(args)
+    least, fewest = (
+        min(len(k) for kinds in parts for k in kinds),
+        min(len(kinds) for kinds in parts),
+    )
+    if args.ways > 4 * fewest:
+        raise UserError(f"--ways {args.ways}: there are {4 * fewest} classes for testing")
+    if args.shots + args.queries > least:
+        raise UserError(f"--shots and --queries together may be {least}, the least of a class")
+    train, held_out = (PictureTasks(kinds, args.ways, **sizes) for kinds in parts)
+    return train, held_out, data
+
+
+def report(args, tasks: Tasks, log: RunLog, source: str, scores: Mapping[str, np.ndarray]) -> None:
+    """Scores with their spread on the screen and as a file; the figure."""
+    results = {"data": source, "problem": args.problem, "score": tasks.score}
+    for name, values in scores.items():
+        last = values[:, -1]
+        error = float(last.std() / math.sqrt(len(last)))
+        results[name] = {
+            "mean": float(last.mean()),
+            "standard_deviation": float(last.std()),
+            "standard_error": error,
+            "over_steps": values.mean(0).tolist(),
+        }
+        log.say(f"{tasks.score} after {args.steps} steps from {name} weights: {last.mean():.4f}, "
+                f"standard deviation over {len(last)} tasks {last.std():.4f}, "
+                f"standard error {error:.4f}")  # fmt: skip
+    log.write_json("results.json", results)
+    log.path("figures").mkdir(exist_ok=True)
+    draw(read_metrics(log.directory), scores, tasks.score, log.path("figures/meta_learning.png"))
+    log.say(f"everything is in {log.directory}")
+
+
+def draw(
+    metrics: Mapping[str, np.ndarray], scores: Mapping[str, np.ndarray], score: str, path: Path
+) -> None:
+    """The meta-loss over meta-steps; scores over steps, mean and two standard errors."""
+    figure = new_figure(9.6, 3.8)
+    left, right = figure.subplots(1, 2)
+    left.plot(metrics["step"], metrics["meta_loss"], color=COLOURS[0], lw=1)
+    label_axes(left, "Loss of the queries after adaptation", "meta-step", "mean over tasks")
+    for colour, (name, values) in zip(COLOURS, scores.items(), strict=False):
+        steps, mean = np.arange(values.shape[1]), values.mean(0)
+        width = 2 * values.std(0) / math.sqrt(len(values))
+        right.plot(steps, mean, color=colour, lw=1.3, label=f"{name} weights")
+        right.fill_between(steps, mean - width, mean + width, color=colour, alpha=0.2, lw=0)
+    label_axes(right, "Test tasks", "steps of gradient descent", score)
+    add_legend(right)
+    save_figure(figure, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, meta-learn, test, report."""
+    args = parse(make_parser(), argv)
+    for name, value in DEFAULTS[args.problem].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    device, dtype = set_up(args)
+    tasks, test_tasks, data = make_tasks(args, dtype, device)
+    initial = [t.to(device, dtype) for t in tasks.initial(torch.Generator().manual_seed(args.seed))]
+    hparams = [t.clone().requires_grad_() for t in initial]
+    with open_run(args, "imaml", data) as log:
+        log.say(data.source)
+        interrupted = meta_learn(args, tasks, hparams, log)
+        starts = {"initial": [t.requires_grad_() for t in initial], "learned": hparams}
+        scores = {name: test(args, test_tasks, theta) for name, theta in starts.items()}
+        report(args, tasks, log, data.source, scores)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main)
