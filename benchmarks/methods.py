@@ -51,7 +51,7 @@ def descend(method, arguments) -> list[float]:
     data = load_images("mnist", arguments.data_dir)
     mode = TRAINABLE if method.reaches_start else FIXED
     settings = MetaSettings(
-        lr=arguments.lr, warmup_steps=5, clip_norm=100.0, inner_steps=arguments.steps, method=method
+        lr=arguments.lr, warmup_steps=20, clip_norm=100.0, inner_steps=arguments.steps, method=method
     )
     descent = HypergradientDescent(
         lambda: lateral_mlp(784, [32], Activation("sigmoid", 4.0), inh_factor=0.2),
@@ -86,7 +86,7 @@ def main() -> None:
     """Prints one row per method."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--steps", type=int, default=100, help="updates of each training")
+    parser.add_argument("--steps", type=int, default=50, help="updates of each training")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--data-dir", default="./data")
     parser.add_argument("--method", help=argparse.SUPPRESS)
