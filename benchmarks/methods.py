@@ -51,7 +51,11 @@ def descend(method, arguments) -> list[float]:
     data = load_images("mnist", arguments.data_dir)
     mode = TRAINABLE if method.reaches_start else FIXED
     settings = MetaSettings(
-        lr=arguments.lr, warmup_steps=20, clip_norm=100.0, inner_steps=arguments.steps, method=method
+        lr=arguments.lr,
+        warmup_steps=20,
+        clip_norm=100.0,
+        inner_steps=arguments.steps,
+        method=method,
     )
     descent = HypergradientDescent(
         lambda: lateral_mlp(784, [32], Activation("sigmoid", 4.0), inh_factor=0.2),
