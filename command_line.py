@@ -17,7 +17,6 @@ Exit status: 0 done, 2 wrong input, 130 interrupted.
 import argparse
 import copy
 import ctypes
-import hashlib
 import math
 import os
 import re
@@ -25,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -33,7 +32,7 @@ from hypgraddesc import MetaError
 from learning_rules import RuleError
 from linear_solvers import HypergradientError
 from logistic_regression import ProbeError
-from mnist_datasets import DataError, ImageData
+from mnist_datasets import DataError
 from processes import ALONE, Team
 from run_log import RunLog, RunLogError, SilentLog, plain, read_config
 
@@ -52,6 +51,13 @@ M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 25  # the largest that glibc accepts
 
 class UserError(Exception):
     """Wrong input; the message is one line that says what is wrong and what would be right."""
+
+
+class Data(Protocol):
+    """A data set that can say what it holds, so that a run isn't gone on with on other data."""
+
+    def fingerprint(self) -> str:
+        """How many samples, and a digest of them."""
 
 
 def common_parser(description: str, command: str) -> argparse.ArgumentParser:
@@ -114,7 +120,7 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def open_run(
-    args: argparse.Namespace, command: str, data: ImageData, team: Team = ALONE
+    args: argparse.Namespace, command: str, data: Data | None = None, team: Team = ALONE
 ) -> RunLog | SilentLog:
     """The run that `args` ask for: a new one, or with --resume one that has the same flags.
 
@@ -122,7 +128,7 @@ def open_run(
     of a worker, the run in --out is gone on with.
 
     Device and number of threads are saved as they are in effect, because the last bits of a
-    result depend on them; and what images were found, because all of it does.
+    result depend on them; and what data were found, because all of it does.
     """
     if not team.first:
         return SilentLog()
@@ -130,8 +136,7 @@ def open_run(
     config["command"] = command
     config["device"] = str(find_device(args.device))
     config["threads"] = args.threads or torch.get_num_threads()
-    pixels = data.images.contiguous().numpy(force=True)
-    config["images"] = f"{len(data)}, sha256 {hashlib.sha256(pixels).hexdigest()[:16]}"
+    config["data_found"] = None if data is None else data.fingerprint()
     existing = args.resume or _run_before_the_restart(args)
     if existing is None:
         return RunLog.create(args.out or _new_directory(command), config, args.quiet)

@@ -85,6 +85,11 @@ class ImageData:
         """Number of classes: the largest label plus one."""
         return int(self.labels.max()) + 1 if len(self) else 0
 
+    def fingerprint(self) -> str:
+        """How many images, and a digest of their pixels."""
+        pixels = self.images.contiguous().numpy(force=True)
+        return f"{len(self)}, sha256 {hashlib.sha256(pixels).hexdigest()[:16]}"
+
     def subset(self, rows: slice) -> "ImageData":
         """The images and labels of these rows; beyond the end there are none."""
         return replace(self, images=self.images[rows], labels=self.labels[rows])

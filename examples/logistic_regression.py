@@ -81,7 +81,6 @@ NEWTON_STEPS = 12
 FORWARD_STEPS = 8000  # k times features, at most, in the comparison
 SAVE_EVERY = 10  # outer steps
 RATES = {"synthetic": 1.0, "digits": 100.0}  # of hypergradient descent
-NO_IMAGES = torch.zeros(0, 1, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -447,16 +446,16 @@ def make_parser():
     return parser
 
 
-def make_problem(args) -> tuple[Problem, ImageData]:
-    """The problem in float64, and the images it is made of, none where it is synthetic."""
+def make_problem(args) -> tuple[Problem, ImageData | None, str]:
+    """The problem in float64, the images it is made of (None: synthetic), and where it is from."""
     if args.data == "synthetic":
         source = f"1,000 synthetic points of 20 features, seed {args.seed}"
-        return synthetic_problem(args.seed, args.rate), ImageData(*NO_IMAGES, source)
+        return synthetic_problem(args.seed, args.rate), None, source
     sets = load_images(args.dataset, args.data_dir)
     problem = digits_problem(sets, args.classes, args.rate)
     counts = f"{len(problem.targets):,} + {len(problem.validation_targets):,}"
     source = f"{counts} images of {args.classes[0]} and {args.classes[1]}; {sets[0].source}"
-    return problem, replace(sets[0], source=source)
+    return problem, sets[0], source
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -465,13 +464,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.lr is None:
         args.lr = RATES[args.data]
     device, dtype = set_up(args)
-    problem, data = make_problem(args)
+    problem, data, source = make_problem(args)
     problem = problem.to(device)
     with open_run(args, "logistic_regression", data) as log:
-        log.say(data.source)
+        log.say(source)
         compare_methods(problem, log)
         interrupted = optimise(args, problem.to(dtype), log)
-        report(args, log, data.source)
+        report(args, log, source)
     if interrupted:
         raise KeyboardInterrupt
 
