@@ -1,0 +1,140 @@
+"""The objective of small regression networks, one hidden layer and one output, as compiled loops.
+
+Matrix products this narrow leave most of a processor idle: with 8 inputs, 50 hidden units and one
+output, a batched product needs 150 microseconds a run where the loop below needs 40. It takes the
+samples one by one, so that a run's weights, gradient and one sample's units stay in registers and
+first-level cache. Sizes are constants of the compiled code: the compiler unrolls by them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from objectives import Batch, Buffers, Linearization, MLPObjective
+
+
+@dataclass(frozen=True)
+class CompiledMLPObjective(MLPObjective):
+    """As MLPObjective for sizes (inputs, units, 1) and the mean squared error, on the CPU."""
+
+    def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
+        """The loss around `weights`; the runs are spread over torch's number of threads."""
+        if not batch.shared or weights.device.type != "cpu":
+            return super().linearize(weights, buffers, batch)
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        inputs, units, _ = self.sizes
+        samples = batch.inputs.contiguous().numpy(), batch.targets[:, 0].contiguous().numpy()
+        weights = weights.contiguous()
+        runs, dtype = len(weights), samples[0].dtype
+        loss = np.empty(runs, dtype)
+        gradient = np.empty(tuple(weights.shape), dtype)
+        active = np.empty((runs, len(batch.inputs), units), dtype)
+        errors = np.empty((runs, len(batch.inputs)), dtype)
+        kernels = _kernels(inputs, units)
+        kernels.gradient(*samples, weights.numpy(), loss, gradient, active, errors)
+
+        def hessian_product(vectors: Tensor) -> Tensor:
+            product = np.empty_like(gradient)
+            vectors = vectors.contiguous().numpy()
+            kernels.product(samples[0], weights.numpy(), vectors, active, errors, product)
+            return torch.from_numpy(product)
+
+        return Linearization(
+            torch.from_numpy(loss), torch.from_numpy(gradient), buffers, hessian_product
+        )
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    gradient: Callable
+    product: Callable
+
+
+@cache
+def _kernels(F: int, H: int) -> _Kernels:
+    """Loops for F inputs and H hidden units; compiled at the first call with each dtype.
+
+    A run's flat weights are W1 [F, H], b1 [H], w2 [H], b2. Arrays: X [N, F], y [N], weights and
+    what is shaped like them [D, P], active [D, N, H] hidden units, errors [D, N].
+    """
+    b, o, c = F * H, F * H + H, F * H + 2 * H  # where b1, w2 and b2 begin
+
+    # reassociated sums become vector instructions; nan and inf keep their meaning: runs diverge
+    compiled = numba.njit(parallel=True, fastmath={"reassoc", "contract", "nsz"})
+
+    @compiled
+    def gradient(X, y, weights, loss, gradients, active, errors):
+        count = len(y)
+        zero = weights.dtype.type(0)
+        scale = weights.dtype.type(2 / count)
+        for d in numba.prange(len(weights)):
+            w = weights[d]
+            W1, b1, w2 = w[:b].reshape(F, H), w[b:o], w[o:c]
+            G1, g1, g2 = np.zeros((F, H), w.dtype), np.zeros(H, w.dtype), np.zeros(H, w.dtype)
+            back = np.zeros(H, w.dtype)
+            squares, g0 = zero, zero
+            for n in range(count):
+                h = active[d, n]
+                output = w[c]
+                for j in range(H):
+                    z = b1[j]
+                    for i in range(F):
+                        z += X[n, i] * W1[i, j]
+                    h[j] = zero if z <= zero else z  # nan stays nan
+                    output += h[j] * w2[j]
+                difference = output - y[n]
+                error = difference * scale
+                errors[d, n] = error
+                squares += difference * difference
+                g0 += error
+                for j in range(H):
+                    g2[j] += error * h[j]
+                    back[j] = error * w2[j] if h[j] > zero else zero
+                    g1[j] += back[j]
+                for i in range(F):
+                    x = X[n, i]
+                    for j in range(H):
+                        G1[i, j] += x * back[j]
+            loss[d] = squares / count
+            g = gradients[d]
+            g[:b], g[b:o], g[o:c], g[c] = G1.reshape(b), g1, g2, g0
+
+    @compiled
+    def product(X, weights, vectors, active, errors, products):
+        count = len(X)
+        zero = weights.dtype.type(0)
+        scale = weights.dtype.type(2 / count)
+        for d in numba.prange(len(weights)):
+            w2, v = weights[d, o:c], vectors[d]
+            V1, v1, v2 = v[:b].reshape(F, H), v[b:o], v[o:c]
+            P1, p1, p2 = np.zeros((F, H), v.dtype), np.zeros(H, v.dtype), np.zeros(H, v.dtype)
+            moved, back = np.zeros(H, v.dtype), np.zeros(H, v.dtype)
+            p0 = zero
+            for n in range(count):
+                h, error = active[d, n], errors[d, n]
+                output = v[c]
+                for j in range(H):
+                    z = v1[j]
+                    for i in range(F):
+                        z += X[n, i] * V1[i, j]
+                    moved[j] = z if h[j] > zero else zero
+                    output += moved[j] * w2[j] + h[j] * v2[j]
+                change = output * scale
+                p0 += change
+                for j in range(H):
+                    p2[j] += change * h[j] + error * moved[j]
+                    back[j] = change * w2[j] + error * v2[j] if h[j] > zero else zero
+                    p1[j] += back[j]
+                for i in range(F):
+                    x = X[n, i]
+                    for j in range(H):
+                        P1[i, j] += x * back[j]
+            p = products[d]
+            p[:b], p[b:o], p[o:c], p[c] = P1.reshape(b), p1, p2, p0
+
+    return _Kernels(gradient, product)

@@ -1,0 +1,406 @@
+"""Training losses of many runs at once: value, gradient and products with the Hessian.
+
+A run's weights are one flat vector, so that what an optimiser does with them is plain algebra on
+[D, P], D runs of P weights each. An objective knows how the vector folds into a network:
+
+    objective = MLPObjective((8, 50, 1), "mse")
+    weights, buffers = objective.initial(generators)             # one generator for each run
+    found = objective.linearize(weights, buffers, Batch(inputs, targets, shared=True))
+    found.loss, found.gradient, found.hessian_product(vectors)   # [D], [D, P], [D, P]
+
+`MLPObjective` has gradient and Hessian product in closed form (Pearlmutter's R operator, Neural
+Computation 1994): a product costs two matrix products a layer, as many as the gradient.
+`ModuleObjective` takes any nn.Module and leaves both to torch.func.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call, grad, jvp, vmap
+
+Buffers = dict[str, Tensor]
+
+RUNS_AT_ONCE, ROWS_AT_ONCE = 16, 4096  # in an evaluation, whose activations are not few either
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples: inputs [B, ...] and targets [B, ...] for all runs, or not shared, [D, B, ...]."""
+
+    inputs: Tensor
+    targets: Tensor
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """A training loss around the current weights.
+
+    Attributes:
+        loss: [D].
+        gradient: [D, P].
+        buffers: those of the network after this forward pass, {name: [D, ...]}.
+        hessian_product: takes vectors [D, P], returns the Hessian's products with them [D, P].
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    buffers: Buffers
+    hessian_product: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over a data set: loss [D] and accuracy [D] (0 in a regression)."""
+
+    loss: Tensor
+    accuracy: Tensor
+
+
+class Objective(Protocol):
+    """What one_pass.py needs to know of a network and its loss."""
+
+    classifies: bool
+
+    def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
+        """Weights [D, P] and buffers at the start, drawn from one generator for each run."""
+
+    def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
+        """The training loss around `weights`."""
+
+    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss [D] and gradient [D, P] of held-out samples; the buffers stay as they are."""
+
+    def evaluate(
+        self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
+    ) -> Evaluation:
+        """Mean loss and accuracy over samples [N, ...] that all runs share."""
+
+
+# ---- multilayer perceptrons, in closed form ----
+
+
+@dataclass(frozen=True)
+class MLPObjective:
+    """A ReLU network of layers `sizes` under the mean squared error or the cross-entropy.
+
+    Layer l of the flat vector: weights [sizes[l], sizes[l + 1]] by rows, then biases.
+
+    Attributes:
+        sizes: inputs, hidden units of each layer, outputs.
+        loss: "mse" (targets [B, outputs]) or "cross_entropy" (targets int64 [B]).
+    """
+
+    sizes: tuple[int, ...]
+    loss: str
+
+    @property
+    def classifies(self) -> bool:
+        """Whether correct answers can be counted."""
+        return self.loss == "cross_entropy"
+
+    def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
+        """U(-1, 1) / sqrt(fan in), torch's own; float64."""
+        return torch.stack([self._one_initial(generator) for generator in generators]), {}
+
+    def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
+        """The loss around `weights`; keeps the activations for products with the Hessian."""
+        layers = self._unpack(weights)
+        activations, outputs = _forward(layers, batch.inputs)
+        loss, error, error_tangent = _LOSSES[self.loss](outputs, batch.targets)
+        errors, gradient = _backward(layers, activations, error)
+
+        def hessian_product(vectors: Tensor) -> Tensor:
+            tangents = self._unpack(vectors)
+            moved, output_tangent = _forward_tangent(layers, tangents, activations)
+            start = error_tangent(output_tangent)
+            return _backward_tangent(layers, tangents, activations, errors, moved, start)
+
+        return Linearization(loss, gradient, buffers, hessian_product)
+
+    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `linearize`: without buffers there is no difference."""
+        found = self.linearize(weights, buffers, batch)
+        return found.loss, found.gradient
+
+    def evaluate(
+        self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
+    ) -> Evaluation:
+        """Mean loss and accuracy over all samples."""
+
+        def outputs(runs: slice, rows: slice) -> Tensor:
+            return _forward(self._unpack(weights[runs]), inputs[rows])[1]
+
+        return _over_all(outputs, len(weights), targets)
+
+    def _one_initial(self, generator: Generator) -> Tensor:
+        parts = []
+        for fan_in, fan_out in pairwise(self.sizes):
+            count = (fan_in + 1) * fan_out
+            uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+            parts.append((2 * uniform - 1) / math.sqrt(fan_in))
+        return torch.cat(parts)
+
+    def _unpack(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Weights [D, in, out] and biases [D, 1, out] of each layer, views of `flat` [D, P]."""
+        layers, start = [], 0
+        for fan_in, fan_out in pairwise(self.sizes):
+            middle = start + fan_in * fan_out
+            weight = flat[:, start:middle].unflatten(1, (fan_in, fan_out))
+            layers.append((weight, flat[:, None, middle : middle + fan_out]))
+            start = middle + fan_out
+        return layers
+
+
+def _forward(
+    layers: Sequence[tuple[Tensor, Tensor]], inputs: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """What enters each layer, [D, B, in], and the outputs [D, B, out]."""
+    runs = len(layers[0][0])
+    entering = inputs if inputs.dim() == 3 else inputs.expand(runs, *inputs.shape)
+    activations = []
+    for weight, bias in layers:
+        activations.append(entering)
+        preactivation = torch.baddbmm(bias, entering, weight)
+        entering = preactivation.clamp_min(0) if len(activations) < len(layers) else preactivation
+    return activations, entering
+
+
+def _backward(
+    layers: Sequence[tuple[Tensor, Tensor]], activations: Sequence[Tensor], error: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The loss's derivative at each layer's preactivations, and the flat gradient [D, P]."""
+    errors, parts = [error], []
+    for (weight, _), entering in zip(reversed(layers), reversed(activations), strict=True):
+        parts += [error.sum(dim=1), torch.bmm(entering.mT, error).flatten(1)]
+        if len(errors) < len(layers):
+            error = _through_relu(torch.bmm(error, weight.mT), entering)
+            errors.append(error)
+    return errors[::-1], torch.cat(parts[::-1], dim=1)
+
+
+def _forward_tangent(
+    layers: Sequence[tuple[Tensor, Tensor]],
+    tangents: Sequence[tuple[Tensor, Tensor]],
+    activations: Sequence[Tensor],
+) -> tuple[list[Tensor | None], Tensor]:
+    """How what enters each layer moves with the weights (None: not at all), and the outputs."""
+    moved: list[Tensor | None] = [None]
+    for index, ((weight, _), (weight_tangent, bias_tangent)) in enumerate(
+        zip(layers, tangents, strict=True)
+    ):
+        tangent = torch.baddbmm(bias_tangent, activations[index], weight_tangent)
+        if moved[-1] is not None:
+            tangent = torch.baddbmm(tangent, moved[-1], weight)
+        if index + 1 < len(layers):
+            moved.append(_through_relu(tangent, activations[index + 1]))
+    return moved, tangent
+
+
+def _backward_tangent(
+    layers: Sequence[tuple[Tensor, Tensor]],
+    tangents: Sequence[tuple[Tensor, Tensor]],
+    activations: Sequence[Tensor],
+    errors: Sequence[Tensor],
+    moved: Sequence[Tensor | None],
+    error_tangent: Tensor,
+) -> Tensor:
+    """How the flat gradient moves with the weights, [D, P]."""
+    parts = []
+    for index in reversed(range(len(layers))):
+        entering = activations[index]
+        product = torch.bmm(entering.mT, error_tangent)
+        if moved[index] is not None:
+            product = torch.baddbmm(product, moved[index].mT, errors[index])
+        parts += [error_tangent.sum(dim=1), product.flatten(1)]
+        if index:
+            back = torch.bmm(error_tangent, layers[index][0].mT)
+            back = torch.baddbmm(back, errors[index], tangents[index][0].mT)
+            error_tangent = _through_relu(back, entering)
+    return torch.cat(parts[::-1], dim=1)
+
+
+def _through_relu(values: Tensor, activation: Tensor) -> Tensor:
+    """`values` where the unit is active, else 0, in one pass over memory."""
+    return torch.ops.aten.threshold_backward(values, activation, 0)
+
+
+def _mean_squared_error(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Callable]:
+    scale = 2 / (outputs.shape[1] * outputs.shape[2])
+    difference = outputs - targets
+    loss = difference.square().mean(dim=(1, 2))
+    return loss, difference * scale, lambda tangent: tangent * scale
+
+
+def _cross_entropy(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Callable]:
+    logarithms = outputs.log_softmax(dim=2)
+    indices = targets.expand(outputs.shape[:2])[..., None]
+    loss = -logarithms.gather(2, indices).mean(dim=(1, 2))
+    probabilities = logarithms.exp()
+    ones = torch.full_like(indices, -1, dtype=outputs.dtype)
+    error = probabilities.scatter_add(2, indices, ones) / outputs.shape[1]
+
+    def error_tangent(tangent: Tensor) -> Tensor:
+        weighted = probabilities * tangent
+        return (weighted - probabilities * weighted.sum(2, keepdim=True)) / outputs.shape[1]
+
+    return loss, error, error_tangent
+
+
+# outputs, targets -> loss [D], its derivative at the outputs, that derivative's tangent
+_LOSSES = {"mse": _mean_squared_error, "cross_entropy": _cross_entropy}
+
+
+# ---- any nn.Module ----
+
+
+@dataclass(frozen=True)
+class ModuleObjective:
+    """Any network; gradient and Hessian product from torch.func, batched over the runs by vmap.
+
+    Attributes:
+        module: the network. In training mode it may change its buffers (batch norm, hidden states).
+        loss: "mse" (targets as the outputs) or "cross_entropy" (outputs [B, classes, ...], targets
+            int64 [B, ...]).
+    """
+
+    module: nn.Module
+    loss: str
+
+    @property
+    def classifies(self) -> bool:
+        """Whether correct answers can be counted."""
+        return self.loss == "cross_entropy"
+
+    def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
+        """What the layers' own reset_parameters draw, on a seed from each run's generator; float64.
+
+        torch's global generator, which those draw from, is left as it was.
+        """
+        with torch.random.fork_rng(devices=[]):
+            weights = torch.stack([self._one_initial(generator) for generator in generators])
+        buffers = {
+            name: buffer.expand(len(generators), *buffer.shape).clone()
+            for name, buffer in self.module.named_buffers()
+        }
+        return weights, buffers
+
+    def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
+        """The loss around `weights`, in training mode."""
+        self.module.train()
+        each = self._over_runs(grad(self._loss, has_aux=True), batch)
+        gradient, (loss, after) = each(weights, buffers, batch.inputs, batch.targets)
+
+        def hessian_product(vectors: Tensor) -> Tensor:
+            self.module.train()
+            each = self._over_runs(self._hessian_product, batch, vectors=True)
+            return each(weights, buffers, batch.inputs, batch.targets, vectors)
+
+        return Linearization(loss, gradient, after, hessian_product)
+
+    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss and gradient in evaluation mode, which leaves the statistics of batch norm alone."""
+        self.module.eval()
+        each = self._over_runs(grad(self._loss, has_aux=True), batch)
+        gradient, (loss, _) = each(weights, buffers, batch.inputs, batch.targets)
+        return loss, gradient
+
+    def evaluate(
+        self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
+    ) -> Evaluation:
+        """Mean loss and accuracy over all samples, in evaluation mode."""
+        self.module.eval()
+
+        def outputs(runs: slice, rows: slice) -> Tensor:
+            some = {name: buffer[runs] for name, buffer in buffers.items()}
+            each = vmap(self._outputs, in_dims=(0, 0, None))
+            return each(weights[runs], some, inputs[rows])[0]
+
+        return _over_all(outputs, len(weights), targets)
+
+    def _over_runs(self, function: Callable, batch: Batch, vectors: bool = False) -> Callable:
+        samples = None if batch.shared else 0
+        dims = (0, 0, samples, samples, 0) if vectors else (0, 0, samples, samples)
+        return vmap(function, in_dims=dims, randomness="different")
+
+    def _hessian_product(
+        self, flat: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor, vector: Tensor
+    ) -> Tensor:
+        """One run's, forward over reverse.
+
+        vmap is the outermost transform: reverse over a batched gradient is wrong for batch norm
+        (torch 2.13).
+        """
+
+        def gradient(some: Tensor) -> Tensor:
+            return grad(self._loss, has_aux=True)(some, buffers, inputs, targets)[0]
+
+        return jvp(gradient, (flat,), (vector,))[1]
+
+    def _loss(
+        self, flat: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Buffers]]:
+        """One run's loss, to be differentiated; and beside it the loss and the buffers after."""
+        outputs, after = self._outputs(flat, buffers, inputs)
+        loss = _TORCH_LOSSES[self.loss](outputs, targets)
+        return loss, (loss.detach(), {name: buffer.detach() for name, buffer in after.items()})
+
+    def _outputs(self, flat: Tensor, buffers: Buffers, inputs: Tensor) -> tuple[Tensor, Buffers]:
+        """One run's outputs, and its buffers afterwards."""
+        shapes = {name: weight.shape for name, weight in self.module.named_parameters()}
+        parts = flat.split([shape.numel() for shape in shapes.values()])
+        named = zip(shapes.items(), parts, strict=True)
+        weights = {name: part.view(shape) for (name, shape), part in named}
+        after = {name: buffer.clone() for name, buffer in buffers.items()}  # changed in place
+        return functional_call(self.module, {**weights, **after}, (inputs,)), after
+
+    def _one_initial(self, generator: Generator) -> Tensor:
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        for part in self.module.modules():
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+        return torch.cat(
+            [weight.detach().flatten() for weight in self.module.parameters()]
+        ).double()
+
+
+_TORCH_LOSSES = {"mse": nn.functional.mse_loss, "cross_entropy": nn.functional.cross_entropy}
+
+
+# ---- evaluation ----
+
+
+def _over_all(outputs: Callable[[slice, slice], Tensor], runs: int, targets: Tensor) -> Evaluation:
+    """Loss and correct answers of `runs` runs over all rows, a few runs and rows at a time.
+
+    `outputs(runs, rows)` is [some, rows, ...].
+    """
+    samples = len(targets)
+    losses, correct = [], []
+    for first in range(0, runs, RUNS_AT_ONCE):
+        some = slice(first, first + RUNS_AT_ONCE)
+        sums = [
+            summed(outputs(some, slice(row, row + ROWS_AT_ONCE)), targets[row : row + ROWS_AT_ONCE])
+            for row in range(0, samples, ROWS_AT_ONCE)
+        ]
+        losses.append(sum(loss for loss, _ in sums))
+        correct.append(sum(right for _, right in sums))
+    return Evaluation(torch.cat(losses) / samples, torch.cat(correct) / samples)
+
+
+def summed(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and correct answers [D] of outputs [D, B, ...], summed over the samples."""
+    runs, samples = outputs.shape[:2]
+    if targets.is_floating_point():
+        errors = (outputs - targets).square()
+        right = torch.zeros_like(errors)
+    else:
+        expected = targets.expand(runs, *targets.shape)[:, :, None]
+        errors = -outputs.log_softmax(dim=2).gather(2, expected)
+        right = (outputs.argmax(dim=2) == targets).to(outputs.dtype)
+    return tuple(t.reshape(runs, samples, -1).mean(dim=2).sum(dim=1) for t in (errors, right))

@@ -1,0 +1,510 @@
+"""Tuning SGD's own hyperparameters while it trains, by implicit differentiation, in one pass.
+
+Source: Clarke, Oldewage, Hernandez-Lobato, "Scalable One-Pass Optimisation of High-Dimensional
+Weight-Update Hyperparameters by Implicit Differentiation" (ICLR 2022, arXiv 2110.10461).
+
+A weight step with learning rate eta, weight decay xi, momentum mu and training gradient g:
+
+    b' = mu b + g + xi w        (the very first step: b' = g + xi w)
+    w' = w - eta b'
+
+Every T weight steps the last one is differentiated. With H the Hessian at w of that step's batch,
+du/dw = eta (H + xi I), and v_0 the gradient of the validation loss at w':
+
+    v_{j+1} = v_j - (du/dw)^T v_j,    p = v_0 + ... + v_{i-1}
+    h_eta = -<p, b'>,    h_xi = -eta <p, w>,    h_mu = -eta <p, b>
+
+Adam then moves the raw hyperparameters (log10 eta, log10 xi, logit mu) against h, and training goes
+on. Everything here is done for D runs at once: weights are [D, P], hyperparameters [D, 1], or
+[D, P] where every weight has its own.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from objectives import Batch, Buffers, Linearization, Objective
+
+NAMES = ("lr", "weight_decay", "momentum")
+
+LN10 = math.log(10)
+
+# how a raw value becomes the hyperparameter, back, and the derivative as a function of its value
+TRANSFORMS: dict[str, tuple[Callable, Callable, Callable]] = {
+    "10^": (lambda raw: 10**raw, torch.log10, lambda value: LN10 * value),
+    "exp": (torch.exp, torch.log, lambda value: value),
+    "sigmoid": (torch.sigmoid, torch.logit, lambda value: value * (1 - value)),
+}
+DEFAULT_TRANSFORMS = {"lr": "10^", "weight_decay": "10^", "momentum": "sigmoid"}
+
+CLIP_EPS = 1e-6
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
+STEPPED_LR_BOUNDS = (1e-10, 1.0)  # of the natural learning rate
+
+
+class OnePassError(ValueError):
+    """Settings or values that this algorithm can't work with."""
+
+
+# ---- one weight step ----
+
+
+@dataclass(frozen=True)
+class WeightStep:
+    """One step of SGD, with all that its derivatives need; tensors as in the module's docstring.
+
+    Attributes:
+        batch: the training samples.
+        before: weights w [D, P].
+        momentum_buffer: b [D, P].
+        fresh: whether b does not count, as at the very first step.
+        hyperparameters: natural values, {name: [D, 1] or [D, P]}.
+        linearization: of the training loss at w.
+        clip_norm: the gradient is scaled down to this norm; None: never.
+        new_buffer: b'.
+        after: w'.
+    """
+
+    batch: Batch
+    before: Tensor
+    momentum_buffer: Tensor
+    fresh: bool
+    hyperparameters: dict[str, Tensor]
+    linearization: Linearization
+    clip_norm: float | None
+    new_buffer: Tensor
+    after: Tensor
+
+    def curvature_product(self, vectors: Tensor) -> Tensor:
+        """(d(g + xi w)/dw)^T `vectors`, g clipped; [D, P]."""
+        product = self.linearization.hessian_product(
+            clip_product(self.linearization.gradient, self.clip_norm, vectors)
+        )
+        return product.addcmul_(self.hyperparameters["weight_decay"], vectors)
+
+
+def weight_step(
+    linearization: Linearization,
+    batch: Batch,
+    weights: Tensor,
+    momentum_buffer: Tensor,
+    fresh: bool,
+    hyperparameters: dict[str, Tensor],
+    clip_norm: float | None,
+) -> WeightStep:
+    """Take one step of SGD with momentum and weight decay, in torch.optim.SGD's convention."""
+    eta, xi, mu = (hyperparameters[name] for name in NAMES)
+    gradient = clipped(linearization.gradient, clip_norm)
+    new_buffer = torch.addcmul(gradient, xi, weights)
+    if not fresh:
+        new_buffer.addcmul_(mu, momentum_buffer)
+    after = torch.addcmul(weights, eta, new_buffer, value=-1)
+    return WeightStep(
+        batch,
+        weights,
+        momentum_buffer,
+        fresh,
+        hyperparameters,
+        linearization,
+        clip_norm,
+        new_buffer,
+        after,
+    )
+
+
+def clipped(gradient: Tensor, norm: float | None) -> Tensor:
+    """Each run's `gradient` [D, P] times min(1, norm / (|gradient| + 1e-6))."""
+    if norm is None:
+        return gradient
+    length = gradient.norm(dim=1, keepdim=True)
+    return gradient * (norm / (length + CLIP_EPS)).clamp_max(1)
+
+
+def clip_product(gradient: Tensor, norm: float | None, vectors: Tensor) -> Tensor:
+    """The Jacobian of `clipped` at `gradient`, which is symmetric, times `vectors` [D, P]."""
+    if norm is None:
+        return vectors
+    length = gradient.norm(dim=1, keepdim=True)
+    factor = norm / (length + CLIP_EPS)
+    along = (gradient * vectors).sum(dim=1, keepdim=True) / (length * (length + CLIP_EPS))
+    return torch.where(factor < 1, factor * (vectors - along * gradient), vectors)
+
+
+# ---- hypergradients, for the natural hyperparameters ----
+
+
+def look_back_vector(
+    step: WeightStep, validation_gradient: Tensor, terms: int, truncate: bool = False
+) -> Tensor:
+    """p [D, P]: `terms` terms of the Neumann series, for terms - 1 Hessian-vector products.
+
+    With `truncate`, a run's series ends before the first term that is longer than the one before:
+    from there on it would diverge.
+    """
+    eta = step.hyperparameters["lr"]
+    vector, total = validation_gradient, validation_gradient.clone()
+    length = vector.norm(dim=1, keepdim=True)
+    for _ in range(terms - 1):
+        # (du/dw)^T v = (H + xi I) (eta v); with a rate for each weight the order matters
+        vector = vector - step.curvature_product(eta * vector)
+        if truncate:
+            before, length = length, vector.norm(dim=1, keepdim=True)
+            vector = torch.where(length <= before, vector, 0)
+        total += vector
+    return total
+
+
+def look_back_hypergradients(step: WeightStep, vector: Tensor) -> dict[str, Tensor]:
+    """h of each hyperparameter, {name: [D, P]}: a run's own is the sum over the weights.
+
+    `vector` is p.
+    """
+    scaled = step.hyperparameters["lr"] * vector
+    buffer = torch.zeros_like(vector) if step.fresh else step.momentum_buffer
+    return {
+        "lr": -vector * step.new_buffer,
+        "weight_decay": -scaled * step.before,
+        "momentum": -scaled * buffer,
+    }
+
+
+def unrolled_hypergradients(
+    steps: Sequence[WeightStep],
+    validation_gradient: Tensor,
+    linearize: Callable[[Tensor, Batch], Linearization],
+) -> dict[str, Tensor]:
+    """Exact derivatives through the last `steps`, {name: [D, P]}, momentum within them included.
+
+    Each step's batch is linearized again, so that a long window keeps weights and buffers only.
+    """
+    weights_adjoint = validation_gradient
+    buffer_adjoint = torch.zeros_like(validation_gradient)
+    sums = {name: torch.zeros_like(validation_gradient) for name in NAMES}
+    for step in reversed(steps):
+        eta, mu = step.hyperparameters["lr"], step.hyperparameters["momentum"]
+        sums["lr"].addcmul_(weights_adjoint, step.new_buffer, value=-1)
+        buffer_adjoint = torch.addcmul(buffer_adjoint, eta, weights_adjoint, value=-1)
+        sums["weight_decay"].addcmul_(buffer_adjoint, step.before)
+        again = replace(step, linearization=linearize(step.before, step.batch))
+        weights_adjoint = weights_adjoint + again.curvature_product(buffer_adjoint)
+        if step.fresh:
+            buffer_adjoint = torch.zeros_like(buffer_adjoint)
+        else:
+            sums["momentum"].addcmul_(buffer_adjoint, step.momentum_buffer)
+            buffer_adjoint = mu * buffer_adjoint
+    return sums
+
+
+def successive_gradients(old: Tensor, new: Tensor) -> dict[str, Tensor]:
+    """Baydin et al.'s h of the learning rate from two successive training gradients [D, P].
+
+    Source: "Online learning rate adaptation with hypergradient descent" (ICLR 2018).
+    """
+    return {"lr": -new * old}
+
+
+# ---- D runs, tuned as they go ----
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What happens between weight steps.
+
+    Attributes:
+        method: fixed, stepped_lr, look_back (this paper's), successive_gradients (Baydin et al.),
+            unrolled (exact derivatives through the last `look_back` steps), or population.
+        optimised: names of the hyperparameters that are tuned.
+        high_dimensional: those of them with a value for every weight.
+        transforms: {name: kind}, how raw values become hyperparameters.
+        every: T, weight steps for each hyperparameter step.
+        look_back: i, terms of the series, or steps that are unrolled.
+        lr, final_lr: Adam's on the raw values, at the first and at the last hyperparameter step.
+        updates: hyperparameter steps in all; after them the hyperparameters stay.
+        chain_rule: False feeds Adam the derivative for the natural value, as Baydin et al. do.
+        truncate: end a run's series where its terms begin to grow.
+        clip_norm: of the training gradient.
+        bounds: {name: (lowest, highest)} of raw values.
+        reset: weights, momentum and buffers start anew after each hyperparameter step but the last.
+    """
+
+    method: str
+    optimised: tuple[str, ...] = ()
+    high_dimensional: tuple[str, ...] = ()
+    transforms: dict[str, str] = field(default_factory=lambda: dict(DEFAULT_TRANSFORMS))
+    every: int = 10
+    look_back: int = 5
+    lr: float = 0.05
+    final_lr: float = 0.05
+    updates: int = 400
+    chain_rule: bool = True
+    truncate: bool = False
+    clip_norm: float | None = None
+    bounds: dict[str, tuple[float, float]] = field(default_factory=lambda: {"lr": (-10.0, 0.0)})
+    reset: bool = False
+
+
+@dataclass
+class State:
+    """Where D runs are; all that a resumed run needs beside its settings and its samples.
+
+    Attributes:
+        step: weight steps taken.
+        weights, momentum_buffer: [D, P].
+        buffers: the network's, {name: [D, ...]}.
+        fresh: whether the momentum buffer does not count yet.
+        raw: raw hyperparameters, {name: [D, 1] or [D, P]}.
+        moments: Adam's two for each tuned hyperparameter, shaped like it.
+        updates: hyperparameter steps that each run has taken, [D, 1].
+        skipped: hyperparameter steps not taken because a hypergradient was not finite, [D, 1].
+        factor: what stepped_lr multiplies the learning rate by, [D, 1].
+        previous_gradient: of the last weight step, for successive_gradients.
+        start: weights and buffers to start from anew.
+    """
+
+    weights: Tensor
+    buffers: Buffers
+    raw: dict[str, Tensor]
+    factor: Tensor
+    step: int
+    fresh: bool
+    momentum_buffer: Tensor
+    moments: dict[str, tuple[Tensor, Tensor]]
+    updates: Tensor
+    skipped: Tensor
+    previous_gradient: Tensor | None
+    start: tuple[Tensor, Buffers]
+
+
+def initial_hyperparameters(generators: Sequence[Generator]) -> dict[str, Tensor]:
+    """A natural value of each for each run, float64 [D, 1], and of `factor`.
+
+    log10 lr is U(-6, -1), log10 weight decay U(-7, -2), momentum U(0, 1), the factor of a stepped
+    learning rate U(.995, 1.001).
+    """
+    uniform = torch.stack([torch.rand(4, generator=g, dtype=torch.float64) for g in generators])
+    lr, decay, momentum, factor = uniform.split(1, dim=1)
+    return {
+        "lr": 10 ** (-6 + 5 * lr),
+        "weight_decay": 10 ** (-7 + 5 * decay),
+        "momentum": momentum,
+        "factor": 0.995 + 0.006 * factor,
+    }
+
+
+def initial_state(
+    weights: Tensor, buffers: Buffers, hyperparameters: dict[str, Tensor], settings: Settings
+) -> State:
+    """D runs before their first step; `hyperparameters` as initial_hyperparameters returns them."""
+    raw = {}
+    for name in NAMES:
+        _, inverse, _ = TRANSFORMS[settings.transforms[name]]
+        values = inverse(hyperparameters[name]).to(weights)
+        raw[name] = (
+            values.expand_as(weights).clone() if name in settings.high_dimensional else values
+        )
+    count = torch.zeros_like(weights[:, :1])
+    return State(
+        weights=weights,
+        buffers=buffers,
+        raw=raw,
+        factor=hyperparameters["factor"].to(weights),
+        step=0,
+        fresh=True,
+        momentum_buffer=torch.zeros_like(weights),
+        moments={
+            n: (torch.zeros_like(raw[n]), torch.zeros_like(raw[n])) for n in settings.optimised
+        },
+        updates=count,
+        skipped=count.clone(),
+        previous_gradient=None,
+        start=(weights.clone(), {name: buffer.clone() for name, buffer in buffers.items()}),
+    )
+
+
+class Samples(Protocol):
+    """Batches for D runs, and the whole set they come from."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def next(self) -> Batch:
+        """The next batch of every run."""
+
+
+class Tuning:
+    """D runs of SGD whose hyperparameters are tuned as they go.
+
+    tuning = Tuning(objective, training, validation, settings, state)
+    tuning.advance(100)    # weight steps, with the hyperparameter steps that fall among them
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        training: Samples,
+        validation: Samples | None,
+        settings: Settings,
+        state: State,
+    ) -> None:
+        self.objective, self.training, self.validation = objective, training, validation
+        self.settings = settings
+        self.restore(state)
+
+    def restore(self, state: State) -> None:
+        """Go on from `state`."""
+        self.state, self.hyperparameters = state, natural(state.raw, self.settings)
+
+    def advance(self, steps: int) -> None:
+        """Take `steps` weight steps; begins and ends between two hyperparameter steps."""
+        settings, state = self.settings, self.state
+        window: deque[WeightStep] = deque(maxlen=settings.look_back)
+        for _ in range(steps):
+            step = self._weight_step()
+            if settings.method == "unrolled":
+                window.append(replace(step, linearization=None))
+            if settings.method != "fixed" and state.step % settings.every == 0:
+                _METHODS[settings.method](self, step, window)
+                self.hyperparameters = natural(state.raw, settings)
+                window.clear()
+                if settings.reset and state.step < settings.updates * settings.every:
+                    self._reset()
+
+    def _weight_step(self) -> WeightStep:
+        state = self.state
+        batch = self.training.next()
+        found = self.objective.linearize(state.weights, state.buffers, batch)
+        step = weight_step(
+            found,
+            batch,
+            state.weights,
+            state.momentum_buffer,
+            state.fresh,
+            self.hyperparameters,
+            self.settings.clip_norm,
+        )
+        state.weights, state.momentum_buffer = step.after, step.new_buffer
+        state.buffers, state.fresh = found.buffers, False
+        state.step += 1
+        return step
+
+    def _validation_gradient(self) -> Tensor:
+        state = self.state
+        return self.objective.held_out(state.weights, state.buffers, self.validation.next())[1]
+
+    def _look_back(self, step: WeightStep, window: deque[WeightStep]) -> None:
+        settings = self.settings
+        vector = look_back_vector(
+            step, self._validation_gradient(), settings.look_back, settings.truncate
+        )
+        self._descend(look_back_hypergradients(step, vector))
+
+    def _unroll(self, step: WeightStep, window: deque[WeightStep]) -> None:
+        def linearize(weights: Tensor, batch: Batch) -> Linearization:
+            return self.objective.linearize(weights, self.state.buffers, batch)
+
+        self._descend(unrolled_hypergradients(window, self._validation_gradient(), linearize))
+
+    def _compare_gradients(self, step: WeightStep, window: deque[WeightStep]) -> None:
+        new, old = step.linearization.gradient, self.state.previous_gradient
+        if old is not None:
+            self._descend(successive_gradients(old, new))
+        self.state.previous_gradient = new
+
+    def _multiply_rate(self, step: WeightStep, window: deque[WeightStep]) -> None:
+        forward, inverse, _ = TRANSFORMS[self.settings.transforms["lr"]]
+        raw = self.state.raw
+        raw["lr"] = inverse((forward(raw["lr"]) * self.state.factor).clamp(*STEPPED_LR_BOUNDS))
+
+    def _exploit(self, step: WeightStep, window: deque[WeightStep]) -> None:
+        """Population-based training: the worst fifth goes on from the best, a little changed.
+
+        Source: Jaderberg et al., "Population based training of neural networks" (2017).
+        """
+        state = self.state
+        found = self.objective.evaluate(
+            state.weights, state.buffers, self.validation.inputs, self.validation.targets
+        )
+        order = found.loss.nan_to_num(nan=math.inf, posinf=math.inf).argsort(stable=True)
+        count = len(order) // 5
+        best, worst = order[:count], order[len(order) - count :]
+        generator = torch.Generator().manual_seed(state.step)
+        for tensor in (state.weights, state.momentum_buffer, *state.buffers.values()):
+            tensor[worst] = tensor[best]
+        for name in self.settings.optimised:
+            factors = torch.tensor([0.8, 1.25], dtype=state.weights.dtype)
+            chosen = factors[torch.randint(2, (count, 1), generator=generator)].to(state.weights)
+            forward, inverse, _ = TRANSFORMS[self.settings.transforms[name]]
+            value = forward(state.raw[name][best]) * chosen
+            if name == "momentum":
+                value = value.clamp_max(1 - 1e-3)
+            state.raw[name][worst] = inverse(value)
+
+    def _descend(self, hypergradients: dict[str, Tensor]) -> None:
+        """One step of Adam on the raw values of every run whose hypergradients are finite."""
+        settings, state = self.settings, self.state
+        raw_gradients = {}
+        for name in settings.optimised:
+            gradient = hypergradients[name]
+            if name not in settings.high_dimensional:
+                gradient = gradient.sum(dim=1, keepdim=True)
+            if settings.chain_rule:
+                derivative = TRANSFORMS[settings.transforms[name]][2]
+                gradient = gradient * derivative(self.hyperparameters[name])
+            raw_gradients[name] = gradient
+        finite = torch.stack([g.isfinite().all(1, keepdim=True) for g in raw_gradients.values()])
+        taken = finite.all(dim=0)
+        state.skipped = state.skipped + (~taken).to(state.skipped.dtype)
+        state.updates = state.updates + taken.to(state.updates.dtype)
+        lr = self._hyperparameter_lr()
+        for name, gradient in raw_gradients.items():
+            moved, moments = adam(state.raw[name], gradient, state.moments[name], state.updates, lr)
+            lowest, highest = settings.bounds.get(name, (-math.inf, math.inf))
+            state.raw[name] = torch.where(taken, moved.clamp(lowest, highest), state.raw[name])
+            state.moments[name] = tuple(
+                torch.where(taken, new, old)
+                for new, old in zip(moments, state.moments[name], strict=True)
+            )
+
+    def _hyperparameter_lr(self) -> Tensor:
+        """Adam's rate for each run, [D, 1]: from lr to final_lr, geometrically."""
+        settings = self.settings
+        done = ((self.state.updates - 1) / max(settings.updates - 1, 1)).clamp(0, 1)
+        return settings.lr * (settings.final_lr / settings.lr) ** done
+
+    def _reset(self) -> None:
+        """Weights and buffers as at the start; the momentum does not count then either."""
+        weights, buffers = self.state.start
+        self.state.weights = weights.clone()
+        self.state.buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        self.state.fresh = True
+
+
+_METHODS = {
+    "look_back": Tuning._look_back,
+    "unrolled": Tuning._unroll,
+    "successive_gradients": Tuning._compare_gradients,
+    "stepped_lr": Tuning._multiply_rate,
+    "population": Tuning._exploit,
+}
+METHODS = ("fixed", *_METHODS)
+
+
+def natural(raw: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+    """The hyperparameters themselves, shaped as `raw`."""
+    return {name: TRANSFORMS[settings.transforms[name]][0](raw[name]) for name in NAMES}
+
+
+def adam(
+    values: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], count: Tensor, lr: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One step of Adam (betas .9 and .999) for D runs; `count` [D, 1] steps with this one."""
+    first = torch.lerp(moments[0], gradient, 1 - ADAM_BETAS[0])
+    second = torch.lerp(moments[1], gradient.square(), 1 - ADAM_BETAS[1])
+    unbiased = first / (1 - ADAM_BETAS[0] ** count)
+    scale = (second / (1 - ADAM_BETAS[1] ** count)).sqrt() + ADAM_EPS
+    return values - lr * unbiased / scale, (first, second)

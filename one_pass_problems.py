@@ -1,0 +1,458 @@
+"""What one_pass.py is tried on: data in three parts, a network, and batches for many runs.
+
+    problem = make_problem("energy", "mlp", 78 / 692, "./data", torch.float32, device)
+    training = make_samples(problem.training, None, generators)    # None: full batches
+
+UCI regression (an MLP of 50 hidden units), Fashion-MNIST and MNIST (784-50-10, also with batch
+norm), CIFAR-10 (ResNet-18), Penn Treebank (a two-layer LSTM), and two toys whose losses are
+functions of a few weights.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import grad_and_value, vjp, vmap
+
+from compiled_mlp import CompiledMLPObjective
+from mnist_datasets import DataError, ImageData, import_torchvision, load_images
+from objectives import (
+    Batch,
+    Buffers,
+    Evaluation,
+    Linearization,
+    MLPObjective,
+    ModuleObjective,
+    Objective,
+    summed,
+)
+from one_pass import OnePassError, Samples
+from tabular_datasets import TABLES, load_table, split_table
+
+IMAGES = ("mnist", "fashion", "mnist5k", "cifar10")
+TOYS = ("quadratic", "two_weights")
+PROBLEMS = (*TABLES, *IMAGES, "ptb", *TOYS)
+MODELS = ("mlp", "mlp_batch_norm", "resnet18", "lstm", "toy")
+
+HIDDEN_UNITS = 50
+SPLIT_SEED = 0  # which training images are held out for validation
+WORDS = 10_000  # of Penn Treebank's vocabulary
+STREAMS, WINDOW = 40, 70  # of text, read side by side; tokens of each in a batch
+
+Part = tuple[Tensor, Tensor]  # inputs [N, ...], targets [N, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Data in three parts and an objective.
+
+    Attributes:
+        objective: the network and its loss.
+        training, validation, test: inputs [N, ...] and targets [N, ...]; validation may be empty.
+        unit: what the loss is multiplied by to be in the units of the data; 1 but for regression.
+        sequential: whether batches must come in the order of the data, as text.
+        source: where the data come from.
+        fingerprint_of_data: how many samples, and a digest of them.
+    """
+
+    objective: Objective
+    training: Part
+    validation: Part
+    test: Part
+    source: str
+    fingerprint_of_data: str
+    unit: float = 1.0
+    sequential: bool = False
+
+    def fingerprint(self) -> str:
+        """How many samples, and a digest of them."""
+        return self.fingerprint_of_data
+
+
+def default_model(problem: str) -> str:
+    """The network that `problem` is published with."""
+    if problem in TOYS:
+        return "toy"
+    return {"cifar10": "resnet18", "ptb": "lstm"}.get(problem, "mlp")
+
+
+def make_problem(
+    name: str,
+    model: str,
+    validation_proportion: float,
+    data_dir: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Problem:
+    """The problem `name` with the network `model`.
+
+    Raises DataError where the data are not there, OnePassError where the network does not fit them.
+    """
+    where = {"dtype": dtype, "device": device}
+    if name in TOYS:
+        return _toy(name, where)
+    if name == "ptb":
+        return _text(model, Path(data_dir), device)
+    if name in IMAGES:
+        return _images(name, model, validation_proportion, data_dir, where)
+    return _regression(name, model, validation_proportion, data_dir, where)
+
+
+# ---- batches ----
+
+
+class FullBatches:
+    """The whole set at every step, shared by all runs."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.inputs, self.targets = inputs, targets
+
+    def next(self) -> Batch:
+        """The whole set."""
+        return Batch(self.inputs, self.targets, shared=True)
+
+    def state_dict(self) -> dict:
+        """Nothing changes."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing changes."""
+
+
+class ShuffledBatches:
+    """Batches of `size` samples from a new permutation each epoch, another one for every run."""
+
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, size: int, generators: Sequence[Generator]
+    ) -> None:
+        if size > len(inputs):
+            raise OnePassError(
+                f"batch_size {size}: there are {len(inputs):,} samples; take at most that, or none"
+            )
+        self.inputs, self.targets = inputs, targets
+        self.size, self.generators = size, generators
+        self._orders, self._position = self._new_orders(), 0
+
+    def next(self) -> Batch:
+        """The next samples of each run's permutation, [D, size, ...]; an epoch's rest is left."""
+        if self._position + self.size > self._orders.shape[1]:
+            self._orders, self._position = self._new_orders(), 0
+        rows = self._orders[:, self._position : self._position + self.size]
+        self._position += self.size
+        return Batch(_gathered(self.inputs, rows), _gathered(self.targets, rows), shared=False)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs to draw the same batches."""
+        states = torch.stack([generator.get_state() for generator in self.generators])
+        return {"orders": self._orders.cpu(), "position": self._position, "generators": states}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on as the one that `state` is from."""
+        self._orders, self._position = state["orders"].to(self.inputs.device), state["position"]
+        for generator, saved in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(saved)
+
+    def _new_orders(self) -> Tensor:
+        orders = [torch.randperm(len(self.inputs), generator=g) for g in self.generators]
+        return torch.stack(orders).to(self.inputs.device)
+
+
+class SequentialBatches:
+    """One window of text after the other, the same for all runs; inputs [windows, B, length]."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.inputs, self.targets = inputs, targets
+        self._position = 0
+
+    def next(self) -> Batch:
+        """The next window; after the last one the first."""
+        index = self._position % len(self.inputs)
+        self._position += 1
+        return Batch(self.inputs[index], self.targets[index], shared=True)
+
+    def state_dict(self) -> dict:
+        """Where in the text it is."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on as the one that `state` is from."""
+        self._position = state["position"]
+
+
+def make_samples(
+    part: Part, batch_size: int | None, sequential: bool, generators: Sequence[Generator]
+) -> Samples:
+    """Batches of `part` for as many runs as there are generators; None: full batches."""
+    if sequential:
+        return SequentialBatches(*part)
+    if batch_size is None:
+        return FullBatches(*part)
+    return ShuffledBatches(*part, batch_size, generators)
+
+
+def _gathered(values: Tensor, rows: Tensor) -> Tensor:
+    return values.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+# ---- regression and images ----
+
+
+def _regression(name: str, model: str, proportion: float, data_dir: str, where: dict) -> Problem:
+    if model != "mlp":
+        raise OnePassError(f"model {model} is not for {name}: take mlp")
+    table = load_table(name, data_dir)
+    split = split_table(table, proportion)
+    parts = [
+        tuple(t.to(**where) for t in p) for p in (split.training, split.validation, split.test)
+    ]
+    sizes = (table.inputs.shape[1], HIDDEN_UNITS, 1)
+    objective = CompiledMLPObjective(sizes, "mse")
+    return Problem(objective, *parts, table.source, table.fingerprint(), split.target_variance)
+
+
+def _images(name: str, model: str, proportion: float, data_dir: str, where: dict) -> Problem:
+    training, test = load_images(name, data_dir)
+    network = _image_network(model, training)
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    held_out = round(proportion * len(training))
+    inputs, test_inputs = _standardised(training, test, where)
+    if model.startswith("mlp"):
+        inputs, test_inputs = inputs.flatten(1), test_inputs.flatten(1)
+    labels = training.labels.to(where["device"])
+    validation, rest = (
+        (inputs[rows], labels[rows]) for rows in (order[:held_out], order[held_out:])
+    )
+    test_part = test_inputs, test.labels.to(where["device"])
+    return Problem(network, rest, validation, test_part, training.source, training.fingerprint())
+
+
+def _image_network(model: str, data: ImageData) -> Objective:
+    inputs, classes = data.images[0].numel(), data.classes
+    if model == "mlp":
+        return MLPObjective((inputs, HIDDEN_UNITS, classes), "cross_entropy")
+    if model == "mlp_batch_norm":
+        network = nn.Sequential(
+            nn.Linear(inputs, HIDDEN_UNITS),
+            nn.BatchNorm1d(HIDDEN_UNITS),
+            nn.ReLU(),
+            nn.Linear(HIDDEN_UNITS, classes),
+        )
+        return ModuleObjective(network, "cross_entropy")
+    if model == "resnet18":
+        return ModuleObjective(_small_image_resnet(data.shape[0], classes), "cross_entropy")
+    raise OnePassError(f"model {model} is not for images: take mlp, mlp_batch_norm or resnet18")
+
+
+def _small_image_resnet(channels: int, classes: int) -> nn.Module:
+    """ResNet-18 for images of about 32 x 32: a 3 x 3 first convolution and no pooling after it."""
+    import_torchvision()
+    from torchvision.models import resnet18
+
+    network = resnet18(num_classes=classes)
+    network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return network
+
+
+def _standardised(training: ImageData, test: ImageData, where: dict) -> tuple[Tensor, Tensor]:
+    """Pixels less their mean over the training images, divided by their standard deviation."""
+    pixels = training.images.to(dtype=torch.float32).div_(255)
+    mean, deviation = pixels.mean(dim=0), pixels.std(dim=0, correction=0)
+    deviation = torch.where(deviation > 0, deviation, 1)  # border pixels never change
+    pixels.sub_(mean).div_(deviation)
+    test_pixels = test.images.to(dtype=torch.float32).div_(255).sub_(mean).div_(deviation)
+    return pixels.to(**where), test_pixels.to(**where)
+
+
+# ---- text ----
+
+
+class LanguageModel(nn.Module):
+    """A two-layer LSTM over words [B, length]; logits [B, words, length].
+
+    Its hidden states are buffers: in training a window goes on where the last one ended.
+    """
+
+    def __init__(self, words: int = WORDS, units: int = 650, streams: int = STREAMS) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, units)
+        self.gates = nn.ModuleList([nn.Linear(2 * units, 4 * units) for _ in range(2)])
+        self.decoder = nn.Linear(units, words)
+        self.register_buffer("hidden", torch.zeros(2, 2, streams, units))
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Logits of each next word."""
+        states = [tuple(layer) for layer in self.hidden.detach().clone()]
+        outputs = []
+        for step in self.embedding(words).unbind(dim=1):
+            entering = step
+            for index, gates in enumerate(self.gates):
+                states[index] = _lstm_cell(gates, entering, states[index])
+                entering = states[index][0]
+            outputs.append(entering)
+        self.hidden.copy_(torch.stack([torch.stack(state) for state in states]).detach())
+        return self.decoder(torch.stack(outputs, dim=1)).movedim(-1, 1)
+
+
+def _lstm_cell(
+    gates: nn.Linear, entering: Tensor, state: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The next output and cell state; in plain operations, because vmap knows no nn.LSTMCell."""
+    output, cell = state
+    i, f, g, o = gates(torch.cat([entering, output], dim=1)).chunk(4, dim=1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+class TextObjective(ModuleObjective):
+    """A language model; evaluated window by window, because its hidden states go on."""
+
+    def evaluate(
+        self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
+    ) -> Evaluation:
+        """Mean loss and accuracy over windows [windows, B, length], read in order."""
+        self.module.eval()
+        each = vmap(self._outputs, in_dims=(0, 0, None))
+        sums = []
+        for window, following in zip(inputs, targets, strict=True):
+            outputs, buffers = each(weights, buffers, window)
+            sums.append(summed(outputs, following))
+        losses, correct = (torch.stack(part).sum(dim=0) for part in zip(*sums, strict=True))
+        return Evaluation(losses / targets[..., 0].numel(), correct / targets[..., 0].numel())
+
+
+def read_text(folder: Path) -> tuple[list[Tensor], int]:
+    """Penn Treebank's three files as word numbers [N], and how many words there are.
+
+    Words are numbered as they appear in the training file; each line ends with <eos>.
+    """
+    paths = [folder / f"ptb.{part}.txt" for part in ("train", "valid", "test")]
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise DataError(f"no Penn Treebank: put its text files at {', '.join(missing)}")
+    numbers: dict[str, int] = {}
+    parts = []
+    for path in paths:
+        words = path.read_text(encoding="utf-8").replace("\n", " <eos> ").split()
+        if not parts:
+            numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
+        unknown = next((word for word in words if word not in numbers), None)
+        if unknown is not None:
+            raise DataError(f"{path} holds {unknown!r}, which is not in the training file")
+        parts.append(torch.tensor([numbers[word] for word in words]))
+    return parts, len(numbers)
+
+
+def text_windows(words: Tensor) -> Part:
+    """Inputs and targets [windows, STREAMS, WINDOW]: the text in STREAMS parts, read in step."""
+    length = (len(words) - 1) // STREAMS // WINDOW * WINDOW
+    if length == 0:
+        raise DataError(
+            f"a text of {len(words)} words is too short: {STREAMS * WINDOW + 1} at least"
+        )
+
+    def folded(some: Tensor) -> Tensor:
+        streams = some[: STREAMS * length].view(STREAMS, -1, WINDOW)
+        return streams.movedim(0, 1).contiguous()
+
+    return folded(words[:-1]), folded(words[1:])
+
+
+def _text(model: str, data_dir: Path, device: torch.device) -> Problem:
+    if model != "lstm":
+        raise OnePassError(f"model {model} is not for text: take lstm")
+    parts, words = read_text(data_dir.expanduser() / "ptb")
+    windows = [tuple(t.to(device) for t in text_windows(part)) for part in parts]
+    counts = " + ".join(f"{len(part):,}" for part in parts)
+    objective = TextObjective(LanguageModel(words), "cross_entropy")
+    source = f"{counts} words of Penn Treebank in {data_dir / 'ptb'}"
+    return Problem(objective, *windows, source, f"{counts} words", sequential=True)
+
+
+# ---- toys ----
+
+TRAINING_LOSS, VALIDATION_LOSS = 0, 1  # a toy's targets say which of its two losses is meant
+
+
+@dataclass(frozen=True)
+class FunctionObjective:
+    """A loss that is a function of a few weights: (weights [P], inputs [B, ...], targets [B])."""
+
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+    size: int
+
+    classifies = False
+
+    def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
+        """Standard normal weights; float64."""
+        rows = [torch.randn(self.size, generator=g, dtype=torch.float64) for g in generators]
+        return torch.stack(rows), {}
+
+    def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
+        """The loss around `weights`."""
+        samples = (None, None) if batch.shared else (0, 0)
+        gradients = vmap(grad_and_value(self.loss), in_dims=(0, *samples))
+
+        def gradient_of(some: Tensor) -> tuple[Tensor, Tensor]:
+            return gradients(some, batch.inputs, batch.targets)
+
+        gradient, product, loss = vjp(gradient_of, weights, has_aux=True)
+        return Linearization(loss, gradient, buffers, lambda vectors: product(vectors)[0])
+
+    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `linearize`: without buffers there is no difference."""
+        found = self.linearize(weights, buffers, batch)
+        return found.loss, found.gradient
+
+    def evaluate(
+        self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
+    ) -> Evaluation:
+        """The loss of all samples; accuracy 0."""
+        loss = self.held_out(weights, buffers, Batch(inputs, targets, shared=True))[0]
+        return Evaluation(loss, torch.zeros_like(loss))
+
+
+def _toy(name: str, where: dict) -> Problem:
+    loss, size, noise = _QUADRATIC if name == "quadratic" else _TWO_WEIGHTS
+    inputs = noise.to(**where)
+
+    def part(rows: Tensor, which: int) -> Part:
+        return rows, torch.full((len(rows),), which, device=rows.device)
+
+    quiet = torch.zeros_like(inputs[:1])
+    held_out = part(quiet, VALIDATION_LOSS)
+    objective = FunctionObjective(loss, size)
+    training = part(inputs, TRAINING_LOSS)
+    return Problem(objective, training, held_out, held_out, f"the toy {name}", name)
+
+
+def _quadratic_toy(size: int = 10, deviation: float = 0.1) -> tuple[Callable, int, Tensor]:
+    """w^T A w / 2, A rotated with eigenvalues 1 to 1/size; in training w is seen through noise."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    rotation = torch.linalg.qr(drawn).Q
+    curvature = rotation @ torch.diag(1 / torch.arange(1, size + 1).double()) @ rotation.T
+    noise = deviation * torch.randn(1000, size, generator=generator, dtype=torch.float64)
+
+    def loss(weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        seen = weights - inputs
+        return (seen @ curvature.to(weights) * seen).sum(dim=1).mean() / 2
+
+    return loss, size, noise
+
+
+def _two_weights_toy() -> tuple[Callable, int, Tensor]:
+    """Training: (w1 + sin w2)^2 + .2 (w2 + 2)^2; validation: (w1 - 1)^2 + (w2 - 1)^2."""
+
+    def loss(weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        first, second = weights[0], weights[1]
+        training = (first + second.sin()).square() + 0.2 * (second + 2).square()
+        validation = (first - 1).square() + (second - 1).square()
+        return torch.where(targets == TRAINING_LOSS, training, validation).mean()
+
+    return loss, 2, torch.zeros(1, 2, dtype=torch.float64)
+
+
+_QUADRATIC, _TWO_WEIGHTS = _quadratic_toy(), _two_weights_toy()

@@ -1,0 +1,190 @@
+"""The eight UCI regression sets: where their rows come from, and how they are split.
+
+    table = load_table("energy", "./data")
+    split = split_table(table, validation_proportion=78 / 692)
+
+A set is looked for as DATA_DIR/uci/<name>.txt (rows of numbers, the last column the target), then
+fetched from OpenML or the UCI repository and kept there; Boston also comes with mlxtend.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnist_datasets import DataError
+
+SPLIT_SEED = 0  # one permutation of the rows for every run
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a set before it is read: rows, inputs, rows held out for the test."""
+
+    rows: int
+    inputs: int
+    test_rows: int
+    uci_id: int | None = None
+    openml_id: int | None = None
+
+
+TABLES = {
+    "boston": Source(506, 13, 51, openml_id=531),
+    "concrete": Source(1030, 8, 103, uci_id=165),
+    "energy": Source(768, 8, 76, uci_id=242),
+    "kin8nm": Source(8192, 8, 819, openml_id=189),
+    "naval": Source(11934, 16, 1193, uci_id=316),
+    "power": Source(9568, 4, 957, uci_id=294),
+    "wine": Source(1599, 11, 160, uci_id=186),
+    "yacht": Source(308, 6, 31, uci_id=243),
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A regression data set.
+
+    Attributes:
+        inputs: float64 [N, F].
+        targets: float64 [N, 1].
+        source: where the rows come from and how many they are.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    source: str
+
+    def fingerprint(self) -> str:
+        """How many rows, and a digest of them."""
+        rows = torch.cat([self.inputs, self.targets], dim=1).contiguous().numpy()
+        return f"{len(rows)}, sha256 {hashlib.sha256(rows).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Standardised training, validation and test rows.
+
+    Attributes:
+        training, validation, test: (inputs [N, F], targets [N, 1]), float64.
+        target_variance: what turns a squared error into the units of the data.
+    """
+
+    training: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    target_variance: float
+
+
+def load_table(name: str, data_dir: str | Path = "./data") -> Table:
+    """The rows of `name`; DataError where they are damaged, or neither there nor to be fetched."""
+    if name not in TABLES:
+        raise DataError(f"unknown data set {name!r}; known are {', '.join(TABLES)}")
+    path = Path(data_dir).expanduser() / "uci" / f"{name}.txt"
+    if path.exists():
+        return _as_table(name, _read_rows(path), str(path))
+    failures = []
+    for title, fetch in _fetchers(name):
+        try:
+            table = _as_table(name, fetch(), title)
+        except Exception as error:  # a fetcher fails in whatever way its library likes
+            failures.append(f"{title}: {' '.join(str(error).split())[:120]}")
+        else:
+            _keep(path, table)
+            return table
+    raise DataError(
+        f"no {name} data: put it at {path}, rows of numbers, the target last "
+        f"(tried {'; '.join(failures)})"
+    )
+
+
+def split_table(table: Table, validation_proportion: float) -> Split:
+    """Rows of one fixed permutation: test rows first, then validation, the rest for training.
+
+    Inputs and targets are standardised by the mean and standard deviation of all but the test rows.
+    `validation_proportion` is that of the rows that are left after the test rows.
+    """
+    held_out = next(s.test_rows for s in TABLES.values() if s.rows == len(table.inputs))
+    order = torch.randperm(len(table.inputs), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    test, rest = order[:held_out], order[held_out:]
+    count = round(validation_proportion * len(rest))
+    inputs, _ = _standardised(table.inputs, rest)
+    targets, scale = _standardised(table.targets, rest)
+    validation, training = ((inputs[rows], targets[rows]) for rows in (rest[:count], rest[count:]))
+    return Split(training, validation, (inputs[test], targets[test]), float(scale**2))
+
+
+def _standardised(columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    scale = columns[rows].std(dim=0, correction=0)
+    scale = torch.where(scale > 0, scale, 1)  # naval has two constant columns
+    return (columns - columns[rows].mean(dim=0)) / scale, scale
+
+
+def _read_rows(path: Path) -> np.ndarray:
+    try:
+        return np.loadtxt(path, ndmin=2)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+
+
+def _as_table(name: str, rows: np.ndarray, source: str) -> Table:
+    """Checked rows; naval's file has a second target in its last column, which is dropped."""
+    known = TABLES[name]
+    if name == "naval" and rows.shape[1] == known.inputs + 2:
+        rows = rows[:, :-1]
+    if rows.shape != (known.rows, known.inputs + 1):
+        raise DataError(
+            f"{source} holds {rows.shape[0]} rows of {rows.shape[1]} numbers, "
+            f"{name} has {known.rows} of {known.inputs + 1}"
+        )
+    if not np.isfinite(rows).all():
+        raise DataError(f"{source} holds numbers that are not finite")
+    values = torch.tensor(rows, dtype=torch.float64)
+    return Table(values[:, :-1], values[:, -1:], f"{known.rows:,} rows of {name} from {source}")
+
+
+def _fetchers(name: str) -> list[tuple[str, Callable[[], np.ndarray]]]:
+    known = TABLES[name]
+    fetchers: list[tuple[str, Callable[[], np.ndarray]]] = []
+    if name == "boston":
+        fetchers.append(("mlxtend", _boston))
+    if known.openml_id is not None:
+        fetchers.append(("OpenML", lambda: _from_openml(known.openml_id)))
+    if known.uci_id is not None:
+        fetchers.append(("the UCI repository", lambda: _from_uci(name, known.uci_id)))
+    return fetchers
+
+
+def _boston() -> np.ndarray:
+    from mlxtend.data import boston_housing_data
+
+    return np.column_stack(boston_housing_data())
+
+
+def _from_openml(number: int) -> np.ndarray:
+    from sklearn.datasets import fetch_openml
+
+    found = fetch_openml(data_id=number, as_frame=False, parser="liac-arff")
+    return np.column_stack([found.data, found.target]).astype(np.float64)
+
+
+def _from_uci(name: str, number: int) -> np.ndarray:
+    from ucimlrepo import fetch_ucirepo
+
+    found = fetch_ucirepo(id=number).data
+    inputs, targets = found.features, found.targets
+    if name == "wine":  # that set holds white wines too
+        red = found.original["color"] == "red"
+        inputs, targets = inputs[red], targets[red]
+    return np.column_stack([inputs.to_numpy(float), targets.to_numpy(float)[:, :1]])
+
+
+def _keep(path: Path, table: Table) -> None:
+    """Write the rows where the next call finds them, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    np.savetxt(new, torch.cat([table.inputs, table.targets], dim=1).numpy(), fmt="%.17g")
+    new.replace(path)

@@ -1,0 +1,172 @@
+"""Closed-form and torch.func objectives against autograd on one run after the other."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.func import functional_call
+
+from compiled_mlp import CompiledMLPObjective
+from objectives import Batch, MLPObjective, ModuleObjective
+
+
+def generators(runs):
+    return [torch.Generator().manual_seed(number) for number in range(runs)]
+
+
+def samples(sizes, loss, rows, runs, shared, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lead = (rows,) if shared else (runs, rows)
+    inputs = torch.randn(*lead, sizes[0], generator=generator, dtype=torch.float64)
+    if loss == "mse":
+        targets = torch.randn(*lead, sizes[-1], generator=generator, dtype=torch.float64)
+    else:
+        targets = torch.randint(sizes[-1], lead, generator=generator)
+    return Batch(inputs, targets, shared)
+
+
+def obvious_loss(sizes, loss, flat, inputs, targets):
+    """The network written out for one run."""
+    start, value = 0, inputs
+    for layer, (fan_in, fan_out) in enumerate(pairwise(sizes)):
+        middle = start + fan_in * fan_out
+        value = value @ flat[start:middle].view(fan_in, fan_out) + flat[middle : middle + fan_out]
+        value = value if layer == len(sizes) - 2 else value.relu()
+        start = middle + fan_out
+    losses = {"mse": nn.functional.mse_loss, "cross_entropy": nn.functional.cross_entropy}
+    return losses[loss](value, targets)
+
+
+def obvious(sizes, loss, weights, batch, vectors):
+    """Loss, gradient and Hessian product of every run by double backward."""
+    found = []
+    for run, flat in enumerate(weights):
+        flat = flat.clone().requires_grad_()
+        inputs, targets = ((t if batch.shared else t[run]) for t in (batch.inputs, batch.targets))
+        value = obvious_loss(sizes, loss, flat, inputs, targets)
+        (gradient,) = torch.autograd.grad(value, flat, create_graph=True)
+        (product,) = torch.autograd.grad(gradient, flat, vectors[run])
+        found.append((value.detach(), gradient.detach(), product))
+    return [torch.stack(part) for part in zip(*found, strict=True)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4),
+    loss=st.sampled_from(["mse", "cross_entropy"]),
+    rows=st.integers(1, 6),
+    runs=st.integers(1, 3),
+    shared=st.booleans(),
+)
+def test_an_mlp_has_the_gradient_and_curvature_of_double_backward(sizes, loss, rows, runs, shared):
+    objective = MLPObjective(tuple(sizes), loss)
+    weights, buffers = objective.initial(generators(runs))
+    batch = samples(sizes, loss, rows, runs, shared)
+    vectors = torch.randn(weights.shape, dtype=torch.float64)
+    found = objective.linearize(weights, buffers, batch)
+    expected = obvious(sizes, loss, weights, batch, vectors)
+    for ours, theirs in zip(
+        (found.loss, found.gradient, found.hessian_product(vectors)), expected, strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_loops_agree_with_the_matrix_products(dtype):
+    sizes, runs = (3, 7, 1), 5
+    plain, compiled = MLPObjective(sizes, "mse"), CompiledMLPObjective(sizes, "mse")
+    weights = plain.initial(generators(runs))[0].to(dtype)
+    batch = samples(sizes, "mse", 11, runs, shared=True)
+    batch = Batch(batch.inputs.to(dtype), batch.targets.to(dtype), shared=True)
+    ours, theirs = (o.linearize(weights, {}, batch) for o in (compiled, plain))
+    vectors = torch.randn_like(weights)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    close = {"rtol": tolerance, "atol": tolerance}
+    assert torch.allclose(ours.loss, theirs.loss, **close)
+    assert torch.allclose(ours.gradient, theirs.gradient, **close)
+    assert torch.allclose(ours.hessian_product(vectors), theirs.hessian_product(vectors), **close)
+
+
+def test_a_compiled_run_that_diverged_stays_nan_and_spoils_no_other():
+    objective = CompiledMLPObjective((2, 4, 1), "mse")
+    weights = objective.initial(generators(2))[0]
+    weights[0] = float("nan")
+    found = objective.linearize(weights, {}, samples((2, 4, 1), "mse", 6, 2, shared=True))
+    assert found.loss[0].isnan() and found.gradient[0].isnan().any()
+    assert found.loss[1].isfinite() and found.gradient[1].isfinite().all()
+
+
+def batch_norm_network():
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_module_has_the_gradient_and_curvature_of_double_backward(shared):
+    network = batch_norm_network().double()
+    objective = ModuleObjective(network, "cross_entropy")
+    weights, buffers = objective.initial(generators(2))
+    buffers = {n: b.double() if b.is_floating_point() else b for n, b in buffers.items()}
+    batch = samples((4, 3), "cross_entropy", 6, 2, shared)
+    vectors = torch.randn_like(weights)
+    found = objective.linearize(weights, buffers, batch)
+    product = found.hessian_product(vectors)
+    for run in range(2):
+        flat = weights[run].clone().requires_grad_()
+        shapes = [p.shape for p in network.parameters()]
+        parts = flat.split([s.numel() for s in shapes])
+        named = {
+            name: part.view(shape)
+            for (name, _), part, shape in zip(
+                network.named_parameters(), parts, shapes, strict=True
+            )
+        }
+        network.train()
+        inputs, targets = (t if shared else t[run] for t in (batch.inputs, batch.targets))
+        own = {name: buffer[run].clone() for name, buffer in buffers.items()}
+        value = nn.functional.cross_entropy(
+            functional_call(network, {**named, **own}, (inputs,)), targets
+        )
+        (gradient,) = torch.autograd.grad(value, flat, create_graph=True)
+        (expected,) = torch.autograd.grad(gradient, flat, vectors[run])
+        assert torch.allclose(found.loss[run], value)
+        assert torch.allclose(found.gradient[run], gradient)
+        assert torch.allclose(product[run], expected)
+        assert torch.allclose(found.buffers["1.running_mean"][run], own["1.running_mean"])
+
+
+def test_validation_leaves_the_statistics_of_batch_norm_alone():
+    objective = ModuleObjective(batch_norm_network(), "cross_entropy")
+    weights, buffers = objective.initial(generators(2))
+    weights = weights.float()
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    batch = samples((4, 3), "cross_entropy", 6, 2, shared=True)
+    inputs = batch.inputs.float()
+    objective.held_out(weights, buffers, Batch(inputs, batch.targets, shared=True))
+    objective.evaluate(weights, buffers, inputs, batch.targets)
+    assert all(torch.equal(buffers[name], before[name]) for name in before)
+    trained = objective.linearize(weights, buffers, Batch(inputs, batch.targets, shared=True))
+    assert not torch.equal(trained.buffers["1.running_mean"], before["1.running_mean"])
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_an_evaluation_in_pieces_is_the_mean_over_all(loss, monkeypatch):
+    monkeypatch.setattr("objectives.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("objectives.RUNS_AT_ONCE", 2)
+    sizes = (3, 4, 2)
+    objective = MLPObjective(sizes, loss)
+    weights, _ = objective.initial(generators(3))
+    batch = samples(sizes, loss, 11, 3, shared=True)
+    found = objective.evaluate(weights, {}, batch.inputs, batch.targets)
+    expected = [obvious_loss(sizes, loss, w, batch.inputs, batch.targets) for w in weights]
+    assert torch.allclose(found.loss, torch.stack(expected))
+    assert (found.accuracy >= 0).all() and (found.accuracy <= 1).all()
+
+
+def test_a_run_starts_the_same_whatever_runs_are_beside_it():
+    for objective in (MLPObjective((3, 4, 2), "mse"), ModuleObjective(batch_norm_network(), "mse")):
+        together = objective.initial(generators(3))[0]
+        alone = objective.initial(generators(3)[2:])[0]
+        assert torch.equal(together[2:], alone)

@@ -1,0 +1,300 @@
+"""The one-pass algorithm against its published numbers, autograd and finite differences."""
+
+import math
+
+import pytest
+import torch
+
+from objectives import Batch, Linearization, MLPObjective
+from one_pass import (
+    DEFAULT_TRANSFORMS,
+    NAMES,
+    TRANSFORMS,
+    Settings,
+    Tuning,
+    adam,
+    clip_product,
+    clipped,
+    initial_hyperparameters,
+    initial_state,
+    look_back_hypergradients,
+    look_back_vector,
+    successive_gradients,
+    unrolled_hypergradients,
+    weight_step,
+)
+from one_pass_problems import FullBatches, ShuffledBatches
+
+SIZES = (3, 4, 1)
+
+
+def generators(runs, first=0):
+    return [torch.Generator().manual_seed(number) for number in range(first, first + runs)]
+
+
+def hyperparameters(weights, lr=0.1, decay=0.01, momentum=0.5, per_weight=()):
+    values = {"lr": lr, "weight_decay": decay, "momentum": momentum}
+    return {
+        name: torch.full_like(weights if name in per_weight else weights[:, :1], value)
+        for name, value in values.items()
+    }
+
+
+def regression(rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(rows, SIZES[0], generator=generator, dtype=torch.float64)
+    return inputs, torch.randn(rows, 1, generator=generator, dtype=torch.float64)
+
+
+def test_the_golden_case_to_seven_digits():
+    one = torch.ones(1, 1, dtype=torch.float64)
+    found = Linearization(one[0], 2 * one, {}, lambda vectors: 2 * vectors)  # of w^2 at w = 1
+    natural = hyperparameters(one, 0.1, 0.1, 0.5)
+    step = weight_step(found, None, one, 0.3 * one, False, natural, None)
+    assert step.after.item() == pytest.approx(0.775, abs=1e-12)
+    vector = look_back_vector(step, step.after, terms=5)  # the gradient of w'^2 / 2
+    assert vector.item() == pytest.approx(2.55489585, abs=1e-8)
+    found = look_back_hypergradients(step, vector)
+    expected = {"lr": -5.74851567, "weight_decay": -0.25548959, "momentum": -0.07664688}
+    raw = {"lr": -1.32364465, "weight_decay": -0.05882865, "momentum": -0.01916172}
+    for name in NAMES:
+        derivative = TRANSFORMS[DEFAULT_TRANSFORMS[name]][2](natural[name])
+        assert found[name].item() == pytest.approx(expected[name], abs=1e-8)
+        assert (found[name] * derivative).item() == pytest.approx(raw[name], abs=1e-8)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("per_weight", [(), ("lr",), NAMES])
+def test_the_series_is_autograds_through_the_weight_update(clip_norm, fresh, per_weight):
+    objective = MLPObjective(SIZES, "mse")
+    weights, _ = objective.initial(generators(2))
+    buffer = torch.randn_like(weights)
+    batch, target = Batch(*regression(6, 0), shared=True), torch.randn_like(weights)
+    natural = {
+        name: (value * (1 + 0.1 * torch.rand_like(value))).requires_grad_()
+        for name, value in hyperparameters(weights, per_weight=per_weight).items()
+    }
+    plain = {name: value.detach() for name, value in natural.items()}
+    found = objective.linearize(weights, {}, batch)
+    step = weight_step(found, batch, weights, buffer, fresh, plain, clip_norm)
+    vector = look_back_vector(step, target, terms=4)
+    ours = look_back_hypergradients(step, vector)
+
+    w = weights.clone().requires_grad_()
+    gradient = _differentiable_gradient(objective, w, batch)
+    if clip_norm is not None:
+        length = gradient.norm(dim=1, keepdim=True)
+        gradient = gradient * (clip_norm / (length + 1e-6)).clamp_max(1)
+    eta, xi, mu = (natural[name] for name in NAMES)
+    update = eta * (gradient + xi * w + (0 if fresh else mu * buffer))
+    assert torch.allclose(step.after, weights - update)
+    term, total = target, target.clone()
+    for _ in range(3):
+        (product,) = torch.autograd.grad(update, w, term, retain_graph=True)
+        term = term - product
+        total = total + term
+    assert torch.allclose(vector, total, atol=1e-12)
+    for name in NAMES:
+        if fresh and name == "momentum":
+            assert (ours[name] == 0).all()
+            continue
+        (expected,) = torch.autograd.grad(update, natural[name], -total, retain_graph=True)
+        summed = ours[name] if name in per_weight else ours[name].sum(dim=1, keepdim=True)
+        assert torch.allclose(summed, expected, atol=1e-12)
+
+
+def _differentiable_gradient(objective, weights, batch):
+    found = []
+    for flat in weights:
+        first = flat[:12].view(3, 4), flat[12:16]
+        second = flat[16:20].view(4, 1), flat[20:]
+        hidden = (batch.inputs @ first[0] + first[1]).relu()
+        loss = (hidden @ second[0] + second[1] - batch.targets).square().mean()
+        found.append(torch.autograd.grad(loss, flat, create_graph=True)[0])
+    return torch.stack(found)
+
+
+def train_steps(objective, weights, natural, batches, clip_norm):
+    buffer, steps = torch.zeros_like(weights), []
+    for number, batch in enumerate(batches):
+        found = objective.linearize(weights, {}, batch)
+        step = weight_step(found, batch, weights, buffer, number == 0, natural, clip_norm)
+        weights, buffer = step.after, step.new_buffer
+        steps.append(step)
+    return steps
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.3])
+def test_the_unrolled_derivative_is_a_finite_difference(clip_norm):
+    objective = MLPObjective(SIZES, "mse")
+    weights, _ = objective.initial(generators(1))
+    batches = [Batch(*regression(6, seed), shared=True) for seed in range(5)]
+    held_out = Batch(*regression(9, 99), shared=True)
+    natural = hyperparameters(weights)
+
+    def final_loss(changed):
+        last = train_steps(objective, weights, changed, batches, clip_norm)[-1].after
+        return objective.held_out(last, {}, held_out)[0].item()
+
+    steps = train_steps(objective, weights, natural, batches, clip_norm)
+    gradient = objective.held_out(steps[-1].after, {}, held_out)[1]
+    found = unrolled_hypergradients(
+        steps, gradient, lambda w, batch: objective.linearize(w, {}, batch)
+    )
+    for name in NAMES:
+        change = 1e-6
+        above, below = (
+            final_loss({**natural, name: natural[name] + sign * change}) for sign in (1, -1)
+        )
+        assert found[name].sum().item() == pytest.approx((above - below) / (2 * change), rel=1e-5)
+
+
+def test_the_jacobian_of_clipping_is_autograds():
+    gradient = torch.randn(3, 5, dtype=torch.float64) * torch.tensor([[0.01], [1.0], [5.0]])
+    vectors = torch.randn(3, 5, dtype=torch.float64)
+    leaf = gradient.double().requires_grad_()
+    (expected,) = torch.autograd.grad(clipped(leaf, 0.7), leaf, vectors)
+    assert torch.allclose(clip_product(gradient.double(), 0.7, vectors), expected)
+
+
+def test_a_truncated_series_ends_where_its_terms_grow():
+    one = torch.ones(2, 1, dtype=torch.float64)
+    curvature = torch.tensor([[1.0], [50.0]], dtype=torch.float64)
+    found = Linearization(one[:, 0], one, {}, lambda vectors: curvature * vectors)
+    step = weight_step(found, None, one, one, True, hyperparameters(one, 0.1, 0.0), None)
+    plain = look_back_vector(step, one, 5)
+    kept = look_back_vector(step, one, 5, truncate=True)
+    assert kept[0] == plain[0]  # 1 - eta H = .9: converges
+    assert kept[1] == 1  # 1 - eta H = -4: one term is left
+    assert plain[1].abs() > 100
+
+
+def test_adam_is_torchs():
+    values = torch.randn(3, 4, dtype=torch.float64)
+    theirs = values.clone().requires_grad_()
+    optimizer = torch.optim.Adam([theirs], lr=0.05)
+    ours, moments = values, (torch.zeros_like(values), torch.zeros_like(values))
+    for count in range(1, 6):
+        gradient = torch.randn_like(values)
+        theirs.grad = gradient.clone()
+        optimizer.step()
+        counts = torch.full((3, 1), float(count), dtype=torch.float64)
+        ours, moments = adam(ours, gradient, moments, counts, torch.tensor(0.05))
+    assert torch.allclose(ours, theirs.detach())
+
+
+def test_weight_steps_are_those_of_torch_sgd():
+    objective = MLPObjective(SIZES, "mse")
+    weights, _ = objective.initial(generators(1))
+    batches = [Batch(*regression(6, seed), shared=True) for seed in range(4)]
+    leaf = weights.clone().requires_grad_()
+    optimizer = torch.optim.SGD([leaf], lr=0.1, momentum=0.5, weight_decay=0.01)
+    for batch in batches:
+        leaf.grad = objective.linearize(leaf.detach(), {}, batch).gradient
+        optimizer.step()
+    ours = train_steps(objective, weights, hyperparameters(weights), batches, None)[-1].after
+    assert torch.allclose(ours, leaf.detach())
+
+
+# ---- runs ----
+
+
+def make_tuning(runs=3, first=0, batch_size=None, **changes):
+    settings = Settings(**{"method": "look_back", "optimised": NAMES, "every": 5, **changes})
+    objective = MLPObjective(SIZES, "mse")
+    drawn = initial_hyperparameters(generators(runs, first))
+    weights, buffers = objective.initial(generators(runs, first + 100))
+    state = initial_state(weights, buffers, drawn, settings)
+    parts = []
+    for seed in (0, 1):
+        data = regression(20, seed)
+        streams = generators(runs, first + 200 + 100 * seed)
+        parts.append(
+            ShuffledBatches(*data, batch_size, streams) if batch_size else FullBatches(*data)
+        )
+    return Tuning(objective, *parts, settings, state)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+@pytest.mark.parametrize("method", ["look_back", "unrolled", "stepped_lr", "fixed"])
+@pytest.mark.parametrize("high_dimensional", [(), ("lr",)])
+def test_runs_together_are_the_runs_one_by_one(batch_size, method, high_dimensional):
+    options = {
+        "batch_size": batch_size, "method": method, "high_dimensional": high_dimensional
+    }  # fmt: skip
+    together = make_tuning(3, **options)
+    together.advance(20)
+    for run in range(3):
+        alone = make_tuning(1, first=run, **options)
+        alone.advance(20)
+        assert torch.allclose(together.state.weights[run], alone.state.weights[0], rtol=1e-9)
+        for name in NAMES:
+            assert torch.allclose(together.state.raw[name][run], alone.state.raw[name][0])
+
+
+def test_tuning_lowers_the_validation_loss():
+    fixed, tuned = make_tuning(6, method="fixed"), make_tuning(6, lr=0.2)
+    for tuning in (fixed, tuned):
+        tuning.advance(300)
+    losses = [
+        tuning.objective.evaluate(
+            tuning.state.weights, {}, tuning.validation.inputs, tuning.validation.targets
+        ).loss.median()
+        for tuning in (fixed, tuned)
+    ]
+    assert losses[1] < losses[0]
+
+
+def test_a_hypergradient_that_is_not_finite_never_reaches_the_hyperparameters():
+    tuning = make_tuning(3)
+    tuning.state.weights[1] = math.nan
+    before = {name: values.clone() for name, values in tuning.state.raw.items()}
+    tuning.advance(10)
+    assert tuning.state.skipped[:, 0].tolist() == [0, 2, 0]
+    for name in NAMES:
+        assert torch.equal(tuning.state.raw[name][1], before[name][1])
+        assert not torch.equal(tuning.state.raw[name][0], before[name][0])
+        assert all(moment.isfinite().all() for moment in tuning.state.moments[name])
+
+
+def test_the_momentum_is_reset_with_the_weights():
+    tuning = make_tuning(2, reset=True, updates=4)
+    start = tuning.state.weights.clone()
+    tuning.advance(5)
+    assert torch.equal(tuning.state.weights, start) and tuning.state.fresh
+    tuning.advance(15)
+    assert not torch.equal(tuning.state.weights, start)  # not after the last update
+
+
+def test_successive_gradients_give_minus_their_product():
+    old, new = torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(successive_gradients(old, new)["lr"], -new * old)
+    tuning = make_tuning(2, method="successive_gradients", optimised=("lr",), every=1)
+    tuning.advance(1)
+    assert (tuning.state.updates == 0).all()
+    tuning.advance(3)
+    assert (tuning.state.updates == 3).all()
+
+
+def test_a_stepped_rate_is_multiplied_and_stays_in_its_bounds():
+    tuning = make_tuning(2, method="stepped_lr", optimised=())
+    before = tuning.hyperparameters["lr"].clone()
+    tuning.advance(5)
+    assert torch.allclose(tuning.hyperparameters["lr"], before * tuning.state.factor)
+
+
+def test_the_worst_runs_of_a_population_go_on_from_the_best():
+    tuning = make_tuning(10, method="population", every=5)
+    tuning.advance(4)
+    tuning.state.weights[3] = 100.0
+    tuning.advance(1)
+    assert tuning.state.weights.abs().max() < 50
+    pairs = (tuning.state.weights[:, None] == tuning.state.weights).all(dim=2).sum(dim=1)
+    assert (pairs > 1).sum() == 4  # two runs were copied over two others
+
+
+def test_raw_learning_rates_stay_in_their_bounds():
+    tuning = make_tuning(4, lr=30.0)
+    tuning.advance(20)
+    assert (tuning.state.raw["lr"] <= 0).all() and (tuning.state.raw["lr"] >= -10).all()

@@ -1,0 +1,97 @@
+"""The UCI sets: read, refused where damaged, split as published."""
+
+import numpy as np
+import pytest
+import torch
+
+import tabular_datasets
+from mnist_datasets import DataError
+from tabular_datasets import TABLES, Table, load_table, split_table
+
+SPLITS = {
+    "boston": (364, 91, 51),
+    "concrete": (742, 185, 103),
+    "energy": (614, 78, 76),
+    "kin8nm": (5898, 1475, 819),
+    "naval": (8593, 2148, 1193),
+    "power": (6889, 1722, 957),
+    "wine": (1151, 288, 160),
+    "yacht": (222, 55, 31),
+}
+
+
+def write(folder, name, rows):
+    (folder / "uci").mkdir(exist_ok=True)
+    np.savetxt(folder / "uci" / f"{name}.txt", rows)
+
+
+def random_rows(name, extra=1):
+    return np.random.default_rng(0).normal(size=(TABLES[name].rows, TABLES[name].inputs + extra))
+
+
+@pytest.mark.parametrize("name", list(SPLITS))
+def test_the_rows_are_split_as_published(name):
+    rows = torch.from_numpy(random_rows(name))
+    proportion = 0.11272 if name == "energy" else 0.2
+    split = split_table(Table(rows[:, :-1], rows[:, -1:], "random"), proportion)
+    assert tuple(len(p[0]) for p in (split.training, split.validation, split.test)) == SPLITS[name]
+
+
+def test_all_but_the_test_rows_are_standardised():
+    rows = torch.from_numpy(random_rows("yacht")) * 5 + 3
+    split = split_table(Table(rows[:, :-1], rows[:, -1:], "random"), 0.2)
+    for column in range(2):
+        known = torch.cat([split.training[column], split.validation[column]])
+        assert torch.allclose(known.mean(dim=0), torch.zeros(1).double(), atol=1e-12)
+        assert torch.allclose(known.std(dim=0, correction=0), torch.ones(1).double())
+    assert split.target_variance == pytest.approx(25, rel=0.3)
+
+
+def test_a_file_under_the_data_directory_is_read(tmp_path):
+    rows = random_rows("yacht")
+    write(tmp_path, "yacht", rows)
+    table = load_table("yacht", tmp_path)
+    assert torch.allclose(table.inputs, torch.from_numpy(rows[:, :-1]))
+    assert "308 rows" in table.source and table.fingerprint().startswith("308, sha256 ")
+
+
+def test_the_second_target_of_naval_is_dropped(tmp_path):
+    rows = random_rows("naval", extra=2)
+    write(tmp_path, "naval", rows)
+    assert torch.allclose(
+        load_table("naval", tmp_path).targets[:, 0], torch.from_numpy(rows[:, 16])
+    )
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda rows: rows[:-1], lambda rows: rows[:, :-1], lambda rows: rows * np.nan]
+)
+def test_a_file_of_another_shape_or_without_numbers_is_refused(tmp_path, damage):
+    write(tmp_path, "yacht", damage(random_rows("yacht")))
+    with pytest.raises(DataError, match=r"yacht\.txt holds"):
+        load_table("yacht", tmp_path)
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path):
+    write(tmp_path, "yacht", random_rows("yacht"))
+    (tmp_path / "uci" / "yacht.txt").write_text("1 2\n3\n")
+    with pytest.raises(DataError, match="damaged"):
+        load_table("yacht", tmp_path)
+
+
+def test_boston_needs_no_network_and_is_kept(tmp_path):
+    table = load_table("boston", tmp_path)
+    again = load_table("boston", tmp_path)
+    assert "mlxtend" in table.source and "boston.txt" in again.source
+    assert table.fingerprint() == again.fingerprint()
+
+
+def test_data_that_is_nowhere_is_said_to_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tabular_datasets, "_fetchers", lambda name: [("a site", lambda: 1 / 0)])
+    with pytest.raises(DataError, match=r"no energy data: put it at .*energy\.txt.*a site"):
+        load_table("energy", tmp_path)
+
+
+def test_an_unknown_set_is_refused(tmp_path):
+    with pytest.raises(DataError, match="known are boston"):
+        load_table("titanic", tmp_path)

@@ -1,0 +1,91 @@
+"""Settings from files and flags: merged, checked, refused."""
+
+import argparse
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from command_line import positive_int
+from yaml_settings import Key, SettingsError, add_settings, complete, mapping, merge, truth
+
+KEYS = (
+    Key("size", positive_int, 3, "a number"),
+    Key("colour", str, "red", "a choice", choices=("red", "blue")),
+    Key("names", str, [], "a list", many=True, choices=("a", "b")),
+    Key("bounds", mapping, {"x": 1}, "a table"),
+    Key("reset", truth, False, "a switch"),
+)
+
+
+def settings(tmp_path, flags=(), *texts):
+    paths = []
+    for number, text in enumerate(texts):
+        paths.append(tmp_path / f"{number}.yaml")
+        paths[-1].write_text(text)
+    parser = argparse.ArgumentParser()
+    add_settings(parser, KEYS)
+    args = parser.parse_args([*flags, *(["-c", *map(str, paths)] if paths else [])])
+    complete(args, KEYS)
+    return args
+
+
+def test_defaults_are_taken_where_nothing_is_said(tmp_path):
+    args = settings(tmp_path)
+    assert (args.size, args.colour, args.names, args.reset) == (3, "red", [], False)
+
+
+def test_later_files_replace_earlier_ones_and_flags_win(tmp_path):
+    texts = "size: 4\ncolour: blue\nnames: [a]", "size: 5\nnames: [b]"
+    args = settings(tmp_path, ["--colour", "red"], *texts)
+    assert (args.size, args.colour, args.names) == (5, "red", ["b"])
+
+
+def test_tables_merge_key_by_key(tmp_path):
+    args = settings(tmp_path, [], "bounds: {y: 2}", "bounds: {z: 3}")
+    assert args.bounds == {"x": 1, "y": 2, "z": 3}
+
+
+def test_a_switch_can_be_turned_off_again(tmp_path):
+    assert settings(tmp_path, [], "reset: true").reset is True
+    assert settings(tmp_path, ["--on", "false"], "reset: true").reset is False
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sise: 3", "unknown key 'sise'; the nearest known key is 'size'"),
+        ("size: 0", "size must be a whole number of at least 1"),
+        ("colour: green", "colour must be one of red, blue"),
+        ("names: a", "names must be a list"),
+        ("names: [c]", "names must be one of a, b"),
+        ("bounds: 3", "bounds must be a table"),
+        ("reset: maybe", "must be true or false"),
+        ("- 1", "must be a table of keys"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, text, message):
+    with pytest.raises(SettingsError, match=message.replace("[", r"\[")):
+        settings(tmp_path, [], text)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match=r"can't read .*: No such file"):
+        settings(tmp_path, ["-c", str(tmp_path / "none.yaml")])
+
+
+TREES = st.recursive(
+    st.integers(), lambda inner: st.dictionaries(st.sampled_from("abc"), inner), max_leaves=6
+)
+TABLES = st.dictionaries(st.sampled_from("abc"), TREES)
+
+
+@given(TABLES, TABLES, TABLES)
+def test_merging_is_associative(first, second, third):
+    assert merge(merge(first, second), third) == merge(first, merge(second, third))
+
+
+@given(TABLES)
+def test_merging_with_itself_changes_nothing(table):
+    assert merge(table, table) == table == merge({}, table) == merge(table, {})
