@@ -44,7 +44,7 @@ def label_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
     left, right = axes.get_xlim()
-    if right - left < 1:  # a single step
+    if right - left < 1 and axes.get_xscale() == "linear":  # a single step
         axes.set_xlim((left + right - 1) / 2, (left + right + 1) / 2)
     if not axes.has_data():
         axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color=GREY)

@@ -152,7 +152,7 @@ class ShuffledBatches:
         """Go on as the one that `state` is from."""
         self._orders, self._position = state["orders"].to(self.inputs.device), state["position"]
         for generator, saved in zip(self.generators, state["generators"], strict=True):
-            generator.set_state(saved)
+            generator.set_state(saved.clone())  # not a view of several
 
     def _new_orders(self) -> Tensor:
         orders = [torch.randperm(len(self.inputs), generator=g) for g in self.generators]

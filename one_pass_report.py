@@ -9,14 +9,27 @@ averaged over 1000 bootstraps of the draws, +- their standard deviation.
 """
 
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator
 from torch import Tensor
 
+from figure_style import (
+    COLOURS,
+    FAINT,
+    add_legend,
+    label_axes,
+    new_figure,
+    one_panel,
+    save_figure,
+)
 from run_log import RunLogError, read_config
 
 BOOTSTRAPS = 1000
@@ -58,11 +71,7 @@ class Columns:
 
 def final_losses(columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """Each draw's last test loss, in the units of the data; inf where it has diverged."""
-    name = next(
-        name for name in ("Unnormalised_Loss/Test", "Perplexity/Test", "Loss/Test")
-        if name in columns
-    )  # fmt: skip
-    losses = columns[name]
+    losses = columns[_loss_name(columns)]
     start, end = np.nanmedian(losses[0]), losses[-1]
     with np.errstate(invalid="ignore"):
         diverged = ~np.isfinite(end) | (end > DIVERGED * start)
@@ -126,7 +135,7 @@ def read_run(directory: str | Path) -> Recorded:
     try:
         with np.load(path, allow_pickle=False) as file:
             columns = dict(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise RunLogError(f"{path} can't be read: {' '.join(str(error).split())}") from error
     return Recorded(directory.name, config, columns)
 
@@ -160,3 +169,171 @@ def _line(run: Recorded, title: str, losses: np.ndarray) -> str:
         f"| {title} | {run.config['dataset']} | {len(losses)} | {mean} | {median} | "
         f"{found['best']:.4g} | {found['diverged']:.1%} | {seconds:.0f} |"
     )
+
+
+# ---- figures ----
+
+
+def draw_report(runs: Sequence[Recorded], directory: Path) -> list[Path]:
+    """Every figure that `runs` allow, into `directory`; the paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        "loss_over_steps.png": _envelopes(runs, "step", "weight steps"),
+        "loss_over_seconds.png": _envelopes(runs, "seconds", "seconds of training, all draws"),
+        "final_losses.png": _distributions(runs),
+        "learning_rates.png": _hyperparameter_traces(runs, "Hyperparameter/Lr", "learning rate"),
+        "momentum.png": _hyperparameter_traces(runs, "Hyperparameter/Momentum", "momentum"),
+        "weight_decay.png": _hyperparameter_traces(
+            runs, "Hyperparameter/Weight_Decay", "weight decay"
+        ),
+        "best_so_far.png": _best_so_far(runs),
+        "run_times.png": _run_times(runs),
+        "trajectories.png": _trajectories(runs),
+    }
+    settings = {(r.config["network_weight_steps"], r.config["look_back"]) for r in runs}
+    if len({every for every, _ in settings}) > 1 and len({terms for _, terms in settings}) > 1:
+        drawn["sensitivity.png"] = _sensitivity(runs)
+    for name, figure in drawn.items():
+        save_figure(figure, directory / name)
+    return [directory / name for name in drawn]
+
+
+def _test_losses(run: Recorded) -> np.ndarray:
+    """[records, draws], in the units of the data; inf where not finite."""
+    losses = run.columns[_loss_name(run.columns)]
+    return np.where(np.isfinite(losses), losses, math.inf)
+
+
+def _loss_name(columns: Mapping[str, np.ndarray]) -> str:
+    names = ("Unnormalised_Loss/Test", "Perplexity/Test", "Loss/Test")
+    return next(name for name in names if name in columns)
+
+
+def _envelopes(runs: Sequence[Recorded], column: str, label: str) -> Figure:
+    """The median test loss of each run, and where bootstrapped medians lie."""
+    figure, axes = one_panel()
+    for colour, run in zip(_colours(), runs, strict=False):
+        losses = _test_losses(run)
+        generator = np.random.default_rng(0)
+        chosen = generator.integers(losses.shape[1], size=(200, losses.shape[1]))
+        medians = np.median(losses[:, chosen], axis=2)
+        low, high = np.percentile(medians, ENVELOPE, axis=1, method="nearest")
+        x = run.columns[column]
+        axes.plot(x, np.median(losses, axis=1), color=colour, lw=1.4, label=run.title)
+        axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
+    axes.set_yscale("log")
+    label_axes(axes, "Median over draws", label, "test loss")
+    add_legend(axes)
+    return figure
+
+
+def _distributions(runs: Sequence[Recorded]) -> Figure:
+    """The share of draws that end below each loss."""
+    figure, axes = one_panel()
+    for colour, run in zip(_colours(), runs, strict=False):
+        losses = np.sort(final_losses(run.columns))
+        share = np.arange(1, len(losses) + 1) / len(losses)
+        kept = np.isfinite(losses)
+        axes.step(losses[kept], share[kept], where="post", color=colour, lw=1.4, label=run.title)
+    axes.set_xscale("log")
+    axes.set_ylim(0, 1)
+    label_axes(axes, "Final losses", "test loss", "share of draws that end below")
+    axes.xaxis.set_major_locator(LogLocator())
+    add_legend(axes)
+    return figure
+
+
+def _hyperparameter_traces(runs: Sequence[Recorded], name: str, label: str) -> Figure:
+    """Up to thirty draws of each run, a panel a run."""
+    count = len(runs)
+    figure = new_figure(2.6 * min(count, 4) + 0.6, 2.4 * -(-count // 4) + 0.3)
+    panels = figure.subplots(-(-count // 4), min(count, 4), squeeze=False, sharey=True)
+    for axes, run, colour in zip(panels.flat, runs, _colours(), strict=False):
+        values = run.columns[name][:, :30]
+        axes.plot(run.columns["step"], values, color=colour, lw=0.6, alpha=0.6)
+        if "Momentum" not in name:
+            axes.set_yscale("log")
+        label_axes(axes, run.title, "weight steps", label)
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    for axes in panels.flat[count:]:
+        axes.set_visible(False)
+    return figure
+
+
+def _best_so_far(runs: Sequence[Recorded]) -> Figure:
+    """The test loss of the draw with the least validation loss, over the number of draws."""
+    figure, axes = one_panel()
+    for colour, run in zip(_colours(), runs, strict=False):
+        validation = run.columns["Loss/Validation"][-1]
+        judged = validation if np.isfinite(validation).any() else final_losses(run.columns)
+        judged = np.where(np.isfinite(judged), judged, math.inf)
+        best = [int(judged[: count + 1].argmin()) for count in range(len(judged))]
+        values = final_losses(run.columns)[best]
+        axes.step(np.arange(1, len(best) + 1), values, where="post", color=colour, label=run.title)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    label_axes(axes, "Best of so many draws, chosen on validation", "draws", "test loss")
+    axes.xaxis.set_major_locator(LogLocator())
+    add_legend(axes)
+    return figure
+
+
+def _run_times(runs: Sequence[Recorded]) -> Figure:
+    """Seconds of training, evaluations left out."""
+    figure, axes = one_panel()
+    seconds = [run.columns["seconds"][-1] / run.columns["Loss/Test"].shape[1] for run in runs]
+    colours = [colour for colour, _ in zip(_colours(), runs, strict=False)]
+    axes.barh(range(len(runs)), seconds, color=colours)
+    axes.set_yticks(range(len(runs)), [run.title for run in runs])
+    axes.invert_yaxis()
+    label_axes(axes, "Time of training", "seconds for each draw", "")
+    axes.xaxis.set_major_locator(AutoLocator())
+    return figure
+
+
+def _trajectories(runs: Sequence[Recorded]) -> Figure:
+    """Where draws go in the plane of learning rate and momentum, over what they end with."""
+    figure, axes = one_panel()
+    points = [
+        np.stack([run.columns[f"Hyperparameter/{name}"] for name in ("Lr", "Momentum")])
+        for run in runs
+    ]
+    ends = np.concatenate([part[:, -1] for part in points], axis=1)
+    losses = np.concatenate([final_losses(run.columns) for run in runs])
+    kept = np.isfinite(losses)
+    for part in points:
+        axes.plot(part[0, :, :30], part[1, :, :30], color=FAINT, lw=0.5)
+    shown = axes.scatter(*ends[:, kept], c=np.log10(losses[kept]), s=10, cmap="viridis", zorder=3)
+    axes.set_xscale("log")
+    label_axes(axes, "From the draw to the end", "learning rate", "momentum")
+    axes.xaxis.set_major_locator(LogLocator())
+    figure.colorbar(shown, ax=axes, label="log10 of the final test loss")
+    return figure
+
+
+def _sensitivity(runs: Sequence[Recorded]) -> Figure:
+    """The median final loss over T and i."""
+    every = sorted({run.config["network_weight_steps"] for run in runs})
+    terms = sorted({run.config["look_back"] for run in runs})
+    grid = np.full((len(terms), len(every)), math.nan)
+    for run in runs:
+        place = (
+            terms.index(run.config["look_back"]),
+            every.index(run.config["network_weight_steps"]),
+        )
+        grid[place] = np.median(final_losses(run.columns))
+    figure, axes = one_panel()
+    shown = axes.imshow(np.log10(grid), cmap="viridis_r", aspect="auto", origin="lower")
+    for (row, column), value in np.ndenumerate(grid):
+        axes.text(column, row, f"{value:.3g}", ha="center", va="center", color="white")
+    label_axes(axes, "Median final test loss", "weight steps, T", "terms of the series, i")
+    axes.grid(False)
+    axes.set_xticks(range(len(every)), every)
+    axes.set_yticks(range(len(terms)), terms)
+    figure.colorbar(shown, ax=axes, label="log10")
+    return figure
+
+
+def _colours():
+    """Those of the program, over again for further runs."""
+    return cycle(COLOURS)

@@ -3,6 +3,7 @@
     python plot.py run runs/main-...                       every figure of a run, drawn again
     python plot.py rules runs/a runs/b                     learned rules beside each other
     python plot.py rules runs/a --classical oja foldiak    and beside classical ones
+    python plot.py one_pass runs/a runs/b                  runs of tune_one_pass.py compared
 
 A figure that is asked for by name is a function here, `plot_<name>(args)`, and its lines in
 make_parser; it returns the paths of what it has drawn.
@@ -16,6 +17,7 @@ from pathlib import Path
 from command_line import OneLineParser, UserError, run_command
 from figures import draw_rules, draw_run
 from learning_rules import PerLayerRule, classical_rule, load_rule
+from one_pass_report import draw_report, read_run, table
 from run_log import read_config, read_json
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
@@ -41,6 +43,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--by", choices=(EFFECT, COEFFICIENT),
         help="what a term's size is (default: effect, where every RUN tells it)")  # fmt: skip
     add("--out", type=Path, default=Path("rules.png"), metavar="FILE", help="the figure (PNG)")
+
+    add = figure(plot_one_pass, "runs of tune_one_pass.py compared: a table and every figure")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
+    add("--out", type=Path, default=Path("one_pass"), metavar="DIR", help="for table and figures")
     return parser
 
 
@@ -70,6 +76,16 @@ def plot_rules(args: argparse.Namespace) -> list[Path]:
     sizes = {n: rule.signed() if by == EFFECT else rule.coefficients for n, rule in learned.items()}
     draw_rules(sizes | {f"{n} (classical)": v for n, v in classical.items()}, args.out, by)
     return [args.out]
+
+
+def plot_one_pass(args: argparse.Namespace) -> list[Path]:
+    """The table, also on the screen, and the figures."""
+    runs = [read_run(directory) for directory in args.runs]
+    text = table(runs)
+    print(text)
+    drawn = draw_report(runs, args.out)
+    (args.out / "table.md").write_text(text, encoding="utf-8")
+    return [args.out / "table.md", *drawn]
 
 
 @dataclass(frozen=True)

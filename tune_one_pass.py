@@ -124,6 +124,11 @@ def fill_in(args: argparse.Namespace) -> None:
     every = 1 if args.method == "fixed" else args.network_weight_steps
     steps = args.network_weight_steps * args.hyperparameter_steps
     args.steps = min(steps, args.total_step_limit or steps) // every * every
+    if args.steps == 0:
+        raise OnePassError(
+            f"total_step_limit {args.total_step_limit} ends before the first hyperparameter step, "
+            f"after {every} weight steps"
+        )
     wanted = args.log_every or args.steps // 40
     args.log_every = max(wanted // every, 1) * every
     if args.name is not None and args.out is None and args.resume is None:

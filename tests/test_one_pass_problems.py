@@ -1,0 +1,210 @@
+"""Data and networks of the one-pass problems, on small files of the real formats."""
+
+import pytest
+import torch
+
+import one_pass_problems
+from mnist_datasets import DataError
+from objectives import Batch
+from one_pass import OnePassError
+from one_pass_problems import (
+    PROBLEMS,
+    FullBatches,
+    LanguageModel,
+    SequentialBatches,
+    ShuffledBatches,
+    TextObjective,
+    default_model,
+    make_problem,
+    make_samples,
+    read_text,
+    text_windows,
+)
+
+CPU = torch.device("cpu")
+
+
+def generators(runs):
+    return [torch.Generator().manual_seed(number) for number in range(runs)]
+
+
+def problem(name, tmp_path, model=None, proportion=0.2):
+    return make_problem(
+        name, model or default_model(name), proportion, tmp_path, torch.float64, CPU
+    )
+
+
+def write_text(folder, words=9000):
+    (folder / "ptb").mkdir()
+    text = " ".join(f"w{number * 7 % 30}" for number in range(words))
+    for part in ("train", "valid", "test"):
+        (folder / "ptb" / f"ptb.{part}.txt").write_text(text)
+
+
+def test_every_problem_has_a_network_and_a_configuration():
+    for name in PROBLEMS:
+        assert default_model(name) in one_pass_problems.MODELS
+
+
+def test_regression_is_standardised_and_knows_its_unit(tmp_path):
+    found = problem("boston", tmp_path)
+    assert [len(part[0]) for part in (found.training, found.validation, found.test)] == [
+        364,
+        91,
+        51,
+    ]
+    assert found.unit == pytest.approx(84, abs=3)
+    assert found.objective.sizes == (13, 50, 1)
+
+
+@pytest.mark.parametrize("model", ["mlp", "mlp_batch_norm"])
+def test_images_are_split_and_standardised_pixel_by_pixel(tmp_path, model):
+    found = problem("mnist5k", tmp_path, model, proportion=0.25)
+    assert [len(part[0]) for part in (found.training, found.validation)] == [3000, 1000]
+    pixels = torch.cat([found.training[0], found.validation[0]])
+    assert torch.allclose(pixels.mean(dim=0), torch.zeros(784).double(), atol=1e-5)
+    weights, buffers = found.objective.initial(generators(1))
+    assert weights.shape[1] == 784 * 50 + 50 + 500 + 10 + (100 if model == "mlp_batch_norm" else 0)
+    assert bool(buffers) == (model == "mlp_batch_norm")
+
+
+def test_a_resnet_for_small_images_has_gradients_and_curvature():
+    objective = one_pass_problems._image_network(
+        "resnet18", one_pass_problems.ImageData(
+            torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.arange(10), "none"
+        )
+    )  # fmt: skip
+    weights, buffers = objective.initial(generators(1))
+    batch = Batch(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 9]), shared=True)
+    found = objective.linearize(weights.float(), buffers, batch)
+    product = found.hessian_product(torch.ones_like(found.gradient))
+    assert found.gradient.isfinite().all() and product.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("boston", "resnet18"), ("mnist5k", "lstm"), ("ptb", "mlp")]
+)
+def test_a_network_that_does_not_fit_is_refused(tmp_path, name, model):
+    with pytest.raises(OnePassError, match=f"model {model} is not for"):
+        problem(name, tmp_path, model)
+
+
+# ---- text ----
+
+
+def test_text_is_numbered_by_the_training_file_and_cut_into_streams(tmp_path):
+    write_text(tmp_path)
+    parts, words = read_text(tmp_path / "ptb")
+    assert words == 30 and all(len(part) == 9000 for part in parts)
+    inputs, targets = text_windows(parts[0])
+    assert inputs.shape == targets.shape == (3, 40, 70)
+    assert torch.equal(inputs[0, :, 1:], targets[0, :, :-1])
+    assert torch.equal(inputs[1, :, 0], targets[0, :, -1])
+
+
+def test_text_that_is_missing_or_too_short_or_has_new_words_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"put its text files at .*ptb\.train\.txt"):
+        read_text(tmp_path)
+    write_text(tmp_path)
+    (tmp_path / "ptb" / "ptb.test.txt").write_text("unheard")
+    with pytest.raises(DataError, match="'unheard', which is not in the training file"):
+        read_text(tmp_path / "ptb")
+    with pytest.raises(DataError, match="too short"):
+        text_windows(torch.arange(100))
+
+
+def test_the_language_model_is_torchs_lstm_and_goes_on_where_it_ended():
+    words, units, streams = 7, 5, 3
+    model = LanguageModel(words, units, streams).double()
+    theirs = torch.nn.LSTM(units, units, num_layers=2, batch_first=True).double()
+    with torch.no_grad():
+        for layer, gates in enumerate(model.gates):
+            getattr(theirs, f"weight_ih_l{layer}").copy_(gates.weight[:, :units])
+            getattr(theirs, f"weight_hh_l{layer}").copy_(gates.weight[:, units:])
+            getattr(theirs, f"bias_ih_l{layer}").copy_(gates.bias)
+            getattr(theirs, f"bias_hh_l{layer}").zero_()
+    text = torch.randint(words, (streams, 8))
+    pieces = torch.cat([model(text[:, :5]), model(text[:, 5:])], dim=2)
+    expected = model.decoder(theirs(model.embedding(text))[0]).movedim(-1, 1)
+    assert torch.allclose(pieces, expected)
+
+
+def test_a_language_model_is_evaluated_in_the_order_of_the_text():
+    objective = TextObjective(LanguageModel(7, 5, 3).double(), "cross_entropy")
+    weights, buffers = objective.initial(generators(2))
+    buffers = {name: buffer.double() for name, buffer in buffers.items()}
+    text = torch.randint(7, (3, 9))
+    inputs, targets = (
+        t.reshape(3, 2, 4).movedim(0, 1).contiguous() for t in (text[:, :-1], text[:, 1:])
+    )
+    pieces = objective.evaluate(weights, buffers, inputs, targets)
+    whole = objective.evaluate(weights, buffers, text[None, :, :-1], text[None, :, 1:])
+    assert torch.allclose(pieces.loss, whole.loss)
+    assert (buffers["hidden"] == 0).all()
+
+
+# ---- batches ----
+
+
+def test_every_run_sees_each_sample_once_an_epoch_in_an_order_of_its_own():
+    values = torch.arange(12)
+    batches = ShuffledBatches(values, values, 4, generators(2))
+    epoch = torch.cat([batches.next().inputs for _ in range(3)], dim=1)
+    assert torch.equal(epoch.sort(dim=1).values, values.expand(2, 12))
+    assert not torch.equal(epoch[0], epoch[1])
+    again = torch.cat([batches.next().inputs for _ in range(3)], dim=1)
+    assert not torch.equal(epoch, again)
+
+
+def test_resumed_batches_are_the_same():
+    values = torch.arange(10)
+    first = ShuffledBatches(values, values, 3, generators(2))
+    for _ in range(4):
+        first.next()
+    state = first.state_dict()
+    expected = [first.next().inputs for _ in range(5)]
+    second = ShuffledBatches(values, values, 3, generators(2))
+    second.load_state_dict(state)
+    assert all(torch.equal(second.next().inputs, batch) for batch in expected)
+
+
+def test_text_comes_window_by_window_and_full_batches_are_shared():
+    windows = torch.arange(3)[:, None]
+    sequence = SequentialBatches(windows, windows)
+    assert [sequence.next().inputs.item() for _ in range(4)] == [0, 1, 2, 0]
+    assert isinstance(make_samples((windows, windows), None, False, []), FullBatches)
+    assert make_samples((windows, windows), None, False, []).next().shared
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(OnePassError, match="there are 3 samples"):
+        ShuffledBatches(torch.arange(3), torch.arange(3), 4, generators(1))
+
+
+# ---- toys ----
+
+
+@pytest.mark.parametrize("name", ["quadratic", "two_weights"])
+def test_a_toys_gradient_and_curvature_are_finite_differences(tmp_path, name):
+    found = problem(name, tmp_path)
+    weights, _ = found.objective.initial(generators(2))
+    batch = Batch(found.training[0][:1], found.training[1][:1], shared=True)
+    at = found.objective.linearize(weights, {}, batch)
+    vectors, change = torch.randn_like(weights), 1e-6
+    ahead, behind = (
+        found.objective.linearize(weights + sign * change * vectors, {}, batch) for sign in (1, -1)
+    )
+    slopes = (ahead.loss - behind.loss) / (2 * change)
+    assert torch.allclose((at.gradient * vectors).sum(dim=1), slopes, atol=1e-6)
+    bends = (ahead.gradient - behind.gradient) / (2 * change)
+    assert torch.allclose(at.hessian_product(vectors), bends, atol=1e-6)
+
+
+def test_two_weights_have_the_published_losses(tmp_path):
+    found = problem("two_weights", tmp_path)
+    weights = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
+    training = found.objective.evaluate(weights, {}, *found.training).loss.item()
+    validation = found.objective.evaluate(weights, {}, *found.validation).loss.item()
+    sine = torch.tensor(-1.0, dtype=torch.float64).sin().item()
+    assert training == pytest.approx((0.5 + sine) ** 2 + 0.2)
+    assert validation == pytest.approx(0.25 + 4)

@@ -1,0 +1,102 @@
+"""Tables and figures from draws.npz alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import plot
+from one_pass_report import (
+    Columns,
+    Recorded,
+    best_of_groups,
+    draw_report,
+    final_losses,
+    read_run,
+    summary,
+    table,
+)
+from run_log import RunLogError
+
+
+def recorded(title="run", draws=6, method="fixed", seed=0, **config):
+    generator = np.random.default_rng(seed)
+    columns = {
+        "step": np.arange(4) * 10.0,
+        "seconds": np.arange(4) * 1.0,
+        "evaluation_seconds": np.ones(4),
+    }
+    for name in ("Loss/Training", "Loss/Validation", "Loss/Test", "Unnormalised_Loss/Test"):
+        columns[name] = np.exp(-np.arange(4))[:, None] * generator.uniform(1, 2, (4, draws))
+    for name in ("Lr", "Weight_Decay", "Momentum"):
+        columns[f"Hyperparameter/{name}"] = generator.uniform(0.1, 0.9, (4, draws))
+    settings = {"dataset": "toy", "method": method, "network_weight_steps": 10, "look_back": 5}
+    return Recorded(title, settings | config, columns)
+
+
+def test_a_draw_diverges_when_its_loss_is_not_finite_or_has_grown_tenfold():
+    run = recorded()
+    run.columns["Unnormalised_Loss/Test"][-1, :3] = [math.nan, math.inf, 30.0]
+    losses = final_losses(run.columns)
+    assert np.isinf(losses[:3]).all() and np.isfinite(losses[3:]).all()
+
+
+def test_the_mean_is_of_draws_that_did_not_diverge_and_their_share_is_told():
+    losses = np.array([1.0, 2.0, 3.0, math.inf])
+    found = summary(losses)
+    assert found["mean"] == pytest.approx(2, abs=0.1)
+    assert found["diverged"] == 0.25 and found["best"] == 1
+    assert summary(np.full(4, math.inf))["median"] == math.inf
+
+
+def test_the_deviation_of_a_mean_is_that_of_the_bootstrap():
+    losses = np.random.default_rng(0).normal(5, 1, 400)
+    found = summary(losses)
+    assert found["mean"] == pytest.approx(losses.mean(), abs=0.01)
+    assert found["mean_deviation"] == pytest.approx(losses.std() / 20, rel=0.15)
+
+
+def test_of_each_three_draws_the_best_on_validation_is_taken():
+    losses = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    validation = np.array([3.0, 1.0, 2.0, math.nan, 9.0, 8.0, 0.0])
+    assert best_of_groups(losses, validation, 3).tolist() == [2.0, 6.0]
+
+
+def test_columns_come_back_as_they_were():
+    columns = Columns()
+    for step in range(3):
+        columns.append(step, 0.5 * step, 0.1, {"Loss/Test": np.arange(2.0) + step})
+    again = Columns({n: torch.clone(t) for n, t in columns.to_tensors().items()})
+    again.append(3, 1.5, 0.1, {"Loss/Test": np.zeros(2)})
+    assert again.last("seconds") == 1.5
+    assert np.array_equal(again.arrays()["Loss/Test"][:3], columns.arrays()["Loss/Test"])
+
+
+def test_the_table_has_a_line_for_each_run_and_one_for_triples():
+    text = table([recorded("a"), recorded("b", method="look_back")])
+    lines = text.splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["a", "a, 3-batched", "b"]
+    assert "0.0%" in lines[2]
+
+
+def test_every_figure_is_drawn(tmp_path):
+    runs = [
+        recorded(f"T{every} i{terms}", network_weight_steps=every, look_back=terms, seed=every)
+        for every in (5, 10)
+        for terms in (1, 5)
+    ]
+    paths = draw_report(runs, tmp_path / "figures")
+    assert len(paths) == 10 and all(path.stat().st_size > 1000 for path in paths)
+    assert len(draw_report(runs[:1], tmp_path / "one")) == 9  # no heat map
+
+
+def test_a_run_of_another_command_is_refused(tmp_path, capsys):
+    with pytest.raises(RunLogError, match=r"no config\.json"):
+        read_run(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RunLogError, match=r"draws\.npz can't be read"):
+        read_run(tmp_path)
+    (tmp_path / "draws.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(RunLogError, match=r"draws\.npz can't be read"):
+        plot.main(["one_pass", str(tmp_path), "--out", str(tmp_path / "out")])
