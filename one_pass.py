@@ -44,6 +44,7 @@ DEFAULT_TRANSFORMS = {"lr": "10^", "weight_decay": "10^", "momentum": "sigmoid"}
 
 CLIP_EPS = 1e-6
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
+SOUND = 3.0  # times the first training loss; a sound run stays below
 STEPPED_LR_BOUNDS = (1e-10, 1.0)  # of the natural learning rate
 
 
@@ -227,6 +228,8 @@ class Settings:
         updates: hyperparameter steps in all; after them the hyperparameters stay.
         chain_rule: False feeds Adam the derivative for the natural value, as Baydin et al. do.
         truncate: end a run's series where its terms begin to grow.
+        recover: a run whose training loss is not finite, or far above where it began, goes on from
+            the weights of its last good hyperparameter step at a tenth of its learning rate.
         clip_norm: of the training gradient.
         bounds: {name: (lowest, highest)} of raw values.
         reset: weights, momentum and buffers start anew after each hyperparameter step but the last.
@@ -243,6 +246,7 @@ class Settings:
     updates: int = 400
     chain_rule: bool = True
     truncate: bool = False
+    recover: bool = False
     clip_norm: float | None = None
     bounds: dict[str, tuple[float, float]] = field(default_factory=lambda: {"lr": (-10.0, 0.0)})
     reset: bool = False
@@ -264,6 +268,8 @@ class State:
         factor: what stepped_lr multiplies the learning rate by, [D, 1].
         previous_gradient: of the last weight step, for successive_gradients.
         start: weights and buffers to start from anew.
+        good: weights and buffers of the last hyperparameter step that found a sound loss.
+        sound_loss: the training loss below which a run is sound, [D]; None before the first step.
     """
 
     weights: Tensor
@@ -278,6 +284,8 @@ class State:
     skipped: Tensor
     previous_gradient: Tensor | None
     start: tuple[Tensor, Buffers]
+    good: tuple[Tensor, Buffers]
+    sound_loss: Tensor | None
 
 
 def initial_hyperparameters(generators: Sequence[Generator]) -> dict[str, Tensor]:
@@ -308,6 +316,7 @@ def initial_state(
             values.expand_as(weights).clone() if name in settings.high_dimensional else values
         )
     count = torch.zeros_like(weights[:, :1])
+    start = weights.clone(), {name: buffer.clone() for name, buffer in buffers.items()}
     return State(
         weights=weights,
         buffers=buffers,
@@ -322,7 +331,9 @@ def initial_state(
         updates=count,
         skipped=count.clone(),
         previous_gradient=None,
-        start=(weights.clone(), {name: buffer.clone() for name, buffer in buffers.items()}),
+        start=start,
+        good=start,
+        sound_loss=None,
     )
 
 
@@ -367,6 +378,8 @@ class Tuning:
             step = self._weight_step()
             if settings.method == "unrolled":
                 window.append(replace(step, linearization=None))
+            if settings.recover and state.sound_loss is None:
+                state.sound_loss = SOUND * step.linearization.loss
             if settings.method != "fixed" and state.step % settings.every == 0:
                 _METHODS[settings.method](self, step, window)
                 self.hyperparameters = natural(state.raw, settings)
@@ -396,23 +409,46 @@ class Tuning:
         state = self.state
         return self.objective.held_out(state.weights, state.buffers, self.validation.next())[1]
 
+    def _recover(self, loss: Tensor) -> Tensor:
+        """Put runs of unsound training `loss` [D] back on their feet; which those are, [D, 1].
+
+        The weights kept are those after the step, so that one bad step may have been taken with
+        them: a run that fails again at once is at its start soon enough, by its learning rate.
+        """
+        state = self.state
+        failed = ~(loss <= state.sound_loss)[:, None]
+        weights, buffers = state.good
+
+        def chosen(good: Tensor, now: Tensor) -> Tensor:
+            return torch.where(failed.view(-1, *[1] * (now.dim() - 1)), good, now)
+
+        state.weights = chosen(weights, state.weights)
+        state.buffers = {name: chosen(buffers[name], now) for name, now in state.buffers.items()}
+        state.momentum_buffer = torch.where(failed, 0, state.momentum_buffer)
+        forward, inverse, _ = TRANSFORMS[self.settings.transforms["lr"]]
+        slower = inverse(forward(state.raw["lr"]) / 10)
+        state.raw["lr"] = torch.where(failed, slower, state.raw["lr"])
+        state.good = state.weights, state.buffers
+        return failed
+
     def _look_back(self, step: WeightStep, window: deque[WeightStep]) -> None:
         settings = self.settings
         vector = look_back_vector(
             step, self._validation_gradient(), settings.look_back, settings.truncate
         )
-        self._descend(look_back_hypergradients(step, vector))
+        self._descend(look_back_hypergradients(step, vector), step.linearization.loss)
 
     def _unroll(self, step: WeightStep, window: deque[WeightStep]) -> None:
         def linearize(weights: Tensor, batch: Batch) -> Linearization:
             return self.objective.linearize(weights, self.state.buffers, batch)
 
-        self._descend(unrolled_hypergradients(window, self._validation_gradient(), linearize))
+        found = unrolled_hypergradients(window, self._validation_gradient(), linearize)
+        self._descend(found, step.linearization.loss)
 
     def _compare_gradients(self, step: WeightStep, window: deque[WeightStep]) -> None:
         new, old = step.linearization.gradient, self.state.previous_gradient
         if old is not None:
-            self._descend(successive_gradients(old, new))
+            self._descend(successive_gradients(old, new), step.linearization.loss)
         self.state.previous_gradient = new
 
     def _multiply_rate(self, step: WeightStep, window: deque[WeightStep]) -> None:
@@ -444,7 +480,7 @@ class Tuning:
                 value = value.clamp_max(1 - 1e-3)
             state.raw[name][worst] = inverse(value)
 
-    def _descend(self, hypergradients: dict[str, Tensor]) -> None:
+    def _descend(self, hypergradients: dict[str, Tensor], loss: Tensor) -> None:
         """One step of Adam on the raw values of every run whose hypergradients are finite."""
         settings, state = self.settings, self.state
         raw_gradients = {}
@@ -458,6 +494,8 @@ class Tuning:
             raw_gradients[name] = gradient
         finite = torch.stack([g.isfinite().all(1, keepdim=True) for g in raw_gradients.values()])
         taken = finite.all(dim=0)
+        if settings.recover:
+            taken = taken & ~self._recover(loss)
         state.skipped = state.skipped + (~taken).to(state.skipped.dtype)
         state.updates = state.updates + taken.to(state.updates.dtype)
         lr = self._hyperparameter_lr()

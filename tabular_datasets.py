@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mnist_datasets import DataError
 
-SPLIT_SEED = 0  # one permutation of the rows for every run
+SPLIT_SEED = 1  # one permutation of the rows for every run; docs/one_pass.md shows others
 
 
 @dataclass(frozen=True)

@@ -298,3 +298,17 @@ def test_raw_learning_rates_stay_in_their_bounds():
     tuning = make_tuning(4, lr=30.0)
     tuning.advance(20)
     assert (tuning.state.raw["lr"] <= 0).all() and (tuning.state.raw["lr"] >= -10).all()
+
+
+def test_a_run_that_diverges_goes_on_from_its_last_good_weights_slower():
+    tuning = make_tuning(3, recover=True)
+    tuning.advance(10)
+    good, rate = tuning.state.good[0].clone(), tuning.state.raw["lr"].clone()
+    tuning.state.weights[1] = math.nan
+    tuning.advance(5)
+    assert torch.equal(tuning.state.weights[1], good[1])
+    assert torch.allclose(tuning.state.raw["lr"][1], rate[1] - 1)
+    assert (tuning.state.momentum_buffer[1] == 0).all()
+    assert not torch.allclose(tuning.state.raw["lr"][0], rate[0] - 1, atol=0.5)
+    tuning.advance(5)
+    assert tuning.state.weights.isfinite().all()
