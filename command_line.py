@@ -60,29 +60,43 @@ class Data(Protocol):
         """How many samples, and a digest of them."""
 
 
-def common_parser(description: str, command: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every command has; `command` names the run directories."""
+def run_parser(description: str, command: str) -> argparse.ArgumentParser:
+    """A parser with the flags of any run; `command` names the run directories."""
     parser = OneLineParser(
         prog=f"{command}.py",
         description=description,
         allow_abbrev=False,
         formatter_class=_HelpFormatter,
     )
-    common = parser.add_argument_group("common flags")
-    add = common.add_argument
-    add("--dataset", choices=DATASETS, default="mnist", help="images; mnist5k needs no network")
-    add("--data-dir", "--data_dir", type=Path, default="data", metavar="DIR", help="data sets")
-    where = common.add_mutually_exclusive_group()
+    group = parser.add_argument_group("run")
+    where = group.add_mutually_exclusive_group()
     new = f"directory of the run (default: runs/{command}-<time>)"
     where.add_argument("--out", type=Path, metavar="DIR", help=new)
     again = "go on with the run in DIR, with its flags"
     where.add_argument("--resume", type=Path, metavar="DIR", help=again)
+    add = group.add_argument
     add("--seed", type=nonnegative_int, default=0, metavar="N", help="seed of all random numbers")
+    add("--quiet", action="store_true", help="print errors only")
+    return parser
+
+
+def computing_parser(description: str, command: str) -> argparse.ArgumentParser:
+    """A parser with the flags of a run that computes with tensors, on data of any kind."""
+    parser = run_parser(description, command)
+    add = parser.add_argument_group("computation").add_argument
     device = "auto, cpu, cuda, cuda:N or mps"
     add("--device", type=device_name, default="auto", metavar="NAME", help=device)
     add("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's own)")
     add("--dtype", choices=list(DTYPES), default="float32", help="floating-point type")
-    add("--quiet", action="store_true", help="print errors only")
+    return parser
+
+
+def common_parser(description: str, command: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every command on images has."""
+    parser = computing_parser(description, command)
+    add = parser.add_argument_group("images").add_argument
+    add("--dataset", choices=DATASETS, default="mnist", help="images; mnist5k needs no network")
+    add("--data-dir", "--data_dir", type=Path, default="data", metavar="DIR", help="data sets")
     return parser
 
 
@@ -139,7 +153,7 @@ def open_run(
     config["data_found"] = None if data is None else data.fingerprint()
     existing = args.resume or _run_before_the_restart(args)
     if existing is None:
-        return RunLog.create(args.out or _new_directory(command), config, args.quiet)
+        return RunLog.create(args.out or new_directory(command), config, args.quiet)
     _refuse_other_configuration(existing, read_config(existing), plain(config))
     return RunLog.reopen(existing, args.quiet)
 
@@ -320,7 +334,7 @@ def _refuse_other_configuration(
         )
 
 
-def _new_directory(command: str) -> Path:
+def new_directory(command: str) -> Path:
     """runs/<command>-<time>, numbered where two runs start within a second."""
     first = Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = first, 1
