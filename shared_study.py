@@ -19,11 +19,11 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -44,6 +44,7 @@ JOURNAL = "study.journal"
 HEARTBEAT = 30.0  # seconds
 LOST_AFTER = 180.0  # seconds; clocks of the machines must agree to much less
 SQLITE_WAIT = 60  # seconds for another process's lock
+RACES = 10
 
 STATES = ("done", "pruned", "diverged", "failed", "interrupted", "running", "waiting")
 TOLD_AS = {
@@ -54,6 +55,9 @@ TOLD_AS = {
     "interrupted": TrialState.FAIL,
 }
 HERE = {"host": socket.gethostname(), "process": os.getpid(), "session": uuid.uuid4().hex[:12]}
+
+
+Made = TypeVar("Made")
 
 
 class StudyError(UserError):
@@ -82,7 +86,7 @@ def open_storage(url: str | None, directory: Path) -> BaseStorage:
     with storage_errors(url):
         if url is not None:
             waits = {"connect_args": {"timeout": SQLITE_WAIT}} if url.startswith("sqlite") else {}
-            return RDBStorage(url, engine_kwargs=waits)
+            return _unless_raced(lambda: RDBStorage(url, engine_kwargs=waits))
         path = directory.resolve() / JOURNAL
         lock = JournalFileOpenLock(str(path))
         _cut_unfinished_line(path, lock)
@@ -109,10 +113,7 @@ def open_study(
         pruner=pruner,
         load_if_exists=True,
     )
-    saved = study.user_attrs.get("definition")
-    if saved is None:
-        study.set_user_attr("definition", dict(definition))
-        return study
+    saved = _unless_raced(lambda: _saved_definition(study, definition))
     differing = [
         f"{key} {saved.get(key)!r} there, {definition.get(key)!r} now"
         for key in {**saved, **definition}
@@ -124,6 +125,26 @@ def open_study(
             "choose another --out or --study"
         )
     return study
+
+
+def _saved_definition(study: Study, definition: Mapping[str, Any]) -> dict[str, Any]:
+    """What the study was made for: `definition`, if it has just been made."""
+    if "definition" not in study.user_attrs:
+        study.set_user_attr("definition", dict(definition))
+    return study.user_attrs["definition"]
+
+
+def _unless_raced(make: Callable[[], Made]) -> Made:
+    """`make()`, once more where another process was making the same tables or row meanwhile."""
+    for _ in range(RACES):
+        try:
+            return make()
+        except (SQLAlchemyError, OptunaError) as error:
+            cause = str(error.__cause__ or error)
+            if not any(sign in cause for sign in ("already exists", "UNIQUE", "duplicate")):
+                raise
+            time.sleep(1)
+    return make()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import shlex
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -226,7 +227,7 @@ class Sweep:
         self.args, self.studies, self.directory, self.log = args, studies, directory, log
         self.arguments = {each.name: each.arguments for each in variants(args)}
         self.rungs = make_rungs(args)
-        self.threads = max(1, _cores() // args.workers)
+        self.threads = max(1, cores() // args.workers)
         self.workers: list[Worker] = []
         self.taken = 0
         self._nothing_left_until = -math.inf
@@ -375,7 +376,7 @@ def flags_of(trial: Trial, searched: Sequence[SearchedFlag]) -> list[str]:
     return arguments
 
 
-def _cores() -> int:
+def cores() -> int:
     """Those that this process may use, where the system tells."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
@@ -529,7 +530,7 @@ def run(args) -> bool:
 
 def log_name() -> str:
     """A directory for what this process says, unlike any other process's."""
-    return f"{HERE['host']}-{HERE['process']}-{time.strftime('%Y%m%d-%H%M%S')}-{HERE['session']}"
+    return f"{HERE['host']}-{HERE['process']}-{uuid.uuid4().hex[:6]}"
 
 
 def forget(studies: Mapping[str, Study], directory: Path) -> None:
