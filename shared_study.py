@@ -152,7 +152,7 @@ def storage_errors(url: str | None) -> Iterator[None]:
     """Turn what a storage raises into a StudyError of one line."""
     try:
         yield
-    except (SQLAlchemyError, OptunaError, ImportError, OSError) as error:
+    except (SQLAlchemyError, OptunaError, ImportError) as error:
         cause = error.__cause__ or error
         line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
         where = JOURNAL if url is None else re.sub(r":[^:@/]*@", ":***@", url)
@@ -252,9 +252,16 @@ def claim(study: Study, draws: int) -> Trial | None:
         return trial
 
 
-def say_alive(trial: Trial) -> None:
-    """Note that this process works on the trial; due every HEARTBEAT seconds."""
-    trial.set_user_attr("owner", HERE | {"seen": time.time()})
+def say_alive(trial: Trial) -> bool:
+    """Note that this process works on the trial; due every HEARTBEAT seconds.
+
+    False where another process has given the trial up, because this one was silent for so long.
+    """
+    try:
+        trial.set_user_attr("owner", HERE | {"seen": time.time()})
+    except UpdateFinishedTrialError:
+        return False
+    return True
 
 
 def finish(trial: Trial, outcome: Outcome) -> bool:

@@ -9,8 +9,7 @@
     python sweep.py --resume runs/rates                      goes on, or joins in
 
 Every trial is the command behind `--` with a value for each searched flag, `--out` and `--quiet`,
-in a process of its own; its value is read from its results.json. Without a word the search is
-minimal: random draws, the same for each variant. See docs/sweeps.md.
+in a process of its own; its value is read from its results.json. See docs/sweeps.md.
 """
 
 import argparse
@@ -110,7 +109,8 @@ def make_parser():
     parser = run_parser("Run a command many times over chosen flags.", "sweep")
     parser.usage = "%(prog)s [flags] --search FLAG=RANGE ... --metric KEY -- COMMAND.py [arguments]"
     add = parser.add_argument_group("search").add_argument
-    add("--search", type=searched_flag, nargs="+", required=True, metavar="FLAG=RANGE",
+    add("--search", type=searched_flag, nargs="+", action="extend", required=True,
+        metavar="FLAG=RANGE",
         help="LOW:HIGH, log:, int: or step:LOW:HIGH:STEP, choice:A,B,...")  # fmt: skip
     add("--method", choices=METHODS, default="random", help="how values are chosen")
     add("--trials", type=positive_int, metavar="N",
@@ -270,7 +270,8 @@ class Sweep:
             return
         self._seen_at = now
         for worker in self.workers:
-            say_alive(worker.trial)
+            if not say_alive(worker.trial):
+                worker.end("interrupted")
         for name, study in self.studies.items():
             for number in take_back_lost(study):
                 self.log.say(f"{_label(name, number)} was interrupted; its values are queued again")
@@ -329,12 +330,12 @@ class Sweep:
             run_again(trial, outcome)
             return
         if not finish(trial, outcome):
-            self.log.warn(f"trial {trial.number} was given up by another process")
+            self.log.warn(f"{worker.directory} came too late: its values are queued again")
             return
         if outcome.exit_status == 2 and self._none_has_run(trial.study):
             raise RefusedCommand(f"the command refuses its first trial: {outcome.error}")
         if outcome.state == "failed":
-            self.log.say(f"trial {trial.number} failed: {outcome.error}")
+            self.log.say(f"{worker.directory} failed: {outcome.error}")
 
     def _none_has_run(self, study: Study) -> bool:
         statuses = {t.user_attrs.get("exit_status") for t in study.get_trials(deepcopy=False)}
@@ -398,7 +399,7 @@ def _label(variant: str, number: int) -> str:
 
 
 def open_directory(args) -> Path:
-    """The sweep's directory, new or of the same sweep; RunLogError if it holds something else."""
+    """The sweep's directory, new or of the same sweep; UserError if it holds something else."""
     directory = args.resume or args.out or new_directory("sweep")
     known = directory / "config.json"
     if known.exists():

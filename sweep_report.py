@@ -148,7 +148,7 @@ def draw_best_so_far(report: Report, path: Path) -> None:
     figure, axes = one_panel()
     best_of = np.maximum if report.maximize else np.minimum
     for colour, variant in zip(_colours(len(report.trials)), report.trials, strict=True):
-        done = report.done(variant)
+        done = sorted(report.done(variant), key=lambda trial: trial.user_attrs["draw"])
         draws = [trial.user_attrs["draw"] for trial in done]
         values = np.array([trial.value for trial in done])
         axes.plot(draws, values, ".", color=colour, ms=4, alpha=0.45)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
 
 from command_line import UserError
@@ -91,7 +92,7 @@ def start(trial: Trial, command: Sequence[str], directory: Path, threads: int) -
     return Worker(trial, process, stderr, directory, time.monotonic())
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rungs:
     """Where asynchronous successive halving compares trials: steps first, first * reduction, ...
 
@@ -116,8 +117,11 @@ class Rungs:
         for step, value in zip(steps, values, strict=True):
             if step < self.next_after(worker.compared_at) or np.isnan(value):
                 continue
-            worker.trial.report(float(value), int(step))
             worker.compared_at = int(step)
+            try:
+                worker.trial.report(float(value), int(step))
+            except UpdateFinishedTrialError:  # given up by another process
+                return True
             if worker.trial.should_prune():
                 return True
         return False

@@ -25,6 +25,7 @@ from shared_study import (
     open_storage,
     open_study,
     run_again,
+    say_alive,
     state_of,
     take_back_lost,
 )
@@ -152,7 +153,7 @@ def test_a_process_of_another_machine_is_lost_when_it_has_been_silent_for_long(t
     assert take_back_lost(study) == []
     trial.set_user_attr("owner", elsewhere | {"seen": time.time() - 1000})
     assert take_back_lost(study) == [0]
-    assert not finish(trial, Outcome("done", 1.0, 0)), "it has been given up"
+    assert not say_alive(trial) and not finish(trial, Outcome("done", 1.0, 0))
 
 
 def test_a_trial_lost_before_it_knew_its_draw_is_run_all_the_same(tmp_path, monkeypatch):

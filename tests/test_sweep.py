@@ -148,6 +148,8 @@ def test_variants_run_on_the_same_draws_each_in_a_study_of_its_own(tmp_path, com
     assert [float(row["x"]) for row in found] == 2 * drawn("x=0:1", 3)
     assert [float(row["value"]) for row in found] == [1] * 3 + [2] * 3
     assert results(out)["variants"]["two"]["best"]["directory"] == str(out / "two/trial-00000")
+    run("--resume", out, "--trials", 4)
+    assert [row["value"] for row in table(out) if row["variant"] == "two"] == ["2.0"] * 4
 
 
 def test_the_direction_says_which_trial_is_best(tmp_path, command):
