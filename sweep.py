@@ -1,6 +1,6 @@
 """Runs any command of this project many times over chosen flags, on worker processes and machines.
 
-    python sweep.py --out runs/rates --trials 30 --workers 2 --metric test_accuracy \\
+    python sweep.py --out runs/rates --trials 30 --workers 2 --metric test_accuracy_mean \\
         --direction maximize --search lr=log:1e-6:1e-1 batch_size=choice:64,256 \\
         -- main.py 32 --metasteps 20                         30 random draws
     python sweep.py ... --method tpe --startup 5 -- ...      5 random trials, 25 guided by them
@@ -74,7 +74,7 @@ METHODS = ("random", "tpe", "asha", "grid")
 TRIALS = 30
 POLL = 0.1  # seconds between two looks at the workers
 
-GIVEN_BY_THE_SWEEP = ("out", "quiet", "resume")
+GIVEN_BY_THE_SWEEP = ("out", "resume")
 OF_THIS_PROCESS = (*OF_THE_CALL, "share", "slurm", "array_tasks")
 ENDED = ("done", "pruned", "diverged", "failed")
 
