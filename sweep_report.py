@@ -25,7 +25,7 @@ import numpy as np
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
-from figure_style import COLOURS, FAINT, add_legend, label_axes, new_figure, one_panel, save_figure
+from figure_style import COLOURS, add_legend, label_axes, new_figure, one_panel, save_figure
 from search_space import SearchedFlag
 from shared_study import STATES, counted_trials, state_of
 
@@ -161,33 +161,38 @@ def draw_best_so_far(report: Report, path: Path) -> None:
 
 
 def draw_values_over_flags(report: Report, path: Path) -> None:
-    """A panel for each searched flag: the value of every trial, pruned ones too, paler."""
+    """A panel for each searched flag: every trial that is done; pruned ones as ticks below."""
     columns = min(PANELS_A_ROW, len(report.flags))
     lines = math.ceil(len(report.flags) / columns)
     figure = new_figure(3.6 * columns + 0.4, 3.0 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels[len(report.flags) :]:
+        axes.set_visible(False)
     for axes, flag in zip(panels, report.flags, strict=False):
         _draw_values_over_flag(report, flag, axes)
-    for axes in list(panels)[len(report.flags) :]:
-        axes.set_visible(False)
     save_figure(figure, path)
 
 
 def _draw_values_over_flag(report: Report, flag: SearchedFlag, axes) -> None:
-    choices = getattr(flag.distribution, "choices", None)
     for colour, variant in zip(_colours(len(report.trials)), report.trials, strict=True):
-        for state, marker, shade in (("done", "o", colour), ("pruned", "x", FAINT)):
-            shown = [trial for trial in report.trials[variant] if state_of(trial) == state]
-            shown = [trial for trial in shown if trial.value is not None]
-            places = [trial.params[flag.name] for trial in shown]
-            if choices is not None:
-                places = [choices.index(place) for place in places]
-            label = (variant or None) if state == "done" else None
-            values = [trial.value for trial in shown]
-            axes.plot(places, values, marker, color=shade, ms=3.5, label=label)
+        done = report.done(variant)
+        values = [trial.value for trial in done]
+        label = variant or None
+        axes.plot(_places(done, flag), values, "o", color=colour, ms=4, alpha=0.6, label=label)
+        pruned = [trial for trial in report.trials[variant] if state_of(trial) == "pruned"]
+        bottom = axes.get_xaxis_transform()  # what they were compared by need not be the value
+        places = _places(pruned, flag)
+        axes.plot(places, [0.01] * len(places), "|", color=colour, ms=6, transform=bottom)
     label_axes(axes, f"--{flag.name}", "", report.metric)
     _scale(axes, flag)
     add_legend(axes)
+
+
+def _places(trials: Sequence[FrozenTrial], flag: SearchedFlag) -> list[float]:
+    """Where the trials' values of a flag are on its axis; choices at 0, 1, 2, ..."""
+    values = [trial.params[flag.name] for trial in trials]
+    choices = getattr(flag.distribution, "choices", None)
+    return values if choices is None else [choices.index(value) for value in values]
 
 
 def _scale(axes, flag: SearchedFlag) -> None:
