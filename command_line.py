@@ -11,6 +11,7 @@
     if __name__ == "__main__":
         run_command(main)
 
+A command on data of another kind takes computing_parser, one that computes nothing run_parser.
 Exit status: 0 done, 2 wrong input, 130 interrupted.
 """
 

@@ -12,6 +12,7 @@ import torch
 from command_line import (
     UserError,
     common_parser,
+    computing_parser,
     find_device,
     fraction,
     nonnegative_float,
@@ -21,6 +22,7 @@ from command_line import (
     positive_float,
     positive_int,
     run_command,
+    run_parser,
     set_up,
 )
 from logistic_regression import ProbeError
@@ -81,6 +83,13 @@ def test_the_common_flags_have_their_defaults():
         "lr": 1e-5,
         "pair_inputs": False,
     }
+
+
+def test_a_run_without_images_or_without_tensors_has_fewer_flags():
+    of_a_run = {"out", "resume", "seed", "quiet"}
+    assert set(vars(parse(run_parser("Does something.", "some"), []))) == of_a_run
+    args = parse(computing_parser("Does something.", "some"), ["--threads", "2"])
+    assert set(vars(args)) == of_a_run | {"device", "threads", "dtype"} and args.threads == 2
 
 
 def test_dashes_and_underscores_are_one():

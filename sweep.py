@@ -1,0 +1,549 @@
+"""Runs any command of this project many times over chosen flags, on worker processes and machines.
+
+    python sweep.py --out runs/rates --trials 30 --workers 2 --metric test_accuracy_mean \\
+        --direction maximize --search lr=log:1e-6:1e-1 batch_size=choice:64,256 \\
+        -- main.py 32 --metasteps 20                         30 random draws
+    python sweep.py ... --method tpe --startup 5 -- ...      5 random trials, 25 guided by them
+    python sweep.py ... --method asha --watch test_accuracy -- ...    bad ones end early
+    python sweep.py ... --variant "ours=-c a.yaml" --variant "random=-c b.yaml" -- ...
+    python sweep.py --resume runs/rates                      goes on, or joins in
+
+Every trial is the command behind `--` with a value for each searched flag, `--out` and `--quiet`,
+in a process of its own; its value is read from its results.json. See docs/sweeps.md.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
+from optuna.study import Study
+from optuna.trial import Trial
+
+from command_line import (
+    OF_THE_CALL,
+    UserError,
+    new_directory,
+    nonnegative_int,
+    parse,
+    positive_int,
+    run_command,
+    run_parser,
+)
+from run_log import RunLog, finish_on_interrupt, plain, read_config
+from search_space import SearchedFlag, searched_flag
+from shared_study import (
+    HEARTBEAT,
+    HERE,
+    JOURNAL,
+    StudyError,
+    claim,
+    finish,
+    make_draws,
+    open_storage,
+    open_study,
+    run_again,
+    say_alive,
+    storage_errors,
+    take_back_lost,
+)
+from sweep_report import (
+    AFTER_FLAGS,
+    BEFORE_FLAGS,
+    Report,
+    in_place,
+    write_report,
+    write_table,
+)
+from trial_process import GRACE, Rungs, Worker, outcome_of, start
+
+METHODS = ("random", "tpe", "asha", "grid")
+TRIALS = 30
+POLL = 0.1  # seconds between two looks at the workers
+
+GIVEN_BY_THE_SWEEP = ("out", "resume")
+OF_THIS_PROCESS = (*OF_THE_CALL, "share", "slurm", "array_tasks")
+ENDED = ("done", "pruned", "diverged", "failed")
+
+
+# ---- flags ----
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An algorithm: a name, and the arguments that the command gets for it."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}={shlex.join(self.arguments)}"
+
+
+def variant(text: str) -> Variant:
+    """NAME=ARGUMENTS, the arguments as a shell would read them."""
+    name, equals, arguments = text.partition("=")
+    try:
+        if equals and re.fullmatch(r"\w[\w.-]*", name):
+            return Variant(name, tuple(shlex.split(arguments)))
+    except ValueError:  # a quotation without its end
+        pass
+    raise argparse.ArgumentTypeError(f'must be "NAME=ARGUMENTS...", not {text!r}')
+
+
+def make_parser():
+    """The sweep's own flags, those in front of `--`."""
+    parser = run_parser("Run a command many times over chosen flags.", "sweep")
+    parser.usage = "%(prog)s [flags] --search FLAG=RANGE ... --metric KEY -- COMMAND.py [arguments]"
+    add = parser.add_argument_group("search").add_argument
+    add("--search", type=searched_flag, nargs="+", action="extend", required=True,
+        metavar="FLAG=RANGE",
+        help="LOW:HIGH, log:, int: or step:LOW:HIGH:STEP, choice:A,B,...")  # fmt: skip
+    add("--method", choices=METHODS, default="random", help="how values are chosen")
+    add("--trials", type=positive_int, metavar="N",
+        help=f"draws, each run for every variant (default: {TRIALS}; of a grid: all)")  # fmt: skip
+    add("--variant", type=variant, action="append", metavar='"NAME=ARGUMENTS"',
+        help="further arguments; may come several times, all on the same draws")  # fmt: skip
+    add("--startup", type=nonnegative_int, default=5, metavar="N", help="tpe: random draws first")
+    add = parser.add_argument_group("value").add_argument
+    add("--metric", required=True, metavar="KEY",
+        help="of results.json; a.b is b in a, a number counts in a list")  # fmt: skip
+    add("--direction", choices=("minimize", "maximize"), default="minimize", help="what is better")
+    add("--watch", metavar="COLUMN", help="asha: of metrics.csv, compared while trials run")
+    add("--min_steps", type=positive_int, default=1, metavar="STEP", help="asha: the first rung")
+    add("--reduction", type=positive_int, default=4, metavar="N",
+        help="asha: one in N goes on, N times as far")  # fmt: skip
+    add = parser.add_argument_group("machines").add_argument
+    add("--workers", type=positive_int, default=1, metavar="N", help="trials at once")
+    add("--storage", metavar="URL", help="database of the study (default: a journal file in DIR)")
+    add("--study", metavar="NAME", help="the study's name there (default: the name of DIR)")
+    add("--share", type=positive_int, metavar="N", help="end after so many trials (default: none)")
+    add("--slurm", type=Path, metavar="FILE", help="write an array job to FILE, and run nothing")
+    add("--array_tasks", type=positive_int, default=4, metavar="N", help="tasks of that job")
+    return parser
+
+
+def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first `--`, and behind it."""
+    place = list(argv).index("--") if "--" in argv else len(argv)
+    return list(argv[:place]), list(argv[place + 1 :])
+
+
+def complete(args, command: list[str]) -> None:
+    """Adds to `args` the command of a trial, and what is by default; UserError where wrong."""
+    if args.resume is not None:
+        saved = read_config(args.resume)
+        if saved.get("command") != "sweep":
+            raise UserError(f"{args.resume} is no sweep's directory")
+        command = command or saved["trial_command"]
+    if not command:
+        raise UserError("no command: write it behind --, as in  sweep.py ... -- main.py 32")
+    if not Path(command[0]).is_file():
+        raise UserError(f"no file {command[0]}: behind -- comes a script, as in  -- main.py 32")
+    args.trial_command = command
+    _refuse_flags_given_twice(args)
+    _refuse_flags_of_another_method(args)
+    if args.method == "grid":
+        _refuse_a_continuum(args.search)
+        points = math.prod(len(flag.values()) for flag in args.search)
+        args.trials = min(args.trials or points, points)
+    args.trials = args.trials or TRIALS
+
+
+def _refuse_flags_given_twice(args) -> None:
+    names = [flag.name for flag in args.search]
+    groups = [each.name for each in args.variant or ()]
+    for kind, given in (("--search", names), ("--variant", groups)):
+        if twice := [name for name in given if given.count(name) > 1]:
+            raise UserError(f"{kind}: {twice[0]} comes twice")
+    if taken := set(names) & {*BEFORE_FLAGS, *AFTER_FLAGS, *GIVEN_BY_THE_SWEEP}:
+        raise UserError(f"--search: {taken.pop()} is a column of the table, or the sweep gives it")
+    arguments = [a for each in args.variant or () for a in each.arguments] + args.trial_command
+    for argument in arguments:
+        flag = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and flag in (*names, *GIVEN_BY_THE_SWEEP):
+            raise UserError(f"--{flag} is given by the sweep: leave it out of the command")
+
+
+def _refuse_flags_of_another_method(args) -> None:
+    if (args.method == "asha") != (args.watch is not None):
+        raise UserError("--method asha and --watch COLUMN (of metrics.csv) go together")
+    if args.reduction < 2:
+        raise UserError(f"--reduction: must be at least 2, not {args.reduction}")
+
+
+def _refuse_a_continuum(flags: Sequence[SearchedFlag]) -> None:
+    for flag in flags:
+        if flag.values() is None:
+            raise UserError(f"--search {flag}: a grid needs choice, int or step")
+
+
+def definition(args, variant: Variant) -> dict[str, Any]:
+    """All that the value of a variant's trials depends on."""
+    names = ["method", "metric", "direction", "seed"]
+    names += {"tpe": ["startup"], "asha": ["watch", "min_steps", "reduction"]}.get(args.method, [])
+    return {
+        "command": [*args.trial_command, *variant.arguments],
+        "search": [str(flag) for flag in args.search],
+        **{name: getattr(args, name) for name in names},
+    }
+
+
+def make_pruner(args) -> BasePruner:
+    """Asynchronous successive halving (Li et al., arXiv 1810.05934) in its stopping form."""
+    if args.method != "asha":
+        return NopPruner()
+    return SuccessiveHalvingPruner(args.min_steps, reduction_factor=args.reduction)
+
+
+def make_rungs(args) -> Rungs | None:
+    """Where trials are compared, None where they are not."""
+    return Rungs(args.watch, args.min_steps, args.reduction) if args.method == "asha" else None
+
+
+# ---- the sweep ----
+
+
+class Sweep:
+    """This process's part of a sweep: takes trials, runs them, records how they ended.
+
+    studies: one for each variant, by its name; "" where there are no variants.
+    """
+
+    def __init__(self, args, studies: Mapping[str, Study], directory: Path, log: RunLog) -> None:
+        self.args, self.studies, self.directory, self.log = args, studies, directory, log
+        self.arguments = {each.name: each.arguments for each in variants(args)}
+        self.rungs = make_rungs(args)
+        self.threads = max(1, cores() // args.workers)
+        self.workers: list[Worker] = []
+        self.taken = 0
+        self._nothing_left_until = -math.inf
+        self._seen_at = -math.inf
+
+    def run(self) -> bool:
+        """Works until no trial is left for this process; False where Ctrl-C ended that."""
+        total = self.args.trials * len(self.studies)
+        with (
+            finish_on_interrupt() as interrupt,
+            self.log.progress(total, self._ended(), "trials") as progress,
+        ):
+            try:
+                while True:
+                    self._heartbeat()
+                    if not interrupt.requested:
+                        self._fill()
+                    if not self.workers:
+                        return not interrupt.requested
+                    time.sleep(POLL)
+                    if interrupt.requested:
+                        self._end_all("interrupted")
+                    if self._collect():
+                        for _ in range(self._ended() - progress.done):
+                            progress.advance(self._numbers())
+            except KeyboardInterrupt:
+                for worker in self.workers:
+                    worker.kill()
+                raise
+            finally:
+                self._wait_for_the_end()
+
+    def report(self) -> Report:
+        """What all processes have found so far."""
+        return Report.of(self.studies, self.args.search, self.args.metric)
+
+    def _heartbeat(self) -> None:
+        now = time.monotonic()
+        if now - self._seen_at < HEARTBEAT:
+            return
+        self._seen_at = now
+        for worker in self.workers:
+            if not say_alive(worker.trial):
+                worker.end("interrupted")
+        for name, study in self.studies.items():
+            for number in take_back_lost(study):
+                self.log.say(f"{_label(name, number)} was interrupted; its values are queued again")
+
+    def _fill(self) -> None:
+        """Give every free worker a trial, of the variant that has had fewest."""
+        while len(self.workers) < self.args.workers and self._may_take():
+            for name in sorted(self.studies, key=lambda name: len(self._trials(name))):
+                trial = claim(self.studies[name], self.args.trials)
+                if trial is not None:
+                    break
+            else:
+                self._nothing_left_until = time.monotonic() + HEARTBEAT
+                return
+            self.taken += 1
+            arguments = self.arguments[name]
+            command = [
+                *self.args.trial_command,
+                *arguments,
+                *flags_of(trial, self.args.search),
+            ]
+            directory = self.directory / name / f"trial-{trial.number:05d}"
+            self.workers.append(start(trial, command, directory, self.threads))
+
+    def _may_take(self) -> bool:
+        if time.monotonic() < self._nothing_left_until:
+            return False
+        return self.args.share is None or self.taken < self.args.share
+
+    def _collect(self) -> bool:
+        """Watch the workers, and record those that have ended; whether there were any."""
+        ended = [worker for worker in self.workers if worker.process.poll() is not None]
+        if self.rungs is not None:
+            self._prune()
+        for worker in ended:
+            self.workers.remove(worker)
+            self._record(worker)
+        for worker in self.workers:
+            if worker.ending is not None:
+                worker.end(worker.ending)
+        if ended:
+            write_table(self.report(), self.directory)
+        return bool(ended)
+
+    def _prune(self) -> None:
+        """End the trials that are bad at a rung; one that ended by itself is only compared."""
+        for worker in self.workers:
+            if worker.ending is None and self.rungs.compare(worker) and worker.runs():
+                worker.end("pruned")
+
+    def _record(self, worker: Worker) -> None:
+        outcome = outcome_of(worker, self.args.metric)
+        worker.stderr.close()
+        trial = worker.trial
+        if outcome.state == "interrupted":
+            run_again(trial, outcome)
+            return
+        if not finish(trial, outcome):
+            self.log.warn(f"{worker.directory} came too late: its values are queued again")
+            return
+        if outcome.exit_status == 2 and self._none_has_run(trial.study):
+            raise RefusedCommand(f"the command refuses its first trial: {outcome.error}")
+        if outcome.state == "failed":
+            self.log.say(f"{worker.directory} failed: {outcome.error}")
+
+    def _none_has_run(self, study: Study) -> bool:
+        statuses = {t.user_attrs.get("exit_status") for t in study.get_trials(deepcopy=False)}
+        return statuses <= {None, 2}
+
+    def _end_all(self, state: str) -> None:
+        for worker in self.workers:
+            worker.end(state)
+
+    def _wait_for_the_end(self) -> None:
+        """After an error: let what still runs end cleanly, but not for ever."""
+        while self.workers:
+            self._end_all("interrupted")
+            self.workers = [each for each in self.workers if each.process.poll() is None]
+            time.sleep(POLL)
+
+    def _trials(self, name: str) -> Sequence:
+        return self.studies[name].get_trials(deepcopy=False)
+
+    def _ended(self) -> int:
+        counts = [self.report().counts(name) for name in self.studies]
+        return sum(count.get(state, 0) for count in counts for state in ENDED)
+
+    def _numbers(self) -> dict[str, float]:
+        report = self.report()
+        best = {name: report.best(name) for name in self.studies}
+        return {
+            f"best {name}".strip(): trial.value for name, trial in best.items() if trial is not None
+        }
+
+
+def flags_of(trial: Trial, searched: Sequence[SearchedFlag]) -> list[str]:
+    """The trial's values as arguments."""
+    arguments = []
+    for flag in searched:
+        text = str(flag.exact(trial.params[flag.name]))
+        # argparse takes -1e-05 for a flag unless it is joined to its own
+        arguments += [f"--{flag.name}={text}"] if text.startswith("-") else [f"--{flag.name}", text]
+    return arguments
+
+
+def cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+class RefusedCommand(UserError):  # noqa: N818 - a kind of wrong input
+    """The command does not know a flag, or refuses what is given to it."""
+
+
+def variants(args) -> list[Variant]:
+    """Those asked for; one without a name and arguments of its own, where none are."""
+    return args.variant or [Variant("", ())]
+
+
+def _label(variant: str, number: int) -> str:
+    return f"{variant} trial {number}".strip()
+
+
+# ---- the command ----
+
+
+def open_directory(args) -> Path:
+    """The sweep's directory, new or of the same sweep; UserError if it holds something else."""
+    directory = args.resume or args.out or new_directory("sweep")
+    known = directory / "config.json"
+    if known.exists():
+        if read_config(directory).get("command") != "sweep":
+            raise UserError(f"{directory} is no sweep's directory: choose another --out")
+    elif directory.is_dir():
+        # another process may be at this point with the same sweep
+        ours = (JOURNAL, ".new-")
+        if any(not entry.name.startswith(ours) for entry in directory.iterdir()):
+            raise UserError(f"{directory} is not empty: choose another --out")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def open_studies(args, directory: Path) -> dict[str, Study]:
+    """The study of each variant, made where it isn't there."""
+    storage = open_storage(args.storage, directory)
+    args.study = args.study or directory.resolve().name  # kept also when DIR is moved
+    return {
+        each.name: open_study(
+            storage,
+            f"{args.study}/{each.name}" if each.name else args.study,
+            args.direction,
+            plain(definition(args, each)),
+            make_draws(args.search, args.seed, args.method, args.startup),
+            make_pruner(args),
+        )
+        for each in variants(args)
+    }
+
+
+def save_config(args, directory: Path) -> dict[str, Any]:
+    """What --resume needs."""
+    config = {name: value for name, value in vars(args).items() if name not in OF_THIS_PROCESS}
+    config = plain(config | {"command": "sweep"})
+    with in_place(directory / "config.json") as path:
+        path.write_text(json.dumps(config, indent=2) + "\n")
+    return config
+
+
+def say_summary(report: Report, log: RunLog) -> None:
+    """How many trials ended how, the best of each variant, and what failed first."""
+    for name in report.trials:
+        counts = ", ".join(f"{count} {state}" for state, count in report.counts(name).items())
+        log.say(f"{name + ': ' if name else ''}{counts}")
+        best = report.best(name)
+        if best is not None:
+            log.say(f"  best {report.metric} {best.value:.6g}, trial {best.number}")
+            log.say(f"  {best.user_attrs['command']}")
+        failed = [row for row in report.rows(name) if row["state"] == "failed"]
+        if failed:
+            first = _label(name, failed[0]["number"])
+            log.warn(f"{len(failed)} failed; {first} with: {failed[0]['error']}")
+
+
+def write_slurm(args, own: Sequence[str]) -> None:
+    """A job array whose tasks share the study: each takes its part of the trials."""
+    if args.out is None:
+        raise UserError("--slurm needs --out DIR, on a file system that all machines share")
+    total = args.trials * len(variants(args))
+    tasks = min(args.array_tasks, total)
+    flags = _without(own, ("--slurm", "--array_tasks", "--share"))
+    flags += ["--share", str(math.ceil(total / tasks))]
+    command = shlex.join([sys.executable, "sweep.py", *flags, "--", *args.trial_command])
+    args.slurm.write_text(
+        "#!/bin/bash\n"
+        f"#SBATCH --job-name={args.study or args.out.name}\n"
+        f"#SBATCH --array=0-{tasks - 1}\n"
+        f"#SBATCH --cpus-per-task={args.workers}\n"
+        "#SBATCH --time=24:00:00\n"
+        "# a task that runs out of time ends its trials cleanly and queues them again\n"
+        f"#SBATCH --signal=B:TERM@{2 * int(GRACE)}\n"
+        f"\nexec {command}\n"
+    )
+
+
+def _without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """The arguments without these flags and their one value."""
+    kept, skip = [], False
+    for argument in argv:
+        if not skip and argument.partition("=")[0] not in flags:
+            kept.append(argument)
+        skip = not skip and argument in flags
+    return kept
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, open the study, run trials, report."""
+    own, command = split_at_dashes(sys.argv[1:] if argv is None else argv)
+    args = parse(make_parser(), own)
+    complete(args, command)
+    if args.slurm is not None:
+        write_slurm(args, own)
+        return
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with storage_errors(args.storage):
+        finished = run(args)
+    if not finished:
+        raise KeyboardInterrupt
+
+
+def run(args) -> bool:
+    """Takes part in the sweep; False where Ctrl-C ended that."""
+    directory = open_directory(args)
+    new = not (directory / "config.json").exists()
+    studies: dict[str, Study] = {}
+    try:
+        studies = open_studies(args, directory)
+        config = save_config(args, directory)
+        with RunLog.create(directory / "processes" / log_name(), config, args.quiet) as log:
+            sweep = Sweep(args, studies, directory, log)
+            try:
+                finished = sweep.run()
+            finally:
+                write_report(sweep.report(), directory)
+            say_summary(sweep.report(), log)
+            log.say(f"everything is in {directory}")
+            return finished
+    except RefusedCommand:
+        if new:
+            forget(studies, directory)
+        raise
+    except StudyError:
+        if new:
+            with suppress(OSError):  # where it is not empty
+                directory.rmdir()
+        raise
+
+
+def log_name() -> str:
+    """A directory for what this process says, unlike any other process's."""
+    return f"{HERE['host']}-{HERE['process']}-{uuid.uuid4().hex[:6]}"
+
+
+def forget(studies: Mapping[str, Study], directory: Path) -> None:
+    """Leave nothing of a sweep whose command was refused, unless others take part in it."""
+    for study in studies.values():
+        owners = {trial.user_attrs.get("owner", HERE)["session"] for trial in study.trials}
+        if owners - {HERE["session"]}:
+            return
+    for study in studies.values():
+        optuna.delete_study(study_name=study.study_name, storage=study._storage)
+    shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,223 @@
+"""What a sweep has found: its table, summary and figures, from the study alone.
+
+    trials.csv        a row for each trial
+    results.json      counts, the best trial and its command line, for each variant
+    figures/best.png  the best value so far, over the trials
+    figures/flags.png the value against each searched flag
+
+Every file is made aside and then moved into place: processes that share a sweep may report at once.
+"""
+
+import csv
+import json
+import math
+import os
+import statistics
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial
+
+from figure_style import COLOURS, add_legend, label_axes, new_figure, one_panel, save_figure
+from search_space import SearchedFlag
+from shared_study import STATES, counted_trials, state_of
+
+BEFORE_FLAGS = ("number", "variant", "draw", "state", "value")
+AFTER_FLAGS = ("exit_status", "error", "seconds", "directory")
+PANELS_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Report:
+    """All trials of a sweep, by variant, at one moment.
+
+    trials: each variant's, in order of their numbers; the name "" where there are no variants.
+    flags: the searched ones.
+    metric: what the value is.
+    maximize: whether a higher value is better.
+    """
+
+    trials: Mapping[str, Sequence[FrozenTrial]]
+    flags: Sequence[SearchedFlag]
+    metric: str
+    maximize: bool
+
+    @classmethod
+    def of(cls, studies: Mapping[str, Study], flags: Sequence[SearchedFlag], metric: str):
+        """What the studies hold now."""
+        trials = {name: counted_trials(study) for name, study in studies.items()}
+        direction = next(iter(studies.values())).direction
+        return cls(trials, flags, metric, direction == StudyDirection.MAXIMIZE)
+
+    def counts(self, variant: str) -> dict[str, int]:
+        """How many trials are in each state."""
+        found = Counter(map(state_of, self.trials[variant]))
+        return {state: found[state] for state in STATES if found[state]}
+
+    def done(self, variant: str) -> list[FrozenTrial]:
+        """The trials that have a finite value, and were not ended early."""
+        return [trial for trial in self.trials[variant] if state_of(trial) == "done"]
+
+    def best(self, variant: str) -> FrozenTrial | None:
+        """The first of the trials with the best value; None where none is done."""
+        sign = -1 if self.maximize else 1
+        return min(self.done(variant), key=lambda trial: sign * trial.value, default=None)
+
+    def rows(self, variant: str) -> list[dict[str, Any]]:
+        """The rows of the table, in order of the trials' numbers."""
+        return [self.row(variant, trial) for trial in self.trials[variant]]
+
+    def row(self, variant: str, trial: FrozenTrial) -> dict[str, Any]:
+        """A trial's row of the table."""
+        said = trial.user_attrs
+        return {
+            "number": trial.number,
+            "variant": variant,
+            "draw": said.get("draw"),
+            "state": state_of(trial),
+            "value": trial.value,
+            **{
+                flag.name: flag.exact(trial.params[flag.name])
+                for flag in self.flags
+                if flag.name in trial.params
+            },
+            **{name: said.get(name) for name in AFTER_FLAGS},
+        }
+
+    def summary(self, variant: str) -> dict[str, Any]:
+        """Counts, values, and the best trial with its command line."""
+        values = [trial.value for trial in self.done(variant)]
+        best = self.best(variant)
+        return {
+            "trials": self.counts(variant),
+            "mean": statistics.fmean(values) if values else None,
+            "median": statistics.median(values) if values else None,
+            "best": None
+            if best is None
+            else self.row(variant, best) | {"command": best.user_attrs["command"]},
+        }
+
+
+def write_table(report: Report, directory: Path) -> None:
+    """trials.csv."""
+    columns = [*BEFORE_FLAGS, *(flag.name for flag in report.flags), *AFTER_FLAGS]
+    with in_place(directory / "trials.csv") as path, path.open("w", newline="") as file:
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        for variant in report.trials:
+            table.writerows(report.rows(variant))
+
+
+def write_results(report: Report, directory: Path) -> None:
+    """results.json."""
+    summaries = {variant: report.summary(variant) for variant in report.trials}
+    results = {
+        "metric": report.metric,
+        "direction": "maximize" if report.maximize else "minimize",
+        **summaries.get("", {"variants": summaries}),
+    }
+    with in_place(directory / "results.json") as path:
+        path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def write_report(report: Report, directory: Path) -> None:
+    """All of it."""
+    write_table(report, directory)
+    write_results(report, directory)
+    draw_figures(report, directory)
+
+
+def draw_figures(report: Report, directory: Path) -> None:
+    """figures/best.png and figures/flags.png."""
+    (directory / "figures").mkdir(exist_ok=True)
+    with in_place(directory / "figures" / "best.png") as path:
+        draw_best_so_far(report, path)
+    with in_place(directory / "figures" / "flags.png") as path:
+        draw_values_over_flags(report, path)
+
+
+def draw_best_so_far(report: Report, path: Path) -> None:
+    """The best value among the trials so far, a step curve for each variant; a dot each trial."""
+    figure, axes = one_panel()
+    best_of = np.maximum if report.maximize else np.minimum
+    for colour, variant in zip(_colours(len(report.trials)), report.trials, strict=True):
+        done = sorted(report.done(variant), key=lambda trial: trial.user_attrs["draw"])
+        draws = [trial.user_attrs["draw"] for trial in done]
+        values = np.array([trial.value for trial in done])
+        axes.plot(draws, values, ".", color=colour, ms=4, alpha=0.45)
+        if done:
+            best = best_of.accumulate(values)
+            axes.step(draws, best, color=colour, lw=1.4, where="post", label=variant or "best")
+    label_axes(axes, "Best value so far", "draw", report.metric)
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+def draw_values_over_flags(report: Report, path: Path) -> None:
+    """A panel for each searched flag: every trial that is done; pruned ones as ticks below."""
+    columns = min(PANELS_A_ROW, len(report.flags))
+    lines = math.ceil(len(report.flags) / columns)
+    figure = new_figure(3.6 * columns + 0.4, 3.0 * lines)
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels[len(report.flags) :]:
+        axes.set_visible(False)
+    for axes, flag in zip(panels, report.flags, strict=False):
+        _draw_values_over_flag(report, flag, axes)
+    save_figure(figure, path)
+
+
+def _draw_values_over_flag(report: Report, flag: SearchedFlag, axes) -> None:
+    for colour, variant in zip(_colours(len(report.trials)), report.trials, strict=True):
+        done = report.done(variant)
+        values = [trial.value for trial in done]
+        label = variant or None
+        axes.plot(_places(done, flag), values, "o", color=colour, ms=4, alpha=0.6, label=label)
+        pruned = [trial for trial in report.trials[variant] if state_of(trial) == "pruned"]
+        bottom = axes.get_xaxis_transform()  # what they were compared by need not be the value
+        places = _places(pruned, flag)
+        axes.plot(places, [0.01] * len(places), "|", color=colour, ms=6, transform=bottom)
+    label_axes(axes, f"--{flag.name}", "", report.metric)
+    _scale(axes, flag)
+    add_legend(axes)
+
+
+def _places(trials: Sequence[FrozenTrial], flag: SearchedFlag) -> list[float]:
+    """Where the trials' values of a flag are on its axis; choices at 0, 1, 2, ..."""
+    values = [trial.params[flag.name] for trial in trials]
+    choices = getattr(flag.distribution, "choices", None)
+    return values if choices is None else [choices.index(value) for value in values]
+
+
+def _scale(axes, flag: SearchedFlag) -> None:
+    """The axis of a flag: its whole range, logarithmic or with the names of its choices."""
+    among = flag.distribution
+    if hasattr(among, "choices"):
+        axes.set_xticks(range(len(among.choices)), among.choices)
+        axes.set_xlim(-0.5, len(among.choices) - 0.5)
+        return
+    if among.log:
+        axes.set_xscale("log")
+        axes.set_xlim(among.low, among.high)
+        return
+    margin = 0.03 * (among.high - among.low)
+    axes.set_xlim(among.low - margin, among.high + margin)
+    axes.xaxis.get_major_locator().set_params(integer=isinstance(among.low, int))
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+@contextmanager
+def in_place(path: Path) -> Iterator[Path]:
+    """Where to write a file that then, whole, takes the place of `path`."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as aside:
+        yield Path(aside) / path.name
+        os.replace(Path(aside) / path.name, path)

@@ -1,0 +1,180 @@
+"""One trial of a sweep as a process: started, watched, ended, and what came of it.
+
+The process has a group of its own, so that Ctrl-C at the terminal reaches the sweep alone, which
+then ends its trials in order. On Linux the kernel ends the process cleanly (SIGTERM) when the sweep
+is killed; elsewhere it then goes on by itself, in a directory that nobody reads.
+"""
+
+import ctypes
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import Trial
+
+from command_line import UserError
+from run_log import RunLogError, read_json, read_metrics
+from shared_study import Outcome
+
+GRACE = 60.0  # seconds from SIGTERM, which ends a command cleanly, to SIGKILL
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+@dataclass
+class Worker:
+    """A trial and the process that runs it."""
+
+    trial: Trial
+    process: subprocess.Popen
+    stderr: BinaryIO
+    directory: Path
+    began: float
+    compared_at: int = -1  # the step of the last rung
+    ending: str | None = None  # the state in which it was asked to end
+    kill_at: float = math.inf
+
+    def end(self, state: str) -> None:
+        """Ask the process to end, and note why; kill it when its time for that is over."""
+        if self.ending is None:
+            self.ending, self.kill_at = state, time.monotonic() + GRACE
+            self.process.send_signal(signal.SIGTERM)
+        elif time.monotonic() > self.kill_at:
+            self.kill()
+
+    def runs(self) -> bool:
+        """Whether the process has not ended yet."""
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        """End the process and its children at once."""
+        if self.runs():
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def last_words(self) -> tuple[str, str]:
+        """The last line on stderr that is not empty, and all of stderr."""
+        self.stderr.seek(0)
+        text = self.stderr.read().decode(errors="replace")
+        lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+        return (lines[-1].strip()[:500] if lines else ""), text
+
+
+def start(trial: Trial, command: Sequence[str], directory: Path, threads: int) -> Worker:
+    """Run the command of a trial, by default with so many threads; it writes to `directory`."""
+    environment = dict(os.environ)
+    if not any(argument.split("=")[0] == "--threads" for argument in command):
+        environment["OMP_NUM_THREADS"] = str(threads)
+    trial.set_user_attr("directory", str(directory))
+    trial.set_user_attr("command", shlex.join(["python", *command]))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
+    process = subprocess.Popen(
+        [sys.executable, *command, "--out", str(directory), "--quiet"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=stderr,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_end_with_the_sweep if sys.platform == "linux" else None,
+    )
+    return Worker(trial, process, stderr, directory, time.monotonic())
+
+
+@dataclass(frozen=True)
+class Rungs:
+    """Where asynchronous successive halving compares trials: steps first, first * reduction, ...
+
+    column: the one of metrics.csv that is compared.
+    """
+
+    column: str
+    first: int
+    reduction: int
+
+    def compare(self, worker: Worker) -> bool:
+        """Report the trial's value at each rung newly reached; whether it is among the bad ones.
+
+        A value that is nan was not measured at that step: the next one counts. UserError where
+        there is no such column.
+        """
+        columns = read_metrics(worker.directory)
+        if columns and self.column not in columns:
+            names = ", ".join(name for name in columns if name != "step")
+            raise UserError(f"--watch {self.column}: metrics.csv has {names}")
+        steps, values = columns.get("step", ()), columns.get(self.column, ())
+        for step, value in zip(steps, values, strict=True):
+            if step < self.next_after(worker.compared_at) or np.isnan(value):
+                continue
+            worker.compared_at = int(step)
+            try:
+                worker.trial.report(float(value), int(step))
+            except UpdateFinishedTrialError:  # given up by another process
+                return True
+            if worker.trial.should_prune():
+                return True
+        return False
+
+    def next_after(self, step: int) -> int:
+        """The first rung beyond `step`."""
+        rung = self.first
+        while rung <= step:
+            rung *= self.reduction
+        return rung
+
+
+def outcome_of(worker: Worker, metric: str) -> Outcome:
+    """How a trial whose process has ended came out."""
+    status = worker.process.returncode
+    line, text = worker.last_words()
+    seconds = round(time.monotonic() - worker.began, 3)
+    if status == 0:
+        value, error = read_value(worker.directory, metric)
+        state = "failed" if value is None else "done" if math.isfinite(value) else "diverged"
+        return Outcome(state, value if state == "done" else None, status, error, seconds)
+    if worker.ending is not None:
+        return Outcome(worker.ending, None, status, "", seconds)
+    if status == 1 and line.startswith("error: "):  # how a command says that it is not finite
+        return Outcome("diverged", None, status, line, seconds)
+    if status != 2:
+        worker.directory.mkdir(exist_ok=True)
+        (worker.directory / "stderr.txt").write_text(text)
+    if status < 0:
+        line = f"ended by {signal.Signals(-status).name}" + (f"; {line}" if line else "")
+    return Outcome("failed", None, status, line, seconds)
+
+
+def read_value(directory: Path, metric: str) -> tuple[float | None, str]:
+    """The number under a dotted key of results.json; or None, and what is wrong."""
+    try:
+        value = read_json(directory / "results.json")
+    except RunLogError as error:
+        return None, str(error)
+    for key in metric.split("."):
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, ValueError, TypeError):
+            known = f": it has {', '.join(value)}" if isinstance(value, dict) else ""
+            return None, f"results.json has no {metric}{known}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None, f"{metric} in results.json is {value!r}, not a number"
+    return float(value), "" if math.isfinite(value) else f"{metric} is {value}"
+
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _end_with_the_sweep() -> None:
+    """In a new process: have it end cleanly when the sweep is killed."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
