@@ -8,8 +8,8 @@ and momentum tuned (T 10, i 5): a draw's weight step, when all draws are one bat
 here, when they run here one by one, and when each is a loop of torch.optim.SGD with autograd.
 
 Second table, 784-50-10 on batches of 50 random images: one run of fixed hyperparameters, the same
-run tuned, and what their parts take. The limit counts matrix products alone: a gradient has two with
-the first layer and three with the second, a product with the Hessian two and six.
+run tuned, and what their parts take. The limit counts matrix products alone: a gradient has two
+with the first layer and three with the second, a product with the Hessian two and six.
 The ways take turns; times are medians, ratios medians of those within each turn.
 """
 
