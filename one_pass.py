@@ -409,14 +409,13 @@ class Tuning:
         state = self.state
         return self.objective.held_out(state.weights, state.buffers, self.validation.next())[1]
 
-    def _recover(self, loss: Tensor) -> Tensor:
-        """Put runs of unsound training `loss` [D] back on their feet; which those are, [D, 1].
+    def _recover(self, step: WeightStep) -> Tensor:
+        """Put runs whose training loss before the step is unsound back on their feet.
 
-        The weights kept are those after the step, so that one bad step may have been taken with
-        them: a run that fails again at once is at its start soon enough, by its learning rate.
+        Returns which runs those are, [D, 1].
         """
         state = self.state
-        failed = ~(loss <= state.sound_loss)[:, None]
+        failed = ~(step.linearization.loss <= state.sound_loss)[:, None]
         weights, buffers = state.good
 
         def chosen(good: Tensor, now: Tensor) -> Tensor:
@@ -424,11 +423,11 @@ class Tuning:
 
         state.weights = chosen(weights, state.weights)
         state.buffers = {name: chosen(buffers[name], now) for name, now in state.buffers.items()}
+        state.good = chosen(weights, step.before), state.buffers
         state.momentum_buffer = torch.where(failed, 0, state.momentum_buffer)
         forward, inverse, _ = TRANSFORMS[self.settings.transforms["lr"]]
         slower = inverse(forward(state.raw["lr"]) / 10)
         state.raw["lr"] = torch.where(failed, slower, state.raw["lr"])
-        state.good = state.weights, state.buffers
         return failed
 
     def _look_back(self, step: WeightStep, window: deque[WeightStep]) -> None:
@@ -436,19 +435,19 @@ class Tuning:
         vector = look_back_vector(
             step, self._validation_gradient(), settings.look_back, settings.truncate
         )
-        self._descend(look_back_hypergradients(step, vector), step.linearization.loss)
+        self._descend(look_back_hypergradients(step, vector), step)
 
     def _unroll(self, step: WeightStep, window: deque[WeightStep]) -> None:
         def linearize(weights: Tensor, batch: Batch) -> Linearization:
             return self.objective.linearize(weights, self.state.buffers, batch)
 
         found = unrolled_hypergradients(window, self._validation_gradient(), linearize)
-        self._descend(found, step.linearization.loss)
+        self._descend(found, step)
 
     def _compare_gradients(self, step: WeightStep, window: deque[WeightStep]) -> None:
         new, old = step.linearization.gradient, self.state.previous_gradient
         if old is not None:
-            self._descend(successive_gradients(old, new), step.linearization.loss)
+            self._descend(successive_gradients(old, new), step)
         self.state.previous_gradient = new
 
     def _multiply_rate(self, step: WeightStep, window: deque[WeightStep]) -> None:
@@ -480,7 +479,7 @@ class Tuning:
                 value = value.clamp_max(1 - 1e-3)
             state.raw[name][worst] = inverse(value)
 
-    def _descend(self, hypergradients: dict[str, Tensor], loss: Tensor) -> None:
+    def _descend(self, hypergradients: dict[str, Tensor], step: WeightStep) -> None:
         """One step of Adam on the raw values of every run whose hypergradients are finite."""
         settings, state = self.settings, self.state
         raw_gradients = {}
@@ -495,7 +494,7 @@ class Tuning:
         finite = torch.stack([g.isfinite().all(1, keepdim=True) for g in raw_gradients.values()])
         taken = finite.all(dim=0)
         if settings.recover:
-            taken = taken & ~self._recover(loss)
+            taken = taken & ~self._recover(step)
         state.skipped = state.skipped + (~taken).to(state.skipped.dtype)
         state.updates = state.updates + taken.to(state.updates.dtype)
         lr = self._hyperparameter_lr()

@@ -307,6 +307,7 @@ def test_a_run_that_diverges_goes_on_from_its_last_good_weights_slower():
     tuning.state.weights = tuning.state.weights.index_fill(0, torch.tensor([1]), math.nan)
     tuning.advance(5)
     assert torch.equal(tuning.state.weights[1], good[1])
+    assert torch.equal(tuning.state.good[0][1], good[1])
     assert torch.allclose(tuning.state.raw["lr"][1], rate[1] - 1)
     assert (tuning.state.momentum_buffer[1] == 0).all()
     assert not torch.allclose(tuning.state.raw["lr"][0], rate[0] - 1, atol=0.5)
