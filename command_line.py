@@ -36,7 +36,7 @@ from mnist_datasets import DataError
 from processes import ALONE, Team
 from run_log import RunLog, RunLogError, SilentLog, plain, read_config
 
-DATASETS = ("mnist", "fashion", "mnist5k")
+DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 WRONG_INPUT = (RunLogError, DataError, ProbeError, RuleError, MetaError, HypergradientError)
