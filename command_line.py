@@ -28,6 +28,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from competition import CompetitionError
 from hypgraddesc import MetaError
 from learning_rules import RuleError
 from linear_solvers import HypergradientError
@@ -39,7 +40,9 @@ from run_log import RunLog, RunLogError, SilentLog, plain, read_config
 DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-WRONG_INPUT = (RunLogError, DataError, ProbeError, RuleError, MetaError, HypergradientError)
+WRONG_INPUT = (
+    RunLogError, DataError, ProbeError, RuleError, MetaError, HypergradientError, CompetitionError,
+)  # fmt: skip
 
 OF_THE_CALL = ("out", "resume", "quiet")  # flags that belong to one call, not to the run
 MAY_DIFFER = ("data_dir",)  # on --resume: where the data lies changes no number

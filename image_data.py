@@ -59,8 +59,8 @@ class ImageData:
         pixels = self.images.contiguous().numpy(force=True)
         return f"{len(self)}, sha256 {hashlib.sha256(pixels).hexdigest()[:16]}"
 
-    def subset(self, rows: slice) -> "ImageData":
-        """The images and labels of these rows; beyond the end there are none."""
+    def subset(self, rows: slice | Tensor) -> "ImageData":
+        """The images and labels of these rows; of a slice beyond the end there are none."""
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
     def floats(
