@@ -217,7 +217,9 @@ CLASSICAL = {
     "instar": Classical(
         partial(classical_rule, "instar"), COMPETING, {"spread_w": 1.0, "mean_m": -0.5}
     ),
-    "krotov_hopfield": Classical(partial(KrotovHopfieldRule, delta=0.4), LINEAR, {"spread_w": 1.0}),
+    "krotov_hopfield": Classical(
+        partial(KrotovHopfieldRule, delta=0.4), RECTIFIED, {"spread_w": 1.0}
+    ),
     "foldiak": Classical(
         partial(classical_rule, "foldiak"),
         COMPETING | {"forbid_excitation": True},
