@@ -9,8 +9,6 @@ origin) to segments of `length` numbers that follow each other, in the order of 
 A fully connected layer has one segment. One thread; the interpreter's lock is released.
 """
 
-import math
-
 import numpy as np
 from numba import njit
 
@@ -18,17 +16,37 @@ from numba import njit
 LOOSE = {"reassoc", "contract", "nsz", "arcp", "nnan"}
 compiled = njit(cache=True, nogil=True, fastmath=LOOSE)
 
+# Currents are ranked by whole numbers in the same order, made from their bits: of these a compiler
+# can take the largest in vectors, and NaN is a number among others.
+LOWEST, LOWEST_OF_32_BITS = -(2**63), -(2**31)
+HIGHEST_KEY = {4: 2**31 - 1, 8: 2**63 - 1}  # by bytes; the search for the largest begins here
+
 
 @compiled
-def _largest(row):
-    """The place of the largest number; of equal ones the first."""
-    most = row[0]
-    for i in range(len(row)):
-        most = max(most, row[i])
-    place = np.int32(len(row))
-    for i in range(len(row)):
-        place = min(place, np.int32(i) if row[i] == most else np.int32(len(row)))
-    return min(place, np.int32(len(row) - 1))  # where nothing equals NaN
+def _next_largest(bits, b, group, key, place):
+    """Key and place of the largest current of a sample after that of `key` at `place`.
+
+    Of equal currents the first is the larger. In 32 bits, keys and places are packed into one whole
+    number, of which a compiler finds the largest in vectors.
+    """
+    units = bits.shape[2]
+    if bits.itemsize == 4:
+        limit, most = (key << 32) + units - place, np.int64(LOWEST)
+        for i in range(units):
+            number = np.int64(bits[b, group, i])
+            number = number if number >= 0 else LOWEST_OF_32_BITS - number
+            packed = (number << 32) + (units - i)
+            most = max(most, packed if packed < limit else np.int64(LOWEST))
+        key = most >> 32
+        return key, units - (most - (key << 32))
+    most, found = np.int64(LOWEST), np.int64(0)
+    for i in range(units):
+        number = np.int64(bits[b, group, i])
+        number = number if number >= 0 else LOWEST - number
+        after = number < key or (number == key and i > place)
+        if after and number > most:
+            most, found = number, np.int64(i)
+    return most, found
 
 
 @compiled
@@ -44,62 +62,66 @@ def _slot_of(unit, slots, units, count, sums, pull):
 
 
 @compiled
-def add_samples(currents, x, origins, offsets, length, k, delta, slots, units, sums, pull):
+def add_samples(
+    currents, bits, highest, x, origins, offsets, length, k, delta, slots, units, sums, pull
+):  # fmt: skip
     """Adds g^T x, sum_b g_b and s over all samples of all groups; returns how many units learned.
 
-    currents [samples, groups, O], overwritten; x flat; origins [samples] of the windows in x;
-    k: 1 for the winner alone. A group sees the channels after its predecessor's: `length` further.
-    slots [groups * O] holds -1. Filled for each unit that learned: units [n], its sums [n, N + 1]
-    (the last one of the gates), its pull s [n] in float64.
+    currents [samples, groups, O]; bits: the same memory as int32 or int64; highest: HIGHEST_KEY;
+    x flat; origins [samples] of the windows in x; k: 1 for the winner alone. A group sees the
+    channels after its predecessor's: `length` further. slots [groups * O] holds -1. Filled for each
+    unit that learned: units [n], its sums [n, > N] with that of the gates in column N, its pull
+    s [n] in float64.
     """
     samples, groups, rivals = currents.shape
-    count = np.zeros(1, np.int64)
+    count, window = np.zeros(1, np.int64), np.zeros(sums.shape[1], sums.dtype)
+    window[length * len(offsets)] = 1
     for b in range(samples):
         for group in range(groups):
-            row = currents[b, group]
-            winner = _largest(row)
-            highest, other = row[winner], winner
-            for _ in range(k - 1):
-                row[other] = -math.inf
-                other = _largest(row)
-            first = _slot_of(group * rivals + winner, slots, units, count, sums, pull)
-            pull[first] += highest
-            origin = origins[b] + group * length
+            _gather(window, x, origins[b] + group * length, offsets, length)
+            key, place = _next_largest(bits, b, group, highest, -1)
+            first = _slot_of(group * rivals + place, slots, units, count, sums, pull)
+            pull[first] += currents[b, group, place]
             if k == 1:
-                _add(sums[first], x, origin, offsets, length)
+                _add(sums, first, window)
             else:
-                last = _slot_of(group * rivals + other, slots, units, count, sums, pull)
-                pull[last] -= delta * row[other]
-                _add_two(sums[first], sums[last], x, origin, offsets, length, delta)
+                for _ in range(k - 1):
+                    key, place = _next_largest(bits, b, group, key, place)
+                other = _slot_of(group * rivals + place, slots, units, count, sums, pull)
+                pull[other] -= delta * currents[b, group, place]
+                _add_two(sums, first, other, window, delta)
     return count[0]
 
 
-@compiled
-def _add(total, x, origin, offsets, length):
-    for q in range(len(offsets)):
-        part = total[q * length : (q + 1) * length]
-        window = x[origin + offsets[q] : origin + offsets[q] + length]
-        for i in range(length):
-            part[i] += window[i]
-    total[-1] += 1
+# Unsigned places are not checked for being negative, which lets these loops run in vectors.
 
 
 @compiled
-def _add_two(total, other, x, origin, offsets, length, delta):
+def _gather(window, x, origin, offsets, length):
     for q in range(len(offsets)):
-        part = total[q * length : (q + 1) * length]
-        against = other[q * length : (q + 1) * length]
-        window = x[origin + offsets[q] : origin + offsets[q] + length]
+        begin, start = np.uintp(q * length), np.uintp(origin + offsets[q])
         for i in range(length):
-            part[i] += window[i]
-            against[i] -= delta * window[i]
-    total[-1] += 1
-    other[-1] -= delta
+            window[begin + np.uintp(i)] = x[start + np.uintp(i)]
+
+
+@compiled
+def _add(sums, row, window):
+    row = np.uintp(row)
+    for i in range(len(window)):
+        sums[row, i] += window[i]
+
+
+@compiled
+def _add_two(sums, row, other, window, delta):
+    row, other = np.uintp(row), np.uintp(other)
+    for i in range(len(window)):
+        sums[row, i] += window[i]
+        sums[other, i] -= delta * window[i]
 
 
 @compiled
 def subtract_pull(weight, bias, units, sums, pull, largest):
-    """Turns sums [n, N + 1] into changes D, and finds the largest |D_oi| [n] of each unit.
+    """Turns sums [n, > N] into changes D, and finds the largest |D_oi| [n] of each unit.
 
     weight [O, N]; bias [O], or of length 0.
     """
@@ -111,21 +133,21 @@ def subtract_pull(weight, bias, units, sums, pull, largest):
             change[i] -= s * w[i]
             most = max(most, abs(change[i]))
         if len(bias):
-            change[-1] -= s * bias[unit]
-            most = max(most, abs(change[-1]))
+            change[len(w)] -= s * bias[unit]
+            most = max(most, abs(change[len(w)]))
         largest[row] = most
 
 
 @compiled
 def add_changes(weight, bias, units, changes, factors):
-    """weight [O, N] and bias [O, or 0] += factors [n] times changes [n, N + 1], in place."""
+    """weight [O, N] and bias [O, or 0] += factors [n] times changes [n, > N], in place."""
     for row in range(len(units)):
         unit, factor = units[row], factors[row]
         change, w = changes[row], weight[unit]
         for i in range(len(w)):
             w[i] += factor * change[i]
         if len(bias):
-            bias[unit] += factor * change[-1]
+            bias[unit] += factor * change[len(w)]
 
 
 @compiled

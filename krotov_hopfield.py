@@ -34,6 +34,7 @@ from competition import (
 )
 
 COMPILED_TYPES = (torch.float32, torch.float64)
+LANES = 16  # rows of sums are multiples of these, so that each begins on a line of the cache
 LARGEST_EXPONENT = 16  # of those that the loops reach by multiplication
 
 
@@ -166,13 +167,16 @@ class _Competing:
         flat, origins, offsets, length = self._windows(x, currents.shape)
         most = min(units, len(by_sample) * groups * 2)
         slots, learned = np.full(units, -1), np.empty(most, np.int64)
-        sums = np.empty((most, self.weight[0].numel() + 1), flat.dtype)
-        pull = np.empty(most)
+        width = -(-(self.weight[0].numel() + 1) // LANES) * LANES
+        sums, pull = np.empty((most, width), flat.dtype), np.empty(most)
         k = self.competition.ranking_param if self.competition.gate == "ranked" else 1
-        delta = flat.dtype.type(self.competition.delta)
+        delta, by_sample = flat.dtype.type(self.competition.delta), by_sample.numpy()
+        bits = by_sample.view(np.int32 if flat.itemsize == 4 else np.int64)
+        highest = kernels.HIGHEST_KEY[flat.itemsize]
         count = kernels.add_samples(
-            by_sample.numpy(), flat, origins, offsets, length, k, delta, slots, learned, sums, pull
-        )
+            by_sample, bits, highest, flat, origins, offsets, length, k, delta, slots, learned,
+            sums, pull,
+        )  # fmt: skip
         return learned[:count], sums[:count], pull[:count]
 
     def extra_repr(self) -> str:
