@@ -29,6 +29,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from competition import CompetitionError
 from hypgraddesc import MetaError
 from learning_rules import RuleError
 from linear_solvers import HypergradientError
@@ -39,7 +40,7 @@ from processes import ALONE, Team
 from run_log import RunLog, RunLogError, SilentLog, plain, read_config
 from yaml_settings import SettingsError
 
-DATASETS = ("mnist", "fashion", "mnist5k")
+DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 WRONG_INPUT = (
@@ -50,6 +51,7 @@ WRONG_INPUT = (
     MetaError,
     HypergradientError,
     OnePassError,
+    CompetitionError,
     SettingsError,
 )
 

@@ -10,11 +10,12 @@ each of the --steps. In a network deeper than the one that a rule was learned on
 the rule of its last layer. "rotated" are MNIST's digits, each turned once by up to 45 degrees.
 
 Classical rules run on networks of their own on pixel-centred images: oja and sanger on linear units
-without inhibition, instar and foldiak on sigmoid units that inhibit each other. Their rate is
-chosen once for each data set and layer sizes, from 1e-4 to 1 in half powers of ten, by the accuracy
-after the last step on a sixth of the training images, held out meanwhile. The references are judged
-without any steps: random features (the first RUN's initial network), pca (as many components as the
-last layer has units), and vicreg, trained by backpropagation for 100 epochs, many minutes each.
+and krotov_hopfield (p = k = 2, Delta = 0.4) on rectified ones, without inhibition, instar and
+foldiak on sigmoid units that inhibit each other. Their rate is chosen once for each data set and
+layer sizes, from 1e-4 to 1 in half powers of ten, by the accuracy after the last step on a sixth of
+the training images, held out meanwhile. The references are judged without any steps: random
+features (the first RUN's initial network), pca (as many components as the last layer has units),
+and vicreg, trained by backpropagation for 100 epochs, many minutes each.
 """
 
 import argparse

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,21 @@ def without_swapped_views(exponents: Sequence[Exponents]) -> list[Exponents]:
 
 
 class LearningRule(nn.Module):
-    """An update of a model's parameters; the hyperparameters are its nn.Parameters."""
+    """An update of a model's parameters; the hyperparameters are its nn.Parameters.
+
+    kinds: the rules that there are, by name; each that can be saved has to_dict and from_dict.
+    """
+
+    kinds: ClassVar[dict[str, type["LearningRule"]]] = {}
+
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        LearningRule.kinds[cls.__name__] = cls
+
+    @classmethod
+    def from_dict(cls, description: dict) -> "LearningRule":
+        """The rule that its to_dict described, in float64."""
+        raise RuleError(f"{cls.__name__} cannot be read from a file")
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
         """New parameters, with the old ones and the batch left as they are."""
@@ -184,7 +199,7 @@ class PolynomialRule(LearningRule):
     def update(self, model: nn.Module, params: Params, batch) -> Params:
         """New parameters after one batch [batch, ...] (a pair of batches for a pair rule)."""
         plastic = sum(bool(layer_params) for layer_params in params)
-        return _update_layers(model, params, batch, [self] * plastic)
+        return update_layers(model, params, batch, [self] * plastic)
 
     def update_layer(
         self,
@@ -334,6 +349,25 @@ class PolynomialRule(LearningRule):
             "forward_weight_bound": None if limit == float("inf") else limit,
         }
 
+    @classmethod
+    def from_dict(cls, description: dict) -> "PolynomialRule":
+        """The rule that `to_dict` described, in float64."""
+        terms, limit = description["terms"], description["forward_weight_bound"]
+        rule = cls(
+            {group: [tuple(t["exponents"]) for t in terms[group]] for group in VARIABLES},
+            lateral_diagonal=bool(description["diagonal"]),
+            forward_weight_bound=float("inf") if limit is None else limit,
+            **{key: description[key] for key in ("bound", "bound_size", "l2")},
+        ).double()
+        with torch.no_grad():
+            for group in VARIABLES:
+                values = [t["coefficient"] for t in terms[group]]
+                getattr(rule, group).copy_(torch.tensor(values, dtype=torch.double))
+            rule.diagonal.copy_(torch.tensor(description["diagonal"], dtype=torch.double))
+            if rule.diagonal.shape != (len(description["diagonal"]),):
+                raise RuleError(f"diagonal needs at most 1 number: {description['diagonal']}")
+        return rule
+
 
 class PolynomialPairRule(PolynomialRule):
     """The polynomial rule on pairs; a term multiplies powers of both views' variables."""
@@ -344,13 +378,13 @@ class PolynomialPairRule(PolynomialRule):
 class PerLayerRule(LearningRule):
     """One rule, with coefficients of its own, for each layer that has parameters."""
 
-    def __init__(self, rules: Sequence[PolynomialRule]) -> None:
+    def __init__(self, rules: Sequence[LearningRule]) -> None:
         super().__init__()
         self.rules = nn.ModuleList(rules)
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
         """New parameters; a later layer sees the output of the parameters before the update."""
-        return _update_layers(model, params, batch, list(self.rules))
+        return update_layers(model, params, batch, list(self.rules))
 
     def coefficients(self) -> dict[str, float]:
         """Each coefficient by name, such as "1/w/x y" for the first layer's."""
@@ -390,6 +424,11 @@ class PerLayerRule(LearningRule):
         """A plain description of the rules, for JSON; `rule_from_dict` reads it."""
         return {"kind": type(self).__name__, "rules": [rule.to_dict() for rule in self.rules]}
 
+    @classmethod
+    def from_dict(cls, description: dict) -> "PerLayerRule":
+        """The rules that `to_dict` described, in float64."""
+        return cls([rule_from_dict(of_layer) for of_layer in description["rules"]])
+
 
 @torch.no_grad()
 def term_products(
@@ -417,7 +456,7 @@ def term_products(
     for step in range(steps):
         batch = next(batches)
         if step in measured:
-            _update_layers(model, params, batch, meters)
+            update_layers(model, params, batch, meters)
         params = rule.update(model, params, batch)
     return products
 
@@ -472,7 +511,11 @@ class _TermMeter:
         return changes
 
 
-def _update_layers(model: nn.Module, params: Params, batch, rules: list) -> Params:
+def update_layers(model: nn.Module, params: Params, batch, rules: list) -> Params:
+    """New parameters, by one rule for each layer that has any; see PerLayerRule.update.
+
+    A rule has `views`, how many of each input it takes, and `update_layer`, as PolynomialRule.
+    """
     views = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     plastic = sum(bool(layer_params) for layer_params in params)
     if len(rules) != plastic:
@@ -548,27 +591,10 @@ def _latex(variable: re.Match) -> str:
 
 def rule_from_dict(description: dict) -> LearningRule:
     """The rule that `to_dict` described; raises RuleError for anything else."""
-    kinds = {rule.__name__: rule for rule in (PolynomialRule, PolynomialPairRule)}
     try:
-        if description["kind"] == PerLayerRule.__name__:
-            return PerLayerRule([rule_from_dict(d) for d in description["rules"]])
-        terms, limit = description["terms"], description["forward_weight_bound"]
-        rule = kinds[description["kind"]](
-            {group: [tuple(t["exponents"]) for t in terms[group]] for group in VARIABLES},
-            lateral_diagonal=bool(description["diagonal"]),
-            forward_weight_bound=float("inf") if limit is None else limit,
-            **{key: description[key] for key in ("bound", "bound_size", "l2")},
-        ).double()
-        with torch.no_grad():
-            for group in VARIABLES:
-                values = [t["coefficient"] for t in terms[group]]
-                getattr(rule, group).copy_(torch.tensor(values, dtype=torch.double))
-            rule.diagonal.copy_(torch.tensor(description["diagonal"], dtype=torch.double))
-            if rule.diagonal.shape != (len(description["diagonal"]),):
-                raise RuleError(f"diagonal needs at most 1 number: {description['diagonal']}")
+        return LearningRule.kinds[description["kind"]].from_dict(description)
     except (LookupError, TypeError, RuntimeError, ValueError, OverflowError) as problem:
         raise RuleError(f"not the description of a learning rule: {problem!r}") from problem
-    return rule
 
 
 def save_rule(rule: LearningRule, path: Path | str) -> None:

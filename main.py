@@ -3,6 +3,7 @@
     python main.py 32                        one layer of 32 units
     python main.py 256 32                    two layers, each with a rule of its own
     python main.py 32 --pair_inputs          a rule for pairs of augmented views
+    python main.py 32 --rule krotov_hopfield --lr 0.02      competing units' rate and delta
     python main.py --conv 16x5 32x3          convolutional layers, each position a sample
     python main.py 256 32 --start_from RUN   from the rule that another run has learned
     python main.py --resume runs/main-...    go on with a run that was ended
@@ -34,6 +35,7 @@ from command_line import (
     run_command,
     set_up,
 )
+from competition import GATES, NORMALIZATIONS
 from figures import draw_run
 from hypgraddesc import (
     EVALUATION,
@@ -45,6 +47,7 @@ from hypgraddesc import (
     seeded_generator,
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
+from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import (
     PerLayerRule,
     PolynomialPairRule,
@@ -66,6 +69,7 @@ from processes import join_team
 from run_log import RunLog, finish_on_interrupt, read_json, read_metrics
 from train import MEMORY
 
+RULES = ("polynomial", "krotov_hopfield")
 NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_images is given
 
 
@@ -117,9 +121,18 @@ def make_parser():
     add("--inh_factor", type=fraction, default=0.2, help="size of such a step")
     add("--forbid_self_inhibition", action="store_true", help="keep the diagonal of m at 0")
     add("--forbid_excitation", action="store_true", help="keep m <= 0")
+    add("--rule", choices=RULES, default="polynomial", help="the family that it is learned in")
     add("--degree", type=positive_int, default=3, help="total degree of the polynomial")
     add("--bound", type=nonnegative_float, default=0.1, help="of one update (tanh); 0: none")
     add("--l2_reg", type=fraction, default=0.0, help="decay of the network's parameters")
+    add = parser.add_argument_group("rule of competing units (--rule krotov_hopfield)").add_argument
+    add("--gate", choices=GATES, default="ranked", help="who learns from a sample")
+    add("--ranking_param", type=positive_int, default=2, metavar="K", help="the k-th unlearns")
+    add("--lebesgue_p", type=positive_float, default=2.0, metavar="P", help="the units' norm")
+    add("--normalization", choices=NORMALIZATIONS, default="matrix", help="of the change")
+    add("--rate", type=positive_float, default=0.02, help="learning rate at first")
+    add("--delta", type=nonnegative_float, default=0.4, help="how much losers unlearn at first")
+    add("--inverse_temperature", type=positive_float, default=1.0, help="of soft gates at first")
     add = parser.add_argument_group("probe").add_argument
     add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
     add("--probe_images", type=positive_int, metavar="N",
@@ -166,6 +179,10 @@ def refuse_flags_without_effect(args) -> None:
         raise UserError("--compile does not go with --sparsify, whose rule changes: leave one out")
     if args.compile and args.inhibition == "equilibrium":
         raise UserError("--compile does not go with --inhibition equilibrium: leave one out")
+    if args.rule != "polynomial" and (args.pair_inputs or args.l1_reg or args.sparsify):
+        raise UserError("--pair_inputs, --l1_reg and --sparsify need --rule polynomial")
+    if args.rule != "polynomial" and (args.compile or args.l2_reg):
+        raise UserError("--compile and --l2_reg need --rule polynomial")
     lateral_only = args.forbid_self_inhibition or args.forbid_excitation
     if args.inhibition not in WITH_LATERAL_WEIGHTS and lateral_only:
         raise UserError(
@@ -211,7 +228,9 @@ def make_method(args) -> MetaGradient:
 
 
 def make_rule(args) -> PerLayerRule:
-    """One polynomial rule per layer, all coefficients 0."""
+    """One rule per layer: polynomials with all coefficients 0, or competition as the flags say."""
+    if args.rule == "krotov_hopfield":
+        return PerLayerRule([make_competing_rule(args) for _ in (*args.conv, *args.layers)])
     kind = PolynomialPairRule if args.pair_inputs else PolynomialRule
     bound = "tanh" if args.bound else "none"
     return PerLayerRule([
@@ -225,6 +244,12 @@ def make_rule(args) -> PerLayerRule:
         )
         for _ in (*args.conv, *args.layers)
     ])  # fmt: skip
+
+
+def make_competing_rule(args) -> KrotovHopfieldRule:
+    """The rule of competing units at the rate, delta and temperature that it is learned from."""
+    names = ("delta", "inverse_temperature", "gate", "ranking_param", "lebesgue_p", "normalization")
+    return KrotovHopfieldRule(args.rate, **{name: getattr(args, name) for name in names})
 
 
 def make_initializer(args) -> GaussianInitializer:
@@ -308,7 +333,9 @@ def evaluate_from_new_draws(args, log: RunLog, parts: dict, draws: int):
 
 
 def measure_effects(args, parts: dict, steps: int) -> dict[str, float]:
-    """The effects of the rule's terms in the first of the trainings with the final rule."""
+    """The effects of a polynomial's terms in the first of the trainings with the final rule."""
+    if args.rule != "polynomial":
+        return {}
     rule, model = parts["rule"], parts["make_model"]()
     start, order = (seeded_generator(args.seed, EVALUATION, 0, k) for k in range(2))
     params, stream = parts["initializer"](model, start), parts["make_batches"](order)

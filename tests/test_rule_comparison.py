@@ -194,10 +194,10 @@ def test_a_directory_without_a_finished_run_of_main_is_refused(trained, tmp_path
 def test_classical_rules_see_centred_images_in_the_network_they_belong_to(setting, name):
     entry = classical(name, setting, 0.01)
     layer = entry.model.layers[-1]
-    linear = name in ("oja", "sanger")
-    assert layer.activation.base == ("identity" if linear else "sigmoid")
-    assert layer.inhibition == ("none" if linear else "lateral")
-    if not linear:
+    bases = {"oja": "identity", "sanger": "identity", "krotov_hopfield": "relu"}
+    assert layer.activation.base == bases.get(name, "sigmoid")
+    assert layer.inhibition == ("none" if name in bases else "lateral")
+    if name not in bases:
         assert layer.forbid_self_inhibition
         assert layer.forbid_excitation == (name == "foldiak")
     everything = replace(setting, batch_size=len(setting.train))

@@ -1,0 +1,153 @@
+"""Competition between hidden units: who learns from a sample, and what that does to the weights.
+
+    c_bo = sum_i sign(W_oi) |W_oi|^(p-1) x_bi                      currents
+    g_b  = gates of the currents of sample b                       who learns how much
+    D    = g^T x - s[:, None] * W,   s_o = sum_b g_bo c_bo
+    W   <- W + rate * D / (largest |D|)
+
+A unit at rest (D_o = 0) with s_o != 0 has sum_i |W_oi|^p = 1, since c_bo = sum_i f(W_oi) x_bi gives
+sum_i f(W_oi) D_oi = s_o (1 - sum_i |W_oi|^p). Everything here is differentiable. Of equal currents
+the one of the lowest index counts as the larger.
+
+Source: Krotov, Hopfield 2019, Unsupervised learning by competing hidden units (equations 3, 9, 10);
+the soft gate: Moraitis et al. 2022, SoftHebb, with the signs of Journe et al. 2023.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GATES = ("ranked", "losers", "soft", "winner")
+NORMALIZATIONS = ("matrix", "filter", "clamp")
+EPSILON, PRECISION = 1e-5, 1e-30  # added to the largest change; its lower bound with "clamp"
+
+
+class CompetitionError(ValueError):
+    """What is wrong with a competition or its inputs, and what would be right, in one line."""
+
+
+@dataclass(frozen=True)
+class Competition:
+    """How much each unit learns from a sample: the gates g, from the currents of all units.
+
+    Attributes:
+        gate: "ranked": 1 for the largest current, -delta for the k-th largest, else 0;
+            "losers": 1 for the largest, -delta for all others;
+            "soft": softmax of inverse_temperature times the currents, negated for all but the
+            largest; "winner": 1 for the largest, else 0.
+        ranking_param: k, from 2 to the number of units.
+        delta, inverse_temperature: numbers, or scalar tensors to be differentiated.
+    """
+
+    gate: str = "ranked"
+    ranking_param: int = 2
+    delta: float | Tensor = 0.05
+    inverse_temperature: float | Tensor = 1.0
+
+    def check(self, units: int) -> None:
+        """Raises CompetitionError where so many units cannot compete like this."""
+        if self.gate not in GATES:
+            raise CompetitionError(f"gate {self.gate!r} is unknown; choose from {', '.join(GATES)}")
+        k = self.ranking_param
+        if self.gate == "ranked" and (not isinstance(k, int) or not 2 <= k <= units):
+            raise CompetitionError(
+                f"ranking_param is {k}: it must be a whole number from 2, the runner-up, to "
+                f"{units}, the number of units that compete"
+            )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether at most two units learn from a sample."""
+        return self.gate in ("ranked", "winner")
+
+    def gates(self, currents: Tensor, dim: int) -> Tensor:
+        """g, of the shape of the currents, whose units are along `dim`."""
+        winner, other = ranked(currents, self.ranking_param if self.gate == "ranked" else 1, dim)
+        if self.gate == "soft":
+            share = torch.softmax(self.inverse_temperature * currents, dim)
+            sign = torch.full_like(share, -1).scatter_(dim, winner, 1)
+            return share * sign
+        if self.gate == "winner":
+            return torch.zeros_like(currents).scatter_(dim, winner, 1)
+        delta = self.delta * currents.new_ones(())  # on the device, without a copy to it
+        if self.gate == "losers":
+            return (-delta).expand_as(currents).scatter(dim, winner, 1)
+        g = torch.zeros_like(currents).scatter_(dim, winner, 1)
+        return g.scatter(dim, other, (-delta).expand_as(other))
+
+
+def ranked(currents: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Indices of the largest and of the k-th largest current, int64, of length 1 along `dim`."""
+    left = currents.detach()
+    winner = index = left.argmax(dim, keepdim=True)
+    if k > 1:
+        left = left.clone()
+    for _ in range(k - 1):
+        left.scatter_(dim, index, -torch.inf)
+        index = left.argmax(dim, keepdim=True)
+    return winner, index
+
+
+def signed_power(weight: Tensor, p: float) -> Tensor:
+    """sign(W) |W|^(p-1); for p = 2 it is W itself."""
+    if p == 2:
+        return weight
+    if p == int(p) and p > 2:
+        return weight * weight.abs() ** (int(p) - 2)
+    return weight.sign() * weight.abs() ** (p - 1)
+
+
+def p_norms(weight: Tensor, bias: Tensor | None, p: float) -> Tensor:
+    """sum_i |W_oi|^p of each unit [O]; its bias counts as one more weight."""
+    sums = (weight.abs() ** p).flatten(1).sum(1)
+    return sums if bias is None else sums + bias.abs() ** p
+
+
+def convergence(norms: Tensor) -> Tensor:
+    """How far the units are from rest: the largest |sum_i |W_oi|^p - 1|, a scalar tensor."""
+    return (norms - 1).abs().amax()
+
+
+def scales(largest: Tensor, normalization: str) -> Tensor:
+    """What to divide the changes by; `largest` [O] is the largest |D_oi| of each unit.
+
+    "matrix": the largest of all units + 1e-5; "filter": each unit's own + 1e-5; "clamp": the
+    largest of all units, at least 1e-30.
+    """
+    if normalization == "filter":
+        return largest + EPSILON
+    if normalization == "matrix":
+        return (largest.amax() + EPSILON).expand_as(largest)
+    return largest.amax().clamp_min(PRECISION).expand_as(largest)
+
+
+def scaled_changes(
+    weight: Tensor,
+    bias: Tensor | None,
+    hebbian: tuple[Tensor, Tensor | None],
+    pull: Tensor,
+    normalization: str,
+) -> tuple[Tensor, Tensor | None]:
+    """D / scale of the weights [O, ...] and biases [O].
+
+    hebbian: g^T x and sum_b g_b, of the same shapes; pull: s [O].
+    """
+    change = hebbian[0] - pull.view(-1, *[1] * (weight.dim() - 1)) * weight
+    largest = change.abs().flatten(1).amax(1)
+    change_of_bias = None
+    if bias is not None:
+        change_of_bias = hebbian[1] - pull * bias
+        largest = torch.maximum(largest, change_of_bias.abs())
+    scale = scales(largest, normalization)
+    change = change / scale.view(-1, *[1] * (weight.dim() - 1))
+    return change, None if change_of_bias is None else change_of_bias / scale
+
+
+def check_options(lebesgue_p: float, normalization: str) -> None:
+    """Raises CompetitionError for an exponent below 1 or an unknown normalisation."""
+    if not 1 <= lebesgue_p < float("inf"):
+        raise CompetitionError(f"lebesgue_p is {lebesgue_p}: it must be a number of at least 1")
+    if normalization not in NORMALIZATIONS:
+        known = ", ".join(NORMALIZATIONS)
+        raise CompetitionError(f"normalization {normalization!r} is unknown; choose from {known}")

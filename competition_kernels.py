@@ -1,0 +1,192 @@
+"""The sparse update of competition.py as compiled loops over samples, for the CPU.
+
+Each sample changes two rows of g^T x, those of the largest and of the k-th largest current. The
+loops rank the currents and add the sample's input to these rows at once: neither gates nor patches
+are ever stored, and rows that no sample has changed cost nothing.
+
+Inputs are images with the channels last, flat: the window of a sample is `offsets` (from its
+origin) to segments of `length` numbers that follow each other, in the order of a row of weights.
+A fully connected layer has one segment. One thread; the interpreter's lock is released.
+"""
+
+import numpy as np
+from numba import njit
+
+# Sums may be reordered and divisions by a common factor shared; that stays within rounding.
+LOOSE = {"reassoc", "contract", "nsz", "arcp", "nnan"}
+compiled = njit(cache=True, nogil=True, fastmath=LOOSE)
+
+# Currents are ranked by whole numbers in the same order, made from their bits: of these a compiler
+# can take the largest in vectors, and NaN is a number among others.
+LOWEST, LOWEST_OF_32_BITS = -(2**63), -(2**31)
+HIGHEST_KEY = {4: 2**31 - 1, 8: 2**63 - 1}  # by bytes; the search for the largest begins here
+
+
+@compiled
+def _next_largest(bits, b, group, key, place):
+    """Key and place of the largest current of a sample after that of `key` at `place`.
+
+    Of equal currents the first is the larger. In 32 bits, keys and places are packed into one whole
+    number, of which a compiler finds the largest in vectors.
+    """
+    units = bits.shape[2]
+    if bits.itemsize == 4:
+        limit, most = (key << 32) + units - place, np.int64(LOWEST)
+        for i in range(units):
+            number = np.int64(bits[b, group, i])
+            number = number if number >= 0 else LOWEST_OF_32_BITS - number
+            packed = (number << 32) + (units - i)
+            most = max(most, packed if packed < limit else np.int64(LOWEST))
+        key = most >> 32
+        return key, units - (most - (key << 32))
+    most, found = np.int64(LOWEST), np.int64(0)
+    for i in range(units):
+        number = np.int64(bits[b, group, i])
+        number = number if number >= 0 else LOWEST - number
+        after = number < key or (number == key and i > place)
+        if after and number > most:
+            most, found = number, np.int64(i)
+    return most, found
+
+
+@compiled
+def _slot_of(unit, slots, units, count, sums, pull):
+    """The row of `sums` that belongs to a unit, cleared when the unit comes for the first time."""
+    if slots[unit] < 0:
+        slots[unit] = count[0]
+        units[count[0]] = unit
+        sums[count[0]] = 0
+        pull[count[0]] = 0
+        count[0] += 1
+    return slots[unit]
+
+
+@compiled
+def add_samples(
+    currents, bits, highest, x, origins, offsets, length, k, delta, slots, units, sums, pull
+):  # fmt: skip
+    """Adds g^T x, sum_b g_b and s over all samples of all groups; returns how many units learned.
+
+    currents [samples, groups, O]; bits: the same memory as int32 or int64; highest: HIGHEST_KEY;
+    x flat; origins [samples] of the windows in x; k: 1 for the winner alone. A group sees the
+    channels after its predecessor's: `length` further. slots [groups * O] holds -1. Filled for each
+    unit that learned: units [n], its sums [n, > N] with that of the gates in column N, its pull
+    s [n] in float64.
+    """
+    samples, groups, rivals = currents.shape
+    count, window = np.zeros(1, np.int64), np.zeros(sums.shape[1], sums.dtype)
+    window[length * len(offsets)] = 1
+    for b in range(samples):
+        for group in range(groups):
+            _gather(window, x, origins[b] + group * length, offsets, length)
+            key, place = _next_largest(bits, b, group, highest, -1)
+            first = _slot_of(group * rivals + place, slots, units, count, sums, pull)
+            pull[first] += currents[b, group, place]
+            if k == 1:
+                _add(sums, first, window)
+            else:
+                for _ in range(k - 1):
+                    key, place = _next_largest(bits, b, group, key, place)
+                other = _slot_of(group * rivals + place, slots, units, count, sums, pull)
+                pull[other] -= delta * currents[b, group, place]
+                _add_two(sums, first, other, window, delta)
+    return count[0]
+
+
+# Unsigned places are not checked for being negative, which lets these loops run in vectors.
+
+
+@compiled
+def _gather(window, x, origin, offsets, length):
+    for q in range(len(offsets)):
+        begin, start = np.uintp(q * length), np.uintp(origin + offsets[q])
+        for i in range(length):
+            window[begin + np.uintp(i)] = x[start + np.uintp(i)]
+
+
+@compiled
+def _add(sums, row, window):
+    row = np.uintp(row)
+    for i in range(len(window)):
+        sums[row, i] += window[i]
+
+
+@compiled
+def _add_two(sums, row, other, window, delta):
+    row, other = np.uintp(row), np.uintp(other)
+    for i in range(len(window)):
+        sums[row, i] += window[i]
+        sums[other, i] -= delta * window[i]
+
+
+@compiled
+def subtract_pull(weight, bias, units, sums, pull, largest):
+    """Turns sums [n, > N] into changes D, and finds the largest |D_oi| [n] of each unit.
+
+    weight [O, N]; bias [O], or of length 0.
+    """
+    for row in range(len(units)):
+        unit, s = units[row], weight.dtype.type(pull[row])
+        change, w = sums[row], weight[unit]
+        most = weight.dtype.type(0)
+        for i in range(len(w)):
+            change[i] -= s * w[i]
+            most = max(most, abs(change[i]))
+        if len(bias):
+            change[len(w)] -= s * bias[unit]
+            most = max(most, abs(change[len(w)]))
+        largest[row] = most
+
+
+@compiled
+def add_changes(weight, bias, units, changes, factors):
+    """weight [O, N] and bias [O, or 0] += factors [n] times changes [n, > N], in place."""
+    for row in range(len(units)):
+        unit, factor = units[row], factors[row]
+        change, w = changes[row], weight[unit]
+        for i in range(len(w)):
+            w[i] += factor * change[i]
+        if len(bias):
+            bias[unit] += factor * change[len(w)]
+
+
+@compiled
+def powers_and_norms(weight, exponent, powers, norms):
+    """powers = sign(W) |W|^(exponent-1), norms = sum_i |W_oi|^exponent; exponent >= 2 is whole.
+
+    weight and powers [O, N], norms [O].
+    """
+    for unit in range(len(weight)):
+        w, power = weight[unit], powers[unit]
+        for i in range(len(w)):
+            power[i] = w[i]
+        for _ in range(exponent - 2):
+            for i in range(len(w)):
+                power[i] *= abs(w[i])
+        norms[unit] = _dot(w, power)
+
+
+@compiled
+def norms_of(weight, bias, exponent, units, norms):
+    """norms [O] of these units [n], their biases included, as in `powers_and_norms`."""
+    for row in range(len(units)):
+        unit = units[row]
+        w = weight[unit]
+        total = weight.dtype.type(0)
+        for i in range(len(w)):
+            size = abs(w[i])
+            power = size
+            for _ in range(exponent - 1):
+                power *= size
+            total += power
+        if len(bias):
+            total += abs(bias[unit]) ** exponent
+        norms[unit] = total
+
+
+@compiled
+def _dot(a, b):
+    total = a.dtype.type(0)
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total

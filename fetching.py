@@ -1,0 +1,110 @@
+"""What fetching data needs: commands run silently and for a bounded time, torchvision's import."""
+
+import importlib.util
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import library
+
+from image_data import DataError
+
+
+def import_torchvision():
+    """torchvision, also where its compiled operators do not load.
+
+    torchvision's wheel is built against one build of torch; with another (a CPU build) its library
+    does not load, and the import then fails because two operators, nms and qnms, have no schema.
+    Nothing here uses them, so the bare schemas are enough; they are defined only if still missing
+    after an attempt to load the library.
+    """
+    if "torchvision" not in sys.modules:
+        spec = importlib.util.find_spec("torchvision")
+        if spec is None or spec.origin is None:
+            raise DataError("torchvision is not installed; see requirements.txt")
+        for extension in Path(spec.origin).parent.glob("_C.*"):
+            with suppress(OSError):
+                torch.ops.load_library(extension)
+        missing = [name for name in ("nms", "qnms") if not hasattr(torch.ops.torchvision, name)]
+        if missing:
+            schemas = library.Library("torchvision", "FRAGMENT")
+            for name in missing:
+                schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _KEPT_ALIVE.append(schemas)  # the schemas vanish with this object
+    import torchvision
+
+    return torchvision
+
+
+_KEPT_ALIVE: list = []
+
+
+def run_with_torchvision(statement: str, arguments: list[str], directory: Path) -> None:
+    """Run a statement that downloads into `directory`; its arguments are sys.argv[2:].
+
+    In a process of its own: silent, and ended in time even if a name server never answers.
+    """
+    code = (
+        "import socket, sys; sys.path.insert(0, sys.argv[1]); socket.setdefaulttimeout(10);"
+        f"from fetching import import_torchvision; torchvision = import_torchvision(); {statement}"
+    )
+    here = str(Path(__file__).resolve().parent)
+    command = [sys.executable, "-c", code, here, *arguments]
+    run_silently(command, directory, seconds=600, silence=30)
+
+
+def run_silently(
+    command: list[str], directory: Path, seconds: float, silence: float | None = None
+) -> None:
+    """Run a command in `directory`, showing nothing; DataError with its last words if it fails.
+
+    It is ended after `seconds`, or once nothing in `directory` has grown for `silence` seconds.
+    """
+    program = Path(command[0]).name
+    errors = directory / "errors.txt"  # a file, not a pipe: grandchildren cannot keep us waiting
+    began = grew = time.monotonic()
+    size = 0
+    try:
+        with (
+            errors.open("wb") as stream,
+            subprocess.Popen(
+                command,
+                cwd=directory,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stream,
+            ) as process,
+        ):
+            try:
+                while (status := process.poll()) is None:
+                    time.sleep(0.05)
+                    now, size_before, size = time.monotonic(), size, _bytes_under(directory)
+                    if size != size_before:
+                        grew = now
+                    if now - began > seconds:
+                        raise DataError(f"{program} had not finished after {seconds:g} s")
+                    if silence is not None and now - grew > silence:
+                        raise DataError(f"{program} received nothing for {silence:g} s")
+            finally:
+                process.kill()
+    except FileNotFoundError:
+        raise DataError(f"there is no {program} here") from None
+    if status:
+        words = errors.read_text(errors="replace").strip().splitlines()
+        raise DataError(f"{program} failed: {words[-1].strip() if words else f'status {status}'}")
+
+
+def _bytes_under(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        with suppress(FileNotFoundError):  # the command may be renaming its files just now
+            total += path.stat().st_size
+    return total
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

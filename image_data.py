@@ -1,0 +1,104 @@
+"""Labelled images as one uint8 tensor, turned into floats batch by batch."""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """Data that cannot be used; one line that says what is wrong and what would be right."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Labelled images, kept as bytes and turned into floats batch by batch.
+
+    Attributes:
+        images: uint8 [N, C, H, W].
+        labels: int64 [N].
+        source: where the images come from and how many they are, for logs and results.
+        shift: float [C, H, W], subtracted after the division by 255; None: nothing.
+        scale: float [C, H, W], divides after that; None: nothing.
+    """
+
+    images: Tensor
+    labels: Tensor
+    source: str
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
+            raise DataError(
+                "images must be uint8 [N, C, H, W], "
+                f"not {self.images.dtype} {list(self.images.shape)}"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise DataError(
+                f"labels must be int64 [{len(self.images)}], one for each image, "
+                f"not {self.labels.dtype} {list(self.labels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def classes(self) -> int:
+        """Number of classes: the largest label plus one."""
+        return int(self.labels.max()) + 1 if len(self) else 0
+
+    def fingerprint(self) -> str:
+        """How many images, and a digest of their pixels."""
+        pixels = self.images.contiguous().numpy(force=True)
+        return f"{len(self)}, sha256 {hashlib.sha256(pixels).hexdigest()[:16]}"
+
+    def subset(self, rows: slice | Tensor) -> "ImageData":
+        """The images and labels of these rows; of a slice beyond the end there are none."""
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
+
+    def floats(
+        self, index: slice | Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The images of `index` (all of them without it) as floats [n, C, H, W].
+
+        Without shift and scale the values are in [0, 1]. Below 32 bits the arithmetic is done in
+        float32 and rounded once.
+        """
+        images = self.images
+        if isinstance(index, Tensor):
+            images = images.index_select(0, index.to(images.device))
+        elif index is not None:
+            images = images[index]
+        return self.normalize(images.to(working_dtype(dtype)).div_(255)).to(dtype)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """(x - shift) / scale for x in [0, 1], float [..., C, H, W]."""
+        if self.shift is not None:
+            x = x - self.shift.to(x.dtype)
+        if self.scale is not None:
+            x = x / self.scale.to(x.dtype)
+        return x
+
+    def to(self, device: torch.device | str) -> "ImageData":
+        """The same data with all tensors on `device`."""
+        return replace(
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            shift=None if self.shift is None else self.shift.to(device),
+            scale=None if self.scale is None else self.scale.to(device),
+        )
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 at least: below it, eight bits of a pixel would not survive the arithmetic."""
+    if not dtype.is_floating_point:
+        raise DataError(f"dtype {dtype} is not a floating point type; use torch.float32")
+    return torch.promote_types(dtype, torch.float32)

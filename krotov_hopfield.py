@@ -1,0 +1,400 @@
+"""Layers of competing hidden units: nn.Linear and nn.Conv2d with a local learning rule.
+
+    layer = BioConv2d(3, 96, 5, lebesgue_p=2, ranking_param=2, delta=0.2)
+    for x in batches:
+        convergence = layer.training_step(x, learning_rate=0.01)  # one update, no labels
+    y = layer(x)                          # f(W) x, with f(W) = sign(W) |W|^(p-1)
+
+The update is that of competition.py, on inputs normalised by a batch norm without parameters: the
+statistics of the batch when learning, the running ones in `forward`. In a convolution all channels
+of a group compete at every position of every image. A bias is the weight of a constant input 1.
+
+Names and signatures are BioPyTorch's; what it lacks are keyword arguments. On a CPU the compiled
+loops of competition_kernels.py make the update where at most two units learn from a sample.
+Everywhere else it is two products, without patches and without waiting for the device.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import competition_kernels as kernels
+from competition import (
+    Competition,
+    CompetitionError,
+    check_options,
+    convergence,
+    p_norms,
+    scaled_changes,
+    scales,
+    signed_power,
+)
+
+COMPILED_TYPES = (torch.float32, torch.float64)
+LANES = 16  # rows of sums are multiples of these, so that each begins on a line of the cache
+LARGEST_EXPONENT = 16  # of those that the loops reach by multiplication
+
+
+class _Competing:
+    """What both layers share: options, the update, its return value.
+
+    Keyword arguments of both, beyond BioPyTorch's:
+        gate, inverse_temperature: see `Competition`.
+        normalization: what the change is divided by, see `scales`; by default "matrix" for the
+            fully connected layer, "filter" for the convolution.
+        rate_exponent: None, or q: the learning rate of unit o is multiplied by
+            | |w_o|_2 - 1 |^q, as SoftHebb does with q = 1/2.
+        batch_norm: whether inputs are normalised.
+    """
+
+    def _set_up(self, competition, lebesgue_p, normalization, rate_exponent, features) -> None:
+        check_options(lebesgue_p, normalization)
+        self.competition, self.lebesgue_p = competition, lebesgue_p
+        self.normalization, self.rate_exponent = normalization, rate_exponent
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.batch_norm = None
+        if features:
+            place = {"device": self.weight.device, "dtype": self.weight.dtype}
+            self.batch_norm = nn.BatchNorm1d(features, affine=False, **place)
+
+    @torch.no_grad()
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, *, spread: float = 1.0
+    ) -> None:
+        """Weights and biases from N(0, spread^2); the generator is on the CPU, torch's without."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(spread * noise)
+
+    def _powers(self) -> tuple[Tensor, Tensor | None]:
+        bias = None if self.bias is None else signed_power(self.bias, self.lebesgue_p)
+        return signed_power(self.weight, self.lebesgue_p), bias
+
+    def _normalized(self, x: Tensor, learning: bool) -> Tensor:
+        """x behind the batch norm.
+
+        A batch of one number per feature has no variance to divide by; it is normalised by the
+        running statistics, and leaves these as they are.
+        """
+        norm = self.batch_norm
+        if norm is None:
+            return x
+        from_batch = learning and x.numel() > x.shape[1]
+        if from_batch:
+            norm.num_batches_tracked.add_(1)
+        return functional.batch_norm(
+            x, norm.running_mean, norm.running_var, None, None, from_batch, norm.momentum, norm.eps
+        )
+
+    @torch.no_grad()
+    def training_step(self, x: Tensor, learning_rate: float | Tensor = 0.1) -> Tensor:
+        """One update from a batch of inputs, shaped as for `forward`.
+
+        Returns the convergence max_o |sum_i |W_oi|^p - 1| of the new weights, a scalar tensor on
+        the layer's device: it goes to 0. Raises CompetitionError for inputs of another shape.
+        """
+        x = self._inputs(x)
+        if not len(x):
+            raise CompetitionError("the batch is empty; expected at least one sample")
+        x = self._padded(self._normalized(x, learning=True))
+        compiled = x.device.type == "cpu" and x.dtype in COMPILED_TYPES
+        if compiled and self.competition.sparse:
+            return self._compiled_step(x, learning_rate)
+        return self._dense_step(x, learning_rate)
+
+    def _rates(self, learning_rate: float | Tensor) -> Tensor:
+        """The learning rate of each unit [O]."""
+        if self.rate_exponent is None:
+            return learning_rate * self.weight.new_ones(len(self.weight))
+        radius = torch.linalg.vector_norm(self.weight.flatten(1), dim=1)
+        return learning_rate * (radius - 1).abs() ** self.rate_exponent
+
+    def _dense_step(self, x: Tensor, learning_rate: float | Tensor) -> Tensor:
+        """The update by products, on any device; x is normalised and padded."""
+        currents = self._respond(x, *self._powers())
+        g = self._by_group(currents, self.competition.gates)
+        over = [d for d in range(g.dim()) if d != 1]
+        pull = (g * currents).sum(over)
+        hebbian = self._correlate(g, x), None if self.bias is None else g.sum(over)
+        change, of_bias = scaled_changes(self.weight, self.bias, hebbian, pull, self.normalization)
+        rates = self._rates(learning_rate)
+        self.weight.add_(rates.view(-1, *[1] * (change.dim() - 1)) * change)
+        if of_bias is not None:
+            self.bias.add_(rates * of_bias)
+        return convergence(p_norms(self.weight, self.bias, self.lebesgue_p))
+
+    def _compiled_step(self, x: Tensor, learning_rate: float | Tensor) -> Tensor:
+        """The update by compiled loops: only rows of units that won or came k-th are touched."""
+        rows = self._weight_rows()
+        weight, bias = rows.numpy(), _array(self.bias, self.weight)
+        powers, norms = self._powers_and_norms(rows)
+        currents = self._respond(x, *powers)
+        learned, changes, pull = self._add_up(currents, x)
+        largest = np.empty(len(learned), weight.dtype)
+        kernels.subtract_pull(weight, bias, learned, changes, pull, largest)
+        factors = self._rates(learning_rate)[torch.from_numpy(learned)]
+        factors = factors / scales(torch.from_numpy(largest), self.normalization)
+        kernels.add_changes(weight, bias, learned, changes, factors.numpy())
+        self._keep_rows(rows)
+        if norms is None:
+            return convergence(p_norms(self.weight, self.bias, self.lebesgue_p))
+        kernels.norms_of(weight, bias, int(self.lebesgue_p), learned, norms.numpy())
+        return convergence(norms)
+
+    def _powers_and_norms(self, rows: Tensor) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
+        """f(W) and f(b), and sum_i |W_oi|^p, None where its exponent needs a power function."""
+        p = self.lebesgue_p
+        if p != int(p) or not 2 <= p <= LARGEST_EXPONENT:
+            return self._powers(), None
+        powers, norms = torch.empty_like(rows), rows.new_empty(len(rows))
+        kernels.powers_and_norms(rows.numpy(), int(p), powers.numpy(), norms.numpy())
+        bias = None
+        if self.bias is not None:
+            bias = signed_power(self.bias, p)
+            norms += self.bias.abs() ** p
+        return (self._as_weight(powers), bias), norms
+
+    def _add_up(self, currents: Tensor, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which units learn, their rows of g^T x with the sums of gates, and s; of few units."""
+        groups, units = self._groups, len(self.weight)
+        by_sample = currents.movedim(1, -1).reshape(-1, groups, units // groups)
+        flat, origins, offsets, length = self._windows(x, currents.shape)
+        most = min(units, len(by_sample) * groups * 2)
+        slots, learned = np.full(units, -1), np.empty(most, np.int64)
+        width = -(-(self.weight[0].numel() + 1) // LANES) * LANES
+        sums, pull = np.empty((most, width), flat.dtype), np.empty(most)
+        k = self.competition.ranking_param if self.competition.gate == "ranked" else 1
+        delta, by_sample = flat.dtype.type(self.competition.delta), by_sample.numpy()
+        bits = by_sample.view(np.int32 if flat.itemsize == 4 else np.int64)
+        highest = kernels.HIGHEST_KEY[flat.itemsize]
+        count = kernels.add_samples(
+            by_sample, bits, highest, flat, origins, offsets, length, k, delta, slots, learned,
+            sums, pull,
+        )  # fmt: skip
+        return learned[:count], sums[:count], pull[:count]
+
+    def extra_repr(self) -> str:
+        rivalry = self.competition
+        return (
+            f"{super().extra_repr()}, lebesgue_p={self.lebesgue_p}, gate={rivalry.gate!r}, "
+            f"ranking_param={rivalry.ranking_param}, delta={rivalry.delta}"
+        )
+
+
+class BioLinear(_Competing, nn.Linear):
+    """A fully connected layer of competing units; inputs [batch, ...] are flattened.
+
+    Arguments as BioPyTorch's: delta and ranking_param (k) are those of the gate, lebesgue_p that of
+    the norm. weight [out, in] and bias [out] start as N(0, 1). Keywords as in `_Competing`. Raises
+    CompetitionError for options that do not fit together.
+    """
+
+    _groups = 1
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        delta: float = 0.05,
+        ranking_param: int = 2,
+        lebesgue_p: float = 3,
+        device=None,
+        dtype=None,
+        *,
+        gate: str = "ranked",
+        inverse_temperature: float = 1.0,
+        normalization: str = "matrix",
+        rate_exponent: float | None = None,
+        batch_norm: bool = True,
+    ) -> None:
+        competition = Competition(gate, ranking_param, delta, inverse_temperature)
+        competition.check(out_features)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        features = in_features if batch_norm else 0
+        self._set_up(competition, lebesgue_p, normalization, rate_exponent, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The currents f(W) x + f(b), [batch, out]."""
+        return self._respond(self._normalized(self._inputs(x), learning=False), *self._powers())
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x[:1].numel() not in (0, self.in_features):
+            raise CompetitionError(
+                f"expected inputs of {self.in_features} features, [batch, ...], got {list(x.shape)}"
+            )
+        return x.flatten(1)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        return x
+
+    def _respond(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(x, weight, bias)
+
+    def _by_group(self, currents: Tensor, gates) -> Tensor:
+        return gates(currents, 1)
+
+    def _correlate(self, g: Tensor, x: Tensor) -> Tensor:
+        return g.t() @ x
+
+    def _weight_rows(self) -> Tensor:
+        return self.weight.detach().contiguous()
+
+    def _as_weight(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def _keep_rows(self, rows: Tensor) -> None:
+        if rows.data_ptr() != self.weight.data_ptr():
+            self.weight.copy_(rows)
+
+    def _windows(self, x: Tensor, shape: torch.Size):
+        flat = x.contiguous().view(-1).numpy()
+        origins = np.arange(shape[0]) * self.in_features
+        return flat, origins, np.zeros(1, np.int64), self.in_features
+
+
+class BioConv2d(_Competing, nn.Conv2d):
+    """A convolution whose channels compete, within each group, at every position of every image.
+
+    Arguments as BioPyTorch's; stride, padding (a number, a pair, "valid" or "same"), dilation,
+    groups, padding_mode as in nn.Conv2d; delta and ranking_param (k) are those of the gate,
+    lebesgue_p that of the norm. weight [out, in / groups, kh, kw] and bias [out] start as N(0, 1),
+    the weight with its channels last in memory. Keywords as in `_Competing`. Raises
+    CompetitionError for options that do not fit together, ValueError as nn.Conv2d does.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        lebesgue_p: float = 3,
+        ranking_param: int = 2,
+        delta: float = 0.05,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        gate: str = "ranked",
+        inverse_temperature: float = 1.0,
+        normalization: str = "filter",
+        rate_exponent: float | None = None,
+        batch_norm: bool = True,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )  # fmt: skip
+        competition = Competition(gate, ranking_param, delta, inverse_temperature)
+        competition.check(out_channels // groups)
+        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+        features = in_channels if batch_norm else 0
+        self._set_up(competition, lebesgue_p, normalization, rate_exponent, features)
+
+    @property
+    def _groups(self) -> int:
+        return self.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The currents f(W) * x + f(b), [batch, out, H', W']."""
+        x = self._padded(self._normalized(self._inputs(x), learning=False))
+        return self._respond(x, *self._powers())
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise CompetitionError(
+                f"expected inputs [batch, {self.in_channels}, H, W], got {list(x.shape)}"
+            )
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """x with its padding, so that the convolution itself needs none; channels last."""
+        if any(self._reversed_padding_repeated_twice):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = functional.pad(x, self._reversed_padding_repeated_twice, mode)
+        needed = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if any(n < least for n, least in zip(x.shape[2:], needed, strict=True)):
+            raise CompetitionError(
+                f"images of {list(x.shape[2:])} pixels, padding included, are smaller than the "
+                f"kernel's window of {needed}"
+            )
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _respond(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    def _by_group(self, currents: Tensor, gates) -> Tensor:
+        return gates(currents.unflatten(1, (self.groups, -1)), 2).flatten(1, 2)
+
+    def _correlate(self, g: Tensor, x: Tensor) -> Tensor:
+        """sum over samples of their gates times their windows: the weight gradient of g."""
+        return torch.ops.aten.convolution_backward(
+            g, x, self.weight, None, self.stride, (0, 0), self.dilation, False, (0, 0), self.groups,
+            (False, True, False),
+        )[1]  # fmt: skip
+
+    def _weight_rows(self) -> Tensor:
+        """W as [out, kh * kw * in / groups], a view where its channels are last in memory."""
+        return self.weight.detach().permute(0, 2, 3, 1).reshape(self.out_channels, -1)
+
+    def _as_weight(self, rows: Tensor) -> Tensor:
+        kernel = self.kernel_size
+        return rows.view(self.out_channels, *kernel, -1).permute(0, 3, 1, 2)
+
+    def _keep_rows(self, rows: Tensor) -> None:
+        if rows.data_ptr() != self.weight.data_ptr():
+            self.weight.copy_(self._as_weight(rows))
+
+    def _windows(self, x: Tensor, shape: torch.Size):
+        """x flat with its channels last; where windows begin, and their segments from there."""
+        batch, channels, height, width = x.shape
+        (kh, kw), (dh, dw), (sh, sw) = self.kernel_size, self.dilation, self.stride
+        flat = x.permute(0, 2, 3, 1).reshape(-1).numpy()
+        down = np.arange(shape[2]) * sh * width
+        across = np.arange(shape[3]) * sw
+        place = np.arange(batch)[:, None, None] * height * width + down[:, None] + across
+        if self.groups == 1 and dw == 1:
+            offsets, length = np.arange(kh) * dh * width, kw * channels
+        else:
+            offsets = (np.arange(kh)[:, None] * dh * width + np.arange(kw) * dw).reshape(-1)
+            length = channels // self.groups
+        return flat, place.reshape(-1) * channels, offsets * channels, length
+
+
+class Triangle(nn.Module):
+    """relu(u - mean of all channels at the same place)^power, of u [batch, channels, ...].
+
+    Source: Coates, Ng, Lee 2011; with a power, Journe et al. 2023 (SoftHebb).
+    """
+
+    def __init__(self, power: float = 1.0) -> None:
+        super().__init__()
+        self.power = power
+
+    def forward(self, u: Tensor) -> Tensor:
+        above = torch.relu(u - u.mean(1, keepdim=True))
+        return above if self.power == 1 else above**self.power
+
+    def extra_repr(self) -> str:
+        return f"power={self.power}"
+
+
+def exponential_rate(start: float, end: float, speed: float, epochs: float) -> float:
+    """end - (end - start) exp(-speed * epochs): a learning rate after so many epochs."""
+    return end - (end - start) * math.exp(-speed * epochs)
+
+
+def _array(bias: Tensor | None, like: Tensor) -> np.ndarray:
+    """The biases as an array that shares their memory; of length 0 where there are none."""
+    return (like.new_empty(0) if bias is None else bias.detach()).numpy()

@@ -1,0 +1,171 @@
+"""Competition between hidden units as a learning rule whose hyperparameters can be learned.
+
+    rule = KrotovHopfieldRule(rate=0.02, delta=0.4)
+    params = train(model, params, batches, rule, steps)      # differentiable in rate, delta, ...
+
+The update is that of competition.py, for the layers of models_fully_local.py: fully connected, or
+convolutions whose channels compete at every position. Biases are the weights of a constant input 1,
+lateral weights stay. The layers themselves respond with W, not with f(W): with p = 2 that is the
+same. Who wins does not change with the hyperparameters, almost everywhere; the gradient is that of
+the update given the winners.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from competition import Competition, CompetitionError, check_options, scaled_changes, signed_power
+from learning_rules import LearningRule, RuleError, update_layers
+from local_polynomial import ROWS, samples
+from models_fully_local import Params
+
+
+class KrotovHopfieldRule(LearningRule):
+    """The update of competing hidden units, the same for every layer that it is given.
+
+    Attributes:
+        log_rate, log_inverse_temperature: nn.Parameters, logarithms of the learning rate and of the
+            soft gate's inverse temperature: a step of an optimiser on them is a relative change,
+            and both stay positive.
+        delta: nn.Parameter, how much losers unlearn.
+        gate, ranking_param, lebesgue_p, normalization: as in krotov_hopfield.py.
+        A parameter on which the gate does not depend needs no gradient.
+    Raises RuleError for options that do not fit together.
+    """
+
+    views = 1
+
+    def __init__(
+        self,
+        rate: float,
+        *,
+        delta: float = 0.05,
+        inverse_temperature: float = 1.0,
+        gate: str = "ranked",
+        ranking_param: int = 2,
+        lebesgue_p: float = 2,
+        normalization: str = "matrix",
+    ) -> None:
+        super().__init__()
+        if not min(rate, inverse_temperature) > 0:
+            raise RuleError("rate and inverse_temperature must be > 0")
+        try:
+            check_options(lebesgue_p, normalization)
+            Competition(gate, ranking_param).check(max(2, ranking_param))
+        except CompetitionError as problem:
+            raise RuleError(str(problem)) from problem
+        self.log_rate = nn.Parameter(torch.tensor(math.log(rate)))
+        matters = {"ranked": "delta", "losers": "delta", "soft": "log_inverse_temperature"}
+        for name, value in (("delta", delta), ("log_inverse_temperature",
+                                               math.log(inverse_temperature))):  # fmt: skip
+            number = torch.tensor(float(value))
+            self.register_parameter(name, nn.Parameter(number, matters.get(gate) == name))
+        self.gate, self.ranking_param = gate, ranking_param
+        self.lebesgue_p, self.normalization = lebesgue_p, normalization
+
+    def update(self, model: nn.Module, params: Params, batch) -> Params:
+        """New parameters after one batch [batch, ...]; see `update_layers`."""
+        plastic = sum(bool(layer_params) for layer_params in params)
+        return update_layers(model, params, batch, [self] * plastic)
+
+    def update_layer(
+        self,
+        layer: nn.Module,
+        old: dict[str, Tensor],
+        x: Sequence[Tensor],
+        s: Sequence[Tensor],
+        y: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """New parameters of one layer from its inputs x, as in PolynomialRule.update_layer.
+
+        Raises RuleError where fewer units compete than the rule ranks.
+        """
+        try:
+            self.competition.check(len(old["w"]))
+        except CompetitionError as problem:
+            raise RuleError(str(problem)) from problem
+        inputs, windows = x[0], layer.windows or ROWS
+        weight = old["w"].flatten(1)
+        currents = self._currents(layer, old, inputs)
+        g = self.competition.gates(currents, 1)
+        hebbian = torch.zeros_like(weight)
+        windows.correlate_(hebbian, g, inputs)
+        change, of_bias = scaled_changes(
+            weight, old["b"], (hebbian, g.sum(0)), (g * currents).sum(0), self.normalization
+        )
+        rate = self.log_rate.exp()
+        return old | {
+            "w": old["w"] + rate * change.view_as(old["w"]),
+            "b": old["b"] + rate * of_bias,
+        }
+
+    @property
+    def competition(self) -> Competition:
+        """The gates, with the parameters as they are now."""
+        temperature = self.log_inverse_temperature.exp()
+        return Competition(self.gate, self.ranking_param, self.delta, temperature)
+
+    def _currents(self, layer: nn.Module, old: dict[str, Tensor], x: Tensor) -> Tensor:
+        """f(W) x + f(b), one row per sample, [samples, units]."""
+        power, bias = (signed_power(old[name], self.lebesgue_p) for name in ("w", "b"))
+        if layer.windows is None:
+            return nn.functional.linear(x, power, bias)
+        return samples(layer.windows.convolve(x, power)) + bias
+
+    def coefficients(self) -> dict[str, float]:
+        """The hyperparameters that the gate depends on, as they act."""
+        acting = {"w/rate": self.log_rate.exp().item()}
+        if self.delta.requires_grad:
+            acting["w/delta"] = self.delta.item()
+        if self.log_inverse_temperature.requires_grad:
+            acting["w/inverse_temperature"] = self.log_inverse_temperature.exp().item()
+        return acting
+
+    def formula(self, effects=None, *, latex: bool = False, max_terms: int | None = None) -> str:
+        """The update and its hyperparameters as text or LaTeX; effects and max_terms say nothing.
+
+        Its terms are not added up: each is needed for the others.
+        """
+        values = ", ".join(f"{n.split('/')[1]} {v:.4g}" for n, v in self.coefficients().items())
+        if latex:
+            update = (
+                r"\Delta w_{oi} = \eta \, D_{oi} / \max |D|, \quad "
+                r"D_{oi} = \sum_b g_{bo} (x_{bi} - c_{bo} w_{oi})"
+            )
+            return rf"{update} \quad \text{{({values.replace('_', ' ')})}}"
+        return (
+            "Δw = rate D / max |D|,  D_oi = sum_b g_bo (x_bi - c_bo w_oi)\n"
+            f"gate {self.gate}, k = {self.ranking_param}, p = {self.lebesgue_p:g}; {values}"
+        )
+
+    def tex(self, effects=None) -> str:
+        """The whole formula as an align* environment, to be pasted; needs LaTeX's amsmath."""
+        return "\\begin{align*}\n" + self.formula(latex=True) + "\n\\end{align*}"
+
+    def start_from(self, other: LearningRule) -> None:
+        """Takes another such rule's hyperparameters; RuleError for any other rule or gate."""
+        if not isinstance(other, KrotovHopfieldRule) or other.options() != self.options():
+            raise RuleError("the run's rule is not of competing units with the same gate, k and p")
+        self.load_state_dict(other.state_dict())
+
+    def options(self) -> dict:
+        """What is not learned."""
+        names = ("gate", "ranking_param", "lebesgue_p", "normalization")
+        return {name: getattr(self, name) for name in names}
+
+    def to_dict(self) -> dict:
+        """A plain description of the rule, for JSON; `rule_from_dict` reads it."""
+        numbers = {name: parameter.item() for name, parameter in self.named_parameters()}
+        return {"kind": type(self).__name__, **self.options(), **numbers}
+
+    @classmethod
+    def from_dict(cls, description: dict) -> "KrotovHopfieldRule":
+        """The rule that `to_dict` described; in float64."""
+        names = ("gate", "ranking_param", "lebesgue_p", "normalization")
+        rule = cls(1.0, **{name: description[name] for name in names}).double()
+        with torch.no_grad():
+            for name, parameter in rule.named_parameters():
+                parameter.fill_(float(description[name]))
+        return rule

@@ -1,0 +1,390 @@
+"""Trains a network of competing layers without labels, and a classifier behind some of them.
+
+    training = LayerwiseTraining(network, train, validation, recipe, classify_after=(1, 2), seed=0)
+    while not training.finished:
+        row = training.train_round()
+
+The course of a training is a list of stages: layer 1, the classifier behind it if there is to be
+one, layer 2, and so on; or all layers at once, then the classifiers. A stage goes on in rounds:
+some hundred batches of a layer, or an epoch of a classifier. What earlier layers make of the images
+is computed once per stage and kept, where it fits and the images are not augmented.
+
+All random numbers come from generators named by (seed, what, stage, epoch or batch), so that a
+training that is taken up again in the middle needs none of their states.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hebbian_network import Classifier, HebbianNetwork, learning_rate
+from hypgraddesc import NonFiniteError, seeded_generator
+from image_data import DataError, ImageData
+
+AUGMENTATIONS = ("none", "crop", "flip")
+CROP_PADDING = 4
+FIRST_RESTART, LONGER = 10, 2  # epochs until the rate of a classifier starts anew; factor after it
+MOMENTUM = 0.9
+EXTRACTED_AT_ONCE = 256  # images
+ORDER, AUGMENTATION, DROPOUT, START, SPLIT = range(5)  # what a generator is for
+
+
+def split_validation(data: ImageData, fraction: float) -> tuple[ImageData, ImageData]:
+    """Training and validation images, by a draw that is always the same.
+
+    Raises DataError where one of them would be empty.
+    """
+    held_out = round(len(data) * fraction)
+    if not 0 < held_out < len(data):
+        raise DataError(f"{fraction:g} of {len(data)} images leaves no image on one side: expected "
+                        "a fraction between 0 and 1")  # fmt: skip
+    order = torch.randperm(len(data), generator=seeded_generator(SPLIT)).to(data.images.device)
+    return data.subset(order[held_out:]), data.subset(order[:held_out])
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+    """uint8 [B, C, H, W], each padded by reflection and cropped at random; with flip, half of them
+    mirrored. The draws are made on the CPU.
+    """
+    count, _, height, width = images.shape
+    shift = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator)
+    rows, columns = shift[0] + torch.arange(height), shift[1] + torch.arange(width)
+    if flip:
+        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    device = images.device
+    padded = functional.pad(images.float(), (CROP_PADDING,) * 4, "reflect").to(torch.uint8)
+    each = torch.arange(count, device=device)[:, None, None]
+    rows, columns = rows.to(device)[:, :, None], columns.to(device)[:, None, :]
+    return padded.permute(0, 2, 3, 1)[each, rows, columns].permute(0, 3, 1, 2)
+
+
+def restarting_rate(rate: float, epoch: int) -> float:
+    """A cosine from `rate` to 0 over 10 epochs, then over 20, 40 and so on.
+
+    Source: Loshchilov, Hutter 2017, SGDR, equation 5.
+    """
+    length = FIRST_RESTART
+    while epoch >= length:
+        epoch, length = epoch - length, length * LONGER
+    return rate * (1 + math.cos(math.pi * epoch / length)) / 2
+
+
+class LayerwiseTraining:
+    """The state of a training; `train_round` goes on with it.
+
+    network: on the device of the images. train, validation: images. classify_after: numbers of
+    layers behind which a classifier is trained, from 1. augmentation: "none", "crop" or "flip",
+    see `crop_and_flip`. round_batches: batches of a round of a layer. cache_bytes: the most that
+    kept features may take.
+
+    outcomes: what each finished classifier reached, by its number of layers: epoch (of its best
+    state), train_accuracy, validation_accuracy, and that state. Raises DataError for a batch size
+    that the images do not allow.
+    """
+
+    def __init__(
+        self,
+        network: HebbianNetwork,
+        train: ImageData,
+        validation: ImageData,
+        classify_after: Sequence[int],
+        seed: int,
+        *,
+        augmentation: str = "none",
+        round_batches: int = 100,
+        cache_bytes: int = 4 * 2**30,
+    ) -> None:
+        self.network, self.recipe = network, network.recipe
+        self.train, self.validation, self.seed = train, validation, seed
+        self.augmentation, self.round_batches = augmentation, round_batches
+        self.cache_bytes = cache_bytes
+        self.batches_per_epoch = len(train) // self.recipe.batch_size
+        if not self.batches_per_epoch:
+            raise DataError(
+                f"batch size {self.recipe.batch_size} is above {len(train)}, the training images"
+            )
+        self.stages = stages_of(len(network.blocks), classify_after, self.recipe.together)
+        self.stage, self.outcomes = 0, {}
+        self._kept: dict[tuple[int, bool], Tensor] = {}
+        self._begin_stage()
+
+    @property
+    def finished(self) -> bool:
+        return self.stage == len(self.stages)
+
+    @property
+    def rounds(self) -> int:
+        """How many there are at most."""
+        of_layers = math.ceil(self._batches / self.round_batches)
+        return sum(
+            self.recipe.classifier_epochs if kind == "classifier" else max(1, of_layers)
+            for kind, _ in self.stages
+        )
+
+    def _begin_stage(self) -> None:
+        self.done = 0  # batches of layers, epochs of a classifier
+        self.closest = [math.inf] * len(self.network.blocks)
+        self.without_progress = 0
+        self.classifier = self.optimizer = self.best = None
+        self._kept = {}
+        if self.finished:
+            return
+        kind, layers = self.stages[self.stage]
+        if kind == "classifier":
+            self._begin_classifier(layers[0])
+
+    def _begin_classifier(self, depth: int) -> None:
+        shape = self._features(self.train.subset(slice(1)), depth).shape[1:]
+        generator = seeded_generator(self.seed, START, depth)
+        dtype = next(self.network.parameters()).dtype
+        classifier = Classifier(
+            shape, self.train.classes, self.recipe.dropout, generator, dtype=dtype
+        )
+        self.classifier = classifier.to(self.train.images.device)
+        self.optimizer = torch.optim.SGD(
+            self.classifier.parameters(), self.recipe.classifier_lr, momentum=MOMENTUM
+        )
+
+    def train_round(self) -> dict[str, float]:
+        """Goes on for a round; its numbers, NaN where they are not of this stage.
+
+        layer: the one that learned, 0 for all at once, of a classifier the last before it;
+        classifier: 0 or 1; epoch: how many are done; learning_rate: of the first layer that
+        learned; convergence/<layer>, loss, train_accuracy (of the epoch's batches, before each
+        step), validation_accuracy. Raises NonFiniteError.
+        """
+        begin = time.perf_counter()
+        kind, layers = self.stages[self.stage]
+        numbers = self._train_classifier(layers[0]) if kind == "classifier" else (
+            self._train_layers(layers))  # fmt: skip
+        names = [f"convergence/{k}" for k in range(1, len(self.network.blocks) + 1)]
+        names = ["epoch", "learning_rate", *names, "loss", "train_accuracy", "validation_accuracy"]
+        row = {"layer": layers[0] if len(layers) == 1 else 0, "classifier": kind == "classifier"}
+        row |= {name: numbers.get(name, math.nan) for name in names}
+        if self._stage_is_over():
+            self.stage += 1
+            self._begin_stage()
+        return row | {"seconds": time.perf_counter() - begin}
+
+    def _stage_is_over(self) -> bool:
+        kind, layers = self.stages[self.stage]
+        if kind == "classifier":
+            over = self.done >= self.recipe.classifier_epochs
+            if over:
+                self.outcomes[layers[0]] = self.best
+            return over
+        patience, threshold = self.recipe.patience, self.recipe.threshold
+        return (
+            self.done >= self._batches
+            or 0 < patience <= self.without_progress
+            or all(self.closest[k - 1] < threshold for k in layers)
+        )
+
+    # ---- layers ----
+
+    @property
+    def _batches(self) -> int:
+        """How many a layer learns from at most."""
+        return round(self.recipe.epochs * self.batches_per_epoch)
+
+    def _train_layers(self, layers: Sequence[int]) -> dict[str, float]:
+        last = min(self.done + self.round_batches, self._batches)
+        found = []
+        for batch in range(self.done, last):
+            found.append(self._step(layers, batch))
+        self.done = last
+        if not found:
+            return {"epoch": 0.0}
+        self._judge(layers, torch.stack(found).tolist())
+        epochs = self.done / self.batches_per_epoch
+        plan = self.recipe.layers[layers[0] - 1]
+        rate = learning_rate(plan, self.recipe, (last - 1) / self.batches_per_epoch)
+        numbers = {"epoch": epochs, "learning_rate": rate}
+        return numbers | {
+            f"convergence/{k}": value.item() for k, value in zip(layers, found[-1], strict=True)
+        }
+
+    @torch.no_grad()
+    def _step(self, layers: Sequence[int], batch: int) -> Tensor:
+        """One update of each of the layers from the batch of this number; convergences [layers]."""
+        x = self._batch(layers[0] - 1, batch)
+        found = []
+        for k in layers:
+            block, epochs = self.network.blocks[k - 1], batch / self.batches_per_epoch
+            rate = learning_rate(self.recipe.layers[k - 1], self.recipe, epochs)
+            found.append(block.layer.training_step(x, rate))
+            if k != layers[-1]:
+                x = block(x)
+        return torch.stack(found)
+
+    def _judge(self, layers: Sequence[int], rows: Sequence[Sequence[float]]) -> None:
+        """Takes note of which batches brought a layer closer to rest than any before."""
+        for row in rows:
+            if not all(map(math.isfinite, row)):
+                raise NonFiniteError(
+                    f"layers {list(layers)} diverged: convergence {row} within the "
+                    f"{self.done} batches so far; take a smaller learning rate"
+                )
+            closer = [value < self.closest[k - 1] for k, value in zip(layers, row, strict=True)]
+            self.without_progress = 0 if any(closer) else self.without_progress + 1
+            for k, value in zip(layers, row, strict=True):
+                self.closest[k - 1] = min(self.closest[k - 1], value)
+
+    # ---- classifiers ----
+
+    def _train_classifier(self, depth: int) -> dict[str, float]:
+        """One epoch."""
+        rate = restarting_rate(self.recipe.classifier_lr, self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.classifier.train()
+        losses, right = [], []
+        first = self.done * self.batches_per_epoch
+        for batch in range(first, first + self.batches_per_epoch):
+            x, labels = self._batch(depth, batch), self.train.labels[self._index(batch)]
+            logits = self.classifier(x, seeded_generator(self.seed, DROPOUT, self.stage, batch))
+            loss = functional.cross_entropy(logits, labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.detach())
+            right.append((logits.argmax(1) == labels).double().mean())
+        self.done += 1
+        numbers = {
+            "epoch": self.done,
+            "learning_rate": rate,
+            "loss": torch.stack(losses).mean().item(),
+            "train_accuracy": torch.stack(right).mean().item(),
+            "validation_accuracy": self._accuracy(self.classifier, self.validation, depth),
+        }
+        if not math.isfinite(numbers["loss"]):
+            raise NonFiniteError(f"the classifier's loss is not finite in epoch {self.done}")
+        if self.best is None or numbers["validation_accuracy"] > self.best["validation_accuracy"]:
+            state = {name: t.clone() for name, t in self.classifier.state_dict().items()}
+            kept = ("epoch", "train_accuracy", "validation_accuracy")
+            self.best = {name: numbers[name] for name in kept} | {"state": state}
+        return numbers
+
+    def test_accuracy(self, depth: int, data: ImageData) -> float:
+        """The share of images that the best state of the classifier behind `depth` layers gets."""
+        state = self.outcomes[depth]["state"]
+        shape = self._features(data.subset(slice(1)), depth).shape[1:]
+        dtype = next(self.network.parameters()).dtype
+        classifier = Classifier(shape, data.classes, 0.0, torch.Generator(), dtype=dtype)
+        classifier.load_state_dict(state)
+        return self._accuracy(classifier.to(data.images.device), data, depth)
+
+    @torch.no_grad()
+    def _accuracy(self, classifier: nn.Module, data: ImageData, depth: int) -> float:
+        classifier.eval()
+        kept = self._keep(depth, validation=True) if data is self.validation else None
+        right = 0
+        for rows in torch.arange(len(data), device=data.images.device).split(EXTRACTED_AT_ONCE):
+            x = self._features(data.subset(rows), depth) if kept is None else chosen(kept, rows)
+            right += (classifier(x).argmax(1) == data.labels[rows]).sum()
+        return int(right) / len(data)
+
+    # ---- batches and features ----
+
+    def _index(self, batch: int) -> Tensor:
+        """Which images are in a batch of this stage."""
+        epoch, place = divmod(batch, self.batches_per_epoch)
+        if getattr(self, "_order_of", None) != (self.stage, epoch):
+            generator = seeded_generator(self.seed, ORDER, self.stage, epoch)
+            self._order = torch.randperm(len(self.train), generator=generator)
+            self._order_of = self.stage, epoch
+        size = self.recipe.batch_size
+        return self._order[place * size : (place + 1) * size].to(self.train.images.device)
+
+    @torch.no_grad()
+    def _batch(self, depth: int, batch: int) -> Tensor:
+        """What the first `depth` layers make of a batch of training images."""
+        index = self._index(batch)
+        if self.augmentation == "none":
+            kept = self._keep(depth, validation=False)
+            part = self.train.subset(index)
+            return self._features(part, depth) if kept is None else chosen(kept, index)
+        generator = seeded_generator(self.seed, AUGMENTATION, self.stage, batch)
+        images = self.train.images.index_select(0, index)
+        images = crop_and_flip(images, generator, self.augmentation == "flip")
+        labels = self.train.labels[index]
+        return self._features(ImageData(images, labels, self.train.source), depth)
+
+    @torch.no_grad()
+    def _features(self, data: ImageData, depth: int) -> Tensor:
+        x = self.network.prepared(data.floats(dtype=next(self.network.parameters()).dtype))
+        for block in self.network.blocks[:depth]:
+            x = block(x)
+        return x
+
+    def _keep(self, depth: int, *, validation: bool) -> Tensor | None:
+        """Features of all training or validation images, channels last; None if not to be kept."""
+        data = self.validation if validation else self.train
+        if depth == 0:
+            return None
+        if (depth, validation) not in self._kept:
+            one = self._features(data.subset(slice(1)), depth)
+            size = one.numel() * one.element_size() * (len(self.train) + len(self.validation))
+            if size > self.cache_bytes:
+                return None
+            kept = one.movedim(1, -1).new_empty(len(data), *one.movedim(1, -1).shape[1:])
+            for rows in torch.arange(len(data)).split(EXTRACTED_AT_ONCE):
+                part = slice(int(rows[0]), int(rows[-1]) + 1)
+                kept[part] = self._features(data.subset(part), depth).movedim(1, -1)
+            self._kept[depth, validation] = kept
+        return self._kept[depth, validation]
+
+    # ---- state ----
+
+    def state_dict(self) -> dict:
+        """All that a resumed training needs, in plain containers of tensors."""
+        busy = self.classifier is not None
+        return {
+            "stage": self.stage,
+            "done": self.done,
+            "closest": self.closest,
+            "without_progress": self.without_progress,
+            "network": self.network.state_dict(),
+            "classifier": self.classifier.state_dict() if busy else None,
+            "optimizer": self.optimizer.state_dict() if busy else None,
+            "best": self.best,
+            "outcomes": self.outcomes,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up a training where `state_dict` left it."""
+        self.network.load_state_dict(state["network"])
+        self.stage, self.outcomes = state["stage"], dict(state["outcomes"])
+        self._begin_stage()
+        self.done, self.best = state["done"], state["best"]
+        self.closest, self.without_progress = state["closest"], state["without_progress"]
+        if self.classifier is not None:
+            self.classifier.load_state_dict(state["classifier"])
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+
+
+def stages_of(
+    layers: int, classify_after: Sequence[int], together: bool
+) -> list[tuple[str, tuple[int, ...]]]:
+    """("layers", which of them learn) and ("classifier", (layers before it,)), in their order."""
+    numbers = range(1, layers + 1)
+    if together:
+        behind = [("classifier", (k,)) for k in numbers if k in classify_after]
+        return [("layers", tuple(numbers)), *behind]
+    stages = []
+    for k in numbers:
+        stages.append(("layers", (k,)))
+        if k in classify_after:
+            stages.append(("classifier", (k,)))
+    return stages
+
+
+def chosen(kept: Tensor, index: Tensor) -> Tensor:
+    """Rows of features whose channels are last, as [batch, channels, ...]."""
+    return kept.index_select(0, index).movedim(-1, 1)

@@ -1,0 +1,240 @@
+"""The parts of a layerwise training, on a few small images; the command has tests of its own."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from competition import CompetitionError
+from hebbian_network import (
+    DEEPEST,
+    RECIPES,
+    Classifier,
+    HebbianNetwork,
+    LayerPlan,
+    Recipe,
+    learning_rate,
+)
+from hypgraddesc import NonFiniteError
+from image_data import DataError, ImageData
+from layerwise_training import (
+    LayerwiseTraining,
+    crop_and_flip,
+    restarting_rate,
+    split_validation,
+    stages_of,
+)
+
+TINY = Recipe(
+    (LayerPlan(4, 3, 0.01, pool="max"), LayerPlan(6, 3, 0.01), LayerPlan(5, 0, 0.05)),
+    epochs=2, batch_size=8, classifier_epochs=3, dropout=0.3, schedule="constant",
+)  # fmt: skip
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(count: int = 40, size: int = 12, channels: int = 2) -> ImageData:
+    pixels = torch.randint(256, (count, channels, size, size), generator=generator(3))
+    return ImageData(pixels.to(torch.uint8), torch.arange(count) % 4, "noise")
+
+
+def training(recipe: Recipe = TINY, **options) -> LayerwiseTraining:
+    data = images()
+    train, validation = split_validation(data, 0.25)
+    network = HebbianNetwork(data.shape, recipe, generator(), dtype=torch.float64)
+    after = options.pop("after", (1, 3))
+    return LayerwiseTraining(network, train, validation, after, 0, **options)
+
+
+def run(part: LayerwiseTraining) -> list[dict[str, float]]:
+    rows = []
+    while not part.finished:
+        row = part.train_round()
+        rows.append({k: -1 if v != v else v for k, v in row.items() if k != "seconds"})
+    return rows
+
+
+@pytest.mark.parametrize("preset", list(RECIPES))
+def test_every_preset_fits_small_and_large_images_at_every_depth(preset):
+    for depth in range(1, DEEPEST[preset] + 1):
+        recipe = RECIPES[preset](depth)
+        small = tuple(replace(plan, units=12) for plan in recipe.layers)
+        recipe = replace(recipe, layers=small, ranking_param=2)
+        for shape in ((1, 28, 28), (3, 32, 32)):
+            features = HebbianNetwork(shape, recipe, generator())(torch.rand(2, *shape))
+            assert features.shape[:2] == (2, 12) and features.isfinite().all()
+
+
+def test_the_deep_preset_has_the_sizes_of_its_source():
+    network = HebbianNetwork((3, 32, 32), RECIPES["deep"](5), generator())
+    shapes = [tuple(block.layer.weight.shape) for block in network.blocks]
+    assert shapes == [
+        (96, 3, 5, 5), (128, 96, 3, 3), (192, 128, 3, 3), (256, 192, 3, 3), (300, 2304),
+    ]  # fmt: skip
+
+
+def test_initial_weights_have_the_spread_of_the_recipe():
+    recipe = RECIPES["softhebb"](1)
+    weight = HebbianNetwork((3, 32, 32), recipe, generator()).blocks[0].layer.weight
+    assert weight.std().item() == pytest.approx(25 / math.sqrt(75), rel=0.03)
+
+
+def test_images_that_are_too_small_are_refused_with_the_layer():
+    with pytest.raises(CompetitionError, match="too small for layer 3"):
+        HebbianNetwork((1, 10, 10), RECIPES["deep"](3), generator())
+
+
+def test_learning_rates_follow_their_schedules():
+    plan = LayerPlan(4, 3, 0.1, 0.01, 2.0)
+    recipe = replace(TINY, epochs=10)
+    assert learning_rate(plan, recipe, 3.5) == 0.1
+    assert learning_rate(plan, replace(recipe, schedule="linear"), 3.5) == pytest.approx(0.07)
+    exponential = learning_rate(plan, replace(recipe, schedule="exponential"), 0.5)
+    assert exponential == pytest.approx(0.01 + 0.09 * math.exp(-1))
+
+
+def test_restarting_rates_are_those_of_torchs_scheduler():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], 0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10, T_mult=2)
+    for epoch in range(75):
+        assert restarting_rate(0.05, epoch) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_validation_images_are_always_the_same_and_none_is_in_both_parts():
+    data = images()
+    first, second = split_validation(data, 0.25), split_validation(data, 0.25)
+    assert [len(part) for part in first] == [30, 10]
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.images, b.images)
+    seen = {image.numpy().tobytes() for part in first for image in part.images}
+    assert len(seen) == 40
+    for wrong in (0.0, 1.0, 0.001):
+        with pytest.raises(DataError, match="between 0 and 1"):
+            split_validation(data, wrong)
+
+
+def test_crops_come_from_the_reflected_image_and_half_are_mirrored():
+    data = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(200, 1, 8, 8)
+    padded = nn.functional.pad(data[:1].float(), (4, 4, 4, 4), "reflect")[0, 0]
+    crops = {
+        padded[i : i + 8, j : j + 8].to(torch.uint8).numpy().tobytes()
+        for i in range(9) for j in range(9)
+    }  # fmt: skip
+    # Four of nine mirrored crops are crops as well, for the reflected image is its own mirror image
+    for flip, expected in ((False, 200), (True, 144)):
+        made = crop_and_flip(data, generator(), flip)
+        assert made.shape == data.shape and made.dtype == torch.uint8
+        straight = sum(image[0].contiguous().numpy().tobytes() in crops for image in made)
+        assert abs(straight - expected) <= 40 * flip
+        for image in made:
+            sides = (image[0].contiguous(), image[0].flip(1).contiguous())
+            assert any(side.numpy().tobytes() in crops for side in sides)
+
+
+def test_stages_come_layer_by_layer_or_all_layers_first():
+    layers, classifier = "layers", "classifier"
+    assert stages_of(2, (1, 2), together=False) == [
+        (layers, (1,)), (classifier, (1,)), (layers, (2,)), (classifier, (2,)),
+    ]  # fmt: skip
+    assert stages_of(3, (1, 3), together=True) == [
+        (layers, (1, 2, 3)), (classifier, (1,)), (classifier, (3,)),
+    ]  # fmt: skip
+
+
+def test_layers_before_the_one_that_learns_and_those_behind_it_stay_as_they_are():
+    part = training(after=(3,))
+    for learning in range(3):
+        before = [block.layer.weight.clone() for block in part.network.blocks]
+        part.train_round()
+        changed = [
+            not torch.equal(block.layer.weight, old)
+            for block, old in zip(part.network.blocks, before, strict=True)
+        ]
+        assert changed == [k == learning for k in range(3)]
+
+
+def test_all_at_once_changes_every_layer_in_every_round():
+    part = training(replace(TINY, together=True), after=(3,))
+    before = [block.layer.weight.clone() for block in part.network.blocks]
+    row = part.train_round()
+    assert all(
+        not torch.equal(block.layer.weight, old)
+        for block, old in zip(part.network.blocks, before, strict=True)
+    )
+    assert row["layer"] == 0 and all(math.isfinite(row[f"convergence/{k}"]) for k in (1, 2, 3))
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("augmentation", ["none", "flip"])
+def test_a_training_taken_up_after_any_round_goes_on_as_if_never_left(together, augmentation):
+    recipe = replace(TINY, together=together)
+    options = {"augmentation": augmentation, "round_batches": 2}
+    whole = run(training(recipe, **options))
+    for stop in (1, 4, len(whole) - 1):
+        first = training(recipe, **options)
+        rows = [first.train_round() for _ in range(stop)]
+        rest = training(recipe, **options)
+        rest.load_state_dict(first.state_dict())
+        assert len(rows) + len(rest_rows := run(rest)) == len(whole)
+        assert rest_rows == whole[stop:]
+
+
+def test_kept_features_change_no_number():
+    kept, anew = run(training()), run(training(cache_bytes=0))
+    for a, b in zip(kept, anew, strict=True):
+        assert a == pytest.approx(b, rel=1e-9)
+
+
+def test_a_layer_ends_early_once_nothing_brings_it_closer_to_rest_or_it_is_there():
+    plans = tuple(replace(plan, lr=0.2) for plan in TINY.layers)
+    patient = replace(TINY, layers=plans, epochs=100)
+    rows = run(training(replace(patient, patience=20), after=(3,), round_batches=10))
+    of_first = [row for row in rows if row["layer"] == 1 and not row["classifier"]]
+    assert 20 <= of_first[-1]["epoch"] * 3 < 300
+    rows = run(training(replace(patient, threshold=1e9), after=(3,), round_batches=2))
+    assert [row["epoch"] for row in rows if not row["classifier"]] == [pytest.approx(2 / 3)] * 3
+
+
+def test_the_best_classifier_is_kept_and_judged():
+    part = training(replace(TINY, classifier_epochs=8), after=(2,))
+    rows = [row for row in run(part) if row["classifier"]]
+    best = max(rows, key=lambda row: row["validation_accuracy"])
+    outcome = part.outcomes[2]
+    assert outcome["validation_accuracy"] == best["validation_accuracy"]
+    assert outcome["epoch"] == best["epoch"]
+    assert part.test_accuracy(2, part.validation) == outcome["validation_accuracy"]
+
+
+def test_the_classifier_drops_features_in_training_only_and_keeps_their_mean():
+    classifier = Classifier((3, 4, 4), 5, 0.5, generator(), dtype=torch.float64)
+    x = torch.randn(20, 3, 4, 4, generator=generator(1), dtype=torch.float64)
+    made = torch.stack([classifier(x, generator(seed)) for seed in range(400)]).mean(0)
+    undropped = classifier.linear(classifier.batch_norm(x).flatten(1))
+    torch.testing.assert_close(made, undropped, atol=0.15, rtol=0)
+    classifier.eval()
+    assert torch.equal(classifier(x), classifier(x))
+
+
+def test_no_epochs_leave_the_initial_weights():
+    part = training(replace(TINY, epochs=0), after=(3,))
+    before = part.network.blocks[0].layer.weight.clone()
+    run(part)
+    assert torch.equal(before, part.network.blocks[0].layer.weight) and 3 in part.outcomes
+
+
+def test_a_training_that_diverges_says_which_layer():
+    plans = tuple(replace(plan, lr=1e200) for plan in TINY.layers)
+    with pytest.raises(NonFiniteError, match=r"layers \[1\] diverged"):
+        run(training(replace(TINY, layers=plans)))
+
+
+def test_more_images_in_a_batch_than_there_are_is_refused():
+    with pytest.raises(DataError, match="above 30, the training images"):
+        training(replace(TINY, batch_size=31))

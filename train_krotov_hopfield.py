@@ -1,0 +1,256 @@
+"""Trains layers of competing hidden units without labels, and a classifier on what they see.
+
+    python train_krotov_hopfield.py --dataset cifar10 --depth 4           four layers
+    python train_krotov_hopfield.py --dataset fashion --depth 5 --classify_after 1 2 3 4 5
+    python train_krotov_hopfield.py --preset dense                        2,000 units, whole images
+    python train_krotov_hopfield.py --preset softhebb                     three layers, soft gates
+    python train_krotov_hopfield.py --resume runs/train_krotov_hopfield-...
+
+A preset is a network and everything about its training; flags change single values of it. A layer
+learns by competition alone; what the classifier gets from its features says what they are worth.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+
+import numpy as np
+from matplotlib.ticker import PercentFormatter
+
+from command_line import (
+    UserError,
+    common_parser,
+    fraction,
+    nonnegative_float,
+    nonnegative_int,
+    open_run,
+    parse,
+    positive_float,
+    positive_int,
+    run_command,
+    set_up,
+)
+from competition import GATES, NORMALIZATIONS
+from figure_style import COLOURS, add_legend, label_axes, one_panel, save_figure
+from figures import draw_features
+from hebbian_network import DEEPEST, RECIPES, SCHEDULES, HebbianNetwork, Recipe
+from hypgraddesc import seeded_generator
+from layerwise_training import AUGMENTATIONS, LayerwiseTraining, split_validation
+from mnist_datasets import load_images
+from run_log import RunLog, finish_on_interrupt, read_metrics
+
+OF_LAYERS = ("lr", "lr_end", "lr_speed", "inverse_temperature", "units", "power")
+
+
+def make_parser():
+    """The command's flags; those of the preset have no default of their own."""
+    parser = common_parser("Train layers of competing hidden units.", "train_krotov_hopfield")
+    add = parser.add_argument_group("network").add_argument
+    add("--preset", choices=list(RECIPES), default="deep", help="what the flags below change")
+    add("--depth", type=positive_int, metavar="LAYERS", help="layers (default: all of the preset)")
+    add("--units", type=positive_int, nargs="+", help="units of each layer")
+    add("--power", type=positive_float, nargs="+", help="of each layer's activation")
+    add = parser.add_argument_group("competition (default: the preset's)").add_argument
+    add("--gate", choices=GATES, help="who learns from a sample")
+    add("--lebesgue_p", type=positive_float, metavar="P", help="the norm that units come to have")
+    add("--ranking_param", type=positive_int, metavar="K", help="the k-th unlearns")
+    add("--delta", type=nonnegative_float, help="how much it does")
+    add("--inverse_temperature", type=positive_float, nargs="+", help="of soft gates, by layer")
+    add("--normalization", choices=NORMALIZATIONS, help="what a change is divided by")
+    add("--rate_exponent", type=nonnegative_float, help="rates times | |w| - 1 | to this power")
+    add = parser.add_argument_group("training of the layers (default: the preset's)").add_argument
+    add("--lr", type=positive_float, nargs="+", help="learning rate, by layer")
+    add("--schedule", choices=SCHEDULES, help="how it falls")
+    add("--lr_end", type=nonnegative_float, nargs="+", help="where to (exponential)")
+    add("--lr_speed", type=positive_float, nargs="+", help="how fast, per epoch (exponential)")
+    add("--epochs", type=nonnegative_float, help="passes over the images; also a part of one")
+    add("--batch_size", type=positive_int, help="images of one update")
+    add("--patience", type=nonnegative_int, metavar="BATCHES",
+        help="end after so many without progress; 0: never")  # fmt: skip
+    add("--threshold", type=nonnegative_float, help="end once the convergence is below this")
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument("--together", action="store_true", default=None, help="all layers at once")
+    order.add_argument("--one_by_one", dest="together", action="store_false", default=None,
+                       help="each after those before it")  # fmt: skip
+    add = parser.add_argument_group("images and classifier").add_argument
+    add("--augmentation", choices=AUGMENTATIONS, default="none", help="flip: crop and mirror")
+    add("--train_images", type=positive_int, metavar="N", help="use so many (default: all)")
+    add("--validation", type=fraction, default=0.2, help="share of them that chooses the epoch")
+    add("--classify_after", type=positive_int, nargs="+", metavar="LAYER",
+        help="classifiers behind these layers (default: the last)")  # fmt: skip
+    add("--dropout", type=fraction, help="of the features (default: the preset's)")
+    add("--classifier_epochs", type=positive_int, help="default: the preset's")
+    add("--classifier_lr", type=positive_float, help="default: the preset's")
+    add("--round_batches", type=positive_int, default=100, help="batches between two rows")
+    add("--cache", type=nonnegative_float, default=4.0, metavar="GB", help="most for features")
+    return parser
+
+
+def make_recipe(args) -> Recipe:
+    """The preset with what the flags change; UserError where they do not fit it."""
+    deepest = DEEPEST[args.preset]
+    depth = args.depth or deepest
+    if depth > deepest:
+        raise UserError(f"--preset {args.preset} has {deepest} layers, not {depth}")
+    recipe = RECIPES[args.preset](depth)
+    layers = list(recipe.layers)
+    for name in OF_LAYERS:
+        values = getattr(args, name)
+        if values is None:
+            continue
+        if len(values) not in (1, depth):
+            raise UserError(f"--{name} takes one value, or {depth}: one for each layer")
+        values = values * depth if len(values) == 1 else values
+        layers = [replace(plan, **{name: v}) for plan, v in zip(layers, values, strict=True)]
+    given = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
+    given = {name: v for name, v in given.items() if v is not None and name != "layers"}
+    return replace(recipe, layers=tuple(layers), **given)
+
+
+def make_training(args, recipe: Recipe, data, dtype) -> LayerwiseTraining:
+    """The untrained network with its images; refuses what does not fit together."""
+    depth = len(recipe.layers)
+    after = sorted(set(args.classify_after or [depth]))
+    if after[-1] > depth:
+        raise UserError(f"--classify_after {after[-1]}: the network has {depth} layers")
+    train_data, validation = split_validation(data, args.validation)
+    network = HebbianNetwork(data.shape, recipe, seeded_generator(args.seed), dtype=dtype)
+    return LayerwiseTraining(
+        network.to(data.images.device),
+        train_data,
+        validation,
+        after,
+        args.seed,
+        augmentation=args.augmentation,
+        round_batches=args.round_batches,
+        cache_bytes=int(args.cache * 2**30),
+    )
+
+
+def train(training: LayerwiseTraining, log: RunLog) -> bool:
+    """All stages, a row and a checkpoint after each round; False where Ctrl-C ended them."""
+    saved = log.load_checkpoint()
+    step = 0
+    if saved is not None:
+        step = saved[0]
+        training.load_state_dict(saved[1])
+        log.say(f"going on from stage {training.stage + 1} of {len(training.stages)}")
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(training.rounds, step, "round") as progress,
+    ):
+        while not training.finished and not interrupt.requested:
+            row = training.train_round()
+            step += 1
+            log.record(step, row)
+            log.save_checkpoint(step, training.state_dict())
+            progress.advance({name: v for name, v in row.items() if math.isfinite(v)})
+    return training.finished
+
+
+def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) -> None:
+    """The accuracies of all classifiers; weights, results and figures as files."""
+    arrays = {}
+    for number, block in enumerate(training.network.blocks, 1):
+        for name, tensor in block.layer.state_dict().items():
+            arrays[f"{number}.{name}"] = tensor.numpy(force=True)
+    log.write_arrays("parameters.npz", arrays | {"input_shape": np.array(test_data.shape)})
+    rows = []
+    for depth, outcome in sorted(training.outcomes.items()):
+        row = {name: v for name, v in outcome.items() if name != "state"}
+        rows.append({"layers": depth} | row | {
+            "test_accuracy": training.test_accuracy(depth, test_data)
+        })  # fmt: skip
+        log.say(
+            f"{depth} layers: test accuracy {rows[-1]['test_accuracy']:.2%}, validation "
+            f"{row['validation_accuracy']:.2%} in epoch {row['epoch']} of the classifier"
+        )
+    last = rows[-1] if rows and rows[-1]["layers"] == training.stages[-1][1][0] else {}
+    log.write_json("results.json", {
+        "data": test_data.source,
+        "recipe": asdict(recipe),
+        "classifiers": rows,
+        "validation_accuracy": last.get("validation_accuracy"),
+        "test_accuracy": last.get("test_accuracy"),
+    })  # fmt: skip
+    draw(training, rows, test_data.shape, read_metrics(log.directory), log)
+
+
+# ---- figures ----
+
+
+def draw(training, rows, input_shape, metrics: Mapping[str, np.ndarray], log: RunLog) -> None:
+    """Filters, convergence, the classifiers' course, and accuracy over depth."""
+    log.path("figures").mkdir(exist_ok=True)
+    weight = training.network.blocks[0].layer.weight.numpy(force=True)
+    shape = weight.shape[1:] if weight.ndim == 4 else input_shape
+    draw_features(weight, shape, log.path("figures/filters.png"), "Weights of layer 1")
+    if metrics:
+        draw_convergence(metrics, log.path("figures/convergence.png"))
+        draw_classifiers(metrics, log.path("figures/classifier.png"))
+    if len(rows) > 1:
+        draw_accuracy_over_depth(rows, log.path("figures/accuracy_over_depth.png"))
+
+
+def draw_convergence(metrics: Mapping[str, np.ndarray], path) -> None:
+    """How far each layer's units are from rest, over the epochs of its training."""
+    figure, axes = one_panel()
+    axes.set_yscale("log")
+    names = [name for name in metrics if name.startswith("convergence/")]
+    for number, name in enumerate(names):
+        there = np.isfinite(metrics[name])
+        axes.plot(metrics["epoch"][there], metrics[name][there], lw=1.3,
+                  color=COLOURS[number % len(COLOURS)], label=f"layer {name.split('/')[1]}",
+                  marker="o" if there.sum() == 1 else "")  # fmt: skip
+    label_axes(axes, "Convergence", "epoch of the layer", "largest distance of p-norms from 1")
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+def draw_classifiers(metrics: Mapping[str, np.ndarray], path) -> None:
+    """The validation accuracy of each classifier over its epochs."""
+    figure, axes = one_panel()
+    of_classifier = metrics["classifier"] == 1
+    for number, layer in enumerate(np.unique(metrics["layer"][of_classifier])):
+        there = of_classifier & (metrics["layer"] == layer)
+        axes.plot(metrics["epoch"][there], metrics["validation_accuracy"][there], lw=1.3,
+                  color=COLOURS[number % len(COLOURS)], label=f"behind layer {layer:g}",
+                  marker="o" if there.sum() == 1 else "")  # fmt: skip
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    label_axes(axes, "Classifier", "epoch", "validation images classified correctly")
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+def draw_accuracy_over_depth(rows, path) -> None:
+    """Test and validation accuracy over the number of layers before the classifier."""
+    figure, axes = one_panel()
+    depth = [row["layers"] for row in rows]
+    for colour, name in zip(COLOURS, ("test", "validation"), strict=False):
+        values = [row[f"{name}_accuracy"] for row in rows]
+        axes.plot(depth, values, color=colour, marker="o", ms=4, lw=1.3, label=f"{name} images")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    label_axes(axes, "Accuracy over depth", "competing layers", "images classified correctly")
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, train, report."""
+    args = parse(make_parser(), argv)
+    recipe = make_recipe(args)
+    device, dtype = set_up(args)
+    data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
+    used = data.subset(slice(args.train_images))
+    training = make_training(args, recipe, used, dtype)
+    with open_run(args, "train_krotov_hopfield", used) as log:
+        log.say(data.source)
+        finished = train(training, log)
+        report(training, recipe, test_data, log)
+        log.say(f"everything is in {log.directory}")
+    if not finished:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main)
