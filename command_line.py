@@ -33,13 +33,16 @@ from learning_rules import RuleError
 from linear_solvers import HypergradientError
 from logistic_regression import ProbeError
 from mnist_datasets import DataError
+from optimizer_networks import OptimizerError
 from processes import ALONE, Team
 from run_log import RunLog, RunLogError, SilentLog, plain, read_config
 
 DATASETS = ("mnist", "fashion", "mnist5k")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-WRONG_INPUT = (RunLogError, DataError, ProbeError, RuleError, MetaError, HypergradientError)
+WRONG_INPUT = (
+    RunLogError, DataError, ProbeError, RuleError, MetaError, HypergradientError, OptimizerError,
+)  # fmt: skip
 
 OF_THE_CALL = ("out", "resume", "quiet")  # flags that belong to one call, not to the run
 MAY_DIFFER = ("data_dir",)  # on --resume: where the data lies changes no number

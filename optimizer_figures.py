@@ -1,0 +1,5 @@
+from pathlib import Path
+
+
+def draw_optimizer_run(directory) -> list[Path]:
+    return []
