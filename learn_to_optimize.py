@@ -15,7 +15,6 @@ import functools
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from command_line import (

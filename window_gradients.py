@@ -165,7 +165,7 @@ def _loss_by_updates(
     out_mul: float, window: Rollout, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """d L / d u [T, K n] and L."""
-    T, K = window.losses.shape
+    K = window.losses.shape[1]
     scale = 1 / (window.losses.sum(0) * K) if objective.log else window.losses.new_full((K,), 1 / K)
     by_theta = window.gradients * scale[:, None]
     loss, by_u = objective.of_losses(window.losses), 0
