@@ -6,10 +6,10 @@
     u = w h2' + b
 
 Tensors have one column per coordinate: a gate is a block of whole rows, so that every operation
-runs over contiguous memory. tanh(z) = 2 sigmoid(2z) - 1, with the factor 2 inside W: one call makes
-all gates (and a sigmoid costs a seventh of torch's tanh on a CPU; in float32 all that is elementwise
-is one compiled pass there). Columns are taken in chunks that
-stay in the cache; the gradient keeps what it needs of one chunk only and has no autograd graph.
+runs over contiguous memory. tanh(z) = 2 sigmoid(2z) - 1, with the factor 2 inside W, so that one
+call makes all gates; in float32 on a CPU all that is elementwise is one compiled pass
+(compiled_lstm.py). Columns are taken in chunks that stay in the cache; the gradient keeps what it
+needs of one chunk only and has no autograd graph.
 Source of the cell: Hochreiter, Schmidhuber 1997, with Gers's forget gate, as in torch.nn.LSTM.
 """
 

@@ -222,12 +222,13 @@ def main(argv: list[str] | None = None) -> None:
         return make_task(name, parts[half], args.batch_size, dtype, args.norm_eps)
 
     network, task = make_optimizer(args).to(device, dtype), make(args.optimizee, 0)
+    symmetries = find_symmetries(task.optimizee, controls=True)
+    training = MetaTraining(network, task, symmetries, make_settings(args))
     for name in args.compare or []:
         make(name, 0)
     with open_run(args, "learn_to_optimize", data) as log:
         log.say(data.source)
-        symmetries = find_symmetries(task.optimizee, controls=True)
-        training = MetaTraining(network, task, symmetries, make_settings(args), log.warn)
+        training.warn = log.warn
         finished = meta_train(args, training, log)
         finished = finished and compare(args, network, make, log)
         draw_run(log.directory)

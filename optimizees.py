@@ -169,13 +169,18 @@ def make_task(
     dtype: torch.dtype = torch.float32,
     norm_eps: float = 1e-5,
 ) -> Task:
-    """The task of a name as above on these images; OptimizerError for an unknown name."""
+    """The task of a name as above on these images.
+
+    Raises OptimizerError for an unknown name, DataError where the images do not fill a batch.
+    """
     if name == "quadratic":
         device = data.images.device
         return Task(
             Optimizee(Quadratic, squared_distance),
             lambda generator: quadratic_batches(generator, dtype, device),
         )
+    if not 1 <= batch_size <= len(data):
+        raise DataError(f"batch size {batch_size} must be from 1 to {len(data)}, the data's")
     optimizee = image_optimizee(name, data.shape, data.classes, norm_eps)
     return Task(optimizee, lambda generator: labelled_batches(data, batch_size, generator, dtype))
 
@@ -271,8 +276,6 @@ def labelled_batches(
 
     What is left at the end of a pass, less than a batch, is dropped.
     """
-    if not 1 <= batch_size <= len(data):
-        raise DataError(f"batch size {batch_size} must be from 1 to {len(data)}, the data's")
     while True:
         order = torch.randperm(len(data), generator=generator).to(data.images.device)
         for index in order.split(batch_size):

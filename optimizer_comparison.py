@@ -260,8 +260,8 @@ def noise_statistics(
 ) -> dict[str, dict]:
     """What other minibatches would have done after `steps` steps of the learned optimiser.
 
-    For gradients and updates, per layer that has parameters: the tail index of their differences
-    from the mean for each m of BLOCKS, trace and largest eigenvalue of their covariance.
+    For gradients and updates, per layer that has parameters: the tail index of differences between
+    minibatches for each m of BLOCKS, trace and largest eigenvalue of the covariance.
     """
     optimizee = task.optimizee
     params = optimizee.initial(seeded_generator(*draw, 0), weights.dtype, weights.device)
@@ -283,9 +283,10 @@ def noise_statistics(
 
 def _by_layer(sizes: Sequence[int], samples: Tensor) -> dict[str, list]:
     parts = [part for part in samples.split(list(sizes), 1) if part.shape[1]]
-    centred = [part - part.mean(0) for part in parts]
+    # Differences of two draws are symmetric without a mean to subtract, and of the same index
+    symmetric = [part[: len(part) // 2 * 2 : 2] - part[1::2] for part in parts]
     trace, largest = zip(*map(covariance_size, parts), strict=True)
-    tails = {m: [tail_index(part, m) for part in centred] for m in BLOCKS}
+    tails = {m: [tail_index(part, m) for part in symmetric] for m in BLOCKS}
     return {"tail_index": tails, "trace": list(trace), "largest_eigenvalue": list(largest)}
 
 

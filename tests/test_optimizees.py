@@ -149,4 +149,4 @@ def test_an_unknown_name_is_refused(name):
 
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(DataError, match="40"):
-        next(labelled_batches(images(40), 41, seeded_generator(0), torch.float32))
+        make_task("relu4", images(40), 41)
