@@ -73,9 +73,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     lr multiplies the step out_mul u, per group; 1 is what the network was trained with, and
     schedulers work as with every optimiser. The memory of a parameter, [rows, numel], is in `state`
-    under "memory". Parameters without a gradient are passed over. Raises OptimizerError for no
-    parameters and for sparse or complex gradients; NonFiniteError, before anything has changed,
-    where a gradient is not finite.
+    under "memory", in the type of the network's weights. Parameters without a gradient are passed
+    over. Raises OptimizerError for no parameters and for sparse or complex gradients;
+    NonFiniteError, before anything has changed, where a gradient is not finite.
     """
 
     def __init__(
@@ -111,13 +111,14 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _move(self, p: Tensor, lr: float) -> None:
-        network, state = self.network.to(p), self.state[p]
-        if not state:
-            state["memory"] = network.memory(p.numel(), p)
-        g, theta = p.grad.flatten(), p.flatten()
-        x, state["memory"] = network.observe(g, theta, state["memory"], [p.numel()])
-        u = network.step_(x, state["memory"])
-        p.add_(u.view_as(p), alpha=lr * network.out_mul)
+        weights, state = next(self.network.parameters()), self.state[p]
+        if weights.device != p.device:
+            weights = next(self.network.to(p.device).parameters())
+        g, theta = (t.flatten().to(weights.dtype) for t in (p.grad, p))
+        memory = state["memory"].to(weights.dtype) if state else self.network.memory(len(g), g)
+        x, state["memory"] = self.network.observe(g, theta, memory, [len(g)])
+        u = self.network.step_(x, state["memory"])
+        p.add_(u.view_as(p), alpha=lr * self.network.out_mul)
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As every optimiser's; OptimizerError where the memory is of another network."""

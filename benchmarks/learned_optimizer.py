@@ -11,7 +11,7 @@ window: 20 steps with their meta-gradient.
     limit: the 20 gradients, and one forward and backward pass of torch.nn.LSTM over the sequence;
         "own" is the same with this program's pass in the place of torch's.
 step: one update under no_grad.
-    obvious: the modules of "published" without a graph. adam: torch.optim.Adam's step (fused loops).
+    obvious: the modules of "published" without a graph. adam: torch.optim.Adam's step, fused.
     limit: the matrix products of the two layers alone, 80 x 23 and 80 x 41 per parameter.
 All take turns; times and ratios are medians over the repetitions.
 """

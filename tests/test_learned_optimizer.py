@@ -192,6 +192,17 @@ def test_other_modules_are_trained_too(name):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_parameters_of_half_precision_leave_the_networks_weights_as_they_are():
+    own, model = make_network("lstm", 0, hidden=3), nn.Linear(4, 2).bfloat16()
+    before = own.output.weight.clone()
+    optimizer = LearnedOptimizer(model.parameters(), own)
+    for _ in range(2):
+        model(torch.ones(3, 4, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+    assert torch.equal(before, own.output.weight) and model.weight.dtype == torch.bfloat16
+    assert optimizer.state[model.weight]["memory"].dtype == torch.float32
+
+
 def test_parameters_without_a_gradient_stay():
     model = module()
     optimizer = LearnedOptimizer(model.parameters(), network())
