@@ -36,6 +36,7 @@ from linear_solvers import HypergradientError
 from logistic_regression import ProbeError
 from mnist_datasets import DataError
 from one_pass import OnePassError
+from optimizer_networks import OptimizerError
 from processes import ALONE, Team
 from run_log import RunLog, RunLogError, SilentLog, plain, read_config
 from yaml_settings import SettingsError
@@ -52,6 +53,7 @@ WRONG_INPUT = (
     HypergradientError,
     OnePassError,
     CompetitionError,
+    OptimizerError,
     SettingsError,
 )
 

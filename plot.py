@@ -4,6 +4,7 @@
     python plot.py rules runs/a runs/b                     learned rules beside each other
     python plot.py rules runs/a --classical oja foldiak    and beside classical ones
     python plot.py one_pass runs/a runs/b                  runs of tune_one_pass.py compared
+    python plot.py losses runs/a runs/b                    learned optimisers on all optimizees
 
 A figure that is asked for by name is a function here, `plot_<name>(args)`, and its lines in
 make_parser; it returns the paths of what it has drawn.
@@ -18,6 +19,7 @@ from command_line import OneLineParser, UserError, run_command
 from figures import draw_rules, draw_run
 from learning_rules import PerLayerRule, classical_rule, load_rule
 from one_pass_report import draw_report, read_run, table
+from optimizer_figures import draw_loss_grid, draw_optimizer_run
 from run_log import read_config, read_json
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
@@ -47,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = figure(plot_one_pass, "runs of tune_one_pass.py compared: a table and every figure")
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
     add("--out", type=Path, default=Path("one_pass"), metavar="DIR", help="for table and figures")
+    add = figure(plot_losses, "final losses of optimisers on the optimizees of their comparisons")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="directories of learn_to_optimize.py")
+    add("--out", type=Path, default=Path("losses.png"), metavar="FILE", help="the figure (PNG)")
     return parser
 
 
@@ -54,7 +59,29 @@ def plot_run(args: argparse.Namespace) -> list[Path]:
     """All that draw_run finds something for."""
     for directory in args.runs:
         read_config(directory)  # refuses what is not a run's directory
-    return [path for directory in args.runs for path in draw_run(directory)]
+    draws = (draw_run, draw_optimizer_run)
+    return [path for directory in args.runs for draw in draws for path in draw(directory)]
+
+
+def plot_losses(args: argparse.Namespace) -> list[Path]:
+    """A row per learned optimiser, by its run's name, and per baseline at its best rate."""
+    grid: dict[str, dict[str, float]] = {}
+    for directory in args.runs:
+        results = read_json(directory / "results.json")
+        if "optimizees" not in results:
+            raise UserError(
+                f"{directory} is not a run of learn_to_optimize.py: it compares nothing"
+            )
+        data = read_config(directory)["dataset"]
+        for optimizee, found in results["optimizees"].items():
+            column = optimizee if data == "mnist" else f"{data}: {optimizee}"
+            for name, summary in found["optimizers"].items():
+                kind = name.split()[0]
+                row = directory.resolve().name if kind == "learned" else f"{kind}, best rate"
+                best = grid.setdefault(row, {}).get(column, float("inf"))
+                grid[row][column] = min(best, summary["loss"])
+    draw_loss_grid(grid, args.out)
+    return [args.out]
 
 
 def plot_rules(args: argparse.Namespace) -> list[Path]:

@@ -1,0 +1,242 @@
+"""Learns an optimiser, and compares it with Adam, SGD with momentum and Lion.
+
+    python learn_to_optimize.py sigmoid20                 an LSTM, meta-trained on 784-20-10 nets
+    python learn_to_optimize.py relu20 --compare relu20 relu128 conv16-32
+    python learn_to_optimize.py sigmoid20 --dataset fashion --epochs 0 --start_from runs/sigmoid
+    python learn_to_optimize.py --resume runs/learn_to_optimize-...
+
+The optimiser sees the first half of the training images; it is judged on the second, in runs with
+new initial parameters, on each optimizee of --compare. Each baseline runs at its default rate and
+at the best of ten, found on the first half. The frozen optimiser is left in optimizer.json, for
+LearnedOptimizer and --start_from.
+"""
+
+import functools
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from command_line import (
+    common_parser,
+    nonnegative_float,
+    nonnegative_int,
+    open_run,
+    parse,
+    positive_float,
+    positive_int,
+    run_command,
+    set_up,
+)
+from figures import draw_run
+from meta_training import ESTIMATORS, MetaTraining, MetaTrainingSettings
+from mnist_datasets import load_images
+from optimizees import BATCH_SIZE, SMALL_STEPS, Task, halves, make_task
+from optimizer_comparison import BASELINES, EDGES, Comparison, learned, noise_statistics
+from optimizer_figures import draw_optimizer_run
+from optimizer_networks import (
+    EXTRA_INPUTS,
+    NETWORKS,
+    CoordinateNetwork,
+    OptimizerError,
+    load_network,
+    make_network,
+    network_to_dict,
+)
+from run_log import RunLog, finish_on_interrupt
+from symmetries import KINDS, find_symmetries
+
+SHOWN = ("meta_loss", "last_window_loss", "seconds")
+NOISE_STEPS, NOISE_BATCHES = 50, 100  # of the tail index: where, and over how many minibatches
+
+
+def make_parser():
+    """The command's flags."""
+    parser = common_parser("Learn an optimiser and compare it.", "learn_to_optimize")
+    parser.add_argument("optimizee", nargs="?", default="sigmoid20", metavar="OPTIMIZEE",
+        help="such as sigmoid20, relu128-128, relu20bn, conv16-32, quadratic")  # fmt: skip
+    add = parser.add_argument_group("the optimiser").add_argument
+    add("--network", choices=list(NETWORKS), default="lstm", help="its architecture")
+    add("--hidden", type=positive_int, metavar="UNITS",
+        help="units of its layers (default: 20 for lstm, 32 for mlp)")  # fmt: skip
+    add("--raw_gradients", action="store_true", help="lstm: gradients without preprocessing")
+    add("--extra_inputs", choices=EXTRA_INPUTS, nargs="*", default=[], help="lstm: further inputs")
+    add("--out_mul", type=positive_float, metavar="FACTOR",
+        help="of its steps (default: .01 for nets of ReLUs, else .1; mlp .001)")  # fmt: skip
+    add("--start_from", type=Path, metavar="RUN", help="go on from the optimiser of another run")
+    add = parser.add_argument_group("meta-training").add_argument
+    add("--epochs", type=nonnegative_int, default=50, help="0: compare only")
+    add("--runs_per_epoch", type=positive_int, default=20, help="trainings from new parameters")
+    add("--inner_steps", type=positive_int, default=200, help="of each training")
+    add("--unroll", type=positive_int, default=20, help="steps between two meta-steps")
+    add("--tasks", type=positive_int, default=1, help="trainings side by side in each run")
+    add("--lr", type=positive_float, default=0.01, help="learning rate (Adam)")
+    add("--decay", choices=("none", "cosine"), default="none", help="of the learning rate")
+    add("--log_loss", action="store_true", help="log of the sum of a window's losses")
+    add("--estimator", choices=ESTIMATORS, default="suffix_sum", help="of the meta-gradient")
+    add("--coordinates", type=positive_int, metavar="N",
+        help="suffix_sum: about how many coordinates it samples (default: all)")  # fmt: skip
+    add("--sigma", type=positive_float, default=0.01, help="es, pes: width of perturbations")
+    add("--pairs", type=positive_int, default=1, help="es, pes: perturbations")
+    add("--validation_runs", type=positive_int, default=5, help="to select the best epoch")
+    add("--batch_size", type=positive_int, default=BATCH_SIZE, help="images of an inner step")
+    add = parser.add_argument_group("symmetries").add_argument
+    add("--penalty", type=nonnegative_float, default=0.0, metavar="BETA",
+        help="times the sum over units of |deviation| of the updates in the meta-loss")  # fmt: skip
+    add("--penalty_kinds", choices=KINDS, nargs="+", default=["rescale"], help="of deviations")
+    add("--penalty_relative", action="store_true", help="deviations over |v| |theta|")
+    add("--norm_eps", type=positive_float, default=1e-5, help="eps of batch norm")
+    add = parser.add_argument_group("comparison").add_argument
+    add("--compare", nargs="*", metavar="OPTIMIZEE", help="default: the one trained on")
+    add("--test_runs", type=positive_int, default=10, help="trainings by each optimiser")
+    add("--test_steps", type=positive_int, default=200, help="of each training")
+    add("--tuning_runs", type=positive_int, default=3, help="to find the best learning rate")
+    add("--histogram_steps", type=positive_int, nargs="*", default=[1, 5, 10, 30, 100, 500],
+        help="where |u| is counted")  # fmt: skip
+    return parser
+
+
+def make_optimizer(args) -> CoordinateNetwork:
+    """The network to train: a new one, or that of --start_from, which must be of the same kind."""
+    if args.start_from is not None:
+        path = args.start_from / "optimizer.json" if args.start_from.is_dir() else args.start_from
+        network = load_network(path)
+        if network.kind != args.network or args.hidden not in (None, network.settings["hidden"]):
+            raise OptimizerError(
+                f"{path} is an optimiser of another architecture: {network.kind} "
+                f"({network.extra_repr()}); leave out --hidden, or give --network {network.kind}"
+            )
+        return network
+    settings = {"hidden": args.hidden} if args.hidden else {}
+    if args.network == "lstm":
+        small = args.optimizee.startswith(SMALL_STEPS)
+        settings |= {"preprocess": not args.raw_gradients, "extra_inputs": args.extra_inputs}
+        settings["out_mul"] = args.out_mul or (0.01 if small else 0.1)
+    elif args.raw_gradients or args.extra_inputs:
+        raise OptimizerError("--raw_gradients and --extra_inputs are for --network lstm")
+    elif args.out_mul:
+        settings["out_mul"] = args.out_mul
+    return make_network(args.network, args.seed, **settings)
+
+
+def make_settings(args) -> MetaTrainingSettings:
+    """Flags as settings, which have the same names."""
+    named = {field.name for field in fields(MetaTrainingSettings)}
+    given = {name: value for name, value in vars(args).items() if name in named}
+    return MetaTrainingSettings(**given | {"penalty_kinds": tuple(args.penalty_kinds)})
+
+
+def meta_train(args, training: MetaTraining, log: RunLog) -> bool:
+    """All runs, a row of metrics and a checkpoint after each; False where Ctrl-C ended them."""
+    saved = log.load_checkpoint()
+    if saved is not None:
+        training.load_state_dict(saved[1])
+        log.say(f"going on from run {training.run}")
+    total = training.settings.runs
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(total, training.run, "run") as progress,
+    ):
+        while training.run < total and not interrupt.requested:
+            row = training.train_run()
+            log.record(training.run, row)
+            log.save_checkpoint(training.run, training.state_dict())
+            progress.advance({name: row[name] for name in SHOWN})
+    finished = training.run == total
+    if total:
+        training.select()
+        log.say(f"best validation loss {training.best_loss:.4g} after epoch {training.best_epoch}")
+    log.write_json("optimizer.json", network_to_dict(training.network))
+    arrays = {f"deviation/{k}": torch.stack(v).numpy() for k, v in training.deviations.items()}
+    if training.curves:
+        arrays["losses"] = torch.stack(training.curves).numpy(force=True)
+    log.write_arrays("validation.npz", arrays)
+    return finished
+
+
+def compare(args, network: CoordinateNetwork, make, log: RunLog) -> bool:
+    """Every optimiser on every optimizee of --compare; False where Ctrl-C ended it.
+
+    make(name, half) -> Task, on half 0 or 1 of the training images.
+    """
+    weights = next(network.parameters())
+    names = [args.optimizee] if args.compare is None else args.compare
+    comparison = Comparison(args.seed, args.test_steps, args.test_runs, args.tuning_runs, weights)
+    arrays, results = {"edges": EDGES.numpy()}, {}
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(len(names) * (1 + len(BASELINES)), 0, "comparison") as progress,
+    ):
+        for name in names:
+            rates, curves = {}, {}
+            for optimizer in ("learned", *BASELINES):
+                if interrupt.requested:
+                    return False
+                if optimizer == "learned":
+                    contenders = [learned("learned", network)]
+                else:
+                    contenders, rates[optimizer] = comparison.at_default_and_best_rate(
+                        optimizer, make(name, 0)
+                    )
+                for contender in contenders:
+                    curves[contender.name] = comparison.curves(
+                        contender, make(name, 1), args.histogram_steps
+                    )
+                progress.advance({c.name: curves[c.name].at(args.test_steps).mean().item()
+                                  for c in contenders})  # fmt: skip
+            arrays |= {
+                f"{name}/{contender}/{key}": array
+                for contender, own in curves.items()
+                for key, array in own.arrays().items()
+            }
+            summaries = {contender: own.summary() for contender, own in curves.items()}
+            results[name] = {"optimizers": summaries, "tuning": rates}
+            report(args, network, make, log, arrays, results)
+    return True
+
+
+def report(args, network, make, log: RunLog, arrays: dict, results: dict) -> None:
+    """What has been compared so far as files, and the last optimizee's losses on the screen."""
+    name = list(results)[-1]
+    results[name]["noise"] = noise_statistics(
+        network, make(name, 1), min(NOISE_STEPS, args.test_steps), NOISE_BATCHES,
+        (args.seed, 0), next(network.parameters()),
+    )  # fmt: skip
+    log.write_arrays("comparison.npz", arrays)
+    log.write_json("results.json", {"steps": args.test_steps, "optimizees": results})
+    log.say(f"{name}: training loss at step {args.test_steps}, mean and deviation of "
+            f"{args.test_runs} runs")  # fmt: skip
+    for contender, summary in results[name]["optimizers"].items():
+        log.say(f"  {contender:14} {summary['loss']:.4f} +- {summary['deviation']:.4f}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, build, meta-train, compare, report."""
+    args = parse(make_parser(), argv)
+    device, dtype = set_up(args)
+    data, _ = load_images(args.dataset, args.data_dir)
+    parts = [half.to(device) for half in halves(data)]
+
+    @functools.cache
+    def make(name: str, half: int) -> Task:
+        return make_task(name, parts[half], args.batch_size, dtype, args.norm_eps)
+
+    network, task = make_optimizer(args).to(device, dtype), make(args.optimizee, 0)
+    symmetries = find_symmetries(task.optimizee, controls=True)
+    training = MetaTraining(network, task, symmetries, make_settings(args))
+    for name in args.compare or []:
+        make(name, 0)
+    with open_run(args, "learn_to_optimize", data) as log:
+        log.say(data.source)
+        training.warn = log.warn
+        finished = meta_train(args, training, log)
+        finished = finished and compare(args, network, make, log)
+        draw_run(log.directory)
+        draw_optimizer_run(log.directory)
+        log.say(f"everything is in {log.directory}")
+    if not finished:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,151 @@
+"""Learned optimisers in use: as a learning rule of this program, as a torch.optim.Optimizer.
+
+    network = load_network("runs/sigmoid20/optimizer.json")
+    optimizer = LearnedOptimizer(model.parameters(), network)      # anyone's model
+    loss.backward(); optimizer.step()
+
+    rule = LearnedRule(network)                    # theta' = theta + out_mul u, hyperparameters:
+    params = rule.update(model, params, batch)     # the network's weights
+
+The networks are in optimizer_networks.py, how they are trained in meta_training.py.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from learning_rules import LearningRule
+from meta_gradients import NonFiniteError
+from models_fully_local import Params
+from optimizer_networks import CoordinateNetwork, OptimizerError
+
+MEMORY = "optimizer_memory"  # its name among a layer's parameters
+
+
+class LearnedRule(LearningRule):
+    """A learned optimiser as a rule: the network's weights are the hyperparameters.
+
+    loss(model, params, batch) -> scalar; by default model.loss(params, batch). The gradient is
+    detached, so that the result depends on the weights through the network and through the
+    parameters that are passed on, and on nothing of second order. The memory of all coordinates
+    [rows, n] lies in the first layer that has parameters.
+    """
+
+    def __init__(
+        self,
+        network: CoordinateNetwork,
+        loss: Callable[[nn.Module, Params, object], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.loss = network, loss or _own_loss
+
+    def update(self, model: nn.Module, params: Params, batch) -> Params:
+        """New parameters and memory; NonFiniteError where the gradient is not finite."""
+        memory = next((layer[MEMORY] for layer in params if MEMORY in layer), None)
+        bare = [{n: t for n, t in layer.items() if n != MEMORY} for layer in params]
+        leaves = [tensor for layer in bare for tensor in layer.values()]
+        theta = torch.cat([tensor.flatten() for tensor in leaves])
+        g = torch.cat([g.flatten() for g in self._gradient(model, bare, batch)])
+        _refuse_nonfinite([g], "the gradient")
+        if memory is None:
+            memory = self.network.memory(len(theta), theta.detach())
+        x, memory = self.network.observe(
+            g, theta.detach(), memory, [tensor.numel() for tensor in leaves]
+        )
+        if torch.is_grad_enabled():
+            u, memory = self.network(x, memory)
+        else:
+            memory = memory.clone()
+            u = self.network.step_(x, memory)
+        moved = torch.add(theta, u, alpha=self.network.out_mul)
+        return _divided(moved, memory, bare)
+
+    def _gradient(self, model: nn.Module, params: Params, batch) -> Sequence[Tensor]:
+        with torch.enable_grad():
+            own = [{n: t.detach().requires_grad_() for n, t in layer.items()} for layer in params]
+            leaves = [tensor for layer in own for tensor in layer.values()]
+            return torch.autograd.grad(self.loss(model, own, batch), leaves)
+
+
+class LearnedOptimizer(torch.optim.Optimizer):
+    """A learned optimiser for the parameters of any model.
+
+    lr multiplies the step out_mul u, per group; 1 is what the network was trained with, and
+    schedulers work as with every optimiser. The memory of a parameter, [rows, numel], is in `state`
+    under "memory", in the type of the network's weights. Parameters without a gradient are passed
+    over. Raises OptimizerError for no parameters and for sparse or complex gradients;
+    NonFiniteError, before anything has changed, where a gradient is not finite.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict],
+        network: CoordinateNetwork,
+        lr: float = 1.0,
+    ) -> None:
+        if not 0 <= lr < float("inf"):
+            raise OptimizerError(f"lr must be a number of at least 0, got {lr}")
+        params = list(params)
+        if not params:
+            raise OptimizerError("there are no parameters to optimise: the model has none")
+        self.network = network
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step; the loss of the closure, where one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moving = [(p, g) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        for p, _ in moving:
+            if p.grad.is_sparse or p.grad.is_complex():
+                raise OptimizerError(
+                    "sparse and complex gradients are not supported; take dense real ones"
+                )
+        _refuse_nonfinite([p.grad for p, _ in moving], "a gradient")
+        for p, group in moving:
+            self._move(p, group["lr"])
+        return loss
+
+    def _move(self, p: Tensor, lr: float) -> None:
+        weights, state = next(self.network.parameters()), self.state[p]
+        if weights.device != p.device:
+            weights = next(self.network.to(p.device).parameters())
+        g, theta = (t.flatten().to(weights.dtype) for t in (p.grad, p))
+        memory = state["memory"].to(weights.dtype) if state else self.network.memory(len(g), g)
+        x, state["memory"] = self.network.observe(g, theta, memory, [len(g)])
+        u = self.network.step_(x, state["memory"])
+        p.add_(u.view_as(p), alpha=lr * self.network.out_mul)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As every optimiser's; OptimizerError where the memory is of another network."""
+        rows = self.network.state_rows + self.network.seen_rows
+        for state in state_dict["state"].values():
+            memory = state.get("memory")
+            if memory is None or memory.dim() != 2 or len(memory) != rows:
+                raise OptimizerError(
+                    f"the saved state is not that of this network: expected memory of {rows} rows"
+                )
+        super().load_state_dict(state_dict)
+
+
+def _own_loss(model: nn.Module, params: Params, batch) -> Tensor:
+    return model.loss(params, batch)
+
+
+def _divided(flat: Tensor, memory: Tensor, like: Params) -> Params:
+    """Parameters of these shapes from one vector, the memory in the first layer that has any."""
+    parts = iter(flat.split([tensor.numel() for layer in like for tensor in layer.values()]))
+    new = [{n: next(parts).view_as(t) for n, t in layer.items()} for layer in like]
+    first = next(layer for layer in new if layer)
+    first[MEMORY] = memory
+    return new
+
+
+def _refuse_nonfinite(gradients: Sequence[Tensor], what: str) -> None:
+    norms = torch._foreach_norm(gradients, float("inf")) if gradients else []
+    if norms and not torch.stack([n.to(norms[0]) for n in norms]).isfinite().all():
+        raise NonFiniteError(f"{what} is not finite: nothing was changed")

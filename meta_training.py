@@ -1,0 +1,293 @@
+"""Meta-training of learned optimisers: runs of an optimizee, cut into windows.
+
+    each run:     K trainings from new parameters, `inner_steps` steps in windows of `unroll`
+    each window:  meta-gradient of its losses, one step of Adam on the optimiser's weights
+    each epoch:   the frozen optimiser on validation runs; the weights with the smallest sum of
+                  losses are kept
+
+Every run has generators of its own, made from (seed, run, training), so that a resumed one needs
+no generator's state. Source: Andrychowicz et al. 2016 (arXiv 1606.04474).
+"""
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hypgraddesc import seeded_generator
+from optimizees import Task
+from optimizer_networks import CoordinateNetwork, OptimizerError
+from symmetries import Symmetry, mean_deviations, symmetry_penalty
+from window_gradients import (
+    Objective,
+    Trainings,
+    WindowGradient,
+    autograd_gradient,
+    persistent_gradient,
+    roll_out,
+    start,
+    strategies_gradient,
+    suffix_sum_gradient,
+)
+
+ESTIMATORS = ("suffix_sum", "autograd", "es", "pes")
+VALIDATION = 2**31  # stands where a run does in the names of validation's draws
+VALIDATION_WINDOW = 20
+
+
+@dataclass(frozen=True)
+class MetaTrainingSettings:
+    """Everything about meta-training that is a number or a choice.
+
+    coordinates: see suffix_sum_gradient. penalty: beta of the symmetries' regulariser, of
+    `penalty_kinds`. sigma, pairs: of the evolution strategies.
+    """
+
+    epochs: int = 50
+    runs_per_epoch: int = 20
+    inner_steps: int = 200
+    unroll: int = 20
+    tasks: int = 1  # K, trainings side by side in a run
+    lr: float = 0.01
+    decay: str = "none"  # or "cosine": the rate falls to 0 at the last run
+    log_loss: bool = False
+    estimator: str = "suffix_sum"
+    coordinates: int | None = None
+    penalty: float = 0.0
+    penalty_kinds: tuple[str, ...] = ("rescale",)
+    penalty_relative: bool = False
+    sigma: float = 0.01
+    pairs: int = 1
+    validation_runs: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole = (self.runs_per_epoch, self.inner_steps, self.unroll, self.tasks, self.pairs)
+        if min(*whole, self.validation_runs) < 1:
+            raise OptimizerError("runs, steps, unroll, tasks, pairs and validation runs are >= 1")
+        if self.estimator not in ESTIMATORS or self.decay not in ("none", "cosine"):
+            raise OptimizerError(
+                f"estimator is one of {', '.join(ESTIMATORS)}; decay is none or cosine"
+            )
+        if self.coordinates is not None and self.estimator != "suffix_sum":
+            raise OptimizerError("only the estimator suffix_sum takes a number of coordinates")
+
+    @property
+    def runs(self) -> int:
+        return self.epochs * self.runs_per_epoch
+
+    def rate(self, run: int) -> float:
+        """The learning rate of a run."""
+        if self.decay == "none":
+            return self.lr
+        return self.lr * 0.5 * (1 + math.cos(math.pi * run / max(1, self.runs)))
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a frozen optimiser does on validation runs.
+
+    losses: [runs, steps]. update, gradient: a kind of symmetry to the mean relative |deviation|
+    over units and runs, [steps], of updates and gradients.
+    """
+
+    losses: Tensor
+    update: dict[str, Tensor]
+    gradient: dict[str, Tensor]
+
+
+class MetaTraining:
+    """The state of meta-training; `train_run` is one run.
+
+    network: trained in place. run: how many are done. best: the weights selected so far, of the
+    epoch best_epoch. curves: validation losses [steps] of each epoch, that of the untrained
+    optimiser first; deviations: those of its updates by kind, likewise.
+    """
+
+    def __init__(
+        self,
+        network: CoordinateNetwork,
+        task: Task,
+        symmetries: list[Symmetry],
+        settings: MetaTrainingSettings,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self.network, self.task, self.symmetries = network, task, symmetries
+        self.settings, self.warn = settings, warn
+        penalty = None
+        if settings.penalty:
+            penalty = symmetry_penalty(
+                task.optimizee, settings.penalty_kinds, settings.penalty, settings.penalty_relative
+            )
+        self.objective = Objective(settings.log_loss, penalty)
+        self.optimizer = torch.optim.Adam(network.parameters(), settings.lr)
+        self.run = self.best_epoch = 0
+        self.best, self.best_loss = copy.deepcopy(network.state_dict()), math.inf
+        self.curves: list[Tensor] = []
+        self.deviations: dict[str, list[Tensor]] = {}
+
+    def train_run(self) -> dict[str, float]:
+        """One run; its numbers, and validation's (NaN where it was not due).
+
+        A window whose loss or gradient is not finite ends the run; nothing is stepped on it.
+        """
+        begin, settings = time.perf_counter(), self.settings
+        if not self.curves:
+            self._validate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.rate(self.run)
+        losses, norms = self._windows()
+        self.run += 1
+        numbers = {
+            "meta_loss": _mean(losses),
+            "last_window_loss": losses[-1] if losses else math.nan,
+            "meta_gradient_norm": _mean(norms),
+            "skipped_windows": math.ceil(settings.inner_steps / settings.unroll) - len(losses),
+            "learning_rate": settings.rate(self.run - 1),
+            "validation_loss": math.nan,
+            "validation_end": math.nan,
+        }
+        if self.run % settings.runs_per_epoch == 0:
+            numbers |= self._validate()
+        return numbers | {"seconds": time.perf_counter() - begin}
+
+    @property
+    def epoch(self) -> int:
+        return self.run // self.settings.runs_per_epoch
+
+    def _windows(self) -> tuple[list[float], list[float]]:
+        """Mean losses of the run's windows, and norms of their gradients."""
+        settings, losses, norms = self.settings, [], []
+        trainings = self._started(self.run, settings.tasks)
+        estimate = self._estimator()
+        for first in range(0, settings.inner_steps, settings.unroll):
+            steps = min(settings.unroll, settings.inner_steps - first)
+            window = estimate(trainings, steps)
+            norm = torch.nn.utils.get_total_norm(window.gradient)
+            if not (window.loss.isfinite() and norm.square().isfinite()):
+                self.warn(
+                    f"run {self.run + 1}, step {first + steps}: loss {window.loss:g}, "
+                    f"meta-gradient {norm:g}; the run ends here"
+                )
+                break
+            for p, g in zip(self.network.parameters(), window.gradient, strict=True):
+                p.grad = g
+            self.optimizer.step()
+            trainings = window.end
+            losses.append(window.losses.mean().item())
+            norms.append(norm.item())
+        return losses, norms
+
+    def _estimator(self) -> Callable[[Trainings, int], WindowGradient]:
+        settings, noise = self.settings, seeded_generator(self.settings.seed, self.run, 2)
+        fixed = {"network": self.network, "optimizee": self.task.optimizee}
+        if settings.estimator == "suffix_sum":
+            estimate = partial(
+                suffix_sum_gradient, coordinates=settings.coordinates, generator=noise
+            )
+        elif settings.estimator == "autograd":
+            estimate = autograd_gradient
+        else:
+            strategies = strategies_gradient if settings.estimator == "es" else _Persistent()
+            estimate = partial(
+                strategies, sigma=settings.sigma, pairs=settings.pairs, generator=noise
+            )
+        return lambda trainings, steps: estimate(
+            **fixed, trainings=trainings, steps=steps, objective=self.objective
+        )
+
+    def _started(self, run: int, count: int) -> Trainings:
+        """`count` trainings from new parameters."""
+        weights = next(self.network.parameters())
+        optimizee, seed = self.task.optimizee, self.settings.seed
+        theta = [
+            optimizee.initial(seeded_generator(seed, run, k, 0), weights.dtype, weights.device)
+            for k in range(count)
+        ]
+        batches = [self.task.batches(seeded_generator(seed, run, k, 1)) for k in range(count)]
+        thetas = torch.stack([*map(optimizee.flat, theta)])
+        return start(self.network, optimizee, thetas, batches)[0]
+
+    def _validate(self) -> dict[str, float]:
+        """Judges the weights as they are, and selects them if they are the best so far."""
+        found = self.validate()
+        per_run = found.losses.sum(1).mean().item()
+        if per_run < self.best_loss:
+            self.best, self.best_loss = copy.deepcopy(self.network.state_dict()), per_run
+            self.best_epoch = self.epoch
+        self.curves.append(found.losses.mean(0).cpu())
+        for kind, values in found.update.items():
+            self.deviations.setdefault(kind, []).append(values)
+        return {"validation_loss": per_run, "validation_end": found.losses[:, -10:].mean().item()}
+
+    def validate(self) -> Validation:
+        """The frozen optimiser on the validation runs, which are the same at each call."""
+        settings, optimizee = self.settings, self.task.optimizee
+        trainings, losses = self._started(VALIDATION, settings.validation_runs), []
+        update: dict[str, list[float]] = {}
+        gradient: dict[str, list[float]] = {}
+        for first in range(0, settings.inner_steps, VALIDATION_WINDOW):
+            steps = min(VALIDATION_WINDOW, settings.inner_steps - first)
+            window = roll_out(self.network, optimizee, trainings, steps)
+            u = window.u.view_as(window.gradients)
+            theta, g = trainings.theta, trainings.gradient
+            for t in range(steps):
+                # One network tells it as well as all do, at a fraction of the time
+                at = optimizee.unflat(theta[0])
+                for found, v in ((update, -self.network.out_mul * u[t]), (gradient, g)):
+                    sizes = mean_deviations(self.symmetries, optimizee.unflat(v[0]), at)
+                    for kind, size in sizes.items():
+                        found.setdefault(kind, []).append(size)
+                theta = torch.add(theta, u[t], alpha=self.network.out_mul)
+                g = window.gradients[t]
+            trainings = window.end
+            losses.append(window.losses.T)
+        tensors = ({k: torch.tensor(v) for k, v in d.items()} for d in (update, gradient))
+        return Validation(torch.cat(losses, 1).nan_to_num(math.inf), *tensors)
+
+    def select(self) -> None:
+        """Puts the best weights in the place of the last ones, for good."""
+        self.network.load_state_dict(self.best)
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs, in plain containers of tensors."""
+        return {
+            "run": self.run,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "best_loss": self.best_loss,
+            "best_epoch": self.best_epoch,
+            "curves": self.curves,
+            "deviations": self.deviations,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up meta-training where `state_dict` left it."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.run, self.curves = state["run"], list(state["curves"])
+        self.best = copy.deepcopy(state["best"])
+        self.best_loss, self.best_epoch = state["best_loss"], state["best_epoch"]
+        self.deviations = {kind: list(values) for kind, values in state["deviations"].items()}
+
+
+class _Persistent:
+    """persistent_gradient over the windows of one run."""
+
+    def __init__(self) -> None:
+        self.pairs = None
+
+    def __call__(self, **arguments) -> WindowGradient:
+        window, self.pairs = persistent_gradient(persistent=self.pairs, **arguments)
+        return window
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan

@@ -1,0 +1,304 @@
+"""What learned optimisers are trained on and judged by: networks, their losses and data.
+
+    task = make_task("sigmoid20", train_data)         # or relu128-128, relu20bn, conv16-32, ...
+    params = task.optimizee.initial(generator)        # a list with one dict of tensors per layer
+    for batch in task.batches(generator):             # (images, labels), endless
+        loss = task.optimizee.loss(params, batch)
+
+Names are an activation and the sizes of the hidden layers, "bn" after them for batch norm (affine,
+statistics of the batch) before each activation; conv16-32 for two convolutions 3x3 of ReLUs, each
+with a maximum over 2x2; quadratic for |W theta - y|^2 of ten parameters. `Optimizee` takes any
+nn.Module. Source of the choice: Andrychowicz et al. 2016, section 3.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.nn.functional import cross_entropy
+
+from mnist_datasets import DataError, ImageData
+from models_fully_local import Params
+from optimizer_networks import OptimizerError
+
+ACTIVATIONS = {
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "softplus": nn.Softplus,
+    "linear": nn.Identity,
+}
+NAMED = re.compile(rf"({'|'.join(ACTIVATIONS)}|conv)(\d+(?:-\d+)*)(bn)?")
+QUADRATIC = 10  # parameters
+SMALL_STEPS = ("relu", "leaky_relu", "conv")  # optimizees for which out_mul .01 is better than .1
+BATCH_SIZE = 128
+
+
+class Optimizee(nn.Module):
+    """Any module as a model without parameters of its own: called as model(x, params).
+
+    make_module: makes the module with initial parameters drawn from torch's global generator,
+        which is seeded and restored around it. loss_of: (outputs, targets) -> scalar.
+    layers: the modules without children, and those with parameters of their own, in their order;
+        params holds one dict for each. Running statistics are never updated.
+    Raises OptimizerError for a module without parameters.
+    """
+
+    def __init__(
+        self, make_module: Callable[[], nn.Module], loss_of: Callable = cross_entropy
+    ) -> None:
+        super().__init__()
+        self.make_module, self.loss_of = make_module, loss_of
+        module = self._drawn(torch.Generator())
+        own = [
+            (name, layer)
+            for name, layer in module.named_modules()
+            if not list(layer.children()) or list(layer.parameters(recurse=False))
+        ]
+        self._names = _parameter_names(own)
+        if not any(self._names):
+            raise OptimizerError("the model has no parameters: there is nothing to optimise")
+        self._shapes = [[module.get_parameter(n).shape for n in names] for names in self._names]
+        self._module = [module]  # in a list, lest its parameters count as this model's
+        self.layers = [layer for _, layer in own]
+
+    def extra_repr(self) -> str:
+        return f"{sum(self.sizes())} parameters"
+
+    def sizes(self) -> list[int]:
+        """How many numbers each tensor of params holds, in order."""
+        return [shape.numel() for shapes in self._shapes for shape in shapes]
+
+    def sizes_by_layer(self) -> list[int]:
+        """How many numbers each of params' dicts holds."""
+        return [sum(shape.numel() for shape in shapes) for shapes in self._shapes]
+
+    def initial(
+        self, generator: torch.Generator, dtype: torch.dtype | None = None, device="cpu"
+    ) -> Params:
+        """New initial parameters; of torch's default type unless told."""
+        module = self._drawn(generator)
+        return [
+            {_last(n): module.get_parameter(n).detach().to(device, dtype) for n in names}
+            for names in self._names
+        ]
+
+    def forward(self, x: Tensor, params: Params) -> Tensor:
+        """The module's outputs for inputs x."""
+        module, values = self._module[0], {}
+        for names, layer in zip(self._names, params, strict=True):
+            values.update((name, layer[_last(name)]) for name in names)
+        for name, buffer in module.named_buffers():
+            values[name] = buffer.to(x.device, copy=True)
+        return functional_call(module, values, (x,))
+
+    def loss(self, params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss of a batch of inputs and targets."""
+        x, target = batch
+        return self.loss_of(self(x, params), target)
+
+    # ---- parameters as one vector ----
+
+    def flat(self, params: Params) -> Tensor:
+        """All parameters as one vector [n]."""
+        tensors = (layer[_last(n)] for names, layer in self._with(params) for n in names)
+        return torch.cat([tensor.flatten() for tensor in tensors])
+
+    def unflat(self, theta: Tensor) -> Params:
+        """Parameters that are views of a vector [n]."""
+        parts = iter(theta.split(self.sizes()))
+        return [
+            {_last(n): next(parts).view(s) for n, s in zip(names, shapes, strict=True)}
+            for names, shapes in zip(self._names, self._shapes, strict=True)
+        ]
+
+    def gradients(
+        self, theta: Tensor, batches: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [K] and gradients [K, n] of K networks theta [K, n], each on its own batch."""
+        if len(batches) > 1 and not any(True for _ in self._module[0].buffers()):
+            return self._gradients_at_once(theta, batches)
+        losses, gradients = zip(*map(self._gradient, theta, batches), strict=True)
+        return torch.stack(losses), torch.stack(gradients)
+
+    def _gradient(self, theta: Tensor, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            params = self.unflat(theta.detach())
+            leaves = [t.requires_grad_() for layer in params for t in layer.values()]
+            loss = self.loss(params, batch)
+            found = torch.autograd.grad(loss, leaves)
+        return loss.detach(), torch.cat([g.flatten() for g in found])
+
+    def _gradients_at_once(
+        self, theta: Tensor, batches: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        def loss(vector: Tensor, x: Tensor, target: Tensor) -> Tensor:
+            return self.loss(self.unflat(vector), (x, target))
+
+        stacked = (torch.stack(part) for part in zip(*batches, strict=True))
+        gradients, losses = vmap(grad_and_value(loss))(theta.detach(), *stacked)
+        return losses, gradients
+
+    def _with(self, params: Params):
+        return zip(self._names, params, strict=True)
+
+    def _drawn(self, generator: torch.Generator) -> nn.Module:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.make_module().train()
+
+
+@dataclass(frozen=True)
+class Task:
+    """An optimizee and its data: batches(generator) is an endless iterator of (inputs, targets)."""
+
+    optimizee: Optimizee
+    batches: Callable[[torch.Generator], Iterator[tuple[Tensor, Tensor]]]
+
+
+def make_task(
+    name: str,
+    data: ImageData,
+    batch_size: int = BATCH_SIZE,
+    dtype: torch.dtype = torch.float32,
+    norm_eps: float = 1e-5,
+) -> Task:
+    """The task of a name as above on these images.
+
+    Raises OptimizerError for an unknown name, DataError where the images do not fill a batch.
+    """
+    if name == "quadratic":
+        device = data.images.device
+        return Task(
+            Optimizee(Quadratic, squared_distance),
+            lambda generator: quadratic_batches(generator, dtype, device),
+        )
+    if not 1 <= batch_size <= len(data):
+        raise DataError(f"batch size {batch_size} must be from 1 to {len(data)}, the data's")
+    optimizee = image_optimizee(name, data.shape, data.classes, norm_eps)
+    return Task(optimizee, lambda generator: labelled_batches(data, batch_size, generator, dtype))
+
+
+def image_optimizee(
+    name: str, input_shape: Sequence[int] = (1, 28, 28), classes: int = 10, norm_eps: float = 1e-5
+) -> Optimizee:
+    """A network of the names above, its outputs the logits of the classes."""
+    found = NAMED.fullmatch(name)
+    sizes = [int(size) for size in found[2].split("-")] if found else []
+    if not found or 0 in sizes:
+        raise OptimizerError(
+            f"unknown optimizee {name!r}; such as sigmoid20, relu128-128, relu20bn, leaky_relu20, "
+            "softplus20, conv16-32, quadratic"
+        )
+    make = convolutional if found[1] == "conv" else perceptron
+    activation = ACTIVATIONS.get(found[1], nn.ReLU)
+    return Optimizee(
+        lambda: make(input_shape, sizes, classes, activation, bool(found[3]), norm_eps)
+    )
+
+
+def perceptron(
+    input_shape: Sequence[int],
+    sizes: Sequence[int],
+    classes: int,
+    activation: Callable[[], nn.Module],
+    norm: bool = False,
+    norm_eps: float = 1e-5,
+) -> nn.Sequential:
+    """Fully connected layers; with norm, each hidden one with batch norm before its activation."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    widths = [torch.Size(input_shape).numel(), *sizes]
+    for fan_in, fan_out in pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out)]
+        if norm:
+            layers += [nn.BatchNorm1d(fan_out, norm_eps, track_running_stats=False)]
+        layers += [activation()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
+
+
+def convolutional(
+    input_shape: Sequence[int],
+    sizes: Sequence[int],
+    classes: int,
+    activation: Callable[[], nn.Module],
+    norm: bool = False,
+    norm_eps: float = 1e-5,
+) -> nn.Sequential:
+    """Convolutions 3x3 that keep the size, each followed by a maximum over 2x2."""
+    layers: list[nn.Module] = []
+    channels, height, width = input_shape
+    for out in sizes:
+        layers += [nn.Conv2d(channels, out, 3, padding=1)]
+        if norm:
+            layers += [nn.BatchNorm2d(out, norm_eps, track_running_stats=False)]
+        layers += [activation(), nn.MaxPool2d(2)]
+        channels, height, width = out, height // 2, width // 2
+    if not height * width:
+        raise OptimizerError(f"nothing is left of images {list(input_shape)} after {sizes}")
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, classes))
+
+
+class Quadratic(nn.Module):
+    """theta -> W theta for a given W [10, 10]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.randn(QUADRATIC))
+
+    def forward(self, W: Tensor) -> Tensor:
+        return W @ self.theta
+
+
+def squared_distance(output: Tensor, target: Tensor) -> Tensor:
+    """|output - target|^2, summed."""
+    return (output - target).square().sum()
+
+
+def quadratic_batches(
+    generator: torch.Generator, dtype: torch.dtype, device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One W [10, 10] and y [10], normal, again and again."""
+    numbers = torch.randn(QUADRATIC, QUADRATIC + 1, generator=generator, dtype=dtype).to(device)
+    while True:
+        yield numbers[:, :-1], numbers[:, -1]
+
+
+def labelled_batches(
+    data: ImageData, batch_size: int, generator: torch.Generator, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images [batch, C, H, W] and labels, in a new order at each pass; endless.
+
+    What is left at the end of a pass, less than a batch, is dropped.
+    """
+    while True:
+        order = torch.randperm(len(data), generator=generator).to(data.images.device)
+        for index in order.split(batch_size):
+            if len(index) == batch_size:
+                yield data.floats(index, dtype), data.labels[index]
+
+
+def halves(data: ImageData) -> tuple[ImageData, ImageData]:
+    """The first half, to train optimisers on, and the second, to judge them on."""
+    middle = len(data) // 2
+    return data.subset(slice(middle)), data.subset(slice(middle, None))
+
+
+def _parameter_names(layers: Sequence[tuple[str, nn.Module]]) -> list[list[str]]:
+    """Per layer the full names of its parameters; one that layers share belongs to the first."""
+    seen: set[int] = set()
+    names = []
+    for prefix, layer in layers:
+        own = [(n, p) for n, p in layer.named_parameters(recurse=False) if id(p) not in seen]
+        seen.update(id(p) for _, p in own)
+        names.append([f"{prefix}.{n}" if prefix else n for n, _ in own])
+    return names
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,294 @@
+"""Optimisers side by side: learned ones, Adam, SGD with momentum and Lion, trained alike.
+
+    contenders = [Contender("learned", lambda leaves: LearnedOptimizer(leaves, network)), ...]
+    curves = train_all(contender, task, steps=200, draws=[(0, 1, k) for k in range(10)])
+
+Every optimiser sees the same initial parameters and batches. The rate of a tuned one is the best of
+RATES on draws of its own. Sources: Kingma, Ba 2015; Chen et al. 2023 (arXiv 2302.06675) for Lion.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hypgraddesc import seeded_generator
+from learned_optimizer import LearnedOptimizer
+from meta_gradients import NonFiniteError
+from models_fully_local import Params
+from optimizees import Task
+from optimizer_networks import CoordinateNetwork
+from symmetries import (
+    Symmetry,
+    covariance_size,
+    find_symmetries,
+    mean_deviations,
+    tail_index,
+)
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+LAST = 10  # steps over which the loss "at" a step is averaged, up to it
+EDGES = torch.logspace(-8, 1, 91, dtype=torch.float64)  # of histograms of |u|
+BLOCKS = (2, 5, 10)  # m of the tail index
+GOAL = 0.5  # a training loss; how soon it is reached tells the speed of the first steps
+TUNING, TEST = 2**31 + 1, 2**31 + 2  # stand where a run does in the names of the draws
+
+
+class Lion(torch.optim.Optimizer):
+    """theta <- theta - lr sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g."""
+
+    def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step; the loss of the closure, where one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                p.add_(m.lerp(p.grad, 1 - b1).sign_(), alpha=-group["lr"])
+                m.lerp_(p.grad, 1 - b2)
+        return loss
+
+
+# Names to makers and default rates; the learned optimiser's rate is a factor of its steps
+BASELINES: dict[str, tuple[Callable, float]] = {
+    "adam": (torch.optim.Adam, 0.03),
+    "sgd": (lambda leaves, lr: torch.optim.SGD(leaves, lr, momentum=0.9), 0.1),
+    "lion": (Lion, 1e-4),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An optimiser under a name: make(leaves) -> torch.optim.Optimizer."""
+
+    name: str
+    make: Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Trainings by one optimiser.
+
+    losses: [runs, steps + 1], of each batch before the step on it, the last after all; inf from
+    where a training left the finite. update, gradient: a kind of symmetry to the mean relative
+    |deviation| over units, [steps] of the first run; raw_update, raw_gradient: not divided by
+    |v| |xi|. histograms: [steps measured, bins] of |u|, the first run's changes of parameters.
+    """
+
+    losses: Tensor
+    update: dict[str, Tensor]
+    gradient: dict[str, Tensor]
+    raw_update: dict[str, Tensor]
+    raw_gradient: dict[str, Tensor]
+    histograms: Tensor
+
+    def at(self, step: int) -> Tensor:
+        """[runs], the mean of the LAST losses up to a step."""
+        return self.losses[:, max(0, step - LAST + 1) : step + 1].mean(1)
+
+    def summary(self) -> dict[str, float | list[float]]:
+        """The loss at the last step: mean, deviation and all runs; where the mean reaches GOAL."""
+        last = self.at(self.losses.shape[1] - 1)
+        reached = (self.losses.mean(0) <= GOAL).nonzero()
+        return {
+            "loss": last.mean().item(),
+            "deviation": last.std().item() if len(last) > 1 else 0.0,
+            "runs": last.tolist(),
+            f"steps_to_{GOAL}": int(reached[0, 0]) if len(reached) else math.inf,
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All numbers by names such as "update/rescale"."""
+        by_kind = {
+            f"{name}/{kind}": values.numpy()
+            for name in ("update", "gradient", "raw_update", "raw_gradient")
+            for kind, values in getattr(self, name).items()
+        }
+        return {"losses": self.losses.numpy(), "histograms": self.histograms.numpy(), **by_kind}
+
+
+def learned(name: str, network: CoordinateNetwork, lr: float = 1.0) -> Contender:
+    """A learned optimiser as a contender."""
+    return Contender(name, lambda leaves: LearnedOptimizer(leaves, network, lr))
+
+
+def baseline(name: str, lr: float | None = None) -> Contender:
+    """One of BASELINES at a learning rate, or its default."""
+    make, default = BASELINES[name]
+    rate = default if lr is None else lr
+    return Contender(f"{name} {rate:g}", lambda leaves: make(leaves, lr=rate))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How optimisers are compared: `runs` trainings of `steps` steps, the same for all.
+
+    weights: of their type and on their device the parameters are.
+    """
+
+    seed: int
+    steps: int
+    runs: int
+    tuning_runs: int
+    weights: Tensor
+
+    def at_default_and_best_rate(
+        self, name: str, task: Task
+    ) -> tuple[list[Contender], dict[str, float]]:
+        """A baseline at its default rate and, if another is better, at the best of RATES; the
+        losses at the last step that tell it, by rate.
+        """
+        draws = [(self.seed, TUNING, k) for k in range(self.tuning_runs)]
+        losses = {}
+        for rate in sorted({*RATES, BASELINES[name][1]}):
+            curves = train_all(baseline(name, rate), task, self.steps, draws, self.weights)
+            losses[rate] = curves.at(self.steps).mean().item()
+        best = min(losses, key=losses.get)
+        rates = dict.fromkeys([BASELINES[name][1], best])
+        return [baseline(name, rate) for rate in rates], {f"{r:g}": v for r, v in losses.items()}
+
+    def curves(self, contender: Contender, task: Task, histogram_steps: Sequence[int]) -> Curves:
+        """The trainings that count."""
+        draws = [(self.seed, TEST, k) for k in range(self.runs)]
+        symmetries = find_symmetries(task.optimizee, controls=True)
+        return train_all(
+            contender, task, self.steps, draws, self.weights, symmetries, histogram_steps
+        )
+
+
+def train_all(
+    contender: Contender,
+    task: Task,
+    steps: int,
+    draws: Sequence[tuple[int, ...]],
+    weights: Tensor,
+    symmetries: Sequence[Symmetry] = (),
+    histogram_steps: Sequence[int] = (),
+) -> Curves:
+    """A training from each draw; symmetries and |u| are measured along the first.
+
+    weights: of their type and on their device the parameters are. histogram_steps: counted from 1.
+    """
+    losses, measured = [], _Measurements(symmetries, histogram_steps)
+    for number, draw in enumerate(draws):
+        losses.append(_train(contender, task, steps, draw, weights, None if number else measured))
+    return Curves(torch.tensor(losses, dtype=torch.float64), **measured.tensors())
+
+
+def _train(
+    contender: Contender,
+    task: Task,
+    steps: int,
+    draw: tuple[int, ...],
+    weights: Tensor,
+    measured: "_Measurements | None",
+) -> list[float]:
+    optimizee = task.optimizee
+    params = optimizee.initial(seeded_generator(*draw, 0), weights.dtype, weights.device)
+    leaves = [t.requires_grad_() for layer in params for t in layer.values()]
+    optimizer, losses = contender.make(leaves), []
+    batches = task.batches(seeded_generator(*draw, 1))
+    for step in range(steps + 1):
+        loss = optimizee.loss(params, next(batches))
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            return losses[:-1] + [math.inf] * (steps + 2 - len(losses))
+        if step == steps:
+            break
+        for leaf, g in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+            leaf.grad = g
+        before = _copied(params) if measured else None
+        try:
+            optimizer.step()
+        except NonFiniteError:
+            return losses + [math.inf] * (steps + 1 - len(losses))
+        if measured:
+            measured.add(step + 1, before, params)
+    return losses
+
+
+class _Measurements:
+    """What is seen along one training besides its losses."""
+
+    def __init__(self, symmetries: Sequence[Symmetry], histogram_steps: Sequence[int]) -> None:
+        self.symmetries, self.histogram_steps = symmetries, histogram_steps
+        names = ("update", "gradient", "raw_update", "raw_gradient")
+        self.found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+        self.histograms: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, step: int, before: Params, after: Params) -> None:
+        """Parameters around a step; those after it hold the gradient before it."""
+        update = [
+            {n: t - layer[n] for n, t in old.items()}
+            for old, layer in zip(before, after, strict=True)
+        ]
+        gradient = [{n: t.grad for n, t in layer.items()} for layer in after]
+        for name, v in (("update", update), ("gradient", gradient)):
+            for prefix, relative in (("", True), ("raw_", False)):
+                sizes = mean_deviations(self.symmetries, v, before, relative)
+                for kind, size in sizes.items():
+                    self.found[prefix + name].setdefault(kind, []).append(size)
+        if step in self.histogram_steps:
+            sizes = torch.cat([t.flatten() for layer in update for t in layer.values()]).abs()
+            self.histograms.append(torch.histogram(sizes.double().cpu(), EDGES).hist)
+
+    def tensors(self) -> dict:
+        """The keyword arguments of Curves."""
+        curves = {n: {k: torch.tensor(v) for k, v in d.items()} for n, d in self.found.items()}
+        empty = torch.zeros(0, len(EDGES) - 1, dtype=torch.float64)
+        return {**curves, "histograms": torch.stack(self.histograms) if self.histograms else empty}
+
+
+def noise_statistics(
+    network: CoordinateNetwork,
+    task: Task,
+    steps: int,
+    minibatches: int,
+    draw: tuple[int, ...],
+    weights: Tensor,
+) -> dict[str, dict]:
+    """What other minibatches would have done after `steps` steps of the learned optimiser.
+
+    For gradients and updates, per layer that has parameters: the tail index of differences between
+    minibatches for each m of BLOCKS, trace and largest eigenvalue of the covariance.
+    """
+    optimizee = task.optimizee
+    params = optimizee.initial(seeded_generator(*draw, 0), weights.dtype, weights.device)
+    theta, batches = optimizee.flat(params), task.batches(seeded_generator(*draw, 1))
+    memory, sizes = network.memory(len(theta), theta), optimizee.sizes()
+
+    def answer(theta: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        g = optimizee.gradients(theta[None], [next(batches)])[1][0]
+        x, memory = network.observe(g, theta, memory.clone(), sizes)
+        return g, network.out_mul * network.step_(x, memory), memory
+
+    for _ in range(steps):
+        _, update, memory = answer(theta, memory)
+        theta = theta + update
+    gradients, updates, _ = zip(*(answer(theta, memory) for _ in range(minibatches)), strict=True)
+    found = {"gradient": torch.stack(gradients), "update": torch.stack(updates)}
+    return {name: _by_layer(optimizee.sizes_by_layer(), s) for name, s in found.items()}
+
+
+def _by_layer(sizes: Sequence[int], samples: Tensor) -> dict[str, list]:
+    parts = [part for part in samples.split(list(sizes), 1) if part.shape[1]]
+    # Differences of two draws are symmetric without a mean to subtract, and of the same index
+    symmetric = [part[: len(part) // 2 * 2 : 2] - part[1::2] for part in parts]
+    trace, largest = zip(*map(covariance_size, parts), strict=True)
+    tails = {m: [tail_index(part, m) for part in symmetric] for m in BLOCKS}
+    return {"tail_index": tails, "trace": list(trace), "largest_eigenvalue": list(largest)}
+
+
+def _copied(params: Params) -> Params:
+    return [{n: t.detach().clone() for n, t in layer.items()} for layer in params]

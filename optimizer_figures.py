@@ -1,0 +1,254 @@
+"""Figures of learned optimisers, from the files of their runs alone.
+
+    draw_optimizer_run("runs/learn_to_optimize-...")       # writes what it can into figures/ there
+
+comparison.npz holds "<optimizee>/<optimiser>/<what>", validation.npz a row per epoch. Panels that
+are compared share their scale.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import LogLocator
+
+from figure_style import (
+    COLOURS,
+    FONT,
+    GREY,
+    add_legend,
+    label_axes,
+    new_figure,
+    one_panel,
+    save_figure,
+)
+from run_log import RunLogError, read_config, read_json
+
+SHOWN_EPOCHS = 4  # curves of meta-training: the first, the last, and those between
+SMOOTHED = 5  # steps of a running mean of losses
+LEAST, CUT = 1e-9, 1e-12  # deviations below the first are drawn at it; bars of zeros
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def draw_optimizer_run(directory: str | Path) -> list[Path]:
+    """Draws what comparison.npz and validation.npz allow; the paths."""
+    directory = Path(directory)
+    place = directory / "figures"
+    place.mkdir(exist_ok=True)
+    drawn = []
+    compared = read_arrays(directory / "comparison.npz")
+    for name in dict.fromkeys(key.split("/")[0] for key in compared if "/" in key):
+        own = of_optimizee(compared, name)
+        draw_training(name, {k: a["losses"] for k, a in own.items()}, place / f"{name}_loss.png")
+        drawn.append(place / f"{name}_loss.png")
+        shown = one_of_each_kind(own)
+        for kind in kinds_of(own):
+            path = place / f"{name}_{kind}.png"
+            draw_symmetry(name, kind, shown, path)
+            drawn.append(path)
+        steps = histogram_steps(directory, own)
+        if steps:
+            draw_histograms(name, shown, compared["edges"], steps, place / f"{name}_updates.png")
+            drawn.append(place / f"{name}_updates.png")
+    results = directory / "results.json"
+    if results.exists():
+        for name, of in read_json(results).get("optimizees", {}).items():
+            draw_noise(name, of["noise"], place / f"{name}_noise.png")
+            drawn.append(place / f"{name}_noise.png")
+    validation = read_arrays(directory / "validation.npz")
+    if "losses" in validation:
+        draw_meta_training(validation, place / "meta_training.png")
+        drawn.append(place / "meta_training.png")
+    return drawn
+
+
+def draw_training(optimizee: str, losses: Arrays, path: Path) -> None:
+    """Training losses [runs, steps] of each optimiser: mean, and spread over the runs."""
+    figure, axes = one_panel()
+    for colour, (name, values) in zip(COLOURS, losses.items(), strict=False):
+        smooth = np.apply_along_axis(
+            _running_mean, 1, np.where(np.isfinite(values), values, np.nan)
+        )
+        mean, deviation = smooth.mean(0), smooth.std(0)
+        steps = np.arange(values.shape[1])
+        axes.plot(steps, mean, color=colour, lw=1.5 if name == "learned" else 1.1, label=name)
+        axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, lw=0)
+    axes.set_yscale("log")
+    label_axes(axes, f"{optimizee}: training loss", "step", "mean over runs, band: one deviation")
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+def draw_symmetry(optimizee: str, kind: str, optimizers: Mapping[str, Arrays], path: Path) -> None:
+    """A row per optimiser, relative deviations of updates at the left, of gradients at the right.
+
+    All panels have one scale, logarithmic above LEAST; the dashed line stands for 0.
+    """
+    figure = new_figure(7.6, 1.35 * len(optimizers) + 0.9)
+    grid = figure.subplots(len(optimizers), 2, sharex=True, sharey=True, squeeze=False)
+    for row, (name, arrays) in enumerate(optimizers.items()):
+        for axes, what, colour in zip(grid[row], ("update", "gradient"), COLOURS, strict=False):
+            values = arrays.get(f"{what}/{kind}", np.empty(0))
+            axes.axhline(LEAST, color=GREY, ls="--", lw=0.8)
+            axes.plot(np.arange(len(values)), np.maximum(values, LEAST), color=colour, lw=1.1)
+            axes.set_yscale("log")
+            axes.set_ylim(LEAST / 3, 2)
+            bottom = "step" if row == len(optimizers) - 1 else ""
+            title = f"{name}: {what}s"
+            label_axes(axes, title, bottom, "")
+    figure.supylabel("mean over units of |<v, xi>| / (|v| |xi|)", fontsize=FONT)
+    figure.suptitle(f"{optimizee}: departure from the {kind} symmetry", fontsize=FONT + 2)
+    save_figure(figure, path)
+
+
+def draw_histograms(
+    optimizee: str,
+    optimizers: Mapping[str, Arrays],
+    edges: np.ndarray,
+    steps: Sequence[int],
+    path: Path,
+) -> None:
+    """How large the changes of parameters |u| are, a panel per optimiser, a curve per step."""
+    figure = new_figure(2.6 * len(optimizers), 2.9)
+    grid = figure.subplots(1, len(optimizers), sharex=True, sharey=True, squeeze=False)[0]
+    middles = np.sqrt(edges[1:] * edges[:-1])
+    for axes, (name, arrays) in zip(grid, optimizers.items(), strict=True):
+        counts = arrays["histograms"]
+        for number, (step, row) in enumerate(zip(steps, counts, strict=False)):
+            share = row / max(row.sum(), 1)
+            opacity = (number + 1) / len(counts)
+            axes.plot(middles, share, color=COLOURS[0], alpha=opacity, lw=1.2, label=f"step {step}")
+        axes.set_xscale("log")
+        label_axes(axes, name, "|u|", "share of parameters" if axes is grid[0] else "")
+        axes.xaxis.set_major_locator(LogLocator(numticks=5))
+    add_legend(grid[0])
+    figure.suptitle(f"{optimizee}: sizes of updates", fontsize=FONT + 2)
+    save_figure(figure, path)
+
+
+def draw_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None:
+    """Tail index and covariance over minibatches, of gradients and of learned updates, by layer."""
+    figure = new_figure(8.4, 2.8)
+    left, right = figure.subplots(1, 2)
+    for colour, (what, found) in zip(COLOURS, noise.items(), strict=False):
+        layers = np.arange(1, len(found["trace"]) + 1)
+        for style, (block, values) in zip(
+            (":", "--", "-"), found["tail_index"].items(), strict=False
+        ):
+            values = np.array(values, dtype=float)
+            left.plot(layers, values, style, color=colour, marker="o", ms=3, lw=1,
+                      label=f"{what}s, m = {block}")  # fmt: skip
+        for style, name in (("-", "trace"), ("--", "largest_eigenvalue")):
+            sizes = np.maximum(np.array(found[name], dtype=float), CUT)
+            label = f"{what}s, {name.replace('_', ' ')}"
+            right.plot(layers, sizes, style, color=colour, marker="o", ms=3, lw=1, label=label)
+    left.axhline(2, color=GREY, lw=0.8, ls="--")
+    right.set_yscale("log")
+    label_axes(left, f"{optimizee}: tail index (2: normal)", "layer", "alpha")
+    label_axes(right, "Covariance over minibatches", "layer", "")
+    for axes in (left, right):
+        axes.legend(fontsize=FONT - 3, frameon=False)
+    save_figure(figure, path)
+
+
+def draw_meta_training(validation: Arrays, path: Path) -> None:
+    """Validation losses and the updates' deviations along meta-training, darker with the epochs."""
+    kinds = [key.split("/")[1] for key in validation if key.startswith("deviation/")]
+    count = len(validation["losses"])
+    epochs = np.unique(np.linspace(0, count - 1, min(SHOWN_EPOCHS, count)).round().astype(int))
+    figure = new_figure(4.2 * (1 + len(kinds)), 3.4)
+    first, *others = figure.subplots(1, 1 + len(kinds), squeeze=False)[0]
+    _epoch_curves(first, validation["losses"], epochs)
+    label_axes(first, "Losses of validation runs", "step", "mean over runs")
+    for axes, kind in zip(others, kinds, strict=True):
+        _epoch_curves(axes, np.maximum(validation[f"deviation/{kind}"], LEAST), epochs)
+        axes.axhline(LEAST, color=GREY, ls="--", lw=0.8)
+        axes.set_ylim(LEAST / 3, 2)
+        label_axes(axes, f"Updates' departure: {kind}", "step", "relative |deviation|, mean")
+    add_legend(first)
+    save_figure(figure, path)
+
+
+def draw_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """A heat map: optimisers in rows, optimizees in columns, the training loss in each cell."""
+    rows = list(losses)
+    columns = list(dict.fromkeys(name for of in losses.values() for name in of))
+    table = np.array([[losses[row].get(name, np.nan) for name in columns] for row in rows])
+    figure = new_figure(1.1 * len(columns) + 2.6, 0.42 * len(rows) + 1.6)
+    axes = figure.subplots()
+    finite = table[np.isfinite(table)]
+    norm = LogNorm(finite.min(), max(finite.max(), 1.001 * finite.min()))
+    image = axes.imshow(table, cmap="viridis_r", norm=norm, aspect="auto")
+    for (i, j), value in np.ndenumerate(table):
+        if not np.isnan(value):
+            colour = "white" if np.isfinite(value) and norm(value) > 0.5 else "black"
+            axes.text(
+                j, i, f"{value:.3g}", ha="center", va="center", fontsize=FONT - 1, color=colour
+            )
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=FONT - 1)
+    axes.set_yticks(range(len(rows)), rows, fontsize=FONT - 1)
+    axes.set_title(
+        "Training loss of optimisers (rows) on optimizees", fontsize=FONT + 1, loc="left"
+    )
+    figure.colorbar(image, ax=axes).ax.tick_params(labelsize=FONT - 2)
+    save_figure(figure, path)
+
+
+# ---- from a run's files ----
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, {} where there is none; RunLogError where it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, ValueError, KeyError) as error:
+        raise RunLogError(f"{path} is damaged: {error}") from error
+
+
+def of_optimizee(arrays: Arrays, name: str) -> dict[str, dict[str, np.ndarray]]:
+    """What belongs to one optimizee: an optimiser's name to its arrays."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for key, values in arrays.items():
+        if key.startswith(f"{name}/"):
+            _, optimizer, what = key.split("/", 2)
+            found.setdefault(optimizer, {})[what] = values
+    return found
+
+
+def one_of_each_kind(optimizers: Mapping[str, Arrays]) -> dict[str, Arrays]:
+    """Of each optimiser at several rates the last: the best."""
+    return {name: optimizers[name] for name in {n.split()[0]: n for n in optimizers}.values()}
+
+
+def kinds_of(optimizers: Mapping[str, Arrays]) -> list[str]:
+    """The kinds of symmetry that were measured."""
+    keys = (key for arrays in optimizers.values() for key in arrays)
+    return list(dict.fromkeys(k.split("/")[1] for k in keys if k.startswith("update/")))
+
+
+def histogram_steps(directory: Path, optimizers: Mapping[str, Arrays]) -> list[int]:
+    """The steps that the rows of the histograms are of."""
+    config = read_config(directory)
+    steps = sorted(s for s in config["histogram_steps"] if s <= config["test_steps"])
+    return steps if all(len(a["histograms"]) == len(steps) for a in optimizers.values()) else []
+
+
+def _epoch_curves(axes: Axes, rows: np.ndarray, epochs: Sequence[int]) -> None:
+    for number, epoch in enumerate(epochs):
+        opacity = (number + 1) / len(epochs)
+        axes.plot(rows[epoch], color=COLOURS[0], alpha=opacity, lw=1.3, label=f"epoch {epoch}")
+    axes.set_yscale("log")
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """The mean of each value and up to SMOOTHED - 1 before it."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    stop = np.arange(1, len(total))
+    begin = np.maximum(0, stop - SMOOTHED)
+    return (total[stop] - total[begin]) / (stop - begin)

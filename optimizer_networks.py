@@ -1,0 +1,276 @@
+"""Learned optimisers as networks that see one coordinate at a time, with weights shared by all.
+
+    theta <- theta + out_mul u,    u, memory = network(inputs of the gradient, memory)
+
+    CoordinateLSTM  LSTM cell (20), LSTM cell (20), linear; 5,301 weights, 5,221 on raw gradients
+    CoordinateMLP   MLP (32, 32) on running averages of the gradient; u = direction exp(.001 size)
+
+Inputs are detached from theta: no second derivatives. All tensors have a column per coordinate; the
+memory [rows, n] starts at 0 and holds first what the weights act on (the LSTM's state), then what
+is merely seen (running averages). Sources: Andrychowicz et al. 2016 (arXiv 1606.04474) with the
+preprocessing of its appendix A; Metz et al. 2020 (arXiv 2009.11243) for the MLP.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import coordinate_lstm
+from hypgraddesc import seeded_generator
+
+LARGEST_LOG = 10.0  # p: gradients below e^-p are passed on as they are, times e^p
+EXTRA_INPUTS = ("time", "relative_update", "parameter")
+TIME_SCALE = 100.0  # steps
+DECAYS = (0.5, 0.9, 0.99)  # of the MLP's running averages of g; of g^2 the last
+MLP_CHUNK = 1 << 14  # columns whose graph is kept at once
+
+
+class OptimizerError(ValueError):
+    """What is wrong with a learned optimiser or its use, and what would be right, in one line."""
+
+
+def log_and_sign(g: Tensor, p: float = LARGEST_LOG) -> Tensor:
+    """[2, ...]: (log(|g| + 1e-8) / p, sign g) where |g| >= e^-p, else (-1, e^p g)."""
+    size = g.abs()
+    large = size >= math.exp(-p)
+    logarithm = torch.where(large, (size + 1e-8).log_().div_(p), -1.0)
+    return torch.stack([logarithm, torch.where(large, g.sign(), g * math.exp(p))])
+
+
+class CoordinateNetwork(nn.Module):
+    """What the networks share; `kind` and `settings` are what a file says of them.
+
+    state_rows, seen_rows: of the memory, that the weights act on and that is merely seen.
+    """
+
+    state_rows = seen_rows = 0
+
+    def __init__(self, out_mul: float, settings: dict) -> None:
+        super().__init__()
+        if not 0 < out_mul < float("inf"):
+            raise OptimizerError(f"out_mul must be a number above 0, got {out_mul}")
+        self.out_mul, self.settings = float(out_mul), {"out_mul": float(out_mul), **settings}
+
+    def memory(self, n: int, like: Tensor) -> Tensor:
+        """The memory [rows, n] before the first step."""
+        return like.new_zeros(self.state_rows + self.seen_rows, n)
+
+    def observe(
+        self, g: Tensor, theta: Tensor, memory: Tensor, sizes: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs [inputs, n] from gradient and parameters [n], and the memory with them seen.
+
+        sizes: how many consecutive coordinates belong to each tensor.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """u [n] and the next memory, attached to the weights and to the memory's state rows."""
+        raise NotImplementedError
+
+    def step_(self, x: Tensor, memory: Tensor) -> Tensor:
+        """u [n] without a graph; the memory changes in place."""
+        raise NotImplementedError
+
+    def sequence_gradient(self, x: Tensor, memory: Tensor, du: Tensor) -> list[Tensor]:
+        """The gradient, per parameter, of the sum of du * u over a sequence.
+
+        x: [T, inputs, n] of every step; memory: before the first; du: [T, n].
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+class CoordinateLSTM(CoordinateNetwork):
+    """The LSTM optimiser.
+
+    hidden: units of both layers. preprocess: log_and_sign of the gradient, else the gradient.
+    extra_inputs: of "time" (tanh(step / 100)), "relative_update" (log |d theta| / |theta| of the
+    tensor, over p, at least -1) and "parameter". out_mul: .1, for nets of ReLUs better .01.
+    """
+
+    kind = "lstm"
+
+    def __init__(
+        self,
+        hidden: int = 20,
+        *,
+        preprocess: bool = True,
+        extra_inputs: Sequence[str] = (),
+        out_mul: float = 0.1,
+    ) -> None:
+        chosen = [name for name in EXTRA_INPUTS if name in extra_inputs]
+        settings = {"hidden": hidden, "preprocess": bool(preprocess), "extra_inputs": chosen}
+        super().__init__(out_mul, settings)
+        if len(chosen) != len(extra_inputs) or hidden < 1:
+            known = ", ".join(EXTRA_INPUTS)
+            raise OptimizerError(f"hidden must be >= 1, extra inputs are {known}")
+        self.extra_inputs, self.preprocess = tuple(chosen), bool(preprocess)
+        self.state_rows = 4 * hidden
+        self.seen_rows = ("time" in chosen) + ("relative_update" in chosen)
+        self.lstm = nn.LSTM(1 + self.preprocess + len(chosen), hidden, 2)
+        self.output = nn.Linear(hidden, 1)
+
+    def observe(self, g, theta, memory, sizes):
+        rows = [log_and_sign(g) if self.preprocess else g[None]]
+        if not self.extra_inputs:
+            return rows[0], memory
+        seen = list(memory[self.state_rows :])
+        if "time" in self.extra_inputs:
+            rows.append((seen[0] / TIME_SCALE).tanh()[None])
+            seen[0] = seen[0] + 1
+        if "relative_update" in self.extra_inputs:
+            rows.append(_relative_change(theta, seen[-1], sizes)[None])
+            seen[-1] = theta
+        if "parameter" in self.extra_inputs:
+            rows.append(theta[None])
+        memory = torch.cat([memory[: self.state_rows], *(row[None] for row in seen)])
+        return torch.cat(rows), memory
+
+    def forward(self, x, memory):
+        h1, c1, h2, c2 = memory[: self.state_rows].chunk(4)
+        h1, c1 = self._cell(0, x, h1, c1)
+        h2, c2 = self._cell(1, h1, h2, c2)
+        u = (self.output.weight @ h2)[0] + self.output.bias
+        return u, torch.cat([h1, c1, h2, c2, memory[self.state_rows :]])
+
+    def _cell(self, layer: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        w_x, w_h, b_x, b_h = self.lstm.all_weights[layer]
+        i, f, g, o = (w_x @ x + w_h @ h + (b_x + b_h)[:, None]).chunk(4)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+    def step_(self, x, memory):
+        weights = coordinate_lstm.Weights.of(self.lstm, self.output)
+        return coordinate_lstm.step_(weights, x, memory[: self.state_rows])
+
+    def sequence_gradient(self, x, memory, du):
+        weights = coordinate_lstm.Weights.of(self.lstm, self.output)
+        state = memory[: self.state_rows]
+        found = weights.gradients_by_module(
+            *coordinate_lstm.sequence_gradient(weights, x, state, du)
+        )
+        return [g.reshape(p.shape) for g, p in zip(found, self.parameters(), strict=True)]
+
+
+class CoordinateMLP(CoordinateNetwork):
+    """The MLP optimiser; it has no state of its own.
+
+    Inputs per coordinate: g, its running averages of decays .5, .9, .99 and g / sqrt of that of g^2
+    (all with their start corrected), the parameter: each divided by its root mean square over the
+    tensor; and tanh(step / 100). Two outputs: u = direction * exp(.001 size).
+    """
+
+    kind = "mlp"
+    seen_rows = len(DECAYS) + 2
+    inputs = len(DECAYS) + 4
+
+    def __init__(self, hidden: int = 32, *, out_mul: float = 0.001) -> None:
+        super().__init__(out_mul, {"hidden": hidden})
+        if hidden < 1:
+            raise OptimizerError(f"hidden must be >= 1, got {hidden}")
+        self.layers = nn.Sequential(
+            nn.Linear(self.inputs, hidden), nn.ReLU(),
+            nn.Linear(hidden, hidden), nn.ReLU(),
+            nn.Linear(hidden, 2),
+        )  # fmt: skip
+
+    def observe(self, g, theta, memory, sizes):
+        *averages, squares, steps = memory
+        steps = steps + 1
+        averages = [d * m + (1 - d) * g for d, m in zip(DECAYS, averages, strict=True)]
+        squares = DECAYS[-1] * squares + (1 - DECAYS[-1]) * g.square()
+        corrected = [m / (1 - d**steps) for d, m in zip(DECAYS, averages, strict=True)]
+        size = (squares / (1 - DECAYS[-1] ** steps)).sqrt()
+        rows = torch.stack([g, *corrected, theta, g / (size + 1e-12)])
+        x = torch.cat([_over_its_size(rows, sizes), (steps / TIME_SCALE).tanh()[None]])
+        return x, torch.stack([*averages, squares, steps])
+
+    def forward(self, x, memory):
+        direction, size = self.layers(x.t()).t()
+        return direction * (0.001 * size).exp(), memory
+
+    @torch.no_grad()
+    def step_(self, x, memory):
+        return self(x, memory)[0]
+
+    @torch.enable_grad()
+    def sequence_gradient(self, x, memory, du):
+        columns, du = x.transpose(0, 1).flatten(1), du.flatten()
+        total = [torch.zeros_like(p) for p in self.parameters()]
+        pairs = zip(columns.split(MLP_CHUNK, 1), du.split(MLP_CHUNK), strict=True)
+        for some, weights in pairs:
+            u, _ = self(some, memory)
+            found = torch.autograd.grad((u * weights).sum(), list(self.parameters()))
+            torch._foreach_add_(total, found)
+        return total
+
+
+NETWORKS = {network.kind: network for network in (CoordinateLSTM, CoordinateMLP)}
+
+
+def make_network(kind: str, seed: int = 0, **settings) -> CoordinateNetwork:
+    """A network of a kind of NETWORKS, its weights drawn by torch's defaults from the seed."""
+    if kind not in NETWORKS:
+        raise OptimizerError(f"unknown optimiser {kind!r}; known are {', '.join(NETWORKS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeded_generator(seed).initial_seed())
+        return NETWORKS[kind](**settings)
+
+
+def save_network(network: CoordinateNetwork, path: Path | str) -> None:
+    """Writes a network as JSON, weights exact."""
+    Path(path).write_text(json.dumps(network_to_dict(network)) + "\n")
+
+
+def network_to_dict(network: CoordinateNetwork) -> dict:
+    """Kind, settings and weights, in plain values."""
+    weights = {name: p.tolist() for name, p in network.state_dict().items()}
+    return {"kind": network.kind, "settings": network.settings, "weights": weights}
+
+
+def load_network(path: Path | str) -> CoordinateNetwork:
+    """Reads what `save_network` wrote, in float32; OptimizerError where it is something else."""
+    try:
+        description = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as problem:
+        raise OptimizerError(f"cannot read a learned optimiser from {path}: {problem}") from problem
+    try:
+        network = make_network(description["kind"], **description["settings"])
+        weights = {name: torch.tensor(w) for name, w in description["weights"].items()}
+        network.load_state_dict(weights)
+    except OptimizerError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as problem:
+        raise OptimizerError(
+            f"{path} is no learned optimiser, or one of another architecture: {problem}"
+        ) from problem
+    if not all(p.isfinite().all() for p in network.parameters()):
+        raise OptimizerError(f"{path} holds weights that are not finite")
+    return network
+
+
+def _over_its_size(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[rows, n], each row divided by its root mean square over each tensor."""
+    parts = [
+        part / (part.square().mean(1, keepdim=True).sqrt() + 1e-12)
+        for part in rows.split(list(sizes), 1)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _relative_change(theta: Tensor, before: Tensor, sizes: Sequence[int]) -> Tensor:
+    """max(-1, log(|theta - before| / |theta|) / p) of each tensor, for all of its coordinates."""
+    rows = torch.stack([theta - before, theta])
+    parts = []
+    for part in rows.split(list(sizes), 1):
+        change, size = part.norm(dim=1)
+        ratio = (change / (size + 1e-12) + 1e-12).log() / LARGEST_LOG
+        parts.append(ratio.clamp(min=-1).expand(part.shape[1]))
+    return torch.cat(parts)

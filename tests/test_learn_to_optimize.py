@@ -1,0 +1,174 @@
+"""The real command, with a tiny budget: what it writes, how it resumes, what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
+from torch import nn
+
+import learn_to_optimize
+import plot
+from learned_optimizer import LearnedOptimizer
+from optimizer_networks import CoordinateLSTM, load_network, save_network
+
+TINY = [
+    "relu3", "--dataset", "mnist5k", "--hidden", "3", "--epochs", "2", "--runs_per_epoch", "2",
+    "--inner_steps", "6", "--unroll", "3", "--validation_runs", "1", "--test_runs", "2",
+    "--test_steps", "3", "--tuning_runs", "1", "--threads", "1", "--quiet",
+]  # fmt: skip
+
+
+def run(*flags) -> None:
+    """The command without its figures, which take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_run", "draw_optimizer_run"):
+            patch.setattr(learn_to_optimize, name, lambda directory: [])
+        learn_to_optimize.main([*map(str, flags)])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A run without further flags, complete."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    learn_to_optimize.main([*map(str, (*TINY, "--out", out))])
+    return out
+
+
+def test_a_run_leaves_its_files_and_an_optimizer_for_any_model(plain):
+    assert [row["step"] for row in rows(plain)] == ["1", "2", "3", "4"]
+    results = json.loads((plain / "results.json").read_text())
+    compared = results["optimizees"]["relu3"]["optimizers"]
+    assert {name.split()[0] for name in compared} == {"learned", "adam", "sgd", "lion"}
+    with np.load(plain / "comparison.npz") as arrays:
+        assert arrays["relu3/learned/losses"].shape == (2, 4)
+    for name in ("relu3_loss", "relu3_rescale", "relu3_updates", "relu3_noise", "meta_training"):
+        assert (plain / "figures" / f"{name}.png").stat().st_size > 1000
+    model = nn.Linear(4, 2)
+    optimizer = LearnedOptimizer(model.parameters(), load_network(plain / "optimizer.json"))
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+
+
+def test_figures_are_drawn_again_from_the_files_alone(plain, capsys, tmp_path):
+    path = plain / "figures" / "relu3_rescale.png"
+    before = path.read_bytes()
+    path.unlink()
+    plot.main(["run", str(plain)])
+    assert path.read_bytes() == before
+    plot.main(["losses", str(plain), "--out", str(tmp_path / "losses.png")])
+    assert (tmp_path / "losses.png").stat().st_size > 1000
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, plain):
+    for name, seed in (("same", 0), ("other", 1)):
+        run(*TINY, "--seed", seed, "--out", tmp_path / name)
+    assert outcome(tmp_path / "same") == outcome(plain) != outcome(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--network", "mlp"],
+        ["--raw_gradients"],
+        ["--extra_inputs", "time"],
+        ["--out_mul", "0.5"],
+        ["--lr", "0.1"],
+        ["--decay", "cosine"],
+        ["--log_loss"],
+        ["--estimator", "pes"],
+        ["--coordinates", "20"],
+        ["--tasks", "2"],
+        ["--unroll", "2"],
+        ["--penalty", "10"],
+        ["--batch_size", "64"],
+        ["--compare", "sigmoid2"],
+        ["--test_steps", "4"],
+        ["--dtype", "float64"],
+    ],
+    ids=" ".join,
+)
+def test_every_flag_changes_the_numbers_of_a_run(tmp_path, plain, flags):
+    run(*TINY, *flags, "--out", tmp_path / "run")
+    assert outcome(plain) != outcome(tmp_path / "run")
+
+
+def test_a_saved_optimizer_is_compared_without_training_and_on_other_optimizees(tmp_path, plain):
+    out = tmp_path / "run"
+    run(*TINY, "--epochs", 0, "--start_from", plain, "--compare", "relu3", "quadratic",
+        "--out", out)  # fmt: skip
+    results = [json.loads((d / "results.json").read_text())["optimizees"] for d in (plain, out)]
+    assert results[0]["relu3"] == results[1]["relu3"] and "quadratic" in results[1]
+    assert (out / "optimizer.json").read_text() == (plain / "optimizer.json").read_text()
+
+
+def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_path):
+    flags = [*TINY, "--epochs", "8"]
+    run(*flags, "--out", tmp_path / "whole")
+    killed = tmp_path / "killed"
+    kill_at_row(3, killed, "learn_to_optimize.py", *flags, "--out", killed)
+    run("--resume", killed, "--quiet")
+    assert outcome(killed) == outcome(tmp_path / "whole")
+
+
+def test_ctrl_c_ends_a_run_cleanly_with_figures_and_the_optimizer_so_far(tmp_path):
+    out = tmp_path / "run"
+    flags = [*TINY, "--epochs", "5000", "--out", out]
+    interrupt_at_row(4, out, "learn_to_optimize.py", *flags)
+    assert (out / "figures" / "meta_training.png").exists()
+    assert load_network(out / "optimizer.json").kind == "lstm"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["gru20"], "gru20"),
+        (["relu3", "--compare", "nothing"], "nothing"),
+        (["relu3", "--unroll", "0"], "at least 1"),
+        (["relu3", "--estimator", "guess"], "guess"),
+        (["relu3", "--network", "mlp", "--raw_gradients"], "lstm"),
+        (["relu3", "--estimator", "autograd", "--coordinates", "5"], "suffix_sum"),
+        (["relu3", "--batch_size", "5000"], "2000"),
+        (["relu3", "--start_from", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line_and_leaves_no_directory(
+    capsys, tmp_path, flags, message
+):
+    out = tmp_path / "run"
+    flags = [*flags, "--dataset", "mnist5k", "--quiet", "--out", out]
+    assert message in refused(capsys, learn_to_optimize.main, *flags)
+    assert not out.exists()
+
+
+def test_an_optimizer_of_another_architecture_is_refused(capsys, tmp_path):
+    path = tmp_path / "optimizer.json"
+    save_network(CoordinateLSTM(3), path)
+    for flags in (["--network", "mlp"], ["--hidden", 4]):
+        line = refused(
+            capsys, learn_to_optimize.main, "relu3", "--dataset", "mnist5k", "--start_from", path,
+            *flags,
+        )  # fmt: skip
+        assert "another architecture" in line
+    path.write_text(path.read_text().replace('"hidden": 3', '"hidden": 4'))
+    line = refused(
+        capsys, learn_to_optimize.main, "relu3", "--dataset", "mnist5k", "--start_from", path
+    )
+    assert "another architecture" in line
+
+
+def test_resuming_with_other_flags_is_refused(capsys, plain):
+    line = refused(capsys, learn_to_optimize.main, "--resume", plain, "--unroll", "5", "--quiet")
+    assert "unroll" in line
+
+
+@pytest.mark.slow
+def test_half_an_hours_training_beats_adam_at_its_default_rate(tmp_path):
+    run("sigmoid20", "--epochs", 15, "--coordinates", 3000, "--log_loss", "--lr", 0.005, "--decay",
+        "cosine", "--threads", 1, "--quiet", "--data-dir", tmp_path / "data",
+        "--out", tmp_path / "run")  # fmt: skip
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    losses = {k: v["loss"] for k, v in results["optimizees"]["sigmoid20"]["optimizers"].items()}
+    assert losses["learned"] < losses["adam 0.03"]

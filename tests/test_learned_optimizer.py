@@ -1,0 +1,246 @@
+"""The learned optimiser as a rule of this program and as a torch.optim.Optimizer."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from hypgraddesc import seeded_generator
+from learned_optimizer import MEMORY, LearnedOptimizer, LearnedRule
+from meta_gradients import NonFiniteError
+from models_fully_local import Activation, lateral_mlp
+from optimizees import Optimizee, image_optimizee
+from optimizer_networks import OptimizerError, log_and_sign, make_network
+from train import train
+from vicreg import uniform_parameters
+from window_gradients import Objective, autograd_gradient, start
+
+
+def module() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+
+
+def batch(seed: int, size: int = 8):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 5, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (size,), generator=generator)
+
+
+def network(kind="lstm", **settings):
+    return make_network(kind, 0, hidden=4, **settings).double()
+
+
+def steps(model, optimizer, count: int, first: int = 0) -> list[float]:
+    losses = []
+    for k in range(first, first + count):
+        x, y = batch(k)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def by_hand(model, own, count: int, lr: float = 1.0) -> None:
+    """torch.nn.LSTM's own forward, coordinates as its batch, one tensor after the other."""
+    states: dict = {}
+    for k in range(count):
+        x, y = batch(k)
+        loss = nn.functional.cross_entropy(model(x), y)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        for number, (p, g) in enumerate(zip(model.parameters(), gradients, strict=True)):
+            inputs = log_and_sign(g.flatten()).t()[None]
+            out, states[number] = own.lstm(inputs, states.get(number))
+            with torch.no_grad():
+                p.add_(own.out_mul * lr * own.output(out)[0, :, 0].view_as(p))
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.3])
+def test_steps_are_those_of_torchs_lstm_tensor_by_tensor(lr):
+    torch.manual_seed(0)
+    model, own = module(), network()
+    slow = copy.deepcopy(model)
+    steps(model, LearnedOptimizer(model.parameters(), own, lr), 5)
+    by_hand(slow, own, 5, lr)
+    for ours, expected in zip(model.parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mlp"])
+def test_the_rule_the_optimizer_and_the_window_make_the_same_steps(kind):
+    own, optimizee = network(kind), Optimizee(module)
+    params = optimizee.initial(seeded_generator(1))
+    leaves = [t.clone().requires_grad_() for layer in params for t in layer.values()]
+    optimizer = LearnedOptimizer(leaves, own)
+    for k in range(4):
+        loss = optimizee.loss(optimizee.unflat(torch.cat([t.flatten() for t in leaves])), batch(k))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    trained = train(optimizee, params, map(batch, range(4)), LearnedRule(own), 4, grad=False)
+    with_graph = train(optimizee, params, map(batch, range(4)), LearnedRule(own), 4)
+    expected = torch.cat([t.detach().flatten() for t in leaves])
+    for found in (trained, with_graph):
+        torch.testing.assert_close(optimizee.flat(found), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_the_rules_hyperparameters_get_the_gradient_of_the_window_through_train():
+    own, optimizee = network(), Optimizee(module)
+    params = optimizee.initial(seeded_generator(1))
+    data, total = [batch(k) for k in range(4)], 0
+    for steps_done in (1, 2, 3):
+        end = train(optimizee, params, iter(data), LearnedRule(own), steps_done, memory="recompute")
+        total = total + optimizee.loss(end, data[steps_done])
+    ours = torch.autograd.grad(total, list(own.parameters()))
+    theta = optimizee.flat(params)[None]
+    trainings, _ = start(own, optimizee, theta, [iter(data)])
+    expected = autograd_gradient(own, optimizee, trainings, 3, Objective()).gradient
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_an_update_of_the_rule_changes_nothing_in_place_and_remembers_in_params():
+    own, optimizee = network(), Optimizee(module)
+    rule, params = LearnedRule(own), optimizee.initial(seeded_generator(1))
+    with torch.no_grad():
+        once = rule.update(optimizee, params, batch(0))
+        kept = copy.deepcopy(once)
+        twice = rule.update(optimizee, once, batch(1))
+        again = rule.update(optimizee, kept, batch(1))
+    assert once[0][MEMORY].shape == (16, sum(optimizee.sizes()))
+    for first, second in ((once, kept), (twice, again)):
+        for a, b in zip(first, second, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_rule_trains_any_model_of_this_program():
+    model = lateral_mlp(5, [3], Activation("sigmoid"))
+    params = uniform_parameters(model, seeded_generator(0))
+
+    def loss(model, params, x):
+        return model(x, params).square().mean()
+
+    rule, x = LearnedRule(network(), loss), batch(0)[0]
+    new = train(model, params, iter([x, x]), rule, 2, grad=False)
+    assert {*new[1]} == {"w", "b", "m", MEMORY}
+    assert not torch.equal(new[1]["w"], params[1]["w"]) and model(x, new).shape == (8, 3)
+
+
+def test_a_saved_optimizer_goes_on_as_if_it_had_not_been_saved(tmp_path):
+    torch.manual_seed(0)
+    model, own = module(), network(extra_inputs=["time", "relative_update"])
+    optimizer = LearnedOptimizer(model.parameters(), own)
+    steps(model, optimizer, 3)
+    torch.save([model.state_dict(), optimizer.state_dict()], tmp_path / "state.pt")
+    expected = steps(model, optimizer, 3, 3)
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other = module()
+    other.load_state_dict(weights)
+    resumed = LearnedOptimizer(other.parameters(), own)
+    resumed.load_state_dict(state)
+    assert steps(other, resumed, 3, 3) == expected
+
+
+def test_the_state_of_another_network_is_refused():
+    model = module()
+    optimizer = LearnedOptimizer(model.parameters(), network())
+    steps(model, optimizer, 1)
+    other = LearnedOptimizer(model.parameters(), network(extra_inputs=["time"]))
+    with pytest.raises(OptimizerError, match="17 rows"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_groups_have_rates_of_their_own_and_schedulers_change_them():
+    torch.manual_seed(0)
+    model, own = module(), network()
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[2].parameters()}]
+    optimizer = LearnedOptimizer(groups, own)
+    still, moving = model[0].weight.clone(), model[2].weight.clone()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    steps(model, optimizer, 1)
+    scheduler.step()
+    assert torch.equal(model[0].weight, still) and not torch.equal(model[2].weight, moving)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0, 0.5]
+
+
+def test_a_closure_is_evaluated_and_its_loss_returned():
+    model = module()
+    optimizer = LearnedOptimizer(model.parameters(), network())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(batch(0)[0]).square().mean()
+        loss.backward()
+        return loss
+
+    before = model[0].weight.clone()
+    assert optimizer.step(closure).item() > 0 and not torch.equal(before, model[0].weight)
+
+
+@pytest.mark.parametrize("name", ["conv4-3", "relu6bn", "softplus5-4"])
+def test_other_modules_are_trained_too(name):
+    model = image_optimizee(name, (1, 8, 8), 3).make_module()
+    optimizer = LearnedOptimizer(model.parameters(), make_network("mlp", 0))
+    x = torch.randn(7, 1, 8, 8)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_parameters_of_half_precision_leave_the_networks_weights_as_they_are():
+    own, model = make_network("lstm", 0, hidden=3), nn.Linear(4, 2).bfloat16()
+    before = own.output.weight.clone()
+    optimizer = LearnedOptimizer(model.parameters(), own)
+    for _ in range(2):
+        model(torch.ones(3, 4, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+    assert torch.equal(before, own.output.weight) and model.weight.dtype == torch.bfloat16
+    assert optimizer.state[model.weight]["memory"].dtype == torch.float32
+
+
+def test_parameters_without_a_gradient_stay():
+    model = module()
+    optimizer = LearnedOptimizer(model.parameters(), network())
+    model[0](batch(0)[0]).square().mean().backward()
+    before = model[2].weight.clone()
+    optimizer.step()
+    assert torch.equal(before, model[2].weight) and len(optimizer.state) == 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nothing_is_stepped_on_a_gradient_that_is_not_finite(bad):
+    model = module()
+    optimizer = LearnedOptimizer(model.parameters(), network())
+    steps(model, optimizer, 1)
+    before = [t.clone() for t in (*model.parameters(), optimizer.state[model[0].weight]["memory"])]
+    model[2].bias.grad[1] = bad
+    with pytest.raises(NonFiniteError):
+        optimizer.step()
+    after = [*model.parameters(), optimizer.state[model[0].weight]["memory"]]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    x, y = batch(0)
+    with pytest.raises(NonFiniteError):
+        LearnedRule(network()).update(
+            Optimizee(module), Optimizee(module).initial(seeded_generator(0)), (x * bad, y)
+        )
+
+
+def test_wrong_input_is_refused():
+    with pytest.raises(OptimizerError, match="no parameters"):
+        LearnedOptimizer(nn.ReLU().parameters(), network())
+    with pytest.raises(OptimizerError, match="no parameters"):
+        Optimizee(nn.ReLU)
+    with pytest.raises(OptimizerError, match="lr"):
+        LearnedOptimizer(module().parameters(), network(), -1.0)
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    numbers = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    numbers.abs().sum().backward()
+    for parameter in (table.weight, numbers):
+        with pytest.raises(OptimizerError, match="dense real"), warnings.catch_warnings():
+            LearnedOptimizer([parameter], network()).step()

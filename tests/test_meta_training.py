@@ -1,0 +1,116 @@
+"""Meta-training: it learns, selects, resumes bit for bit, never steps on what is not finite."""
+
+import copy
+import math
+
+import pytest
+import torch
+from test_optimizees import images
+
+from meta_training import ESTIMATORS, MetaTraining, MetaTrainingSettings
+from optimizees import make_task
+from optimizer_networks import OptimizerError, make_network
+from symmetries import find_symmetries
+
+SMALL = {"runs_per_epoch": 2, "inner_steps": 7, "unroll": 3, "validation_runs": 2}
+
+
+def training(warn=None, data=None, **settings) -> MetaTraining:
+    task = make_task("relu3", images(60) if data is None else data, 10)
+    network = make_network("lstm", 0, hidden=4)
+    chosen = MetaTrainingSettings(**SMALL | settings)
+    return MetaTraining(network, task, find_symmetries(task.optimizee), chosen, warn or pytest.fail)
+
+
+def numbers(row: dict) -> dict:
+    return {name: repr(value) for name, value in row.items() if name != "seconds"}
+
+
+def test_the_optimiser_learns_to_minimise_quadratics():
+    task = make_task("quadratic", images())
+    network = make_network("lstm", 0)
+    settings = MetaTrainingSettings(runs_per_epoch=10, inner_steps=40, tasks=8, validation_runs=16)
+    learning = MetaTraining(network, task, [], settings)
+    rows = [learning.train_run() for _ in range(60)]
+    assert learning.best_loss < 0.5 * learning.curves[0].sum()
+    assert rows[-1]["validation_loss"] == pytest.approx(learning.curves[-1].sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_resumed_run_goes_on_bit_for_bit(estimator):
+    settings = {"estimator": estimator, "tasks": 2, "pairs": 1}
+    plain = training(**settings)
+    rows = [numbers(plain.train_run()) for _ in range(4)]
+    first = training(**settings)
+    assert [numbers(first.train_run()) for _ in range(3)] == rows[:3]
+    resumed = training(**settings)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert numbers(resumed.train_run()) == rows[3]
+    for ours, theirs in zip(plain.network.parameters(), resumed.network.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_suffix_sums_and_autograd_train_alike_up_to_rounding():
+    ours, exact = training(), training(estimator="autograd")
+    rows = [(ours.train_run(), exact.train_run()) for _ in range(2)]
+    for a, b in rows:
+        assert a["meta_loss"] == pytest.approx(b["meta_loss"], rel=1e-3)
+
+
+def test_windows_cover_all_steps_and_validation_comes_at_the_end_of_an_epoch():
+    learning = training()
+    first, second = learning.train_run(), learning.train_run()
+    assert first["skipped_windows"] == 0 and math.isnan(first["validation_loss"])
+    assert not math.isnan(second["validation_loss"])
+    assert len(learning.curves) == 2 and learning.curves[0].shape == (7,)
+    assert {kind: len(values) for kind, values in learning.deviations.items()} == {
+        "rescale": 2,
+        "translation": 2,
+    }
+
+
+def test_the_best_weights_are_those_of_the_smallest_validation_loss():
+    learning = training(lr=0.5)
+    losses = [learning.train_run()["validation_loss"] for _ in range(6)][1::2]
+    smallest = min(learning.curves[0].sum().item(), *losses)
+    assert learning.best_loss == pytest.approx(smallest, rel=1e-5)
+    learning.select()
+    assert learning.validate().losses.sum(1).mean().item() == learning.best_loss
+
+
+def test_a_window_that_is_not_finite_ends_the_run_and_is_not_stepped_on():
+    warnings: list[str] = []
+    learning = training(warnings.append)
+    with torch.no_grad():
+        learning.network.output.bias.fill_(1e38)
+        learning.network.out_mul = 1e38
+    before = copy.deepcopy(learning.network.state_dict())
+    row = learning.train_run()
+    assert row["skipped_windows"] == 3 and len(warnings) == 1 and "run 1" in warnings[0]
+    assert all(torch.equal(before[n], p) for n, p in learning.network.state_dict().items())
+
+
+def test_the_penalty_lessens_deviations():
+    plain, held = (
+        training(inner_steps=12, runs_per_epoch=15, penalty=beta, penalty_relative=True)
+        for beta in (0.0, 10.0)
+    )
+    for _ in range(30):
+        plain.train_run(), held.train_run()
+    sizes = [learning.validate().update["rescale"].mean() for learning in (plain, held)]
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_the_rate_falls_as_a_cosine_where_asked():
+    settings = MetaTrainingSettings(epochs=2, runs_per_epoch=5, lr=0.1, decay="cosine")
+    assert settings.rate(0) == 0.1 and settings.rate(5) == pytest.approx(0.05)
+    assert settings.rate(10) == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"unroll": 0}, {"estimator": "x"}, {"coordinates": 5, "estimator": "pes"}, {"decay": "x"}],
+)
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(OptimizerError):
+        MetaTrainingSettings(**settings)

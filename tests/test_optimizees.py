@@ -1,0 +1,152 @@
+"""Optimizees: their networks, gradients, initial parameters and data."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from hypgraddesc import seeded_generator
+from mnist_datasets import DataError, ImageData
+from optimizees import (
+    Optimizee,
+    halves,
+    image_optimizee,
+    labelled_batches,
+    make_task,
+    quadratic_batches,
+)
+from optimizer_networks import OptimizerError
+
+
+def images(count: int = 40, size: int = 8) -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 1, size, size), generator=generator, dtype=torch.uint8)
+    return ImageData(pixels, torch.arange(count) % 10, "random pixels")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("sigmoid20", 784 * 20 + 20 + 210),
+        ("relu128-128", 784 * 128 + 128 + 128 * 129 + 1290),
+        ("leaky_relu20", 15910),
+        ("softplus20", 15910),
+        ("sigmoid20-20", 15910 + 420),
+        ("relu20bn", 15910 + 40),
+        ("conv16-32", 16 * 9 + 16 + 32 * 145 + 32 * 49 * 10 + 10),
+    ],
+)
+def test_a_name_tells_the_layers(name, parameters):
+    assert sum(image_optimizee(name).sizes()) == parameters
+
+
+@pytest.mark.parametrize("name", ["sigmoid6", "relu5-4", "softplus5", "relu6bn", "conv3-4"])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_gradients_are_those_of_the_module_itself(name, tasks):
+    optimizee = image_optimizee(name, (1, 8, 8), 10)
+    make = make_task(name, images(), 16).batches
+    data = [next(make(seeded_generator(k))) for k in range(tasks)]
+    params = [optimizee.initial(seeded_generator(k)) for k in range(tasks)]
+    losses, gradients = optimizee.gradients(torch.stack([*map(optimizee.flat, params)]), data)
+    for k, (x, y) in enumerate(data):
+        module = optimizee.make_module()
+        with torch.no_grad():
+            values = (t for layer in params[k] for t in layer.values())
+            for p, value in zip(module.parameters(), values, strict=True):
+                p.copy_(value)
+        loss = nn.functional.cross_entropy(module(x), y)
+        expected = torch.autograd.grad(loss, list(module.parameters()))
+        torch.testing.assert_close(losses[k], loss.detach())
+        torch.testing.assert_close(gradients[k], torch.cat([g.flatten() for g in expected]))
+
+
+def test_initial_parameters_follow_the_generator_and_leave_torchs_own_alone():
+    optimizee, before = image_optimizee("sigmoid6", (1, 8, 8)), torch.random.get_rng_state()
+    first, same, other = (optimizee.flat(optimizee.initial(seeded_generator(k))) for k in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_flat_and_unflat_are_inverse():
+    optimizee = image_optimizee("relu6bn", (1, 8, 8))
+    params = optimizee.initial(seeded_generator(0))
+    assert [{*layer} for layer in params] == [
+        set(), {"weight", "bias"}, {"weight", "bias"}, set(), {"weight", "bias"},
+    ]  # fmt: skip
+    back = optimizee.unflat(optimizee.flat(params))
+    for layer, same in zip(params, back, strict=True):
+        assert all(torch.equal(layer[name], same[name]) for name in layer)
+    assert sum(optimizee.sizes_by_layer()) == sum(optimizee.sizes())
+
+
+class Tied(nn.Module):
+    """One matrix used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh())
+
+
+def test_a_parameter_that_layers_share_counts_once():
+    optimizee = Optimizee(Tied)
+    params, x = optimizee.initial(seeded_generator(0)), torch.randn(3, 4)
+    w = params[0]["weight"]
+    assert optimizee.sizes() == [16] and params[1] == {}
+    torch.testing.assert_close(optimizee(x, params), (x @ w.T).tanh() @ w.T)
+
+
+def test_running_statistics_are_not_updated():
+    optimizee = Optimizee(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    params, x = optimizee.initial(seeded_generator(0)), torch.randn(6, 4)
+    before = [b.clone() for b in optimizee._module[0].buffers()]
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    first = optimizee.gradients(torch.stack([optimizee.flat(params)] * 2), [(x, y)] * 2)[0]
+    assert first[0] == first[1]
+    for old, new in zip(before, optimizee._module[0].buffers(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_batches_of_one_pass_hold_every_image_once_with_its_label():
+    data = images(40)
+    found = list(itertools.islice(labelled_batches(data, 8, seeded_generator(0), torch.float32), 5))
+    rows = torch.cat([x for x, _ in found]).flatten(1)
+    labels = torch.cat([y for _, y in found])
+    order = (rows[:, None] - data.floats().flatten(1)[None]).abs().sum(2).argmin(1)
+    assert sorted(order.tolist()) == list(range(40))
+    assert torch.equal(data.labels[order], labels)
+
+
+def test_the_halves_share_no_image():
+    first, second = halves(images(41))
+    assert len(first) == 20 and len(second) == 21
+    both = torch.cat([first.images, second.images])
+    assert torch.equal(both, images(41).images)
+
+
+def test_the_quadratic_is_the_same_problem_at_every_step():
+    task = make_task("quadratic", images(), dtype=torch.float64)
+    optimizee, data = task.optimizee, task.batches(seeded_generator(0))
+    (W, y), (same, _) = next(data), next(data)
+    assert torch.equal(W, same)
+    theta = optimizee.flat(optimizee.initial(seeded_generator(1), torch.float64))
+    loss, gradient = optimizee.gradients(theta[None], [(W, y)])
+    torch.testing.assert_close(loss[0], (W @ theta - y).square().sum())
+    torch.testing.assert_close(gradient[0], 2 * W.T @ (W @ theta - y))
+    other = next(quadratic_batches(seeded_generator(5), torch.float64, "cpu"))[0]
+    assert not torch.equal(W, other)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "relu0", "gru20", "relu20-", "conv8-8-8-8", ""])
+def test_an_unknown_name_is_refused(name):
+    with pytest.raises(OptimizerError):
+        image_optimizee(name, (1, 8, 8))
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(DataError, match="40"):
+        make_task("relu4", images(40), 41)

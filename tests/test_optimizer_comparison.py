@@ -1,0 +1,131 @@
+"""Optimisers compared: Lion, equal starts and batches, rates, measurements, diverging runs."""
+
+import math
+
+import pytest
+import torch
+from test_optimizees import images
+from torch import nn
+
+from hypgraddesc import seeded_generator
+from optimizees import make_task
+from optimizer_comparison import (
+    BASELINES,
+    RATES,
+    Comparison,
+    Contender,
+    Lion,
+    baseline,
+    learned,
+    noise_statistics,
+    train_all,
+)
+from optimizer_networks import make_network
+from symmetries import find_symmetries
+from window_gradients import roll_out, start
+
+WEIGHTS = torch.zeros((), dtype=torch.float64)
+DRAWS = [(0, 7, 0), (0, 7, 1)]
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task("relu4", images(60), 12, torch.float64)
+
+
+def test_lion_follows_its_formula():
+    p = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+    optimizer = Lion([p], lr=0.1, betas=(0.8, 0.6))
+    theta, m = p.detach().clone(), torch.zeros(3, dtype=torch.float64)
+    for g in torch.randn(5, 3, generator=seeded_generator(0), dtype=torch.float64):
+        p.grad = g.clone()
+        optimizer.step()
+        theta = theta - 0.1 * torch.sign(0.8 * m + 0.2 * g)
+        m = 0.6 * m + 0.4 * g
+        torch.testing.assert_close(p.detach(), theta)
+
+
+def test_all_optimisers_see_the_same_starts_and_batches(task):
+    still = train_all(
+        Contender("still", lambda ps: torch.optim.SGD(ps, 0.0)), task, 3, DRAWS, WEIGHTS
+    )
+    for name in BASELINES:
+        moved = train_all(baseline(name), task, 3, DRAWS, WEIGHTS)
+        assert torch.equal(moved.losses[:, 0], still.losses[:, 0])
+        assert not torch.equal(moved.losses[:, 1:], still.losses[:, 1:])
+
+
+def test_the_learned_optimizers_run_is_the_windows(task):
+    network = make_network("lstm", 0, hidden=3).double()
+    losses = train_all(learned("learned", network), task, 6, DRAWS[:1], WEIGHTS).losses[0]
+    theta = task.optimizee.flat(
+        task.optimizee.initial(seeded_generator(*DRAWS[0], 0), torch.float64)
+    )
+    trainings, first = start(
+        network, task.optimizee, theta[None], [task.batches(seeded_generator(*DRAWS[0], 1))]
+    )
+    window = roll_out(network, task.optimizee, trainings, 6)
+    torch.testing.assert_close(losses, torch.cat([first, window.losses[:, 0]]), rtol=1e-10, atol=0)
+
+
+def test_sgd_without_momentum_keeps_the_rescale_symmetry_along_training_and_adam_breaks_it(task):
+    symmetries = find_symmetries(task.optimizee)
+    plain = Contender("sgd", lambda ps: torch.optim.SGD(ps, 0.1))
+    kept = train_all(plain, task, 5, DRAWS, WEIGHTS, symmetries)
+    broken = train_all(baseline("adam"), task, 5, DRAWS, WEIGHTS, symmetries)
+    assert kept.update["rescale"].shape == (5,) and kept.update["rescale"].max() < 1e-13
+    assert broken.gradient["rescale"].max() < 1e-13 and broken.update["rescale"].min() > 1e-3
+    # raw deviations of an SGD update are lr times those of its gradient; these are roundoff
+    assert broken.raw_update["translation"].min() > broken.raw_gradient["translation"].max()
+
+
+def test_histograms_count_every_parameter_once(task):
+    curves = train_all(baseline("lion", 0.01), task, 5, DRAWS[:1], WEIGHTS, (), [1, 3, 50])
+    assert curves.histograms.shape[0] == 2
+    assert curves.histograms.sum(1).tolist() == [sum(task.optimizee.sizes())] * 2
+    assert (curves.histograms > 0).sum() <= 4  # all moves of Lion have one size
+
+
+@pytest.mark.parametrize("kind", ["baseline", "learned"])
+def test_a_run_that_leaves_the_finite_is_infinite_from_there(task, kind):
+    if kind == "baseline":
+        contender = baseline("sgd", 1e200)
+    else:
+        network = make_network("lstm", 0, hidden=3, out_mul=1e308).double()
+        contender = learned("learned", network)
+    curves = train_all(contender, task, 6, DRAWS, WEIGHTS)
+    assert curves.losses.shape == (2, 7) and curves.losses[:, 0].isfinite().all()
+    assert curves.losses[:, -1].isinf().all() and curves.summary()["loss"] == math.inf
+
+
+def test_the_best_rate_is_the_one_with_the_smallest_loss_and_the_default_stays(task):
+    comparison = Comparison(0, 8, 2, 2, WEIGHTS)
+    contenders, losses = comparison.at_default_and_best_rate("adam", task)
+    assert {float(rate) for rate in losses} == {*RATES, 0.03}
+    best = min(losses, key=losses.get)
+    assert [c.name for c in contenders] == list(dict.fromkeys(["adam 0.03", f"adam {best}"]))
+    rate = float(best)
+    again = train_all(baseline("adam", rate), task, 8, [(0, 2**31 + 1, k) for k in (0, 1)], WEIGHTS)
+    assert again.at(8).mean().item() == losses[best]
+
+
+def test_a_summary_is_of_the_last_ten_losses():
+    comparison = Comparison(3, 20, 4, 1, WEIGHTS)
+    task = make_task("quadratic", images(), dtype=torch.float64)
+    curves = comparison.curves(baseline("adam"), task, [])
+    summary = curves.summary()
+    expected = curves.losses[:, -10:].mean(1)
+    assert summary["runs"] == expected.tolist()
+    assert summary["loss"] == pytest.approx(expected.mean().item())
+    assert summary["deviation"] == pytest.approx(expected.std().item())
+
+
+def test_noise_is_told_per_layer_of_gradients_and_updates():
+    task = make_task("sigmoid4", images(60), 12, torch.float64)
+    network = make_network("lstm", 0, hidden=3).double()
+    found = noise_statistics(network, task, 3, 30, (0, 1), WEIGHTS)
+    for what in ("gradient", "update"):
+        of = found[what]
+        assert len(of["trace"]) == len(of["largest_eigenvalue"]) == 2
+        assert all(0 < e <= t for e, t in zip(of["largest_eigenvalue"], of["trace"], strict=True))
+        assert set(of["tail_index"]) == {2, 5, 10}

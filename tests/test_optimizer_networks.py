@@ -1,0 +1,141 @@
+"""The networks of learned optimisers: their inputs, sizes, files."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from optimizer_networks import (
+    EXTRA_INPUTS,
+    CoordinateLSTM,
+    CoordinateMLP,
+    OptimizerError,
+    load_network,
+    log_and_sign,
+    make_network,
+    save_network,
+)
+
+SIZES = [6, 1, 3]
+
+
+def run(network, steps=4, dtype=torch.float64):
+    """Inputs, memories and theta of a few steps on random gradients."""
+    network = network.to(dtype)
+    torch.manual_seed(3)
+    n, theta = sum(SIZES), torch.randn(sum(SIZES), dtype=dtype)
+    memory, seen = network.memory(n, theta), []
+    for _ in range(steps):
+        x, memory = network.observe(torch.randn(n, dtype=dtype), theta, memory, SIZES)
+        seen.append((x, memory))
+        u, memory = network(x, memory)
+        theta = (theta + network.out_mul * u).detach()
+    return seen
+
+
+def count(network) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_the_lstm_has_the_published_number_of_weights():
+    assert count(CoordinateLSTM()) == 5301
+    assert count(CoordinateLSTM(preprocess=False)) == 5221
+
+
+def test_gradients_become_a_logarithm_and_a_sign_or_if_small_a_scaled_value():
+    g = torch.tensor([1.0, -math.exp(-5), 0.0, math.exp(-11), -1e-30], dtype=torch.float64)
+    logarithm, sign = log_and_sign(g)
+    torch.testing.assert_close(logarithm[:2], torch.tensor([0.0, -0.5]).double(), atol=1e-6, rtol=0)
+    assert logarithm[2:].tolist() == [-1.0, -1.0, -1.0]
+    expected = torch.tensor([1.0, -1.0, 0.0, math.exp(-1), -1e-30 * math.exp(10)])
+    torch.testing.assert_close(sign, expected.double(), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("extra", [(), ("time",), ("relative_update",), EXTRA_INPUTS])
+@pytest.mark.parametrize("kind", ["lstm", "mlp"])
+def test_a_step_in_place_is_the_differentiable_one(kind, extra):
+    if kind == "mlp" and extra:
+        pytest.skip("the MLP has its own inputs")
+    network = make_network(kind, 1, **({"extra_inputs": extra} if kind == "lstm" else {}))
+    for x, memory in run(network):
+        u, following = network(x, memory)
+        in_place = memory.clone()
+        torch.testing.assert_close(network.step_(x, in_place), u, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(in_place, following, rtol=1e-12, atol=1e-14)
+
+
+def test_extra_inputs_are_time_the_relative_change_and_the_parameter():
+    network = CoordinateLSTM(extra_inputs=EXTRA_INPUTS).double()
+    theta = torch.arange(1.0, 11.0, dtype=torch.float64)
+    g, memory = torch.ones(10).double(), network.memory(10, theta)
+    _, memory = network.observe(g, theta, memory, SIZES)
+    x, _ = network.observe(g, theta * 1.1, memory, SIZES)
+    time, change, parameter = x[2:]
+    assert torch.equal(parameter, theta * 1.1)
+    torch.testing.assert_close(time, torch.full_like(time, math.tanh(1 / 100)))
+    torch.testing.assert_close(change, torch.full_like(change, math.log(0.1 / 1.1) / 10))
+
+
+def test_the_mlps_inputs_do_not_depend_on_the_scale_of_gradients_and_parameters():
+    network = CoordinateMLP().double()
+    g, theta = torch.randn(10).double(), torch.randn(10).double()
+    x, _ = network.observe(g, theta, network.memory(10, g), SIZES)
+    scaled, _ = network.observe(1e-3 * g, 50 * theta, network.memory(10, g), SIZES)
+    torch.testing.assert_close(x, scaled, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("lstm", {"hidden": 3, "extra_inputs": ["time"]}), ("lstm", {"preprocess": False}),
+     ("mlp", {"hidden": 5, "out_mul": 0.02})],
+)  # fmt: skip
+def test_a_saved_network_reads_back_exactly(tmp_path, kind, settings):
+    network = make_network(kind, 7, **settings)
+    save_network(network, tmp_path / "optimizer.json")
+    back = load_network(tmp_path / "optimizer.json")
+    assert back.settings == network.settings and back.kind == kind
+    for ours, theirs in zip(network.parameters(), back.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def spoil(description: dict, how: str) -> str:
+    if how == "no json":
+        return "{"
+    if how == "other shapes":
+        description["settings"]["hidden"] = 4
+    if how == "other kind":
+        description["kind"] = "gru"
+    if how == "no weights":
+        del description["weights"]
+    if how == "no table":
+        return "[1]"
+    if how == "not finite":
+        description["weights"]["output.bias"] = [math.nan]
+    return json.dumps(description)
+
+
+@pytest.mark.parametrize(
+    "how", ["no json", "other shapes", "other kind", "no weights", "no table", "not finite"]
+)
+def test_a_file_that_is_no_such_optimiser_is_refused_in_one_line(tmp_path, how):
+    path = tmp_path / "optimizer.json"
+    save_network(CoordinateLSTM(3), path)
+    path.write_text(spoil(json.loads(path.read_text()), how))
+    with pytest.raises(OptimizerError):
+        load_network(path)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"hidden": 0}, {"out_mul": 0.0}, {"out_mul": math.inf}, {"extra_inputs": ["x"]}]
+)
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(OptimizerError):
+        make_network("lstm", 0, **settings)
+
+
+def test_the_same_seed_draws_the_same_weights_and_leaves_torchs_generator_alone():
+    before = torch.random.get_rng_state()
+    first, same, other = (make_network("lstm", seed).output.weight for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -1,0 +1,318 @@
+"""Meta-gradients of a window of training by a learned optimiser.
+
+    L = sum_t l_t(theta_t), or log of it;   theta_{t+1} = theta_t + m u_t,   t = 0 .. T-1
+    d L / d u_t = m sum_{s > t} g_s                            g_s = d l_s / d theta_s
+
+The inputs of the network are detached, so that this is exact, and made of gradients that the
+rollout computes anyway: roll out without a graph, keep inputs and gradients, sum up gradients from
+the end (for the log divided by L), and one pass of the network over the stored inputs gives the
+gradient by its weights. A penalty r(theta_t, v_t) of the updates v_t = -m u_t adds its own terms:
+d r_t / d u_t, and d r_s / d theta_s to g_s. The window begins after a loss and ends with one: the
+last update counts, and the gradient at its end serves as the first input of the next window.
+
+autograd_gradient is the same number from a graph through all steps. strategies_gradient and
+persistent_gradient differentiate nothing (evolution_strategies.py).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from evolution_strategies import Pairs, evolution_strategies, persistent_evolution_strategies
+from optimizees import Optimizee
+from optimizer_networks import CoordinateNetwork
+
+Penalty = Callable[[Tensor, Tensor], Tensor]  # of theta and v, both [n]: a scalar
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """K trainings of one optimizee, side by side, between two steps.
+
+    theta: [K, n]. memory: [rows, K n]. gradient: [K, n], at theta on the latest batches.
+    batches: of each training, the iterator of those that come. Tensors are never changed in place.
+    """
+
+    theta: Tensor
+    memory: Tensor
+    gradient: Tensor
+    batches: Sequence[Iterator]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a window: the sum of its training losses, or with `log` the log of the sum, plus
+    `penalty` of each step's parameters and update; the mean of it over the K trainings.
+    """
+
+    log: bool = False
+    penalty: Penalty | None = None
+
+    def of_losses(self, losses: Tensor) -> Tensor:
+        """Scalar from losses [T, K]."""
+        total = losses.sum(0)
+        return (total.log() if self.log else total).mean()
+
+
+@dataclass(frozen=True)
+class WindowGradient:
+    """A meta-gradient, per parameter of the network, and what else a window leaves.
+
+    losses: [T, K], at the parameters after each update. loss: the objective. end: the trainings.
+    """
+
+    gradient: list[Tensor]
+    loss: Tensor
+    losses: Tensor
+    end: Trainings
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A window without a graph.
+
+    start, end: the trainings. inputs: [T, inputs, K n] of the network. u: [T, K n]. losses: [T, K]
+    and gradients [T, K, n] after each update.
+    """
+
+    start: Trainings
+    end: Trainings
+    inputs: Tensor
+    u: Tensor
+    losses: Tensor
+    gradients: Tensor
+
+
+def start(
+    network: CoordinateNetwork, optimizee: Optimizee, theta: Tensor, batches: Sequence[Iterator]
+) -> tuple[Trainings, Tensor]:
+    """K trainings before their first step from theta [K, n], and their losses [K]."""
+    losses, gradient = optimizee.gradients(theta, [next(own) for own in batches])
+    return Trainings(theta, network.memory(theta.numel(), theta), gradient, batches), losses
+
+
+@torch.no_grad()
+def roll_out(
+    network: CoordinateNetwork, optimizee: Optimizee, trainings: Trainings, steps: int
+) -> Rollout:
+    """`steps` updates of all trainings."""
+    theta, g = trainings.theta, trainings.gradient
+    memory, sizes = trainings.memory.clone(), optimizee.sizes() * len(theta)
+    inputs, updates, losses, gradients = [], [], [], []
+    for _ in range(steps):
+        x, memory = network.observe(g.flatten(), theta.flatten(), memory, sizes)
+        u = network.step_(x, memory)
+        theta = torch.add(theta, u.view_as(theta), alpha=network.out_mul)
+        loss, g = optimizee.gradients(theta, [next(own) for own in trainings.batches])
+        for kept, value in zip((inputs, updates, losses, gradients), (x, u, loss, g), strict=True):
+            kept.append(value)
+    end = replace(trainings, theta=theta, memory=memory, gradient=g)
+    return Rollout(trainings, end, *map(torch.stack, (inputs, updates, losses, gradients)))
+
+
+def suffix_sum_gradient(
+    network: CoordinateNetwork,
+    optimizee: Optimizee,
+    trainings: Trainings,
+    steps: int,
+    objective: Objective,
+    *,
+    coordinates: int | None = None,
+    generator: torch.Generator | None = None,
+) -> WindowGradient:
+    """The meta-gradient without a graph through the window.
+
+    coordinates: about how many columns enter the pass over the network. They are drawn with
+    probabilities in proportion to the norms of their d L / d u and weighed by the inverse, which
+    leaves the gradient's expectation as it is; None: all whose d L / d u is not 0.
+    """
+    window = roll_out(network, optimizee, trainings, steps)
+    du, loss = _loss_by_updates(network.out_mul, window, objective)
+    norms = du.norm(dim=0)
+    if coordinates is None:
+        chosen = norms.nonzero()[:, 0]
+        du = du[:, chosen]
+    else:
+        likely = inclusion_probabilities(norms, coordinates)
+        draws = torch.rand(likely.shape, generator=generator, dtype=likely.dtype)
+        chosen = (draws.to(likely) < likely).nonzero()[:, 0]
+        du = du[:, chosen] / likely[chosen]
+    gradient = network.sequence_gradient(
+        window.inputs[:, :, chosen], window.start.memory[:, chosen], du
+    )
+    return WindowGradient(gradient, loss, window.losses, window.end)
+
+
+def inclusion_probabilities(norms: Tensor, expected: int) -> Tensor:
+    """min(1, c norms) [n] that add up to `expected`, or 1 wherever a norm is > 0 if it allows."""
+    if int((norms > 0).sum()) <= expected:
+        return (norms > 0).to(norms)
+    ordered = norms.sort(descending=True).values
+    rest = ordered.flip(0).cumsum(0).flip(0)  # of each and all smaller ones
+    free = expected - torch.arange(len(norms), device=norms.device)
+    # With the k largest surely in, c = (expected - k) / (sum of the others); k is the first for
+    # which the largest of the others stays below 1.
+    fits = (free > 0) & (free * ordered <= rest)
+    k = int(fits.to(torch.int8).argmax())
+    return (norms * (free[k] / rest[k])).clamp(max=1)
+
+
+def _loss_by_updates(
+    out_mul: float, window: Rollout, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """d L / d u [T, K n] and L."""
+    K = window.losses.shape[1]
+    scale = 1 / (window.losses.sum(0) * K) if objective.log else window.losses.new_full((K,), 1 / K)
+    by_theta = window.gradients * scale[:, None]
+    loss, by_u = objective.of_losses(window.losses), 0
+    if objective.penalty is not None:
+        penalty, of_theta, by_u = _penalty_gradients(out_mul, window, objective.penalty)
+        loss = loss + penalty
+        by_theta[:-1] += of_theta[1:]  # by_theta[t] is at the parameters after update t
+    later = by_theta.flatten(1).flip(0).cumsum(0).flip(0)
+    return out_mul * later + by_u, loss
+
+
+def _penalty_gradients(
+    out_mul: float, window: Rollout, penalty: Penalty
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The penalty, its gradients by theta_t [T, K, n] and by u_t [T, K n] directly."""
+    u = window.u.view_as(window.gradients)
+    theta, total = window.start.theta, 0
+    by_theta, by_u = torch.empty_like(u), torch.empty_like(u)
+    for t, now in enumerate(u):
+        at, v = theta.clone().requires_grad_(), (-out_mul * now).requires_grad_()
+        with torch.enable_grad():
+            value = sum(map(penalty, at, v)) / len(at)
+        by_theta[t], by_v = torch.autograd.grad(value, [at, v])
+        by_u[t] = -out_mul * by_v
+        total = total + value.detach()
+        theta = torch.add(theta, now, alpha=out_mul)
+    return total, by_theta, by_u.flatten(1)
+
+
+def autograd_gradient(
+    network: CoordinateNetwork,
+    optimizee: Optimizee,
+    trainings: Trainings,
+    steps: int,
+    objective: Objective,
+) -> WindowGradient:
+    """The meta-gradient by a backward pass through all updates of the window."""
+    theta, memory, g = trainings.theta, trainings.memory, trainings.gradient
+    sizes, losses, penalty = optimizee.sizes() * len(theta), [], 0
+    for _ in range(steps):
+        x, memory = network.observe(g.flatten(), theta.detach().flatten(), memory, sizes)
+        u, memory = network(x, memory)
+        step = network.out_mul * u.view_as(theta)
+        if objective.penalty is not None:
+            penalty = penalty + sum(map(objective.penalty, theta, -step)) / len(theta)
+        theta = theta + step
+        batches = [next(own) for own in trainings.batches]
+        pairs = zip(theta, batches, strict=True)
+        loss = torch.stack([optimizee.loss(optimizee.unflat(own), batch) for own, batch in pairs])
+        (g,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
+        losses.append(loss)
+    losses = torch.stack(losses)
+    loss = objective.of_losses(losses) + penalty
+    gradient = list(torch.autograd.grad(loss, list(network.parameters())))
+    end = replace(trainings, theta=theta.detach(), memory=memory.detach(), gradient=g)
+    return WindowGradient(gradient, loss.detach(), losses.detach(), end)
+
+
+def strategies_gradient(
+    network: CoordinateNetwork,
+    optimizee: Optimizee,
+    trainings: Trainings,
+    steps: int,
+    objective: Objective,
+    *,
+    sigma: float,
+    pairs: int,
+    generator: torch.Generator,
+) -> WindowGradient:
+    """Truncated evolution strategies: perturbed windows from where the trainings are."""
+    window = _Window(network, optimizee, trainings, steps, objective)
+    gradient = evolution_strategies(
+        window.tree(), window.weights, window.maps(), window.loss, sigma, pairs, generator,
+        set_grad=False,
+    )  # fmt: skip
+    return window.result(gradient)
+
+
+def persistent_gradient(
+    network: CoordinateNetwork,
+    optimizee: Optimizee,
+    trainings: Trainings,
+    steps: int,
+    objective: Objective,
+    persistent: Pairs | None,
+    *,
+    sigma: float,
+    pairs: int,
+    generator: torch.Generator,
+) -> tuple[WindowGradient, Pairs]:
+    """Persistent evolution strategies, and the pairs for the next window; None for the first."""
+    window = _Window(network, optimizee, trainings, steps, objective)
+    if persistent is None:
+        persistent = Pairs.start(window.tree(), window.weights, pairs)
+    gradient, after = persistent_evolution_strategies(
+        persistent, window.weights, window.maps(), window.loss, sigma, generator, set_grad=False
+    )
+    above, below = ([_emptied(tree) for tree in trees] for trees in (after.above, after.below))
+    return window.result(gradient), replace(after, above=above, below=below)
+
+
+class _Window:
+    """A window as update maps, each step's batches drawn once since it runs several times.
+
+    Their params are [theta, memory, gradient, losses so far [K], penalties so far []].
+    """
+
+    def __init__(self, network, optimizee, trainings: Trainings, steps: int, objective) -> None:
+        self.network, self.optimizee, self.trainings = network, optimizee, trainings
+        self.objective, self.weights = objective, list(network.parameters())
+        self.batches = [[next(own) for own in trainings.batches] for _ in range(steps)]
+
+    def tree(self) -> list[Tensor]:
+        trainings = self.trainings
+        zeros = trainings.theta.new_zeros(len(trainings.theta))
+        return [trainings.theta, trainings.memory, trainings.gradient, zeros, zeros[0]]
+
+    def maps(self) -> list[Callable]:
+        return [partial(self._update, batches) for batches in self.batches]
+
+    @torch.no_grad()
+    def _update(self, batches: Sequence, tree: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        theta, memory, g, losses, penalty = tree
+        sizes = self.optimizee.sizes() * len(theta)
+        x, memory = self.network.observe(g.flatten(), theta.flatten(), memory, sizes)
+        names = (name for name, _ in self.network.named_parameters())
+        perturbed = dict(zip(names, weights, strict=True))
+        u, memory = functional_call(self.network, perturbed, (x, memory))
+        step = self.network.out_mul * u.view_as(theta)
+        if self.objective.penalty is not None:
+            penalty = penalty + sum(map(self.objective.penalty, theta, -step)) / len(theta)
+        loss, g = self.optimizee.gradients(theta + step, batches)
+        return [theta + step, memory, g, losses + loss, penalty]
+
+    def loss(self, tree: list[Tensor], weights: list[Tensor]) -> Tensor:
+        return self.objective.of_losses(tree[3][None]) + tree[4]
+
+    def result(self, gradient: Sequence[Tensor]) -> WindowGradient:
+        """The gradient, and the window with unperturbed weights."""
+        drawn = [iter(own) for own in zip(*self.batches, strict=True)]
+        start = replace(self.trainings, batches=drawn)
+        window = roll_out(self.network, self.optimizee, start, len(self.batches))
+        loss = _loss_by_updates(self.network.out_mul, window, self.objective)[1]
+        end = replace(window.end, batches=self.trainings.batches)
+        return WindowGradient(list(gradient), loss, window.losses, end)
+
+
+def _emptied(tree: list[Tensor]) -> list[Tensor]:
+    """A window's end as the next one's beginning: nothing summed up yet."""
+    return [*tree[:3], *map(torch.zeros_like, tree[3:])]
