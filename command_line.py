@@ -29,33 +29,12 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from competition import CompetitionError
-from hypgraddesc import MetaError
-from learning_rules import RuleError
-from linear_solvers import HypergradientError
-from logistic_regression import ProbeError
-from mnist_datasets import DataError
-from one_pass import OnePassError
-from optimizer_networks import OptimizerError
+from errors import WrongInputError
 from processes import ALONE, Team
 from run_log import RunLog, RunLogError, SilentLog, plain, read_config
-from yaml_settings import SettingsError
 
 DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-WRONG_INPUT = (
-    RunLogError,
-    DataError,
-    ProbeError,
-    RuleError,
-    MetaError,
-    HypergradientError,
-    OnePassError,
-    CompetitionError,
-    OptimizerError,
-    SettingsError,
-)
 
 OF_THE_CALL = ("out", "resume", "quiet")  # flags that belong to one call, not to the run
 MAY_DIFFER = ("data_dir",)  # on --resume: where the data lies changes no number
@@ -65,8 +44,8 @@ M_TRIM_THRESHOLD, NEVER = -1, -1
 M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 25  # the largest that glibc accepts
 
 
-class UserError(Exception):
-    """Wrong input; the message is one line that says what is wrong and what would be right."""
+class UserError(WrongInputError):
+    """Wrong input that a command notices."""
 
 
 class Data(Protocol):
@@ -198,7 +177,7 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
         sys.exit(1)
     except FloatingPointError as error:
         _exit_with_line(error, status=1)
-    except (UserError, *WRONG_INPUT) as error:
+    except WrongInputError as error:
         _exit_with_line(error, status=2)
     except OSError as error:
         _exit_with_line(f"cannot read or write: {error}", status=2)

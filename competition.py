@@ -18,12 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from errors import WrongInputError
+
 GATES = ("ranked", "losers", "soft", "winner")
 NORMALIZATIONS = ("matrix", "filter", "clamp")
 EPSILON, PRECISION = 1e-5, 1e-30  # added to the largest change; its lower bound with "clamp"
 
 
-class CompetitionError(ValueError):
+class CompetitionError(WrongInputError):
     """What is wrong with a competition or its inputs, and what would be right, in one line."""
 
 

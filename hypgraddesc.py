@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from errors import WrongInputError
 from learning_rules import LearningRule
 from meta_gradients import (
     MetaGradient,
@@ -41,7 +42,7 @@ EVALUATION = 2**31  # stands where a meta-step does in the names of the final ev
 OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 
 
-class MetaError(ValueError):
+class MetaError(WrongInputError):
     """What is wrong with the settings or the course of a meta-run, in one line."""
 
 

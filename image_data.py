@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from errors import WrongInputError
 
-class DataError(ValueError):
+
+class DataError(WrongInputError):
     """Data that cannot be used; one line that says what is wrong and what would be right."""
 
 

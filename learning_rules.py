@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from errors import WrongInputError
 from local_polynomial import Exponents, LocalPolynomials, LocalSum, samples
 from models_fully_local import Params
 
@@ -29,7 +30,7 @@ VARIABLES = {"w": (("x",), ("s", "y")), "b": ((), ("y",)), "m": (("y_j",), ("y_i
 TEX_TERMS = 3  # on a line
 
 
-class RuleError(ValueError):
+class RuleError(WrongInputError):
     """What is wrong with a rule or its use, and what would be right, in one line."""
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from errors import WrongInputError
 from linear_solvers import ConjugateGradient, Vector
 
 NUMBERS_AT_ONCE = 2**19  # of features in a chunk; bounds the float64 copies
@@ -43,7 +44,7 @@ HESSIAN_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}  # relative, of 
 OBJECTIVE_NOISE = {torch.float32: 1e-8, torch.float64: 2e-15}  # relative, of one evaluation
 
 
-class ProbeError(ValueError):
+class ProbeError(WrongInputError):
     """Wrong input to the probe: what is wrong and what would be right, in one line."""
 
 

@@ -28,6 +28,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
+from errors import WrongInputError
 from objectives import Batch, Buffers, Linearization, Objective
 
 NAMES = ("lr", "weight_decay", "momentum")
@@ -48,7 +49,7 @@ SOUND = 3.0  # times the first training loss; a sound run stays below
 STEPPED_LR_BOUNDS = (1e-10, 1.0)  # of the natural learning rate
 
 
-class OnePassError(ValueError):
+class OnePassError(WrongInputError):
     """Settings or values that this algorithm can't work with."""
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import coordinate_lstm
+from errors import WrongInputError
 from hypgraddesc import seeded_generator
 
 LARGEST_LOG = 10.0  # p: gradients below e^-p are passed on as they are, times e^p
@@ -29,7 +30,7 @@ DECAYS = (0.5, 0.9, 0.99)  # of the MLP's running averages of g; of g^2 the last
 MLP_CHUNK = 1 << 14  # columns whose graph is kept at once
 
 
-class OptimizerError(ValueError):
+class OptimizerError(WrongInputError):
     """What is wrong with a learned optimiser or its use, and what would be right, in one line."""
 
 

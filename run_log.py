@@ -39,11 +39,13 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from errors import WrongInputError
+
 CHECKPOINT_FORMAT = 1
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-class RunLogError(ValueError):
+class RunLogError(WrongInputError):
     """A run directory that can't be written, read or resumed; the message is one line."""
 
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import yaml
 
+from errors import WrongInputError
 
-class SettingsError(ValueError):
+
+class SettingsError(WrongInputError):
     """A file or a value that can't be used; the message is one line."""
 
 
