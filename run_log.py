@@ -415,13 +415,18 @@ def read_metrics(directory: str | Path) -> dict[str, np.ndarray]:
 
     Also of a run that is being written: a half-written last line is left out.
     """
-    header, rows = _metrics_rows(Path(directory) / "metrics.csv")
-    columns = {
-        name: np.array([float(row[i]) for row in rows], dtype=np.float64)
-        for i, name in enumerate(header)
-    }
-    if "step" in columns:
-        columns["step"] = np.array([int(row[0]) for row in rows], dtype=np.int64)
+    path = Path(directory) / "metrics.csv"
+    header, rows = _metrics_rows(path)
+    try:
+        columns = {
+            name: np.array([float(row[i]) for row in rows], dtype=np.float64)
+            for i, name in enumerate(header)
+        }
+        if "step" in columns:
+            steps = [int(row[header.index("step")]) for row in rows]
+            columns["step"] = np.array(steps, dtype=np.int64)
+    except (ValueError, OverflowError) as error:
+        raise RunLogError(f"{path} is damaged: {error}") from error
     return columns
 
 
@@ -457,7 +462,10 @@ def _metrics_rows(path: Path) -> tuple[list[str], list[list[str]]]:
         return [], []
     with _reported(f"can't read {path}"):
         lines = _complete_lines(path.read_bytes())
-    table = list(csv.reader(line.decode() for line in lines))
+    try:
+        table = list(csv.reader(line.decode() for line in lines))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RunLogError(f"{path} is damaged: {error}") from error
     header, rows = (table[0], table[1:]) if table else ([], [])
     if any(len(row) != len(header) for row in rows):
         raise RunLogError(f"{path} is damaged: its rows are not all as long as its header")
