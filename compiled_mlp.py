@@ -65,7 +65,7 @@ def _kernels(F: int, H: int) -> _Kernels:
     b, o, c = F * H, F * H + H, F * H + 2 * H  # where b1, w2 and b2 begin
 
     # reassociated sums become vector instructions; nan and inf keep their meaning: runs diverge
-    compiled = numba.njit(parallel=True, fastmath={"reassoc", "contract", "nsz"})
+    compiled = numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
 
     @compiled
     def gradient(X, y, weights, loss, gradients, active, errors):
