@@ -230,7 +230,7 @@ class Settings:
         chain_rule: False feeds Adam the derivative for the natural value, as Baydin et al. do.
         truncate: end a run's series where its terms begin to grow.
         recover: a run whose training loss is not finite, or far above where it began, goes on from
-            the weights of its last good hyperparameter step at a tenth of its learning rate.
+            the weights of its last good hyperparameter step at a third of its learning rate.
         clip_norm: of the training gradient.
         bounds: {name: (lowest, highest)} of raw values.
         reset: weights, momentum and buffers start anew after each hyperparameter step but the last.
@@ -427,7 +427,7 @@ class Tuning:
         state.good = chosen(weights, step.before), state.buffers
         state.momentum_buffer = torch.where(failed, 0, state.momentum_buffer)
         forward, inverse, _ = TRANSFORMS[self.settings.transforms["lr"]]
-        slower = inverse(forward(state.raw["lr"]) / 10)
+        slower = inverse(forward(state.raw["lr"]) / 3)
         state.raw["lr"] = torch.where(failed, slower, state.raw["lr"])
         return failed
 
