@@ -81,6 +81,7 @@ def make_parser():
     add("--dropout", type=fraction, help="of the features (default: the preset's)")
     add("--classifier_epochs", type=positive_int, help="default: the preset's")
     add("--classifier_lr", type=positive_float, help="default: the preset's")
+    add("--classifier_batch_size", type=positive_int, help="default: the preset's")
     add("--round_batches", type=positive_int, default=100, help="batches between two rows")
     add("--cache", type=nonnegative_float, default=4.0, metavar="GB", help="most for features")
     return parser
