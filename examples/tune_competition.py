@@ -9,6 +9,9 @@ uniform in [0, 0.4], the soft gate's inverse temperature log-uniform in [0.1, 10
 descent goes on from there with Adam. Random search draws again and again, for as much processor
 time, and keeps the draw of the lowest loss. What each ends with is judged by trainings from new
 initial weights. All of that for several --searches.
+
+Pixels are centred: otherwise what units unlearn from every image is the mean image, and rectified
+they fall silent.
 """
 
 import math
@@ -42,7 +45,7 @@ from initializers import FIXED, GaussianInitializer
 from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import PerLayerRule
 from linear_probe import ProbeLoss
-from mnist_datasets import batches, load_images
+from mnist_datasets import batches, load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
 from run_log import RunLog, finish_on_interrupt
 
@@ -148,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(make_parser(), argv)
     device, dtype = set_up(args)
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
+    train_data, test_data = normalize_pixels(train_data, test_data, unit_variance=False)
     parts = {
         "make_model": lambda: lateral_mlp(
             math.prod(train_data.shape), [args.units], Activation("relu"), inhibition="none"
