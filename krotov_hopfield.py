@@ -101,7 +101,7 @@ class _Competing:
         Returns the convergence max_o |sum_i |W_oi|^p - 1| of the new weights, a scalar tensor on
         the layer's device: it goes to 0. Raises CompetitionError for inputs of another shape.
         """
-        x = self._inputs(x)
+        x = self._inputs(x.detach())
         if not len(x):
             raise CompetitionError("the batch is empty; expected at least one sample")
         x = self._padded(self._normalized(x, learning=True))

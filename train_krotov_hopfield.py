@@ -31,7 +31,7 @@ from command_line import (
     set_up,
 )
 from competition import GATES, NORMALIZATIONS
-from figure_style import COLOURS, add_legend, label_axes, one_panel, save_figure
+from figure_style import COLOURS, FONT, GREY, add_legend, label_axes, one_panel, save_figure
 from figures import draw_features
 from hebbian_network import DEEPEST, RECIPES, SCHEDULES, HebbianNetwork, Recipe
 from hypgraddesc import seeded_generator
@@ -204,6 +204,7 @@ def draw_convergence(metrics: Mapping[str, np.ndarray], path) -> None:
                   color=COLOURS[number % len(COLOURS)], label=f"layer {name.split('/')[1]}",
                   marker="o" if there.sum() == 1 else "")  # fmt: skip
     label_axes(axes, "Convergence", "epoch of the layer", "largest distance of p-norms from 1")
+    axes.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
     add_legend(axes)
     save_figure(figure, path)
 
