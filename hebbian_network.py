@@ -66,7 +66,7 @@ class Recipe:
         epochs: passes of each layer's training, also a fraction of one.
         patience: a layer's training ends after so many batches that did not bring it closer to
             rest; 0: never. threshold: or once its convergence is below this.
-        dropout, classifier_epochs, classifier_lr: of the classifier.
+        dropout, classifier_epochs, classifier_lr, classifier_batch_size: of the classifier.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -90,6 +90,7 @@ class Recipe:
     dropout: float = 0.0
     classifier_epochs: int = 150
     classifier_lr: float = 0.05
+    classifier_batch_size: int = 64
 
 
 CONVOLUTION_RATES, DENSE_RATES = (0.007, 0.0001, 0.8), (0.1, 0.005, 0.1)  # BioPyTorch's
@@ -130,6 +131,7 @@ def dense(depth: int) -> Recipe:
     return Recipe(
         (LayerPlan(2000, 0, 0.02, activation="power", power=4.5),), normalization="clamp",
         batch_norm=False, unit_inputs=True, schedule="linear", epochs=200, batch_size=100,
+        classifier_batch_size=100,
     )  # fmt: skip
 
 

@@ -35,6 +35,8 @@ from competition import (
 
 COMPILED_TYPES = (torch.float32, torch.float64)
 LANES = 16  # rows of sums are multiples of these, so that each begins on a line of the cache
+FEW_CHANNELS = 16  # below, torch normalises them faster where they are not last in memory
+ROWS_AT_ONCE = 500  # of a fully connected layer's weights, raised to their power
 LARGEST_EXPONENT = 16  # of those that the loops reach by multiplication
 
 
@@ -99,7 +101,7 @@ class _Competing:
         Returns the convergence max_o |sum_i |W_oi|^p - 1| of the new weights, a scalar tensor on
         the layer's device: it goes to 0. Raises CompetitionError for inputs of another shape.
         """
-        x = self._inputs(x)
+        x = self._inputs(x.detach())
         if not len(x):
             raise CompetitionError("the batch is empty; expected at least one sample")
         x = self._padded(self._normalized(x, learning=True))
@@ -133,8 +135,7 @@ class _Competing:
         """The update by compiled loops: only rows of units that won or came k-th are touched."""
         rows = self._weight_rows()
         weight, bias = rows.numpy(), _array(self.bias, self.weight)
-        powers, norms = self._powers_and_norms(rows)
-        currents = self._respond(x, *powers)
+        currents, norms = self._currents_and_norms(rows, x)
         learned, changes, pull = self._add_up(currents, x)
         largest = np.empty(len(learned), weight.dtype)
         kernels.subtract_pull(weight, bias, learned, changes, pull, largest)
@@ -147,18 +148,34 @@ class _Competing:
         kernels.norms_of(weight, bias, int(self.lebesgue_p), learned, norms.numpy())
         return convergence(norms)
 
-    def _powers_and_norms(self, rows: Tensor) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
-        """f(W) and f(b), and sum_i |W_oi|^p, None where its exponent needs a power function."""
+    def _currents_and_norms(self, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """c and sum_i |W_oi|^p, None where its exponent needs a power function.
+
+        rows: W as [O, N]. It is raised to its power in blocks, which stay in the cache and never
+        take much memory.
+        """
         p = self.lebesgue_p
         if p != int(p) or not 2 <= p <= LARGEST_EXPONENT:
-            return self._powers(), None
-        powers, norms = torch.empty_like(rows), rows.new_empty(len(rows))
-        kernels.powers_and_norms(rows.numpy(), int(p), powers.numpy(), norms.numpy())
-        bias = None
+            return self._respond(x, *self._powers()), None
+        norms, size = rows.new_empty(len(rows)), self._rows_at_once(rows)
+        power, currents = torch.empty_like(rows[:size]), None
+        for start in range(0, len(rows), size):
+            block = slice(start, start + size)
+            part = power[: len(rows[block])]
+            kernels.powers_and_norms(
+                rows[block].numpy(), int(p), part.numpy(), norms[block].numpy()
+            )
+            found = self._respond(x, self._as_weight(part), None)
+            if size >= len(rows):
+                currents = found
+            else:
+                currents = x.new_empty(len(x), len(rows)) if currents is None else currents
+                currents[:, block] = found
         if self.bias is not None:
-            bias = signed_power(self.bias, p)
             norms += self.bias.abs() ** p
-        return (self._as_weight(powers), bias), norms
+            bias = signed_power(self.bias, p)
+            currents += bias.view(-1, *[1] * (currents.dim() - 2))
+        return currents, norms
 
     def _add_up(self, currents: Tensor, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which units learn, their rows of g^T x with the sums of gates, and s; of few units."""
@@ -249,6 +266,9 @@ class BioLinear(_Competing, nn.Linear):
     def _as_weight(self, rows: Tensor) -> Tensor:
         return rows
 
+    def _rows_at_once(self, rows: Tensor) -> int:
+        return min(len(rows), ROWS_AT_ONCE)
+
     def _keep_rows(self, rows: Tensor) -> None:
         if rows.data_ptr() != self.weight.data_ptr():
             self.weight.copy_(rows)
@@ -316,6 +336,8 @@ class BioConv2d(_Competing, nn.Conv2d):
             raise CompetitionError(
                 f"expected inputs [batch, {self.in_channels}, H, W], got {list(x.shape)}"
             )
+        if self.in_channels < FEW_CHANNELS:
+            return x
         return x.contiguous(memory_format=torch.channels_last)
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -349,8 +371,10 @@ class BioConv2d(_Competing, nn.Conv2d):
         return self.weight.detach().permute(0, 2, 3, 1).reshape(self.out_channels, -1)
 
     def _as_weight(self, rows: Tensor) -> Tensor:
-        kernel = self.kernel_size
-        return rows.view(self.out_channels, *kernel, -1).permute(0, 3, 1, 2)
+        return rows.view(self.out_channels, *self.kernel_size, -1).permute(0, 3, 1, 2)
+
+    def _rows_at_once(self, rows: Tensor) -> int:
+        return len(rows)
 
     def _keep_rows(self, rows: Tensor) -> None:
         if rows.data_ptr() != self.weight.data_ptr():

@@ -104,13 +104,12 @@ class LayerwiseTraining:
         self.train, self.validation, self.seed = train, validation, seed
         self.augmentation, self.round_batches = augmentation, round_batches
         self.cache_bytes = cache_bytes
-        self.batches_per_epoch = len(train) // self.recipe.batch_size
-        if not self.batches_per_epoch:
-            raise DataError(
-                f"batch size {self.recipe.batch_size} is above {len(train)}, the training images"
-            )
+        for size in (self.recipe.batch_size, self.recipe.classifier_batch_size):
+            if size > len(train):
+                raise DataError(f"batch size {size} is above {len(train)}, the training images")
         self.stages = stages_of(len(network.blocks), classify_after, self.recipe.together)
         self.stage, self.outcomes = 0, {}
+        self._order, self._order_of = None, None  # of the images, in which stage and epoch
         self._kept: dict[tuple[int, bool], Tensor] = {}
         self._begin_stage()
 
@@ -126,6 +125,17 @@ class LayerwiseTraining:
             self.recipe.classifier_epochs if kind == "classifier" else max(1, of_layers)
             for kind, _ in self.stages
         )
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a batch of this stage."""
+        of_classifier = self.stages[self.stage][0] == "classifier"
+        return self.recipe.classifier_batch_size if of_classifier else self.recipe.batch_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Of this stage; what is left at the end of an epoch, less than a batch, is dropped."""
+        return len(self.train) // self.batch_size
 
     def _begin_stage(self) -> None:
         self.done = 0  # batches of layers, epochs of a classifier
@@ -161,8 +171,10 @@ class LayerwiseTraining:
         """
         begin = time.perf_counter()
         kind, layers = self.stages[self.stage]
-        numbers = self._train_classifier(layers[0]) if kind == "classifier" else (
-            self._train_layers(layers))  # fmt: skip
+        if kind == "classifier":
+            numbers = self._train_classifier(layers[0])
+        else:
+            numbers = self._train_layers(layers)
         names = [f"convergence/{k}" for k in range(1, len(self.network.blocks) + 1)]
         names = ["epoch", "learning_rate", *names, "loss", "train_accuracy", "validation_accuracy"]
         row = {"layer": layers[0] if len(layers) == 1 else 0, "classifier": kind == "classifier"}
@@ -191,7 +203,7 @@ class LayerwiseTraining:
     @property
     def _batches(self) -> int:
         """How many a layer learns from at most."""
-        return round(self.recipe.epochs * self.batches_per_epoch)
+        return round(self.recipe.epochs * (len(self.train) // self.recipe.batch_size))
 
     def _train_layers(self, layers: Sequence[int]) -> dict[str, float]:
         last = min(self.done + self.round_batches, self._batches)
@@ -295,11 +307,11 @@ class LayerwiseTraining:
     def _index(self, batch: int) -> Tensor:
         """Which images are in a batch of this stage."""
         epoch, place = divmod(batch, self.batches_per_epoch)
-        if getattr(self, "_order_of", None) != (self.stage, epoch):
+        if self._order_of != (self.stage, epoch):
             generator = seeded_generator(self.seed, ORDER, self.stage, epoch)
             self._order = torch.randperm(len(self.train), generator=generator)
             self._order_of = self.stage, epoch
-        size = self.recipe.batch_size
+        size = self.batch_size
         return self._order[place * size : (place + 1) * size].to(self.train.images.device)
 
     @torch.no_grad()

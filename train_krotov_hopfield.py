@@ -31,7 +31,7 @@ from command_line import (
     set_up,
 )
 from competition import GATES, NORMALIZATIONS
-from figure_style import COLOURS, add_legend, label_axes, one_panel, save_figure
+from figure_style import COLOURS, FONT, GREY, add_legend, label_axes, one_panel, save_figure
 from figures import draw_features
 from hebbian_network import DEEPEST, RECIPES, SCHEDULES, HebbianNetwork, Recipe
 from hypgraddesc import seeded_generator
@@ -81,6 +81,7 @@ def make_parser():
     add("--dropout", type=fraction, help="of the features (default: the preset's)")
     add("--classifier_epochs", type=positive_int, help="default: the preset's")
     add("--classifier_lr", type=positive_float, help="default: the preset's")
+    add("--classifier_batch_size", type=positive_int, help="default: the preset's")
     add("--round_batches", type=positive_int, default=100, help="batches between two rows")
     add("--cache", type=nonnegative_float, default=4.0, metavar="GB", help="most for features")
     return parser
@@ -203,6 +204,7 @@ def draw_convergence(metrics: Mapping[str, np.ndarray], path) -> None:
                   color=COLOURS[number % len(COLOURS)], label=f"layer {name.split('/')[1]}",
                   marker="o" if there.sum() == 1 else "")  # fmt: skip
     label_axes(axes, "Convergence", "epoch of the layer", "largest distance of p-norms from 1")
+    axes.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
     add_legend(axes)
     save_figure(figure, path)
 

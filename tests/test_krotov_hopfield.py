@@ -287,6 +287,15 @@ def test_the_gradient_by_the_input_passes_through_forward():
     assert torch.autograd.gradcheck(layer, (x,))
 
 
+def test_a_step_takes_inputs_that_need_a_gradient_and_leaves_them_without_one(way):
+    layer = seeded(BioLinear(4, 3, batch_norm=False, **DOUBLE))
+    x = noise(5, 4).requires_grad_()
+    other = copy.deepcopy(layer)
+    layer.training_step(x)
+    other.training_step(x.detach())
+    assert torch.equal(layer.weight, other.weight) and x.grad is None
+
+
 def test_no_step_waits_for_the_device_and_none_needs_data_to_know_its_shapes():
     for gate in GATES:  # tensors on "meta" have shapes and no numbers: to ask for one is an error
         layer = BioConv2d(3, 8, 3, padding=1, groups=1, bias=True, device="meta", gate=gate)

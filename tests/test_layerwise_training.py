@@ -29,7 +29,8 @@ from layerwise_training import (
 
 TINY = Recipe(
     (LayerPlan(4, 3, 0.01, pool="max"), LayerPlan(6, 3, 0.01), LayerPlan(5, 0, 0.05)),
-    epochs=2, batch_size=8, classifier_epochs=3, dropout=0.3, schedule="constant",
+    epochs=2, batch_size=8, classifier_batch_size=8, classifier_epochs=3, dropout=0.3,
+    schedule="constant",
 )  # fmt: skip
 
 
@@ -236,5 +237,6 @@ def test_a_training_that_diverges_says_which_layer():
 
 
 def test_more_images_in_a_batch_than_there_are_is_refused():
-    with pytest.raises(DataError, match="above 30, the training images"):
-        training(replace(TINY, batch_size=31))
+    for name in ("batch_size", "classifier_batch_size"):
+        with pytest.raises(DataError, match="above 30, the training images"):
+            training(replace(TINY, **{name: 31}))
