@@ -62,7 +62,7 @@ def make_parser():
     add("--raw_gradients", action="store_true", help="lstm: gradients without preprocessing")
     add("--extra_inputs", choices=EXTRA_INPUTS, nargs="*", default=[], help="lstm: further inputs")
     add("--out_mul", type=positive_float, metavar="FACTOR",
-        help="of its steps (default: .01 for nets of ReLUs, else .1; mlp .001)")  # fmt: skip
+        help="of its steps (default: as in --start_from; .01 or .1; mlp .001)")  # fmt: skip
     add("--start_from", type=Path, metavar="RUN", help="go on from the optimiser of another run")
     add = parser.add_argument_group("meta-training").add_argument
     add("--epochs", type=nonnegative_int, default=50, help="0: compare only")
@@ -106,6 +106,10 @@ def make_optimizer(args) -> CoordinateNetwork:
                 f"{path} is an optimiser of another architecture: {network.kind} "
                 f"({network.extra_repr()}); leave out --hidden, or give --network {network.kind}"
             )
+        if args.raw_gradients or args.extra_inputs:
+            raise OptimizerError("--start_from keeps its inputs: leave out those flags")
+        if args.out_mul:
+            network.out_mul = network.settings["out_mul"] = args.out_mul
         return network
     settings = {"hidden": args.hidden} if args.hidden else {}
     if args.network == "lstm":

@@ -104,6 +104,17 @@ def test_a_saved_optimizer_is_compared_without_training_and_on_other_optimizees(
     assert (out / "optimizer.json").read_text() == (plain / "optimizer.json").read_text()
 
 
+def test_another_factor_of_the_steps_may_be_given_to_a_saved_optimizer(tmp_path, plain):
+    flags = [*TINY, "--epochs", 0, "--start_from", plain, "--out_mul", 0.5]
+    run(*flags, "--out", tmp_path / "run")
+    network = load_network(tmp_path / "run" / "optimizer.json")
+    assert network.out_mul == 0.5
+    for p, q in zip(
+        network.parameters(), load_network(plain / "optimizer.json").parameters(), strict=True
+    ):
+        assert torch.equal(p, q)
+
+
 def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_path):
     flags = [*TINY, "--epochs", "8"]
     run(*flags, "--out", tmp_path / "whole")
@@ -132,6 +143,7 @@ def test_ctrl_c_ends_a_run_cleanly_with_figures_and_the_optimizer_so_far(tmp_pat
         (["relu3", "--estimator", "autograd", "--coordinates", "5"], "suffix_sum"),
         (["relu3", "--batch_size", "5000"], "2000"),
         (["relu3", "--start_from", "nowhere"], "nowhere"),
+        (["relu3", "--network", "mlp", "--extra_inputs", "time"], "lstm"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line_and_leaves_no_directory(

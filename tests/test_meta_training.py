@@ -29,10 +29,10 @@ def numbers(row: dict) -> dict:
 def test_the_optimiser_learns_to_minimise_quadratics():
     task = make_task("quadratic", images())
     network = make_network("lstm", 0)
-    settings = MetaTrainingSettings(runs_per_epoch=10, inner_steps=40, tasks=8, validation_runs=16)
+    settings = MetaTrainingSettings(runs_per_epoch=10, inner_steps=40, tasks=4, validation_runs=8)
     learning = MetaTraining(network, task, [], settings)
-    rows = [learning.train_run() for _ in range(60)]
-    assert learning.best_loss < 0.5 * learning.curves[0].sum()
+    rows = [learning.train_run() for _ in range(40)]
+    assert learning.best_loss < 0.7 * learning.curves[0].sum()
     assert rows[-1]["validation_loss"] == pytest.approx(learning.curves[-1].sum().item(), rel=1e-4)
 
 
@@ -92,10 +92,10 @@ def test_a_window_that_is_not_finite_ends_the_run_and_is_not_stepped_on():
 
 def test_the_penalty_lessens_deviations():
     plain, held = (
-        training(inner_steps=12, runs_per_epoch=15, penalty=beta, penalty_relative=True)
+        training(inner_steps=12, runs_per_epoch=16, penalty=beta, penalty_relative=True)
         for beta in (0.0, 10.0)
     )
-    for _ in range(30):
+    for _ in range(16):
         plain.train_run(), held.train_run()
     sizes = [learning.validate().update["rescale"].mean() for learning in (plain, held)]
     assert sizes[1] < 0.7 * sizes[0]
