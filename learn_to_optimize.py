@@ -4,6 +4,7 @@
     python learn_to_optimize.py relu20 --compare relu20 relu128 conv16-32
     python learn_to_optimize.py sigmoid20 --dataset fashion --epochs 0 --start_from runs/sigmoid
     python learn_to_optimize.py --resume runs/learn_to_optimize-...
+    torchrun --nproc_per_node 2 learn_to_optimize.py relu20 --tasks 4
 
 The optimiser sees the first half of the training images; it is judged on the second, in runs with
 new initial parameters, on each optimizee of --compare. Each baseline runs at its default rate and
@@ -11,8 +12,8 @@ at the best of ten, found on the first half. The frozen optimiser is left in opt
 LearnedOptimizer and --start_from.
 """
 
-import functools
 from dataclasses import fields
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ from optimizer_networks import (
     make_network,
     network_to_dict,
 )
+from processes import join_team
 from run_log import RunLog, finish_on_interrupt
 from symmetries import KINDS, find_symmetries
 
@@ -130,9 +132,10 @@ def make_settings(args) -> MetaTrainingSettings:
     return MetaTrainingSettings(**given | {"penalty_kinds": tuple(args.penalty_kinds)})
 
 
-def meta_train(args, training: MetaTraining, log: RunLog) -> bool:
+def meta_train(training: MetaTraining, log: RunLog) -> bool:
     """All runs, a row of metrics and a checkpoint after each; False where Ctrl-C ended them."""
-    saved = log.load_checkpoint()
+    team = training.team
+    saved = team.gathered(log.load_checkpoint())[0]
     if saved is not None:
         training.load_state_dict(saved[1])
         log.say(f"going on from run {training.run}")
@@ -141,21 +144,26 @@ def meta_train(args, training: MetaTraining, log: RunLog) -> bool:
         finish_on_interrupt() as interrupt,
         log.progress(total, training.run, "run") as progress,
     ):
-        while training.run < total and not interrupt.requested:
+        interrupted = False
+        while training.run < total and not interrupted:
             row = training.train_run()
             log.record(training.run, row)
             log.save_checkpoint(training.run, training.state_dict())
             progress.advance({name: row[name] for name in SHOWN})
-    finished = training.run == total
+            interrupted = any(team.gathered(interrupt.requested))  # they end together
     if total:
         training.select()
         log.say(f"best validation loss {training.best_loss:.4g} after epoch {training.best_epoch}")
+    return training.run == total
+
+
+def save(training: MetaTraining, log: RunLog) -> None:
+    """The optimiser, and what validation has seen of it."""
     log.write_json("optimizer.json", network_to_dict(training.network))
     arrays = {f"deviation/{k}": torch.stack(v).numpy() for k, v in training.deviations.items()}
     if training.curves:
         arrays["losses"] = torch.stack(training.curves).numpy(force=True)
     log.write_arrays("validation.npz", arrays)
-    return finished
 
 
 def compare(args, network: CoordinateNetwork, make, log: RunLog) -> bool:
@@ -218,22 +226,26 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, build, meta-train, compare, report."""
     args = parse(make_parser(), argv)
     device, dtype = set_up(args)
-    data, _ = load_images(args.dataset, args.data_dir)
+    team = join_team()
+    data, _ = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
     parts = [half.to(device) for half in halves(data)]
 
-    @functools.cache
+    @cache
     def make(name: str, half: int) -> Task:
         return make_task(name, parts[half], args.batch_size, dtype, args.norm_eps)
 
     network, task = make_optimizer(args).to(device, dtype), make(args.optimizee, 0)
     symmetries = find_symmetries(task.optimizee, controls=True)
-    training = MetaTraining(network, task, symmetries, make_settings(args))
+    training = MetaTraining(network, task, symmetries, make_settings(args), team=team)
     for name in args.compare or []:
         make(name, 0)
-    with open_run(args, "learn_to_optimize", data) as log:
+    with open_run(args, "learn_to_optimize", data, team) as log:
         log.say(data.source)
         training.warn = log.warn
-        finished = meta_train(args, training, log)
+        finished = meta_train(training, log)
+        if not team.first:
+            return
+        save(training, log)
         finished = finished and compare(args, network, make, log)
         draw_run(log.directory)
         draw_optimizer_run(log.directory)

@@ -13,7 +13,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from hypgraddesc import seeded_generator
 from optimizees import Task
 from optimizer_networks import CoordinateNetwork, OptimizerError
+from processes import ALONE, Team
 from symmetries import Symmetry, mean_deviations, symmetry_penalty
 from window_gradients import (
     Objective,
@@ -105,6 +106,9 @@ class Validation:
 class MetaTraining:
     """The state of meta-training; `train_run` is one run.
 
+    The trainings of a run are spread over the processes of `team`; every process makes the same
+    steps, from the average of all meta-gradients. Validation is the same work in each.
+
     network: trained in place. run: how many are done. best: the weights selected so far, of the
     epoch best_epoch. curves: validation losses [steps] of each epoch, that of the untrained
     optimiser first; deviations: those of its updates by kind, likewise.
@@ -117,9 +121,14 @@ class MetaTraining:
         symmetries: list[Symmetry],
         settings: MetaTrainingSettings,
         warn: Callable[[str], None] = warnings.warn,
+        team: Team = ALONE,
     ) -> None:
+        if settings.tasks < team.count:
+            raise OptimizerError(
+                f"{team.count} processes need --tasks {team.count} or more, one for each"
+            )
         self.network, self.task, self.symmetries = network, task, symmetries
-        self.settings, self.warn = settings, warn
+        self.settings, self.warn, self.team = settings, warn, team
         penalty = None
         if settings.penalty:
             penalty = symmetry_penalty(
@@ -164,25 +173,35 @@ class MetaTraining:
     def _windows(self) -> tuple[list[float], list[float]]:
         """Mean losses of the run's windows, and norms of their gradients."""
         settings, losses, norms = self.settings, [], []
-        trainings = self._started(self.run, settings.tasks)
+        trainings = self._started(self.run, self.team.share(settings.tasks))
         estimate = self._estimator()
         for first in range(0, settings.inner_steps, settings.unroll):
             steps = min(settings.unroll, settings.inner_steps - first)
             window = estimate(trainings, steps)
-            norm = torch.nn.utils.get_total_norm(window.gradient)
-            if not (window.loss.isfinite() and norm.square().isfinite()):
+            loss, mean_loss, *gradient = self._pooled(window)
+            norm = torch.nn.utils.get_total_norm(gradient)
+            if not (loss.isfinite() and norm.square().isfinite()):
                 self.warn(
-                    f"run {self.run + 1}, step {first + steps}: loss {window.loss:g}, "
+                    f"run {self.run + 1}, step {first + steps}: loss {loss:g}, "
                     f"meta-gradient {norm:g}; the run ends here"
                 )
                 break
-            for p, g in zip(self.network.parameters(), window.gradient, strict=True):
+            for p, g in zip(self.network.parameters(), gradient, strict=True):
                 p.grad = g
             self.optimizer.step()
             trainings = window.end
-            losses.append(window.losses.mean().item())
+            losses.append(mean_loss.item())
             norms.append(norm.item())
         return losses, norms
+
+    def _pooled(self, window: WindowGradient) -> list[Tensor]:
+        """The objective, the mean loss and the meta-gradient over the team's trainings."""
+        own = [window.loss, window.losses.mean(), *window.gradient]
+        if self.team.count == 1:
+            return own
+        weight = window.losses.shape[1] / self.settings.tasks
+        shares = self.team.gathered([weight * tensor.cpu() for tensor in own])
+        return [sum(parts).to(window.loss.device) for parts in zip(*shares, strict=True)]
 
     def _estimator(self) -> Callable[[Trainings, int], WindowGradient]:
         settings, noise = self.settings, seeded_generator(self.settings.seed, self.run, 2)
@@ -202,15 +221,15 @@ class MetaTraining:
             **fixed, trainings=trainings, steps=steps, objective=self.objective
         )
 
-    def _started(self, run: int, count: int) -> Trainings:
-        """`count` trainings from new parameters."""
+    def _started(self, run: int, numbers: Sequence[int]) -> Trainings:
+        """The trainings of a run that have these numbers, from new parameters."""
         weights = next(self.network.parameters())
         optimizee, seed = self.task.optimizee, self.settings.seed
         theta = [
             optimizee.initial(seeded_generator(seed, run, k, 0), weights.dtype, weights.device)
-            for k in range(count)
+            for k in numbers
         ]
-        batches = [self.task.batches(seeded_generator(seed, run, k, 1)) for k in range(count)]
+        batches = [self.task.batches(seeded_generator(seed, run, k, 1)) for k in numbers]
         thetas = torch.stack([*map(optimizee.flat, theta)])
         return start(self.network, optimizee, thetas, batches)[0]
 
@@ -229,7 +248,7 @@ class MetaTraining:
     def validate(self) -> Validation:
         """The frozen optimiser on the validation runs, which are the same at each call."""
         settings, optimizee = self.settings, self.task.optimizee
-        trainings, losses = self._started(VALIDATION, settings.validation_runs), []
+        trainings, losses = self._started(VALIDATION, range(settings.validation_runs)), []
         update: dict[str, list[float]] = {}
         gradient: dict[str, list[float]] = {}
         for first in range(0, settings.inner_steps, VALIDATION_WINDOW):

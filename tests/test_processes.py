@@ -12,7 +12,7 @@ import torch
 
 from command_line import UserError, _run_before_the_restart
 from processes import ALONE, Team
-from run_log import read_metrics
+from run_log import read_json, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [
@@ -121,6 +121,23 @@ def test_torchrun_gives_the_numbers_of_one_process_and_survives_the_loss_of_a_wo
     os.kill(children(team.pid)[1], signal.SIGKILL)
     assert team.wait(180) == 0, team.stderr.read()
     assert numbers(tmp_path / "team") == numbers(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("extra", [[], ["--log_loss", "--penalty", "0.1"]])
+def test_torchrun_learns_the_optimiser_that_one_process_learns(tmp_path, extra):
+    command = [
+        "learn_to_optimize.py", "relu4", "--dataset", "mnist5k", "--dtype", "float64", "--quiet",
+        "--network", "mlp", "--threads", "1", "--tasks", "3", "--epochs", "1", "--compare",
+        "--runs_per_epoch", "2", "--inner_steps", "6", "--unroll", "3", "--batch_size", "16",
+        "--validation_runs", "1", *extra,
+    ]  # fmt: skip
+    weights = []
+    for count in (1, 2):
+        process = launch(count, *command, "--out", tmp_path / str(count))
+        assert process.wait(180) == 0, process.stderr.read()
+        learned = read_json(tmp_path / str(count) / "optimizer.json")["weights"]
+        weights.append({name: torch.tensor(w, dtype=torch.float64) for name, w in learned.items()})
+    torch.testing.assert_close(*weights, rtol=1e-12, atol=1e-14)
 
 
 def test_a_team_that_is_interrupted_ends_together_with_figures(tmp_path):
