@@ -37,7 +37,6 @@ PROBLEMS = (*TABLES, *IMAGES, "ptb", *TOYS)
 MODELS = ("mlp", "mlp_batch_norm", "resnet18", "lstm", "toy")
 
 HIDDEN_UNITS = 50
-SPLIT_SEED = 0  # which training images are held out for validation
 WORDS = 10_000  # of Penn Treebank's vocabulary
 STREAMS, WINDOW = 40, 70  # of text, read side by side; tokens of each in a batch
 
@@ -82,11 +81,12 @@ def make_problem(
     name: str,
     model: str,
     validation_proportion: float,
+    split_seed: int,
     data_dir: str | Path,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Problem:
-    """The problem `name` with the network `model`.
+    """The problem `name` with the network `model`; split_seed permutes rows before the split.
 
     Raises DataError where the data are not there, OnePassError where the network does not fit them.
     """
@@ -96,8 +96,8 @@ def make_problem(
     if name == "ptb":
         return _text(model, Path(data_dir), device)
     if name in IMAGES:
-        return _images(name, model, validation_proportion, data_dir, where)
-    return _regression(name, model, validation_proportion, data_dir, where)
+        return _images(name, model, validation_proportion, split_seed, data_dir, where)
+    return _regression(name, model, validation_proportion, split_seed, data_dir, where)
 
 
 # ---- batches ----
@@ -199,11 +199,13 @@ def _gathered(values: Tensor, rows: Tensor) -> Tensor:
 # ---- regression and images ----
 
 
-def _regression(name: str, model: str, proportion: float, data_dir: str, where: dict) -> Problem:
+def _regression(
+    name: str, model: str, proportion: float, split_seed: int, data_dir: str, where: dict
+) -> Problem:
     if model != "mlp":
         raise OnePassError(f"model {model} is not for {name}: take mlp")
     table = load_table(name, data_dir)
-    split = split_table(table, proportion)
+    split = split_table(table, proportion, split_seed)
     parts = [
         tuple(t.to(**where) for t in p) for p in (split.training, split.validation, split.test)
     ]
@@ -212,10 +214,12 @@ def _regression(name: str, model: str, proportion: float, data_dir: str, where: 
     return Problem(objective, *parts, table.source, table.fingerprint(), split.target_variance)
 
 
-def _images(name: str, model: str, proportion: float, data_dir: str, where: dict) -> Problem:
+def _images(
+    name: str, model: str, proportion: float, split_seed: int, data_dir: str, where: dict
+) -> Problem:
     training, test = load_images(name, data_dir)
     network = _image_network(model, training)
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(split_seed))
     held_out = round(proportion * len(training))
     inputs, test_inputs = _standardised(training, test, where)
     if model.startswith("mlp"):

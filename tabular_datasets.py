@@ -18,8 +18,6 @@ from torch import Tensor
 
 from mnist_datasets import DataError
 
-SPLIT_SEED = 1  # one permutation of the rows for every run; docs/one_pass.md shows others
-
 
 @dataclass(frozen=True)
 class Source:
@@ -101,14 +99,14 @@ def load_table(name: str, data_dir: str | Path = "./data") -> Table:
     )
 
 
-def split_table(table: Table, validation_proportion: float) -> Split:
-    """Rows of one fixed permutation: test rows first, then validation, the rest for training.
+def split_table(table: Table, validation_proportion: float, seed: int = 1) -> Split:
+    """Rows of the permutation `seed`: test rows first, then validation, the rest for training.
 
     Inputs and targets are standardised by the mean and standard deviation of all but the test rows.
     `validation_proportion` is that of the rows that are left after the test rows.
     """
     held_out = next(s.test_rows for s in TABLES.values() if s.rows == len(table.inputs))
-    order = torch.randperm(len(table.inputs), generator=torch.Generator().manual_seed(SPLIT_SEED))
+    order = torch.randperm(len(table.inputs), generator=torch.Generator().manual_seed(seed))
     test, rest = order[:held_out], order[held_out:]
     count = round(validation_proportion * len(rest))
     inputs, _ = _standardised(table.inputs, rest)

@@ -63,6 +63,7 @@ KEYS = (
     Key("total_step_limit", positive_int, None, "weight steps in all, if fewer than both make"),
     Key("batch_size", positive_int, None, "training and validation samples a step; none: all"),
     Key("validation_proportion", fraction, 0.0, "of the training data, held out"),
+    Key("split_seed", nonnegative_int, 1, "of the permutation of the rows before they are split"),
     Key("look_back", positive_int, 5, "terms of the series, i, or steps that are unrolled"),
     Key("hyperparameter_lr", positive_float, 0.05, "Adam's rate on the raw values"),
     Key("final_hyperparameter_lr", positive_float, None, "the rate falls to this; none: stays"),
@@ -106,7 +107,13 @@ def main(argv: list[str] | None = None) -> None:
     fill_in(args)
     device, dtype = set_up(args)
     problem = make_problem(
-        args.dataset, args.model, args.validation_proportion, args.data_dir, dtype, device
+        args.dataset,
+        args.model,
+        args.validation_proportion,
+        args.split_seed,
+        args.data_dir,
+        dtype,
+        device,
     )
     tuning = make_tuning(args, problem)
     with open_run(args, "tune_one_pass", problem) as log:

@@ -30,7 +30,7 @@ def generators(runs):
 
 def problem(name, tmp_path, model=None, proportion=0.2):
     return make_problem(
-        name, model or default_model(name), proportion, tmp_path, torch.float64, CPU
+        name, model or default_model(name), proportion, 1, tmp_path, torch.float64, CPU
     )
 
 

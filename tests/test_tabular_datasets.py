@@ -37,6 +37,14 @@ def test_the_rows_are_split_as_published(name):
     assert tuple(len(p[0]) for p in (split.training, split.validation, split.test)) == SPLITS[name]
 
 
+def test_another_seed_gives_other_test_rows():
+    rows = torch.from_numpy(random_rows("yacht"))
+    table = Table(rows[:, :-1], rows[:, -1:], "random")
+    same, other = split_table(table, 0.2, seed=1), split_table(table, 0.2, seed=2)
+    assert torch.equal(split_table(table, 0.2).test[0], same.test[0])
+    assert not torch.equal(same.test[0], other.test[0])
+
+
 def test_all_but_the_test_rows_are_standardised():
     rows = torch.from_numpy(random_rows("yacht")) * 5 + 3
     split = split_table(Table(rows[:, :-1], rows[:, -1:], "random"), 0.2)
