@@ -56,8 +56,11 @@ def whole_ticks() -> MaxNLocator:
 
 
 def add_legend(axes: Axes) -> None:
-    """A legend, where a curve has a name."""
-    if any(axes.get_legend_handles_labels()[1]):
+    """A legend, where a curve has a name; beside the panel where it would hide too much."""
+    names = axes.get_legend_handles_labels()[1]
+    if len(names) > 6:
+        axes.legend(fontsize=FONT - 1, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    elif any(names):
         axes.legend(fontsize=FONT - 1, frameon=False, loc="best")
 
 
