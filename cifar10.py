@@ -14,7 +14,6 @@ Source: Krizhevsky 2009, Learning multiple layers of features from tiny images.
 
 import hashlib
 import io
-import os
 import pickle
 import tarfile
 import tempfile
@@ -26,6 +25,7 @@ import torch
 
 from fetching import one_line, run_with_torchvision
 from image_data import DataError, ImageData
+from run_log import write_durably
 
 IMAGES_PER_FILE, CLASSES = 10_000, 10
 SHAPE = (3, 32, 32)
@@ -125,7 +125,7 @@ def fetch(data_dir: Path) -> None:
             with tarfile.open(directory / "archive") as archive:
                 for path in _paths(whole):
                     content = archive.extractfile(f"{BINARY}/{path.name}").read()
-                    _write_durably(path, content)
+                    write_durably(path, content)
         except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
             raise DataError(f"its archive cannot be read ({one_line(error)})") from error
         whole.rename(data_dir / BINARY)
@@ -134,13 +134,6 @@ def fetch(data_dir: Path) -> None:
 def _paths(folder: Path) -> list[Path]:
     ending = ".bin" if folder.name == BINARY else ""
     return [folder / f"{name}{ending}" for name in FILES]
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _contents(path: Path) -> bytes:

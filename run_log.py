@@ -226,7 +226,7 @@ class RunLog:
                 os.fsync(self._metrics.fileno())
             if self._events is not None:
                 self._events.flush()
-            _write_durably(new, hashlib.sha256(payload).digest() + payload)
+            write_durably(new, hashlib.sha256(payload).digest() + payload)
             if current.exists():
                 os.replace(current, self.path("checkpoint.previous.pt"))
             os.replace(new, current)
@@ -530,12 +530,13 @@ def _write_atomically(path: Path, content: bytes) -> None:
     """Replace the file `path`: at every moment it is either the old one or the new one, whole."""
     new = path.with_name(path.name + ".new")
     with _reported(f"can't write {path}"):
-        _write_durably(new, content)
+        write_durably(new, content)
         os.replace(new, path)
         _sync_directory(path.parent)
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()

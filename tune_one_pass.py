@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         dtype,
         device,
     )
-    tuning = make_tuning(args, problem)
+    tuning = make_tuning(args, problem, device, dtype)
     with open_run(args, "tune_one_pass", problem) as log:
         log.say(f"{problem.source}; {args.draws} runs of {args.steps:,} steps")
         columns, interrupted = train(args, problem, tuning, log)
@@ -185,7 +185,9 @@ def make_settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def make_tuning(args: argparse.Namespace, problem: Problem) -> Tuning:
+def make_tuning(
+    args: argparse.Namespace, problem: Problem, device: torch.device, dtype: torch.dtype
+) -> Tuning:
     """All draws at their start; a draw's numbers do not depend on which others run beside it."""
     settings = make_settings(args)
     hyperparameters = initial_hyperparameters(generators(args, HYPERPARAMETERS))
@@ -193,16 +195,11 @@ def make_tuning(args: argparse.Namespace, problem: Problem) -> Tuning:
         if getattr(args, name) is not None:
             hyperparameters[name].fill_(getattr(args, name))
     weights, buffers = problem.objective.initial(generators(args, WEIGHTS))
-    like = problem.training[0]
-    where = {
-        "device": like.device,
-        "dtype": torch.float32 if args.dtype == "float32" else torch.float64,
-    }
     buffers = {
-        name: b.to(**where) if b.is_floating_point() else b.to(like.device)
-        for name, b in buffers.items()
+        name: buffer.to(device, dtype if buffer.is_floating_point() else buffer.dtype)
+        for name, buffer in buffers.items()
     }
-    state = initial_state(weights.to(**where), buffers, hyperparameters, settings)
+    state = initial_state(weights.to(device, dtype), buffers, hyperparameters, settings)
     if args.load_state is not None:
         state = read_state(args.load_state, state)
     samples = [

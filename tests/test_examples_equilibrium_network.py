@@ -3,15 +3,11 @@
 import csv
 import importlib.util
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import kill_at_row
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -137,16 +133,7 @@ def test_flags_of_the_fixed_point_change_only_the_equilibrium_network(tmp_path, 
 def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
     flags = [*TINY, "--epochs", "9"]
     run(*flags, "--out", tmp_path / "whole")
-    command = [sys.executable, str(SCRIPT), *flags, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    metrics = tmp_path / "killed" / "metrics.csv"
-    for _ in range(3000):
-        assert process.poll() is None, "the run ended too early"
-        if metrics.exists() and metrics.read_text().count("\n") > 2:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_at_row(2, tmp_path / "killed", str(SCRIPT), *flags, "--out", tmp_path / "killed")
     assert len(rows(tmp_path / "killed")) < 9
     run("--resume", tmp_path / "killed", "--quiet")
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")

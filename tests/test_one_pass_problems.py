@@ -41,7 +41,7 @@ def write_text(folder, words=9000):
         (folder / "ptb" / f"ptb.{part}.txt").write_text(text)
 
 
-def test_every_problem_has_a_network_and_a_configuration():
+def test_every_problem_has_a_network():
     for name in PROBLEMS:
         assert default_model(name) in one_pass_problems.MODELS
 

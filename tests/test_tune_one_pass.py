@@ -65,8 +65,8 @@ def test_a_draw_is_the_same_alone_and_among_others(tmp_path):
 
 @pytest.mark.parametrize("algorithm", ["ours_hdlr_momentum", "diff_through_opt", "baydin"])
 def test_a_killed_run_ends_with_the_same_numbers(tmp_path, algorithm):
-    flags = [*config("mnist5k_small", algorithm), "--data-dir", tmp_path, "--draws", 2, *SMALL]
-    flags[1:3] = [tmp_path / "problem.yaml", CONFIGS / f"{algorithm}.yaml"]
+    files = [tmp_path / "problem.yaml", CONFIGS / f"{algorithm}.yaml"]
+    flags = ["-c", *files, "--data-dir", tmp_path, "--draws", 2, *SMALL]
     (tmp_path / "problem.yaml").write_text(
         "dataset: mnist5k\nvalidation_proportion: 0.25\nbatch_size: 50\n"
     )
