@@ -2,8 +2,8 @@
 
 A trial's number is given out by the storage, once: so no two processes run the same trial, and all
 of them together run as many draws as were asked for. A process that works on a trial says so every
-HEARTBEAT seconds. When it has been silent for LOST_AFTER seconds, or is gone from this machine, its
-trial is closed as interrupted, and queued under a new number with the same values.
+HEARTBEAT seconds. When it has fallen silent, or is gone from this machine, its trial is closed as
+interrupted, and queued under a new number with the same values.
 
     user attributes of a trial      what they are
     draw                            which draw its values are
@@ -42,7 +42,8 @@ from search_space import SearchedFlag, Value, draw, grid
 
 JOURNAL = "study.journal"
 HEARTBEAT = 30.0  # seconds
-LOST_AFTER = 180.0  # seconds; clocks of the machines must agree to much less
+LOST_AFTER = 180.0  # seconds since the last sign of life, by the clock of whoever looks
+WATCHED_FOR = 2 * HEARTBEAT  # and so long without another one, by a clock that cannot jump
 SQLITE_WAIT = 60  # seconds for another process's lock
 RACES = 10
 
@@ -296,17 +297,51 @@ def run_again(trial: Trial, outcome: Outcome) -> None:
     finish(trial, outcome)
 
 
-def take_back_lost(study: Study) -> list[int]:
-    """Queue anew the trials whose process is gone, and return their numbers."""
-    lost = [
-        trial
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if _is_lost(trial)
-    ]
-    for trial in lost:
-        outcome = Outcome("interrupted", error="the process that ran it is gone")
-        run_again(Trial(study, trial._trial_id), outcome)
-    return [trial.number for trial in lost]
+class Watch:
+    """Tells trials whose process is gone from those that are being worked on.
+
+    One that has ended on this machine is gone. Any other is given up when its last sign of life is
+    LOST_AFTER away from now, and no other comes while this process watches: so neither clocks that
+    disagree nor one that jumps cost anyone his trial.
+
+    suspects: whether any trial has to be watched for longer before that is known.
+    """
+
+    def __init__(self) -> None:
+        self.suspects = False
+        self._unchanged: dict[int, tuple[float, float]] = {}  # sign of life, and since when read
+
+    def take_back_lost(self, study: Study) -> list[int]:
+        """Queue anew the trials whose process is gone, and return their numbers."""
+        self.suspects = False
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        lost = [trial for trial in running if self._is_lost(trial)]
+        for trial in lost:
+            outcome = Outcome("interrupted", error="the process that ran it is gone")
+            run_again(Trial(study, trial._trial_id), outcome)
+        return [trial.number for trial in lost]
+
+    def _is_lost(self, trial: FrozenTrial) -> bool:
+        owner = trial.user_attrs.get("owner")
+        if owner is None:  # taken a moment ago, or by a process that was killed in that moment
+            return self._is_silent(trial._trial_id, trial.datetime_start.timestamp())
+        if owner["session"] == HERE["session"]:
+            return False
+        if owner["host"] == HERE["host"] and not _runs(owner["process"]):
+            return True
+        return self._is_silent(trial._trial_id, owner["seen"])
+
+    def _is_silent(self, trial: int, sign_of_life: float) -> bool:
+        now = time.monotonic()
+        before, since = self._unchanged.get(trial, (None, now))
+        if before != sign_of_life:
+            since = now
+        self._unchanged[trial] = sign_of_life, since
+        if abs(time.time() - sign_of_life) <= LOST_AFTER:
+            return False
+        silent = now - since >= WATCHED_FOR
+        self.suspects |= not silent
+        return silent
 
 
 def state_of(trial: FrozenTrial) -> str:
@@ -350,17 +385,6 @@ def _suggest(trial: Trial, name: str, among: BaseDistribution) -> None:
         trial.suggest_int(name, among.low, among.high)
     else:
         trial.suggest_float(name, among.low, among.high, step=among.step, log=among.log)
-
-
-def _is_lost(trial: FrozenTrial) -> bool:
-    owner = trial.user_attrs.get("owner")
-    if owner is None:  # taken a moment ago, or by a process that was killed in that moment
-        return time.time() - trial.datetime_start.timestamp() > LOST_AFTER
-    if owner["session"] == HERE["session"]:
-        return False
-    if owner["host"] == HERE["host"] and not _runs(owner["process"]):
-        return True
-    return time.time() - owner["seen"] > LOST_AFTER
 
 
 def _runs(process: int) -> bool:

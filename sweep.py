@@ -50,6 +50,7 @@ from shared_study import (
     HERE,
     JOURNAL,
     StudyError,
+    Watch,
     claim,
     finish,
     make_draws,
@@ -58,7 +59,6 @@ from shared_study import (
     run_again,
     say_alive,
     storage_errors,
-    take_back_lost,
 )
 from sweep_report import (
     AFTER_FLAGS,
@@ -232,6 +232,7 @@ class Sweep:
         self.taken = 0
         self._nothing_left_until = -math.inf
         self._seen_at = -math.inf
+        self.watches = {name: Watch() for name in studies}
 
     def run(self) -> bool:
         """Works until no trial is left for this process; False where Ctrl-C ended that."""
@@ -245,7 +246,7 @@ class Sweep:
                     self._heartbeat()
                     if not interrupt.requested:
                         self._fill()
-                    if not self.workers:
+                    if not self.workers and (interrupt.requested or not self._may_get_more()):
                         return not interrupt.requested
                     time.sleep(POLL)
                     if interrupt.requested:
@@ -273,7 +274,8 @@ class Sweep:
             if not say_alive(worker.trial):
                 worker.end("interrupted")
         for name, study in self.studies.items():
-            for number in take_back_lost(study):
+            for number in self.watches[name].take_back_lost(study):
+                self._nothing_left_until = -math.inf
                 self.log.say(f"{_label(name, number)} was interrupted; its values are queued again")
 
     def _fill(self) -> None:
@@ -297,8 +299,13 @@ class Sweep:
             self.workers.append(start(trial, command, directory, self.threads))
 
     def _may_take(self) -> bool:
-        if time.monotonic() < self._nothing_left_until:
-            return False
+        return time.monotonic() >= self._nothing_left_until and self._has_share_left()
+
+    def _may_get_more(self) -> bool:
+        """Whether a trial of another process, silent so far, may yet turn out to be lost."""
+        return self._has_share_left() and any(watch.suspects for watch in self.watches.values())
+
+    def _has_share_left(self) -> bool:
         return self.args.share is None or self.taken < self.args.share
 
     def _collect(self) -> bool:

@@ -18,6 +18,7 @@ from search_space import draw, searched_flag
 from shared_study import (
     Outcome,
     StudyError,
+    Watch,
     claim,
     counted_trials,
     finish,
@@ -27,7 +28,6 @@ from shared_study import (
     run_again,
     say_alive,
     state_of,
-    take_back_lost,
 )
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -137,23 +137,50 @@ def test_the_trial_of_a_killed_process_is_given_out_again(tmp_path, url):
     process.start()
     assert claimed.wait(60)
     study = study_in(tmp_path, url=url)
-    assert take_back_lost(study) == []
+    assert Watch().take_back_lost(study) == []
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert take_back_lost(study) == [0] and take_back_lost(study) == []
+    assert Watch().take_back_lost(study) == [0] and Watch().take_back_lost(study) == []
     assert sorted(map(str, run_all(study, 3))) == sorted(str(draw(FLAGS, 0, n)) for n in range(3))
     assert [state_of(t) for t in counted_trials(study)].count("interrupted") == 1
 
 
-def test_a_process_of_another_machine_is_lost_when_it_has_been_silent_for_long(tmp_path):
-    study = study_in(tmp_path)
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock that cannot jump, to be moved by hand."""
+    now = [1000.0]
+    monkeypatch.setattr(shared_study.time, "monotonic", lambda: now[0])
+    return now
+
+
+def claimed_elsewhere(study):
+    """A trial of another machine, and how to give a sign of life with another clock's time."""
     trial = claim(study, 1)
     elsewhere = {"host": "elsewhere", "process": 1, "session": "other"}
-    trial.set_user_attr("owner", elsewhere | {"seen": time.time() - 60})
-    assert take_back_lost(study) == []
-    trial.set_user_attr("owner", elsewhere | {"seen": time.time() - 1000})
-    assert take_back_lost(study) == [0]
+    return trial, lambda seen: trial.set_user_attr("owner", elsewhere | {"seen": seen})
+
+
+def test_a_process_of_another_machine_is_lost_when_it_has_been_silent_for_long(tmp_path, clock):
+    study, watch = study_in(tmp_path), Watch()
+    trial, sign_of_life = claimed_elsewhere(study)
+    sign_of_life(time.time() - 60)
+    assert watch.take_back_lost(study) == [] and not watch.suspects
+    sign_of_life(time.time() - 1000)
+    assert watch.take_back_lost(study) == [] and watch.suspects
+    clock[0] += shared_study.WATCHED_FOR
+    assert watch.take_back_lost(study) == [0] and not watch.suspects
     assert not say_alive(trial) and not finish(trial, Outcome("done", 1.0, 0))
+
+
+@pytest.mark.parametrize("jump", [-1e5, 1e5])
+def test_a_clock_that_jumps_costs_no_process_its_trial(tmp_path, clock, jump):
+    study, watch = study_in(tmp_path), Watch()
+    trial, sign_of_life = claimed_elsewhere(study)
+    for heartbeat in range(10):
+        sign_of_life(time.time() + jump + heartbeat)
+        assert watch.take_back_lost(study) == []
+        clock[0] += shared_study.HEARTBEAT
+    assert finish(trial, Outcome("done", 1.0, 0))
 
 
 def test_a_trial_lost_before_it_knew_its_draw_is_run_all_the_same(tmp_path, monkeypatch):
@@ -161,7 +188,8 @@ def test_a_trial_lost_before_it_knew_its_draw_is_run_all_the_same(tmp_path, monk
     run_all(study, 2)
     study.ask()  # a kill at this moment
     monkeypatch.setattr(shared_study, "LOST_AFTER", 0.0)
-    take_back_lost(study)
+    monkeypatch.setattr(shared_study, "WATCHED_FOR", 0.0)
+    Watch().take_back_lost(study)
     monkeypatch.undo()
     run_all(study, 4)
     assert finished_draws(study) == [0, 1, 2, 3]
