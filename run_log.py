@@ -36,10 +36,10 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from errors import WrongInputError
+from tensorboard_events import EventFile
 
 CHECKPOINT_FORMAT = 1
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -68,7 +68,7 @@ class RunLog:
         self._columns: list[str] | None = None
         self._last_step = -1
         self._first_step: int | None = None
-        self._events: SummaryWriter | None = None
+        self._events: EventFile | None = None
 
     @classmethod
     def create(cls, directory: str | Path, config: Mapping[str, Any], quiet: bool = False) -> Self:
@@ -179,9 +179,8 @@ class RunLog:
 
     def _add_events(self, step: int, row: Mapping[str, float]) -> None:
         if self._events is None:
-            self._events = SummaryWriter(str(self.directory), purge_step=self._first_step)
-        for name, value in row.items():
-            self._events.add_scalar(name, float(value), step)
+            self._events = EventFile(self.directory, self._first_step)
+        self._events.add(step, row)
 
     def _read_last_row(self) -> None:
         header, rows = _metrics_rows(self.path("metrics.csv"))
@@ -224,8 +223,6 @@ class RunLog:
         with _reported(f"can't write {current}"):
             if self._metrics is not None:
                 os.fsync(self._metrics.fileno())
-            if self._events is not None:
-                self._events.flush()
             write_durably(new, hashlib.sha256(payload).digest() + payload)
             if current.exists():
                 os.replace(current, self.path("checkpoint.previous.pt"))

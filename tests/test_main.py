@@ -1,6 +1,9 @@
 """The real command, with a tiny budget: what it writes, how it resumes, what it refuses."""
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,6 +138,23 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_pat
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     for name in ("results.json", "rule.json"):
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+@pytest.mark.parametrize("kilobytes", [8, 24])  # within metrics.csv; within a later, larger file
+def test_a_run_whose_disk_fills_up_is_one_line_and_goes_on_when_there_is_room(tmp_path, kilobytes):
+    flags = [*TINY, "--metasteps", 8]
+    run(4, *flags, "--out", tmp_path / "whole")
+    out = tmp_path / "full"
+    size = 1024 * kilobytes
+    process = subprocess.run(
+        [sys.executable, "main.py", *map(str, (4, *flags, "--out", out))],
+        cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: can't write") and process.stderr.count("\n") == 1
+    run("--resume", out, "--quiet")
+    assert outcome(out) == outcome(tmp_path / "whole")
 
 
 def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):

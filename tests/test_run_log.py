@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import tensorboard_events
 from run_log import (
     RunLog,
     RunLogError,
@@ -173,6 +174,18 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
         (1, 0.25),
         (2, 8.0),
     ]
+
+
+def test_tensorboard_shows_the_last_values_also_after_the_clock_was_set_back(tmp_path, monkeypatch):
+    for value, now in enumerate((2e9, 1e9, 1.5e9)):
+        monkeypatch.setattr(tensorboard_events.time, "time", lambda now=now: now)
+        log = RunLog.reopen(tmp_path / "run", quiet=True) if value else new_run(tmp_path)
+        with log:
+            log.load_checkpoint()
+            for step in range(3):
+                log.record(step, {"loss": float(value)})
+    events = EventAccumulator(str(log.directory)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(0, 2.0), (1, 2.0), (2, 2.0)]
 
 
 # ---- checkpoints ----
