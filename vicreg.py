@@ -129,14 +129,16 @@ class VICReg:
 
     def _step(self, x1: Tensor, x2: Tensor) -> dict[str, float]:
         loss, terms = self.loss(self.model(x1, self.params), self.model(x2, self.params))
-        numbers = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
         gradient = torch.autograd.grad(loss, self._leaves())
         norm = torch.nn.utils.get_total_norm(gradient)
-        if not math.isfinite(numbers["loss"]) or not torch.isfinite(norm):
+        # all that this step tells the host, in one piece: each piece is a wait for the device
+        found = torch.stack([t.detach() for t in (norm, loss, *terms.values())]).tolist()
+        if not all(map(math.isfinite, found[:2])):
             raise NonFiniteError(
-                f"epoch {self.epoch + 1}, loss {numbers['loss']:g} with a gradient of norm "
-                f"{norm:g}: not finite"
+                f"epoch {self.epoch + 1}, loss {found[1]:g} with a gradient of norm "
+                f"{found[0]:g}: not finite"
             )
+        numbers = dict(zip(("loss", *terms), found[1:], strict=True))
         for tensor, slope in zip(self._leaves(), gradient, strict=True):
             tensor.grad = slope
         self.optimizer.step()

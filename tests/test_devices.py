@@ -1,0 +1,145 @@
+"""Inner loops keep to their device, and never wait for it.
+
+Tensors on "meta" have shapes and no numbers: to ask one for a number, which on a GPU would make the
+host wait, is an error. No operation may join one with a tensor that was left on the CPU. What tells
+CPU code from device code (compiled loops, blocks for the cache) treats "meta" as a GPU.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from image_data import ImageData
+from krotov_hopfield_rule import KrotovHopfieldRule
+from learning_rules import PolynomialPairRule, PolynomialRule
+from mnist_datasets import batches, pair_batches
+from models_fully_local import Activation, lateral_network
+from objectives import Batch, MLPObjective, ModuleObjective
+from one_pass import NAMES, Settings, Tuning, initial_hyperparameters, initial_state
+from optimizees import image_optimizee
+from optimizer_networks import make_network
+from train import train
+from vicreg import vicreg_loss
+from window_gradients import Trainings, roll_out
+
+META = torch.device("meta")
+MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations on tensors of two devices, unless they move one to the other."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = tree_leaves((arguments, options))
+        devices = {t.device.type for t in found if isinstance(t, torch.Tensor) and t.dim()}
+        assert len(devices) < 2 or function in MOVES, f"{function} of tensors on {devices}"
+        return function(*arguments, **(options or {}))
+
+
+@pytest.fixture(autouse=True)
+def on_one_device():
+    with OneDevice():
+        yield
+
+
+def images(count=64):
+    pixels = torch.empty(count, 1, 12, 12, dtype=torch.uint8, device=META)
+    return ImageData(pixels, torch.empty(count, dtype=torch.long, device=META), "no numbers")
+
+
+def parameters(model):
+    return [
+        {n: torch.empty(s, device=META, requires_grad=True) for n, s in part.items()}
+        for part in (layer.parameter_shapes() for layer in model.layers)
+    ]
+
+
+@pytest.mark.parametrize("memory", ["keep", "fit", "segments"])
+@pytest.mark.parametrize("convolutions", [(), [(4, 3)]])
+@pytest.mark.parametrize("inhibition", ["lateral", "none", "l1", "l2"])
+def test_updates_and_their_gradients(memory, convolutions, inhibition):
+    model = lateral_network(
+        (1, 12, 12), [8, 6], Activation(), convolutions=convolutions, inhibition=inhibition
+    )
+    generator = torch.Generator().manual_seed(0)
+    for rule, source in (
+        (PolynomialRule.of_degree(3, bound="tanh"), batches),
+        (PolynomialPairRule.of_degree(2), pair_batches),
+        (KrotovHopfieldRule(0.1), batches),
+    ):
+        rule.to(META)
+        params = train(
+            model, parameters(model), source(images(), 16, generator), rule, 3, memory=memory
+        )
+        loss = sum(tensor.square().sum() for layer in params for tensor in layer.values())
+        trained = [p for p in rule.parameters() if p.requires_grad]
+        found = torch.autograd.grad(loss, trained, materialize_grads=True)
+        assert all(gradient.device == META for gradient in found)
+
+
+class Samples:
+    """The same batch again and again, each run its own."""
+
+    def __init__(self, inputs, targets):
+        self.inputs, self.targets = inputs, targets
+
+    def next(self):
+        return Batch(self.inputs, self.targets, shared=True)
+
+
+@pytest.mark.parametrize("per_weight", [(), ("lr",)])
+@pytest.mark.parametrize("recover", [False, True])
+@pytest.mark.parametrize(
+    "method", ["fixed", "stepped_lr", "look_back", "successive_gradients", "unrolled", "population"]
+)
+def test_weight_steps_and_hyperparameter_steps(method, recover, per_weight):
+    module = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    generators = [torch.Generator().manual_seed(k) for k in range(5)]
+    samples = Samples(torch.empty(20, 6, device=META), torch.empty(20, dtype=int, device=META))
+    for objective in (
+        MLPObjective((6, 5, 3), "cross_entropy"),
+        ModuleObjective(module, "cross_entropy"),
+    ):
+        weights, buffers = objective.initial(generators)
+        settings = Settings(
+            method, ("lr",) if method == "successive_gradients" else NAMES, per_weight,
+            every=2, recover=recover, clip_norm=1.0,
+        )  # fmt: skip
+        state = initial_state(
+            weights.float().to(META),
+            {name: buffer.to(META) for name, buffer in buffers.items()},
+            {n: v.to(META) for n, v in initial_hyperparameters(generators).items()},
+            settings,
+        )
+        tuning = Tuning(objective, samples, samples, settings, state)
+        tuning.advance(6)
+        assert tuning.state.weights.device == META and tuning.state.step == 6
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mlp"])
+@pytest.mark.parametrize("name", ["relu20", "relu8bn", "conv4-4"])
+@pytest.mark.parametrize("together", [1, 2])
+def test_steps_of_a_learned_optimiser(kind, name, together):
+    network = make_network(kind, 0).to(META)
+    optimizee = image_optimizee(name, (1, 12, 12), 10)
+    theta = torch.empty(together, sum(optimizee.sizes()), device=META)
+    batch = torch.empty(8, 1, 12, 12, device=META), torch.empty(8, dtype=int, device=META)
+    trainings = Trainings(
+        theta, network.memory(theta.numel(), theta), torch.empty_like(theta),
+        [itertools.repeat(batch)] * together,
+    )  # fmt: skip
+    assert roll_out(network, optimizee, trainings, 3).losses.device == META
+
+
+def test_the_loss_of_pairs():
+    loss, terms = vicreg_loss(torch.empty(8, 4, device=META), torch.empty(8, 4, device=META))
+    assert loss.device == META and all(term.device == META for term in terms.values())
+
+
+def test_a_tensor_left_behind_is_noticed():
+    with pytest.raises(AssertionError, match="mm"):
+        torch.mm(torch.empty(2, 2, device=META), torch.ones(2, 2))
