@@ -30,6 +30,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from errors import WrongInputError
+from precision import set_tensor_cores
 from processes import ALONE, Team
 from run_log import RunLog, RunLogError, SilentLog, plain, read_config
 
@@ -343,10 +344,11 @@ def new_directory(command: str) -> Path:
 
 
 def _be_deterministic(device: torch.device) -> None:
-    """Prefer deterministic kernels; an operation that has none warns."""
+    """Prefer deterministic kernels, whole float32; an operation that has none warns."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
+        set_tensor_cores("ieee")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # this part would cost time
 

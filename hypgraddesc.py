@@ -32,6 +32,7 @@ from meta_gradients import (
     trained_hyperparameters,
 )
 from models_fully_local import Params
+from precision import Products
 from processes import ALONE, Team
 from run_log import RunLog, finish_on_interrupt
 from train import detached, train
@@ -83,6 +84,7 @@ class MetaSettings:
     average: float = 0.0  # decay of the running average of the coefficients; 0: the last ones
     nonfinite: str = "skip"  # or "stop"
     method: MetaGradient = field(default_factory=Reverse)
+    products: str = "float32"  # or less, for the training but not its outer loss: precision.py
     seed: int = 0
 
     def check(self, initializer: nn.Module) -> None:
@@ -229,21 +231,27 @@ class HypergradientDescent:
 
     def _run_task(self, number: int, steps: int) -> tuple[list[Tensor], dict[str, float]]:
         """The hypergradient of one draw of initial parameters and batches, and its numbers."""
-        task = self._draw_task(number, steps)
-        gradient, theta = self.settings.method(task)
+        with Products(self.settings.products) as products:
+            task = self._draw_task(number, steps, products)
+            gradient, theta = self.settings.method(task)
         for name, g in zip(self._trained(), gradient, strict=True):
             # The optimiser squares it: what overflows then is as bad as what is not finite now.
             check_finite(g.square(), f"hypergradient of {name}")
         self.carried[number] = detached(theta)
         return gradient, task.numbers()
 
-    def _draw_task(self, number: int, steps: int) -> Task:
+    def _draw_task(self, number: int, steps: int, products: Products) -> Task:
         settings, draw = self.settings, (self.settings.seed, self.metastep, number)
         model = self.make_model()
+
+        def judge(params: Params) -> tuple[Tensor, dict[str, float]]:
+            with products.exact():
+                return self.outer_loss(model, params, seeded_generator(*draw, 2))
+
         batches = self.make_batches(seeded_generator(*draw, 1))
         task = Task(
             model, self.rule, self.initializer, batches, steps,
-            judge=lambda params: self.outer_loss(model, params, seeded_generator(*draw, 2)),
+            judge=judge,
             draw_start=lambda: seeded_generator(*draw, 0),
             generator=seeded_generator(*draw, 3),
             start=self.carried[number] if self.metastep % settings.reinitialize_every else None,

@@ -65,6 +65,7 @@ from models_fully_local import (
     Activation,
     lateral_network,
 )
+from precision import PRODUCTS, Products
 from processes import join_team
 from run_log import RunLog, finish_on_interrupt, read_json, read_metrics
 from train import MEMORY
@@ -108,6 +109,8 @@ def make_parser():
     add("--sigma", type=positive_float, help="perturbation of the hyperparameters by es (1e-4)")
     add("--pairs", type=positive_int, help="of perturbed trainings by es (4)")
     add("--compile", action="store_true", help="compile the update (needs a C++ compiler)")
+    add("--products", choices=PRODUCTS, default="float32",
+        help="how matrix products multiply, in float32 training")  # fmt: skip
     add("--memory", choices=MEMORY, default="fit", help="what is kept for the backward pass")
     add("--memory_limit", type=positive_float, default=2.5, metavar="GB", help="for --memory fit")
     add("--pair_inputs", action="store_true", help="learn from pairs of augmented views")
@@ -169,6 +172,9 @@ def refuse_flags_without_effect(args) -> None:
         raise UserError("--K needs --method truncated, lookback or implicit")
     if (args.sigma or args.pairs) and args.method != "es":
         raise UserError("--sigma and --pairs need --method es")
+    Products(args.products)  # refuses what is not to be had here
+    if args.products != "float32" and (args.compile or args.dtype != "float32"):
+        raise UserError("--products needs --dtype float32, and goes without --compile")
     if args.memory != "fit" and args.method not in ("reverse", "truncated"):
         raise UserError("--memory needs --method reverse or truncated: the others keep one update")
     if args.compile and args.method not in ("reverse", "truncated"):
@@ -210,6 +216,7 @@ def make_settings(args) -> MetaSettings:
         average=args.average,
         nonfinite=args.nonfinite,
         method=make_method(args),
+        products=args.products,
         seed=args.seed,
     )
 
