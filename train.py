@@ -95,14 +95,12 @@ def _segment_length(model, params, used, rule, memory: str, memory_limit: int) -
 
 def graph_bytes(function) -> int:
     """Bytes of all tensors that the graph of a call of `function` keeps for its backward pass."""
-    kept: dict[int, int] = {}
+    kept: dict[int, Tensor] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> None:
+        # Held here without its graph: an output that its own graph held would never be freed.
+        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()
-    del result  # alive until here, so that no storage is counted under another's address
-    return sum(kept.values())
+    with saved_tensors_hooks(pack, lambda _: None):
+        function()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

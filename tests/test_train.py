@@ -1,5 +1,6 @@
 """Unrolled training: its meta-gradient by finite differences, and every memory policy."""
 
+import gc
 import itertools
 
 import oracles
@@ -180,6 +181,21 @@ def test_fit_keeps_as_many_updates_as_the_limit_allows():
         for limit in (1, size + 1, 4 * size + 1, 8 * size + 1, 9 * size + 1, 2**40)
     ]
     assert again == [8, 8, 5, 1, 0, 0]
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_nothing_is_left_behind_by_a_training_and_its_backward_pass(memory):
+    problem = Problem()
+    problem.loss_and_gradient(memory=memory)  # lays out the sums
+    before = live_tensors()
+    for _ in range(3):
+        problem.loss_and_gradient(memory=memory)
+    assert live_tensors() == before
 
 
 def test_the_default_keeps_everything_that_is_small():
