@@ -1,18 +1,18 @@
-"""The blocks of docs/extending.md run as they stand, and stay short."""
+"""The blocks of code in README.md run as they stand, and stay short."""
 
 import re
 
 import torch
 from commands import ROOT
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
 def test_every_block_of_the_guide_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "guide"}
     for block in BLOCKS:
-        exec(compile(block, "docs/extending.md", "exec"), names)
+        exec(compile(block, "README.md", "exec"), names)
     assert len((tmp_path / "runs/own_rule/metrics.csv").read_text().splitlines()) == 4
     assert not torch.equal(names["rule"].rates, torch.tensor([1e-3, 1e-3]))
 
