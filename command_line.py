@@ -38,7 +38,10 @@ DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 OF_THE_CALL = ("out", "resume", "quiet")  # flags that belong to one call, not to the run
-MAY_DIFFER = ("data_dir",)  # on --resume: where the data lies changes no number
+MAY_DIFFER = ("data_dir", "save_state")  # on --resume: they change no number
+
+# what torch's allocators say, of the CPU and of CUDA
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
 # glibc's mallopt parameters (malloc.h) and the values given to them
 M_TRIM_THRESHOLD, NEVER = -1, -1
@@ -183,9 +186,9 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
     except OSError as error:
         _exit_with_line(f"cannot read or write: {error}", status=2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
             raise
-        _exit_with_line("not enough memory: take smaller layers, batches or --memory", status=2)
+        _exit_with_line("not enough memory: take smaller layers or batches", status=2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
@@ -330,9 +333,9 @@ def _refuse_other_configuration(
         )
 
 
-def new_directory(command: str) -> Path:
-    """runs/<command>-<time>, numbered where two runs start within a second."""
-    first = Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+def new_directory(command: str, folder: Path = Path("runs")) -> Path:
+    """<folder>/<command>-<time>, numbered where two runs start within a second."""
+    first = folder / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = first, 1
     while path.exists():
         number += 1

@@ -43,6 +43,7 @@ TRANSFORMS: dict[str, tuple[Callable, Callable, Callable]] = {
 }
 DEFAULT_TRANSFORMS = {"lr": "10^", "weight_decay": "10^", "momentum": "sigmoid"}
 
+SMALLEST_POPULATION = 5  # of which one goes on from another
 CLIP_EPS = 1e-6
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 SOUND = 3.0  # times the first training loss; a sound run stays below
@@ -466,7 +467,7 @@ class Tuning:
             state.weights, state.buffers, self.validation.inputs, self.validation.targets
         )
         order = found.loss.nan_to_num(nan=math.inf, posinf=math.inf).argsort(stable=True)
-        count = len(order) // 5
+        count = len(order) // SMALLEST_POPULATION
         best, worst = order[:count], order[len(order) - count :]
         generator = torch.Generator().manual_seed(state.step)
         for tensor in (state.weights, state.momentum_buffer, *state.buffers.values()):

@@ -12,6 +12,7 @@ directory holds the medians over the draws in metrics.csv and every draw's numbe
 import argparse
 import io
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from command_line import (
     computing_parser,
     device_name,
     fraction,
+    new_directory,
     nonnegative_int,
     open_run,
     parse,
@@ -36,6 +38,7 @@ from one_pass import (
     DEFAULT_TRANSFORMS,
     METHODS,
     NAMES,
+    SMALLEST_POPULATION,
     TRANSFORMS,
     OnePassError,
     Settings,
@@ -46,7 +49,7 @@ from one_pass import (
 )
 from one_pass_problems import MODELS, PROBLEMS, Problem, default_model, make_problem, make_samples
 from one_pass_report import Columns, final_losses, summary
-from run_log import RunLog, finish_on_interrupt
+from run_log import RunLog, finish_on_interrupt, write_durably
 from yaml_settings import Key, add_settings, complete, mapping, truth
 
 # what a draw's random numbers are for; each has a stream of its own
@@ -71,7 +74,9 @@ KEYS = (
     Key("truncate_series", truth, False, "end a series where its terms begin to grow"),
     Key("recover", truth, False, "a run that diverges goes on from its last good weights, slower"),
     Key("network_weight_grad_clipping", mapping, {}, "of the training gradient: {norm: .25}"),
-    Key("hyperparameter_clipping", mapping, {"lr": [-10.0, 0.0]}, "bounds of raw values"),
+    Key(
+        "hyperparameter_clipping", mapping, {"lr": [-10.0, 0.0]}, "bounds of raw values; null: none"
+    ),
     Key("transformed_hyperparameters", mapping, DEFAULT_TRANSFORMS, "exp, 10^ or sigmoid"),
     Key("reset_model_after_hyperparameter_update", truth, False, "train from the start again"),
     Key("lr", positive_float, None, "of every draw at the start; none: drawn"),
@@ -92,10 +97,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data-dir", "--data_dir", type=Path, default="data", metavar="DIR", help="data sets")
     add("-d", dest="device", type=device_name, default=argparse.SUPPRESS, help="as --device")
     add("-S", "--save_state", type=Path, metavar="FILE", help="write the last state here too")
-    add("-L", "--load_state", type=Path, metavar="FILE", help="start from a state that -S wrote")
+    add("-s", "--load_state", type=Path, metavar="FILE", help="start from a state that -S wrote")
     add("-l", "--log_root", type=Path, metavar="DIR", help="runs are made in it (default: runs)")
     add("-g", "--group", metavar="NAME", help="of runs that belong together: a folder of log_root")
-    add("-n", "--name", metavar="NAME", help="of the run's folder in it; else --out names it whole")
+    add("-n", "--name", metavar="NAME", help="of the run's folder in it (default: by the time)")
     add_settings(parser, KEYS)
     return parser
 
@@ -139,8 +144,7 @@ def fill_in(args: argparse.Namespace) -> None:
         )
     wanted = args.log_every or args.steps // 40
     args.log_every = max(wanted // every, 1) * every
-    if args.name is not None and args.out is None and args.resume is None:
-        args.out = (args.log_root or Path("runs")) / (args.group or "") / args.name
+    name_directory(args)
     tuned = args.method not in ("fixed", "stepped_lr")
     if tuned and not args.optimised_hyperparameters:
         raise OnePassError(f"method {args.method} needs optimised_hyperparameters, such as lr")
@@ -148,17 +152,57 @@ def fill_in(args: argparse.Namespace) -> None:
         raise OnePassError(f"method {args.method} needs a validation_proportion above 0")
     if args.method == "successive_gradients" and args.optimised_hyperparameters != ["lr"]:
         raise OnePassError("successive_gradients tunes lr, nothing else")
-    if args.method == "population" and args.high_dimensional_hyperparameters:
-        raise OnePassError("a population has one value of each hyperparameter for a run")
-    for key in ("hyperparameter_clipping", "transformed_hyperparameters"):
+    if args.method == "population":
+        if args.high_dimensional_hyperparameters:
+            raise OnePassError("a population has one value of each hyperparameter for a run")
+        if args.draws < SMALLEST_POPULATION:
+            raise OnePassError(f"a population needs --draws {SMALLEST_POPULATION} or more")
+    check_tables(args)
+    if args.save_state is not None and not args.save_state.resolve().parent.is_dir():
+        raise OnePassError(f"-S {args.save_state}: there is no such folder")
+
+
+def name_directory(args: argparse.Namespace) -> None:
+    """Make --out of -l, -g and -n, where one of them is given."""
+    parts = (args.log_root, args.group, args.name)
+    if parts == (None, None, None) or args.resume is not None:
+        return
+    if args.out is not None:
+        raise OnePassError("--out names the whole directory: leave out -l, -g and -n")
+    folder = (args.log_root or Path("runs")) / (args.group or "")
+    args.out = folder / args.name if args.name else new_directory("tune_one_pass", folder)
+
+
+def check_tables(args: argparse.Namespace) -> None:
+    """OnePassError where a setting that is a table holds what it can't."""
+    for key, known in (
+        ("network_weight_grad_clipping", ("norm",)),
+        ("hyperparameter_clipping", NAMES),
+        ("transformed_hyperparameters", NAMES),
+    ):
         for name in getattr(args, key):
-            if name not in NAMES:
-                raise OnePassError(f"{key} knows {', '.join(NAMES)}, not {name!r}")
+            if name not in known:
+                raise OnePassError(f"{key} knows {', '.join(known)}, not {name!r}")
+    norm = args.network_weight_grad_clipping.get("norm", 1.0)
+    if not is_number(norm) or norm <= 0:
+        raise OnePassError(f"network_weight_grad_clipping: norm is a number above 0, not {norm!r}")
+    for name, pair in args.hyperparameter_clipping.items():
+        two = isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair))
+        if pair is not None and not (two and pair[0] <= pair[1]):
+            raise OnePassError(
+                f"hyperparameter_clipping: {name} needs two raw values such as [-10, 0], or null "
+                f"for none, not {pair!r}"
+            )
     for name, kind in args.transformed_hyperparameters.items():
         if kind not in TRANSFORMS:
             raise OnePassError(
                 f"{name} can be transformed by {', '.join(TRANSFORMS)}, not {kind!r}"
             )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from YAML is a number, infinities included."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 # ---- building ----
@@ -180,7 +224,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         truncate=args.truncate_series,
         recover=args.recover,
         clip_norm=args.network_weight_grad_clipping.get("norm"),
-        bounds={name: tuple(pair) for name, pair in args.hyperparameter_clipping.items()},
+        bounds={n: tuple(pair) for n, pair in args.hyperparameter_clipping.items() if pair},
         reset=args.reset_model_after_hyperparameter_update,
     )
 
@@ -200,7 +244,8 @@ def make_tuning(
         for name, buffer in buffers.items()
     }
     state = initial_state(weights.to(device, dtype), buffers, hyperparameters, settings)
-    if args.load_state is not None:
+    going_on = args.resume is not None and (args.resume / "checkpoint.pt").exists()
+    if args.load_state is not None and not going_on:
         state = read_state(args.load_state, state)
     samples = [
         make_samples(part, args.batch_size, problem.sequential, generators(args, purpose))
@@ -326,10 +371,11 @@ def load_tuning(tuning: Tuning, saved: dict[str, Any]) -> None:
 
 
 def save_state(path: Path, state: State) -> None:
-    """Weights, hyperparameters and moments, for -L."""
-    content = io.BytesIO()
+    """Weights, hyperparameters and moments, for -s; in one piece, or not at all."""
+    content, new = io.BytesIO(), path.with_name(path.name + ".new")
     torch.save(vars(state), content)
-    path.write_bytes(content.getvalue())
+    write_durably(new, content.getvalue())
+    os.replace(new, path)
 
 
 def read_state(path: Path, expected: State) -> State:

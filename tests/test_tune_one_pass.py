@@ -7,9 +7,10 @@ import pytest
 from commands import ROOT, kill_at_row, outcome, refused
 
 import tune_one_pass
+from command_line import parse
 from one_pass_report import read_run
 from run_log import read_config, read_json
-from yaml_settings import read_settings
+from yaml_settings import complete, read_settings
 
 CONFIGS = ROOT / "configs"
 SMALL = (
@@ -87,7 +88,7 @@ def test_flags_win_over_files_and_are_saved(tmp_path):
 def test_a_saved_state_is_gone_on_from(tmp_path):
     state = tmp_path / "state.pt"
     first = tune(tmp_path, *config("boston", "ours_lr"), "-S", state, out="first")
-    second = tune(tmp_path, *config("boston", "ours_lr"), "-L", state, out="second")
+    second = tune(tmp_path, *config("boston", "ours_lr"), "-s", state, out="second")
     ended, started = (
         read_run(run).columns["Loss/Training"][row] for run, row in ((first, -1), (second, 0))
     )
@@ -100,6 +101,29 @@ def test_root_group_and_name_make_the_directory(tmp_path):
         "--data-dir", str(tmp_path),
     ])  # fmt: skip
     assert (tmp_path / "some" / "one" / "draws.npz").exists()
+    tune_one_pass.main([
+        *config("boston", "random"), *SMALL, "-l", str(tmp_path), "-g", "other",
+        "--data-dir", str(tmp_path),
+    ])  # fmt: skip
+    (by_time,) = (tmp_path / "other").iterdir()
+    assert by_time.name.startswith("tune_one_pass-") and (by_time / "draws.npz").exists()
+
+
+def test_a_bound_is_taken_away_by_null(tmp_path):
+    flags = ("--hyperparameter_clipping", "{lr: null}")
+    parser = tune_one_pass.make_parser()
+    args = parse(parser, [*config("boston", "ours_lr"), *flags])
+    complete(args, tune_one_pass.KEYS)
+    tune_one_pass.fill_in(args)
+    assert tune_one_pass.make_settings(args).bounds == {}
+
+
+def test_a_run_goes_on_without_the_state_that_it_began_with(tmp_path):
+    state = tmp_path / "state.pt"
+    tune(tmp_path, *config("boston", "ours_lr"), "-S", state, out="first")
+    run = tune(tmp_path, *config("boston", "ours_lr"), "-s", state, out="second")
+    state.unlink()
+    tune_one_pass.main(["--resume", str(run), "--quiet"])
 
 
 @pytest.mark.parametrize(
@@ -118,8 +142,20 @@ def test_root_group_and_name_make_the_directory(tmp_path):
         (["--draws", "0"], "--draws"),
         (["--method", "stepped_lr", "--total_step_limit", "9"], "ends before the first"),
         (["--optimised_hyperparameters", "rate"], "invalid choice: 'rate'"),
-        (["-L", "none.pt"], "none.pt is not a saved state"),
+        (["-s", "none.pt"], "none.pt is not a saved state"),
         (["-c", "none.yaml"], "can't read none.yaml"),
+        (["-S", "none/state.pt"], "there is no such folder"),
+        (["-g", "group"], "leave out -l, -g and -n"),
+        (["--network_weight_grad_clipping", "{nrom: 1}"], "knows norm, not 'nrom'"),
+        (["--network_weight_grad_clipping", "{norm: x}"], "a number above 0, not 'x'"),
+        (["--hyperparameter_clipping", "{lr: 3}"], "two raw values such as [-10, 0]"),
+        (["--hyperparameter_clipping", "{lr: [1]}"], "two raw values such as [-10, 0]"),
+        (["--hyperparameter_clipping", "{lr: [a, b]}"], "two raw values such as [-10, 0]"),
+        (["--hyperparameter_clipping", "{lr: [0, -1]}"], "two raw values such as [-10, 0]"),
+        (
+            ["-c", CONFIGS / "population.yaml", "--validation_proportion", "0.2", "--draws", "4"],
+            "a population needs --draws 5 or more",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(capsys, tmp_path, flags, message):
@@ -130,7 +166,7 @@ def test_wrong_input_is_one_line(capsys, tmp_path, flags, message):
 def test_a_state_of_other_draws_is_refused(capsys, tmp_path):
     state = tmp_path / "state.pt"
     tune(tmp_path, *config("boston", "random"), "-S", state)
-    flags = [*config("boston", "random"), "--draws", 2, "-L", state, "--data-dir", tmp_path]
+    flags = [*config("boston", "random"), "--draws", 2, "-s", state, "--data-dir", tmp_path]
     assert "this run has [2, 751]" in refused(capsys, tune_one_pass.main, *flags)
 
 
