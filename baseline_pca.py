@@ -121,7 +121,7 @@ def draw_accuracy_over_size(
         axes.plot(sizes, values, color=colour, marker="o", ms=3, lw=1.3, label=name)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     label_axes(axes, "Accuracy of the linear probe", x_label, "images classified correctly")
-    axes.set_xscale("log", base=2)  # after _finish, whose ticks are those of steps
+    axes.set_xscale("log", base=2)  # after label_axes, whose ticks are those of steps
     axes.xaxis.set_major_formatter(ScalarFormatter())
     add_legend(axes)
     save_figure(figure, path)

@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -118,6 +118,21 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         if name in config and name not in explicit and name not in OF_THE_CALL:
             setattr(args, name, _from_saved(action, config[name]))
     return args
+
+
+def refuse_idle_flags(
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    needs: Sequence[tuple[str, bool, str]],
+) -> None:
+    """UserError where a flag was given that would do nothing.
+
+    needs: names of flags, whether they matter in this run, and what else they need.
+    """
+    for names, matter, needed in needs:
+        for name in names.split():
+            if not matter and getattr(args, name) != parser.get_default(name):
+                raise UserError(f"--{name} needs {needed}")
 
 
 def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

@@ -1,6 +1,6 @@
 """Trains a network of competing layers without labels, and a classifier behind some of them.
 
-    training = LayerwiseTraining(network, train, validation, recipe, classify_after=(1, 2), seed=0)
+    training = LayerwiseTraining(network, train, validation, classify_after=(1, 2), seed=0)
     while not training.finished:
         row = training.train_round()
 

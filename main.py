@@ -32,6 +32,7 @@ from command_line import (
     parse,
     positive_float,
     positive_int,
+    refuse_idle_flags,
     run_command,
     set_up,
 )
@@ -86,13 +87,15 @@ def make_parser():
     add("--optimizer", choices=list(OPTIMIZERS), default="adam", help="of the coefficients")
     add("--warmup_steps", type=nonnegative_int, default=100, help="the rate rises over these")
     add("--decay", choices=("none", "cosine"), default="none", help="how the rate falls again")
-    add("--finetune_steps", type=nonnegative_int, default=0, help="more, at a tenth of the rate")
+    add("--finetune_steps", type=nonnegative_int, default=0, help="more, at a lower rate")
+    add("--finetune_factor", type=positive_float, default=0.1, help="times --lr is their rate")
     add("--clip_grads", action="store_true", help="bound the norm of each task's hypergradient")
     add("--clip_norm", type=positive_float, default=100.0, metavar="NORM", help="by this")
     add("--tasks", type=positive_int, default=1, help="draws averaged in one hypergradient")
     add("--average", type=fraction, default=0.0, metavar="DECAY",
         help="end with a running average of the coefficients of this decay")  # fmt: skip
     add("--l1_reg", type=nonnegative_float, default=0.0, help="L1 weight of the coefficients")
+    add("--l2_coefficients", type=nonnegative_float, default=0.0, help="their L2 weight")
     add("--sparsify", action="store_true", help="remove coefficients that change sign")
     add("--sparsify_from", type=nonnegative_int, default=0, metavar="METASTEP", help="from here on")
     add("--nonfinite", choices=("skip", "stop"), default="skip",
@@ -102,6 +105,11 @@ def make_parser():
     add("--max_inner_steps", type=positive_int, default=250, help="where raising them ends")
     add("--raise_every", type=positive_int, default=100, help="meta-steps between raises")
     add("--raise_by", type=nonnegative_int, default=0, help="inner steps added at each raise")
+    add("--ungraded_steps", type=nonnegative_int, default=0,
+        help="updates before them, not differentiated")  # fmt: skip
+    add("--reinitialize_every", type=positive_int, default=1, metavar="METASTEPS",
+        help="in between, training goes on from where it was")  # fmt: skip
+    add("--accumulate", action="store_true", help="one step of the coefficients for all of these")
     add("--batch_size", type=positive_int, default=1024, help="images of one update")
     add("--method", choices=list(METHODS), default="reverse", help="way to the hypergradient")
     add("--K", type=positive_int,
@@ -157,7 +165,7 @@ def convolution(text: str) -> tuple[int, int]:
     return int(channels), int(kernel)
 
 
-def refuse_flags_without_effect(args) -> None:
+def refuse_flags_without_effect(args, parser) -> None:
     """UserError where a flag would silently do nothing, and where there is no network."""
     if not args.layers and not args.conv:
         raise UserError("the network has no layer: give units, such as 32, or --conv 16x5, or both")
@@ -168,33 +176,35 @@ def refuse_flags_without_effect(args) -> None:
         )
     if args.raise_by and first == most:
         raise UserError(f"--raise_by needs --initial_inner_steps below --max_inner_steps {most}")
-    if args.K and args.method not in ("truncated", "lookback", "implicit"):
-        raise UserError("--K needs --method truncated, lookback or implicit")
-    if (args.sigma or args.pairs) and args.method != "es":
-        raise UserError("--sigma and --pairs need --method es")
     Products(args.products)  # refuses what is not to be had here
     if args.products != "float32" and (args.compile or args.dtype != "float32"):
         raise UserError("--products needs --dtype float32, and goes without --compile")
-    if args.memory != "fit" and args.method not in ("reverse", "truncated"):
-        raise UserError("--memory needs --method reverse or truncated: the others keep one update")
-    if args.compile and args.method not in ("reverse", "truncated"):
-        raise UserError("--compile needs --method reverse or truncated")
-    if args.pool != 2 and not args.conv:
-        raise UserError("--pool averages what --conv yields: give --conv as well, or leave it out")
     if args.compile and args.sparsify:
         raise UserError("--compile does not go with --sparsify, whose rule changes: leave one out")
     if args.compile and args.inhibition == "equilibrium":
         raise UserError("--compile does not go with --inhibition equilibrium: leave one out")
-    if args.rule != "polynomial" and (args.pair_inputs or args.l1_reg or args.sparsify):
-        raise UserError("--pair_inputs, --l1_reg and --sparsify need --rule polynomial")
-    if args.rule != "polynomial" and (args.compile or args.l2_reg):
-        raise UserError("--compile and --l2_reg need --rule polynomial")
-    lateral_only = args.forbid_self_inhibition or args.forbid_excitation
-    if args.inhibition not in WITH_LATERAL_WEIGHTS and lateral_only:
-        raise UserError(
-            "--forbid_self_inhibition and --forbid_excitation need --inhibition lateral, "
-            "or equilibrium"
-        )
+    unrolls = args.method in ("reverse", "truncated")
+    polynomial, lateral = args.rule == "polynomial", args.inhibition in WITH_LATERAL_WEIGHTS
+    refuse_idle_flags(args, parser, [
+        ("K", args.method in ("truncated", "lookback", "implicit"),
+         "--method truncated, lookback or implicit"),
+        ("sigma pairs", args.method == "es", "--method es"),
+        ("memory compile", unrolls, "--method reverse or truncated"),
+        ("memory_limit", unrolls and args.memory == "fit", "--memory fit"),
+        ("clip_norm", args.clip_grads, "--clip_grads"),
+        ("sparsify_from", args.sparsify, "--sparsify"),
+        ("raise_every", args.raise_by, "--raise_by"),
+        ("finetune_factor", args.finetune_steps, "--finetune_steps"),
+        ("accumulate", args.reinitialize_every > 1, "--reinitialize_every of at least 2"),
+        ("pool", args.conv, "--conv, whose output it averages"),
+        ("inh_steps inh_factor", args.inhibition == "lateral", "--inhibition lateral"),
+        ("forbid_self_inhibition forbid_excitation", lateral,
+         "--inhibition lateral, or equilibrium"),
+        ("pair_inputs l1_reg l2_coefficients sparsify compile l2_reg degree bound", polynomial,
+         "--rule polynomial"),
+        ("gate ranking_param lebesgue_p normalization rate delta inverse_temperature",
+         not polynomial, "--rule krotov_hopfield"),
+    ])  # fmt: skip
 
 
 def make_settings(args) -> MetaSettings:
@@ -206,12 +216,17 @@ def make_settings(args) -> MetaSettings:
         warmup_steps=args.warmup_steps,
         decay=args.decay,
         finetune_steps=args.finetune_steps,
+        finetune_factor=args.finetune_factor,
         inner_steps=rising_steps(
             args.initial_inner_steps, args.raise_by, args.raise_every, args.max_inner_steps
         ),
+        ungraded_steps=args.ungraded_steps,
+        reinitialize_every=args.reinitialize_every,
+        accumulate=args.accumulate,
         tasks=args.tasks,
         clip_norm=args.clip_norm if args.clip_grads else None,
         l1=args.l1_reg,
+        l2=args.l2_coefficients,
         sparsify_from=args.sparsify_from if args.sparsify else None,
         average=args.average,
         nonfinite=args.nonfinite,
@@ -260,8 +275,9 @@ def make_competing_rule(args) -> KrotovHopfieldRule:
 
 
 def make_initializer(args) -> GaussianInitializer:
-    """Spread of w, means of b and m, which start without spread; trained where the method can."""
-    mode = TRAINABLE if METHODS[args.method].reaches_start else FIXED
+    """Spread of w, means of b and m, which start without spread; trained where it can be."""
+    from_start = args.reinitialize_every == 1 and not args.ungraded_steps
+    mode = TRAINABLE if METHODS[args.method].reaches_start and from_start else FIXED
     names = "bm" if args.inhibition in WITH_LATERAL_WEIGHTS else "b"
     return GaussianInitializer(dict.fromkeys(names, mode), {"w": mode})
 
@@ -408,8 +424,9 @@ def make_outer_loss(args, train_data, test_data) -> ProbeLoss:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, meta-learn, evaluate, report."""
-    args = parse(make_parser(), argv)
-    refuse_flags_without_effect(args)
+    parser = make_parser()
+    args = parse(parser, argv)
+    refuse_flags_without_effect(args, parser)
     device, dtype = set_up(args)
     team = join_team()
     if args.tasks < team.count:

@@ -1,7 +1,7 @@
 """What one_pass.py is tried on: data in three parts, a network, and batches for many runs.
 
-    problem = make_problem("energy", "mlp", 78 / 692, "./data", torch.float32, device)
-    training = make_samples(problem.training, None, generators)    # None: full batches
+    problem = make_problem("energy", "mlp", 78 / 692, split_seed, "./data", torch.float32, device)
+    training = make_samples(problem.training, None, problem.sequential, generators)  # full batches
 
 UCI regression (an MLP of 50 hidden units), Fashion-MNIST and MNIST (784-50-10, also with batch
 norm), CIFAR-10 (ResNet-18), Penn Treebank (a two-layer LSTM), and two toys whose losses are

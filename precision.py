@@ -3,7 +3,7 @@
     with Products("bfloat16") as products:
         theta = train(...)                  # and its backward pass
         with products.exact():
-            loss = probe(theta)             # as float32 as ever
+            loss = probe(theta)             # in float32 itself, though not its backward pass
 
     float32    as they are
     tf32       factors rounded to 10 bits by the GPU's tensor cores; needs CUDA

@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,7 +53,8 @@ TERMS_SHOWN = 8
 def make_parser():
     """The command's flags."""
     parser = common_parser("Shorten a learned rule, term by term.", "prune_rule")
-    parser.add_argument("run", metavar="RUN", help="directory of main.py")
+    parser.set_defaults(dataset=None)  # that of RUN
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of main.py")
     add = parser.add_argument_group("pruning").add_argument
     add("--terms", type=positive_int, nargs="+", default=TERMS, help="how many terms to judge")
     add("--try_below", type=nonnegative_int, default=20, metavar="TERMS",
@@ -258,7 +260,7 @@ def shortest(stages: Sequence[dict], tolerance: float) -> dict:
     return min(good, key=lambda stage: stage["terms"])
 
 
-def report(args, log: RunLog, run: LearnedRun, source: str, stages: list[dict]) -> None:
+def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: list[dict]) -> None:
     """Every rule judged as a file, the table as results.json and a figure, the shortest rule."""
     for stage in stages:
         log.write_json(f"rule-{stage['terms']}.json", stage["rule"])
@@ -267,7 +269,7 @@ def report(args, log: RunLog, run: LearnedRun, source: str, stages: list[dict]) 
     log.write_rule(rule, best["term_effects"])
     log.write_json("results.json", {
         "data": source,
-        "run": args.run,
+        "learned_from": {"run": str(args.run), "config": run.config, "inner_steps": steps},
         "initializer": run.start,
         "shortest": best["terms"],
         "term_effects": best["term_effects"],
@@ -288,6 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(make_parser(), argv)
     device, dtype = set_up(args)
     run = load_run(args.run)
+    args.dataset = args.dataset or run.config["dataset"]
     if not all(isinstance(rule, PolynomialRule) for rule in run.rule.rules):
         raise UserError(f"{args.run} learned no polynomial: there are no terms to remove")
     sizes = sizes_of(run.rule, args.terms)
@@ -308,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     with open_run(args, "prune_rule", train_data) as log:
         log.say(train_data.source)
         stages, finished = prune(entry.rule, sizes, trainings, args, log)
-        report(args, log, run, train_data.source, stages)
+        report(args, log, run, trainings.steps, train_data.source, stages)
         log.say(f"everything is in {log.directory}")
     if not finished:
         raise KeyboardInterrupt

@@ -113,9 +113,9 @@ class Method:
 
 @dataclass(frozen=True)
 class LearnedRun:
-    """What a run of main.py learned.
+    """What a run of main.py learned, or what prune_rule.py has left of it.
 
-    config: its flags; start: the initial distribution, as in GaussianInitializer.effective;
+    config: main.py's flags; start: the initial distribution, as in GaussianInitializer.effective;
     steps: how many updates its last meta-step made.
     """
 
@@ -130,14 +130,14 @@ def load_run(directory: str | Path) -> LearnedRun:
     """The rule in a run's directory; RunLogError or RuleError where there is none."""
     directory = Path(directory).resolve()
     config = read_config(directory)
-    if config.get("command") != "main":
-        command = config.get("command", "another program")
+    command = config.get("command", "another program")
+    if command not in ("main", "prune_rule"):
         raise RunLogError(f"{directory} is a run of {command}, expected one of main.py")
     for name in ("rule.json", "results.json"):
         if not (directory / name).exists():
             raise RunLogError(
                 f"{directory} holds no {name}: it is not finished; "
-                f"end it with main.py --resume {directory}"
+                f"end it with {command}.py --resume {directory}"
             )
     rule = load_rule(directory / "rule.json")
     if not isinstance(rule, PerLayerRule):
@@ -146,11 +146,17 @@ def load_run(directory: str | Path) -> LearnedRun:
     try:
         start = dict(results["initializer"])
         GaussianInitializer.with_values(start)
-        steps = int(metrics.get("inner_steps", [config["initial_inner_steps"]])[-1])
+        if command == "prune_rule":
+            config, steps = (results["learned_from"][key] for key in ("config", "inner_steps"))
+        else:
+            steps = int(metrics.get("inner_steps", [config["initial_inner_steps"]])[-1])
         run = LearnedRun(directory.name, config, rule, start, steps)
-        network(run, (1, 28, 28), config["layers"])
+        shape = (3, 32, 32) if config["dataset"] == "cifar10" else (1, 28, 28)
+        network(run, shape, config["layers"])
     except (LookupError, TypeError, ValueError) as problem:
-        raise RunLogError(f"{directory} is not a whole run of main.py: {problem!r}") from problem
+        raise RunLogError(
+            f"{directory} is not a whole run of {command}.py: {problem!r}"
+        ) from problem
     return run
 
 

@@ -12,6 +12,8 @@ import main
 import prune_rule
 from learning_rules import PerLayerRule, PolynomialRule, load_rule, term_products
 from models_fully_local import Activation, lateral_mlp
+from rule_comparison import load_run
+from run_log import RunLog, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = [
@@ -206,6 +208,21 @@ def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, learned, flags, me
 
 def test_what_is_no_finished_run_of_main_is_refused(capsys, tmp_path, learned):
     assert "not a run's directory" in refused(capsys, prune_rule.main, tmp_path, *FAST)
-    pruned = tmp_path / "pruned"
-    run(learned, *FAST, "--terms", 12, "--quiet", "--out", pruned)
-    assert "main.py" in refused(capsys, prune_rule.main, pruned, *FAST)
+    with RunLog.create(tmp_path / "other", {"command": "baseline_pca"}, quiet=True) as log:
+        assert "main.py" in refused(capsys, prune_rule.main, log.directory, *FAST)
+
+
+def test_a_shortened_rule_can_be_shortened_further(tmp_path, learned):
+    run(learned, *FAST, "--terms", 12, "--quiet", "--out", tmp_path / "pruned")
+    run(tmp_path / "pruned", *FAST, "--terms", 5, "--quiet", "--out", tmp_path / "again")
+    assert results_of(tmp_path / "again")["shortest"] == 5
+
+
+def test_the_shortest_rule_can_be_judged_and_keeps_the_images_it_was_learned_on(tmp_path, learned):
+    out = tmp_path / "run"
+    flags = [flag for flag in FAST if flag not in ("--dataset", "mnist5k")]
+    run(learned, *flags, "--terms", 6, "--quiet", "--out", out)
+    assert read_config(out)["dataset"] == "mnist5k"
+    short = load_run(out)
+    assert short.steps == 3 and short.config["layers"] == [4]
+    assert short.rule.coefficients() == load_rule(out / "rule.json").coefficients()
