@@ -29,7 +29,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study, StudyDirection
@@ -47,6 +47,7 @@ WATCHED_FOR = 2 * HEARTBEAT  # and so long without another one, by a clock that 
 SQLITE_WAIT = 60  # seconds for another process's lock
 RACES = 10
 
+GUIDED = ("tpe", "population")
 STATES = ("done", "pruned", "diverged", "failed", "interrupted", "running", "waiting")
 TOLD_AS = {
     "done": TrialState.COMPLETE,
@@ -181,8 +182,9 @@ class Draws(BaseSampler):
 
     flags, seed: as in `search_space.draw`.
     points: the grid, instead of random draws.
-    startup: so many random draws come first, then guided ones (tree-structured Parzen estimators,
-        Watanabe, arXiv 2304.11127); None: none are guided.
+    guide: "tpe", tree-structured Parzen estimators (Watanabe, arXiv 2304.11127), "population", a
+        genetic algorithm (NSGA-II, Deb et al. 2002), or None: no draw is guided.
+    startup: so many random draws come before the guided ones; the size of a population.
     """
 
     def __init__(
@@ -190,9 +192,11 @@ class Draws(BaseSampler):
         flags: Sequence[SearchedFlag],
         seed: int,
         points: Sequence[dict[str, Value]] | None = None,
-        startup: int | None = None,
+        guide: str | None = None,
+        startup: int = 5,
     ) -> None:
-        self.flags, self.seed, self.points, self.startup = flags, seed, points, startup
+        self.flags, self.seed, self.points = flags, seed, points
+        self.guide, self.startup = guide, startup
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -208,7 +212,8 @@ class Draws(BaseSampler):
         if self.points is not None:
             return self.points[number]
         values = draw(self.flags, self.seed, number)
-        if self.startup is not None and number >= self.startup:
+        # a population knows by itself which trials are its first generation
+        if self.guide == "population" or (self.guide == "tpe" and number >= self.startup):
             values |= self._guide(number).sample_relative(study, trial, search_space)
         return values
 
@@ -218,16 +223,18 @@ class Draws(BaseSampler):
         """Not asked for, because all values are chosen together."""
         raise NotImplementedError(f"{param_name} was not chosen with the other flags")
 
-    def _guide(self, number: int) -> TPESampler:
+    def _guide(self, number: int) -> BaseSampler:
         """One for each trial: its suggestion depends on the results so far, not on who asks."""
         seed = seeded_generator(self.seed, number, 1).initial_seed() % 2**32
+        if self.guide == "population":
+            return NSGAIISampler(population_size=self.startup, seed=seed)
         return TPESampler(seed=seed, n_startup_trials=1, constant_liar=True)
 
 
 def make_draws(flags: Sequence[SearchedFlag], seed: int, method: str, startup: int) -> Draws:
     """The draws of --method."""
     points = list(grid(flags)) if method == "grid" else None
-    return Draws(flags, seed, points, startup if method == "tpe" else None)
+    return Draws(flags, seed, points, method if method in GUIDED else None, startup)
 
 
 # ---- taking and ending trials ----

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
+from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.study import Study
 from optuna.trial import Trial
 
@@ -37,7 +37,6 @@ from command_line import (
     OF_THE_CALL,
     UserError,
     new_directory,
-    nonnegative_int,
     parse,
     positive_int,
     run_command,
@@ -46,6 +45,7 @@ from command_line import (
 from run_log import RunLog, finish_on_interrupt, plain, read_config
 from search_space import SearchedFlag, searched_flag
 from shared_study import (
+    GUIDED,
     HEARTBEAT,
     HERE,
     JOURNAL,
@@ -70,7 +70,7 @@ from sweep_report import (
 )
 from trial_process import GRACE, Rungs, Worker, outcome_of, start
 
-METHODS = ("random", "tpe", "asha", "grid")
+METHODS = ("random", "tpe", "population", "asha", "grid")
 TRIALS = 30
 POLL = 0.1  # seconds between two looks at the workers
 
@@ -117,13 +117,15 @@ def make_parser():
         help=f"draws, each run for every variant (default: {TRIALS}; of a grid: all)")  # fmt: skip
     add("--variant", type=variant, action="append", metavar='"NAME=ARGUMENTS"',
         help="further arguments; may come several times, all on the same draws")  # fmt: skip
-    add("--startup", type=nonnegative_int, default=5, metavar="N", help="tpe: random draws first")
+    add("--startup", type=positive_int, default=5, metavar="N",
+        help="tpe: random draws first; population: its size; --watch: never ended")  # fmt: skip
     add = parser.add_argument_group("value").add_argument
     add("--metric", required=True, metavar="KEY",
         help="of results.json; a.b is b in a, a number counts in a list")  # fmt: skip
     add("--direction", choices=("minimize", "maximize"), default="minimize", help="what is better")
-    add("--watch", metavar="COLUMN", help="asha: of metrics.csv, compared while trials run")
-    add("--min_steps", type=positive_int, default=1, metavar="STEP", help="asha: the first rung")
+    add("--watch", metavar="COLUMN",
+        help="of metrics.csv: trials bad in it are ended while they run")  # fmt: skip
+    add("--min_steps", type=positive_int, default=1, metavar="STEP", help="not before this one")
     add("--reduction", type=positive_int, default=4, metavar="N",
         help="asha: one in N goes on, N times as far")  # fmt: skip
     add = parser.add_argument_group("machines").add_argument
@@ -179,8 +181,10 @@ def _refuse_flags_given_twice(args) -> None:
 
 
 def _refuse_flags_of_another_method(args) -> None:
-    if (args.method == "asha") != (args.watch is not None):
-        raise UserError("--method asha and --watch COLUMN (of metrics.csv) go together")
+    if args.method == "asha" and args.watch is None:
+        raise UserError("--method asha needs --watch COLUMN (of metrics.csv)")
+    if args.method == "population" and args.startup < 2:
+        raise UserError("--method population needs --startup of at least 2, the population")
     if args.reduction < 2:
         raise UserError(f"--reduction: must be at least 2, not {args.reduction}")
 
@@ -194,7 +198,9 @@ def _refuse_a_continuum(flags: Sequence[SearchedFlag]) -> None:
 def definition(args, variant: Variant) -> dict[str, Any]:
     """All that the value of a variant's trials depends on."""
     names = ["method", "metric", "direction", "seed"]
-    names += {"tpe": ["startup"], "asha": ["watch", "min_steps", "reduction"]}.get(args.method, [])
+    names += ["startup"] if args.method in GUIDED else []
+    names += ["reduction"] if args.method == "asha" else []
+    names += ["watch", "min_steps"] if args.watch else []
     return {
         "command": [*args.trial_command, *variant.arguments],
         "search": [str(flag) for flag in args.search],
@@ -203,15 +209,21 @@ def definition(args, variant: Variant) -> dict[str, Any]:
 
 
 def make_pruner(args) -> BasePruner:
-    """Asynchronous successive halving (Li et al., arXiv 1810.05934) in its stopping form."""
-    if args.method != "asha":
+    """What ends bad trials: of asha, successive halving in its asynchronous, stopping form (Li et
+    al., arXiv 1810.05934); of other methods with --watch, the median rule (Golovin et al. 2017).
+    """
+    if args.watch is None:
         return NopPruner()
+    if args.method != "asha":
+        return MedianPruner(n_startup_trials=args.startup, n_warmup_steps=args.min_steps - 1)
     return SuccessiveHalvingPruner(args.min_steps, reduction_factor=args.reduction)
 
 
 def make_rungs(args) -> Rungs | None:
     """Where trials are compared, None where they are not."""
-    return Rungs(args.watch, args.min_steps, args.reduction) if args.method == "asha" else None
+    if args.watch is None:
+        return None
+    return Rungs(args.watch, args.min_steps, args.reduction if args.method == "asha" else 1)
 
 
 # ---- the sweep ----

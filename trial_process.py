@@ -94,7 +94,7 @@ def start(trial: Trial, command: Sequence[str], directory: Path, threads: int) -
 
 @dataclass(frozen=True)
 class Rungs:
-    """Where asynchronous successive halving compares trials: steps first, first * reduction, ...
+    """Where trials are compared: at steps first, first * reduction, ...; every one if that is 1.
 
     column: the one of metrics.csv that is compared.
     """
@@ -128,6 +128,8 @@ class Rungs:
 
     def next_after(self, step: int) -> int:
         """The first rung beyond `step`."""
+        if self.reduction == 1:
+            return max(self.first, step + 1)
         rung = self.first
         while rung <= step:
             rung *= self.reduction

@@ -84,22 +84,24 @@ def test_guided_trials_come_nearer_to_the_optimum_than_random_ones():
     def value(params):
         return (params["x"] - 0.3) ** 2 + 0.1 * (math.log10(params["lr"]) + 2) ** 2
 
-    values = {"random": [], "tpe": []}
+    values = {"random": [], "tpe": [], "population": []}
     for method, seed in [(m, s) for m in values for s in range(3)]:
         draws = make_draws(FLAGS, seed, method, startup=5)
         study = open_study(InMemoryStorage(), "s", "minimize", {}, draws, NopPruner())
         taken = run_all(study, 25, value)
         assert taken[:5] == [draw(FLAGS, seed, number) for number in range(5)]
         values[method] += [value(params) for params in taken[15:]]
-    assert np.median(values["tpe"]) < 0.7 * np.median(values["random"])
+    for method in ("tpe", "population"):
+        assert np.median(values[method]) < 0.7 * np.median(values["random"])
 
 
-def test_a_guided_search_gone_on_with_suggests_what_one_never_stopped_does(tmp_path):
+@pytest.mark.parametrize("method", ["tpe", "population"])
+def test_a_guided_search_gone_on_with_suggests_what_one_never_stopped_does(tmp_path, method):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    taken = run_all(study_in(whole, "tpe"), 9)
-    assert run_all(study_in(parts, "tpe"), 7) + run_all(study_in(parts, "tpe"), 9) == taken
+    taken = run_all(study_in(whole, method), 9)
+    assert run_all(study_in(parts, method), 7) + run_all(study_in(parts, method), 9) == taken
 
 
 def test_a_diverged_trial_counts_as_the_worst(tmp_path):

@@ -175,6 +175,14 @@ def test_bad_trials_are_ended_early_and_cleanly(tmp_path, command):
     assert results(out)["best"]["x"] == min(drawn("x=0:1", 5)), "the best is never ended"
 
 
+def test_with_other_methods_trials_worse_than_the_median_are_ended(tmp_path, command):
+    out = tmp_path / "sweep"
+    flags = ["--method", "grid", "--watch", "loss", "--startup", 2, "--min_steps", 2]
+    search = ["--search", "x=choice:0.1,0.2,0.9,0.05"]
+    run("--out", out, *METRIC, *flags, *search, "--", command, "--steps", 12, "--pause", 0.1)
+    assert [row["state"] for row in table(out)] == ["done", "done", "pruned", "done"]
+
+
 @pytest.mark.parametrize(("workers", "share"), [(1, sweep.cores()), (1000, 1)])
 def test_each_worker_has_its_share_of_the_cores(tmp_path, command, workers, share):
     out = tmp_path / "sweep"
@@ -285,7 +293,7 @@ def test_the_job_array_shares_the_trials_and_runs_as_it_is_written(tmp_path, com
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--method", "annealing"], "choose from 'random', 'tpe', 'asha', 'grid'"),
+        (["--method", "annealing"], "choose from 'random', 'tpe', 'population', 'asha', 'grid'"),
         (["--search", "x=log:0:1"], "NAME=log:LOW:HIGH (LOW above 0), not 'x=log:0:1'"),
         (["--search", "x"], "must be one of NAME=log:LOW:HIGH"),
         (["--search", "x=0:1", "x=0:2"], "x comes twice"),
@@ -293,7 +301,7 @@ def test_the_job_array_shares_the_trials_and_runs_as_it_is_written(tmp_path, com
         (["--search", "out=choice:a,b"], "the sweep gives it"),
         (["--method", "grid"], "--search x=0:1: a grid needs choice, int or step"),
         (["--method", "asha"], "--watch COLUMN"),
-        (["--watch", "loss"], "--method asha"),
+        (["--method", "population", "--startup", "1"], "at least 2"),
         (["--variant", "--k 1"], 'must be "NAME=ARGUMENTS..."'),
         (["--variant", "a=--x 1"], "--x is given by the sweep"),
         (["--trials", "0"], "at least 1"),
@@ -364,3 +372,38 @@ def test_a_command_of_this_project_is_swept(tmp_path):
     best = results(out)["best"]
     (found,) = json.loads((Path(best["directory"]) / "results.json").read_text())["table"]
     assert best["C"] == "0.1" and best["value"] == found["test_accuracy"] > 0.3
+
+
+COMPETING = [
+    "train_krotov_hopfield.py", "--depth", 1, "--units", 8, "--epochs", 1, "--train_images", 300,
+    "--round_batches", 2, "--classifier_epochs", 1,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "search", "command"),
+    [
+        ("validation_accuracy", ["ranking_param=int:2:8", "delta=step:0:0.4:0.005"], COMPETING),
+        (
+            "test_accuracy_mean",
+            ["lr=log:1e-5:1e-3"],
+            ["main.py", 4, "--metasteps", 1, "--initial_inner_steps", 2, "--evaluations", 1],
+        ),
+    ],
+    ids=["train_krotov_hopfield", "main"],
+)
+def test_searches_of_the_larger_commands_find_their_values(tmp_path, metric, search, command):
+    script, *arguments = command
+    flags = ["--metric", metric, "--direction", "maximize", "--trials", 2, "--search", *search]
+    common = ["--dataset", "mnist5k", "--threads", 1]
+    run("--out", tmp_path / "sweep", *flags, "--", ROOT / script, *arguments, *common)
+    assert [row["state"] for row in table(tmp_path / "sweep")] == ["done", "done"]
+    assert results(tmp_path / "sweep")["best"]["value"] > 0.05
+
+
+def test_runs_of_one_pass_tuning_are_swept(tmp_path):
+    arguments = ["-c", ROOT / "configs/boston.yaml", "--total_step_limit", 40, "--quiet"]
+    flags = ["--metric", "loss_validation", "--trials", 2, "--search", "lr=log:1e-4:1e-1"]
+    command = [ROOT / "tune_one_pass.py", *arguments, "--data-dir", tmp_path]
+    run("--out", tmp_path / "sweep", *flags, "--", *command)
+    assert {row["state"] for row in table(tmp_path / "sweep")} == {"done"}
