@@ -4,7 +4,8 @@
     python benchmarks/processes.py --processes 1 2 4 --tasks 4 --metasteps 20
 
 measured   `torchrun --nproc_per_node P main.py 32 --tasks T`, one thread each: median seconds of a
-           meta-step; efficiency: of one process, divided by P times that of P
+           meta-step (of learn_to_optimize.py: of a run of T trainings); efficiency: those of one
+           process, divided by P times those of P
 gather     all hypergradients and numbers to all processes of this machine, without the rest;
            bytes: that a process receives in a meta-step
 modelled   R ranks with a task each: seconds of a task, plus a gather of two rounds (sizes, then
@@ -44,19 +45,32 @@ def outcome(layers: int) -> TaskOutcome:
     return TaskOutcome(0, gradient, {"meta_loss": 0.5, "train_accuracy": 0.5, "test_accuracy": 0.5})
 
 
-def seconds_of_a_metastep(arguments, processes: int) -> float:
-    """Median over the meta-steps of a run, without its first."""
+def commands(arguments) -> dict[str, list]:
+    """The meta-learning commands, with so many steps (or runs) of a second or so."""
+    return {
+        "main.py": [
+            "main.py", *arguments.layers, "--metasteps", arguments.metasteps,
+            "--initial_inner_steps", arguments.steps, "--max_inner_steps", arguments.steps,
+            "--batch_size", 256, "--evaluations", 1,
+        ],
+        "learn_to_optimize.py": [
+            "learn_to_optimize.py", "relu20", "--network", "mlp", "--compare", "--epochs", 1,
+            "--runs_per_epoch", arguments.metasteps, "--inner_steps", 2 * arguments.steps,
+            "--unroll", arguments.steps, "--coordinates", 2000, "--validation_runs", 1,
+        ],
+    }  # fmt: skip
+
+
+def seconds_of_a_step(command: list, arguments, processes: int) -> float:
+    """Median over the rows of a run, without its first."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "run"
-        command = [
+        start = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc_per_node", processes, "main.py", *arguments.layers,
-            "--tasks", arguments.tasks, "--metasteps", arguments.metasteps,
-            "--initial_inner_steps", arguments.steps, "--max_inner_steps", arguments.steps,
-            "--batch_size", 256, "--evaluations", 1, "--threads", 1, "--quiet", "--out", out,
-            "--data-dir", Path(arguments.data_dir).resolve(),
+            "--nproc_per_node", processes, *command, "--tasks", arguments.tasks, "--threads", 1,
+            "--quiet", "--out", out, "--data-dir", Path(arguments.data_dir).resolve(),
         ]  # fmt: skip
-        subprocess.run([*map(str, command)], cwd=ROOT, env=ENVIRONMENT, check=True)
+        subprocess.run([*map(str, start)], cwd=ROOT, env=ENVIRONMENT, check=True)
         return statistics.median(read_metrics(out)["seconds"][1:].tolist())
 
 
@@ -109,18 +123,19 @@ def main() -> None:
     size = len(pickle.dumps([outcome(layers)]))
     print(f"units {arguments.layers}, {arguments.steps} steps of 256 images, {arguments.tasks} "
           f"tasks, {os.cpu_count()} cores, torch {torch.__version__}")  # fmt: skip
-    print(f"{'processes':>10} {'s / meta-step':>14} {'efficiency':>11}")
-    measured = {}
-    for count in arguments.processes:
-        measured[count] = seconds_of_a_metastep(arguments, count)
-        base = measured[arguments.processes[0]] * arguments.processes[0]
-        print(f"{count:10} {measured[count]:14.3f} {base / (count * measured[count]):11.1%}",
-              flush=True)  # fmt: skip
+    print(f"{'command':>22} {'processes':>10} {'s / step':>9} {'efficiency':>11}")
+    work = {}  # seconds times processes, of a step by the smallest team
+    for name, command in commands(arguments).items():
+        for count in arguments.processes:
+            seconds = seconds_of_a_step(command, arguments, count)
+            work.setdefault(name, count * seconds)
+            efficiency = work[name] / (count * seconds)
+            print(f"{name:>22} {count:10} {seconds:9.3f} {efficiency:11.1%}", flush=True)
     print(f"\n{'gather':>10} {'ms':>14} {'bytes':>11}")
     for count in (2, 4, 8):
         seconds = seconds_of_a_gather(count, layers)
         print(f"{count:10} {1e3 * seconds:14.2f} {count * size:11}", flush=True)
-    task = measured[arguments.processes[0]] * arguments.processes[0] / arguments.tasks
+    task = work["main.py"] / arguments.tasks
     print(f"\nmodelled: a task {task:.2f} s, latency {arguments.latency:g} us, "
           f"{arguments.bandwidth:g} GB/s")  # fmt: skip
     print(f"{'ranks':>10} {'bytes':>14} {'gather ms':>11} {'efficiency':>11}")

@@ -123,21 +123,40 @@ def test_torchrun_gives_the_numbers_of_one_process_and_survives_the_loss_of_a_wo
     assert numbers(tmp_path / "team") == numbers(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("extra", [[], ["--log_loss", "--penalty", "0.1"]])
-def test_torchrun_learns_the_optimiser_that_one_process_learns(tmp_path, extra):
-    command = [
-        "learn_to_optimize.py", "relu4", "--dataset", "mnist5k", "--dtype", "float64", "--quiet",
-        "--network", "mlp", "--threads", "1", "--tasks", "3", "--epochs", "1", "--compare",
-        "--runs_per_epoch", "2", "--inner_steps", "6", "--unroll", "3", "--batch_size", "16",
-        "--validation_runs", "1", *extra,
-    ]  # fmt: skip
-    weights = []
+LEARN = [
+    "learn_to_optimize.py", "relu4", "--dataset", "mnist5k", "--dtype", "float64", "--quiet",
+    "--network", "mlp", "--threads", "1", "--tasks", "3", "--compare", "--inner_steps", "6",
+    "--unroll", "3", "--batch_size", "16", "--validation_runs", "1", "--runs_per_epoch", "2",
+]  # fmt: skip
+
+
+def assert_same_optimizer(directory: Path, other: Path) -> None:
+    weights = [read_json(where / "optimizer.json")["weights"] for where in (directory, other)]
+    for name, ours in weights[0].items():
+        theirs = torch.tensor(weights[1][name], dtype=torch.float64)
+        expected = torch.tensor(ours, dtype=torch.float64)
+        torch.testing.assert_close(theirs, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_torchrun_learns_the_optimiser_that_one_process_learns(tmp_path):
+    extra = ["--epochs", "1", "--log_loss", "--penalty", "0.1"]
     for count in (1, 2):
-        process = launch(count, *command, "--out", tmp_path / str(count))
+        process = launch(count, *LEARN, *extra, "--out", tmp_path / str(count))
         assert process.wait(180) == 0, process.stderr.read()
-        learned = read_json(tmp_path / str(count) / "optimizer.json")["weights"]
-        weights.append({name: torch.tensor(w, dtype=torch.float64) for name, w in learned.items()})
-    torch.testing.assert_close(*weights, rtol=1e-12, atol=1e-14)
+    assert_same_optimizer(tmp_path / "1", tmp_path / "2")
+
+
+def test_a_team_that_learns_an_optimiser_survives_the_loss_of_a_worker(tmp_path):
+    runs = ["--epochs", "20"]
+    alone = launch(1, *LEARN, *runs, "--out", tmp_path / "alone")
+    assert alone.wait(180) == 0, alone.stderr.read()
+    restart = ["--max-restarts", "1"]
+    team = launch(2, *LEARN, *runs, "--out", tmp_path / "team", launcher=restart)
+    wait_for_rows(tmp_path / "team", 12, team)
+    os.kill(children(team.pid)[1], signal.SIGKILL)
+    assert team.wait(180) == 0, team.stderr.read()
+    assert len(read_metrics(tmp_path / "team")["step"]) == 40
+    assert_same_optimizer(tmp_path / "alone", tmp_path / "team")
 
 
 def test_a_team_that_is_interrupted_ends_together_with_figures(tmp_path):
