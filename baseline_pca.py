@@ -12,6 +12,7 @@ nothing.
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from figure_style import COLOURS, add_legend, label_axes, one_panel, save_figure
 from linear_probe import linear_probe
 from mnist_datasets import ImageData, load_images, normalize_pixels
 from principal_components import PrincipalComponents, principal_components, projection
-from run_log import RunLog, finish_on_interrupt, read_metrics
+from run_log import RunLog, read_metrics, run_to_end
 
 ACCURACIES = {"train_accuracy": "training images", "test_accuracy": "test images"}
 
@@ -70,25 +71,20 @@ def probe_components(
     test_data: ImageData,
     dtype: torch.dtype,
 ) -> bool:
-    """Records one row per k of the probe's accuracy; whether Ctrl-C ended it before its time.
+    """Records one row per k of the probe's accuracy; False where Ctrl-C ended it before its time.
 
     Goes on after the k that was recorded last.
     """
     saved = log.load_checkpoint()
     left = [k for k in ks if saved is None or k > saved[0]]
-    with (
-        finish_on_interrupt() as interrupt,
-        log.progress(len(ks), len(ks) - len(left), "components") as progress,
-    ):
-        principal = principal_components(train_data) if left else None
-        for k in left:
-            row = probe_row(principal, k, train_data, test_data, args.C, dtype, log)
-            log.record(k, row)
-            log.save_checkpoint(k, {})
-            progress.advance({"components": k, **{name: row[name] for name in ACCURACIES}})
-            if interrupt.requested:
-                break
-    return interrupt.requested
+    principal = cache(principal_components)
+
+    def step(k: int) -> tuple[dict[str, float], dict[str, float]]:
+        row = probe_row(principal(train_data), k, train_data, test_data, args.C, dtype, log)
+        return row, {"components": k, **{name: row[name] for name in ACCURACIES}}
+
+    with log.progress(len(ks), len(ks) - len(left), "components") as progress:
+        return run_to_end(log, progress, left, step, dict)
 
 
 def probe_row(
@@ -154,9 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     ks = numbers_of_components(args.components, math.prod(train_data.shape))
     with open_run(args, "baseline_pca", train_data) as log:
         log.say(train_data.source)
-        interrupted = probe_components(args, log, ks, train_data, test_data, dtype)
+        finished = probe_components(args, log, ks, train_data, test_data, dtype)
         report(args, log, train_data.source)
-    if interrupted:
+    if not finished:
         raise KeyboardInterrupt
 
 

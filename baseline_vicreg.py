@@ -31,7 +31,7 @@ from figures import draw_run
 from linear_probe import linear_probe
 from mnist_datasets import load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
-from run_log import RunLog, finish_on_interrupt, read_metrics
+from run_log import RunLog, read_metrics, run_to_end
 from train import detached
 from vicreg import TERMS, VICReg, vicreg_loss
 
@@ -94,19 +94,16 @@ def train(args, training: VICReg, test_data, log: RunLog) -> bool:
     if saved is not None:
         training.load_state_dict(saved[1])
         log.say(f"going on from epoch {training.epoch}")
-    with (
-        finish_on_interrupt() as interrupt,
-        log.progress(args.epochs, training.epoch, "epoch") as progress,
-    ):
-        while training.epoch < args.epochs and not interrupt.requested:
-            row = training.train_epoch()
-            last = training.epoch == args.epochs
-            due = args.probe_every and (last or training.epoch % args.probe_every == 0)
-            accuracies = probe(training, test_data, args.C) if due else {}
-            log.record(training.epoch, row | NOT_PROBED | accuracies)
-            log.save_checkpoint(training.epoch, training.state_dict())
-            progress.advance(row | accuracies)
-    return training.epoch == args.epochs
+
+    def step(epoch: int) -> tuple[dict[str, float], dict[str, float]]:
+        row = training.train_epoch()
+        due = args.probe_every and (epoch == args.epochs or epoch % args.probe_every == 0)
+        accuracies = probe(training, test_data, args.C) if due else {}
+        return row | NOT_PROBED | accuracies, row | accuracies
+
+    left = range(training.epoch + 1, args.epochs + 1)
+    with log.progress(args.epochs, training.epoch, "epoch") as progress:
+        return run_to_end(log, progress, left, step, training.state_dict)
 
 
 def report(args, training: VICReg, test_data, log: RunLog) -> None:

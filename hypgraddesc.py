@@ -34,7 +34,7 @@ from meta_gradients import (
 from models_fully_local import Params
 from precision import Products
 from processes import ALONE, Team
-from run_log import RunLog, finish_on_interrupt
+from run_log import RunLog, run_to_end
 from train import detached, train
 
 Schedule = float | Callable[[int], float]
@@ -405,26 +405,24 @@ def hypgraddesc(
         descent.load_state_dict(saved[1])
         log.say(f"going on from meta-step {descent.metastep}")
     total, shown = settings.total_steps, ("meta_loss", *outer_loss.metrics, "seconds")
-    with (
-        finish_on_interrupt() as interrupt,
-        log.progress(total, descent.metastep, "meta-step") as progress,
-    ):
-        ended = descent.metastep >= total
-        while not ended:
-            values = hyperparameters()  # of before the update, as the numbers are
-            try:
-                row = descent.step()
-            except NonFiniteError:
-                log.save_checkpoint(descent.metastep, descent.state_dict())
-                raise
-            log.record(descent.metastep, row | {name: values.get(name, 0.0) for name in columns})
-            # A signal may reach the processes at different moments: they end together.
-            ended = any(team.gathered(interrupt.requested)) or descent.metastep == total
-            if ended or descent.metastep % checkpoint_every == 0:
-                log.save_checkpoint(descent.metastep, descent.state_dict())
-            progress.advance({name: row[name] for name in shown})
+
+    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
+        values = hyperparameters()  # of before the update, as the numbers are
+        try:
+            row = descent.step()
+        except NonFiniteError:
+            log.save_checkpoint(descent.metastep, descent.state_dict())
+            raise
+        of_rule = {name: values.get(name, 0.0) for name in columns}
+        return row | of_rule, {name: row[name] for name in shown}
+
+    with log.progress(total, descent.metastep, "meta-step") as progress:
+        finished = run_to_end(
+            log, progress, range(descent.metastep + 1, total + 1), step, descent.state_dict,
+            checkpoint_every=checkpoint_every, team=team,
+        )  # fmt: skip
     descent.use_average()
-    return descent.metastep == total
+    return finished
 
 
 @torch.no_grad()

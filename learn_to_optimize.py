@@ -45,7 +45,7 @@ from optimizer_networks import (
     network_to_dict,
 )
 from processes import join_team
-from run_log import RunLog, finish_on_interrupt
+from run_log import RunLog, finish_on_interrupt, run_to_end
 from symmetries import KINDS, find_symmetries
 
 SHOWN = ("meta_loss", "last_window_loss", "seconds")
@@ -140,21 +140,18 @@ def meta_train(training: MetaTraining, log: RunLog) -> bool:
         training.load_state_dict(saved[1])
         log.say(f"going on from run {training.run}")
     total = training.settings.runs
-    with (
-        finish_on_interrupt() as interrupt,
-        log.progress(total, training.run, "run") as progress,
-    ):
-        interrupted = False
-        while training.run < total and not interrupted:
-            row = training.train_run()
-            log.record(training.run, row)
-            log.save_checkpoint(training.run, training.state_dict())
-            progress.advance({name: row[name] for name in SHOWN})
-            interrupted = any(team.gathered(interrupt.requested))  # they end together
+
+    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
+        row = training.train_run()
+        return row, {name: row[name] for name in SHOWN}
+
+    left = range(training.run + 1, total + 1)
+    with log.progress(total, training.run, "run") as progress:
+        finished = run_to_end(log, progress, left, step, training.state_dict, team=team)
     if total:
         training.select()
         log.say(f"best validation loss {training.best_loss:.4g} after epoch {training.best_epoch}")
-    return training.run == total
+    return finished
 
 
 def save(training: MetaTraining, log: RunLog) -> None:

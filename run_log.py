@@ -1,14 +1,9 @@
 """One run's directory: configuration, versions, metrics, TensorBoard events, checkpoints, results.
 
-    with RunLog.create("runs/first", {"seed": 0}) as log, finish_on_interrupt() as stop:
-        last, state = log.load_checkpoint() or (-1, None)    # not None after RunLog.reopen
-        with log.progress(100, initial=last + 1, description="meta-step") as bar:
-            for step in range(last + 1, 100):
-                log.record(step, {"meta_loss": loss})
-                log.save_checkpoint(step, {"weights": weights})
-                bar.advance({"loss": loss})
-                if stop.requested:
-                    break
+    with RunLog.create("runs/first", {"seed": 0}) as log:
+        last, state = log.load_checkpoint() or (0, None)    # not None after RunLog.reopen
+        with log.progress(100, last, "epoch") as progress:
+            finished = run_to_end(log, progress, range(last + 1, 101), train_epoch, state_dict)
 
 A run may be killed at any moment. Whatever moment that is, a good checkpoint is on disk once the
 first has been saved, and `load_checkpoint` cuts metrics.csv back to that checkpoint, so that a
@@ -28,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -39,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 from errors import WrongInputError
+from processes import ALONE, Team
 from tensorboard_events import EventFile
 
 CHECKPOINT_FORMAT = 1
@@ -402,6 +398,41 @@ def finish_on_interrupt() -> Iterator[Interrupt]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def run_to_end(
+    log: RunLog | SilentLog,
+    progress: Progress,
+    numbers: Iterable[int],
+    step: Callable[[int], tuple[Mapping[str, float], Mapping[str, float]]],
+    state_dict: Callable[[], dict[str, Any]],
+    *,
+    checkpoint_every: int = 1,
+    team: Team = ALONE,
+) -> bool:
+    """Makes the steps of these numbers, a row of metrics for each; True once none is left.
+
+    numbers: rising; the next is asked for after each step, which may have been the last.
+    step(number) returns the row, and what is shown beside the progress.
+    state_dict() is what a checkpoint holds. One is saved when so many steps are done since the
+    start of the run, and after the last step.
+    Ctrl-C ends it cleanly after the running step. Every process of the team calls this.
+    """
+    remaining = iter(numbers)
+    following, stopped = next(remaining, None), False
+    with finish_on_interrupt() as interrupt:
+        while following is not None and not stopped:
+            number = following
+            row, shown = step(number)
+            log.record(number, row)
+            following = next(remaining, None)
+            # A signal may reach the processes at different moments: they end together.
+            stopped = any(team.gathered(interrupt.requested))
+            due = (progress.done + 1) % checkpoint_every == 0
+            if due or stopped or following is None:
+                log.save_checkpoint(number, state_dict())
+            progress.advance(shown)
+    return following is None
 
 
 # ---- reading a run ----

@@ -10,6 +10,7 @@ A preset is a network and everything about its training; flags change single val
 learns by competition alone; what the classifier gets from its features says what they are worth.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -37,7 +38,7 @@ from hebbian_network import DEEPEST, RECIPES, SCHEDULES, HebbianNetwork, Recipe
 from hypgraddesc import seeded_generator
 from layerwise_training import AUGMENTATIONS, LayerwiseTraining, split_validation
 from mnist_datasets import load_images
-from run_log import RunLog, finish_on_interrupt, read_metrics
+from run_log import RunLog, read_metrics, run_to_end
 
 OF_LAYERS = ("lr", "lr_end", "lr_speed", "inverse_temperature", "units", "power")
 
@@ -131,22 +132,19 @@ def make_training(args, recipe: Recipe, data, dtype) -> LayerwiseTraining:
 def train(training: LayerwiseTraining, log: RunLog) -> bool:
     """All stages, a row and a checkpoint after each round; False where Ctrl-C ended them."""
     saved = log.load_checkpoint()
-    step = 0
+    done = 0
     if saved is not None:
-        step = saved[0]
+        done = saved[0]
         training.load_state_dict(saved[1])
         log.say(f"going on from stage {training.stage + 1} of {len(training.stages)}")
-    with (
-        finish_on_interrupt() as interrupt,
-        log.progress(training.rounds, step, "round") as progress,
-    ):
-        while not training.finished and not interrupt.requested:
-            row = training.train_round()
-            step += 1
-            log.record(step, row)
-            log.save_checkpoint(step, training.state_dict())
-            progress.advance({name: v for name, v in row.items() if math.isfinite(v)})
-    return training.finished
+
+    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
+        row = training.train_round()
+        return row, {name: v for name, v in row.items() if math.isfinite(v)}
+
+    left = itertools.takewhile(lambda _: not training.finished, itertools.count(done + 1))
+    with log.progress(training.rounds, done, "round") as progress:
+        return run_to_end(log, progress, left, step, training.state_dict)
 
 
 def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) -> None:

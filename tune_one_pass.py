@@ -49,7 +49,7 @@ from one_pass import (
 )
 from one_pass_problems import MODELS, PROBLEMS, Problem, default_model, make_problem, make_samples
 from one_pass_report import Columns, final_losses, summary
-from run_log import RunLog, finish_on_interrupt, write_durably
+from run_log import RunLog, run_to_end, write_durably
 from yaml_settings import Key, add_settings, complete, mapping, truth
 
 # what a draw's random numbers are for; each has a stream of its own
@@ -123,11 +123,11 @@ def main(argv: list[str] | None = None) -> None:
     tuning = make_tuning(args, problem, device, dtype)
     with open_run(args, "tune_one_pass", problem) as log:
         log.say(f"{problem.source}; {args.draws} runs of {args.steps:,} steps")
-        columns, interrupted = train(args, problem, tuning, log)
+        columns, finished = train(args, problem, tuning, log)
         report(args, problem, columns, log)
         if args.save_state is not None:
             save_state(args.save_state, tuning.state)
-    if interrupted:
+    if not finished:
         raise KeyboardInterrupt
 
 
@@ -269,39 +269,40 @@ def generators(args: argparse.Namespace, purpose: int) -> list[Generator]:
 def train(
     args: argparse.Namespace, problem: Problem, tuning: Tuning, log: RunLog
 ) -> tuple[Columns, bool]:
-    """Train to the end, a record and a checkpoint every `log_every` steps; and whether Ctrl-C."""
+    """Train, a record and a checkpoint every `log_every` steps; False where Ctrl-C ended it."""
     columns = Columns()
     saved = log.load_checkpoint()
     if saved is not None:
         columns = Columns(saved[1]["columns"])
         load_tuning(tuning, saved[1])
     else:
-        record(problem, tuning, columns, log, seconds=0.0)
-    records, done = -(-args.steps // args.log_every), tuning.state.step // args.log_every
-    with finish_on_interrupt() as stop, log.progress(records, done, "record") as bar:
-        while tuning.state.step < args.steps and not stop.requested:
-            started = time.perf_counter()
-            count = min(args.log_every, args.steps - tuning.state.step)
-            tuning.advance(count)
-            seconds = columns.last("seconds") + time.perf_counter() - started
-            row = record(problem, tuning, columns, log, seconds)
-            log.save_checkpoint(tuning.state.step, checkpoint(tuning, columns))
-            bar.advance({"validation": row["Loss/Validation"]})
-    return columns, stop.requested
+        log.record(0, record(problem, tuning, columns, log, seconds=0.0))
+
+    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
+        started = time.perf_counter()
+        tuning.advance(number - tuning.state.step)
+        seconds = columns.last("seconds") + time.perf_counter() - started
+        row = record(problem, tuning, columns, log, seconds)
+        return row, {"validation": row["Loss/Validation"]}
+
+    records = [*range(args.log_every, args.steps, args.log_every), args.steps]
+    left = [number for number in records if number > tuning.state.step]
+    with log.progress(len(records), len(records) - len(left), "record") as progress:
+        finished = run_to_end(log, progress, left, step, lambda: checkpoint(tuning, columns))
+    return columns, finished
 
 
 def record(
     problem: Problem, tuning: Tuning, columns: Columns, log: RunLog, seconds: float
 ) -> dict[str, float]:
-    """Evaluate every draw, keep its numbers in draws.npz and the medians in metrics.csv."""
+    """Evaluate every draw and keep its numbers in draws.npz; the medians, for metrics.csv."""
     started = time.perf_counter()
     row = measured(problem, tuning)
     evaluation = time.perf_counter() - started
     columns.append(tuning.state.step, seconds, evaluation, row)
     log.write_arrays("draws.npz", columns.arrays())
     medians = {name: float(np.median(values)) for name, values in row.items()}
-    log.record(tuning.state.step, {**medians, "seconds": seconds})
-    return medians
+    return {**medians, "seconds": seconds}
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ from hypergradients import (
     truncated_reverse,
 )
 from mnist_datasets import ImageData, load_images
-from run_log import RunLog, finish_on_interrupt, read_metrics
+from run_log import RunLog, read_metrics, run_to_end
 from update_maps import OuterLoss, UpdateMap, advance
 
 NETWORKS = {"equilibrium": "equilibrium network", "ordinary": "ordinary network"}
@@ -239,21 +239,22 @@ def train_epoch(
 def train_networks(
     args, networks: Mapping[str, Network], train: Pairs, test: Pairs, log: RunLog
 ) -> bool:
-    """All epochs, a row of metrics and a checkpoint after each; whether Ctrl-C ended them."""
+    """All epochs, a row of metrics and a checkpoint after each; False where Ctrl-C ended them."""
     done = 0
     if (saved := log.load_checkpoint()) is not None:
         done = saved[0]
         for name, network in networks.items():
             network.load_state_dict(saved[1][name])
-    with finish_on_interrupt() as interrupt, log.progress(args.epochs, done, "epoch") as progress:
-        for epoch in range(done + 1, args.epochs + 1):
-            row = train_epoch(args, networks, train, test, epoch)
-            log.record(epoch, row)
-            log.save_checkpoint(epoch, {n: network.state_dict() for n, network in networks.items()})
-            progress.advance({n: row[f"{n}/test_accuracy"] for n in networks})
-            if interrupt.requested:
-                break
-    return interrupt.requested
+
+    def step(epoch: int) -> tuple[dict[str, float], dict[str, float]]:
+        row = train_epoch(args, networks, train, test, epoch)
+        return row, {name: row[f"{name}/test_accuracy"] for name in networks}
+
+    def state_dict() -> dict:
+        return {name: network.state_dict() for name, network in networks.items()}
+
+    with log.progress(args.epochs, done, "epoch") as progress:
+        return run_to_end(log, progress, range(done + 1, args.epochs + 1), step, state_dict)
 
 
 def draw_curves(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
@@ -303,9 +304,9 @@ def main(argv: list[str] | None = None) -> None:
         source = f"{len(train_data):,} images for training; {train_data.source}"
         log.say(source)
         sets = flat(train_data, dtype), flat(test_data, dtype)
-        interrupted = train_networks(args, networks, *sets, log)
+        finished = train_networks(args, networks, *sets, log)
         report(args, log, source)
-    if interrupted:
+    if not finished:
         raise KeyboardInterrupt
 
 

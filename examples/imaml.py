@@ -49,7 +49,7 @@ from hypergradients import implicit
 from inner_optimizers import GradientDescent
 from linear_solvers import ConjugateGradient, DivergenceError, FixedPoint, NormalEquations
 from mnist_datasets import DataError, ImageData, load_images
-from run_log import RunLog, finish_on_interrupt, read_metrics
+from run_log import RunLog, read_metrics, run_to_end
 
 METHODS = {
     "CG": ConjugateGradient,
@@ -277,7 +277,7 @@ def generator(args, *stream: int) -> torch.Generator:
 
 
 def meta_learn(args, tasks: Tasks, hparams: list[Tensor], log: RunLog) -> bool:
-    """A row of metrics and a checkpoint per meta-step; whether Ctrl-C ended it before its time."""
+    """A row of metrics and a checkpoint per meta-step; False where Ctrl-C ended it."""
     optimizer = torch.optim.Adam(hparams, lr=args.lr)
     done = 0
     if (saved := log.load_checkpoint()) is not None:
@@ -285,19 +285,16 @@ def meta_learn(args, tasks: Tasks, hparams: list[Tensor], log: RunLog) -> bool:
         for h, value in zip(hparams, saved[1]["theta"], strict=True):
             h.data.copy_(value)
         optimizer.load_state_dict(saved[1]["optimizer"])
-    with (
-        finish_on_interrupt() as interrupt,
-        log.progress(args.metasteps, done, "meta-step") as progress,
-    ):
-        for number in range(done, args.metasteps):
-            row = meta_step(args, tasks, hparams, optimizer, number)
-            log.record(number, row)
-            theta = [h.detach() for h in hparams]
-            log.save_checkpoint(number, {"theta": theta, "optimizer": optimizer.state_dict()})
-            progress.advance({name: row[name] for name in ("meta_loss", "score")})
-            if interrupt.requested:
-                break
-    return interrupt.requested
+
+    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
+        row = meta_step(args, tasks, hparams, optimizer, number)
+        return row, {name: row[name] for name in ("meta_loss", "score")}
+
+    def state_dict() -> dict:
+        return {"theta": [h.detach() for h in hparams], "optimizer": optimizer.state_dict()}
+
+    with log.progress(args.metasteps, done, "meta-step") as progress:
+        return run_to_end(log, progress, range(done, args.metasteps), step, state_dict)
 
 
 def test(args, tasks: Tasks, hparams: list[Tensor]) -> np.ndarray:
@@ -469,11 +466,11 @@ def main(argv: list[str] | None = None) -> None:
     hparams = [t.clone().requires_grad_() for t in initial]
     with open_run(args, "imaml", data) as log:
         log.say(data.source)
-        interrupted = meta_learn(args, tasks, hparams, log)
+        finished = meta_learn(args, tasks, hparams, log)
         starts = {"initial": [t.requires_grad_() for t in initial], "learned": hparams}
         scores = {name: test(args, test_tasks, theta) for name, theta in starts.items()}
         report(args, tasks, log, data.source, scores)
-    if interrupted:
+    if not finished:
         raise KeyboardInterrupt
 
 

@@ -70,7 +70,7 @@ from hypergradients import (
 from inner_optimizers import GradientDescent
 from linear_solvers import DivergenceError
 from mnist_datasets import ImageData, load_images
-from run_log import RunLog, finish_on_interrupt, read_metrics
+from run_log import RunLog, read_metrics, run_to_end
 from update_maps import advance
 
 # Validation losses in HyperTorch's notebook, which are of the defaults here
@@ -337,7 +337,7 @@ def draw_errors(
 
 
 def optimise(args, problem: Problem, log: RunLog) -> bool:
-    """A row of metrics per outer step, checkpoints; whether Ctrl-C ended it before its time."""
+    """A row of metrics per outer step, checkpoints; False where Ctrl-C ended it."""
     hparams = problem.all_ones()
     optimizer = torch.optim.SGD(hparams, lr=args.lr, momentum=args.momentum)
     done = 0
@@ -345,20 +345,17 @@ def optimise(args, problem: Problem, log: RunLog) -> bool:
         done = saved[0] + 1
         hparams[0].data.copy_(saved[1]["l2"])
         optimizer.load_state_dict(saved[1]["optimizer"])
-    with (
-        finish_on_interrupt() as interrupt,
-        log.progress(args.outer_steps, done, "outer step") as progress,
-    ):
-        for step in range(done, args.outer_steps):
-            row = outer_step(args, problem, hparams, optimizer)
-            log.record(step, row)
-            if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.outer_steps or interrupt.requested:
-                state = {"l2": hparams[0].detach(), "optimizer": optimizer.state_dict()}
-                log.save_checkpoint(step, state)
-            progress.advance(row)
-            if interrupt.requested:
-                break
-    return interrupt.requested
+
+    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
+        row = outer_step(args, problem, hparams, optimizer)
+        return row, row
+
+    def state_dict() -> dict:
+        return {"l2": hparams[0].detach(), "optimizer": optimizer.state_dict()}
+
+    left = range(done, args.outer_steps)
+    with log.progress(args.outer_steps, done, "outer step") as progress:
+        return run_to_end(log, progress, left, step, state_dict, checkpoint_every=SAVE_EVERY)
 
 
 def outer_step(args, problem: Problem, hparams: list[Tensor], optimizer) -> dict[str, float]:
@@ -469,9 +466,9 @@ def main(argv: list[str] | None = None) -> None:
     with open_run(args, "logistic_regression", data) as log:
         log.say(source)
         compare_methods(problem, log)
-        interrupted = optimise(args, problem.to(dtype), log)
+        finished = optimise(args, problem.to(dtype), log)
         report(args, log, source)
-    if interrupted:
+    if not finished:
         raise KeyboardInterrupt
 
 

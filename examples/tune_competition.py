@@ -47,7 +47,7 @@ from learning_rules import PerLayerRule
 from linear_probe import ProbeLoss
 from mnist_datasets import batches, load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
-from run_log import RunLog, finish_on_interrupt
+from run_log import RunLog, run_to_end
 
 TRIAL = EVALUATION + 2  # stands there in the names of random search's draws
 
@@ -134,6 +134,20 @@ def searched(args, search: int, parts: dict, dtype) -> dict[str, float]:
     return row
 
 
+def search(args, parts: dict, dtype, log: RunLog) -> tuple[list[dict[str, float]], bool]:
+    """The rows of all searches, recorded one by one; False beside them where Ctrl-C ended it."""
+    saved = log.load_checkpoint()
+    rows = saved[1]["rows"] if saved else []
+
+    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
+        rows.append(searched(args, number - 1, parts, dtype))
+        return rows[-1], rows[-1]
+
+    left = range(len(rows) + 1, args.searches + 1)
+    with log.progress(args.searches, len(rows), "search") as progress:
+        return rows, run_to_end(log, progress, left, step, lambda: {"rows": rows})
+
+
 def report(rows: list[dict[str, float]], source: str, log: RunLog) -> None:
     """Means and standard deviations over the searches."""
     summary = {}
@@ -163,19 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     next(parts["make_batches"](seeded_generator(0)))  # refuses a wrong batch size
     with open_run(args, "tune_competition", train_data) as log:
         log.say(train_data.source)
-        saved = log.load_checkpoint()
-        rows = saved[1]["rows"] if saved else []
-        with (
-            finish_on_interrupt() as interrupt,
-            log.progress(args.searches, len(rows), "search") as progress,
-        ):
-            while len(rows) < args.searches and not interrupt.requested:
-                rows.append(searched(args, len(rows), parts, dtype))
-                log.record(len(rows), rows[-1])
-                log.save_checkpoint(len(rows), {"rows": rows})
-                progress.advance(rows[-1])
+        rows, finished = search(args, parts, dtype, log)
         report(rows, train_data.source, log)
-    if len(rows) < args.searches:
+    if not finished:
         raise KeyboardInterrupt
 
 
