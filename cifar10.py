@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from fetching import one_line, run_with_torchvision
+from files import write_durably
 from image_data import DataError, ImageData
-from run_log import write_durably
 
 IMAGES_PER_FILE, CLASSES = 10_000, 10
 SHAPE = (3, 32, 32)

@@ -287,7 +287,7 @@ def report(log: RunLog, comparison: Comparison) -> None:
     })  # fmt: skip
     if summary:
         cells = table_cells(summary, comparison.draws)
-        log.path("table.md").write_text(markdown(cells))
+        log.write_text("table.md", markdown(cells))
         log.path("figures").mkdir(exist_ok=True)
         draw_accuracy_over_steps(summary, log.path("figures/accuracy_over_steps.png"))
         log.say(f"test accuracy, mean and standard deviation over {comparison.draws} draws")

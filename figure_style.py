@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from files import in_place
 from run_log import RunLogError
 
 # Okabe and Ito's colours, told apart also by the colour-blind; their yellow is darkened for paper
@@ -65,8 +66,9 @@ def add_legend(axes: Axes) -> None:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a PNG. Raises RunLogError where that cannot be."""
+    """Writes a PNG, whole or not at all. Raises RunLogError where that cannot be."""
     try:
-        FigureCanvasAgg(figure).print_png(str(path))
+        with in_place(path) as new:
+            FigureCanvasAgg(figure).print_png(str(new))
     except OSError as error:
         raise RunLogError(f"can't write {path}: {error.strerror or error}") from error

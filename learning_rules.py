@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from errors import WrongInputError
+from files import write_whole
 from local_polynomial import Exponents, LocalPolynomials, LocalSum, samples
 from models_fully_local import Params
 
@@ -600,7 +601,7 @@ def rule_from_dict(description: dict) -> LearningRule:
 
 def save_rule(rule: LearningRule, path: Path | str) -> None:
     """Writes a rule as JSON, coefficients exact."""
-    Path(path).write_text(json.dumps(rule.to_dict(), indent=1) + "\n")
+    write_whole(path, json.dumps(rule.to_dict(), indent=1) + "\n")
 
 
 def load_rule(path: Path | str) -> LearningRule:

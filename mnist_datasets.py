@@ -36,6 +36,7 @@ from torch.nn.functional import grid_sample
 
 from cifar10 import load_cifar10
 from fetching import import_torchvision, one_line, run_silently, run_with_torchvision
+from files import write_whole
 from image_data import DataError, ImageData, working_dtype
 
 __all__ = [
@@ -494,12 +495,7 @@ def _fetch_and_keep(
             for file, sha256 in collection.sha256.items()
         }
         for file in set(tensors) - keep:
-            whole = directory / "whole"
-            with whole.open("wb") as stream:
-                stream.write(contents[file])
-                stream.flush()
-                os.fsync(stream.fileno())
-            whole.replace(raw / file)
+            write_whole(raw / file, contents[file])
     return tensors
 
 

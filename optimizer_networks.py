@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import coordinate_lstm
 from errors import WrongInputError
+from files import write_whole
 from hypgraddesc import seeded_generator
 
 LARGEST_LOG = 10.0  # p: gradients below e^-p are passed on as they are, times e^p
@@ -227,7 +228,7 @@ def make_network(kind: str, seed: int = 0, **settings) -> CoordinateNetwork:
 
 def save_network(network: CoordinateNetwork, path: Path | str) -> None:
     """Writes a network as JSON, weights exact."""
-    Path(path).write_text(json.dumps(network_to_dict(network)) + "\n")
+    write_whole(path, json.dumps(network_to_dict(network)) + "\n")
 
 
 def network_to_dict(network: CoordinateNetwork) -> dict:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from command_line import OneLineParser, UserError, run_command
 from figures import draw_rules, draw_run
+from files import write_whole
 from learning_rules import PerLayerRule, classical_rule, load_rule
 from one_pass_report import draw_report, read_run, table
 from optimizer_figures import draw_loss_grid, draw_optimizer_run
@@ -111,7 +112,7 @@ def plot_one_pass(args: argparse.Namespace) -> list[Path]:
     text = table(runs)
     print(text)
     drawn = draw_report(runs, args.out)
-    (args.out / "table.md").write_text(text, encoding="utf-8")
+    write_whole(args.out / "table.md", text)
     return [args.out / "table.md", *drawn]
 
 

@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 from errors import WrongInputError
+from files import json_text, sync, write_durably, write_whole
 from processes import ALONE, Team
 from tensorboard_events import EventFile
 
@@ -76,7 +77,7 @@ class RunLog:
         lock = _take_lock(directory)
         try:
             _refuse_occupied(directory)
-            _write_json(directory / "config.json", dict(config))
+            _write(directory / "config.json", json_text(dict(config)))
             log = cls(directory, read_json(directory / "config.json"), lock, quiet)
             log._describe_environment()
         except BaseException:
@@ -122,7 +123,11 @@ class RunLog:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` to the file `name`, atomically; what JSON doesn't know goes in as `str`."""
-        _write_json(self.path(name), value)
+        _write(self.path(name), json_text(value))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write `text` to the file `name`, atomically."""
+        _write(self.path(name), text)
 
     def write_rule(self, rule, effects: Mapping[str, float] | None = None) -> None:
         """Write a learning rule as rule.json, rule.txt and rule.tex, each atomically.
@@ -130,14 +135,14 @@ class RunLog:
         With the effects of its terms, as `term_effects` gives them, the latter are sorted by them.
         """
         self.write_json("rule.json", rule.to_dict())
-        _write_atomically(self.path("rule.txt"), f"{rule.formula(effects)}\n".encode())
-        _write_atomically(self.path("rule.tex"), f"{rule.tex(effects)}\n".encode())
+        self.write_text("rule.txt", f"{rule.formula(effects)}\n")
+        self.write_text("rule.tex", f"{rule.tex(effects)}\n")
 
     def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write `arrays` to the .npz file `name`, atomically."""
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        _write_atomically(self.path(name), buffer.getvalue())
+        _write(self.path(name), buffer.getvalue())
 
     # ---- metrics ----
 
@@ -194,7 +199,7 @@ class RunLog:
             kept = [line for line in lines[1:] if int(line.split(b",", 1)[0]) <= step]
             text = b"".join([*lines[:1], *kept]) if kept else b""
             if text != whole:
-                _write_atomically(path, text)
+                _write(path, text)
         self._read_last_row()
 
     # ---- checkpoints ----
@@ -223,7 +228,7 @@ class RunLog:
             if current.exists():
                 os.replace(current, self.path("checkpoint.previous.pt"))
             os.replace(new, current)
-            _sync_directory(self.directory)
+            sync(self.directory)
 
     def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
         """The step and state saved last, None where none were; cuts metrics.csv back to that step.
@@ -292,7 +297,7 @@ class RunLog:
     def _describe_environment(self) -> None:
         path = self.path("environment.json")
         entries = read_json(path) if path.exists() else []
-        _write_json(path, [*entries, _environment()])
+        _write(path, json_text([*entries, _environment()]))
 
 
 class SilentLog:
@@ -550,34 +555,9 @@ def _reported(what: str) -> Iterator[None]:
         raise RunLogError(f"{what}: {error.strerror or error}") from error
 
 
-def _write_json(path: Path, value: Any) -> None:
-    _write_atomically(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file `path`: at every moment it is either the old one or the new one, whole."""
-    new = path.with_name(path.name + ".new")
+def _write(path: Path, content: bytes | str) -> None:
     with _reported(f"can't write {path}"):
-        write_durably(new, content)
-        os.replace(new, path)
-        _sync_directory(path.parent)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    """Have a rename reach the disk as well."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        write_whole(path, content)
 
 
 def _refuse_occupied(directory: Path) -> None:

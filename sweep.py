@@ -13,7 +13,6 @@ in a process of its own; its value is read from its results.json. See docs/sweep
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -42,6 +41,7 @@ from command_line import (
     run_command,
     run_parser,
 )
+from files import json_text, write_whole
 from run_log import RunLog, finish_on_interrupt, plain, read_config
 from search_space import SearchedFlag, searched_flag
 from shared_study import (
@@ -64,7 +64,6 @@ from sweep_report import (
     AFTER_FLAGS,
     BEFORE_FLAGS,
     Report,
-    in_place,
     write_report,
     write_table,
 )
@@ -454,8 +453,7 @@ def save_config(args, directory: Path) -> dict[str, Any]:
     """What --resume needs."""
     config = {name: value for name, value in vars(args).items() if name not in OF_THIS_PROCESS}
     config = plain(config | {"command": "sweep"})
-    with in_place(directory / "config.json") as path:
-        path.write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(directory / "config.json", json_text(config))
     return config
 
 

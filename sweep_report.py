@@ -9,14 +9,10 @@ Every file is made aside and then moved into place: processes that share a sweep
 """
 
 import csv
-import json
 import math
-import os
 import statistics
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
 from figure_style import COLOURS, add_legend, label_axes, new_figure, one_panel, save_figure
+from files import in_place, json_text, write_whole
 from search_space import SearchedFlag
 from shared_study import STATES, counted_trials, state_of
 
@@ -123,8 +120,7 @@ def write_results(report: Report, directory: Path) -> None:
         "direction": "maximize" if report.maximize else "minimize",
         **summaries.get("", {"variants": summaries}),
     }
-    with in_place(directory / "results.json") as path:
-        path.write_text(json.dumps(results, indent=2) + "\n")
+    write_whole(directory / "results.json", json_text(results))
 
 
 def write_report(report: Report, directory: Path) -> None:
@@ -137,10 +133,8 @@ def write_report(report: Report, directory: Path) -> None:
 def draw_figures(report: Report, directory: Path) -> None:
     """figures/best.png and figures/flags.png."""
     (directory / "figures").mkdir(exist_ok=True)
-    with in_place(directory / "figures" / "best.png") as path:
-        draw_best_so_far(report, path)
-    with in_place(directory / "figures" / "flags.png") as path:
-        draw_values_over_flags(report, path)
+    draw_best_so_far(report, directory / "figures" / "best.png")
+    draw_values_over_flags(report, directory / "figures" / "flags.png")
 
 
 def draw_best_so_far(report: Report, path: Path) -> None:
@@ -213,11 +207,3 @@ def _scale(axes, flag: SearchedFlag) -> None:
 
 def _colours(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
-
-
-@contextmanager
-def in_place(path: Path) -> Iterator[Path]:
-    """Where to write a file that then, whole, takes the place of `path`."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as aside:
-        yield Path(aside) / path.name
-        os.replace(Path(aside) / path.name, path)

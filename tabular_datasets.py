@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from files import in_place
 from mnist_datasets import DataError
 
 
@@ -183,6 +184,5 @@ def _from_uci(name: str, number: int) -> np.ndarray:
 def _keep(path: Path, table: Table) -> None:
     """Write the rows where the next call finds them, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    np.savetxt(new, torch.cat([table.inputs, table.targets], dim=1).numpy(), fmt="%.17g")
-    new.replace(path)
+    with in_place(path) as new:
+        np.savetxt(new, torch.cat([table.inputs, table.targets], dim=1).numpy(), fmt="%.17g")

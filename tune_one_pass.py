@@ -12,7 +12,6 @@ directory holds the medians over the draws in metrics.csv and every draw's numbe
 import argparse
 import io
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from command_line import (
     run_command,
     set_up,
 )
+from files import write_whole
 from one_pass import (
     DEFAULT_TRANSFORMS,
     METHODS,
@@ -49,7 +49,7 @@ from one_pass import (
 )
 from one_pass_problems import MODELS, PROBLEMS, Problem, default_model, make_problem, make_samples
 from one_pass_report import Columns, final_losses, summary
-from run_log import RunLog, run_to_end, write_durably
+from run_log import RunLog, run_to_end
 from yaml_settings import Key, add_settings, complete, mapping, truth
 
 # what a draw's random numbers are for; each has a stream of its own
@@ -373,10 +373,9 @@ def load_tuning(tuning: Tuning, saved: dict[str, Any]) -> None:
 
 def save_state(path: Path, state: State) -> None:
     """Weights, hyperparameters and moments, for -s; in one piece, or not at all."""
-    content, new = io.BytesIO(), path.with_name(path.name + ".new")
+    content = io.BytesIO()
     torch.save(vars(state), content)
-    write_durably(new, content.getvalue())
-    os.replace(new, path)
+    write_whole(path, content.getvalue())
 
 
 def read_state(path: Path, expected: State) -> State:

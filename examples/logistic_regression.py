@@ -17,6 +17,7 @@ methods stop at their tolerance, 1e-10.
 """
 
 import csv
+import io
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -288,10 +289,11 @@ def compare_methods(problem: Problem, log: RunLog) -> None:
     with log.progress(len(METHODS), description="method") as progress:
         curves = error_curves(problem, CURVE, progress)
     rates = theoretical_rates(problem)
-    with log.path("errors.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["k", *curves])
-        writer.writerows(zip(CURVE, *curves.values(), strict=True))
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["k", *curves])
+    writer.writerows(zip(CURVE, *curves.values(), strict=True))
+    log.write_text("errors.csv", table.getvalue())
     log.write_json("rates.json", rates)
     log.path("figures").mkdir(exist_ok=True)
     draw_errors(CURVE, curves, rates, log.path("figures/errors.png"))

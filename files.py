@@ -1,0 +1,57 @@
+"""Files that are whole at every moment: the old one or the new one, also after a crash.
+
+write_whole(directory / "results.json", json_text(results))
+with in_place(directory / "table.csv") as path:      # for what writes files by itself
+    np.savetxt(path, rows)
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def in_place(path: str | Path) -> Iterator[Path]:
+    """Where to write a file that then, once the disk has it, takes the place of `path`.
+
+    Several processes may do so at once: one of their files stays. Raises OSError.
+    """
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as aside:
+        new = Path(aside) / path.name
+        yield new
+        sync(new)
+        os.replace(new, path)
+    sync(path.parent)
+
+
+def write_whole(path: str | Path, content: bytes | str) -> None:
+    """Replace the file `path`, of text in UTF-8. Raises OSError."""
+    with in_place(path) as new:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it. Raises OSError."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or the names in a directory. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def json_text(value: Any) -> str:
+    """The text of a JSON file; what JSON doesn't know goes in as `str`."""
+    return json.dumps(value, indent=2, default=str) + "\n"
