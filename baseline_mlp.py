@@ -33,13 +33,14 @@ from command_line import (
 )
 from figure_style import COLOURS, add_legend, label_axes, one_panel, save_figure
 from figures import draw_run
-from hypgraddesc import EVALUATION, MetaSettings, evaluate, hypgraddesc
+from hypgraddesc import MetaSettings, evaluate, hypgraddesc
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
 from run_log import RunLog, finish_on_interrupt, read_metrics
+from seeds import EVALUATION
 
 NUMBERS_TO_FIT = 10**7  # images x features of a meta-step, unless --probe_images is given
 

@@ -40,7 +40,6 @@ from command_line import (
     set_up,
 )
 from figure_style import COLOURS, FONT, label_axes, new_figure, save_figure
-from hypgraddesc import seeded_generator
 from mnist_datasets import ImageData, batches, load_images
 from rule_comparison import (
     CLASSICAL,
@@ -59,6 +58,7 @@ from rule_comparison import (
     run_comparison,
 )
 from run_log import RunLog
+from seeds import seeded_generator
 
 ROTATED = "rotated"
 

@@ -30,7 +30,7 @@ from command_line import (
     set_up,
 )
 from figures import draw_features, draw_run
-from hypgraddesc import EVALUATION, MetaSettings, evaluate, hypgraddesc, seeded_generator
+from hypgraddesc import MetaSettings, evaluate, hypgraddesc
 from initializers import FIXED, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule, classical_rule
 from meta_gradients import Reverse
@@ -38,6 +38,7 @@ from mnist_datasets import batches, load_images, normalize_pixels
 from models_fully_local import Activation, Params, lateral_mlp
 from principal_components import principal_components
 from run_log import RunLog
+from seeds import EVALUATION, seeded_generator
 from train import MEMORY
 
 OJA_RATES = [10**exponent for exponent in np.arange(-4, 0.01, 0.25)]

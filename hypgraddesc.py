@@ -9,7 +9,6 @@ made from (seed, meta-step, task), so that a resumed run needs no generator's st
 does not matter which process of a team works on which task.
 """
 
-import hashlib
 import math
 import time
 import warnings
@@ -20,11 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from errors import WrongInputError
+from errors import NonFiniteError, WrongInputError
 from learning_rules import LearningRule
 from meta_gradients import (
     MetaGradient,
-    NonFiniteError,
     Reverse,
     Strategies,
     Task,
@@ -35,11 +33,11 @@ from models_fully_local import Params
 from precision import Products
 from processes import ALONE, Team
 from run_log import RunLog, run_to_end
+from seeds import seeded_generator
 from train import detached, train
 
 Schedule = float | Callable[[int], float]
 
-EVALUATION = 2**31  # stands where a meta-step does in the names of the final evaluations' draws
 OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 
 
@@ -130,12 +128,6 @@ class MetaSettings:
 def rising_steps(initial: int, raise_by: int, raise_every: int, maximum: int) -> Callable:
     """The schedule of inner steps: `initial`, more by raise_by every raise_every, capped."""
     return lambda metastep: min(maximum, initial + raise_by * (metastep // raise_every))
-
-
-def seeded_generator(*key: int) -> torch.Generator:
-    """A CPU generator of its own for each tuple of integers."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
 @dataclass(frozen=True)

@@ -38,15 +38,7 @@ from command_line import (
 )
 from competition import GATES, NORMALIZATIONS
 from figures import draw_run
-from hypgraddesc import (
-    EVALUATION,
-    OPTIMIZERS,
-    MetaSettings,
-    evaluate,
-    hypgraddesc,
-    rising_steps,
-    seeded_generator,
-)
+from hypgraddesc import OPTIMIZERS, MetaSettings, evaluate, hypgraddesc, rising_steps
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import (
@@ -69,6 +61,7 @@ from models_fully_local import (
 from precision import PRODUCTS, Products
 from processes import join_team
 from run_log import RunLog, finish_on_interrupt, read_json, read_metrics
+from seeds import EVALUATION, seeded_generator
 from train import MEMORY
 
 RULES = ("polynomial", "krotov_hopfield")

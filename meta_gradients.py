@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from errors import NonFiniteError
 from evolution_strategies import evolution_strategies
 from hypergradients import forward_mode, implicit, neumann_lookback
 from learning_rules import LearningRule
@@ -31,10 +32,6 @@ from train import MEMORY_LIMIT, train
 from update_maps import UpdateMap
 
 Judge = Callable[[Params], tuple[Tensor, dict[str, float]]]
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or hypergradient that is not finite, and where it arose."""
 
 
 @dataclass

@@ -20,10 +20,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hypgraddesc import seeded_generator
 from optimizees import Task
 from optimizer_networks import CoordinateNetwork, OptimizerError
 from processes import ALONE, Team
+from seeds import VALIDATION, seeded_generator
 from symmetries import Symmetry, mean_deviations, symmetry_penalty
 from window_gradients import (
     Objective,
@@ -38,7 +38,6 @@ from window_gradients import (
 )
 
 ESTIMATORS = ("suffix_sum", "autograd", "es", "pes")
-VALIDATION = 2**31  # stands where a run does in the names of validation's draws
 VALIDATION_WINDOW = 20
 
 

@@ -17,7 +17,8 @@ from torch import Generator, Tensor, nn
 from torch.func import grad_and_value, vjp, vmap
 
 from compiled_mlp import CompiledMLPObjective
-from mnist_datasets import DataError, ImageData, import_torchvision, load_images
+from image_data import DataError, ImageData
+from mnist_datasets import import_torchvision, load_images
 from objectives import (
     Batch,
     Buffers,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 
-from mnist_datasets import DataError, ImageData
+from image_data import DataError, ImageData
 from models_fully_local import Params
 from optimizer_networks import OptimizerError
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hypgraddesc import seeded_generator
+from errors import NonFiniteError
 from learned_optimizer import LearnedOptimizer
-from meta_gradients import NonFiniteError
 from models_fully_local import Params
 from optimizees import Task
 from optimizer_networks import CoordinateNetwork
+from seeds import TEST, TUNING, seeded_generator
 from symmetries import (
     Symmetry,
     covariance_size,
@@ -34,7 +34,6 @@ LAST = 10  # steps over which the loss "at" a step is averaged, up to it
 EDGES = torch.logspace(-8, 1, 91, dtype=torch.float64)  # of histograms of |u|
 BLOCKS = (2, 5, 10)  # m of the tail index
 GOAL = 0.5  # a training loss; how soon it is reached tells the speed of the first steps
-TUNING, TEST = 2**31 + 1, 2**31 + 2  # stand where a run does in the names of the draws
 
 
 class Lion(torch.optim.Optimizer):

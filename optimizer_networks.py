@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import coordinate_lstm
 from errors import WrongInputError
 from files import write_whole
-from hypgraddesc import seeded_generator
+from seeds import seeded_generator
 
 LARGEST_LOG = 10.0  # p: gradients below e^-p are passed on as they are, times e^p
 EXTRA_INPUTS = ("time", "relative_update", "parameter")

@@ -38,14 +38,13 @@ from command_line import (
     set_up,
 )
 from figures import draw_run
-from hypgraddesc import EVALUATION, seeded_generator
 from learning_rules import PerLayerRule, PolynomialRule, rule_from_dict, term_effects, term_products
 from mnist_datasets import load_images
 from rule_comparison import Entry, LearnedRun, Setting, learned, load_run, trajectory
 from run_log import RunLog, finish_on_interrupt
+from seeds import EVALUATION, TRIAL, seeded_generator
 
 TERMS = (40, 30, 20, 15, 12, 10, 9, 8, 7, 6, 5, 4)
-TRIAL = EVALUATION + 2  # stands there in the names of the draws that choose a term
 RIDGE = 1e-10  # of correlations between terms, which may be exactly dependent
 TERMS_SHOWN = 8
 

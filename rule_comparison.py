@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hypgraddesc import EVALUATION, OuterLoss, seeded_generator
+from hypgraddesc import OuterLoss
 from initializers import GaussianInitializer
 from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import LearningRule, PerLayerRule, SangerRule, classical_rule, load_rule
@@ -36,11 +36,11 @@ from run_log import (
     read_json,
     read_metrics,
 )
+from seeds import EVALUATION, SELECTION, seeded_generator
 from train import detached, train
 from vicreg import VICReg
 
 RATES = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))  # of the classical rules
-SELECTION = EVALUATION + 1  # stands there in the name of the draw that chooses a rate
 HELD_OUT = 6  # one of so many training images is held out to choose a rate
 VICREG_EPOCHS = 100
 ROTATION = 45.0  # degrees, to either side

@@ -26,7 +26,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from hypgraddesc import seeded_generator
+from seeds import seeded_generator
 
 FORMS = {
     "log": "NAME=log:LOW:HIGH",

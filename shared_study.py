@@ -37,8 +37,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from command_line import UserError
-from hypgraddesc import seeded_generator
 from search_space import SearchedFlag, Value, draw, grid
+from seeds import seeded_generator
 
 JOURNAL = "study.journal"
 HEARTBEAT = 30.0  # seconds

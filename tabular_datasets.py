@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from files import in_place
-from mnist_datasets import DataError
+from image_data import DataError
 
 
 @dataclass(frozen=True)

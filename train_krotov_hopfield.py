@@ -35,10 +35,10 @@ from competition import GATES, NORMALIZATIONS
 from figure_style import COLOURS, FONT, GREY, add_legend, label_axes, one_panel, save_figure
 from figures import draw_features
 from hebbian_network import DEEPEST, RECIPES, SCHEDULES, HebbianNetwork, Recipe
-from hypgraddesc import seeded_generator
 from layerwise_training import AUGMENTATIONS, LayerwiseTraining, split_validation
 from mnist_datasets import load_images
 from run_log import RunLog, read_metrics, run_to_end
+from seeds import seeded_generator
 
 OF_LAYERS = ("lr", "lr_end", "lr_speed", "inverse_temperature", "units", "power")
 

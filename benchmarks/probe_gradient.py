@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 from command_line import keep_freed_memory
-from hypgraddesc import seeded_generator
 from initializers import GaussianInitializer
 from learning_rules import PerLayerRule, classical_rule
 from linear_probe import PROBE_GRADIENTS, ProbeLoss
 from mnist_datasets import batches, load_images
 from models_fully_local import Activation, lateral_network
 from rule_comparison import Entry, Setting, learned, load_run
+from seeds import seeded_generator
 from train import detached, train
 
 

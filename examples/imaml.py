@@ -46,9 +46,10 @@ from command_line import (
 )
 from figure_style import COLOURS, add_legend, label_axes, new_figure, save_figure
 from hypergradients import implicit
+from image_data import DataError, ImageData
 from inner_optimizers import GradientDescent
 from linear_solvers import ConjugateGradient, DivergenceError, FixedPoint, NormalEquations
-from mnist_datasets import DataError, ImageData, load_images
+from mnist_datasets import load_images
 from run_log import RunLog, read_metrics, run_to_end
 
 METHODS = {

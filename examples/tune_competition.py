@@ -34,13 +34,7 @@ from command_line import (
     set_up,
 )
 from competition import GATES
-from hypgraddesc import (
-    EVALUATION,
-    HypergradientDescent,
-    MetaSettings,
-    evaluate,
-    seeded_generator,
-)
+from hypgraddesc import HypergradientDescent, MetaSettings, evaluate
 from initializers import FIXED, GaussianInitializer
 from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import PerLayerRule
@@ -48,8 +42,7 @@ from linear_probe import ProbeLoss
 from mnist_datasets import batches, load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
 from run_log import RunLog, run_to_end
-
-TRIAL = EVALUATION + 2  # stands there in the names of random search's draws
+from seeds import EVALUATION, TRIAL, seeded_generator
 
 
 def make_parser():

@@ -25,8 +25,8 @@ from command_line import (
     run_parser,
     set_up,
 )
+from image_data import DataError, ImageData
 from logistic_regression import ProbeError
-from mnist_datasets import DataError, ImageData
 from run_log import RunLogError
 
 IMAGES = ImageData(

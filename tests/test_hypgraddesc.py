@@ -14,22 +14,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from oracles import DOUBLE
 from torch import nn
 
+from errors import NonFiniteError
 from hypgraddesc import (
     OPTIMIZERS,
     HypergradientDescent,
     MetaError,
     MetaSettings,
-    NonFiniteError,
     evaluate,
     hypgraddesc,
     rising_steps,
-    seeded_generator,
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, PolynomialRule
@@ -708,28 +704,6 @@ def test_contradictory_settings_are_refused_in_one_line(settings):
     with pytest.raises(MetaError) as error:
         descent([0.0], distance(1.0), **settings)
     assert str(error.value) and "\n" not in str(error.value)
-
-
-# ---- random draws ----
-
-
-def numbers(*key):
-    return torch.randn(4, generator=seeded_generator(*key)).tolist()
-
-
-@hypothesis_settings(deadline=None, max_examples=50, derandomize=True)
-@given(*[st.tuples(*[st.integers(0, 2**31)] * 4)] * 2)
-def test_each_key_has_a_generator_of_its_own(one, two):
-    assert (numbers(*one) == numbers(*two)) == (one == two)
-
-
-@pytest.mark.parametrize("one, two", [((1,), (1, 0)), ((0, 0, 0), (0, 0)), ((2**32,), (0, 1))])
-def test_keys_of_different_length_or_size_differ_too(one, two):
-    assert numbers(*one) != numbers(*two)
-
-
-def test_a_key_may_hold_large_seeds():
-    assert numbers(2**63, 1) != numbers(2**63 + 1, 1)
 
 
 # ---- evaluation ----

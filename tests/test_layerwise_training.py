@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from competition import CompetitionError
+from errors import NonFiniteError
 from hebbian_network import (
     DEEPEST,
     RECIPES,
@@ -17,7 +18,6 @@ from hebbian_network import (
     Recipe,
     learning_rate,
 )
-from hypgraddesc import NonFiniteError
 from image_data import DataError, ImageData
 from layerwise_training import (
     LayerwiseTraining,

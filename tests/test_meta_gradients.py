@@ -7,21 +7,14 @@ import torch
 from oracles import DOUBLE, assert_near
 from torch import nn
 
-from hypgraddesc import MetaError, MetaSettings, seeded_generator
+from errors import NonFiniteError
+from hypgraddesc import MetaError, MetaSettings
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PolynomialRule
 from linear_solvers import HypergradientError
-from meta_gradients import (
-    Forward,
-    Implicit,
-    LookBack,
-    NonFiniteError,
-    Reverse,
-    Strategies,
-    Task,
-    Truncated,
-)
+from meta_gradients import Forward, Implicit, LookBack, Reverse, Strategies, Task, Truncated
 from models_fully_local import Activation, lateral_mlp
+from seeds import seeded_generator
 from train import MEMORY, train
 
 

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 import fetching
 import mnist_datasets as m
-from mnist_datasets import DataError, ImageData
+from image_data import DataError, ImageData
 
 FILES = (
     "train-images-idx3-ubyte",

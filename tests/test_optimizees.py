@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hypgraddesc import seeded_generator
-from mnist_datasets import DataError, ImageData
+from image_data import DataError, ImageData
 from optimizees import (
     Optimizee,
     halves,
@@ -17,6 +16,7 @@ from optimizees import (
     quadratic_batches,
 )
 from optimizer_networks import OptimizerError
+from seeds import seeded_generator
 
 
 def images(count: int = 40, size: int = 8) -> ImageData:

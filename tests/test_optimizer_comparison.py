@@ -7,7 +7,6 @@ import torch
 from test_optimizees import images
 from torch import nn
 
-from hypgraddesc import seeded_generator
 from optimizees import make_task
 from optimizer_comparison import (
     BASELINES,
@@ -21,6 +20,7 @@ from optimizer_comparison import (
     train_all,
 )
 from optimizer_networks import make_network
+from seeds import seeded_generator
 from symmetries import find_symmetries
 from window_gradients import roll_out, start
 

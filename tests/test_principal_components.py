@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from image_data import DataError, ImageData
 from linear_probe import extract_features
 from logistic_regression import fit_logistic
-from mnist_datasets import DataError, ImageData, normalize_pixels
+from mnist_datasets import normalize_pixels
 from principal_components import principal_components, projection
 
 

@@ -11,7 +11,7 @@ from oracles import DOUBLE
 
 import main
 import rule_comparison
-from hypgraddesc import EVALUATION, evaluate, seeded_generator
+from hypgraddesc import evaluate
 from initializers import GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
 from linear_probe import extract_features
@@ -33,6 +33,7 @@ from rule_comparison import (
     vicreg,
 )
 from run_log import RunLogError
+from seeds import EVALUATION, seeded_generator
 
 CONFIG = {
     "layers": [6, 5], "inhibition": "lateral", "inh_steps": 3, "inh_factor": 0.2,

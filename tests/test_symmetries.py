@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.func import jvp
 
-from hypgraddesc import seeded_generator
 from optimizees import Optimizee, image_optimizee
 from optimizer_comparison import Lion
+from seeds import seeded_generator
 from symmetries import (
     covariance_size,
     find_symmetries,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tabular_datasets
-from mnist_datasets import DataError
+from image_data import DataError
 from tabular_datasets import TABLES, Table, load_table, split_table
 
 SPLITS = {

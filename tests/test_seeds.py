@@ -1,0 +1,32 @@
+"""Generators depend on their names, all of them, and on nothing else."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seeds import seeded_generator
+
+
+def numbers(*key):
+    return torch.randn(4, generator=seeded_generator(*key)).tolist()
+
+
+@settings(deadline=None, max_examples=50, derandomize=True)
+@given(*[st.tuples(*[st.integers(0, 2**31)] * 4)] * 2)
+def test_each_key_has_a_generator_of_its_own(one, two):
+    assert (numbers(*one) == numbers(*two)) == (one == two)
+
+
+@pytest.mark.parametrize("one, two", [((1,), (1, 0)), ((0, 0, 0), (0, 0)), ((2**32,), (0, 1))])
+def test_keys_of_different_length_or_size_differ_too(one, two):
+    assert numbers(*one) != numbers(*two)
+
+
+def test_a_key_may_hold_large_seeds():
+    assert numbers(2**63, 1) != numbers(2**63 + 1, 1)
+
+
+def test_the_numbers_of_a_key_are_those_they_have_always_been():
+    assert seeded_generator(0).initial_seed() == 5254295370254170289
+    assert seeded_generator(0, 2**31, 1, 2).initial_seed() == 930722151641438861
