@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.ticker import PercentFormatter, ScalarFormatter
+from matplotlib.ticker import ScalarFormatter
 
 from command_line import (
     UserError,
@@ -29,7 +29,7 @@ from command_line import (
     run_command,
     set_up,
 )
-from figure_style import COLOURS, add_legend, label_axes, one_panel, save_figure
+from figure_style import COLOURS, add_legend, label_axes, one_panel, percent_axis, save_figure
 from linear_probe import linear_probe
 from mnist_datasets import ImageData, load_images, normalize_pixels
 from principal_components import PrincipalComponents, principal_components, projection
@@ -115,7 +115,7 @@ def draw_accuracy_over_size(
     figure, axes = one_panel()
     for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
         axes.plot(sizes, values, color=colour, marker="o", ms=3, lw=1.3, label=name)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    percent_axis(axes)
     label_axes(axes, "Accuracy of the linear probe", x_label, "images classified correctly")
     axes.set_xscale("log", base=2)  # after label_axes, whose ticks are those of steps
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -133,7 +133,6 @@ def report(args, log: RunLog, source: str) -> None:
         log.say(f"{k:10d}" + "".join(f"  {value:9.2%}" for value in row.values()))
         table.append({"components": k, **row})
     log.write_json("results.json", {"data": source, "C": args.C, "table": table})
-    log.path("figures").mkdir(exist_ok=True)
     accuracies = {label: metrics[name] for name, label in ACCURACIES.items()}
     path = log.path("figures/accuracy.png")
     draw_accuracy_over_size(metrics["step"], accuracies, path, "principal components")

@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import PercentFormatter
 
 from command_line import (
     DATASETS,
@@ -39,7 +38,7 @@ from command_line import (
     run_command,
     set_up,
 )
-from figure_style import COLOURS, FONT, label_axes, new_figure, save_figure
+from figure_style import FONT, colours, label_axes, new_figure, percent_axis, save_figure
 from mnist_datasets import ImageData, batches, load_images
 from rule_comparison import (
     CLASSICAL,
@@ -59,6 +58,7 @@ from rule_comparison import (
 )
 from run_log import RunLog
 from seeds import seeded_generator
+from tables import aligned, markdown
 
 ROTATED = "rotated"
 
@@ -211,21 +211,6 @@ def accuracy_text(row: Row, draws: int) -> str:
     return f"{100 * mean:.2f} ± {100 * deviation:.2f} %{some}"
 
 
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table for the screen, the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
-    ]
-
-
-def markdown(cells: Sequence[Sequence[str]]) -> str:
-    """The same table in Markdown."""
-    heading, *body = cells
-    rule = ["---", *["---:"] * (len(heading) - 1)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (heading, rule, *body))
-
-
 def draw_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
     """Test accuracy over inner steps, a panel for each data set and layer sizes.
 
@@ -239,11 +224,11 @@ def draw_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
     for i, layers in enumerate(sizes):
         for j, dataset in enumerate(datasets):
             axes, bottom = grid[i, j], "inner steps" if i == len(sizes) - 1 else ""
-            for number, method in enumerate(methods):
+            for colour, method in zip(colours(len(methods)), methods, strict=True):
                 place = {"method": method, "dataset": dataset, "layers": layers}
                 rows = [row for row in summary if place.items() <= row.items() and row["finite"]]
-                _draw_method(axes, method, rows, COLOURS[number % len(COLOURS)])
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+                _draw_method(axes, method, rows, colour)
+            percent_axis(axes)
             label_axes(
                 axes, f"{dataset}, {layers}", bottom, "" if j else "test accuracy of the probe"
             )
@@ -288,7 +273,6 @@ def report(log: RunLog, comparison: Comparison) -> None:
     if summary:
         cells = table_cells(summary, comparison.draws)
         log.write_text("table.md", markdown(cells))
-        log.path("figures").mkdir(exist_ok=True)
         draw_accuracy_over_steps(summary, log.path("figures/accuracy_over_steps.png"))
         log.say(f"test accuracy, mean and standard deviation over {comparison.draws} draws")
         for line in aligned(cells):

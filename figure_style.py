@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from files import in_place
 from run_log import RunLogError
@@ -51,6 +51,16 @@ def label_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
         axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", color=GREY)
 
 
+def percent_axis(axes: Axes) -> None:
+    """Fractions are told in percent on the vertical axis."""
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+
+
+def colours(count: int) -> list[str]:
+    """One for each of so many curves; over again where there are more curves than colours."""
+    return [COLOURS[k % len(COLOURS)] for k in range(count)]
+
+
 def whole_ticks() -> MaxNLocator:
     """At most six ticks, at whole numbers."""
     return MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
@@ -66,8 +76,9 @@ def add_legend(axes: Axes) -> None:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a PNG, whole or not at all. Raises RunLogError where that cannot be."""
+    """Writes a PNG, whole or not at all, and makes its folder. RunLogError where that can't be."""
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with in_place(path) as new:
             FigureCanvasAgg(figure).print_png(str(new))
     except OSError as error:

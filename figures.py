@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import PercentFormatter
 from numpy.lib.stride_tricks import sliding_window_view
 
 from figure_style import (
@@ -31,6 +30,7 @@ from figure_style import (
     label_axes,
     new_figure,
     one_panel,
+    percent_axis,
     save_figure,
     whole_ticks,
 )
@@ -56,7 +56,6 @@ def draw_run(directory: str | Path) -> list[Path]:
     results = directory / "results.json"
     stages = read_json(results).get("pruning", []) if results.exists() else []
     place = directory / "figures"
-    place.mkdir(exist_ok=True)
     return [
         *_draw_metrics(metrics, place),
         *_draw_parameters(parameters, place),
@@ -79,7 +78,7 @@ def draw_accuracy(step: np.ndarray, accuracies: Curves, path: str | Path) -> Non
     figure, axes = one_panel()
     for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
         _raw_and_median(axes, step, values, colour, name)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    percent_axis(axes)
     label_axes(axes, "Accuracy of the linear probe", "meta-step", "images classified correctly")
     add_legend(axes)
     save_figure(figure, path)
@@ -172,7 +171,7 @@ def draw_pruning(
     axes.axhline(whole, color=GREY, lw=0.8, ls="--", label=f"whole rule, {terms.max()} terms")
     axes.errorbar(terms, mean, deviation, color=colour, marker="o", ms=4, lw=1.3, capsize=2)
     axes.set_xscale("log")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    percent_axis(axes)
     label_axes(axes, "Accuracy of shortened rules", "terms of the rule", "test images, probe")
     labelled = []
     for number in sorted(terms):

@@ -12,7 +12,6 @@ import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,16 @@ from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator
 from torch import Tensor
 
 from figure_style import (
-    COLOURS,
     FAINT,
     add_legend,
+    colours,
     label_axes,
     new_figure,
     one_panel,
     save_figure,
 )
 from run_log import RunLogError, read_config
+from tables import markdown
 
 BOOTSTRAPS = 1000
 ENVELOPE = (10, 90)  # percent of the bootstrapped medians
@@ -146,29 +146,29 @@ def table(runs: Sequence[Recorded]) -> str:
     A run of fixed hyperparameters that has a validation loss also gets a line for the best of each
     three draws, "3-batched".
     """
-    lines = [
-        "| run | data | draws | mean | median | best | diverged | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    cells = [["run", "data", "draws", "mean", "median", "best", "diverged", "seconds"]]
     for run in runs:
         losses = final_losses(run.columns)
-        lines.append(_line(run, run.title, losses))
+        cells.append(_cells(run, run.title, losses))
         validation = run.columns["Loss/Validation"][-1]
         if run.config["method"] == "fixed" and np.isfinite(validation).any() and len(losses) > 2:
             best = best_of_groups(losses, validation, 3)
-            lines.append(_line(run, f"{run.title}, 3-batched", best))
-    return "\n".join(lines) + "\n"
+            cells.append(_cells(run, f"{run.title}, 3-batched", best))
+    return markdown(cells, "---")
 
 
-def _line(run: Recorded, title: str, losses: np.ndarray) -> str:
+def _cells(run: Recorded, title: str, losses: np.ndarray) -> list[str]:
     found = summary(losses)
-    mean = f"{found['mean']:.4g} ± {found['mean_deviation']:.2g}"
-    median = f"{found['median']:.4g} ± {found['median_deviation']:.2g}"
-    seconds = run.columns["seconds"][-1]
-    return (
-        f"| {title} | {run.config['dataset']} | {len(losses)} | {mean} | {median} | "
-        f"{found['best']:.4g} | {found['diverged']:.1%} | {seconds:.0f} |"
-    )
+    return [
+        title,
+        run.config["dataset"],
+        str(len(losses)),
+        f"{found['mean']:.4g} ± {found['mean_deviation']:.2g}",
+        f"{found['median']:.4g} ± {found['median_deviation']:.2g}",
+        f"{found['best']:.4g}",
+        f"{found['diverged']:.1%}",
+        f"{run.columns['seconds'][-1]:.0f}",
+    ]
 
 
 # ---- figures ----
@@ -176,7 +176,6 @@ def _line(run: Recorded, title: str, losses: np.ndarray) -> str:
 
 def draw_report(runs: Sequence[Recorded], directory: Path) -> list[Path]:
     """Every figure that `runs` allow, into `directory`; the paths."""
-    directory.mkdir(parents=True, exist_ok=True)
     drawn = {
         "loss_over_steps.png": _envelopes(runs, "step", "weight steps"),
         "loss_over_seconds.png": _envelopes(runs, "seconds", "seconds of training, all draws"),
@@ -212,7 +211,7 @@ def _loss_name(columns: Mapping[str, np.ndarray]) -> str:
 def _envelopes(runs: Sequence[Recorded], column: str, label: str) -> Figure:
     """The median test loss of each run, and where bootstrapped medians lie."""
     figure, axes = one_panel()
-    for colour, run in zip(_colours(), runs, strict=False):
+    for colour, run in zip(colours(len(runs)), runs, strict=True):
         losses = _test_losses(run)
         generator = np.random.default_rng(0)
         chosen = generator.integers(losses.shape[1], size=(200, losses.shape[1]))
@@ -230,7 +229,7 @@ def _envelopes(runs: Sequence[Recorded], column: str, label: str) -> Figure:
 def _distributions(runs: Sequence[Recorded]) -> Figure:
     """The share of draws that end below each loss."""
     figure, axes = one_panel()
-    for colour, run in zip(_colours(), runs, strict=False):
+    for colour, run in zip(colours(len(runs)), runs, strict=True):
         losses = np.sort(final_losses(run.columns))
         share = np.arange(1, len(losses) + 1) / len(losses)
         kept = np.isfinite(losses)
@@ -248,7 +247,7 @@ def _hyperparameter_traces(runs: Sequence[Recorded], name: str, label: str) -> F
     count = len(runs)
     figure = new_figure(2.6 * min(count, 4) + 0.6, 2.4 * -(-count // 4) + 0.3)
     panels = figure.subplots(-(-count // 4), min(count, 4), squeeze=False, sharey=True)
-    for axes, run, colour in zip(panels.flat, runs, _colours(), strict=False):
+    for axes, run, colour in zip(panels.flat, runs, colours(count), strict=False):
         values = run.columns[name][:, :30]
         axes.plot(run.columns["step"], values, color=colour, lw=0.6, alpha=0.6)
         if "Momentum" not in name:
@@ -263,7 +262,7 @@ def _hyperparameter_traces(runs: Sequence[Recorded], name: str, label: str) -> F
 def _best_so_far(runs: Sequence[Recorded]) -> Figure:
     """The test loss of the draw with the least validation loss, over the number of draws."""
     figure, axes = one_panel()
-    for colour, run in zip(_colours(), runs, strict=False):
+    for colour, run in zip(colours(len(runs)), runs, strict=True):
         validation = run.columns["Loss/Validation"][-1]
         judged = validation if np.isfinite(validation).any() else final_losses(run.columns)
         judged = np.where(np.isfinite(judged), judged, math.inf)
@@ -282,8 +281,7 @@ def _run_times(runs: Sequence[Recorded]) -> Figure:
     """Seconds of training, evaluations left out."""
     figure, axes = one_panel()
     seconds = [run.columns["seconds"][-1] / run.columns["Loss/Test"].shape[1] for run in runs]
-    colours = [colour for colour, _ in zip(_colours(), runs, strict=False)]
-    axes.barh(range(len(runs)), seconds, color=colours)
+    axes.barh(range(len(runs)), seconds, color=colours(len(runs)))
     axes.set_yticks(range(len(runs)), [run.title for run in runs])
     axes.invert_yaxis()
     label_axes(axes, "Time of training", "seconds for each draw", "")
@@ -332,8 +330,3 @@ def _sensitivity(runs: Sequence[Recorded]) -> Figure:
     axes.set_yticks(range(len(terms)), terms)
     figure.colorbar(shown, ax=axes, label="log10")
     return figure
-
-
-def _colours():
-    """Those of the program, over again for further runs."""
-    return cycle(COLOURS)

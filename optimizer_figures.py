@@ -37,7 +37,6 @@ def draw_optimizer_run(directory: str | Path) -> list[Path]:
     """Draws what comparison.npz and validation.npz allow; the paths."""
     directory = Path(directory)
     place = directory / "figures"
-    place.mkdir(exist_ok=True)
     drawn = []
     compared = read_arrays(directory / "comparison.npz")
     for name in dict.fromkeys(key.split("/")[0] for key in compared if "/" in key):

@@ -21,7 +21,7 @@ import numpy as np
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
-from figure_style import COLOURS, add_legend, label_axes, new_figure, one_panel, save_figure
+from figure_style import add_legend, colours, label_axes, new_figure, one_panel, save_figure
 from files import in_place, json_text, write_whole
 from search_space import SearchedFlag
 from shared_study import STATES, counted_trials, state_of
@@ -132,7 +132,6 @@ def write_report(report: Report, directory: Path) -> None:
 
 def draw_figures(report: Report, directory: Path) -> None:
     """figures/best.png and figures/flags.png."""
-    (directory / "figures").mkdir(exist_ok=True)
     draw_best_so_far(report, directory / "figures" / "best.png")
     draw_values_over_flags(report, directory / "figures" / "flags.png")
 
@@ -141,7 +140,7 @@ def draw_best_so_far(report: Report, path: Path) -> None:
     """The best value among the trials so far, a step curve for each variant; a dot each trial."""
     figure, axes = one_panel()
     best_of = np.maximum if report.maximize else np.minimum
-    for colour, variant in zip(_colours(len(report.trials)), report.trials, strict=True):
+    for colour, variant in zip(colours(len(report.trials)), report.trials, strict=True):
         done = sorted(report.done(variant), key=lambda trial: trial.user_attrs["draw"])
         draws = [trial.user_attrs["draw"] for trial in done]
         values = np.array([trial.value for trial in done])
@@ -168,7 +167,7 @@ def draw_values_over_flags(report: Report, path: Path) -> None:
 
 
 def _draw_values_over_flag(report: Report, flag: SearchedFlag, axes) -> None:
-    for colour, variant in zip(_colours(len(report.trials)), report.trials, strict=True):
+    for colour, variant in zip(colours(len(report.trials)), report.trials, strict=True):
         done = report.done(variant)
         values = [trial.value for trial in done]
         label = variant or None
@@ -203,7 +202,3 @@ def _scale(axes, flag: SearchedFlag) -> None:
     margin = 0.03 * (among.high - among.low)
     axes.set_xlim(among.low - margin, among.high + margin)
     axes.xaxis.get_major_locator().set_params(integer=isinstance(among.low, int))
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]

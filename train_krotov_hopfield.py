@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 
 import numpy as np
-from matplotlib.ticker import PercentFormatter
 
 from command_line import (
     UserError,
@@ -32,7 +31,17 @@ from command_line import (
     set_up,
 )
 from competition import GATES, NORMALIZATIONS
-from figure_style import COLOURS, FONT, GREY, add_legend, label_axes, one_panel, save_figure
+from figure_style import (
+    COLOURS,
+    FONT,
+    GREY,
+    add_legend,
+    colours,
+    label_axes,
+    one_panel,
+    percent_axis,
+    save_figure,
+)
 from figures import draw_features
 from hebbian_network import DEEPEST, RECIPES, SCHEDULES, HebbianNetwork, Recipe
 from layerwise_training import AUGMENTATIONS, LayerwiseTraining, split_validation
@@ -180,7 +189,6 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
 
 def draw(training, rows, input_shape, metrics: Mapping[str, np.ndarray], log: RunLog) -> None:
     """Filters, convergence, the classifiers' course, and accuracy over depth."""
-    log.path("figures").mkdir(exist_ok=True)
     weight = training.network.blocks[0].layer.weight.numpy(force=True)
     shape = weight.shape[1:] if weight.ndim == 4 else input_shape
     draw_features(weight, shape, log.path("figures/filters.png"), "Weights of layer 1")
@@ -196,10 +204,10 @@ def draw_convergence(metrics: Mapping[str, np.ndarray], path) -> None:
     figure, axes = one_panel()
     axes.set_yscale("log")
     names = [name for name in metrics if name.startswith("convergence/")]
-    for number, name in enumerate(names):
+    for colour, name in zip(colours(len(names)), names, strict=True):
         there = np.isfinite(metrics[name])
         axes.plot(metrics["epoch"][there], metrics[name][there], lw=1.3,
-                  color=COLOURS[number % len(COLOURS)], label=f"layer {name.split('/')[1]}",
+                  color=colour, label=f"layer {name.split('/')[1]}",
                   marker="o" if there.sum() == 1 else "")  # fmt: skip
     label_axes(axes, "Convergence", "epoch of the layer", "largest distance of p-norms from 1")
     axes.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
@@ -211,12 +219,13 @@ def draw_classifiers(metrics: Mapping[str, np.ndarray], path) -> None:
     """The validation accuracy of each classifier over its epochs."""
     figure, axes = one_panel()
     of_classifier = metrics["classifier"] == 1
-    for number, layer in enumerate(np.unique(metrics["layer"][of_classifier])):
+    layers = np.unique(metrics["layer"][of_classifier])
+    for colour, layer in zip(colours(len(layers)), layers, strict=True):
         there = of_classifier & (metrics["layer"] == layer)
         axes.plot(metrics["epoch"][there], metrics["validation_accuracy"][there], lw=1.3,
-                  color=COLOURS[number % len(COLOURS)], label=f"behind layer {layer:g}",
+                  color=colour, label=f"behind layer {layer:g}",
                   marker="o" if there.sum() == 1 else "")  # fmt: skip
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    percent_axis(axes)
     label_axes(axes, "Classifier", "epoch", "validation images classified correctly")
     add_legend(axes)
     save_figure(figure, path)
@@ -229,7 +238,7 @@ def draw_accuracy_over_depth(rows, path) -> None:
     for colour, name in zip(COLOURS, ("test", "validation"), strict=False):
         values = [row[f"{name}_accuracy"] for row in rows]
         axes.plot(depth, values, color=colour, marker="o", ms=4, lw=1.3, label=f"{name} images")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    percent_axis(axes)
     label_axes(axes, "Accuracy over depth", "competing layers", "images classified correctly")
     add_legend(axes)
     save_figure(figure, path)

@@ -432,7 +432,6 @@ def report(args, tasks: Tasks, log: RunLog, source: str, scores: Mapping[str, np
                 f"standard deviation over {len(last)} tasks {last.std():.4f}, "
                 f"standard error {error:.4f}")  # fmt: skip
     log.write_json("results.json", results)
-    log.path("figures").mkdir(exist_ok=True)
     draw(read_metrics(log.directory), scores, tasks.score, log.path("figures/meta_learning.png"))
     log.say(f"everything is in {log.directory}")
 

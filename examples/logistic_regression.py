@@ -295,7 +295,6 @@ def compare_methods(problem: Problem, log: RunLog) -> None:
     writer.writerows(zip(CURVE, *curves.values(), strict=True))
     log.write_text("errors.csv", table.getvalue())
     log.write_json("rates.json", rates)
-    log.path("figures").mkdir(exist_ok=True)
     draw_errors(CURVE, curves, rates, log.path("figures/errors.png"))
     shown = [k for k in (1, 4, 11, 27, 85) if k in CURVE]
     log.say("relative error of the hypergradient at l = 1, float64; contraction "

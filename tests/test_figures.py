@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from figure_style import COLOURS, colours
 from figures import (
     cosines,
     draw_accuracy,
@@ -141,9 +142,22 @@ def test_any_term_can_be_a_label(tmp_path):
     assert (tmp_path / "coefficients.png").stat().st_size > 1000
 
 
+def test_a_figure_makes_its_folder(tmp_path):
+    path = tmp_path / "a" / "folder" / "accuracy.png"
+    draw_accuracy(np.arange(2), {"test": np.ones(2)}, path)
+    assert path.stat().st_size > 1000 and [*path.parent.iterdir()] == [path]
+
+
+def test_more_curves_than_colours_take_them_over_again():
+    several = colours(len(COLOURS) + 2)
+    assert several[: len(COLOURS)] == [*COLOURS] and several[len(COLOURS) :] == [*COLOURS[:2]]
+    assert colours(0) == []
+
+
 def test_a_figure_that_can_not_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
     with pytest.raises(RunLogError, match="can't write"):
-        draw_accuracy(np.arange(2), {"test": np.ones(2)}, tmp_path / "nowhere" / "accuracy.png")
+        draw_accuracy(np.arange(2), {"test": np.ones(2)}, tmp_path / "file" / "accuracy.png")
 
 
 def test_the_running_median_is_that_of_the_window_cut_at_the_ends():

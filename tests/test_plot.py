@@ -117,7 +117,7 @@ def test_wrong_input_is_refused_in_one_line(tmp_path, capsys):
         (["rules", run, "--classical", "ojas"], "choose from hebb, oja"),
         (["rules", run, "--by", "effect"], "--by coefficient"),
         (["rules", told, "--classical", "instar"], "--by coefficient"),
-        (["rules", run, "--out", tmp_path / "nowhere" / "rules.png"], "can't write"),
+        (["rules", run, "--out", run / "config.json" / "rules.png"], "can't write"),
         (["rules", run, "--seed", "1"], "--seed"),
     ):
         assert message in refused(capsys, *flags), flags

@@ -1,0 +1,18 @@
+"""Tables of text: a list of rows of cells, the first row its heading."""
+
+from collections.abc import Sequence
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table for the screen, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
+    ]
+
+
+def markdown(cells: Sequence[Sequence[str]], others: str = "---:") -> str:
+    """A table in Markdown; `others` says how the columns after the first are aligned."""
+    heading, *body = cells
+    rule = ["---", *[others] * (len(heading) - 1)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heading, rule, *body))
