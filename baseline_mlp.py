@@ -33,13 +33,13 @@ from command_line import (
 )
 from figure_style import COLOURS, add_legend, label_axes, one_panel, save_figure
 from figures import draw_run
-from hypgraddesc import MetaSettings, evaluate, hypgraddesc
+from hypgraddesc import MetaSettings, evaluate, evaluate_draws, hypgraddesc
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, load_images, normalize_pixels
-from models_fully_local import Activation, lateral_mlp
-from run_log import RunLog, finish_on_interrupt, read_metrics
+from models_fully_local import Activation, Params, lateral_mlp
+from run_log import RunLog, read_metrics
 from seeds import EVALUATION
 
 NUMBERS_TO_FIT = 10**7  # images x features of a meta-step, unless --probe_images is given
@@ -93,22 +93,16 @@ def make_model(inputs: int, features: int) -> nn.Module:
 def evaluate_on_all_images(
     args, log: RunLog, parts: dict, train_data: ImageData, test_data: ImageData
 ) -> tuple[list[dict[str, float]], bool]:
-    """Numbers of the probe on several new draws; whether Ctrl-C ended them before their time."""
+    """Numbers of the probe on several new draws; False where Ctrl-C ended them."""
     whole = parts | {
         "outer_loss": ProbeLoss(train_data, test_data, args.C, outer_images=args.outer_images)
     }
-    rows = []
-    with (
-        finish_on_interrupt() as interrupt,
-        log.progress(args.evaluations, description="evaluation") as progress,
-    ):
-        for draw in range(args.evaluations):
-            row, _ = evaluate(**whole, steps=0, draw=(args.seed, EVALUATION, draw))
-            rows.append(row)
-            progress.advance(row)
-            if interrupt.requested:
-                break
-    return rows, interrupt.requested
+
+    def judge(draw: int) -> tuple[dict[str, float], Params]:
+        return evaluate(**whole, steps=0, draw=(args.seed, EVALUATION, draw))
+
+    rows, _, finished = evaluate_draws(log, args.evaluations, judge)
+    return rows, finished
 
 
 def draw_initial_numbers(
@@ -168,11 +162,11 @@ def main(argv: list[str] | None = None) -> None:
     with open_run(args, "baseline_mlp", train_data) as log:
         log.say(train_data.source)
         finished = hypgraddesc(**parts, settings=settings, log=log, hyperparameters=numbers)
-        rows, interrupted = [], not finished
+        rows = []
         if finished:
-            rows, interrupted = evaluate_on_all_images(args, log, parts, train_data, test_data)
+            rows, finished = evaluate_on_all_images(args, log, parts, train_data, test_data)
         report(log, train_data.source, initializer, rows)
-    if interrupted:
+    if not finished:
         raise KeyboardInterrupt
 
 

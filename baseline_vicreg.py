@@ -109,13 +109,7 @@ def train(args, training: VICReg, test_data, log: RunLog) -> bool:
 def report(args, training: VICReg, test_data, log: RunLog) -> None:
     """The accuracy on the screen; parameters, results and figures as files."""
     accuracies = probe(training, test_data, args.C)
-    arrays = {
-        f"{number}.{name}": tensor.numpy(force=True)
-        for number, layer in enumerate((p for p in training.params if p), 1)
-        for name, tensor in layer.items()
-    }
-    shape = np.array(training.data.shape)
-    log.write_arrays("parameters.npz", {**arrays, "input_shape": shape})
+    log.write_parameters(training.params, training.data.shape)
     results = {"data": training.data.source, "epochs": training.epoch, **accuracies}
     log.write_json("results.json", results)
     draw_run(log.directory)

@@ -32,7 +32,7 @@ from meta_gradients import (
 from models_fully_local import Params
 from precision import Products
 from processes import ALONE, Team
-from run_log import RunLog, run_to_end
+from run_log import RunLog, finish_on_interrupt, run_to_end
 from seeds import seeded_generator
 from train import detached, train
 
@@ -437,6 +437,28 @@ def evaluate(
     check_finite(params, f"parameters after {steps} inner steps")
     loss, numbers = outer_loss(model, params, outer)
     return {"meta_loss": loss.item(), **numbers}, params
+
+
+def evaluate_draws(
+    log: RunLog, draws: int, judge: Callable[[int], tuple[dict[str, float], Params]]
+) -> tuple[list[dict[str, float]], Params, bool]:
+    """What judge(draw), as `evaluate`, says of each draw; what is not finite is left out.
+
+    Returns the numbers, the last parameters, and False where Ctrl-C ended it before its time.
+    """
+    rows, params = [], []
+    with (
+        finish_on_interrupt() as interrupt,
+        log.progress(draws, description="evaluation") as progress,
+    ):
+        while progress.done < draws and not interrupt.requested:
+            try:
+                row, params = judge(progress.done)
+                rows.append(row)
+            except FloatingPointError as problem:
+                log.warn(f"evaluation {progress.done + 1}, {problem}; left out")
+            progress.advance(rows[-1] if rows else None)
+    return rows, params, progress.done == draws
 
 
 def _mean(values: list[float]) -> float:

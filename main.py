@@ -38,7 +38,14 @@ from command_line import (
 )
 from competition import GATES, NORMALIZATIONS
 from figures import draw_run
-from hypgraddesc import OPTIMIZERS, MetaSettings, evaluate, hypgraddesc, rising_steps
+from hypgraddesc import (
+    OPTIMIZERS,
+    MetaSettings,
+    evaluate,
+    evaluate_draws,
+    hypgraddesc,
+    rising_steps,
+)
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import (
@@ -56,11 +63,12 @@ from models_fully_local import (
     INHIBITION,
     WITH_LATERAL_WEIGHTS,
     Activation,
+    Params,
     lateral_network,
 )
 from precision import PRODUCTS, Products
 from processes import join_team
-from run_log import RunLog, finish_on_interrupt, read_json, read_metrics
+from run_log import RunLog, read_json, read_metrics
 from seeds import EVALUATION, seeded_generator
 from train import MEMORY
 
@@ -326,26 +334,16 @@ def compile_update(rule, model, initializer, make_batches) -> None:
 
 
 def evaluate_from_new_draws(args, log: RunLog, parts: dict, draws: int):
-    """Numbers of several trainings with the final rule, as long as meta-training's last; the
-    parameters of the last of them; and whether Ctrl-C ended it before its time.
+    """What `evaluate_draws` returns of trainings with the final rule, each as long as
+    meta-training's last.
     """
-    steps = read_metrics(log.directory).get("inner_steps", [args.initial_inner_steps])[-1]
-    rows, params = [], []
-    with (
-        finish_on_interrupt() as interrupt,
-        log.progress(draws, description="evaluation") as progress,
-    ):
-        for draw in range(draws):
-            try:
-                key = (args.seed, EVALUATION, draw)
-                row, params = evaluate(**parts, steps=int(steps), draw=key)
-                rows.append({"inner_steps": int(steps), **row})
-            except FloatingPointError as problem:
-                log.warn(f"evaluation {draw + 1}, {problem}; left out")
-            progress.advance(rows[-1] if rows else None)
-            if interrupt.requested:
-                break
-    return rows, params, interrupt.requested
+    steps = int(read_metrics(log.directory).get("inner_steps", [args.initial_inner_steps])[-1])
+
+    def judge(draw: int) -> tuple[dict[str, float], Params]:
+        row, params = evaluate(**parts, steps=steps, draw=(args.seed, EVALUATION, draw))
+        return {"inner_steps": steps, **row}, params
+
+    return evaluate_draws(log, draws, judge)
 
 
 def measure_effects(args, parts: dict, steps: int) -> dict[str, float]:
@@ -360,12 +358,7 @@ def measure_effects(args, parts: dict, steps: int) -> dict[str, float]:
 
 def report(log: RunLog, data, initializer, rows: list[dict], params, effects: dict) -> None:
     """Writes one network trained by the rule, and how well several do."""
-    arrays = {
-        f"{number}.{name}": tensor.numpy(force=True)
-        for number, layer in enumerate((p for p in params if p), 1)
-        for name, tensor in layer.items()
-    }
-    log.write_arrays("parameters.npz", {**arrays, "input_shape": np.array(data.shape)})
+    log.write_parameters(params, data.shape)
     accuracies = [row["test_accuracy"] for row in rows]
     results = {
         "data": data.source,
@@ -448,7 +441,7 @@ def main(argv: list[str] | None = None) -> None:
         log.write_rule(rule)  # also where no training by it should be finite
         draws = args.evaluations if finished else 1
         whole = parts | {"outer_loss": make_outer_loss(args, train_data, test_data)}
-        rows, params, interrupted = evaluate_from_new_draws(args, log, whole, draws)
+        rows, params, evaluated = evaluate_from_new_draws(args, log, whole, draws)
         effects = measure_effects(args, parts, rows[0]["inner_steps"]) if rows else {}
         log.write_rule(rule, effects or None)
         log.say("the rule; in brackets, the size of a term relative to the whole change")
@@ -456,7 +449,7 @@ def main(argv: list[str] | None = None) -> None:
         report(log, train_data, initializer, rows, params, effects)
         draw_run(log.directory)
         log.say(f"everything is in {log.directory}")
-    if interrupted or not finished:
+    if not (finished and evaluated):
         raise KeyboardInterrupt
 
 

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -143,6 +143,17 @@ class RunLog:
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         _write(self.path(name), buffer.getvalue())
+
+    def write_parameters(
+        self, params: Iterable[Mapping[str, torch.Tensor]], input_shape: Sequence[int]
+    ) -> None:
+        """Write parameters.npz: "1.w" is w of the first layer that has any; the inputs' shape."""
+        arrays = {
+            f"{number}.{name}": tensor.numpy(force=True)
+            for number, layer in enumerate((layer for layer in params if layer), 1)
+            for name, tensor in layer.items()
+        }
+        self.write_arrays("parameters.npz", arrays | {"input_shape": np.array(input_shape)})
 
     # ---- metrics ----
 

@@ -158,11 +158,8 @@ def train(training: LayerwiseTraining, log: RunLog) -> bool:
 
 def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) -> None:
     """The accuracies of all classifiers; weights, results and figures as files."""
-    arrays = {}
-    for number, block in enumerate(training.network.blocks, 1):
-        for name, tensor in block.layer.state_dict().items():
-            arrays[f"{number}.{name}"] = tensor.numpy(force=True)
-    log.write_arrays("parameters.npz", arrays | {"input_shape": np.array(test_data.shape)})
+    params = [block.layer.state_dict() for block in training.network.blocks]
+    log.write_parameters(params, test_data.shape)
     rows = []
     for depth, outcome in sorted(training.outcomes.items()):
         row = {name: v for name, v in outcome.items() if name != "state"}

@@ -24,6 +24,7 @@ from hypgraddesc import (
     MetaError,
     MetaSettings,
     evaluate,
+    evaluate_draws,
     hypgraddesc,
     rising_steps,
 )
@@ -727,6 +728,24 @@ def test_an_evaluation_trains_and_judges_one_draw():
 
 def test_the_same_draw_gives_the_same_evaluation():
     assert evaluation((0, 7))[0] == evaluation((0, 7))[0] != evaluation((0, 8))[0]
+
+
+@pytest.mark.parametrize("interrupted_in, made", [(None, 3), (1, 2), (2, 3)])
+def test_evaluations_that_are_not_finite_are_left_out_and_ctrl_c_ends_after_a_draw(
+    tmp_path, capsys, interrupted_in, made
+):
+    def judge(draw):
+        if draw == interrupted_in:
+            signal.raise_signal(signal.SIGINT)
+        if draw == 0:
+            raise FloatingPointError("too large")
+        return {"meta_loss": float(draw)}, [{"w": double(draw)}]
+
+    with RunLog.create(tmp_path / "run", {}, quiet=True) as log:
+        rows, params, finished = evaluate_draws(log, 3, judge)
+    assert [row["meta_loss"] for row in rows] == [*range(1, made)]
+    assert params[0]["w"].item() == made - 1 and finished == (made == 3)
+    assert "evaluation 1, too large; left out" in capsys.readouterr().err
 
 
 # ---- resumption ----
