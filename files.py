@@ -1,8 +1,8 @@
 """Files that are whole at every moment: the old one or the new one, also after a crash.
 
-write_whole(directory / "results.json", json_text(results))
-with in_place(directory / "table.csv") as path:      # for what writes files by itself
-    np.savetxt(path, rows)
+    write_whole(directory / "results.json", json_text(results))
+    with in_place(directory / "table.csv") as path:      # for what writes files by itself
+        np.savetxt(path, rows)
 """
 
 import json

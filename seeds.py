@@ -1,7 +1,7 @@
 """Random numbers that depend on a name alone, not on what was drawn before.
 
-start = seeded_generator(seed, metastep, task, 0)
-start = seeded_generator(seed, EVALUATION, draw, 0)     # of a training after the last meta-step
+    start = seeded_generator(seed, metastep, task, 0)
+    start = seeded_generator(seed, EVALUATION, draw, 0)     # of a training after the last meta-step
 """
 
 import hashlib
