@@ -3,6 +3,8 @@
     write_whole(directory / "results.json", json_text(results))
     with in_place(directory / "table.csv") as path:      # for what writes files by itself
         np.savetxt(path, rows)
+
+Several processes may write the same file at the same moment: one of theirs stays.
 """
 
 import json
@@ -16,10 +18,7 @@ from typing import Any
 
 @contextmanager
 def in_place(path: str | Path) -> Iterator[Path]:
-    """Where to write a file that then, once the disk has it, takes the place of `path`.
-
-    Several processes may do so at once: one of their files stays. Raises OSError.
-    """
+    """Where to write a file that takes the place of `path` once the disk has it. Raises OSError."""
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as aside:
         new = Path(aside) / path.name

@@ -2,6 +2,8 @@
 
     start = seeded_generator(seed, metastep, task, 0)
     start = seeded_generator(seed, EVALUATION, draw, 0)     # of a training after the last meta-step
+
+A resumed run needs no generator's state, and no process has to know what others have drawn.
 """
 
 import hashlib
