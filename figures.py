@@ -8,7 +8,6 @@ figures are matplotlib Figure objects, pyplot is not used.
 """
 
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from figure_style import (
     save_figure,
     whole_ticks,
 )
-from run_log import RunLogError, read_json, read_metrics
+from run_log import read_arrays, read_json, read_metrics
 
 LABELLED = 8  # coefficients named in the legend
 LARGEST_GRID = 64  # units shown as images
@@ -52,7 +51,7 @@ def draw_run(directory: str | Path) -> list[Path]:
     """Draw what metrics.csv, parameters.npz and results.json in `directory` allow; the paths."""
     directory = Path(directory)
     metrics = read_metrics(directory)
-    parameters = _read_parameters(directory / "parameters.npz")
+    parameters = read_arrays(directory / "parameters.npz")
     results = directory / "results.json"
     stages = read_json(results).get("pruning", []) if results.exists() else []
     place = directory / "figures"
@@ -275,16 +274,6 @@ def _draw_stages(stages: Sequence[Mapping], place: Path) -> list[Path]:
     return [place / "pruning.png"]
 
 
-def _read_parameters(path: Path) -> dict[str, np.ndarray]:
-    if not path.exists():
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RunLogError(f"{path} is damaged: {error}") from error
-
-
 # ---- curves ----
 
 
@@ -464,6 +453,3 @@ def _save_mosaic(pixels: np.ndarray, limit: float, title: str, path: str | Path)
     bar.outline.set_visible(False)
     figure.text(box[0], 1 - 16 / full_height, title, va="top", fontsize=FONT + 1)
     save_figure(figure, path)
-
-
-# ---- house style ----

@@ -9,7 +9,6 @@ averaged over 1000 bootstraps of the draws, +- their standard deviation.
 """
 
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -30,7 +29,7 @@ from figure_style import (
     one_panel,
     save_figure,
 )
-from run_log import RunLogError, read_config
+from run_log import RunLogError, read_arrays, read_config
 
 BOOTSTRAPS = 1000
 ENVELOPE = (10, 90)  # percent of the bootstrapped medians
@@ -131,12 +130,9 @@ def read_run(directory: str | Path) -> Recorded:
     """The run in `directory`; RunLogError where it is none of tune_one_pass.py."""
     directory = Path(directory)
     config = read_config(directory)
-    path = directory / "draws.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            columns = dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RunLogError(f"{path} can't be read: {' '.join(str(error).split())}") from error
+    columns = read_arrays(directory / "draws.npz")
+    if not columns:
+        raise RunLogError(f"{directory} holds no draws.npz: it is no run of tune_one_pass.py")
     return Recorded(directory.name, config, columns)
 
 

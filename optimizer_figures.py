@@ -24,7 +24,7 @@ from figure_style import (
     one_panel,
     save_figure,
 )
-from run_log import RunLogError, read_config, read_json
+from run_log import read_arrays, read_config, read_json
 
 SHOWN_EPOCHS = 4  # curves of meta-training: the first, the last, and those between
 SMOOTHED = 5  # steps of a running mean of losses
@@ -198,17 +198,6 @@ def draw_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> Non
 
 
 # ---- from a run's files ----
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, {} where there is none; RunLogError where it is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except (OSError, ValueError, KeyError) as error:
-        raise RunLogError(f"{path} is damaged: {error}") from error
 
 
 def of_optimizee(arrays: Arrays, name: str) -> dict[str, dict[str, np.ndarray]]:
