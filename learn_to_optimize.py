@@ -29,7 +29,6 @@ from command_line import (
     run_command,
     set_up,
 )
-from figures import draw_run
 from meta_training import ESTIMATORS, MetaTraining, MetaTrainingSettings
 from mnist_datasets import load_images
 from optimizees import BATCH_SIZE, SMALL_STEPS, Task, halves, make_task
@@ -247,7 +246,6 @@ def main(argv: list[str] | None = None) -> None:
             return
         save(training, log)
         finished = finished and compare(args, network, make, log)
-        draw_run(log.directory)
         draw_optimizer_run(log.directory)
         log.say(f"everything is in {log.directory}")
     if not finished:

@@ -133,7 +133,7 @@ def read_run(directory: str | Path) -> Recorded:
     columns = read_arrays(directory / "draws.npz")
     if not columns:
         raise RunLogError(f"{directory} holds no draws.npz: it is no run of tune_one_pass.py")
-    return Recorded(directory.name, config, columns)
+    return Recorded(directory.resolve().name, config, columns)
 
 
 def table(runs: Sequence[Recorded]) -> str:
@@ -192,6 +192,11 @@ def draw_report(runs: Sequence[Recorded], directory: Path) -> list[Path]:
     for name, figure in drawn.items():
         save_figure(figure, directory / name)
     return [directory / name for name in drawn]
+
+
+def draw_one_pass_run(directory: str | Path) -> list[Path]:
+    """The figures of one run, into its figures/; the paths."""
+    return draw_report([read_run(directory)], Path(directory) / "figures")
 
 
 def _test_losses(run: Recorded) -> np.ndarray:

@@ -24,7 +24,8 @@ from figure_style import (
     one_panel,
     save_figure,
 )
-from run_log import read_arrays, read_config, read_json
+from figures import draw_meta_loss
+from run_log import read_arrays, read_config, read_json, read_metrics
 
 SHOWN_EPOCHS = 4  # curves of meta-training: the first, the last, and those between
 SMOOTHED = 5  # steps of a running mean of losses
@@ -34,11 +35,16 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def draw_optimizer_run(directory: str | Path) -> list[Path]:
-    """Draws what comparison.npz and validation.npz allow; the paths."""
+    """Draws what metrics.csv, comparison.npz, results.json and validation.npz allow; the paths."""
     directory = Path(directory)
     place = directory / "figures"
     place.mkdir(exist_ok=True)
     drawn = []
+    metrics = read_metrics(directory)
+    if metrics:
+        path = place / "meta_loss.png"
+        draw_meta_loss(metrics["step"], metrics["meta_loss"], path, "run", "mean over its windows")
+        drawn.append(path)
     compared = read_arrays(directory / "comparison.npz")
     for name in dict.fromkeys(key.split("/")[0] for key in compared if "/" in key):
         own = of_optimizee(compared, name)
