@@ -161,19 +161,29 @@ def draw_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None
 
 
 def draw_meta_training(validation: Arrays, path: Path) -> None:
-    """Validation losses and the updates' deviations along meta-training, darker with the epochs."""
-    kinds = [key.split("/")[1] for key in validation if key.startswith("deviation/")]
+    """Losses of validation runs along meta-training, and a row for each kind of symmetry:
+    deviations of updates at the left, of gradients at the right. Later epochs are darker.
+    """
+    kinds = kinds_of({"learned": validation})
     count = len(validation["losses"])
     epochs = np.unique(np.linspace(0, count - 1, min(SHOWN_EPOCHS, count)).round().astype(int))
-    figure = new_figure(4.2 * (1 + len(kinds)), 3.4)
-    first, *others = figure.subplots(1, 1 + len(kinds), squeeze=False)[0]
-    _epoch_curves(first, validation["losses"], epochs)
+    rows = max(len(kinds), 1)
+    figure = new_figure(11.4 if kinds else 4.2, 2.4 * rows + 0.6)
+    grid = figure.add_gridspec(rows, 3 if kinds else 1)
+    first = figure.add_subplot(grid[:, 0])
+    _epoch_curves(first, validation["losses"], epochs, COLOURS[0])
     label_axes(first, "Losses of validation runs", "step", "mean over runs")
-    for axes, kind in zip(others, kinds, strict=True):
-        _epoch_curves(axes, np.maximum(validation[f"deviation/{kind}"], LEAST), epochs)
-        axes.axhline(LEAST, color=GREY, ls="--", lw=0.8)
-        axes.set_ylim(LEAST / 3, 2)
-        label_axes(axes, f"Updates' departure: {kind}", "step", "relative |deviation|, mean")
+    first.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
+    for row, kind in enumerate(kinds):
+        for column, what in enumerate(("update", "gradient")):
+            axes = figure.add_subplot(grid[row, column + 1])
+            values = np.maximum(validation[f"{what}/{kind}"], LEAST)
+            _epoch_curves(axes, values, epochs, COLOURS[column])
+            axes.axhline(LEAST, color=GREY, ls="--", lw=0.8)
+            axes.set_ylim(LEAST / 3, 2)
+            left = "" if column else "relative |deviation|, mean"
+            bottom = "step" if row == rows - 1 else ""
+            label_axes(axes, f"{kind}: {what}s", bottom, left)
     add_legend(first)
     save_figure(figure, path)
 
@@ -234,10 +244,10 @@ def histogram_steps(directory: Path, optimizers: Mapping[str, Arrays]) -> list[i
     return steps if all(len(a["histograms"]) == len(steps) for a in optimizers.values()) else []
 
 
-def _epoch_curves(axes: Axes, rows: np.ndarray, epochs: Sequence[int]) -> None:
+def _epoch_curves(axes: Axes, rows: np.ndarray, epochs: Sequence[int], colour: str) -> None:
     for number, epoch in enumerate(epochs):
         opacity = (number + 1) / len(epochs)
-        axes.plot(rows[epoch], color=COLOURS[0], alpha=opacity, lw=1.3, label=f"epoch {epoch}")
+        axes.plot(rows[epoch], color=colour, alpha=opacity, lw=1.3, label=f"epoch {epoch}")
     axes.set_yscale("log")
 
 
