@@ -14,13 +14,12 @@ use all images. The sign of a spread means nothing.
 """
 
 import math
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from torch import nn
 
+from baseline_figures import draw_mlp_run
 from command_line import (
     common_parser,
     nonnegative_int,
@@ -31,15 +30,13 @@ from command_line import (
     run_command,
     set_up,
 )
-from figure_style import COLOURS, add_legend, label_axes, one_panel, save_figure
-from figures import draw_run
 from hypgraddesc import MetaSettings, evaluate, evaluate_draws, hypgraddesc
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, load_images, normalize_pixels
 from models_fully_local import Activation, Params, lateral_mlp
-from run_log import RunLog, read_metrics
+from run_log import RunLog
 from seeds import EVALUATION
 
 NUMBERS_TO_FIT = 10**7  # images x features of a meta-step, unless --probe_images is given
@@ -105,27 +102,6 @@ def evaluate_on_all_images(
     return rows, finished
 
 
-def draw_initial_numbers(
-    step: np.ndarray, numbers: Mapping[str, np.ndarray], path: str | Path
-) -> None:
-    """Means and spreads of the initial parameters ("mean_w" to values [steps]) over meta-steps."""
-    figure, axes = one_panel()
-    for colour, (name, values) in zip(COLOURS, numbers.items(), strict=False):
-        axes.plot(step, values, color=colour, lw=1.3, label=name.replace("_", " of "))
-    label_axes(axes, "Distribution of the initial parameters", "meta-step", "effective value")
-    add_legend(axes)
-    save_figure(figure, path)
-
-
-def draw_figures(directory: Path) -> None:
-    """Those of every meta-learning run, and the four numbers."""
-    draw_run(directory)
-    metrics, prefix = read_metrics(directory), "initial/"
-    numbers = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
-    if numbers:
-        draw_initial_numbers(metrics["step"], numbers, directory / "figures" / "initial.png")
-
-
 def report(log: RunLog, source: str, initializer, rows: list[dict[str, float]]) -> None:
     """The four numbers and the accuracies, on the screen and as a file; the figures."""
     accuracies = [row["test_accuracy"] for row in rows]
@@ -141,7 +117,7 @@ def report(log: RunLog, source: str, initializer, rows: list[dict[str, float]]) 
     if rows:
         log.say(f"test accuracy {np.mean(accuracies):.2%} +- {np.std(accuracies):.2%} over "
                 f"{len(rows)} draws")  # fmt: skip
-    draw_figures(log.directory)
+    draw_mlp_run(log.directory)
     log.say(f"everything is in {log.directory}")
 
 

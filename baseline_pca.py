@@ -11,14 +11,12 @@ nothing.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
-import numpy as np
 import torch
-from matplotlib.ticker import ScalarFormatter
 
+from baseline_figures import draw_pca_run
 from command_line import (
     UserError,
     common_parser,
@@ -29,13 +27,11 @@ from command_line import (
     run_command,
     set_up,
 )
-from figure_style import COLOURS, add_legend, label_axes, one_panel, percent_axis, save_figure
+from figures import ACCURACIES
 from linear_probe import linear_probe
 from mnist_datasets import ImageData, load_images, normalize_pixels
 from principal_components import PrincipalComponents, principal_components, projection
 from run_log import RunLog, read_metrics, run_to_end
-
-ACCURACIES = {"train_accuracy": "training images", "test_accuracy": "test images"}
 
 
 def make_parser():
@@ -108,21 +104,6 @@ def probe_row(
     }
 
 
-def draw_accuracy_over_size(
-    sizes: np.ndarray, accuracies: Mapping[str, np.ndarray], path: str | Path, x_label: str
-) -> None:
-    """Accuracies of the probe (name to fractions [sizes]) over a size, on a logarithmic scale."""
-    figure, axes = one_panel()
-    for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
-        axes.plot(sizes, values, color=colour, marker="o", ms=3, lw=1.3, label=name)
-    percent_axis(axes)
-    label_axes(axes, "Accuracy of the linear probe", x_label, "images classified correctly")
-    axes.set_xscale("log", base=2)  # after label_axes, whose ticks are those of steps
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    add_legend(axes)
-    save_figure(figure, path)
-
-
 def report(args, log: RunLog, source: str) -> None:
     """The table, on the screen and as a file, and its figure."""
     metrics = read_metrics(log.directory)
@@ -133,9 +114,7 @@ def report(args, log: RunLog, source: str) -> None:
         log.say(f"{k:10d}" + "".join(f"  {value:9.2%}" for value in row.values()))
         table.append({"components": k, **row})
     log.write_json("results.json", {"data": source, "C": args.C, "table": table})
-    accuracies = {label: metrics[name] for name, label in ACCURACIES.items()}
-    path = log.path("figures/accuracy.png")
-    draw_accuracy_over_size(metrics["step"], accuracies, path, "principal components")
+    draw_pca_run(log.directory)
     log.say(f"everything is in {log.directory}")
 
 

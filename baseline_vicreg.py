@@ -12,9 +12,9 @@ the same pairs and the same probe, but a loss and its exact gradient.
 import math
 from functools import partial
 
-import numpy as np
 import torch
 
+from baseline_figures import draw_vicreg_run
 from command_line import (
     common_parser,
     nonnegative_float,
@@ -26,12 +26,10 @@ from command_line import (
     run_command,
     set_up,
 )
-from figure_style import COLOURS, add_legend, label_axes, one_panel, save_figure
-from figures import draw_run
 from linear_probe import linear_probe
 from mnist_datasets import load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
-from run_log import RunLog, read_metrics, run_to_end
+from run_log import RunLog, run_to_end
 from train import detached
 from vicreg import TERMS, VICReg, vicreg_loss
 
@@ -112,26 +110,11 @@ def report(args, training: VICReg, test_data, log: RunLog) -> None:
     log.write_parameters(training.params, training.data.shape)
     results = {"data": training.data.source, "epochs": training.epoch, **accuracies}
     log.write_json("results.json", results)
-    draw_run(log.directory)
-    if metrics := read_metrics(log.directory):
-        weights = {name: getattr(args, name) for name in TERMS}
-        draw_loss(metrics, weights, log.path("figures/loss.png"))
+    draw_vicreg_run(log.directory)
     log.say(
         f"test accuracy {accuracies['test_accuracy']:.2%}, training accuracy "
         f"{accuracies['train_accuracy']:.2%} after {training.epoch} epochs"
     )
-
-
-def draw_loss(metrics: dict[str, np.ndarray], weights: dict[str, float], path) -> None:
-    """The loss over epochs, and its weighted terms, which sum up to it."""
-    figure, axes = one_panel()
-    curves = {"loss": metrics["loss"]} | {name: weights[name] * metrics[name] for name in TERMS}
-    for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
-        axes.plot(metrics["step"], values, color=colour, marker="o", ms=3, lw=1.3, label=name)
-    axes.set_ylim(bottom=0)
-    label_axes(axes, "Loss and its weighted terms", "epoch", "mean over the epoch")
-    add_legend(axes)
-    save_figure(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:

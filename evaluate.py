@@ -38,7 +38,7 @@ from command_line import (
     run_command,
     set_up,
 )
-from figure_style import FONT, colours, label_axes, new_figure, percent_axis, save_figure
+from evaluation_figures import draw_evaluation_run
 from mnist_datasets import ImageData, batches, load_images
 from rule_comparison import (
     CLASSICAL,
@@ -211,49 +211,6 @@ def accuracy_text(row: Row, draws: int) -> str:
     return f"{100 * mean:.2f} ± {100 * deviation:.2f} %{some}"
 
 
-def draw_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
-    """Test accuracy over inner steps, a panel for each data set and layer sizes.
-
-    Bars are standard deviations; what has no steps is a dashed line.
-    """
-    datasets = list(dict.fromkeys(row["dataset"] for row in summary))
-    sizes = list(dict.fromkeys(row["layers"] for row in summary))
-    methods = list(dict.fromkeys(row["method"] for row in summary))
-    figure = new_figure(3.6 * len(datasets) + 1.4, 3.2 * len(sizes))
-    grid = figure.subplots(len(sizes), len(datasets), squeeze=False, sharey="col")
-    for i, layers in enumerate(sizes):
-        for j, dataset in enumerate(datasets):
-            axes, bottom = grid[i, j], "inner steps" if i == len(sizes) - 1 else ""
-            for colour, method in zip(colours(len(methods)), methods, strict=True):
-                place = {"method": method, "dataset": dataset, "layers": layers}
-                rows = [row for row in summary if place.items() <= row.items() and row["finite"]]
-                _draw_method(axes, method, rows, colour)
-            percent_axis(axes)
-            label_axes(
-                axes, f"{dataset}, {layers}", bottom, "" if j else "test accuracy of the probe"
-            )
-            axes.set_xticks(sorted({row["inner_steps"] for row in summary} - {0}))
-    shown = [axes.get_legend_handles_labels() for axes in grid.flat]
-    handles = {label: handle for pair in shown for handle, label in zip(*pair, strict=True)}
-    names = [name for name in methods if name in handles]
-    figure.legend([handles[name] for name in names], names, loc="outside right upper",
-                  frameon=False, fontsize=FONT - 1)  # fmt: skip
-    save_figure(figure, path)
-
-
-def _draw_method(axes, method: str, rows: Sequence[Row], colour: str) -> None:
-    mean, deviation = (
-        [row[f"test_accuracy_{name}"] for row in rows] for name in ("mean", "standard_deviation")
-    )
-    steps = [row["inner_steps"] for row in rows]
-    if steps == [0]:
-        axes.axhline(mean[0], color=colour, ls="--", lw=1.2, label=method)
-    elif rows:
-        axes.errorbar(
-            steps, mean, deviation, color=colour, marker="o", ms=3, lw=1.3, capsize=2, label=method
-        )
-
-
 def report(log: RunLog, comparison: Comparison) -> None:
     """The table, on the screen and in table.md; results.json; the figure."""
     summary = summarize(comparison.rows)
@@ -273,7 +230,7 @@ def report(log: RunLog, comparison: Comparison) -> None:
     if summary:
         cells = table_cells(summary, comparison.draws)
         log.write_text("table.md", markdown(cells))
-        draw_accuracy_over_steps(summary, log.path("figures/accuracy_over_steps.png"))
+        draw_evaluation_run(log.directory)
         log.say(f"test accuracy, mean and standard deviation over {comparison.draws} draws")
         for line in aligned(cells):
             log.say(line)

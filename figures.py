@@ -8,7 +8,6 @@ figures are matplotlib Figure objects, pyplot is not used.
 """
 
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,12 +33,13 @@ from figure_style import (
     save_figure,
     whole_ticks,
 )
-from run_log import RunLogError, read_json, read_metrics
+from run_log import read_arrays, read_json, read_metrics
 
 LABELLED = 8  # coefficients named in the legend
 LARGEST_GRID = 64  # units shown as images
 SHOWN_TERMS, SHOWN_FROM = 24, 0.05  # of a parameter, relative to a rule's largest term
 NUMBERED = 12  # rules; above, similarities are colours only
+ACCURACIES = {"train_accuracy": "training images", "test_accuracy": "test images"}
 GROUPS = {"w": "forward weights w", "b": "biases b", "m": "lateral weights m"}
 FACTOR = re.compile(r"([a-z])(\d*)_?([ij]?)\^?(\d*)")  # of a monomial: x, y^2, y1_j^2
 
@@ -48,54 +48,80 @@ Curves = Mapping[str, np.ndarray]
 Parameters = Mapping[str, np.ndarray]
 
 
-def draw_run(directory: str | Path) -> list[Path]:
-    """Draw what metrics.csv, parameters.npz and results.json in `directory` allow; the paths."""
+def draw_run(directory: str | Path, x_label: str = "meta-step") -> list[Path]:
+    """Draw what metrics.csv, parameters.npz and results.json in `directory` allow; the paths.
+
+    x_label: what a row of metrics.csv is of.
+    """
     directory = Path(directory)
     metrics = read_metrics(directory)
-    parameters = _read_parameters(directory / "parameters.npz")
+    parameters = read_arrays(directory / "parameters.npz")
     results = directory / "results.json"
     stages = read_json(results).get("pruning", []) if results.exists() else []
     place = directory / "figures"
     return [
-        *_draw_metrics(metrics, place),
+        *_draw_metrics(metrics, place, x_label),
         *_draw_parameters(parameters, place),
         *_draw_stages(stages, place),
     ]
 
 
-def draw_meta_loss(step: np.ndarray, loss: np.ndarray, path: str | Path) -> None:
+def draw_oja_run(directory: str | Path) -> list[Path]:
+    """Draw what `draw_run` does and, where they were compared, the weights in directions.npz."""
+    drawn, compared = draw_run(directory), read_arrays(Path(directory) / "directions.npz")
+    if compared:
+        path = Path(directory) / "figures" / "directions.png"
+        title = "Weights of the learned rule, of Oja's rule; first principal direction"
+        draw_features(compared["weights"], compared["input_shape"], path, title)
+        drawn.append(path)
+    return drawn
+
+
+def draw_meta_loss(
+    step: np.ndarray,
+    loss: np.ndarray,
+    path: str | Path,
+    x_label: str = "meta-step",
+    y_label: str = "outer loss after the inner steps",
+) -> None:
     """The meta-loss over meta-steps, faint, and its running median."""
     figure, axes = one_panel()
     _raw_and_median(axes, step, loss, COLOURS[0])
     _mark_failed(axes, step, loss)
-    label_axes(axes, "Meta-loss", "meta-step", "outer loss after the inner steps")
+    label_axes(axes, "Meta-loss", x_label, y_label)
     add_legend(axes)
     save_figure(figure, path)
 
 
-def draw_accuracy(step: np.ndarray, accuracies: Curves, path: str | Path) -> None:
+def draw_accuracy(
+    step: np.ndarray, accuracies: Curves, path: str | Path, x_label: str = "meta-step"
+) -> None:
     """Accuracies of the probe (name to fractions [steps]) over meta-steps."""
     figure, axes = one_panel()
     for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
         _raw_and_median(axes, step, values, colour, name)
     percent_axis(axes)
-    label_axes(axes, "Accuracy of the linear probe", "meta-step", "images classified correctly")
+    label_axes(axes, "Accuracy of the linear probe", x_label, "images classified correctly")
     add_legend(axes)
     save_figure(figure, path)
 
 
-def draw_hypergradient(step: np.ndarray, norm: np.ndarray, path: str | Path) -> None:
+def draw_hypergradient(
+    step: np.ndarray, norm: np.ndarray, path: str | Path, x_label: str = "meta-step"
+) -> None:
     """The norm of the hypergradient over meta-steps, on a logarithmic scale."""
     figure, axes = one_panel()
     axes.set_yscale("log")
     _raw_and_median(axes, step, np.where(norm > 0, norm, np.nan), COLOURS[0])
     _mark_failed(axes, step, norm)
-    label_axes(axes, "Norm of the hypergradient", "meta-step", "Euclidean norm before clipping")
+    label_axes(axes, "Norm of the hypergradient", x_label, "Euclidean norm before clipping")
     add_legend(axes)
     save_figure(figure, path)
 
 
-def draw_coefficients(step: np.ndarray, coefficients: Curves, path: str | Path) -> None:
+def draw_coefficients(
+    step: np.ndarray, coefficients: Curves, path: str | Path, x_label: str = "meta-step"
+) -> None:
     """The coefficients of the rules over meta-steps.
 
     coefficients: "<layer>/<group>/<term>", or "<group>/<term>" of a rule that all layers share, to
@@ -111,7 +137,7 @@ def draw_coefficients(step: np.ndarray, coefficients: Curves, path: str | Path) 
         for column, group in enumerate(groups):
             axes = grid[row, column]
             _coefficient_curves(axes, step, panels.get((layer, group), {}))
-            bottom = "meta-step" if row == rows - 1 else ""
+            bottom = x_label if row == rows - 1 else ""
             title = f"Layer {layer}: {GROUPS[group]}" if layer else GROUPS[group]
             label_axes(axes, title, bottom, "" if column else "coefficient")
     figure.suptitle("Coefficients of the learning rule", fontsize=FONT + 3)
@@ -218,19 +244,15 @@ def draw_rules(rules: Rules, path: str | Path, what: str) -> None:
 # ---- from a run's files to the functions above ----
 
 
-def _draw_metrics(metrics: Curves, place: Path) -> list[Path]:
+def _draw_metrics(metrics: Curves, place: Path, x_label: str) -> list[Path]:
     """Draw the figures whose columns are there."""
     drawn = []
 
     def draw(function, values, name: str) -> None:
-        function(metrics["step"], values, place / name)
+        function(metrics["step"], values, place / name, x_label)
         drawn.append(place / name)
 
-    accuracies = {
-        label: metrics[name]
-        for label, name in (("training images", "train_accuracy"), ("test images", "test_accuracy"))
-        if name in metrics
-    }
+    accuracies = {label: metrics[n] for n, label in ACCURACIES.items() if n in metrics}
     prefix = "coefficient/"
     coefficients = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
     if "meta_loss" in metrics:
@@ -272,16 +294,6 @@ def _draw_stages(stages: Sequence[Mapping], place: Path) -> list[Path]:
     terms, mean, deviation = map(np.array, zip(*rows, strict=True))
     draw_pruning(terms, mean, deviation, place / "pruning.png")
     return [place / "pruning.png"]
-
-
-def _read_parameters(path: Path) -> dict[str, np.ndarray]:
-    if not path.exists():
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RunLogError(f"{path} is damaged: {error}") from error
 
 
 # ---- curves ----
@@ -463,6 +475,3 @@ def _save_mosaic(pixels: np.ndarray, limit: float, title: str, path: str | Path)
     bar.outline.set_visible(False)
     figure.text(box[0], 1 - 16 / full_height, title, va="top", fontsize=FONT + 1)
     save_figure(figure, path)
-
-
-# ---- house style ----

@@ -29,7 +29,7 @@ from command_line import (
     run_command,
     set_up,
 )
-from figures import draw_features, draw_run
+from figures import draw_oja_run
 from hypgraddesc import MetaSettings, evaluate, hypgraddesc
 from initializers import FIXED, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule, classical_rule
@@ -179,7 +179,9 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
     weights = torch.stack([comparison["learned_weight"], comparison["oja_weight"], direction])
     weights = weights.numpy(force=True)
     weights *= np.sign(weights @ weights[2])[:, None]
-    log.write_arrays("parameters.npz", {"1.w": weights[:1], "input_shape": np.array(data.shape)})
+    shape = np.array(data.shape)
+    log.write_arrays("parameters.npz", {"1.w": weights[:1], "input_shape": shape})
+    log.write_arrays("directions.npz", {"weights": weights, "input_shape": shape})
     log.write_json("results.json", {
         "data": data.source,
         "is_oja": found,
@@ -188,9 +190,7 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
         "cosine_oja": comparison["oja"],
         "oja_rate": comparison["oja_rate"],
     })  # fmt: skip
-    draw_run(log.directory)
-    title = "Weights of the learned rule, of Oja's rule; first principal direction"
-    draw_features(weights, data.shape, log.path("figures/directions.png"), title)
+    draw_oja_run(log.directory)
 
 
 def main(argv: list[str] | None = None) -> None:

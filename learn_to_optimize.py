@@ -12,6 +12,7 @@ at the best of ten, found on the first half. The frozen optimiser is left in opt
 LearnedOptimizer and --start_from.
 """
 
+import math
 from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
@@ -29,11 +30,10 @@ from command_line import (
     run_command,
     set_up,
 )
-from figures import draw_run
 from meta_training import ESTIMATORS, MetaTraining, MetaTrainingSettings
 from mnist_datasets import load_images
 from optimizees import BATCH_SIZE, SMALL_STEPS, Task, halves, make_task
-from optimizer_comparison import BASELINES, EDGES, Comparison, learned, noise_statistics
+from optimizer_comparison import BASELINES, EDGES, PUBLISHED, Comparison, learned, noise_statistics
 from optimizer_figures import draw_optimizer_run
 from optimizer_networks import (
     EXTRA_INPUTS,
@@ -154,24 +154,33 @@ def meta_train(training: MetaTraining, log: RunLog) -> bool:
     return finished
 
 
-def save(training: MetaTraining, log: RunLog) -> None:
-    """The optimiser, and what validation has seen of it."""
+def save(training: MetaTraining, source: str, log: RunLog) -> dict:
+    """The optimiser, and what validation has seen of it; what results.json holds so far."""
     log.write_json("optimizer.json", network_to_dict(training.network))
-    arrays = {f"deviation/{k}": torch.stack(v).numpy() for k, v in training.deviations.items()}
+    validated = math.isfinite(training.best_loss)
+    results = {
+        "data": source,
+        "best_validation_loss": training.best_loss if validated else None,
+        "best_epoch": training.best_epoch if validated else None,
+    }
+    log.write_json("results.json", results)
+    arrays = {name: torch.stack(values).numpy() for name, values in training.deviations.items()}
     if training.curves:
         arrays["losses"] = torch.stack(training.curves).numpy(force=True)
     log.write_arrays("validation.npz", arrays)
+    return results
 
 
-def compare(args, network: CoordinateNetwork, make, log: RunLog) -> bool:
+def compare(args, network: CoordinateNetwork, make, results: dict, log: RunLog) -> bool:
     """Every optimiser on every optimizee of --compare; False where Ctrl-C ended it.
 
-    make(name, half) -> Task, on half 0 or 1 of the training images.
+    make(name, half) -> Task, on half 0 or 1 of the training images. results: what is known so far;
+    the comparison is added.
     """
     weights = next(network.parameters())
     names = [args.optimizee] if args.compare is None else args.compare
     comparison = Comparison(args.seed, args.test_steps, args.test_runs, args.tuning_runs, weights)
-    arrays, results = {"edges": EDGES.numpy()}, {}
+    arrays = {"edges": EDGES.numpy()}
     with (
         finish_on_interrupt() as interrupt,
         log.progress(len(names) * (1 + len(BASELINES)), 0, "comparison") as progress,
@@ -199,24 +208,29 @@ def compare(args, network: CoordinateNetwork, make, log: RunLog) -> bool:
                 for key, array in own.arrays().items()
             }
             summaries = {contender: own.summary() for contender, own in curves.items()}
-            results[name] = {"optimizers": summaries, "tuning": rates}
-            report(args, network, make, log, arrays, results)
+            noise = noise_statistics(
+                network, make(name, 1), min(NOISE_STEPS, args.test_steps), NOISE_BATCHES,
+                (args.seed, 0), weights,
+            )  # fmt: skip
+            of_name = {"optimizers": summaries, "tuning": rates, "noise": noise}
+            results.setdefault("optimizees", {})[name] = of_name
+            log.write_arrays("comparison.npz", arrays)
+            log.write_json("results.json", results | {"steps": args.test_steps})
+            say_losses(name, summaries, args, log)
     return True
 
 
-def report(args, network, make, log: RunLog, arrays: dict, results: dict) -> None:
-    """What has been compared so far as files, and the last optimizee's losses on the screen."""
-    name = list(results)[-1]
-    results[name]["noise"] = noise_statistics(
-        network, make(name, 1), min(NOISE_STEPS, args.test_steps), NOISE_BATCHES,
-        (args.seed, 0), next(network.parameters()),
-    )  # fmt: skip
-    log.write_arrays("comparison.npz", arrays)
-    log.write_json("results.json", {"steps": args.test_steps, "optimizees": results})
-    log.say(f"{name}: training loss at step {args.test_steps}, mean and deviation of "
+def say_losses(name: str, summaries: dict, args, log: RunLog) -> None:
+    """A line per optimiser on the screen; of long trainings also the losses at step PUBLISHED."""
+    keys = {args.test_steps: ("loss", "deviation")}
+    if args.test_steps > PUBLISHED:
+        early = (f"loss_at_{PUBLISHED}", f"deviation_at_{PUBLISHED}")
+        keys = {PUBLISHED: early} | keys
+    log.say(f"{name}: training loss at step {' and '.join(map(str, keys))}, mean and deviation of "
             f"{args.test_runs} runs")  # fmt: skip
-    for contender, summary in results[name]["optimizers"].items():
-        log.say(f"  {contender:14} {summary['loss']:.4f} +- {summary['deviation']:.4f}")
+    for contender, summary in summaries.items():
+        texts = [f"{summary[loss]:.4f} +- {summary[spread]:.4f}" for loss, spread in keys.values()]
+        log.say(f"  {contender:14} {'   '.join(texts)}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -242,9 +256,8 @@ def main(argv: list[str] | None = None) -> None:
         finished = meta_train(training, log)
         if not team.first:
             return
-        save(training, log)
-        finished = finished and compare(args, network, make, log)
-        draw_run(log.directory)
+        results = save(training, data.source, log)
+        finished = finished and compare(args, network, make, results, log)
         draw_optimizer_run(log.directory)
         log.say(f"everything is in {log.directory}")
     if not finished:

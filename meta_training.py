@@ -110,7 +110,7 @@ class MetaTraining:
 
     network: trained in place. run: how many are done. best: the weights selected so far, of the
     epoch best_epoch. curves: validation losses [steps] of each epoch, that of the untrained
-    optimiser first; deviations: those of its updates by kind, likewise.
+    optimiser first; deviations: likewise, of "update/<kind>" and "gradient/<kind>".
     """
 
     def __init__(
@@ -240,16 +240,17 @@ class MetaTraining:
             self.best, self.best_loss = copy.deepcopy(self.network.state_dict()), per_run
             self.best_epoch = self.epoch
         self.curves.append(found.losses.mean(0).cpu())
-        for kind, values in found.update.items():
-            self.deviations.setdefault(kind, []).append(values)
+        for name, of_kinds in (("update", found.update), ("gradient", found.gradient)):
+            for kind, values in of_kinds.items():
+                self.deviations.setdefault(f"{name}/{kind}", []).append(values)
         return {"validation_loss": per_run, "validation_end": found.losses[:, -10:].mean().item()}
 
     def validate(self) -> Validation:
         """The frozen optimiser on the validation runs, which are the same at each call."""
         settings, optimizee = self.settings, self.task.optimizee
         trainings, losses = self._started(VALIDATION, range(settings.validation_runs)), []
-        update: dict[str, list[float]] = {}
-        gradient: dict[str, list[float]] = {}
+        update: dict[str, list[Tensor]] = {}
+        gradient: dict[str, list[Tensor]] = {}
         for first in range(0, settings.inner_steps, VALIDATION_WINDOW):
             steps = min(VALIDATION_WINDOW, settings.inner_steps - first)
             window = roll_out(self.network, optimizee, trainings, steps)
@@ -266,7 +267,7 @@ class MetaTraining:
                 g = window.gradients[t]
             trainings = window.end
             losses.append(window.losses.T)
-        tensors = ({k: torch.tensor(v) for k, v in d.items()} for d in (update, gradient))
+        tensors = ({k: torch.stack(v).cpu() for k, v in d.items()} for d in (update, gradient))
         return Validation(torch.cat(losses, 1).nan_to_num(math.inf), *tensors)
 
     def select(self) -> None:
@@ -293,7 +294,7 @@ class MetaTraining:
         self.run, self.curves = state["run"], list(state["curves"])
         self.best = copy.deepcopy(state["best"])
         self.best_loss, self.best_epoch = state["best_loss"], state["best_epoch"]
-        self.deviations = {kind: list(values) for kind, values in state["deviations"].items()}
+        self.deviations = {name: list(values) for name, values in state["deviations"].items()}
 
 
 class _Persistent:

@@ -9,7 +9,6 @@ averaged over 1000 bootstraps of the draws, +- their standard deviation.
 """
 
 import math
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from figure_style import (
     one_panel,
     save_figure,
 )
-from run_log import RunLogError, read_config
+from run_log import RunLogError, read_arrays, read_config
 from tables import markdown
 
 BOOTSTRAPS = 1000
@@ -131,13 +130,10 @@ def read_run(directory: str | Path) -> Recorded:
     """The run in `directory`; RunLogError where it is none of tune_one_pass.py."""
     directory = Path(directory)
     config = read_config(directory)
-    path = directory / "draws.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            columns = dict(file)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RunLogError(f"{path} can't be read: {' '.join(str(error).split())}") from error
-    return Recorded(directory.name, config, columns)
+    columns = read_arrays(directory / "draws.npz")
+    if not columns:
+        raise RunLogError(f"{directory} holds no draws.npz: it is no run of tune_one_pass.py")
+    return Recorded(directory.resolve().name, config, columns)
 
 
 def table(runs: Sequence[Recorded]) -> str:
@@ -195,6 +191,11 @@ def draw_report(runs: Sequence[Recorded], directory: Path) -> list[Path]:
     for name, figure in drawn.items():
         save_figure(figure, directory / name)
     return [directory / name for name in drawn]
+
+
+def draw_one_pass_run(directory: str | Path) -> list[Path]:
+    """The figures of one run, into its figures/; the paths."""
+    return draw_report([read_run(directory)], Path(directory) / "figures")
 
 
 def _test_losses(run: Recorded) -> np.ndarray:

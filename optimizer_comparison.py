@@ -33,6 +33,7 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 LAST = 10  # steps over which the loss "at" a step is averaged, up to it
 EDGES = torch.logspace(-8, 1, 91, dtype=torch.float64)  # of histograms of |u|
 BLOCKS = (2, 5, 10)  # m of the tail index
+PUBLISHED = 200  # the step that published losses are of
 GOAL = 0.5  # a training loss; how soon it is reached tells the speed of the first steps
 
 
@@ -96,15 +97,23 @@ class Curves:
         return self.losses[:, max(0, step - LAST + 1) : step + 1].mean(1)
 
     def summary(self) -> dict[str, float | list[float]]:
-        """The loss at the last step: mean, deviation and all runs; where the mean reaches GOAL."""
-        last = self.at(self.losses.shape[1] - 1)
-        reached = (self.losses.mean(0) <= GOAL).nonzero()
-        return {
+        """The loss at the last step: mean, deviation and all runs; where the mean reaches GOAL.
+
+        Of longer trainings also the loss at the step PUBLISHED.
+        """
+        steps = self.losses.shape[1] - 1
+        last, reached = self.at(steps), (self.losses.mean(0) <= GOAL).nonzero()
+        found = {
             "loss": last.mean().item(),
-            "deviation": last.std().item() if len(last) > 1 else 0.0,
+            "deviation": _deviation(last),
             "runs": last.tolist(),
             f"steps_to_{GOAL}": int(reached[0, 0]) if len(reached) else math.inf,
         }
+        if steps > PUBLISHED:
+            early = self.at(PUBLISHED)
+            found[f"loss_at_{PUBLISHED}"] = early.mean().item()
+            found[f"deviation_at_{PUBLISHED}"] = _deviation(early)
+        return found
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All numbers by names such as "update/rescale"."""
@@ -114,6 +123,10 @@ class Curves:
             for kind, values in getattr(self, name).items()
         }
         return {"losses": self.losses.numpy(), "histograms": self.histograms.numpy(), **by_kind}
+
+
+def _deviation(values: Tensor) -> float:
+    return values.std().item() if len(values) > 1 else 0.0
 
 
 def learned(name: str, network: CoordinateNetwork, lr: float = 1.0) -> Contender:
@@ -181,7 +194,7 @@ def train_all(
     losses, measured = [], _Measurements(symmetries, histogram_steps)
     for number, draw in enumerate(draws):
         losses.append(_train(contender, task, steps, draw, weights, None if number else measured))
-    return Curves(torch.tensor(losses, dtype=torch.float64), **measured.tensors())
+    return Curves(torch.stack(losses), **measured.tensors())
 
 
 def _train(
@@ -191,17 +204,16 @@ def _train(
     draw: tuple[int, ...],
     weights: Tensor,
     measured: "_Measurements | None",
-) -> list[float]:
+) -> Tensor:
+    """The losses [steps + 1], read once at the end, lest each step wait for the device."""
     optimizee = task.optimizee
     params = optimizee.initial(seeded_generator(*draw, 0), weights.dtype, weights.device)
     leaves = [t.requires_grad_() for layer in params for t in layer.values()]
-    optimizer, losses = contender.make(leaves), []
+    optimizer, seen = contender.make(leaves), []
     batches = task.batches(seeded_generator(*draw, 1))
     for step in range(steps + 1):
         loss = optimizee.loss(params, next(batches))
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            return losses[:-1] + [math.inf] * (steps + 2 - len(losses))
+        seen.append(loss.detach())
         if step == steps:
             break
         for leaf, g in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
@@ -210,10 +222,12 @@ def _train(
         try:
             optimizer.step()
         except NonFiniteError:
-            return losses + [math.inf] * (steps + 1 - len(losses))
+            break
         if measured:
             measured.add(step + 1, before, params)
-    return losses
+    losses = torch.full((steps + 1,), math.inf, dtype=torch.float64)
+    losses[: len(seen)] = torch.stack(seen).double().cpu()
+    return losses.where((~losses.isfinite()).cumsum(0) == 0, math.inf)
 
 
 class _Measurements:
@@ -222,7 +236,7 @@ class _Measurements:
     def __init__(self, symmetries: Sequence[Symmetry], histogram_steps: Sequence[int]) -> None:
         self.symmetries, self.histogram_steps = symmetries, histogram_steps
         names = ("update", "gradient", "raw_update", "raw_gradient")
-        self.found: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+        self.found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
         self.histograms: list[Tensor] = []
 
     @torch.no_grad()
@@ -244,7 +258,10 @@ class _Measurements:
 
     def tensors(self) -> dict:
         """The keyword arguments of Curves."""
-        curves = {n: {k: torch.tensor(v) for k, v in d.items()} for n, d in self.found.items()}
+        curves = {
+            name: {kind: torch.stack(sizes).cpu() for kind, sizes in of_kinds.items()}
+            for name, of_kinds in self.found.items()
+        }
         empty = torch.zeros(0, len(EDGES) - 1, dtype=torch.float64)
         return {**curves, "histograms": torch.stack(self.histograms) if self.histograms else empty}
 

@@ -24,7 +24,8 @@ from figure_style import (
     one_panel,
     save_figure,
 )
-from run_log import RunLogError, read_config, read_json
+from figures import draw_meta_loss
+from run_log import read_arrays, read_config, read_json, read_metrics
 
 SHOWN_EPOCHS = 4  # curves of meta-training: the first, the last, and those between
 SMOOTHED = 5  # steps of a running mean of losses
@@ -34,10 +35,15 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def draw_optimizer_run(directory: str | Path) -> list[Path]:
-    """Draws what comparison.npz and validation.npz allow; the paths."""
+    """Draws what metrics.csv, comparison.npz, results.json and validation.npz allow; the paths."""
     directory = Path(directory)
     place = directory / "figures"
     drawn = []
+    metrics = read_metrics(directory)
+    if metrics:
+        path = place / "meta_loss.png"
+        draw_meta_loss(metrics["step"], metrics["meta_loss"], path, "run", "mean over its windows")
+        drawn.append(path)
     compared = read_arrays(directory / "comparison.npz")
     for name in dict.fromkeys(key.split("/")[0] for key in compared if "/" in key):
         own = of_optimizee(compared, name)
@@ -154,19 +160,29 @@ def draw_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None
 
 
 def draw_meta_training(validation: Arrays, path: Path) -> None:
-    """Validation losses and the updates' deviations along meta-training, darker with the epochs."""
-    kinds = [key.split("/")[1] for key in validation if key.startswith("deviation/")]
+    """Losses of validation runs along meta-training, and a row for each kind of symmetry:
+    deviations of updates at the left, of gradients at the right. Later epochs are darker.
+    """
+    kinds = kinds_of({"learned": validation})
     count = len(validation["losses"])
     epochs = np.unique(np.linspace(0, count - 1, min(SHOWN_EPOCHS, count)).round().astype(int))
-    figure = new_figure(4.2 * (1 + len(kinds)), 3.4)
-    first, *others = figure.subplots(1, 1 + len(kinds), squeeze=False)[0]
-    _epoch_curves(first, validation["losses"], epochs)
+    rows = max(len(kinds), 1)
+    figure = new_figure(11.4 if kinds else 4.2, 2.4 * rows + 0.6)
+    grid = figure.add_gridspec(rows, 3 if kinds else 1)
+    first = figure.add_subplot(grid[:, 0])
+    _epoch_curves(first, validation["losses"], epochs, COLOURS[0])
     label_axes(first, "Losses of validation runs", "step", "mean over runs")
-    for axes, kind in zip(others, kinds, strict=True):
-        _epoch_curves(axes, np.maximum(validation[f"deviation/{kind}"], LEAST), epochs)
-        axes.axhline(LEAST, color=GREY, ls="--", lw=0.8)
-        axes.set_ylim(LEAST / 3, 2)
-        label_axes(axes, f"Updates' departure: {kind}", "step", "relative |deviation|, mean")
+    first.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
+    for row, kind in enumerate(kinds):
+        for column, what in enumerate(("update", "gradient")):
+            axes = figure.add_subplot(grid[row, column + 1])
+            values = np.maximum(validation[f"{what}/{kind}"], LEAST)
+            _epoch_curves(axes, values, epochs, COLOURS[column])
+            axes.axhline(LEAST, color=GREY, ls="--", lw=0.8)
+            axes.set_ylim(LEAST / 3, 2)
+            left = "" if column else "relative |deviation|, mean"
+            bottom = "step" if row == rows - 1 else ""
+            label_axes(axes, f"{kind}: {what}s", bottom, left)
     add_legend(first)
     save_figure(figure, path)
 
@@ -199,17 +215,6 @@ def draw_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> Non
 # ---- from a run's files ----
 
 
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, {} where there is none; RunLogError where it is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        with np.load(path) as file:
-            return dict(file)
-    except (OSError, ValueError, KeyError) as error:
-        raise RunLogError(f"{path} is damaged: {error}") from error
-
-
 def of_optimizee(arrays: Arrays, name: str) -> dict[str, dict[str, np.ndarray]]:
     """What belongs to one optimizee: an optimiser's name to its arrays."""
     found: dict[str, dict[str, np.ndarray]] = {}
@@ -238,10 +243,10 @@ def histogram_steps(directory: Path, optimizers: Mapping[str, Arrays]) -> list[i
     return steps if all(len(a["histograms"]) == len(steps) for a in optimizers.values()) else []
 
 
-def _epoch_curves(axes: Axes, rows: np.ndarray, epochs: Sequence[int]) -> None:
+def _epoch_curves(axes: Axes, rows: np.ndarray, epochs: Sequence[int], colour: str) -> None:
     for number, epoch in enumerate(epochs):
         opacity = (number + 1) / len(epochs)
-        axes.plot(rows[epoch], color=COLOURS[0], alpha=opacity, lw=1.3, label=f"epoch {epoch}")
+        axes.plot(rows[epoch], color=colour, alpha=opacity, lw=1.3, label=f"epoch {epoch}")
     axes.set_yscale("log")
 
 

@@ -15,15 +15,35 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from baseline_figures import draw_mlp_run, draw_pca_run, draw_vicreg_run
 from command_line import OneLineParser, UserError, run_command
-from figures import draw_rules, draw_run
+from competition_figures import draw_competition_run, draw_searches_run
+from evaluation_figures import draw_evaluation_run
+from figures import draw_oja_run, draw_rules, draw_run
 from files import write_whole
 from learning_rules import PerLayerRule, classical_rule, load_rule
-from one_pass_report import draw_report, read_run, table
+from one_pass_report import draw_one_pass_run, draw_report, read_run, table
 from optimizer_figures import draw_loss_grid, draw_optimizer_run
 from run_log import read_config, read_json
+from sweep_report import draw_sweep_run
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
+
+# What draws a run's figures, by the command; it is also what the command itself calls
+DRAW: dict[str, Callable[[Path], list[Path]]] = {
+    "main": draw_run,
+    "find_oja": draw_oja_run,
+    "prune_rule": draw_run,
+    "evaluate": draw_evaluation_run,
+    "baseline_pca": draw_pca_run,
+    "baseline_mlp": draw_mlp_run,
+    "baseline_vicreg": draw_vicreg_run,
+    "train_krotov_hopfield": draw_competition_run,
+    "tune_competition": draw_searches_run,
+    "tune_one_pass": draw_one_pass_run,
+    "learn_to_optimize": draw_optimizer_run,
+    "sweep": draw_sweep_run,
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -37,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         subparser.set_defaults(plot=plot)
         return subparser.add_argument
 
-    add = figure(plot_run, "every figure of a run, drawn again into its figures/")
+    add = figure(plot_run, "the figures of a run's command, drawn again into its figures/")
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
 
     add = figure(plot_rules, "learned rules beside each other and beside classical ones")
@@ -57,11 +77,26 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def plot_run(args: argparse.Namespace) -> list[Path]:
-    """All that draw_run finds something for."""
-    for directory in args.runs:
-        read_config(directory)  # refuses what is not a run's directory
-    draws = (draw_run, draw_optimizer_run)
-    return [path for directory in args.runs for draw in draws for path in draw(directory)]
+    """The figures that each run's own command has drawn, or would have drawn at its end."""
+    commands = [drawing_command(directory) for directory in args.runs]
+    drawn = []
+    for directory, command in zip(args.runs, commands, strict=True):
+        try:
+            drawn += DRAW[command](directory)
+        except (LookupError, TypeError, argparse.ArgumentTypeError) as problem:
+            raise UserError(
+                f"{directory} is no whole run of {command}.py: {problem!r}"
+            ) from problem
+    return drawn
+
+
+def drawing_command(directory: Path) -> str:
+    """The command whose run it is; UserError where plot.py knows no figures of that."""
+    command = str(read_config(directory).get("command", "an unknown command"))
+    if command not in DRAW:
+        known = ", ".join(DRAW)
+        raise UserError(f"{directory} is a run of {command}; there are figures of {known}")
+    return command
 
 
 def plot_losses(args: argparse.Namespace) -> list[Path]:

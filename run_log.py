@@ -484,6 +484,21 @@ def read_json(path: str | Path) -> Any:
         raise RunLogError(f"{path} is damaged: not JSON ({error})") from error
 
 
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, {} where there is none; RunLogError where it is damaged."""
+    path = Path(path)
+    if not path.exists():
+        return {}
+    with _reported(f"can't read {path}"):
+        content = path.read_bytes()
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # of zipfile, zlib or numpy, whichever meets the damage first
+        reason = " ".join(str(error).split())[:100]
+        raise RunLogError(f"{path} is damaged: {reason}") from error
+
+
 def read_config(directory: str | Path) -> dict[str, Any]:
     """The configuration of a run; RunLogError where `directory` isn't a run's directory."""
     path = Path(directory) / "config.json"

@@ -1,4 +1,4 @@
-"""What a sweep has found: its table, summary and figures, from the study alone.
+"""What a sweep has found: table and summary from the study, figures from the table.
 
     trials.csv        a row for each trial
     results.json      counts, the best trial and its command line, for each variant
@@ -18,17 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
 from figure_style import add_legend, colours, label_axes, new_figure, one_panel, save_figure
 from files import in_place, json_text, write_whole
-from search_space import SearchedFlag
+from run_log import RunLogError, read_config
+from search_space import SearchedFlag, searched_flag
 from shared_study import STATES, counted_trials, state_of
 
 BEFORE_FLAGS = ("number", "variant", "draw", "state", "value")
 AFTER_FLAGS = ("exit_status", "error", "seconds", "directory")
 PANELS_A_ROW = 3
+
+Table = Mapping[str, Sequence[Mapping[str, str]]]  # by variant
 
 
 @dataclass(frozen=True)
@@ -127,68 +131,91 @@ def write_report(report: Report, directory: Path) -> None:
     """All of it."""
     write_table(report, directory)
     write_results(report, directory)
-    draw_figures(report, directory)
+    draw_sweep_run(directory)
 
 
-def draw_figures(report: Report, directory: Path) -> None:
-    """figures/best.png and figures/flags.png."""
-    draw_best_so_far(report, directory / "figures" / "best.png")
-    draw_values_over_flags(report, directory / "figures" / "flags.png")
+def draw_sweep_run(directory: str | Path) -> list[Path]:
+    """figures/best.png and figures/flags.png, from config.json and trials.csv; the paths."""
+    directory = Path(directory)
+    config, rows = read_config(directory), read_table(directory)
+    flags = [searched_flag(text) for text in config["search"]]
+    best, values = (directory / "figures" / f"{name}.png" for name in ("best", "flags"))
+    draw_best_so_far(rows, config["metric"], config["direction"] == "maximize", best)
+    draw_values_over_flags(rows, flags, config["metric"], values)
+    return [best, values]
 
 
-def draw_best_so_far(report: Report, path: Path) -> None:
+def read_table(directory: Path) -> Table:
+    """The rows of trials.csv by variant, as texts; RunLogError where it can't be read."""
+    path, table = directory / "trials.csv", {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                table.setdefault(row["variant"], []).append(row)
+    except OSError as error:
+        raise RunLogError(f"can't read {path}: {error.strerror or error}") from error
+    except (ValueError, csv.Error) as error:
+        raise RunLogError(f"{path} is damaged: {error}") from error
+    return table
+
+
+def draw_best_so_far(table: Table, metric: str, maximize: bool, path: Path) -> None:
     """The best value among the trials so far, a step curve for each variant; a dot each trial."""
     figure, axes = one_panel()
-    best_of = np.maximum if report.maximize else np.minimum
-    for colour, variant in zip(colours(len(report.trials)), report.trials, strict=True):
-        done = sorted(report.done(variant), key=lambda trial: trial.user_attrs["draw"])
-        draws = [trial.user_attrs["draw"] for trial in done]
-        values = np.array([trial.value for trial in done])
+    best_of = np.maximum if maximize else np.minimum
+    for colour, (variant, rows) in zip(colours(len(table)), table.items(), strict=True):
+        done = sorted(_in_state(rows, "done"), key=lambda row: int(row["draw"]))
+        draws = [int(row["draw"]) for row in done]
+        values = np.array([float(row["value"]) for row in done])
         axes.plot(draws, values, ".", color=colour, ms=4, alpha=0.45)
         if done:
             best = best_of.accumulate(values)
             axes.step(draws, best, color=colour, lw=1.4, where="post", label=variant or "best")
-    label_axes(axes, "Best value so far", "draw", report.metric)
+    label_axes(axes, "Best value so far", "draw", metric)
     add_legend(axes)
     save_figure(figure, path)
 
 
-def draw_values_over_flags(report: Report, path: Path) -> None:
+def draw_values_over_flags(
+    table: Table, flags: Sequence[SearchedFlag], metric: str, path: Path
+) -> None:
     """A panel for each searched flag: every trial that is done; pruned ones as ticks below."""
-    columns = min(PANELS_A_ROW, len(report.flags))
-    lines = math.ceil(len(report.flags) / columns)
+    columns = min(PANELS_A_ROW, len(flags))
+    lines = math.ceil(len(flags) / columns)
     figure = new_figure(3.6 * columns + 0.4, 3.0 * lines)
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes in panels[len(report.flags) :]:
+    for axes in panels[len(flags) :]:
         axes.set_visible(False)
-    for axes, flag in zip(panels, report.flags, strict=False):
-        _draw_values_over_flag(report, flag, axes)
+    for axes, flag in zip(panels, flags, strict=False):
+        _draw_values_over_flag(table, flag, metric, axes)
     save_figure(figure, path)
 
 
-def _draw_values_over_flag(report: Report, flag: SearchedFlag, axes) -> None:
-    for colour, variant in zip(colours(len(report.trials)), report.trials, strict=True):
-        done = report.done(variant)
-        values = [trial.value for trial in done]
-        label = variant or None
+def _draw_values_over_flag(table: Table, flag: SearchedFlag, metric: str, axes: Axes) -> None:
+    for colour, (variant, rows) in zip(colours(len(table)), table.items(), strict=True):
+        done, label = _in_state(rows, "done"), variant or None
+        values = [float(row["value"]) for row in done]
         axes.plot(_places(done, flag), values, "o", color=colour, ms=4, alpha=0.6, label=label)
-        pruned = [trial for trial in report.trials[variant] if state_of(trial) == "pruned"]
         bottom = axes.get_xaxis_transform()  # what they were compared by need not be the value
-        places = _places(pruned, flag)
+        places = _places(_in_state(rows, "pruned"), flag)
         axes.plot(places, [0.01] * len(places), "|", color=colour, ms=6, transform=bottom)
-    label_axes(axes, f"--{flag.name}", "", report.metric)
+    label_axes(axes, f"--{flag.name}", "", metric)
     _scale(axes, flag)
     add_legend(axes)
 
 
-def _places(trials: Sequence[FrozenTrial], flag: SearchedFlag) -> list[float]:
+def _in_state(rows: Sequence[Mapping[str, str]], state: str) -> list[Mapping[str, str]]:
+    return [row for row in rows if row["state"] == state]
+
+
+def _places(rows: Sequence[Mapping[str, str]], flag: SearchedFlag) -> list[float]:
     """Where the trials' values of a flag are on its axis; choices at 0, 1, 2, ..."""
-    values = [trial.params[flag.name] for trial in trials]
+    texts = [row[flag.name] for row in rows]
     choices = getattr(flag.distribution, "choices", None)
-    return values if choices is None else [choices.index(value) for value in values]
+    return [*map(float, texts)] if choices is None else [*map(choices.index, texts)]
 
 
-def _scale(axes, flag: SearchedFlag) -> None:
+def _scale(axes: Axes, flag: SearchedFlag) -> None:
     """The axis of a flag: its whole range, logarithmic or with the names of its choices."""
     among = flag.distribution
     if hasattr(among, "choices"):

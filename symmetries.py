@@ -162,13 +162,13 @@ class _ByInput:
 
 def mean_deviations(
     symmetries: Sequence[Symmetry], v: Params, theta: Params, relative: bool = True
-) -> dict[str, float]:
-    """Mean |deviation| over all units of each kind that the network has."""
+) -> dict[str, Tensor]:
+    """Mean |deviation| over all units of each kind that the network has, scalar tensors."""
     sizes: dict[str, list[Tensor]] = {}
     for symmetry in symmetries:
         of = symmetry.relative if relative else symmetry.deviations
         sizes.setdefault(symmetry.kind, []).append(of(v, theta).abs())
-    return {kind: torch.cat(parts).mean().item() for kind, parts in sizes.items()}
+    return {kind: torch.cat(parts).mean() for kind, parts in sizes.items()}
 
 
 def symmetry_penalty(

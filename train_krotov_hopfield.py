@@ -12,10 +12,7 @@ learns by competition alone; what the classifier gets from its features says wha
 
 import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-
-import numpy as np
 
 from command_line import (
     UserError,
@@ -31,22 +28,11 @@ from command_line import (
     set_up,
 )
 from competition import GATES, NORMALIZATIONS
-from figure_style import (
-    COLOURS,
-    FONT,
-    GREY,
-    add_legend,
-    colours,
-    label_axes,
-    one_panel,
-    percent_axis,
-    save_figure,
-)
-from figures import draw_features
+from competition_figures import draw_competition_run
 from hebbian_network import DEEPEST, RECIPES, SCHEDULES, HebbianNetwork, Recipe
 from layerwise_training import AUGMENTATIONS, LayerwiseTraining, split_validation
 from mnist_datasets import load_images
-from run_log import RunLog, read_metrics, run_to_end
+from run_log import RunLog, run_to_end
 from seeds import seeded_generator
 
 OF_LAYERS = ("lr", "lr_end", "lr_speed", "inverse_temperature", "units", "power")
@@ -178,67 +164,7 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
         "validation_accuracy": last.get("validation_accuracy"),
         "test_accuracy": last.get("test_accuracy"),
     })  # fmt: skip
-    draw(training, rows, test_data.shape, read_metrics(log.directory), log)
-
-
-# ---- figures ----
-
-
-def draw(training, rows, input_shape, metrics: Mapping[str, np.ndarray], log: RunLog) -> None:
-    """Filters, convergence, the classifiers' course, and accuracy over depth."""
-    weight = training.network.blocks[0].layer.weight.numpy(force=True)
-    shape = weight.shape[1:] if weight.ndim == 4 else input_shape
-    draw_features(weight, shape, log.path("figures/filters.png"), "Weights of layer 1")
-    if metrics:
-        draw_convergence(metrics, log.path("figures/convergence.png"))
-        draw_classifiers(metrics, log.path("figures/classifier.png"))
-    if len(rows) > 1:
-        draw_accuracy_over_depth(rows, log.path("figures/accuracy_over_depth.png"))
-
-
-def draw_convergence(metrics: Mapping[str, np.ndarray], path) -> None:
-    """How far each layer's units are from rest, over the epochs of its training."""
-    figure, axes = one_panel()
-    axes.set_yscale("log")
-    names = [name for name in metrics if name.startswith("convergence/")]
-    for colour, name in zip(colours(len(names)), names, strict=True):
-        there = np.isfinite(metrics[name])
-        axes.plot(metrics["epoch"][there], metrics[name][there], lw=1.3,
-                  color=colour, label=f"layer {name.split('/')[1]}",
-                  marker="o" if there.sum() == 1 else "")  # fmt: skip
-    label_axes(axes, "Convergence", "epoch of the layer", "largest distance of p-norms from 1")
-    axes.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
-    add_legend(axes)
-    save_figure(figure, path)
-
-
-def draw_classifiers(metrics: Mapping[str, np.ndarray], path) -> None:
-    """The validation accuracy of each classifier over its epochs."""
-    figure, axes = one_panel()
-    of_classifier = metrics["classifier"] == 1
-    layers = np.unique(metrics["layer"][of_classifier])
-    for colour, layer in zip(colours(len(layers)), layers, strict=True):
-        there = of_classifier & (metrics["layer"] == layer)
-        axes.plot(metrics["epoch"][there], metrics["validation_accuracy"][there], lw=1.3,
-                  color=colour, label=f"behind layer {layer:g}",
-                  marker="o" if there.sum() == 1 else "")  # fmt: skip
-    percent_axis(axes)
-    label_axes(axes, "Classifier", "epoch", "validation images classified correctly")
-    add_legend(axes)
-    save_figure(figure, path)
-
-
-def draw_accuracy_over_depth(rows, path) -> None:
-    """Test and validation accuracy over the number of layers before the classifier."""
-    figure, axes = one_panel()
-    depth = [row["layers"] for row in rows]
-    for colour, name in zip(COLOURS, ("test", "validation"), strict=False):
-        values = [row[f"{name}_accuracy"] for row in rows]
-        axes.plot(depth, values, color=colour, marker="o", ms=4, lw=1.3, label=f"{name} images")
-    percent_axis(axes)
-    label_axes(axes, "Accuracy over depth", "competing layers", "images classified correctly")
-    add_legend(axes)
-    save_figure(figure, path)
+    draw_competition_run(log.directory)
 
 
 def main(argv: list[str] | None = None) -> None:

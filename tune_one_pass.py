@@ -48,7 +48,7 @@ from one_pass import (
     initial_state,
 )
 from one_pass_problems import MODELS, PROBLEMS, Problem, default_model, make_problem, make_samples
-from one_pass_report import Columns, final_losses, summary
+from one_pass_report import Columns, draw_one_pass_run, final_losses, summary
 from run_log import RunLog, run_to_end
 from yaml_settings import Key, add_settings, complete, mapping, truth
 
@@ -336,7 +336,7 @@ def measured(problem: Problem, tuning: Tuning) -> dict[str, np.ndarray]:
 
 
 def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: RunLog) -> None:
-    """results.json, and the final losses on the screen."""
+    """results.json, the figures, and the final losses on the screen."""
     losses = final_losses(columns.arrays())
     results = {"data": problem.source, "draws": args.draws, **summary(losses, args.seed)}
     for name in ("Loss/Validation", "Loss/Test", "Accuracy/Test"):
@@ -344,6 +344,7 @@ def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: Ru
             key = name.replace("/", "_").lower()
             results[key] = float(np.median(columns.arrays()[name][-1]))
     log.write_json("results.json", results)
+    draw_one_pass_run(log.directory)
     log.say(
         f"final test loss: median {results['median']:.4g}, mean {results['mean']:.4g} of those "
         f"that did not diverge, {results['diverged']:.1%} diverged; in {log.directory}"

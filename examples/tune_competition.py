@@ -34,6 +34,7 @@ from command_line import (
     set_up,
 )
 from competition import GATES
+from competition_figures import draw_searches_run
 from hypgraddesc import HypergradientDescent, MetaSettings, evaluate
 from initializers import FIXED, GaussianInitializer
 from krotov_hopfield_rule import KrotovHopfieldRule
@@ -142,7 +143,7 @@ def search(args, parts: dict, dtype, log: RunLog) -> tuple[list[dict[str, float]
 
 
 def report(rows: list[dict[str, float]], source: str, log: RunLog) -> None:
-    """Means and standard deviations over the searches."""
+    """Means and standard deviations over the searches, on the screen and as a file; the figure."""
     summary = {}
     for way in ("start", "hypergradients", "random"):
         values = {n: [row[f"{way}/{n}"] for row in rows] for n in ("meta_loss", "test_accuracy")}
@@ -151,6 +152,7 @@ def report(rows: list[dict[str, float]], source: str, log: RunLog) -> None:
         log.say(f"{way:>15}: loss {loss[0]:.4f} ± {loss[1]:.4f}, test accuracy "
                 f"{accuracy[0]:.2%} ± {accuracy[1]:.2%}")  # fmt: skip
     log.write_json("results.json", {"data": source, "summary": summary, "searches": rows})
+    draw_searches_run(log.directory)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import plot
 from command_line import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +27,15 @@ def rows(directory: Path) -> list[dict[str, str]]:
 def outcome(directory: Path) -> tuple:
     """All numbers of a run that do not depend on the time it took."""
     return rows(directory), (directory / "results.json").read_text()
+
+
+def redraw(directory: Path) -> None:
+    """Has plot.py draw a run's figures: they are those that the command left, to the byte."""
+    figures = directory / "figures"
+    before = {path.name: path.read_bytes() for path in figures.iterdir()}
+    shutil.rmtree(figures)
+    plot.main(["run", str(directory)])
+    assert {path.name: path.read_bytes() for path in figures.iterdir()} == before
 
 
 def refused(capsys, main: Callable, *flags) -> str:

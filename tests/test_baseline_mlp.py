@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import interrupt_at_row, kill_at_row, outcome, rows
+from commands import interrupt_at_row, kill_at_row, outcome, redraw, rows
 
 import baseline_mlp
 from command_line import parse, run_command
@@ -112,6 +112,7 @@ def test_a_run_leaves_metrics_results_and_figures(plain):
     assert set(results["initializer"]) == set(NUMBERS)
     for name in ("meta_loss", "accuracy", "hypergradient", "initial"):
         assert (plain / "figures" / f"{name}.png").stat().st_size > 1000
+    redraw(plain)
     assert (plain / "checkpoint.pt").exists()
 
 

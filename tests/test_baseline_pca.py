@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import interrupt_at_row, kill_at_row, rows
+from commands import interrupt_at_row, kill_at_row, redraw, rows
 
 import baseline_pca
 from command_line import run_command
@@ -37,6 +37,7 @@ def test_a_run_leaves_a_table_of_accuracies_that_rise_with_the_components(plain)
         assert values == [float(row[name]) for row in rows(plain)]
     assert table[-1]["test_accuracy"] > 0.8
     assert (plain / "figures" / "accuracy.png").stat().st_size > 1000
+    redraw(plain)
 
 
 def test_the_table_is_shown_also_when_the_run_was_at_its_end_already(capsys, plain, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
+from commands import interrupt_at_row, kill_at_row, outcome, redraw, refused, rows
 
 import baseline_vicreg
 from command_line import run_command
@@ -44,6 +44,7 @@ def test_a_run_without_sizes_is_of_256_and_32_units_and_leaves_all_its_files(tmp
         assert arrays["1.w"].shape == (256, 784) and arrays["2.b"].shape == (32,)
     for name in ("loss", "accuracy", "features"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 1000
+    redraw(out)
     assert (out / "checkpoint.pt").exists()
 
 

@@ -3,12 +3,13 @@
 import argparse
 import contextlib
 import gzip
+import io
 import json
 
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import cifar10
@@ -17,7 +18,7 @@ from errors import WrongInputError
 from learning_rules import PerLayerRule, classical_rule, load_rule, rule_from_dict
 from mnist_datasets import parse_idx, read_idx
 from optimizer_networks import CoordinateLSTM, load_network, network_to_dict
-from run_log import RunLog, read_config, read_metrics
+from run_log import RunLog, RunLogError, read_arrays, read_config, read_metrics
 from yaml_settings import add_settings, complete
 
 quick = settings(
@@ -144,6 +145,29 @@ def test_a_damaged_run_is_read_or_refused(tmp_path, metrics, config):
         read_metrics(tmp_path)
     with refused:
         read_config(tmp_path)
+
+
+def npz(save, **arrays) -> bytes:
+    content = io.BytesIO()
+    save(content, **arrays)
+    return content.getvalue()
+
+
+NPZ = npz(np.savez, losses=np.arange(20.0), edges=np.ones((2, 3)))
+COMPRESSED = npz(np.savez_compressed, losses=np.arange(20.0))
+
+
+@quick
+@given(damaged(NPZ) | damaged(COMPRESSED) | st.binary(max_size=40))
+@example(b"")
+@example(NPZ[:10])
+@example(NPZ[30:])  # what numpy takes for an array, not for a file of several
+def test_a_damaged_file_of_arrays_is_read_or_refused_in_one_line(tmp_path, content):
+    (tmp_path / "draws.npz").write_bytes(content)
+    try:
+        read_arrays(tmp_path / "draws.npz")
+    except RunLogError as error:
+        assert "draws.npz is damaged: " in str(error) and "\n" not in str(error)
 
 
 @quick

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import interrupt_at_row, kill_at_row, refused, rows
+from commands import interrupt_at_row, kill_at_row, redraw, refused, rows
 
 import evaluate
 import main
@@ -66,6 +66,7 @@ def test_a_comparison_leaves_a_table_all_numbers_and_a_figure(runs, tmp_path, mo
     for name in found["methods"]:
         assert f"\n{name} " in shown
     assert (out / "figures" / "accuracy_over_steps.png").stat().st_size > 10_000
+    redraw(out)
     numbers = rows(out)
     assert len(numbers) == len(found["trainings"]) + len(found["trials_of_rates"])
     chosen = next(row["rate"] for row in found["summary"] if row["method"] == "oja")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import outcome, refused, rows
+from commands import outcome, redraw, refused, rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -36,6 +36,7 @@ def test_both_ways_begin_at_one_draw_and_are_judged_alike(tmp_path, gate):
 def test_a_finished_run_is_reported_again_and_one_with_more_searches_refused(capsys, tmp_path):
     out = tmp_path / "run"
     run(*TINY, "--out", out)
+    redraw(out)
     before = outcome(out)
     run("--resume", out, "--quiet")
     assert outcome(out) == before

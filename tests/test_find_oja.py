@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from commands import redraw
 
 import find_oja
 from hypgraddesc import evaluate
@@ -36,6 +37,7 @@ def test_the_command_shows_a_table_both_cosines_and_a_verdict(tmp_path, capsys):
         assert len(list(csv.DictReader(file))) == 3
     for name in ("features", "directions", "coefficients", "meta_loss"):
         assert (tmp_path / "run" / "figures" / f"{name}.png").stat().st_size > 1000
+    redraw(tmp_path / "run")
 
 
 def test_the_loss_is_the_squared_distance_to_the_nearer_of_both_directions():

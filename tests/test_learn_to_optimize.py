@@ -1,12 +1,13 @@
 """The real command, with a tiny budget: what it writes, how it resumes, what it refuses."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
+from commands import interrupt_at_row, kill_at_row, outcome, redraw, refused, rows
 from torch import nn
 
 import learn_to_optimize
@@ -24,8 +25,7 @@ TINY = [
 def run(*flags) -> None:
     """The command without its figures, which take longer than all the rest."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw_run", "draw_optimizer_run"):
-            patch.setattr(learn_to_optimize, name, lambda directory: [])
+        patch.setattr(learn_to_optimize, "draw_optimizer_run", lambda directory: [])
         learn_to_optimize.main([*map(str, flags)])
 
 
@@ -42,6 +42,9 @@ def test_a_run_leaves_its_files_and_an_optimizer_for_any_model(plain):
     results = json.loads((plain / "results.json").read_text())
     compared = results["optimizees"]["relu3"]["optimizers"]
     assert {name.split()[0] for name in compared} == {"learned", "adam", "sgd", "lion"}
+    assert "embedded" in results["data"] and results["best_epoch"] in (0, 1, 2)
+    seen = [float(row["validation_loss"]) for row in rows(plain)]
+    assert results["best_validation_loss"] <= np.nanmin(seen)
     with np.load(plain / "comparison.npz") as arrays:
         assert arrays["relu3/learned/losses"].shape == (2, 4)
     for name in ("relu3_loss", "relu3_rescale", "relu3_updates", "relu3_noise", "meta_training"):
@@ -52,12 +55,8 @@ def test_a_run_leaves_its_files_and_an_optimizer_for_any_model(plain):
     optimizer.step()
 
 
-def test_figures_are_drawn_again_from_the_files_alone(plain, capsys, tmp_path):
-    path = plain / "figures" / "relu3_rescale.png"
-    before = path.read_bytes()
-    path.unlink()
-    plot.main(["run", str(plain)])
-    assert path.read_bytes() == before
+def test_figures_are_drawn_again_from_the_files_alone(plain, tmp_path):
+    redraw(plain)
     plot.main(["losses", str(plain), "--out", str(tmp_path / "losses.png")])
     assert (tmp_path / "losses.png").stat().st_size > 1000
 
@@ -130,6 +129,27 @@ def test_ctrl_c_ends_a_run_cleanly_with_figures_and_the_optimizer_so_far(tmp_pat
     interrupt_at_row(4, out, "learn_to_optimize.py", *flags)
     assert (out / "figures" / "meta_training.png").exists()
     assert load_network(out / "optimizer.json").kind == "lstm"
+    results = json.loads((out / "results.json").read_text())
+    assert math.isfinite(results["best_validation_loss"]) and "optimizees" not in results
+
+
+def test_without_a_comparison_the_results_tell_what_meta_training_has_reached(tmp_path, capsys):
+    run(*TINY, "--compare", "--out", tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(results) == {"data", "best_validation_loss", "best_epoch"}
+    assert "compares nothing" in refused(capsys, plot.main, "losses", tmp_path / "run")
+
+
+@pytest.mark.parametrize("steps", [3, 201])
+def test_losses_are_said_at_the_last_step_and_of_long_trainings_at_the_published_one(
+    tmp_path, capsys, steps
+):
+    flags = [flag for flag in TINY if flag != "--quiet"]
+    run(*flags, "--epochs", 0, "--test_steps", steps, "--test_runs", 1, "--out", tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert f"at step {'200 and 201' if steps > 200 else '3'}, mean" in shown
+    line = next(line for line in shown.splitlines() if line.startswith("  learned"))
+    assert line.count("+-") == (2 if steps > 200 else 1)
 
 
 @pytest.mark.parametrize(

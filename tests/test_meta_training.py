@@ -63,10 +63,12 @@ def test_windows_cover_all_steps_and_validation_comes_at_the_end_of_an_epoch():
     assert first["skipped_windows"] == 0 and math.isnan(first["validation_loss"])
     assert not math.isnan(second["validation_loss"])
     assert len(learning.curves) == 2 and learning.curves[0].shape == (7,)
-    assert {kind: len(values) for kind, values in learning.deviations.items()} == {
-        "rescale": 2,
-        "translation": 2,
+    assert {name: len(values) for name, values in learning.deviations.items()} == {
+        f"{what}/{kind}": 2
+        for what in ("update", "gradient")
+        for kind in ("rescale", "translation")
     }
+    assert max(values.max() for values in learning.deviations["gradient/rescale"]) < 1e-5
 
 
 def test_the_best_weights_are_those_of_the_smallest_validation_loss():

@@ -95,8 +95,8 @@ def test_a_run_of_another_command_is_refused(tmp_path, capsys):
     with pytest.raises(RunLogError, match=r"no config\.json"):
         read_run(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RunLogError, match=r"draws\.npz can't be read"):
+    with pytest.raises(RunLogError, match=r"holds no draws\.npz"):
         read_run(tmp_path)
     (tmp_path / "draws.npz").write_bytes(b"PK\x03\x04")
-    with pytest.raises(RunLogError, match=r"draws\.npz can't be read"):
+    with pytest.raises(RunLogError, match=r"draws\.npz is damaged"):
         plot.main(["one_pass", str(tmp_path), "--out", str(tmp_path / "out")])

@@ -10,6 +10,7 @@ from torch import nn
 from optimizees import make_task
 from optimizer_comparison import (
     BASELINES,
+    PUBLISHED,
     RATES,
     Comparison,
     Contender,
@@ -118,6 +119,23 @@ def test_a_summary_is_of_the_last_ten_losses():
     assert summary["runs"] == expected.tolist()
     assert summary["loss"] == pytest.approx(expected.mean().item())
     assert summary["deviation"] == pytest.approx(expected.std().item())
+
+
+def test_of_long_trainings_the_loss_at_the_published_step_is_told_too(task):
+    curves = train_all(baseline("adam"), task, PUBLISHED + 1, DRAWS, WEIGHTS)
+    early = curves.losses[:, PUBLISHED - 9 : PUBLISHED + 1].mean(1)
+    found = curves.summary()
+    assert found["loss_at_200"] == pytest.approx(early.mean().item())
+    assert found["deviation_at_200"] == pytest.approx(early.std().item())
+    short = train_all(baseline("adam"), task, 3, DRAWS, WEIGHTS).summary()
+    assert "loss_at_200" not in short
+
+
+def test_what_is_measured_of_a_diverging_training_is_of_every_step(task):
+    curves = train_all(
+        baseline("sgd", 1e200), task, 6, DRAWS, WEIGHTS, find_symmetries(task.optimizee), [1, 6]
+    )
+    assert curves.update["rescale"].shape == (6,) and len(curves.histograms) == 2
 
 
 def test_noise_is_told_per_layer_of_gradients_and_updates():

@@ -14,7 +14,6 @@ from optimizer_figures import (
     draw_training,
     of_optimizee,
     one_of_each_kind,
-    read_arrays,
 )
 from run_log import RunLogError
 
@@ -61,7 +60,7 @@ def test_a_directory_without_the_files_gives_no_figures(tmp_path):
 def test_a_damaged_file_is_told(tmp_path):
     (tmp_path / "comparison.npz").write_bytes(b"nothing")
     with pytest.raises(RunLogError, match="damaged"):
-        read_arrays(tmp_path / "comparison.npz")
+        draw_optimizer_run(tmp_path)
 
 
 def test_the_grid_of_runs_that_compare_nothing_is_refused(tmp_path, capsys):

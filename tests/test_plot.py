@@ -11,9 +11,9 @@ from learning_rules import PerLayerRule, PolynomialRule, classical_rule
 from run_log import RunLog
 
 
-def run_of(directory, *rules, effects=None):
+def run_of(directory, *rules, effects=None, command="main"):
     """A run's directory with a rule and, if given, the effects of its terms."""
-    with RunLog.create(directory, {}, quiet=True) as log:
+    with RunLog.create(directory, {"command": command}, quiet=True) as log:
         log.write_rule(PerLayerRule(rules))
         if effects is not None:
             log.write_json("results.json", {"term_effects": effects})
@@ -122,6 +122,22 @@ def test_wrong_input_is_refused_in_one_line(tmp_path, capsys):
     ):
         assert message in refused(capsys, *flags), flags
     assert not (empty / "figures").exists()
+
+
+def test_a_run_of_a_command_without_figures_is_refused_and_none_is_drawn(tmp_path, capsys):
+    known = run_of(tmp_path / "known", oja())
+    (known / "metrics.csv").write_text("step,meta_loss\n1,0.5\n")
+    for command in ("imaml", ["main"], None):
+        other = run_of(tmp_path / str(command), oja(), command=command)
+        line = refused(capsys, "run", known, other)
+        assert f"is a run of {command}; there are figures of main, find_oja" in line
+    assert not (known / "figures").exists()
+
+
+def test_a_run_that_lacks_what_its_figures_show_is_one_line(tmp_path, capsys):
+    for command in ("baseline_pca", "evaluate", "train_krotov_hopfield", "tune_one_pass", "sweep"):
+        run = run_of(tmp_path / command, oja(), effects={}, command=command)
+        assert command in refused(capsys, "run", run)
 
 
 def test_damaged_results_are_one_line(tmp_path, capsys):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import interrupt_at_row, kill_at_row, refused
+from commands import interrupt_at_row, kill_at_row, redraw, refused
 from oracles import DOUBLE, normal
 
 import main
@@ -155,6 +155,7 @@ def test_a_run_leaves_rules_a_table_and_a_figure(tmp_path, learned, capsys):
     best = results_of(out)["shortest"]
     assert len(load_rule(out / "rule.json").coefficients()) == best
     assert (out / "figures" / "pruning.png").stat().st_size > 1000
+    redraw(out)
 
 
 def test_the_whole_rule_does_as_well_as_in_its_own_run(tmp_path, learned):

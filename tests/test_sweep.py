@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, refused, start
+from commands import ROOT, redraw, refused, start
 
 import sweep
 from search_space import draw, searched_flag
@@ -107,6 +107,7 @@ def test_a_sweep_leaves_its_table_results_and_figures(tmp_path, command):
     assert results(out)["trials"] == {"done": 4}
     for name in ("best.png", "flags.png"):
         assert (out / "figures" / name).stat().st_size > 1000
+    redraw(out)
 
 
 def test_every_way_to_fail_is_recorded_and_the_sweep_goes_on(tmp_path, command, capsys):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
+from commands import interrupt_at_row, kill_at_row, outcome, redraw, refused, rows
 
 import train_krotov_hopfield
 from command_line import run_command
@@ -39,6 +39,7 @@ def test_a_run_leaves_all_its_files(plain):
         assert arrays["1.weight"].shape == (8, 1, 5, 5) and arrays["2.weight"].shape[1] == 8
     for name in ("filters", "convergence", "classifier", "accuracy_over_depth"):
         assert (plain / "figures" / f"{name}.png").stat().st_size > 1000
+    redraw(plain)
 
 
 def test_rows_tell_which_layer_learned_and_what_a_classifier_reached(plain):

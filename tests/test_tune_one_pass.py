@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, kill_at_row, outcome, refused
+from commands import ROOT, interrupt_at_row, kill_at_row, outcome, redraw, refused
 
 import tune_one_pass
 from command_line import parse
@@ -27,9 +27,16 @@ def config(*names):
     return ["-c", *(str(CONFIGS / f"{name}.yaml") for name in names)]
 
 
+def run(*flags):
+    """The command without its figures, which take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune_one_pass, "draw_one_pass_run", lambda directory: [])
+        tune_one_pass.main([*map(str, flags)])
+
+
 def tune(tmp_path, *flags, out="run"):
     where = tmp_path / out
-    tune_one_pass.main([*map(str, flags), *SMALL, "--out", str(where), "--data-dir", str(tmp_path)])
+    run(*flags, *SMALL, "--out", where, "--data-dir", tmp_path)
     return where
 
 
@@ -72,10 +79,20 @@ def test_a_killed_run_ends_with_the_same_numbers(tmp_path, algorithm):
         "dataset: mnist5k\nvalidation_proportion: 0.25\nbatch_size: 50\n"
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    tune_one_pass.main([*map(str, flags), "--out", str(whole)])
+    run(*flags, "--out", whole)
     kill_at_row(3, killed, "tune_one_pass.py", *flags, "--out", killed)
-    tune_one_pass.main(["--resume", str(killed), "--quiet"])
+    run("--resume", killed, "--quiet")
     assert outcome(whole) == outcome(killed)
+
+
+def test_an_interrupted_run_leaves_every_figure_and_they_are_drawn_again(tmp_path):
+    out = tmp_path / "run"
+    flags = [*config("boston", "ours_lr"), "--draws", 3, "--threads", 1, "--quiet"]
+    flags += ["--hyperparameter_steps", 10**7, "--log_every", 50, "--data-dir", tmp_path]
+    interrupt_at_row(2, out, "tune_one_pass.py", *flags, "--out", out)
+    assert len(list((out / "figures").glob("*.png"))) == 9
+    assert read_json(out / "results.json")["draws"] == 3
+    redraw(out)
 
 
 def test_flags_win_over_files_and_are_saved(tmp_path):
@@ -96,10 +113,10 @@ def test_a_saved_state_is_gone_on_from(tmp_path):
 
 
 def test_root_group_and_name_make_the_directory(tmp_path):
-    tune_one_pass.main([
-        *config("boston", "random"), *SMALL, "-l", str(tmp_path), "-g", "some", "-n", "one",
-        "--data-dir", str(tmp_path),
-    ])  # fmt: skip
+    run(
+        *config("boston", "random"), *SMALL, "-l", tmp_path, "-g", "some", "-n", "one",
+        "--data-dir", tmp_path,
+    )  # fmt: skip
     assert (tmp_path / "some" / "one" / "draws.npz").exists()
     tune_one_pass.main([
         *config("boston", "random"), *SMALL, "-l", str(tmp_path), "-g", "other",

@@ -1,0 +1,88 @@
+"""Figures of the baselines, drawn from the directories of their runs alone.
+
+    draw_pca_run("runs/baseline_pca-...")        # writes into figures/ there; the paths
+
+Each `draw_..._run` draws what its command draws at its end.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.ticker import ScalarFormatter
+
+from figure_style import COLOURS, add_legend, label_axes, one_panel, percent_axis, save_figure
+from figures import ACCURACIES, draw_run
+from run_log import read_config, read_metrics
+from vicreg import TERMS
+
+
+def draw_pca_run(directory: str | Path) -> list[Path]:
+    """The accuracy over the number of components."""
+    metrics, path = read_metrics(directory), Path(directory) / "figures" / "accuracy.png"
+    accuracies = {label: metrics[name] for name, label in ACCURACIES.items()}
+    draw_accuracy_over_size(metrics["step"], accuracies, path, "principal components")
+    return [path]
+
+
+def draw_mlp_run(directory: str | Path) -> list[Path]:
+    """The figures of every meta-learning run, and the four numbers of the distribution."""
+    drawn, metrics, prefix = draw_run(directory), read_metrics(directory), "initial/"
+    numbers = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
+    if numbers:
+        path = Path(directory) / "figures" / "initial.png"
+        draw_initial_numbers(metrics["step"], numbers, path)
+        drawn.append(path)
+    return drawn
+
+
+def draw_vicreg_run(directory: str | Path) -> list[Path]:
+    """Accuracies and losses over epochs, and what the units of the first layer weigh."""
+    config, metrics = read_config(directory), read_metrics(directory)
+    drawn = draw_run(directory, "epoch")
+    if metrics:
+        path = Path(directory) / "figures" / "loss.png"
+        draw_loss(metrics, {name: config[name] for name in TERMS}, path)
+        drawn.append(path)
+    return drawn
+
+
+def draw_accuracy_over_size(
+    sizes: np.ndarray, accuracies: Mapping[str, np.ndarray], path: str | Path, x_label: str
+) -> None:
+    """Accuracies of the probe (name to fractions [sizes]) over a size, on a logarithmic scale."""
+    figure, axes = one_panel()
+    for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
+        axes.plot(sizes, values, color=colour, marker="o", ms=3, lw=1.3, label=name)
+    percent_axis(axes)
+    label_axes(axes, "Accuracy of the linear probe", x_label, "images classified correctly")
+    axes.set_xscale("log", base=2)  # after label_axes, whose ticks are those of steps
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+def draw_initial_numbers(
+    step: np.ndarray, numbers: Mapping[str, np.ndarray], path: str | Path
+) -> None:
+    """Means and spreads of the initial parameters ("mean_w" to values [steps]) over meta-steps."""
+    figure, axes = one_panel()
+    for colour, (name, values) in zip(COLOURS, numbers.items(), strict=False):
+        axes.plot(step, values, color=colour, lw=1.3, label=name.replace("_", " of "))
+    label_axes(axes, "Distribution of the initial parameters", "meta-step", "effective value")
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+def draw_loss(
+    metrics: Mapping[str, np.ndarray], weights: Mapping[str, float], path: str | Path
+) -> None:
+    """The loss over epochs, and its weighted terms, which sum up to it."""
+    figure, axes = one_panel()
+    curves = {"loss": metrics["loss"]} | {name: weights[name] * metrics[name] for name in TERMS}
+    for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
+        axes.plot(metrics["step"], values, color=colour, marker="o", ms=3, lw=1.3, label=name)
+    axes.set_ylim(bottom=0)
+    label_axes(axes, "Loss and its weighted terms", "epoch", "mean over the epoch")
+    add_legend(axes)
+    save_figure(figure, path)

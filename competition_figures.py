@@ -1,0 +1,123 @@
+"""Figures of competing units, drawn from the directories of their runs alone.
+
+    draw_competition_run("runs/train_krotov_hopfield-...")     # writes into figures/ there
+
+Each `draw_..._run` draws what its command draws at its end, and returns the paths.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from figure_style import (
+    COLOURS,
+    FONT,
+    GREY,
+    add_legend,
+    colours,
+    label_axes,
+    new_figure,
+    one_panel,
+    percent_axis,
+    save_figure,
+)
+from figures import draw_features
+from run_log import read_arrays, read_json, read_metrics
+
+WAYS = {
+    "start": "random draw, where both begin",
+    "hypergradients": "hypergradient descent",
+    "random": "random search",
+}
+
+
+def draw_competition_run(directory: str | Path) -> list[Path]:
+    """Filters, convergence, the classifiers' course, and accuracy over depth."""
+    directory = Path(directory)
+    parameters, metrics = read_arrays(directory / "parameters.npz"), read_metrics(directory)
+    rows, place = read_json(directory / "results.json")["classifiers"], directory / "figures"
+    weight = parameters["1.weight"]
+    shape = weight.shape[1:] if weight.ndim == 4 else parameters["input_shape"]
+    draw_features(weight, shape, place / "filters.png", "Weights of layer 1")
+    drawn = [place / "filters.png"]
+    if metrics:
+        draw_convergence(metrics, place / "convergence.png")
+        draw_classifiers(metrics, place / "classifier.png")
+        drawn += [place / "convergence.png", place / "classifier.png"]
+    if len(rows) > 1:
+        draw_accuracy_over_depth(rows, place / "accuracy_over_depth.png")
+        drawn.append(place / "accuracy_over_depth.png")
+    return drawn
+
+
+def draw_searches_run(directory: str | Path) -> list[Path]:
+    """What each search of examples/tune_competition.py began and ended with."""
+    path = Path(directory) / "figures" / "searches.png"
+    draw_searches(read_json(Path(directory) / "results.json")["searches"], path)
+    return [path]
+
+
+def draw_convergence(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """How far each layer's units are from rest, over the epochs of its training."""
+    figure, axes = one_panel()
+    axes.set_yscale("log")
+    names = [name for name in metrics if name.startswith("convergence/")]
+    for colour, name in zip(colours(len(names)), names, strict=True):
+        there = np.isfinite(metrics[name])
+        axes.plot(metrics["epoch"][there], metrics[name][there], lw=1.3,
+                  color=colour, label=f"layer {name.split('/')[1]}",
+                  marker="o" if there.sum() == 1 else "")  # fmt: skip
+    label_axes(axes, "Convergence", "epoch of the layer", "largest distance of p-norms from 1")
+    axes.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+def draw_classifiers(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """The validation accuracy of each classifier over its epochs."""
+    figure, axes = one_panel()
+    of_classifier = metrics["classifier"] == 1
+    layers = np.unique(metrics["layer"][of_classifier])
+    for colour, layer in zip(colours(len(layers)), layers, strict=True):
+        there = of_classifier & (metrics["layer"] == layer)
+        axes.plot(metrics["epoch"][there], metrics["validation_accuracy"][there], lw=1.3,
+                  color=colour, label=f"behind layer {layer:g}",
+                  marker="o" if there.sum() == 1 else "")  # fmt: skip
+    percent_axis(axes)
+    label_axes(axes, "Classifier", "epoch", "validation images classified correctly")
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+def draw_accuracy_over_depth(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Test and validation accuracy over the number of layers before the classifier."""
+    figure, axes = one_panel()
+    depth = [row["layers"] for row in rows]
+    for colour, name in zip(COLOURS, ("test", "validation"), strict=False):
+        values = [row[f"{name}_accuracy"] for row in rows]
+        axes.plot(depth, values, color=colour, marker="o", ms=4, lw=1.3, label=f"{name} images")
+    percent_axis(axes)
+    label_axes(axes, "Accuracy over depth", "competing layers", "images classified correctly")
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+def draw_searches(rows: Sequence[Mapping[str, float]], path: str | Path) -> None:
+    """Loss and test accuracy of each search by its number, from 1; lines are means of a way."""
+    figure = new_figure(9.6, 3.8)
+    left, right = figure.subplots(1, 2)
+    number = np.arange(1, len(rows) + 1)
+    for shift, colour, (way, label) in zip((-0.1, 0, 0.1), COLOURS, WAYS.items(), strict=False):
+        for axes, what in ((left, "meta_loss"), (right, "test_accuracy")):
+            values = np.array([row[f"{way}/{what}"] for row in rows])
+            axes.plot(number + shift, values, "o", color=colour, ms=5, label=label)
+            axes.axhline(values.mean(), color=colour, lw=0.9, ls="--")
+    label_axes(
+        left, "Loss from new initial weights; lines: means", "search", "cross-entropy of the probe"
+    )
+    label_axes(right, "Test accuracy; lines: means", "search", "test images, probe")
+    percent_axis(right)
+    add_legend(left)
+    save_figure(figure, path)
