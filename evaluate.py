@@ -147,8 +147,9 @@ def make_settings(args, run: LearnedRun, device, dtype) -> list[Setting]:
 
 
 def what_was_found(runs: Sequence[LearnedRun], settings: Sequence[Setting]) -> dict[str, str]:
-    """What a resumed run must find again: the rules, and as many images."""
-    found = {setting.dataset: f"{len(setting.train)} images" for setting in settings}
+    """What a resumed run must find again: the rules, and the images."""
+    images = {setting.dataset: setting.train for setting in settings}
+    found = {name: data.fingerprint() for name, data in images.items()}
     for run in runs:
         content = json.dumps([run.rule.to_dict(), run.start]).encode()
         found[run.name] = f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"

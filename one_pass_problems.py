@@ -8,6 +8,7 @@ norm), CIFAR-10 (ResNet-18), Penn Treebank (a two-layer LSTM), and two toys whos
 functions of a few weights.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -373,7 +374,9 @@ def _text(model: str, data_dir: Path, device: torch.device) -> Problem:
     counts = " + ".join(f"{len(part):,}" for part in parts)
     objective = TextObjective(LanguageModel(words), "cross_entropy")
     source = f"{counts} words of Penn Treebank in {data_dir / 'ptb'}"
-    return Problem(objective, *windows, source, f"{counts} words", sequential=True)
+    digest = hashlib.sha256(torch.cat(parts).numpy()).hexdigest()[:16]
+    fingerprint = f"{counts} words, sha256 {digest}"
+    return Problem(objective, *windows, source, fingerprint, sequential=True)
 
 
 # ---- toys ----
