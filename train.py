@@ -97,10 +97,11 @@ def graph_bytes(function) -> int:
     """Bytes of all tensors that the graph of a call of `function` keeps for its backward pass."""
     kept: dict[int, Tensor] = {}
 
-    def pack(tensor: Tensor) -> None:
-        # Held here without its graph: an output that its own graph held would never be freed.
-        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+    def pack(tensor: Tensor) -> Tensor:
+        # Without its graph: an output that its own graph held would never be freed.
+        saved = kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return saved
 
-    with saved_tensors_hooks(pack, lambda _: None):
+    with saved_tensors_hooks(pack, lambda saved: saved):
         function()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

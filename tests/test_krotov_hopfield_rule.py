@@ -242,10 +242,10 @@ def test_main_takes_the_rule_with_every_method(method, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--pair_inputs"], "need --rule polynomial"),
-        (["--sparsify"], "need --rule polynomial"),
-        (["--l1_reg", "1"], "need --rule polynomial"),
-        (["--compile"], "need --rule polynomial"),
+        (["--pair_inputs"], "needs --rule polynomial"),
+        (["--sparsify"], "needs --rule polynomial"),
+        (["--l1_reg", "1"], "needs --rule polynomial"),
+        (["--compile"], "needs --rule polynomial"),
         (["--ranking_param", "5"], "to 4, the number of units"),
         (["--lebesgue_p", "0.5"], "at least 1"),
     ],
