@@ -395,16 +395,16 @@ COMPETING = [
 )
 def test_searches_of_the_larger_commands_find_their_values(tmp_path, metric, search, command):
     script, *arguments = command
-    flags = ["--metric", metric, "--direction", "maximize", "--trials", 2, "--search", *search]
+    flags = ["--metric", metric, "--direction", "maximize", "--trials", 1, "--search", *search]
     common = ["--dataset", "mnist5k", "--threads", 1]
     run("--out", tmp_path / "sweep", *flags, "--", ROOT / script, *arguments, *common)
-    assert [row["state"] for row in table(tmp_path / "sweep")] == ["done", "done"]
+    assert [row["state"] for row in table(tmp_path / "sweep")] == ["done"]
     assert results(tmp_path / "sweep")["best"]["value"] > 0.05
 
 
 def test_runs_of_one_pass_tuning_are_swept(tmp_path):
     arguments = ["-c", ROOT / "configs/boston.yaml", "--total_step_limit", 40, "--quiet"]
-    flags = ["--metric", "loss_validation", "--trials", 2, "--search", "lr=log:1e-4:1e-1"]
+    flags = ["--metric", "loss_validation", "--trials", 1, "--search", "lr=log:1e-4:1e-1"]
     command = [ROOT / "tune_one_pass.py", *arguments, "--data-dir", tmp_path]
     run("--out", tmp_path / "sweep", *flags, "--", *command)
     assert {row["state"] for row in table(tmp_path / "sweep")} == {"done"}
