@@ -117,7 +117,7 @@ def report(log: RunLog, source: str, initializer, rows: list[dict[str, float]]) 
     if rows:
         log.say(f"test accuracy {np.mean(accuracies):.2%} +- {np.std(accuracies):.2%} over "
                 f"{len(rows)} draws")  # fmt: skip
-    draw_mlp_run(log.directory)
+    log.draw(draw_mlp_run)
     log.say(f"everything is in {log.directory}")
 
 

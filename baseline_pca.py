@@ -114,7 +114,7 @@ def report(args, log: RunLog, source: str) -> None:
         log.say(f"{k:10d}" + "".join(f"  {value:9.2%}" for value in row.values()))
         table.append({"components": k, **row})
     log.write_json("results.json", {"data": source, "C": args.C, "table": table})
-    draw_pca_run(log.directory)
+    log.draw(draw_pca_run)
     log.say(f"everything is in {log.directory}")
 
 

@@ -110,7 +110,7 @@ def report(args, training: VICReg, test_data, log: RunLog) -> None:
     log.write_parameters(training.params, training.data.shape)
     results = {"data": training.data.source, "epochs": training.epoch, **accuracies}
     log.write_json("results.json", results)
-    draw_vicreg_run(log.directory)
+    log.draw(draw_vicreg_run)
     log.say(
         f"test accuracy {accuracies['test_accuracy']:.2%}, training accuracy "
         f"{accuracies['train_accuracy']:.2%} after {training.epoch} epochs"

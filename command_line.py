@@ -37,7 +37,8 @@ from run_log import RunLog, RunLogError, SilentLog, plain, read_config
 DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-OF_THE_CALL = ("out", "resume", "quiet")  # flags that belong to one call, not to the run
+# flags that belong to one call, not to the run
+OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 MAY_DIFFER = ("data_dir", "save_state")  # on --resume: they change no number
 
 # what torch's allocators say, of the CPU and of CUDA
@@ -76,6 +77,8 @@ def run_parser(description: str, command: str) -> argparse.ArgumentParser:
     add = group.add_argument
     add("--seed", type=nonnegative_int, default=0, metavar="N", help="seed of all random numbers")
     add("--quiet", action="store_true", help="print errors only")
+    later = "draw no figures; plot.py run DIR can do it later"
+    add("--no_figures", "--no-figures", action="store_true", help=later)
     return parser
 
 
@@ -167,9 +170,10 @@ def open_run(
     config["data_found"] = None if data is None else data.fingerprint()
     existing = args.resume or _run_before_the_restart(args)
     if existing is None:
-        return RunLog.create(args.out or new_directory(command), config, args.quiet)
+        directory = args.out or new_directory(command)
+        return RunLog.create(directory, config, args.quiet, not args.no_figures)
     _refuse_other_configuration(existing, read_config(existing), plain(config))
-    return RunLog.reopen(existing, args.quiet)
+    return RunLog.reopen(existing, args.quiet, not args.no_figures)
 
 
 def _run_before_the_restart(args: argparse.Namespace) -> Path | None:
@@ -363,11 +367,12 @@ def new_directory(command: str, folder: Path = Path("runs")) -> Path:
 
 def _be_deterministic(device: torch.device) -> None:
     """Prefer deterministic kernels, whole float32; an operation that has none warns."""
+    # use_deterministic_algorithms would tell torch's compiler too, which takes seconds to import
+    torch.set_deterministic_debug_mode("warn")
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         set_tensor_cores("ieee")
-    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # this part would cost time
 
 

@@ -231,7 +231,7 @@ def report(log: RunLog, comparison: Comparison) -> None:
     if summary:
         cells = table_cells(summary, comparison.draws)
         log.write_text("table.md", markdown(cells))
-        draw_evaluation_run(log.directory)
+        log.draw(draw_evaluation_run)
         log.say(f"test accuracy, mean and standard deviation over {comparison.draws} draws")
         for line in aligned(cells):
             log.say(line)

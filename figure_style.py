@@ -39,7 +39,8 @@ def label_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.set_ylabel(y_label, fontsize=FONT)
     axes.tick_params(labelsize=FONT - 1, colors=GREY)
     axes.yaxis.get_offset_text().set_fontsize(FONT - 1)
-    axes.xaxis.set_major_locator(whole_ticks())
+    if axes.get_xscale() == "linear":
+        axes.xaxis.set_major_locator(whole_ticks())
     axes.grid(True, color="#e6e6e6", lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

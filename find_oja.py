@@ -190,7 +190,7 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
         "cosine_oja": comparison["oja"],
         "oja_rate": comparison["oja_rate"],
     })  # fmt: skip
-    draw_oja_run(log.directory)
+    log.draw(draw_oja_run)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         results = save(training, data.source, log)
         finished = finished and compare(args, network, make, results, log)
-        draw_optimizer_run(log.directory)
+        log.draw(draw_optimizer_run)
         log.say(f"everything is in {log.directory}")
     if not finished:
         raise KeyboardInterrupt

@@ -447,7 +447,7 @@ def main(argv: list[str] | None = None) -> None:
         log.say("the rule; in brackets, the size of a term relative to the whole change")
         log.say(rule.formula(effects or None, max_terms=6))
         report(log, train_data, initializer, rows, params, effects)
-        draw_run(log.directory)
+        log.draw(draw_run)
         log.say(f"everything is in {log.directory}")
     if not (finished and evaluated):
         raise KeyboardInterrupt

@@ -141,23 +141,13 @@ def clip_product(gradient: Tensor, norm: float | None, vectors: Tensor) -> Tenso
 # ---- hypergradients, for the natural hyperparameters ----
 
 
-def look_back_vector(
-    step: WeightStep, validation_gradient: Tensor, terms: int, truncate: bool = False
-) -> Tensor:
-    """p [D, P]: `terms` terms of the Neumann series, for terms - 1 Hessian-vector products.
-
-    With `truncate`, a run's series ends before the first term that is longer than the one before:
-    from there on it would diverge.
-    """
+def look_back_vector(step: WeightStep, validation_gradient: Tensor, terms: int) -> Tensor:
+    """p [D, P]: `terms` terms of the Neumann series, for terms - 1 Hessian-vector products."""
     eta = step.hyperparameters["lr"]
     vector, total = validation_gradient, validation_gradient.clone()
-    length = vector.norm(dim=1, keepdim=True)
     for _ in range(terms - 1):
         # (du/dw)^T v = (H + xi I) (eta v); with a rate for each weight the order matters
         vector = vector - step.curvature_product(eta * vector)
-        if truncate:
-            before, length = length, vector.norm(dim=1, keepdim=True)
-            vector = torch.where(length <= before, vector, 0)
         total += vector
     return total
 
@@ -229,7 +219,6 @@ class Settings:
         lr, final_lr: Adam's on the raw values, at the first and at the last hyperparameter step.
         updates: hyperparameter steps in all; after them the hyperparameters stay.
         chain_rule: False feeds Adam the derivative for the natural value, as Baydin et al. do.
-        truncate: end a run's series where its terms begin to grow.
         recover: a run whose training loss is not finite, or far above where it began, goes on from
             the weights of its last good hyperparameter step at a third of its learning rate.
         clip_norm: of the training gradient.
@@ -247,7 +236,6 @@ class Settings:
     final_lr: float = 0.05
     updates: int = 400
     chain_rule: bool = True
-    truncate: bool = False
     recover: bool = False
     clip_norm: float | None = None
     bounds: dict[str, tuple[float, float]] = field(default_factory=lambda: {"lr": (-10.0, 0.0)})
@@ -433,10 +421,7 @@ class Tuning:
         return failed
 
     def _look_back(self, step: WeightStep, window: deque[WeightStep]) -> None:
-        settings = self.settings
-        vector = look_back_vector(
-            step, self._validation_gradient(), settings.look_back, settings.truncate
-        )
+        vector = look_back_vector(step, self._validation_gradient(), self.settings.look_back)
         self._descend(look_back_hypergradients(step, vector), step)
 
     def _unroll(self, step: WeightStep, window: deque[WeightStep]) -> None:

@@ -15,8 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator
+from matplotlib.ticker import AutoLocator, MaxNLocator
+from matplotlib.tri import Triangulation
 from torch import Tensor
 
 from figure_style import (
@@ -238,7 +242,6 @@ def _distributions(runs: Sequence[Recorded]) -> Figure:
     axes.set_xscale("log")
     axes.set_ylim(0, 1)
     label_axes(axes, "Final losses", "test loss", "share of draws that end below")
-    axes.xaxis.set_major_locator(LogLocator())
     add_legend(axes)
     return figure
 
@@ -263,17 +266,17 @@ def _hyperparameter_traces(runs: Sequence[Recorded], name: str, label: str) -> F
 def _best_so_far(runs: Sequence[Recorded]) -> Figure:
     """The test loss of the draw with the least validation loss, over the number of draws."""
     figure, axes = one_panel()
+    axes.set(xscale="log", yscale="log")  # later it would fail where nothing is drawn
     for colour, run in zip(colours(len(runs)), runs, strict=True):
         validation = run.columns["Loss/Validation"][-1]
         judged = validation if np.isfinite(validation).any() else final_losses(run.columns)
         judged = np.where(np.isfinite(judged), judged, math.inf)
         best = [int(judged[: count + 1].argmin()) for count in range(len(judged))]
         values = final_losses(run.columns)[best]
-        axes.step(np.arange(1, len(best) + 1), values, where="post", color=colour, label=run.title)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+        kept = np.isfinite(values)
+        draws = np.arange(1, len(best) + 1)[kept]
+        axes.step(draws, values[kept], where="post", color=colour, label=run.title)
     label_axes(axes, "Best of so many draws, chosen on validation", "draws", "test loss")
-    axes.xaxis.set_major_locator(LogLocator())
     add_legend(axes)
     return figure
 
@@ -291,23 +294,52 @@ def _run_times(runs: Sequence[Recorded]) -> Figure:
 
 
 def _trajectories(runs: Sequence[Recorded]) -> Figure:
-    """Where draws go in the plane of learning rate and momentum, over what they end with."""
+    """Where draws go in the plane of learning rate and momentum, and what they end with.
+
+    Draws whose hyperparameters stay are the corners of a surface; over it go the others.
+    """
     figure, axes = one_panel()
-    points = [
-        np.stack([run.columns[f"Hyperparameter/{name}"] for name in ("Lr", "Momentum")])
-        for run in runs
-    ]
-    ends = np.concatenate([part[:, -1] for part in points], axis=1)
-    losses = np.concatenate([final_losses(run.columns) for run in runs])
-    kept = np.isfinite(losses)
-    for part in points:
-        axes.plot(part[0, :, :30], part[1, :, :30], color=FAINT, lw=0.5)
-    shown = axes.scatter(*ends[:, kept], c=np.log10(losses[kept]), s=10, cmap="viridis", zorder=3)
+    ends = [_ends(run) for run in runs]
+    losses = np.concatenate([last for _, _, last in ends])
+    colour_of = Normalize(*np.percentile(losses, (0, 98)) if len(losses) else (0, 1))
+    staying = [run.config["method"] == "fixed" for run in runs]
+    corners = [end for end, stays in zip(ends, staying, strict=True) if stays]
+    surface = bool(corners) and _draw_surface(axes, np.concatenate(corners, axis=1), colour_of)
+    for run, end, stays in zip(runs, ends, staying, strict=True):
+        if stays and surface:
+            continue
+        paths = [run.columns[f"Hyperparameter/{name}"][:, :30] for name in ("Lr", "Momentum")]
+        axes.plot(*paths, color="white" if surface else FAINT, lw=0.5, alpha=0.7)
+        axes.scatter(*end[:2], c=end[2], norm=colour_of, s=12, ec="white", lw=0.4, zorder=3)
     axes.set_xscale("log")
     label_axes(axes, "From the draw to the end", "learning rate", "momentum")
-    axes.xaxis.set_major_locator(LogLocator())
-    figure.colorbar(shown, ax=axes, label="log10 of the final test loss")
+    mappable = ScalarMappable(colour_of, "viridis")
+    figure.colorbar(mappable, ax=axes, label="log10 of the last validation loss")
     return figure
+
+
+def _draw_surface(axes: Axes, corners: np.ndarray, colour_of: Normalize) -> bool:
+    """What `corners`, as _ends gives them, say of the plane between; False where they span none."""
+    rates, momenta, losses = corners
+    points = np.stack([np.log10(rates), momenta], axis=1)  # as they lie in the figure
+    if len(points) < 3 or np.linalg.matrix_rank(points - points[0]) < 2:
+        return False
+    triangles = Triangulation(*points.T).triangles
+    axes.tricontourf(rates, momenta, triangles, losses, levels=20, norm=colour_of)
+    return True
+
+
+def _ends(run: Recorded) -> np.ndarray:
+    """[3, draws]: last learning rate, momentum, and log10 of the last validation loss.
+
+    Where no rows were held out it is the test loss. Diverged draws are left out.
+    """
+    losses = run.columns["Loss/Validation"][-1]
+    if not np.isfinite(losses).any():
+        losses = run.columns["Loss/Test"][-1]
+    kept = np.isfinite(final_losses(run.columns)) & np.isfinite(losses) & (losses > 0)
+    rates, momenta = (run.columns[f"Hyperparameter/{name}"][-1] for name in ("Lr", "Momentum"))
+    return np.stack([rates, momenta, np.log10(np.where(kept, losses, 1))])[:, kept]
 
 
 def _sensitivity(runs: Sequence[Recorded]) -> Figure:

@@ -274,7 +274,7 @@ def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: 
         "term_effects": best["term_effects"],
         "pruning": stages,
     })  # fmt: skip
-    draw_run(log.directory)
+    log.draw(draw_run)
     for stage in stages:
         log.say(stage_text(stage))
     log.say(

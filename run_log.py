@@ -52,14 +52,16 @@ class RunLog:
     directory: where everything is written.
     config: the configuration as saved in config.json.
     quiet: no progress and nothing on stdout; log.txt is written all the same.
+    figures: whether `draw` draws.
     """
 
     def __init__(
-        self, directory: Path, config: dict[str, Any], lock: BinaryIO, quiet: bool
+        self, directory: Path, config: dict[str, Any], lock: BinaryIO, quiet: bool, figures: bool
     ) -> None:
         self.directory = directory
         self.config = config
         self.quiet = quiet
+        self.figures = figures
         self._lock = lock
         self._metrics: BinaryIO | None = None
         self._columns: list[str] | None = None
@@ -68,7 +70,13 @@ class RunLog:
         self._events: EventFile | None = None
 
     @classmethod
-    def create(cls, directory: str | Path, config: Mapping[str, Any], quiet: bool = False) -> Self:
+    def create(
+        cls,
+        directory: str | Path,
+        config: Mapping[str, Any],
+        quiet: bool = False,
+        figures: bool = True,
+    ) -> Self:
         """Start a run in a new or empty directory."""
         directory = Path(directory)
         with _reported(f"can't write the run directory {directory}"):
@@ -78,7 +86,7 @@ class RunLog:
         try:
             _refuse_occupied(directory)
             _write(directory / "config.json", json_text(dict(config)))
-            log = cls(directory, read_json(directory / "config.json"), lock, quiet)
+            log = cls(directory, read_json(directory / "config.json"), lock, quiet, figures)
             log._describe_environment()
         except BaseException:
             lock.close()
@@ -86,13 +94,13 @@ class RunLog:
         return log
 
     @classmethod
-    def reopen(cls, directory: str | Path, quiet: bool = False) -> Self:
+    def reopen(cls, directory: str | Path, quiet: bool = False, figures: bool = True) -> Self:
         """Go on with the run in `directory`; call `load_checkpoint` before recording anything."""
         directory = Path(directory)
         config = read_config(directory)
         lock = _take_lock(directory)
         try:
-            log = cls(directory, config, lock, quiet)
+            log = cls(directory, config, lock, quiet, figures)
             log._describe_environment()
             log._read_last_row()
         except BaseException:
@@ -295,6 +303,11 @@ class RunLog:
         path = self.path("log.txt")
         with _reported(f"can't write {path}"), path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
+
+    def draw(self, figures_of: Callable[[Path], object]) -> None:
+        """Have `figures_of` draw the run in its directory, unless figures are left out."""
+        if self.figures:
+            figures_of(self.directory)
 
     @contextmanager
     def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator["Progress"]:

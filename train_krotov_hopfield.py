@@ -164,7 +164,7 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
         "validation_accuracy": last.get("validation_accuracy"),
         "test_accuracy": last.get("test_accuracy"),
     })  # fmt: skip
-    draw_competition_run(log.directory)
+    log.draw(draw_competition_run)
 
 
 def main(argv: list[str] | None = None) -> None:

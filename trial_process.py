@@ -81,7 +81,7 @@ def start(trial: Trial, command: Sequence[str], directory: Path, threads: int) -
     directory.parent.mkdir(parents=True, exist_ok=True)
     stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
     process = subprocess.Popen(
-        [sys.executable, *command, "--out", str(directory), "--quiet"],
+        [sys.executable, *command, "--out", str(directory), "--quiet", "--no_figures"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=stderr,

@@ -71,7 +71,6 @@ KEYS = (
     Key("hyperparameter_lr", positive_float, 0.05, "Adam's rate on the raw values"),
     Key("final_hyperparameter_lr", positive_float, None, "the rate falls to this; none: stays"),
     Key("chain_rule", truth, True, "false: Adam is fed the derivative for the natural value"),
-    Key("truncate_series", truth, False, "end a series where its terms begin to grow"),
     Key("recover", truth, False, "a run that diverges goes on from its last good weights, slower"),
     Key("network_weight_grad_clipping", mapping, {}, "of the training gradient: {norm: .25}"),
     Key(
@@ -221,7 +220,6 @@ def make_settings(args: argparse.Namespace) -> Settings:
         final_lr=args.final_hyperparameter_lr or args.hyperparameter_lr,
         updates=args.steps // args.network_weight_steps,
         chain_rule=args.chain_rule,
-        truncate=args.truncate_series,
         recover=args.recover,
         clip_norm=args.network_weight_grad_clipping.get("norm"),
         bounds={n: tuple(pair) for n, pair in args.hyperparameter_clipping.items() if pair},
@@ -344,7 +342,7 @@ def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: Ru
             key = name.replace("/", "_").lower()
             results[key] = float(np.median(columns.arrays()[name][-1]))
     log.write_json("results.json", results)
-    draw_one_pass_run(log.directory)
+    log.draw(draw_one_pass_run)
     log.say(
         f"final test loss: median {results['median']:.4g}, mean {results['mean']:.4g} of those "
         f"that did not diverge, {results['diverged']:.1%} diverged; in {log.directory}"

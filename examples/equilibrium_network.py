@@ -282,7 +282,7 @@ def report(args, log: RunLog, source: str) -> None:
         log.say(f"{title}: test accuracy {last[f'{name}/test_accuracy']:.2%}, training accuracy "
                 f"{last[f'{name}/train_accuracy']:.2%}")  # fmt: skip
     log.say(f"one more iteration moves h by {last['distance_from_fixed_point']:.1e} of its norm")
-    draw_curves(metrics, log.path("figures/training.png"))
+    log.draw(lambda directory: draw_curves(metrics, directory / "figures/training.png"))
     log.say(f"everything is in {log.directory}")
 
 

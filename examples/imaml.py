@@ -432,14 +432,13 @@ def report(args, tasks: Tasks, log: RunLog, source: str, scores: Mapping[str, np
                 f"standard deviation over {len(last)} tasks {last.std():.4f}, "
                 f"standard error {error:.4f}")  # fmt: skip
     log.write_json("results.json", results)
-    draw(read_metrics(log.directory), scores, tasks.score, log.path("figures/meta_learning.png"))
+    log.draw(lambda directory: draw(directory, scores, tasks.score))
     log.say(f"everything is in {log.directory}")
 
 
-def draw(
-    metrics: Mapping[str, np.ndarray], scores: Mapping[str, np.ndarray], score: str, path: Path
-) -> None:
+def draw(directory: Path, scores: Mapping[str, np.ndarray], score: str) -> None:
     """The meta-loss over meta-steps; scores over steps, mean and two standard errors."""
+    metrics = read_metrics(directory)
     figure = new_figure(9.6, 3.8)
     left, right = figure.subplots(1, 2)
     left.plot(metrics["step"], metrics["meta_loss"], color=COLOURS[0], lw=1)
@@ -451,7 +450,7 @@ def draw(
         right.fill_between(steps, mean - width, mean + width, color=colour, alpha=0.2, lw=0)
     label_axes(right, "Test tasks", "steps of gradient descent", score)
     add_legend(right)
-    save_figure(figure, path)
+    save_figure(figure, directory / "figures/meta_learning.png")
 
 
 def main(argv: list[str] | None = None) -> None:

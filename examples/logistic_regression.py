@@ -295,7 +295,7 @@ def compare_methods(problem: Problem, log: RunLog) -> None:
     writer.writerows(zip(CURVE, *curves.values(), strict=True))
     log.write_text("errors.csv", table.getvalue())
     log.write_json("rates.json", rates)
-    draw_errors(CURVE, curves, rates, log.path("figures/errors.png"))
+    log.draw(lambda directory: draw_errors(CURVE, curves, rates, directory / "figures/errors.png"))
     shown = [k for k in (1, 4, 11, 27, 85) if k in CURVE]
     log.say("relative error of the hypergradient at l = 1, float64; contraction "
             f"{rates['contraction']:.3f}, rate of CG {rates['CG']:.3f}")  # fmt: skip
@@ -396,7 +396,7 @@ def report(args, log: RunLog, source: str) -> None:
             f"{value:12.4f}" for value in told.values()))  # fmt: skip
         table.append({"step": step, **row, **told})
     log.write_json("results.json", {"data": source, "method": args.method, "table": table})
-    draw_losses(metrics, published, log.path("figures/loss.png"))
+    log.draw(lambda directory: draw_losses(metrics, published, directory / "figures/loss.png"))
     log.say(f"everything is in {log.directory}")
 
 

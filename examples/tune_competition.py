@@ -152,7 +152,7 @@ def report(rows: list[dict[str, float]], source: str, log: RunLog) -> None:
         log.say(f"{way:>15}: loss {loss[0]:.4f} ± {loss[1]:.4f}, test accuracy "
                 f"{accuracy[0]:.2%} ± {accuracy[1]:.2%}")  # fmt: skip
     log.write_json("results.json", {"data": source, "summary": summary, "searches": rows})
-    draw_searches_run(log.directory)
+    log.draw(draw_searches_run)
 
 
 def main(argv: list[str] | None = None) -> None:

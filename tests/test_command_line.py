@@ -78,6 +78,7 @@ def test_the_common_flags_have_their_defaults():
         "threads": None,
         "dtype": "float32",
         "quiet": False,
+        "no_figures": False,
         "layers": [256, 32],
         "metasteps": 10,
         "lr": 1e-5,
@@ -86,7 +87,7 @@ def test_the_common_flags_have_their_defaults():
 
 
 def test_a_run_without_images_or_without_tensors_has_fewer_flags():
-    of_a_run = {"out", "resume", "seed", "quiet"}
+    of_a_run = {"out", "resume", "seed", "quiet", "no_figures"}
     assert set(vars(parse(run_parser("Does something.", "some"), []))) == of_a_run
     args = parse(computing_parser("Does something.", "some"), ["--threads", "2"])
     assert set(vars(args)) == of_a_run | {"device", "threads", "dtype"} and args.threads == 2
@@ -237,7 +238,17 @@ def test_the_configuration_holds_what_is_in_effect(tmp_path):
     with open_run(args, "some", IMAGES) as log:
         assert log.config["command"] == "some" and log.config["device"] == str(find_device("auto"))
         assert log.config["threads"] == torch.get_num_threads()
-        assert not {"out", "resume", "quiet"} & set(log.config)
+        assert not {"out", "resume", "quiet", "no_figures"} & set(log.config)
+
+
+@pytest.mark.parametrize("flags", [[], ["--no_figures"]])
+def test_figures_can_be_left_out(tmp_path, flags):
+    drawn = []
+    for flag in ("--out", "--resume"):
+        args = parse(some_parser(), ["1", flag, str(tmp_path / "run"), "--quiet", *flags])
+        with open_run(args, "some", IMAGES) as log:
+            log.draw(drawn.append)
+    assert drawn == ([] if flags else [tmp_path / "run"] * 2)
 
 
 def test_an_out_that_can_not_be_written_is_one_line(tmp_path, capsys):

@@ -158,18 +158,6 @@ def test_the_jacobian_of_clipping_is_autograds():
     assert torch.allclose(clip_product(gradient.double(), 0.7, vectors), expected)
 
 
-def test_a_truncated_series_ends_where_its_terms_grow():
-    one = torch.ones(2, 1, dtype=torch.float64)
-    curvature = torch.tensor([[1.0], [50.0]], dtype=torch.float64)
-    found = Linearization(one[:, 0], one, {}, lambda vectors: curvature * vectors)
-    step = weight_step(found, None, one, one, True, hyperparameters(one, 0.1, 0.0), None)
-    plain = look_back_vector(step, one, 5)
-    kept = look_back_vector(step, one, 5, truncate=True)
-    assert kept[0] == plain[0]  # 1 - eta H = .9: converges
-    assert kept[1] == 1  # 1 - eta H = -4: one term is left
-    assert plain[1].abs() > 100
-
-
 def test_adam_is_torchs():
     values = torch.randn(3, 4, dtype=torch.float64)
     theirs = values.clone().requires_grad_()

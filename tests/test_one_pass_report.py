@@ -91,6 +91,16 @@ def test_every_figure_is_drawn(tmp_path):
     assert len(draw_report(runs[:1], tmp_path / "one")) == 9  # no heat map
 
 
+def test_trajectories_are_drawn_also_where_fixed_draws_span_no_surface(tmp_path):
+    varied, tuned = recorded("varied"), recorded("tuned", method="look_back")
+    single, diverged = recorded("single"), recorded("diverged", method="look_back")
+    for name in ("Lr", "Momentum"):
+        single.columns[f"Hyperparameter/{name}"][:] = 0.1
+    diverged.columns["Unnormalised_Loss/Test"][-1] = math.nan
+    for runs in ([varied, tuned], [varied], [tuned], [single, tuned], [single], [diverged]):
+        assert tmp_path / "trajectories.png" in draw_report(runs, tmp_path)
+
+
 def test_a_run_of_another_command_is_refused(tmp_path, capsys):
     with pytest.raises(RunLogError, match=r"no config\.json"):
         read_run(tmp_path)

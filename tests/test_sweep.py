@@ -23,6 +23,7 @@ for name, kind in (("x", float), ("k", int), ("mode", str), ("steps", int), ("pa
 parser.add_argument("--threads")
 parser.add_argument("--out", type=Path)
 parser.add_argument("--quiet", action="store_true")
+parser.add_argument("--no_figures", action="store_true")
 args = parser.parse_args()
 ended = []
 signal.signal(signal.SIGTERM, lambda *_: ended.append(1))
