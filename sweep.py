@@ -8,8 +8,8 @@
     python sweep.py ... --variant "ours=-c a.yaml" --variant "random=-c b.yaml" -- ...
     python sweep.py --resume runs/rates                      goes on, or joins in
 
-Every trial is the command behind `--` with a value for each searched flag, `--out` and `--quiet`,
-in a process of its own; its value is read from its results.json. See docs/sweeps.md.
+Every trial is the command behind `--` with a value for each searched flag, `--out`, `--quiet` and
+`--no_figures`, in a process of its own; its value is read from its results.json. See docs/sweeps.md.
 """
 
 import argparse
