@@ -97,6 +97,12 @@ def summary(losses: np.ndarray, seed: int = 0) -> dict[str, float]:
     }
 
 
+def median_of_draws(values: np.ndarray) -> float:
+    """The median of [draws]; what is nan counts as infinite, unless nothing was measured at all."""
+    missing = np.isnan(values)
+    return math.nan if missing.all() else float(np.median(np.where(missing, math.inf, values)))
+
+
 def best_of_groups(losses: np.ndarray, validation: np.ndarray, size: int) -> np.ndarray:
     """Of each `size` draws in turn the test loss of the one with the least validation loss."""
     count = len(losses) // size

@@ -9,7 +9,7 @@
     python sweep.py --resume runs/rates                      goes on, or joins in
 
 Every trial is the command behind `--` with a value for each searched flag, `--out`, `--quiet` and
-`--no_figures`, in a process of its own; its value is read from its results.json. See docs/sweeps.md.
+`--no_figures`, in a process of its own; its value is read from its results.json: docs/sweeps.md.
 """
 
 import argparse

@@ -48,7 +48,13 @@ from one_pass import (
     initial_state,
 )
 from one_pass_problems import MODELS, PROBLEMS, Problem, default_model, make_problem, make_samples
-from one_pass_report import Columns, draw_one_pass_run, final_losses, summary
+from one_pass_report import (
+    Columns,
+    draw_one_pass_run,
+    final_losses,
+    median_of_draws,
+    summary,
+)
 from run_log import RunLog, run_to_end
 from yaml_settings import Key, add_settings, complete, mapping, truth
 
@@ -299,7 +305,7 @@ def record(
     evaluation = time.perf_counter() - started
     columns.append(tuning.state.step, seconds, evaluation, row)
     log.write_arrays("draws.npz", columns.arrays())
-    medians = {name: float(np.median(values)) for name, values in row.items()}
+    medians = {name: median_of_draws(values) for name, values in row.items()}
     return {**medians, "seconds": seconds}
 
 
@@ -340,7 +346,7 @@ def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: Ru
     for name in ("Loss/Validation", "Loss/Test", "Accuracy/Test"):
         if name in columns.arrays():
             key = name.replace("/", "_").lower()
-            results[key] = float(np.median(columns.arrays()[name][-1]))
+            results[key] = median_of_draws(columns.arrays()[name][-1])
     log.write_json("results.json", results)
     log.draw(draw_one_pass_run)
     log.say(

@@ -13,6 +13,7 @@ from one_pass_report import (
     best_of_groups,
     draw_report,
     final_losses,
+    median_of_draws,
     read_run,
     summary,
     table,
@@ -55,6 +56,12 @@ def test_the_deviation_of_a_mean_is_that_of_the_bootstrap():
     found = summary(losses)
     assert found["mean"] == pytest.approx(losses.mean(), abs=0.01)
     assert found["mean_deviation"] == pytest.approx(losses.std() / 20, rel=0.15)
+
+
+def test_a_draw_that_is_not_a_number_does_not_hide_the_median():
+    assert median_of_draws(np.array([1.0, math.nan, 3.0])) == 3
+    assert median_of_draws(np.array([1.0, math.nan, math.nan])) == math.inf
+    assert math.isnan(median_of_draws(np.full(2, math.nan)))
 
 
 def test_of_each_three_draws_the_best_on_validation_is_taken():
