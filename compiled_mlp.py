@@ -33,15 +33,13 @@ class CompiledMLPObjective(MLPObjective):
         runs, dtype = len(weights), samples[0].dtype
         loss = np.empty(runs, dtype)
         gradient = np.empty(tuple(weights.shape), dtype)
-        active = np.empty((runs, len(batch.inputs), units), dtype)
-        errors = np.empty((runs, len(batch.inputs)), dtype)
         kernels = _kernels(inputs, units)
-        kernels.gradient(*samples, weights.numpy(), loss, gradient, active, errors)
+        kernels.gradient(*samples, weights.numpy(), loss, gradient)
 
         def hessian_product(vectors: Tensor) -> Tensor:
             product = np.empty_like(gradient)
             vectors = vectors.contiguous().numpy()
-            kernels.product(samples[0], weights.numpy(), vectors, active, errors, product)
+            kernels.product(*samples, weights.numpy(), vectors, product)
             return torch.from_numpy(product)
 
         return Linearization(
@@ -60,7 +58,8 @@ def _kernels(F: int, H: int) -> _Kernels:
     """Loops for F inputs and H hidden units; compiled at the first call with each dtype.
 
     A run's flat weights are W1 [F, H], b1 [H], w2 [H], b2. Arrays: X [N, F], y [N], weights and
-    what is shaped like them [D, P], active [D, N, H] hidden units, errors [D, N].
+    what is shaped like them [D, P]. A product computes the hidden units anew: to keep them, [D, N,
+    H], would take longer than that, because they do not fit into the caches.
     """
     b, o, c = F * H, F * H + H, F * H + 2 * H  # where b1, w2 and b2 begin
 
@@ -68,7 +67,7 @@ def _kernels(F: int, H: int) -> _Kernels:
     compiled = numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
 
     @compiled
-    def gradient(X, y, weights, loss, gradients, active, errors):
+    def gradient(X, y, weights, loss, gradients):
         count = len(y)
         zero = weights.dtype.type(0)
         scale = weights.dtype.type(2 / count)
@@ -76,10 +75,9 @@ def _kernels(F: int, H: int) -> _Kernels:
             w = weights[d]
             W1, b1, w2 = w[:b].reshape(F, H), w[b:o], w[o:c]
             G1, g1, g2 = np.zeros((F, H), w.dtype), np.zeros(H, w.dtype), np.zeros(H, w.dtype)
-            back = np.zeros(H, w.dtype)
+            h, back = np.zeros(H, w.dtype), np.zeros(H, w.dtype)
             squares, g0 = zero, zero
             for n in range(count):
-                h = active[d, n]
                 output = w[c]
                 for j in range(H):
                     z = b1[j]
@@ -89,7 +87,6 @@ def _kernels(F: int, H: int) -> _Kernels:
                     output += h[j] * w2[j]
                 difference = output - y[n]
                 error = difference * scale
-                errors[d, n] = error
                 squares += difference * difference
                 g0 += error
                 for j in range(H):
@@ -105,26 +102,32 @@ def _kernels(F: int, H: int) -> _Kernels:
             g[:b], g[b:o], g[o:c], g[c] = G1.reshape(b), g1, g2, g0
 
     @compiled
-    def product(X, weights, vectors, active, errors, products):
-        count = len(X)
+    def product(X, y, weights, vectors, products):
+        count = len(y)
         zero = weights.dtype.type(0)
         scale = weights.dtype.type(2 / count)
         for d in numba.prange(len(weights)):
-            w2, v = weights[d, o:c], vectors[d]
+            w, v = weights[d], vectors[d]
+            W1, b1, w2 = w[:b].reshape(F, H), w[b:o], w[o:c]
             V1, v1, v2 = v[:b].reshape(F, H), v[b:o], v[o:c]
             P1, p1, p2 = np.zeros((F, H), v.dtype), np.zeros(H, v.dtype), np.zeros(H, v.dtype)
-            moved, back = np.zeros(H, v.dtype), np.zeros(H, v.dtype)
+            h, moved, back = np.zeros(H, v.dtype), np.zeros(H, v.dtype), np.zeros(H, v.dtype)
             p0 = zero
             for n in range(count):
-                h, error = active[d, n], errors[d, n]
-                output = v[c]
+                output, moving = w[c], v[c]
+                for j in range(H):
+                    z = b1[j]
+                    for i in range(F):
+                        z += X[n, i] * W1[i, j]
+                    h[j] = zero if z <= zero else z
+                    output += h[j] * w2[j]
                 for j in range(H):
                     z = v1[j]
                     for i in range(F):
                         z += X[n, i] * V1[i, j]
                     moved[j] = z if h[j] > zero else zero
-                    output += moved[j] * w2[j] + h[j] * v2[j]
-                change = output * scale
+                    moving += moved[j] * w2[j] + h[j] * v2[j]
+                error, change = (output - y[n]) * scale, moving * scale
                 p0 += change
                 for j in range(H):
                     p2[j] += change * h[j] + error * moved[j]
