@@ -24,9 +24,7 @@ TINY = [
 
 def run(*flags) -> None:
     """The command without its figures, which take longer than all the rest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learn_to_optimize, "draw_optimizer_run", lambda directory: [])
-        learn_to_optimize.main([*map(str, flags)])
+    learn_to_optimize.main([*map(str, flags), "--no_figures"])
 
 
 @pytest.fixture(scope="module")
