@@ -360,9 +360,12 @@ def _sensitivity(runs: Sequence[Recorded]) -> Figure:
         )
         grid[place] = np.median(final_losses(run.columns))
     figure, axes = one_panel()
-    shown = axes.imshow(np.log10(grid), cmap="viridis_r", aspect="auto", origin="lower")
+    logarithm = np.log10(np.where(np.isfinite(grid), grid, math.nan))
+    shown = axes.imshow(logarithm, cmap="viridis_r", aspect="auto", origin="lower")
     for (row, column), value in np.ndenumerate(grid):
-        axes.text(column, row, f"{value:.3g}", ha="center", va="center", color="white")
+        if not np.isnan(value):
+            colour = "white" if shown.norm(logarithm[row, column]) > 0.5 else "black"
+            axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour)
     label_axes(axes, "Median final test loss", "weight steps, T", "terms of the series, i")
     axes.grid(False)
     axes.set_xticks(range(len(every)), every)

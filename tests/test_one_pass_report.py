@@ -96,6 +96,8 @@ def test_every_figure_is_drawn(tmp_path):
     paths = draw_report(runs, tmp_path / "figures")
     assert len(paths) == 10 and all(path.stat().st_size > 1000 for path in paths)
     assert len(draw_report(runs[:1], tmp_path / "one")) == 9  # no heat map
+    runs[0].columns["Unnormalised_Loss/Test"][-1] = math.nan
+    assert len(draw_report(runs[:3], tmp_path / "some")) == 10  # one cell is infinite, one empty
 
 
 def test_trajectories_are_drawn_also_where_fixed_draws_span_no_surface(tmp_path):
