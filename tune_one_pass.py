@@ -73,7 +73,7 @@ KEYS = (
     Key("batch_size", positive_int, None, "training and validation samples a step; none: all"),
     Key("validation_proportion", fraction, 0.0, "of the training data, held out"),
     Key("split_seed", nonnegative_int, 1, "of the permutation of the rows before they are split"),
-    Key("look_back", positive_int, 5, "terms of the series, i, or steps that are unrolled"),
+    Key("look_back", positive_int, 5, "terms of the series, i (odd is safer), or unrolled steps"),
     Key("hyperparameter_lr", positive_float, 0.05, "Adam's rate on the raw values"),
     Key("final_hyperparameter_lr", positive_float, None, "the rate falls to this; none: stays"),
     Key("chain_rule", truth, True, "false: Adam is fed the derivative for the natural value"),
