@@ -531,7 +531,7 @@ def run(args) -> bool:
             try:
                 finished = sweep.run()
             finally:
-                write_report(sweep.report(), directory)
+                write_report(sweep.report(), directory, figures=not args.no_figures)
             say_summary(sweep.report(), log)
             log.say(f"everything is in {directory}")
             return finished

@@ -127,11 +127,12 @@ def write_results(report: Report, directory: Path) -> None:
     write_whole(directory / "results.json", json_text(results))
 
 
-def write_report(report: Report, directory: Path) -> None:
-    """All of it."""
+def write_report(report: Report, directory: Path, figures: bool) -> None:
+    """All of it; the figures only if asked for."""
     write_table(report, directory)
     write_results(report, directory)
-    draw_sweep_run(directory)
+    if figures:
+        draw_sweep_run(directory)
 
 
 def draw_sweep_run(directory: str | Path) -> list[Path]:

@@ -111,6 +111,13 @@ def test_a_sweep_leaves_its_table_results_and_figures(tmp_path, command):
     redraw(out)
 
 
+def test_a_sweep_without_figures_leaves_none(tmp_path, command):
+    flags = [*METRIC, "--search", "x=0:1", "--trials", 1, "--no_figures"]
+    run("--out", tmp_path / "sweep", *flags, "--", command)
+    assert results(tmp_path / "sweep")["trials"] == {"done": 1}
+    assert not (tmp_path / "sweep" / "figures").exists()
+
+
 def test_every_way_to_fail_is_recorded_and_the_sweep_goes_on(tmp_path, command, capsys):
     out = tmp_path / "sweep"
     modes = ["well", "crash", "killed", "diverge", "nan", "text"]
