@@ -29,6 +29,8 @@ EXTRA_INPUTS = ("time", "relative_update", "parameter")
 TIME_SCALE = 100.0  # steps
 DECAYS = (0.5, 0.9, 0.99)  # of the MLP's running averages of g; of g^2 the last
 MLP_CHUNK = 1 << 14  # columns whose graph is kept at once
+LARGEST_GRADIENT = 1e15  # for the MLP, whose averages of squares stay finite in float32
+DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16)}
 
 
 class OptimizerError(WrongInputError):
@@ -53,9 +55,19 @@ class CoordinateNetwork(nn.Module):
 
     def __init__(self, out_mul: float, settings: dict) -> None:
         super().__init__()
-        if not 0 < out_mul < float("inf"):
-            raise OptimizerError(f"out_mul must be a number above 0, got {out_mul}")
-        self.out_mul, self.settings = float(out_mul), {"out_mul": float(out_mul), **settings}
+        self.settings = {"out_mul": out_mul, **settings}
+        self.out_mul = out_mul
+
+    @property
+    def out_mul(self) -> float:
+        """The factor of all steps, one of the settings."""
+        return self.settings["out_mul"]
+
+    @out_mul.setter
+    def out_mul(self, factor: float) -> None:
+        if not 0 < factor < float("inf"):
+            raise OptimizerError(f"out_mul must be a number above 0, got {factor}")
+        self.settings["out_mul"] = float(factor)
 
     def memory(self, n: int, like: Tensor) -> Tensor:
         """The memory [rows, n] before the first step."""
@@ -94,7 +106,8 @@ class CoordinateLSTM(CoordinateNetwork):
 
     hidden: units of both layers. preprocess: log_and_sign of the gradient, else the gradient.
     extra_inputs: of "time" (tanh(step / 100)), "relative_update" (log |d theta| / |theta| of the
-    tensor, over p, at least -1) and "parameter". out_mul: .1, for nets of ReLUs better .01.
+    tensor, over p, at least -1, and -1 before the first update) and "parameter". out_mul: .1, for
+    nets of ReLUs better .01.
     """
 
     kind = "lstm"
@@ -110,9 +123,13 @@ class CoordinateLSTM(CoordinateNetwork):
         chosen = [name for name in EXTRA_INPUTS if name in extra_inputs]
         settings = {"hidden": hidden, "preprocess": bool(preprocess), "extra_inputs": chosen}
         super().__init__(out_mul, settings)
-        if len(chosen) != len(extra_inputs) or hidden < 1:
-            known = ", ".join(EXTRA_INPUTS)
-            raise OptimizerError(f"hidden must be >= 1, extra inputs are {known}")
+        if hidden < 1:
+            raise OptimizerError(f"hidden must be >= 1, got {hidden}")
+        if len(chosen) != len(extra_inputs):
+            raise OptimizerError(
+                f"extra inputs are {', '.join(EXTRA_INPUTS)}, each at most once, got "
+                f"{', '.join(map(str, extra_inputs))}"
+            )
         self.extra_inputs, self.preprocess = tuple(chosen), bool(preprocess)
         self.state_rows = 4 * hidden
         self.seen_rows = ("time" in chosen) + ("relative_update" in chosen)
@@ -185,7 +202,7 @@ class CoordinateMLP(CoordinateNetwork):
 
     def observe(self, g, theta, memory, sizes):
         *averages, squares, steps = memory
-        steps = steps + 1
+        g, steps = g.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT), steps + 1
         averages = [d * m + (1 - d) * g for d, m in zip(DECAYS, averages, strict=True)]
         squares = DECAYS[-1] * squares + (1 - DECAYS[-1]) * g.square()
         corrected = [m / (1 - d**steps) for d, m in zip(DECAYS, averages, strict=True)]
@@ -232,21 +249,23 @@ def save_network(network: CoordinateNetwork, path: Path | str) -> None:
 
 
 def network_to_dict(network: CoordinateNetwork) -> dict:
-    """Kind, settings and weights, in plain values."""
+    """Kind, settings, type and weights, in plain values."""
     weights = {name: p.tolist() for name, p in network.state_dict().items()}
-    return {"kind": network.kind, "settings": network.settings, "weights": weights}
+    dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+    return {"kind": network.kind, "settings": network.settings, "dtype": dtype, "weights": weights}
 
 
 def load_network(path: Path | str) -> CoordinateNetwork:
-    """Reads what `save_network` wrote, in float32; OptimizerError where it is something else."""
+    """Reads what `save_network` wrote, of its type; OptimizerError where it is something else."""
     try:
         description = json.loads(Path(path).read_text())
     except (OSError, ValueError) as problem:
         raise OptimizerError(f"cannot read a learned optimiser from {path}: {problem}") from problem
     try:
         network = make_network(description["kind"], **description["settings"])
-        weights = {name: torch.tensor(w) for name, w in description["weights"].items()}
-        network.load_state_dict(weights)
+        network.to(DTYPES[description.get("dtype", "float32")])  # older files do not tell it
+        weights = description["weights"].items()
+        network.load_state_dict({n: torch.tensor(w, dtype=torch.float64) for n, w in weights})
     except OptimizerError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as problem:
@@ -268,11 +287,15 @@ def _over_its_size(rows: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _relative_change(theta: Tensor, before: Tensor, sizes: Sequence[int]) -> Tensor:
-    """max(-1, log(|theta - before| / |theta|) / p) of each tensor, for all of its coordinates."""
-    rows = torch.stack([theta - before, theta])
+    """max(-1, log(|theta - before| / |theta|) / p) of each tensor, for all of its coordinates.
+
+    A tensor that was 0 has not been seen before, as all memory starts at 0: -1.
+    """
+    rows = torch.stack([theta - before, theta, before])
     parts = []
     for part in rows.split(list(sizes), 1):
-        change, size = part.norm(dim=1)
+        change, size, seen = part.norm(dim=1)
         ratio = (change / (size + 1e-12) + 1e-12).log() / LARGEST_LOG
-        parts.append(ratio.clamp(min=-1).expand(part.shape[1]))
+        known = ratio.clamp(min=-1).where(seen != 0, -1.0)
+        parts.append(known.expand(part.shape[1]))
     return torch.cat(parts)

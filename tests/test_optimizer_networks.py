@@ -69,7 +69,8 @@ def test_extra_inputs_are_time_the_relative_change_and_the_parameter():
     network = CoordinateLSTM(extra_inputs=EXTRA_INPUTS).double()
     theta = torch.arange(1.0, 11.0, dtype=torch.float64)
     g, memory = torch.ones(10).double(), network.memory(10, theta)
-    _, memory = network.observe(g, theta, memory, SIZES)
+    x, memory = network.observe(g, theta, memory, SIZES)
+    assert torch.equal(x[3], -torch.ones(10).double())  # nothing is known yet
     x, _ = network.observe(g, theta * 1.1, memory, SIZES)
     time, change, parameter = x[2:]
     assert torch.equal(parameter, theta * 1.1)
@@ -85,18 +86,38 @@ def test_the_mlps_inputs_do_not_depend_on_the_scale_of_gradients_and_parameters(
     torch.testing.assert_close(x, scaled, rtol=1e-6, atol=1e-8)
 
 
+def test_a_huge_gradient_leaves_the_mlps_averages_finite():
+    network = CoordinateMLP()
+    g = torch.full((10,), 1e25)
+    x, memory = network.observe(g, torch.ones(10), network.memory(10, g), SIZES)
+    assert memory.isfinite().all() and torch.equal(x[0], torch.ones(10))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [("lstm", {"hidden": 3, "extra_inputs": ["time"]}), ("lstm", {"preprocess": False}),
      ("mlp", {"hidden": 5, "out_mul": 0.02})],
 )  # fmt: skip
-def test_a_saved_network_reads_back_exactly(tmp_path, kind, settings):
-    network = make_network(kind, 7, **settings)
+def test_a_saved_network_reads_back_exactly(tmp_path, kind, settings, dtype):
+    network = make_network(kind, 7, **settings).to(dtype)
+    with torch.no_grad():
+        next(network.parameters()).mul_(1 / 3)
+    network.out_mul = 0.5
     save_network(network, tmp_path / "optimizer.json")
     back = load_network(tmp_path / "optimizer.json")
-    assert back.settings == network.settings and back.kind == kind
+    assert back.settings == network.settings and back.kind == kind and back.out_mul == 0.5
     for ours, theirs in zip(network.parameters(), back.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+        assert torch.equal(ours, theirs) and theirs.dtype == dtype
+
+
+def test_a_file_that_tells_no_type_is_of_float32(tmp_path):
+    path = tmp_path / "optimizer.json"
+    save_network(CoordinateLSTM(3), path)
+    description = json.loads(path.read_text())
+    del description["dtype"]
+    path.write_text(json.dumps(description))
+    assert load_network(path).output.weight.dtype == torch.float32
 
 
 def spoil(description: dict, how: str) -> str:
@@ -106,6 +127,8 @@ def spoil(description: dict, how: str) -> str:
         description["settings"]["hidden"] = 4
     if how == "other kind":
         description["kind"] = "gru"
+    if how == "other type":
+        description["dtype"] = "int8"
     if how == "no weights":
         del description["weights"]
     if how == "no table":
@@ -116,7 +139,8 @@ def spoil(description: dict, how: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "how", ["no json", "other shapes", "other kind", "no weights", "no table", "not finite"]
+    "how",
+    ["no json", "other shapes", "other kind", "other type", "no weights", "no table", "not finite"],
 )
 def test_a_file_that_is_no_such_optimiser_is_refused_in_one_line(tmp_path, how):
     path = tmp_path / "optimizer.json"
@@ -132,6 +156,11 @@ def test_a_file_that_is_no_such_optimiser_is_refused_in_one_line(tmp_path, how):
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(OptimizerError):
         make_network("lstm", 0, **settings)
+
+
+def test_an_input_given_twice_is_told_as_such():
+    with pytest.raises(OptimizerError, match="at most once, got time, time"):
+        CoordinateLSTM(extra_inputs=["time", "time"])
 
 
 def test_the_same_seed_draws_the_same_weights_and_leaves_torchs_generator_alone():
