@@ -1,5 +1,7 @@
 """Learned optimisers in use: as a learning rule of this program, as a torch.optim.Optimizer.
 
+    from optimizer_networks import load_network
+
     network = load_network("runs/sigmoid20/optimizer.json")
     optimizer = LearnedOptimizer(model.parameters(), network)      # anyone's model
     loss.backward(); optimizer.step()
@@ -65,7 +67,8 @@ class LearnedRule(LearningRule):
         with torch.enable_grad():
             own = [{n: t.detach().requires_grad_() for n, t in layer.items()} for layer in params]
             leaves = [tensor for layer in own for tensor in layer.values()]
-            return torch.autograd.grad(self.loss(model, own, batch), leaves)
+            loss = self.loss(model, own, batch)
+            return torch.autograd.grad(loss, leaves, materialize_grads=True)
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -73,9 +76,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     lr multiplies the step out_mul u, per group; 1 is what the network was trained with, and
     schedulers work as with every optimiser. The memory of a parameter, [rows, numel], is in `state`
-    under "memory", in the type of the network's weights. Parameters without a gradient are passed
-    over. Raises OptimizerError for no parameters and for sparse or complex gradients;
-    NonFiniteError, before anything has changed, where a gradient is not finite.
+    under "memory", in the type of the network's weights, also where the parameter's is another.
+    Parameters without a gradient, and empty ones, are passed over. Raises OptimizerError for no or
+    complex parameters, for a wrong lr, and for sparse gradients; NonFiniteError, before anything
+    has changed, where a gradient is not finite in the type of the network's weights.
     """
 
     def __init__(
@@ -84,13 +88,26 @@ class LearnedOptimizer(torch.optim.Optimizer):
         network: CoordinateNetwork,
         lr: float = 1.0,
     ) -> None:
-        if not 0 <= lr < float("inf"):
-            raise OptimizerError(f"lr must be a number of at least 0, got {lr}")
         params = list(params)
         if not params:
             raise OptimizerError("there are no parameters to optimise: the model has none")
         self.network = network
         super().__init__(params, {"lr": lr})
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As every optimiser's; OptimizerError for a wrong lr and for no or complex parameters."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        problem = None
+        if not 0 <= group["lr"] < float("inf"):
+            problem = f"lr must be a number of at least 0, got {group['lr']}"
+        elif not group["params"]:
+            problem = "a group has no parameters: leave it out"
+        elif any(p.is_complex() for p in group["params"]):
+            problem = "complex parameters are not supported; take real ones"
+        if problem:
+            self.param_groups.pop()
+            raise OptimizerError(problem)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -99,37 +116,65 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moving = [(p, g) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        for p, _ in moving:
-            if p.grad.is_sparse or p.grad.is_complex():
-                raise OptimizerError(
-                    "sparse and complex gradients are not supported; take dense real ones"
-                )
-        _refuse_nonfinite([p.grad for p, _ in moving], "a gradient")
-        for p, group in moving:
-            self._move(p, group["lr"])
+        moving = [
+            (p, group["lr"])
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and p.numel()
+        ]
+        if any(p.grad.is_sparse for p, _ in moving):
+            raise OptimizerError("sparse gradients are not supported; take dense ones")
+        dtype = next(self.network.parameters()).dtype  # in which a gradient may overflow
+        gradients = [p.grad.to(dtype) for p, _ in moving]
+        _refuse_nonfinite(gradients, "a gradient")
+        for (p, lr), g in zip(moving, gradients, strict=True):
+            self._move(p, g.flatten(), lr)
         return loss
 
-    def _move(self, p: Tensor, lr: float) -> None:
+    def _move(self, p: Tensor, g: Tensor, lr: float) -> None:
         weights, state = next(self.network.parameters()), self.state[p]
         if weights.device != p.device:
             weights = next(self.network.to(p.device).parameters())
-        g, theta = (t.flatten().to(weights.dtype) for t in (p.grad, p))
+        theta = p.flatten().to(weights.dtype)
         memory = state["memory"].to(weights.dtype) if state else self.network.memory(len(g), g)
         x, state["memory"] = self.network.observe(g, theta, memory, [len(g)])
         u = self.network.step_(x, state["memory"])
         p.add_(u.view_as(p), alpha=lr * self.network.out_mul)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As every optimiser's; OptimizerError where the memory is of another network."""
-        rows = self.network.state_rows + self.network.seen_rows
-        for state in state_dict["state"].values():
-            memory = state.get("memory")
-            if memory is None or memory.dim() != 2 or len(memory) != rows:
+        """As every optimiser's; OptimizerError where it is of another network or other tensors."""
+        network = state_dict.get("network", self._described())  # older states do not tell it
+        if network != self._described():
+            raise OptimizerError(
+                f"the saved state is not that of this network: it is of {network}, this is "
+                f"{self._described()}"
+            )
+        rows, saved = self.network.state_rows + self.network.seen_rows, state_dict["state"]
+        ours, numbers = (
+            [p for group in groups for p in group["params"]]
+            for groups in (self.param_groups, state_dict["param_groups"])
+        )
+        pairs = zip(ours, numbers, strict=False)  # torch refuses another count below
+        memories = {p: saved[number].get("memory") for p, number in pairs if number in saved}
+        for p, memory in memories.items():
+            if memory is None or memory.shape != (rows, p.numel()):
+                shape = None if memory is None else list(memory.shape)
                 raise OptimizerError(
-                    f"the saved state is not that of this network: expected memory of {rows} rows"
+                    f"the saved state is not that of this network and these parameters: expected "
+                    f"memory of {rows} rows and {p.numel()} columns, got {shape}"
                 )
         super().load_state_dict(state_dict)
+        for p, memory in memories.items():  # torch has rounded them to the parameters' type
+            self.state[p]["memory"] = memory.to(p.device, copy=True)
+
+    def state_dict(self) -> dict:
+        """As every optimiser's, and which network its memory is of."""
+        return super().state_dict() | {"network": self._described()}
+
+    def _described(self) -> str:
+        """What the memory depends on: the network's kind and settings, without its factor."""
+        settings = {n: v for n, v in self.network.settings.items() if n != "out_mul"}
+        return f"{self.network.kind} {settings}"
 
 
 def _own_loss(model: nn.Module, params: Params, batch) -> Tensor:

@@ -149,8 +149,32 @@ def test_the_state_of_another_network_is_refused():
     optimizer = LearnedOptimizer(model.parameters(), network())
     steps(model, optimizer, 1)
     other = LearnedOptimizer(model.parameters(), network(extra_inputs=["time"]))
+    state = optimizer.state_dict()
+    with pytest.raises(OptimizerError, match="not that of this network"):
+        other.load_state_dict(state)
+    raw = LearnedOptimizer(model.parameters(), network(preprocess=False))
+    with pytest.raises(OptimizerError, match="not that of this network"):
+        raw.load_state_dict(state)
+    wider = LearnedOptimizer([nn.Parameter(torch.ones(7)) for _ in range(4)], network())
+    with pytest.raises(OptimizerError, match="16 rows and 7 columns"):
+        wider.load_state_dict(state)
+    del state["network"]  # of an older optimiser
     with pytest.raises(OptimizerError, match="17 rows"):
-        other.load_state_dict(optimizer.state_dict())
+        other.load_state_dict(state)
+    LearnedOptimizer(model.parameters(), network(out_mul=0.5)).load_state_dict(state)
+
+
+def test_the_memory_of_parameters_of_half_precision_is_saved_and_read_unrounded():
+    own, model = make_network("lstm", 0, hidden=3), nn.Linear(4, 2).bfloat16()
+    optimizer = LearnedOptimizer(model.parameters(), own)
+    model(torch.ones(3, 4, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    other = LearnedOptimizer(model.parameters(), own)
+    other.load_state_dict(optimizer.state_dict())
+    for p in model.parameters():
+        ours, theirs = (o.state[p]["memory"] for o in (optimizer, other))
+        assert torch.equal(ours, theirs) and theirs.dtype == torch.float32
+        assert ours.data_ptr() != theirs.data_ptr()  # it changes in place
 
 
 def test_groups_have_rates_of_their_own_and_schedulers_change_them():
@@ -230,6 +254,22 @@ def test_nothing_is_stepped_on_a_gradient_that_is_not_finite(bad):
         )
 
 
+@pytest.mark.parametrize("kind", ["lstm", "mlp"])
+def test_nothing_is_stepped_on_a_gradient_that_overflows_in_the_networks_type(kind):
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    p.grad = torch.full_like(p, 1e200)
+    with pytest.raises(NonFiniteError):
+        LearnedOptimizer([p], make_network(kind, 0)).step()
+    assert torch.equal(p, torch.ones_like(p))
+
+
+def test_empty_parameters_are_passed_over():
+    empty, p = nn.Parameter(torch.ones(0, 3)), nn.Parameter(torch.ones(3))
+    empty.grad, p.grad = torch.ones_like(empty), torch.ones_like(p)
+    LearnedOptimizer([empty, p], make_network("lstm", 0)).step()
+    assert not torch.equal(p, torch.ones(3))
+
+
 def test_wrong_input_is_refused():
     with pytest.raises(OptimizerError, match="no parameters"):
         LearnedOptimizer(nn.ReLU().parameters(), network())
@@ -239,8 +279,17 @@ def test_wrong_input_is_refused():
         LearnedOptimizer(module().parameters(), network(), -1.0)
     table = nn.Embedding(4, 2, sparse=True)
     table(torch.tensor([1])).sum().backward()
-    numbers = nn.Parameter(torch.ones(2, dtype=torch.complex64))
-    numbers.abs().sum().backward()
-    for parameter in (table.weight, numbers):
-        with pytest.raises(OptimizerError, match="dense real"), warnings.catch_warnings():
-            LearnedOptimizer([parameter], network()).step()
+    with pytest.raises(OptimizerError, match="dense ones"), warnings.catch_warnings():
+        LearnedOptimizer([table.weight], network()).step()
+    own = [nn.Parameter(torch.ones(2, dtype=dtype)) for dtype in (torch.float32, torch.complex64)]
+    optimizer = LearnedOptimizer(own[:1], network())
+    for group, message in (
+        ({"params": own[1:]}, "complex"),
+        ({"params": []}, "no parameters"),
+        ({"params": [nn.Parameter(torch.ones(1))], "lr": -3.0}, "lr"),
+    ):
+        with pytest.raises(OptimizerError, match=message):
+            optimizer.add_param_group(group)
+        with pytest.raises(OptimizerError, match=message):
+            LearnedOptimizer([{"params": own[:1]}, group], network())
+        assert len(optimizer.param_groups) == 1
