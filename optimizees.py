@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.dropout import _DropoutNd
 
 from image_data import DataError, ImageData
 from models_fully_local import Params
@@ -37,16 +38,18 @@ NAMED = re.compile(rf"({'|'.join(ACTIVATIONS)}|conv)(\d+(?:-\d+)*)(bn)?")
 QUADRATIC = 10  # parameters
 SMALL_STEPS = ("relu", "leaky_relu", "conv")  # optimizees for which out_mul .01 is better than .1
 BATCH_SIZE = 128
+LARGEST_LAYER = 1_000_000  # units
 
 
 class Optimizee(nn.Module):
     """Any module as a model without parameters of its own: called as model(x, params).
 
     make_module: makes the module with initial parameters drawn from torch's global generator,
-        which is seeded and restored around it. loss_of: (outputs, targets) -> scalar.
+        which is seeded and restored around it; it is used in the mode, training or not, in which
+        it comes. loss_of: (outputs, targets) -> scalar.
     layers: the modules without children, and those with parameters of their own, in their order;
         params holds one dict for each. Running statistics are never updated.
-    Raises OptimizerError for a module without parameters.
+    Raises OptimizerError for a module without parameters, and for one that draws random numbers.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Optimizee(nn.Module):
         super().__init__()
         self.make_module, self.loss_of = make_module, loss_of
         module = self._drawn(torch.Generator())
+        _refuse_random(module)
         own = [
             (name, layer)
             for name, layer in module.named_modules()
@@ -90,12 +94,27 @@ class Optimizee(nn.Module):
 
     def forward(self, x: Tensor, params: Params) -> Tensor:
         """The module's outputs for inputs x."""
-        module, values = self._module[0], {}
-        for names, layer in zip(self._names, params, strict=True):
-            values.update((name, layer[_last(name)]) for name in names)
+        module = self._module[0]
+        values = {name: layer[_last(name)] for names, layer in self._with(params) for name in names}
+        like = next(iter(values.values()))
         for name, buffer in module.named_buffers():
-            values[name] = buffer.to(x.device, copy=True)
+            dtype = like.dtype if buffer.is_floating_point() else buffer.dtype
+            values[name] = buffer.to(x.device, dtype, copy=True)
         return functional_call(module, values, (x,))
+
+    def calls(self, x: Tensor, params: Params) -> list[int]:
+        """The numbers of the layers in the order in which inputs x pass them, also repeatedly."""
+        seen: list[int] = []
+        hooks = [
+            layer.register_forward_hook(lambda *_, number=number: seen.append(number))
+            for number, layer in enumerate(self.layers)
+        ]
+        try:
+            self(x, params)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
 
     def loss(self, params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The loss of a batch of inputs and targets."""
@@ -131,7 +150,7 @@ class Optimizee(nn.Module):
             params = self.unflat(theta.detach())
             leaves = [t.requires_grad_() for layer in params for t in layer.values()]
             loss = self.loss(params, batch)
-            found = torch.autograd.grad(loss, leaves)
+            found = torch.autograd.grad(loss, leaves, materialize_grads=True)  # 0 where not used
         return loss.detach(), torch.cat([g.flatten() for g in found])
 
     def _gradients_at_once(
@@ -151,7 +170,7 @@ class Optimizee(nn.Module):
         seed = int(torch.randint(2**62, (), generator=generator))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self.make_module().train()
+            return self.make_module()
 
 
 @dataclass(frozen=True)
@@ -196,6 +215,8 @@ def image_optimizee(
             f"unknown optimizee {name!r}; such as sigmoid20, relu128-128, relu20bn, leaky_relu20, "
             "softplus20, conv16-32, quadratic"
         )
+    if max(sizes) > LARGEST_LAYER:
+        raise OptimizerError(f"{name} is too large: layers have at most {LARGEST_LAYER:,} units")
     make = convolutional if found[1] == "conv" else perceptron
     activation = ACTIVATIONS.get(found[1], nn.ReLU)
     return Optimizee(
@@ -298,6 +319,21 @@ def _parameter_names(layers: Sequence[tuple[str, nn.Module]]) -> list[list[str]]
         seen.update(id(p) for _, p in own)
         names.append([f"{prefix}.{n}" if prefix else n for n, _ in own])
     return names
+
+
+def _refuse_random(module: nn.Module) -> None:
+    """OptimizerError where a layer draws random numbers, which no generator of a training owns."""
+    for name, layer in module.named_modules():
+        rate = float(isinstance(layer, nn.RReLU))
+        if isinstance(layer, _DropoutNd):
+            rate = layer.p
+        elif isinstance(layer, nn.RNNBase | nn.MultiheadAttention):
+            rate = layer.dropout
+        if layer.training and rate:
+            raise OptimizerError(
+                f"the layer {name or 'itself'} ({type(layer).__name__}) draws random numbers: "
+                "leave it out, or call its eval()"
+            )
 
 
 def _last(name: str) -> str:

@@ -111,6 +111,37 @@ def test_running_statistics_are_not_updated():
         assert torch.equal(old, new)
 
 
+def test_running_statistics_are_taken_in_the_parameters_type():
+    optimizee = Optimizee(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3).eval()))
+    params = optimizee.initial(seeded_generator(0), torch.float64)
+    x = torch.randn(6, 4, dtype=torch.float64)
+    assert optimizee(x, params).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "make",
+    [nn.Dropout, nn.RReLU, nn.AlphaDropout, lambda: nn.MultiheadAttention(4, 2, dropout=0.1)],
+)
+def test_layers_that_draw_random_numbers_are_refused_unless_they_are_in_eval_mode(make):
+    with pytest.raises(OptimizerError, match="draws random numbers"):
+        Optimizee(lambda: nn.Sequential(nn.Linear(4, 4), make()))
+    Optimizee(lambda: nn.Sequential(nn.Linear(4, 4), make().eval()))
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_the_gradient_of_a_parameter_that_the_loss_does_not_use_is_0(tasks):
+    class Idle(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.idle = nn.Parameter(torch.ones(5))
+
+    optimizee = Optimizee(Idle)
+    theta = torch.stack([optimizee.flat(optimizee.initial(seeded_generator(0)))] * tasks)
+    data = [(torch.randn(3, 4), torch.tensor([0, 1, 2]))] * tasks
+    gradient = optimizee.unflat(optimizee.gradients(theta, data)[1][-1])[0]
+    assert torch.equal(gradient["idle"], torch.zeros(5)) and gradient["weight"].any()
+
+
 def test_batches_of_one_pass_hold_every_image_once_with_its_label():
     data = images(40)
     found = list(itertools.islice(labelled_batches(data, 8, seeded_generator(0), torch.float32), 5))
@@ -141,7 +172,9 @@ def test_the_quadratic_is_the_same_problem_at_every_step():
     assert not torch.equal(W, other)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "relu0", "gru20", "relu20-", "conv8-8-8-8", ""])
+@pytest.mark.parametrize(
+    "name", ["sigmoid", "relu0", "gru20", "relu20-", "conv8-8-8-8", "", f"relu{10**23}"]
+)
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(OptimizerError):
         image_optimizee(name, (1, 8, 8))
