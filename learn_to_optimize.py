@@ -27,13 +27,14 @@ from command_line import (
     parse,
     positive_float,
     positive_int,
+    refuse_idle_flags,
     run_command,
     set_up,
 )
 from meta_training import ESTIMATORS, MetaTraining, MetaTrainingSettings
 from mnist_datasets import load_images
 from optimizees import BATCH_SIZE, SMALL_STEPS, Task, halves, make_task
-from optimizer_comparison import BASELINES, EDGES, PUBLISHED, Comparison, learned, noise_statistics
+from optimizer_comparison import BASELINES, EDGES, PUBLISHED, Comparison, noise_statistics
 from optimizer_figures import draw_optimizer_run
 from optimizer_networks import (
     EXTRA_INPUTS,
@@ -46,9 +47,11 @@ from optimizer_networks import (
 )
 from processes import join_team
 from run_log import RunLog, finish_on_interrupt, run_to_end
-from symmetries import KINDS, find_symmetries
+from seeds import seeded_generator
+from symmetries import KINDS, Symmetry, find_symmetries
 
 SHOWN = ("meta_loss", "last_window_loss", "seconds")
+START = "start.json"  # what a run has started from, lest a change of it change a resumed run
 NOISE_STEPS, NOISE_BATCHES = 50, 100  # of the tail index: where, and over how many minibatches
 
 
@@ -58,7 +61,8 @@ def make_parser():
     parser.add_argument("optimizee", nargs="?", default="sigmoid20", metavar="OPTIMIZEE",
         help="such as sigmoid20, relu128-128, relu20bn, conv16-32, quadratic")  # fmt: skip
     add = parser.add_argument_group("the optimiser").add_argument
-    add("--network", choices=list(NETWORKS), default="lstm", help="its architecture")
+    add("--network", choices=list(NETWORKS),
+        help="its architecture (default: as in --start_from; lstm)")  # fmt: skip
     add("--hidden", type=positive_int, metavar="UNITS",
         help="units of its layers (default: 20 for lstm, 32 for mlp)")  # fmt: skip
     add("--raw_gradients", action="store_true", help="lstm: gradients without preprocessing")
@@ -66,6 +70,19 @@ def make_parser():
     add("--out_mul", type=positive_float, metavar="FACTOR",
         help="of its steps (default: as in --start_from; .01 or .1; mlp .001)")  # fmt: skip
     add("--start_from", type=Path, metavar="RUN", help="go on from the optimiser of another run")
+    add_meta_training_flags(parser)
+    add = parser.add_argument_group("comparison").add_argument
+    add("--compare", nargs="*", metavar="OPTIMIZEE", help="default: the one trained on")
+    add("--test_runs", type=positive_int, default=10, help="trainings by each optimiser")
+    add("--test_steps", type=positive_int, default=200, help="of each training")
+    add("--tuning_runs", type=positive_int, default=3, help="to find the best learning rate")
+    add("--histogram_steps", type=positive_int, nargs="*", default=[1, 5, 10, 30, 100, 500],
+        help="where |u| is counted")  # fmt: skip
+    return parser
+
+
+def add_meta_training_flags(parser) -> None:
+    """Those of meta-training, its penalty, and the optimizees."""
     add = parser.add_argument_group("meta-training").add_argument
     add("--epochs", type=nonnegative_int, default=50, help="0: compare only")
     add("--runs_per_epoch", type=positive_int, default=20, help="trainings from new parameters")
@@ -88,33 +105,32 @@ def make_parser():
     add("--penalty_kinds", choices=KINDS, nargs="+", default=["rescale"], help="of deviations")
     add("--penalty_relative", action="store_true", help="deviations over |v| |theta|")
     add("--norm_eps", type=positive_float, default=1e-5, help="eps of batch norm")
-    add = parser.add_argument_group("comparison").add_argument
-    add("--compare", nargs="*", metavar="OPTIMIZEE", help="default: the one trained on")
-    add("--test_runs", type=positive_int, default=10, help="trainings by each optimiser")
-    add("--test_steps", type=positive_int, default=200, help="of each training")
-    add("--tuning_runs", type=positive_int, default=3, help="to find the best learning rate")
-    add("--histogram_steps", type=positive_int, nargs="*", default=[1, 5, 10, 30, 100, 500],
-        help="where |u| is counted")  # fmt: skip
-    return parser
+
+
+def check(args, parser) -> None:
+    """UserError where a flag would silently do nothing."""
+    names = [args.optimizee, *(args.compare or [])]
+    refuse_idle_flags(args, parser, [
+        ("runs_per_epoch inner_steps unroll tasks lr decay log_loss estimator coordinates sigma "
+         "pairs validation_runs penalty penalty_kinds penalty_relative", args.epochs,
+         "--epochs of at least 1"),
+        ("sigma pairs", args.estimator in ("es", "pes"), "--estimator es or pes"),
+        ("penalty_kinds penalty_relative", args.penalty, "--penalty"),
+        ("norm_eps", any(name.endswith("bn") for name in names),
+         "an optimizee with batch norm, such as relu20bn"),
+    ])  # fmt: skip
 
 
 def make_optimizer(args) -> CoordinateNetwork:
-    """The network to train: a new one, or that of --start_from, which must be of the same kind."""
+    """The network to train: a new one, or that of --start_from, whose architecture it keeps.
+
+    A run that is gone on with has kept its own copy of the latter, in START.
+    """
     if args.start_from is not None:
-        path = args.start_from / "optimizer.json" if args.start_from.is_dir() else args.start_from
-        network = load_network(path)
-        if network.kind != args.network or args.hidden not in (None, network.settings["hidden"]):
-            raise OptimizerError(
-                f"{path} is an optimiser of another architecture: {network.kind} "
-                f"({network.extra_repr()}); leave out --hidden, or give --network {network.kind}"
-            )
-        if args.raw_gradients or args.extra_inputs:
-            raise OptimizerError("--start_from keeps its inputs: leave out those flags")
-        if args.out_mul:
-            network.out_mul = network.settings["out_mul"] = args.out_mul
-        return network
+        return start_from(args)
     settings = {"hidden": args.hidden} if args.hidden else {}
-    if args.network == "lstm":
+    kind = args.network or "lstm"
+    if kind == "lstm":
         small = args.optimizee.startswith(SMALL_STEPS)
         settings |= {"preprocess": not args.raw_gradients, "extra_inputs": args.extra_inputs}
         settings["out_mul"] = args.out_mul or (0.01 if small else 0.1)
@@ -122,7 +138,27 @@ def make_optimizer(args) -> CoordinateNetwork:
         raise OptimizerError("--raw_gradients and --extra_inputs are for --network lstm")
     elif args.out_mul:
         settings["out_mul"] = args.out_mul
-    return make_network(args.network, args.seed, **settings)
+    return make_network(kind, args.seed, **settings)
+
+
+def start_from(args) -> CoordinateNetwork:
+    """The network of --start_from; OptimizerError where flags ask for another one."""
+    own = args.resume or args.out  # of the latter, where torchrun has restarted the run
+    path = args.start_from / "optimizer.json" if args.start_from.is_dir() else args.start_from
+    if own is not None and (own / START).exists():
+        path = own / START
+    network = load_network(path)
+    same_kind = args.network in (None, network.kind)
+    if not same_kind or args.hidden not in (None, network.settings["hidden"]):
+        raise OptimizerError(
+            f"{path} is an optimiser of another architecture: {network.kind} "
+            f"({network.extra_repr()}); leave out --network and --hidden"
+        )
+    if args.raw_gradients or args.extra_inputs:
+        raise OptimizerError("--start_from keeps its inputs: leave out those flags")
+    if args.out_mul:
+        network.out_mul = args.out_mul
+    return network
 
 
 def make_settings(args) -> MetaTrainingSettings:
@@ -175,7 +211,7 @@ def compare(args, network: CoordinateNetwork, make, results: dict, log: RunLog) 
     """Every optimiser on every optimizee of --compare; False where Ctrl-C ended it.
 
     make(name, half) -> Task, on half 0 or 1 of the training images. results: what is known so far;
-    the comparison is added.
+    the comparison is added, and written with the curves after each optimiser.
     """
     weights = next(network.parameters())
     names = [args.optimizee] if args.compare is None else args.compare
@@ -186,38 +222,43 @@ def compare(args, network: CoordinateNetwork, make, results: dict, log: RunLog) 
         log.progress(len(names) * (1 + len(BASELINES)), 0, "comparison") as progress,
     ):
         for name in names:
-            rates, curves = {}, {}
+            task, found = make(name, 1), {"optimizers": {}, "tuning": {}}
+            symmetries = symmetries_of(task, args.seed)
             for optimizer in ("learned", *BASELINES):
-                if interrupt.requested:
+                contenders, rates = comparison.contenders(
+                    optimizer, network, make(name, 0), interrupt
+                )
+                if not contenders:
                     return False
-                if optimizer == "learned":
-                    contenders = [learned("learned", network)]
-                else:
-                    contenders, rates[optimizer] = comparison.at_default_and_best_rate(
-                        optimizer, make(name, 0)
-                    )
                 for contender in contenders:
-                    curves[contender.name] = comparison.curves(
-                        contender, make(name, 1), args.histogram_steps
-                    )
-                progress.advance({c.name: curves[c.name].at(args.test_steps).mean().item()
-                                  for c in contenders})  # fmt: skip
-            arrays |= {
-                f"{name}/{contender}/{key}": array
-                for contender, own in curves.items()
-                for key, array in own.arrays().items()
-            }
-            summaries = {contender: own.summary() for contender, own in curves.items()}
-            noise = noise_statistics(
-                network, make(name, 1), min(NOISE_STEPS, args.test_steps), NOISE_BATCHES,
-                (args.seed, 0), weights,
+                    curves = comparison.curves(contender, task, symmetries, args.histogram_steps)
+                    found["optimizers"][contender.name] = curves.summary()
+                    own = curves.arrays().items()
+                    arrays |= {f"{name}/{contender.name}/{key}": array for key, array in own}
+                if rates:
+                    found["tuning"][optimizer] = rates
+                write_comparison(name, found, arrays, args, results, log)
+                progress.advance({c.name: found["optimizers"][c.name]["loss"] for c in contenders})
+            found["noise"] = noise_statistics(
+                network, task, min(NOISE_STEPS, args.test_steps), NOISE_BATCHES, (args.seed, 0),
+                weights,
             )  # fmt: skip
-            of_name = {"optimizers": summaries, "tuning": rates, "noise": noise}
-            results.setdefault("optimizees", {})[name] = of_name
-            log.write_arrays("comparison.npz", arrays)
-            log.write_json("results.json", results | {"steps": args.test_steps})
-            say_losses(name, summaries, args, log)
+            write_comparison(name, found, arrays, args, results, log)
+            say_losses(name, found["optimizers"], args, log)
     return True
+
+
+def symmetries_of(task: Task, seed: int) -> list[Symmetry]:
+    """Those of the task's optimizee, and its negative controls."""
+    batch = next(task.batches(seeded_generator(seed)))
+    return find_symmetries(task.optimizee, batch, controls=True)
+
+
+def write_comparison(name: str, found: dict, arrays: dict, args, results: dict, log) -> None:
+    """comparison.npz, and results.json with what has been found on one more optimizee."""
+    results.setdefault("optimizees", {})[name] = found
+    log.write_arrays("comparison.npz", arrays)
+    log.write_json("results.json", results | {"steps": args.test_steps})
 
 
 def say_losses(name: str, summaries: dict, args, log: RunLog) -> None:
@@ -235,7 +276,9 @@ def say_losses(name: str, summaries: dict, args, log: RunLog) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, meta-train, compare, report."""
-    args = parse(make_parser(), argv)
+    parser = make_parser()
+    args = parse(parser, argv)
+    check(args, parser)
     device, dtype = set_up(args)
     team = join_team()
     data, _ = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
@@ -245,14 +288,19 @@ def main(argv: list[str] | None = None) -> None:
     def make(name: str, half: int) -> Task:
         return make_task(name, parts[half], args.batch_size, dtype, args.norm_eps)
 
-    network, task = make_optimizer(args).to(device, dtype), make(args.optimizee, 0)
-    symmetries = find_symmetries(task.optimizee, controls=True)
-    training = MetaTraining(network, task, symmetries, make_settings(args), team=team)
+    network, task = make_optimizer(args), make(args.optimizee, 0)
+    start = network_to_dict(network)
+    symmetries = symmetries_of(task, args.seed)
+    training = MetaTraining(
+        network.to(device, dtype), task, symmetries, make_settings(args), team=team
+    )
     for name in args.compare or []:
         make(name, 0)
     with open_run(args, "learn_to_optimize", data, team) as log:
         log.say(data.source)
         training.warn = log.warn
+        if args.start_from is not None and team.first:
+            log.write_json(START, start)
         finished = meta_train(training, log)
         if not team.first:
             return

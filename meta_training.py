@@ -93,8 +93,8 @@ class MetaTrainingSettings:
 class Validation:
     """What a frozen optimiser does on validation runs.
 
-    losses: [runs, steps]. update, gradient: a kind of symmetry to the mean relative |deviation|
-    over units and runs, [steps], of updates and gradients.
+    losses: [runs, steps]. update, gradient: a symmetry's label to the mean relative |deviation|
+    over units, [steps] of the first run, of updates and gradients.
     """
 
     losses: Tensor
@@ -110,14 +110,15 @@ class MetaTraining:
 
     network: trained in place. run: how many are done. best: the weights selected so far, of the
     epoch best_epoch. curves: validation losses [steps] of each epoch, that of the untrained
-    optimiser first; deviations: likewise, of "update/<kind>" and "gradient/<kind>".
+    optimiser first; deviations: likewise, of "update/<label>" and "gradient/<label>", where a
+    label is the kind of a symmetry, of negative controls with CONTROL after it.
     """
 
     def __init__(
         self,
         network: CoordinateNetwork,
         task: Task,
-        symmetries: list[Symmetry],
+        symmetries: Sequence[Symmetry],
         settings: MetaTrainingSettings,
         warn: Callable[[str], None] = warnings.warn,
         team: Team = ALONE,
@@ -131,8 +132,9 @@ class MetaTraining:
         penalty = None
         if settings.penalty:
             penalty = symmetry_penalty(
-                task.optimizee, settings.penalty_kinds, settings.penalty, settings.penalty_relative
-            )
+                task.optimizee, symmetries, settings.penalty_kinds, settings.penalty,
+                settings.penalty_relative,
+            )  # fmt: skip
         self.objective = Objective(settings.log_loss, penalty)
         self.optimizer = torch.optim.Adam(network.parameters(), settings.lr)
         self.run = self.best_epoch = 0
@@ -240,9 +242,9 @@ class MetaTraining:
             self.best, self.best_loss = copy.deepcopy(self.network.state_dict()), per_run
             self.best_epoch = self.epoch
         self.curves.append(found.losses.mean(0).cpu())
-        for name, of_kinds in (("update", found.update), ("gradient", found.gradient)):
-            for kind, values in of_kinds.items():
-                self.deviations.setdefault(f"{name}/{kind}", []).append(values)
+        for name, of_labels in (("update", found.update), ("gradient", found.gradient)):
+            for label, values in of_labels.items():
+                self.deviations.setdefault(f"{name}/{label}", []).append(values)
         return {"validation_loss": per_run, "validation_end": found.losses[:, -10:].mean().item()}
 
     def validate(self) -> Validation:
@@ -261,8 +263,8 @@ class MetaTraining:
                 at = optimizee.unflat(theta[0])
                 for found, v in ((update, -self.network.out_mul * u[t]), (gradient, g)):
                     sizes = mean_deviations(self.symmetries, optimizee.unflat(v[0]), at)
-                    for kind, size in sizes.items():
-                        found.setdefault(kind, []).append(size)
+                    for label, size in sizes.items():
+                        found.setdefault(label, []).append(size)
                 theta = torch.add(theta, u[t], alpha=self.network.out_mul)
                 g = window.gradients[t]
             trainings = window.end

@@ -20,14 +20,9 @@ from learned_optimizer import LearnedOptimizer
 from models_fully_local import Params
 from optimizees import Task
 from optimizer_networks import CoordinateNetwork
+from run_log import Interrupt
 from seeds import TEST, TUNING, seeded_generator
-from symmetries import (
-    Symmetry,
-    covariance_size,
-    find_symmetries,
-    mean_deviations,
-    tail_index,
-)
+from symmetries import Symmetry, covariance_size, mean_deviations, never_zero, tail_index
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 LAST = 10  # steps over which the loss "at" a step is averaged, up to it
@@ -80,17 +75,18 @@ class Curves:
     """Trainings by one optimiser.
 
     losses: [runs, steps + 1], of each batch before the step on it, the last after all; inf from
-    where a training left the finite. update, gradient: a kind of symmetry to the mean relative
-    |deviation| over units, [steps] of the first run; raw_update, raw_gradient: not divided by
-    |v| |xi|. histograms: [steps measured, bins] of |u|, the first run's changes of parameters.
+    where a training left the finite. update, gradient: a symmetry's label to the mean relative
+    |deviation| over units, [steps] of the first run. histograms: [steps measured, bins] of |u|, the
+    first run's changes of parameters; still: [steps measured], how many |u| are exactly 0;
+    parameters: how many there are, some of which may be in no bin.
     """
 
     losses: Tensor
     update: dict[str, Tensor]
     gradient: dict[str, Tensor]
-    raw_update: dict[str, Tensor]
-    raw_gradient: dict[str, Tensor]
     histograms: Tensor
+    still: Tensor
+    parameters: int
 
     def at(self, step: int) -> Tensor:
         """[runs], the mean of the LAST losses up to a step."""
@@ -117,12 +113,14 @@ class Curves:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All numbers by names such as "update/rescale"."""
-        by_kind = {
-            f"{name}/{kind}": values.numpy()
-            for name in ("update", "gradient", "raw_update", "raw_gradient")
-            for kind, values in getattr(self, name).items()
+        by_label = {
+            f"{name}/{label}": values.numpy()
+            for name in ("update", "gradient")
+            for label, values in getattr(self, name).items()
         }
-        return {"losses": self.losses.numpy(), "histograms": self.histograms.numpy(), **by_kind}
+        counts = {"still": self.still.numpy(), "parameters": np.array(self.parameters)}
+        histograms = self.histograms.numpy()
+        return {"losses": self.losses.numpy(), "histograms": histograms, **counts, **by_label}
 
 
 def _deviation(values: Tensor) -> float:
@@ -154,25 +152,40 @@ class Comparison:
     tuning_runs: int
     weights: Tensor
 
+    def contenders(
+        self, name: str, network: CoordinateNetwork, task: Task, interrupt: Interrupt
+    ) -> tuple[list[Contender], dict[str, float]]:
+        """The learned optimiser, or as in `at_default_and_best_rate` one of BASELINES."""
+        if name in BASELINES:
+            return self.at_default_and_best_rate(name, task, interrupt)
+        return ([] if interrupt.requested else [learned(name, network)]), {}
+
     def at_default_and_best_rate(
-        self, name: str, task: Task
+        self, name: str, task: Task, interrupt: Interrupt
     ) -> tuple[list[Contender], dict[str, float]]:
         """A baseline at its default rate and, if another is better, at the best of RATES; the
-        losses at the last step that tell it, by rate.
+        losses at the last step that tell it, by rate. No contender where it is interrupted.
         """
         draws = [(self.seed, TUNING, k) for k in range(self.tuning_runs)]
         losses = {}
         for rate in sorted({*RATES, BASELINES[name][1]}):
+            if interrupt.requested:
+                return [], {}
             curves = train_all(baseline(name, rate), task, self.steps, draws, self.weights)
             losses[rate] = curves.at(self.steps).mean().item()
         best = min(losses, key=losses.get)
         rates = dict.fromkeys([BASELINES[name][1], best])
         return [baseline(name, rate) for rate in rates], {f"{r:g}": v for r, v in losses.items()}
 
-    def curves(self, contender: Contender, task: Task, histogram_steps: Sequence[int]) -> Curves:
+    def curves(
+        self,
+        contender: Contender,
+        task: Task,
+        symmetries: Sequence[Symmetry],
+        histogram_steps: Sequence[int],
+    ) -> Curves:
         """The trainings that count."""
         draws = [(self.seed, TEST, k) for k in range(self.runs)]
-        symmetries = find_symmetries(task.optimizee, controls=True)
         return train_all(
             contender, task, self.steps, draws, self.weights, symmetries, histogram_steps
         )
@@ -216,7 +229,8 @@ def _train(
         seen.append(loss.detach())
         if step == steps:
             break
-        for leaf, g in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+        gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
+        for leaf, g in zip(leaves, gradients, strict=True):
             leaf.grad = g
         before = _copied(params) if measured else None
         try:
@@ -235,9 +249,10 @@ class _Measurements:
 
     def __init__(self, symmetries: Sequence[Symmetry], histogram_steps: Sequence[int]) -> None:
         self.symmetries, self.histogram_steps = symmetries, histogram_steps
-        names = ("update", "gradient", "raw_update", "raw_gradient")
-        self.found: dict[str, dict[str, list[Tensor]]] = {name: {} for name in names}
+        self.found: dict[str, dict[str, list[Tensor]]] = {"update": {}, "gradient": {}}
         self.histograms: list[Tensor] = []
+        self.still: list[int] = []
+        self.parameters = 0
 
     @torch.no_grad()
     def add(self, step: int, before: Params, after: Params) -> None:
@@ -248,22 +263,24 @@ class _Measurements:
         ]
         gradient = [{n: t.grad for n, t in layer.items()} for layer in after]
         for name, v in (("update", update), ("gradient", gradient)):
-            for prefix, relative in (("", True), ("raw_", False)):
-                sizes = mean_deviations(self.symmetries, v, before, relative)
-                for kind, size in sizes.items():
-                    self.found[prefix + name].setdefault(kind, []).append(size)
+            for label, size in mean_deviations(self.symmetries, v, before).items():
+                self.found[name].setdefault(label, []).append(size)
         if step in self.histogram_steps:
             sizes = torch.cat([t.flatten() for layer in update for t in layer.values()]).abs()
             self.histograms.append(torch.histogram(sizes.double().cpu(), EDGES).hist)
+            self.still.append(int((sizes == 0).sum()))
+            self.parameters = len(sizes)
 
     def tensors(self) -> dict:
         """The keyword arguments of Curves."""
         curves = {
-            name: {kind: torch.stack(sizes).cpu() for kind, sizes in of_kinds.items()}
-            for name, of_kinds in self.found.items()
+            name: {label: torch.stack(sizes).cpu() for label, sizes in of_labels.items()}
+            for name, of_labels in self.found.items()
         }
         empty = torch.zeros(0, len(EDGES) - 1, dtype=torch.float64)
-        return {**curves, "histograms": torch.stack(self.histograms) if self.histograms else empty}
+        histograms = torch.stack(self.histograms) if self.histograms else empty
+        counts = {"still": torch.tensor(self.still), "parameters": self.parameters}
+        return {**curves, "histograms": histograms, **counts}
 
 
 def noise_statistics(
@@ -277,7 +294,8 @@ def noise_statistics(
     """What other minibatches would have done after `steps` steps of the learned optimiser.
 
     For gradients and updates, per layer that has parameters: the tail index of differences between
-    minibatches for each m of BLOCKS, trace and largest eigenvalue of the covariance.
+    minibatches for each m of BLOCKS, and the share of the coordinates that it is of, those without
+    a difference of 0; trace and largest eigenvalue of the covariance.
     """
     optimizee = task.optimizee
     params = optimizee.initial(seeded_generator(*draw, 0), weights.dtype, weights.device)
@@ -302,8 +320,12 @@ def _by_layer(sizes: Sequence[int], samples: Tensor) -> dict[str, list]:
     # Differences of two draws are symmetric without a mean to subtract, and of the same index
     symmetric = [part[: len(part) // 2 * 2 : 2] - part[1::2] for part in parts]
     trace, largest = zip(*map(covariance_size, parts), strict=True)
-    tails = {m: [tail_index(part, m) for part in symmetric] for m in BLOCKS}
-    return {"tail_index": tails, "trace": list(trace), "largest_eigenvalue": list(largest)}
+    return {
+        "tail_index": {m: [tail_index(part, m) for part in symmetric] for m in BLOCKS},
+        "tail_index_share": [never_zero(part).double().mean().item() for part in symmetric],
+        "trace": list(trace),
+        "largest_eigenvalue": list(largest),
+    }
 
 
 def _copied(params: Params) -> Params:

@@ -10,33 +10,47 @@ Each unit's direction xi at theta leaves the loss as it is, to first order: <v, 
 gradient, at all theta, though not for every optimiser's v = theta_t - theta_{t+1}. `deviations` are
 these inner products, `relative` ones are divided by |v| |xi|: cosines, on one scale for all. With
 batch norm's affine map, (gamma, beta) are the incoming weights. Batch norm's eps breaks its
-symmetry a little: <g, xi> is about eps / variance of its terms. Source: Kunin et al. 2021, Neural
-Mechanics (arXiv 2012.04728), table 1.
+symmetry a little: <g, xi> is about eps / variance of its terms. The order of a network's layers
+suggests what symmetries it may have; a gradient at a random point tells which of them it does
+have, whatever else its forward does. Source: Kunin et al. 2021, Neural Mechanics
+(arXiv 2012.04728), table 1.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from models_fully_local import Params
 from optimizees import Optimizee
+from optimizer_networks import OptimizerError
+from seeds import seeded_generator
 
 KINDS = ("translation", "scale", "rescale")
+CONTROL = "_control"  # after the kind: a symmetry that is not there
 
 # sigma(a z) = a sigma(z) for a > 0, channel by channel
 HOMOGENEOUS = (
-    nn.ReLU, nn.LeakyReLU, nn.Identity, nn.Flatten,
-    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.Flatten, _DropoutNd,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
 )  # fmt: skip
-# Not so: what the rescale identity must not hold for
-INHOMOGENEOUS = (nn.Sigmoid, nn.Tanh, nn.Softplus, nn.ELU, nn.GELU, nn.SiLU)
+# Not so: what the rescale identity must not hold for; nn.ReLU6 is an nn.Hardtanh
+INHOMOGENEOUS = (
+    nn.Sigmoid, nn.Tanh, nn.Softplus, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softsign,
+)  # fmt: skip
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+TOLERANCE = 1e-6  # of the relative deviation of a symmetry that holds, in float64
+ROUNDOFF = 1e-10  # of the norm of the whole gradient: smaller parts of it tell nothing
+SMALL_EPS = 1e-12  # of batch norm, lest its own departure be taken for a broken symmetry
 
 
 @dataclass(frozen=True)
@@ -63,12 +77,19 @@ class Part:
 class Symmetry:
     """One symmetry of the units at one place of a network; kind is one of KINDS.
 
-    place: the layers, by their numbers among the optimizee's layers, such as "1-3".
+    place: the layers, by their numbers among the optimizee's layers, such as "1-3". control: the
+    network does not have it, since an activation between them, such as a sigmoid, breaks it.
     """
 
     kind: str
     place: str
     parts: tuple[Part, ...]
+    control: bool = False
+
+    @property
+    def label(self) -> str:
+        """What its deviations are recorded under: the kind, or "<kind>_control"."""
+        return f"{self.kind}{CONTROL}" if self.control else self.kind
 
     def deviations(self, v: Params, theta: Params) -> Tensor:
         """<v, xi> of each unit, [units]."""
@@ -76,66 +97,127 @@ class Symmetry:
 
     def relative(self, v: Params, theta: Params) -> Tensor:
         """<v, xi> / (|v| |xi|) of each unit, over its own parameters; 0 where v is."""
-        pairs = self._pairs(v, theta)
-        squares = [sum(t.square().sum(1) for t in side) for side in zip(*pairs, strict=True)]
-        product = sum((own * xi).sum(1) for own, xi in pairs)
+        squares = self._squares(v, theta)
         scale = squares[0] * squares[1]
         still = scale == 0
-        return product * ~still / torch.where(still, torch.ones_like(scale), scale).sqrt()
+        safe = torch.where(still, torch.ones_like(scale), scale)
+        return self.deviations(v, theta) * ~still / safe.sqrt()
+
+    def holds(self, v: Params, theta: Params) -> bool:
+        """Whether all deviations of a gradient v in float64 are roundoff."""
+        whole = math.hypot(*(t.norm().item() for layer in v for t in layer.values()))
+        own, xi = (squares.sqrt() for squares in self._squares(v, theta))
+        allowed = (TOLERANCE * own + ROUNDOFF * whole) * xi
+        return bool((self.deviations(v, theta).abs() <= allowed).all())
+
+    def _squares(self, v: Params, theta: Params) -> list[Tensor]:
+        """|v|^2 and |xi|^2 of each unit, [units] both."""
+        sides = zip(*self._pairs(v, theta), strict=True)
+        return [sum(t.square().sum(1) for t in side) for side in sides]
 
     def _pairs(self, v: Params, theta: Params) -> list[tuple[Tensor, Tensor]]:
         return [part.of(v, theta) for part in self.parts]
 
 
-def find_symmetries(optimizee: Optimizee, controls: bool = False) -> list[Symmetry]:
-    """All of the symmetries above that the sequence of the optimizee's layers has.
+def find_symmetries(
+    optimizee: Optimizee, batch: tuple[Tensor, Tensor], controls: bool = False
+) -> list[Symmetry]:
+    """All of the symmetries above that an optimizee has.
 
-    The layers must be used one after the other, as in nn.Sequential; a layer of another kind ends
-    what is known. Translation needs the cross-entropy of a last fully connected layer. With
-    controls, rescaling is also taken for a symmetry where the activation, such as a sigmoid, has
-    none: its deviations show what a broken one looks like.
+    Those looked for are between layers that inputs pass one after the other, as in nn.Sequential,
+    each as often as it is used; a layer of another kind ends what is known. Each is kept if it
+    holds for the gradient of the batch at a random point, of a copy of the network in float64:
+    what forward does besides calling layers, and weights that layers share, may break it. With
+    controls, rescaling is also told where the activation, such as a sigmoid, breaks it: its
+    deviations show what a broken one looks like.
     """
-    passing = (*HOMOGENEOUS, *INHOMOGENEOUS) if controls else HOMOGENEOUS
-    found, source = [], None  # the last weighted or affine layer with only homogeneous ones since
-    for number, layer in enumerate(optimizee.layers):
+    network = _with_small_eps(optimizee)
+    batch = tuple(t.cpu().double() if t.is_floating_point() else t.cpu() for t in batch)
+    params = _random_point(optimizee)
+    with torch.no_grad():
+        order = network.calls(batch[0], params)
+    candidates = [
+        *_between_layers(optimizee.layers, order, params),
+        *_of_logits(optimizee.layers, order, params),
+    ]
+    v = network.unflat(network.gradients(network.flat(params)[None], [batch])[1][0])
+    return [s for s in candidates if (controls if s.control else s.holds(v, params))]
+
+
+def _with_small_eps(optimizee: Optimizee) -> Optimizee:
+    """A copy whose batch norms are all but exact."""
+    network = copy.deepcopy(optimizee)
+    for layer in network.layers:
         if isinstance(layer, _BatchNorm):
-            if source is not None and isinstance(optimizee.layers[source], WEIGHTED):
-                parts = _incoming(optimizee.layers, source)
-                found.append(Symmetry("scale", str(source), parts))
-            source = number if layer.affine else None
-        elif isinstance(layer, WEIGHTED):
-            parts = _outgoing(optimizee.layers, source, number)
-            if parts:
-                whole = (*_incoming(optimizee.layers, source), *parts)
-                found.append(Symmetry("rescale", f"{source}-{number}", whole))
-            source = number
-        elif not isinstance(layer, passing):
+            layer.eps = SMALL_EPS
+    return network
+
+
+def _random_point(optimizee: Optimizee) -> Params:
+    """Parameters in float64, none of which is at a value, such as 0, that hides something."""
+    generator = seeded_generator(0)
+    params = optimizee.initial(generator, torch.float64)
+    noise = [torch.randn(n, generator=generator, dtype=torch.float64) for n in optimizee.sizes()]
+    return optimizee.unflat(optimizee.flat(params) + 0.1 * torch.cat(noise))
+
+
+def _between_layers(
+    layers: Sequence[nn.Module], order: Sequence[int], params: Params
+) -> list[Symmetry]:
+    """Scale and rescale symmetries, and controls, that layers used in this order may have."""
+    found = {}  # a pair of layers may be used repeatedly
+    source, control = None, False  # the last weighted or affine layer; whether sigmoids came since
+    for number in order:
+        layer = layers[number]
+        if isinstance(layer, (_BatchNorm, *WEIGHTED)):
+            if source is None:
+                new = None
+            elif isinstance(layer, WEIGHTED):
+                new = _rescaling(layer, source, number, params, control)
+            else:
+                new = None if control else Symmetry("scale", str(source), _incoming(source, params))
+            if new:
+                found[new.label, new.place] = new
+            source, control = (number if _owns_its_weights(layer, params[number]) else None), False
+        elif isinstance(layer, INHOMOGENEOUS):
+            control = True
+        elif not isinstance(layer, HOMOGENEOUS):
             source = None
-    last = len(optimizee.layers) - 1
-    if isinstance(optimizee.layers[last], nn.Linear) and optimizee.loss_of is cross_entropy:
-        parts = [Part(last, "weight", torch.t, None)]
-        if optimizee.layers[last].bias is not None:
-            parts.append(Part(last, "bias", _one_row, None))
-        found += [Symmetry("translation", f"{last}.{part.name}", (part,)) for part in parts]
-    return found
+    return list(found.values())
 
 
-def _incoming(layers: Sequence[nn.Module], number: int) -> tuple[Part, ...]:
+def _of_logits(layers: Sequence[nn.Module], order: Sequence[int], params: Params) -> list[Symmetry]:
+    """Translations, which the last layer has if it is fully connected and a softmax follows."""
+    last = next((n for n in reversed(order) if isinstance(layers[n], WEIGHTED)), None)
+    if last is None or not isinstance(layers[last], nn.Linear):
+        return []
+    rows = {"weight": torch.t, "bias": _one_row}
+    parts = [Part(last, name, rows[name], None) for name in rows if name in params[last]]
+    return [Symmetry("translation", f"{last}.{part.name}", (part,)) for part in parts]
+
+
+def _owns_its_weights(layer: nn.Module, own: dict[str, Tensor]) -> bool:
+    """Whether weight and bias are parameters of this layer; an earlier one may own what is tied."""
+    return "weight" in own and (getattr(layer, "bias", None) is None or "bias" in own)
+
+
+def _incoming(number: int, params: Params) -> tuple[Part, ...]:
     """(w_in, b) of each unit of a layer, or (gamma, beta)."""
-    parts = [Part(number, "weight", _by_unit)]
-    if getattr(layers[number], "bias", None) is not None:
-        parts.append(Part(number, "bias", _by_unit))
-    return tuple(parts)
+    return tuple(Part(number, n, _by_unit) for n in ("weight", "bias") if n in params[number])
 
 
-def _outgoing(layers: Sequence[nn.Module], source: int | None, number: int) -> tuple[Part, ...]:
-    """-w_out of each unit of the layer `source` in the layer `number`; () where none is known."""
-    if source is None or getattr(layers[number], "groups", 1) != 1:
-        return ()
-    units, inputs = len(layers[source].weight), layers[number].weight.shape[1]
-    if inputs % units:
-        return ()
-    return (Part(number, "weight", _ByInput(units), -1),)
+def _rescaling(
+    layer: nn.Module, source: int, number: int, params: Params, control: bool
+) -> Symmetry | None:
+    """Of each unit of the layer `source`, with -w_out in the layer `number`; None if unknown."""
+    if "weight" not in params[number]:
+        return None
+    units, groups = len(params[source]["weight"]), getattr(layer, "groups", 1)
+    if units % groups or params[number]["weight"].shape[1] * groups % units:
+        return None
+    outgoing = Part(number, "weight", _ByInput(units, groups), -1)
+    parts = (*_incoming(source, params), outgoing)
+    return Symmetry("rescale", f"{source}-{number}", parts, control)
 
 
 def _by_unit(tensor: Tensor) -> Tensor:
@@ -148,38 +230,53 @@ def _one_row(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _ByInput:
-    """Weights [out, units * positions, ...] as [units, all that leaves each]."""
+    """Weights [out, units * positions / groups, ...] as [units, all that leaves each]."""
 
     units: int
+    groups: int
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        out = len(tensor)
-        return tensor.reshape(out, self.units, -1).transpose(0, 1).flatten(1)
+        by_group = tensor.reshape(
+            self.groups, len(tensor) // self.groups, self.units // self.groups, -1
+        )
+        return by_group.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 # ---- over a whole network ----
 
 
-def mean_deviations(
-    symmetries: Sequence[Symmetry], v: Params, theta: Params, relative: bool = True
-) -> dict[str, Tensor]:
-    """Mean |deviation| over all units of each kind that the network has, scalar tensors."""
+def mean_deviations(symmetries: Sequence[Symmetry], v: Params, theta: Params) -> dict[str, Tensor]:
+    """Mean relative |deviation| over all units of each label that occurs, scalar tensors."""
     sizes: dict[str, list[Tensor]] = {}
     for symmetry in symmetries:
-        of = symmetry.relative if relative else symmetry.deviations
-        sizes.setdefault(symmetry.kind, []).append(of(v, theta).abs())
-    return {kind: torch.cat(parts).mean() for kind, parts in sizes.items()}
+        sizes.setdefault(symmetry.label, []).append(symmetry.relative(v, theta).abs())
+    return {label: torch.cat(parts).mean() for label, parts in sizes.items()}
 
 
 def symmetry_penalty(
-    optimizee: Optimizee, kinds: Sequence[str], beta: float, relative: bool = False
+    optimizee: Optimizee,
+    symmetries: Sequence[Symmetry],
+    kinds: Sequence[str],
+    beta: float,
+    relative: bool = False,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(theta, v) [n] -> beta times the sum over units of |deviation| (or of the relative one)."""
-    symmetries = [s for s in find_symmetries(optimizee) if s.kind in kinds]
+    """(theta, v) [n] -> beta times the sum over units of |deviation| (or of the relative one).
+
+    symmetries: the optimizee's, whose controls are left out. Raises OptimizerError where it has
+    none of one of these kinds.
+    """
+    held = [s for s in symmetries if not s.control]
+    present = list(dict.fromkeys(s.kind for s in held))
+    for kind in kinds:
+        if kind not in present:
+            raise OptimizerError(
+                f"a penalty on {kind}: the optimizee has no {kind} symmetry; it has "
+                f"{' and '.join(present) or 'none'}"
+            )
+    of = [s.relative if relative else s.deviations for s in held if s.kind in kinds]
 
     def penalty(theta: Tensor, v: Tensor) -> Tensor:
         at, update = optimizee.unflat(theta), optimizee.unflat(v)
-        of = [s.relative if relative else s.deviations for s in symmetries]
         return beta * sum(deviations(update, at).abs().sum() for deviations in of)
 
     return penalty
@@ -193,24 +290,33 @@ def tail_index(samples: Tensor, block: int) -> float:
 
         1 / alpha = (mean log|Y| - mean log|X|) / log m,   Y sums of m consecutive X
 
-    block: m >= 2. Numbers that are exactly 0 are left out. NaN where nothing is left. Source:
-    Mohammadi et al. 2015, corollary 2.4; Simsekli et al. 2019 (arXiv 1901.06053) for networks.
+    block: m >= 2. Coordinates that are exactly 0 in any draw are left out: X and Y would lose
+    different shares of them. NaN where nothing is left. Source: Mohammadi et al. 2015, corollary
+    2.4; Simsekli et al. 2019 (arXiv 1901.06053) for networks.
     """
     count = len(samples) // block
     if block < 2 or count < 1:
         raise ValueError(f"blocks of {block} need at least so many samples, got {len(samples)}")
-    X = samples[: count * block].double()
+    X = samples[: count * block, never_zero(samples)].double()
     Y = X.unflatten(0, (count, block)).sum(1)
-    sizes = [t[t != 0].abs().log().mean().item() for t in (Y, X)]
+    sizes = [t.abs().log().mean().item() for t in (Y, X)]
     difference = sizes[0] - sizes[1]
-    return math.log(block) / difference if difference else math.nan
+    return math.log(block) / difference if difference and math.isfinite(difference) else math.nan
+
+
+def never_zero(samples: Tensor) -> Tensor:
+    """Which coordinates of samples [draws, ...] are exactly 0 in no draw, [...]."""
+    return (samples != 0).all(0)
 
 
 def covariance_size(samples: Tensor) -> tuple[float, float]:
     """Trace and largest eigenvalue of the covariance of samples [draws, n], over draws - 1.
 
-    From the Gram matrix [draws, draws], which has the same eigenvalues apart from zeros.
+    From the Gram matrix [draws, draws], which has the same eigenvalues apart from zeros. NaN where
+    that is not finite.
     """
     centred = samples.double() - samples.double().mean(0)
     gram = centred @ centred.T / (len(samples) - 1)
+    if not gram.isfinite().all():
+        return math.nan, math.nan
     return gram.trace().item(), torch.linalg.eigvalsh(gram)[-1].item()

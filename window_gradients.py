@@ -148,7 +148,13 @@ def suffix_sum_gradient(
 
 
 def inclusion_probabilities(norms: Tensor, expected: int) -> Tensor:
-    """min(1, c norms) [n] that add up to `expected`, or 1 wherever a norm is > 0 if it allows."""
+    """min(1, c norms) [n] that add up to `expected`, or 1 wherever a norm is > 0 if it allows.
+
+    Norms that are not finite are surely in, and they alone: with them the gradient isn't either.
+    """
+    infinite = ~norms.isfinite()
+    if infinite.any():
+        return infinite.to(norms)
     if int((norms > 0).sum()) <= expected:
         return (norms > 0).to(norms)
     ordered = norms.sort(descending=True).values
@@ -158,7 +164,7 @@ def inclusion_probabilities(norms: Tensor, expected: int) -> Tensor:
     # which the largest of the others stays below 1.
     fits = (free > 0) & (free * ordered <= rest)
     k = int(fits.to(torch.int8).argmax())
-    return (norms * (free[k] / rest[k])).clamp(max=1)
+    return (norms / rest[k] * free[k]).clamp(max=1)  # in this order also of tiny norms
 
 
 def _loss_by_updates(
@@ -181,18 +187,25 @@ def _penalty_gradients(
     out_mul: float, window: Rollout, penalty: Penalty
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The penalty, its gradients by theta_t [T, K, n] and by u_t [T, K n] directly."""
-    u = window.u.view_as(window.gradients)
-    theta, total = window.start.theta, 0
-    by_theta, by_u = torch.empty_like(u), torch.empty_like(u)
-    for t, now in enumerate(u):
-        at, v = theta.clone().requires_grad_(), (-out_mul * now).requires_grad_()
+    by_theta, by_u, total = [], [], 0
+    for theta, update in _penalised(out_mul, window):
+        at, v = theta.clone().requires_grad_(), update.requires_grad_()
         with torch.enable_grad():
             value = sum(map(penalty, at, v)) / len(at)
-        by_theta[t], by_v = torch.autograd.grad(value, [at, v])
-        by_u[t] = -out_mul * by_v
+        # A translation's direction does not depend on theta: its gradient there is 0
+        of_theta, of_v = torch.autograd.grad(value, [at, v], materialize_grads=True)
+        by_theta.append(of_theta)
+        by_u.append(-out_mul * of_v.flatten())
         total = total + value.detach()
-        theta = torch.add(theta, now, alpha=out_mul)
-    return total, by_theta, by_u.flatten(1)
+    return total, torch.stack(by_theta), torch.stack(by_u)
+
+
+def _penalised(out_mul: float, window: Rollout) -> Iterator[tuple[Tensor, Tensor]]:
+    """theta_t and v_t = -m u_t of each step, [K, n] both."""
+    theta = window.start.theta
+    for u in window.u.view_as(window.gradients):
+        yield theta, -out_mul * u
+        theta = torch.add(theta, u, alpha=out_mul)
 
 
 def autograd_gradient(
@@ -308,7 +321,10 @@ class _Window:
         drawn = [iter(own) for own in zip(*self.batches, strict=True)]
         start = replace(self.trainings, batches=drawn)
         window = roll_out(self.network, self.optimizee, start, len(self.batches))
-        loss = _loss_by_updates(self.network.out_mul, window, self.objective)[1]
+        loss, penalty = self.objective.of_losses(window.losses), self.objective.penalty
+        if penalty is not None:
+            steps = _penalised(self.network.out_mul, window)
+            loss = loss + sum(sum(map(penalty, at, v)) / len(at) for at, v in steps)
         end = replace(window.end, batches=self.trainings.batches)
         return WindowGradient(list(gradient), loss, window.losses, end)
 

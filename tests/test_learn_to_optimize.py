@@ -13,12 +13,17 @@ from torch import nn
 import learn_to_optimize
 import plot
 from learned_optimizer import LearnedOptimizer
-from optimizer_networks import CoordinateLSTM, load_network, save_network
+from optimizer_comparison import Comparison
+from optimizer_figures import draw_optimizer_run
+from optimizer_networks import CoordinateLSTM, CoordinateMLP, load_network, save_network
 
-TINY = [
-    "relu3", "--dataset", "mnist5k", "--hidden", "3", "--epochs", "2", "--runs_per_epoch", "2",
-    "--inner_steps", "6", "--unroll", "3", "--validation_runs", "1", "--test_runs", "2",
+NO_TRAINING = [
+    "relu3", "--dataset", "mnist5k", "--hidden", "3", "--epochs", "0", "--test_runs", "2",
     "--test_steps", "3", "--tuning_runs", "1", "--threads", "1", "--quiet",
+]  # fmt: skip
+TINY = [
+    *NO_TRAINING, "--epochs", "2", "--runs_per_epoch", "2", "--inner_steps", "6", "--unroll", "3",
+    "--validation_runs", "1",
 ]  # fmt: skip
 
 
@@ -94,15 +99,63 @@ def test_every_flag_changes_the_numbers_of_a_run(tmp_path, plain, flags):
 
 def test_a_saved_optimizer_is_compared_without_training_and_on_other_optimizees(tmp_path, plain):
     out = tmp_path / "run"
-    run(*TINY, "--epochs", 0, "--start_from", plain, "--compare", "relu3", "quadratic",
+    run(*NO_TRAINING, "--start_from", plain, "--compare", "relu3", "quadratic",
         "--out", out)  # fmt: skip
     results = [json.loads((d / "results.json").read_text())["optimizees"] for d in (plain, out)]
     assert results[0]["relu3"] == results[1]["relu3"] and "quadratic" in results[1]
     assert (out / "optimizer.json").read_text() == (plain / "optimizer.json").read_text()
 
 
+def test_the_architecture_is_that_of_the_saved_optimizer_and_a_resumed_run_keeps_its_start(
+    tmp_path, capsys
+):
+    source, out = tmp_path / "optimizer.json", tmp_path / "run"
+    flags = ["relu3", "--dataset", "mnist5k", "--threads", 1, "--epochs", 0, "--compare", "--quiet"]
+    save_network(CoordinateMLP(4), source)
+    run(*flags, "--start_from", source, "--out", out)
+    before = (out / "optimizer.json").read_text()
+    assert load_network(out / "optimizer.json").kind == "mlp"
+    save_network(CoordinateMLP(5), source)
+    run("--resume", out, "--quiet")
+    assert (out / "optimizer.json").read_text() == before
+
+
+def test_a_diverging_optimizer_leaves_its_curves(tmp_path):
+    run(*NO_TRAINING, "--out_mul", "3e38", "--out", tmp_path / "run")
+    with np.load(tmp_path / "run" / "comparison.npz") as arrays:
+        assert np.isinf(arrays["relu3/learned/losses"]).any()
+    draw_optimizer_run(tmp_path / "run")
+
+
+def test_ctrl_c_in_a_comparison_leaves_the_curves_of_the_optimisers_that_were_done(
+    tmp_path, monkeypatch
+):
+    out, tune = tmp_path / "run", Comparison.at_default_and_best_rate
+
+    def interrupted(self, name, task, interrupt):
+        interrupt.requested = name == "sgd"
+        return tune(self, name, task, interrupt)
+
+    monkeypatch.setattr(Comparison, "at_default_and_best_rate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*NO_TRAINING, "--out", out)
+    found = json.loads((out / "results.json").read_text())["optimizees"]["relu3"]["optimizers"]
+    assert {name.split()[0] for name in found} == {"learned", "adam"}
+    with np.load(out / "comparison.npz") as arrays:
+        assert {key.split("/")[1] for key in arrays if "/" in key} == set(found)
+
+
+def test_a_sigmoids_directions_are_recorded_as_negative_controls(tmp_path):
+    run(*NO_TRAINING, "--compare", "sigmoid2", "--out", tmp_path / "run")
+    with np.load(tmp_path / "run" / "comparison.npz") as arrays:
+        labels = {key.split("/")[-1] for key in arrays if "/update/" in key}
+    assert labels == {"rescale_control", "translation"}
+    draw_optimizer_run(tmp_path / "run")
+    assert (tmp_path / "run" / "figures" / "sigmoid2_rescale_control.png").exists()
+
+
 def test_another_factor_of_the_steps_may_be_given_to_a_saved_optimizer(tmp_path, plain):
-    flags = [*TINY, "--epochs", 0, "--start_from", plain, "--out_mul", 0.5]
+    flags = [*NO_TRAINING, "--start_from", plain, "--out_mul", 0.5]
     run(*flags, "--out", tmp_path / "run")
     network = load_network(tmp_path / "run" / "optimizer.json")
     assert network.out_mul == 0.5
@@ -142,8 +195,8 @@ def test_without_a_comparison_the_results_tell_what_meta_training_has_reached(tm
 def test_losses_are_said_at_the_last_step_and_of_long_trainings_at_the_published_one(
     tmp_path, capsys, steps
 ):
-    flags = [flag for flag in TINY if flag != "--quiet"]
-    run(*flags, "--epochs", 0, "--test_steps", steps, "--test_runs", 1, "--out", tmp_path / "run")
+    flags = [flag for flag in NO_TRAINING if flag != "--quiet"]
+    run(*flags, "--test_steps", steps, "--test_runs", 1, "--out", tmp_path / "run")
     shown = capsys.readouterr().out
     assert f"at step {'200 and 201' if steps > 200 else '3'}, mean" in shown
     line = next(line for line in shown.splitlines() if line.startswith("  learned"))
@@ -162,6 +215,13 @@ def test_losses_are_said_at_the_last_step_and_of_long_trainings_at_the_published
         (["relu3", "--batch_size", "5000"], "2000"),
         (["relu3", "--start_from", "nowhere"], "nowhere"),
         (["relu3", "--network", "mlp", "--extra_inputs", "time"], "lstm"),
+        (["sigmoid3", "--penalty", "1"], "no rescale symmetry; it has translation"),
+        (["relu3", "--penalty", "1", "--penalty_kinds", "scale"], "no scale symmetry"),
+        (["quadratic", "--penalty", "1", "--estimator", "pes"], "it has none"),
+        (["relu3", "--sigma", "0.1"], "--estimator es or pes"),
+        (["relu3", "--penalty_relative"], "--penalty"),
+        (["relu3", "--norm_eps", "0.1"], "relu20bn"),
+        (["relu3", "--epochs", "0", "--unroll", "5"], "--epochs of at least 1"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line_and_leaves_no_directory(

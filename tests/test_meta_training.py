@@ -10,6 +10,7 @@ from test_optimizees import images
 from meta_training import ESTIMATORS, MetaTraining, MetaTrainingSettings
 from optimizees import make_task
 from optimizer_networks import OptimizerError, make_network
+from seeds import seeded_generator
 from symmetries import find_symmetries
 
 SMALL = {"runs_per_epoch": 2, "inner_steps": 7, "unroll": 3, "validation_runs": 2}
@@ -19,7 +20,8 @@ def training(warn=None, data=None, **settings) -> MetaTraining:
     task = make_task("relu3", images(60) if data is None else data, 10)
     network = make_network("lstm", 0, hidden=4)
     chosen = MetaTrainingSettings(**SMALL | settings)
-    return MetaTraining(network, task, find_symmetries(task.optimizee), chosen, warn or pytest.fail)
+    symmetries = find_symmetries(task.optimizee, next(task.batches(seeded_generator(0))))
+    return MetaTraining(network, task, symmetries, chosen, warn or pytest.fail)
 
 
 def numbers(row: dict) -> dict:

@@ -7,6 +7,7 @@ import torch
 from test_optimizees import images
 from torch import nn
 
+import optimizer_comparison
 from optimizees import make_task
 from optimizer_comparison import (
     BASELINES,
@@ -21,12 +22,17 @@ from optimizer_comparison import (
     train_all,
 )
 from optimizer_networks import make_network
+from run_log import Interrupt
 from seeds import seeded_generator
 from symmetries import find_symmetries
 from window_gradients import roll_out, start
 
 WEIGHTS = torch.zeros((), dtype=torch.float64)
 DRAWS = [(0, 7, 0), (0, 7, 1)]
+
+
+def symmetries_of(task):
+    return find_symmetries(task.optimizee, next(task.batches(seeded_generator(0))))
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +76,12 @@ def test_the_learned_optimizers_run_is_the_windows(task):
 
 
 def test_sgd_without_momentum_keeps_the_rescale_symmetry_along_training_and_adam_breaks_it(task):
-    symmetries = find_symmetries(task.optimizee)
+    symmetries = symmetries_of(task)
     plain = Contender("sgd", lambda ps: torch.optim.SGD(ps, 0.1))
     kept = train_all(plain, task, 5, DRAWS, WEIGHTS, symmetries)
     broken = train_all(baseline("adam"), task, 5, DRAWS, WEIGHTS, symmetries)
     assert kept.update["rescale"].shape == (5,) and kept.update["rescale"].max() < 1e-13
     assert broken.gradient["rescale"].max() < 1e-13 and broken.update["rescale"].min() > 1e-3
-    # raw deviations of an SGD update are lr times those of its gradient; these are roundoff
-    assert broken.raw_update["translation"].min() > broken.raw_gradient["translation"].max()
 
 
 def test_histograms_count_every_parameter_once(task):
@@ -85,6 +89,10 @@ def test_histograms_count_every_parameter_once(task):
     assert curves.histograms.shape[0] == 2
     assert curves.histograms.sum(1).tolist() == [sum(task.optimizee.sizes())] * 2
     assert (curves.histograms > 0).sum() <= 4  # all moves of Lion have one size
+    still = train_all(baseline("sgd", 1e-300), task, 2, DRAWS[:1], WEIGHTS, (), [1])
+    total = sum(task.optimizee.sizes())
+    assert still.parameters == total and still.still.tolist() == [total]
+    assert still.histograms.sum() == 0
 
 
 @pytest.mark.parametrize("kind", ["baseline", "learned"])
@@ -101,7 +109,7 @@ def test_a_run_that_leaves_the_finite_is_infinite_from_there(task, kind):
 
 def test_the_best_rate_is_the_one_with_the_smallest_loss_and_the_default_stays(task):
     comparison = Comparison(0, 8, 2, 2, WEIGHTS)
-    contenders, losses = comparison.at_default_and_best_rate("adam", task)
+    contenders, losses = comparison.at_default_and_best_rate("adam", task, Interrupt())
     assert {float(rate) for rate in losses} == {*RATES, 0.03}
     best = min(losses, key=losses.get)
     assert [c.name for c in contenders] == list(dict.fromkeys(["adam 0.03", f"adam {best}"]))
@@ -110,10 +118,24 @@ def test_the_best_rate_is_the_one_with_the_smallest_loss_and_the_default_stays(t
     assert again.at(8).mean().item() == losses[best]
 
 
+def test_no_rate_is_tried_once_the_comparison_is_interrupted(task, monkeypatch):
+    interrupt, tried = Interrupt(), []
+
+    def train(contender, *rest):
+        tried.append(contender.name)
+        interrupt.requested = len(tried) == 2
+        return train_all(contender, *rest)
+
+    monkeypatch.setattr(optimizer_comparison, "train_all", train)
+    comparison = Comparison(0, 2, 1, 1, WEIGHTS)
+    assert comparison.contenders("adam", None, task, interrupt) == ([], {}) and len(tried) == 2
+    assert comparison.contenders("learned", None, task, interrupt) == ([], {})
+
+
 def test_a_summary_is_of_the_last_ten_losses():
     comparison = Comparison(3, 20, 4, 1, WEIGHTS)
     task = make_task("quadratic", images(), dtype=torch.float64)
-    curves = comparison.curves(baseline("adam"), task, [])
+    curves = comparison.curves(baseline("adam"), task, [], [])
     summary = curves.summary()
     expected = curves.losses[:, -10:].mean(1)
     assert summary["runs"] == expected.tolist()
@@ -132,9 +154,7 @@ def test_of_long_trainings_the_loss_at_the_published_step_is_told_too(task):
 
 
 def test_what_is_measured_of_a_diverging_training_is_of_every_step(task):
-    curves = train_all(
-        baseline("sgd", 1e200), task, 6, DRAWS, WEIGHTS, find_symmetries(task.optimizee), [1, 6]
-    )
+    curves = train_all(baseline("sgd", 1e200), task, 6, DRAWS, WEIGHTS, symmetries_of(task), [1, 6])
     assert curves.update["rescale"].shape == (6,) and len(curves.histograms) == 2
 
 
@@ -146,4 +166,10 @@ def test_noise_is_told_per_layer_of_gradients_and_updates():
         of = found[what]
         assert len(of["trace"]) == len(of["largest_eigenvalue"]) == 2
         assert all(0 < e <= t for e, t in zip(of["largest_eigenvalue"], of["trace"], strict=True))
-        assert set(of["tail_index"]) == {2, 5, 10}
+        assert set(of["tail_index"]) == {2, 5, 10} and of["tail_index_share"] == [1, 1]
+
+
+def test_the_noise_of_a_diverging_optimiser_is_not_a_number(task):
+    network = make_network("lstm", 0, hidden=3, out_mul=1e308).double()
+    found = noise_statistics(network, task, 3, 30, (0, 1), WEIGHTS)
+    assert all(map(math.isnan, found["update"]["trace"] + found["update"]["largest_eigenvalue"]))

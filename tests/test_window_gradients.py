@@ -11,7 +11,7 @@ from torch import nn
 from optimizees import Optimizee
 from optimizer_networks import EXTRA_INPUTS, log_and_sign, make_network
 from seeds import seeded_generator
-from symmetries import symmetry_penalty
+from symmetries import find_symmetries, symmetry_penalty
 from window_gradients import (
     Objective,
     autograd_gradient,
@@ -48,6 +48,11 @@ def started(network, optimizee, tasks=1):
     return start(network, optimizee, torch.stack(theta), [batches(k) for k in range(tasks)])[0]
 
 
+def penalty_on(optimizee, kinds, beta, relative=False):
+    symmetries = find_symmetries(optimizee, next(batches(0)))
+    return symmetry_penalty(optimizee, symmetries, kinds, beta, relative)
+
+
 def vector(tensors) -> torch.Tensor:
     return torch.cat([t.flatten() for t in tensors])
 
@@ -60,9 +65,7 @@ def test_suffix_sums_are_the_gradient_through_the_unrolled_window(optimizee, nam
     network = make_network(kind, 0, **options).double()
     penalty = None
     if penalised != "no penalty":
-        penalty = symmetry_penalty(
-            optimizee, ("rescale", "translation"), 0.3, "relative" in penalised
-        )
+        penalty = penalty_on(optimizee, ("rescale", "translation"), 0.3, "relative" in penalised)
     objective = Objective(log, penalty)
     for tasks in (1, 3):
         ends = []
@@ -74,6 +77,28 @@ def test_suffix_sums_are_the_gradient_through_the_unrolled_window(optimizee, nam
         assert (ours - exact).norm() <= 1e-12 * exact.norm()
         torch.testing.assert_close(ends[0].loss, ends[1].loss, rtol=1e-13, atol=0)
         torch.testing.assert_close(ends[0].end.theta, ends[1].end.theta, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["translation", "scale", "rescale"])
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_penalty_on_one_kind_alone_has_the_gradient_of_autograd(kind, relative):
+    optimizee = Optimizee(
+        lambda: nn.Sequential(
+            nn.Linear(5, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.ReLU(),
+            nn.Linear(4, 3),
+        ).double()
+    )  # fmt: skip
+    network = make_network("lstm", 0, hidden=3).double()
+    objective = Objective(penalty=penalty_on(optimizee, (kind,), 0.3, relative))
+    ours, exact = (
+        vector(method(network, optimizee, started(network, optimizee), 4, objective).gradient)
+        for method in (suffix_sum_gradient, autograd_gradient)
+    )
+    assert (ours - exact).norm() <= 1e-12 * exact.norm()
+    strategies_gradient(
+        network, optimizee, started(network, optimizee), 2, objective,
+        sigma=0.01, pairs=1, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
 
 
 def test_autograd_is_the_gradient_of_an_obvious_loop_over_tensors(optimizee):
@@ -182,6 +207,11 @@ def test_inclusion_probabilities_add_up_and_are_in_proportion_below_1(norms, exp
         torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-6, atol=0)
 
 
+def test_coordinates_whose_gradient_is_not_finite_are_surely_drawn():
+    norms = torch.tensor([1.0, float("nan"), 2.0, float("inf"), 0.5])
+    assert inclusion_probabilities(norms, 2).tolist() == [0, 1, 0, 1, 0]
+
+
 def smooth():
     return Optimizee(lambda: nn.Sequential(nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 3)).double())
 
@@ -209,7 +239,7 @@ def test_the_first_window_of_persistent_strategies_is_that_of_the_others_and_lat
     def generators():
         return {**options, "generator": torch.Generator().manual_seed(1)}
 
-    objective = Objective(penalty=symmetry_penalty(optimizee, ("rescale",), 0.5))
+    objective = Objective(penalty=penalty_on(optimizee, ("rescale",), 0.5))
     plain = strategies_gradient(
         network, optimizee, started(network, optimizee), 3, objective, **generators()
     )
@@ -228,7 +258,7 @@ def test_the_first_window_of_persistent_strategies_is_that_of_the_others_and_lat
 
 def test_the_loss_of_a_penalty_is_the_sum_over_steps_of_its_values(optimizee):
     network = make_network("lstm", 0, hidden=3).double()
-    penalty = symmetry_penalty(optimizee, ("rescale",), 2.0)
+    penalty = penalty_on(optimizee, ("rescale",), 2.0)
     window = roll_out(network, optimizee, started(network, optimizee), 4)
     theta, expected = window.start.theta[0], window.losses.sum().item()
     for u in window.u:
