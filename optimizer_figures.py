@@ -25,9 +25,11 @@ from figure_style import (
     save_figure,
 )
 from figures import draw_meta_loss
-from run_log import read_arrays, read_config, read_json, read_metrics
+from run_log import RunLogError, read_arrays, read_config, read_json, read_metrics
+from symmetries import CONTROL
 
-SHOWN_EPOCHS = 4  # curves of meta-training: the first, the last, and those between
+SHOWN_EPOCHS = 4  # curves of short meta-training: the first, the last, and those between
+EVERY = 20  # epochs between the curves of meta-training that is longer than two of these
 SMOOTHED = 5  # steps of a running mean of losses
 LEAST, CUT = 1e-9, 1e-12  # deviations below the first are drawn at it; bars of zeros
 
@@ -58,9 +60,8 @@ def draw_optimizer_run(directory: str | Path) -> list[Path]:
         if steps:
             draw_histograms(name, shown, compared["edges"], steps, place / f"{name}_updates.png")
             drawn.append(place / f"{name}_updates.png")
-    results = directory / "results.json"
-    if results.exists():
-        for name, of in read_json(results).get("optimizees", {}).items():
+    for name, of in compared_optimizees(directory).items():
+        if "noise" in of:  # not where Ctrl-C ended the comparison before it
             draw_noise(name, of["noise"], place / f"{name}_noise.png")
             drawn.append(place / f"{name}_noise.png")
     validation = read_arrays(directory / "validation.npz")
@@ -83,6 +84,7 @@ def draw_training(optimizee: str, losses: Arrays, path: Path) -> None:
         axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, lw=0)
     axes.set_yscale("log")
     label_axes(axes, f"{optimizee}: training loss", "step", "mean over runs, band: one deviation")
+    axes.tick_params(which="minor", labelsize=FONT - 1, colors=GREY)
     add_legend(axes)
     save_figure(figure, path)
 
@@ -105,7 +107,10 @@ def draw_symmetry(optimizee: str, kind: str, optimizers: Mapping[str, Arrays], p
             title = f"{name}: {what}s"
             label_axes(axes, title, bottom, "")
     figure.supylabel("mean over units of |<v, xi>| / (|v| |xi|)", fontsize=FONT)
-    figure.suptitle(f"{optimizee}: departure from the {kind} symmetry", fontsize=FONT + 2)
+    title = f"{optimizee}: departure from the {kind.removesuffix(CONTROL)} symmetry"
+    if kind.endswith(CONTROL):
+        title += " that it lacks (negative control)"
+    figure.suptitle(title, fontsize=FONT + 2)
     save_figure(figure, path)
 
 
@@ -116,18 +121,25 @@ def draw_histograms(
     steps: Sequence[int],
     path: Path,
 ) -> None:
-    """How large the changes of parameters |u| are, a panel per optimiser, a curve per step."""
+    """How large the changes of parameters |u| are, a panel per optimiser, a curve per step.
+
+    Shares are of all parameters; how many stood still is told below each panel.
+    """
     figure = new_figure(2.6 * len(optimizers), 2.9)
     grid = figure.subplots(1, len(optimizers), sharex=True, sharey=True, squeeze=False)[0]
     middles = np.sqrt(edges[1:] * edges[:-1])
     for axes, (name, arrays) in zip(grid, optimizers.items(), strict=True):
         counts = arrays["histograms"]
+        total = arrays.get("parameters", counts.sum(1).max(initial=1))  # runs of before lack it
         for number, (step, row) in enumerate(zip(steps, counts, strict=False)):
-            share = row / max(row.sum(), 1)
             opacity = (number + 1) / len(counts)
-            axes.plot(middles, share, color=COLOURS[0], alpha=opacity, lw=1.2, label=f"step {step}")
+            axes.plot(
+                middles, row / total, color=COLOURS[0], alpha=opacity, lw=1.2, label=f"step {step}"
+            )
         axes.set_xscale("log")
-        label_axes(axes, name, "|u|", "share of parameters" if axes is grid[0] else "")
+        still = arrays.get("still", np.zeros(1)) / total
+        bottom = f"|u|; of 0: {still.min():.0%} to {still.max():.0%}"
+        label_axes(axes, name, bottom, "share of parameters" if axes is grid[0] else "")
         axes.xaxis.set_major_locator(LogLocator(numticks=5))
     add_legend(grid[0])
     figure.suptitle(f"{optimizee}: sizes of updates", fontsize=FONT + 2)
@@ -136,7 +148,7 @@ def draw_histograms(
 
 def draw_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None:
     """Tail index and covariance over minibatches, of gradients and of learned updates, by layer."""
-    figure = new_figure(8.4, 2.8)
+    figure = new_figure(8.4, 3.6)
     left, right = figure.subplots(1, 2)
     for colour, (what, found) in zip(COLOURS, noise.items(), strict=False):
         layers = np.arange(1, len(found["trace"]) + 1)
@@ -155,7 +167,14 @@ def draw_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None
     label_axes(left, f"{optimizee}: tail index (2: normal)", "layer", "alpha")
     label_axes(right, "Covariance over minibatches", "layer", "")
     for axes in (left, right):
-        axes.legend(fontsize=FONT - 3, frameon=False)
+        axes.tick_params(which="minor", labelsize=FONT - 1, colors=GREY)
+        axes.legend(
+            fontsize=FONT - 2,
+            frameon=False,
+            ncols=2,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.2),
+        )
     save_figure(figure, path)
 
 
@@ -164,15 +183,14 @@ def draw_meta_training(validation: Arrays, path: Path) -> None:
     deviations of updates at the left, of gradients at the right. Later epochs are darker.
     """
     kinds = kinds_of({"learned": validation})
-    count = len(validation["losses"])
-    epochs = np.unique(np.linspace(0, count - 1, min(SHOWN_EPOCHS, count)).round().astype(int))
+    epochs = shown_epochs(len(validation["losses"]) - 1)
     rows = max(len(kinds), 1)
     figure = new_figure(11.4 if kinds else 4.2, 2.4 * rows + 0.6)
     grid = figure.add_gridspec(rows, 3 if kinds else 1)
     first = figure.add_subplot(grid[:, 0])
     _epoch_curves(first, validation["losses"], epochs, COLOURS[0])
     label_axes(first, "Losses of validation runs", "step", "mean over runs")
-    first.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
+    first.tick_params(which="minor", labelsize=FONT - 1, colors=GREY)
     for row, kind in enumerate(kinds):
         for column, what in enumerate(("update", "gradient")):
             axes = figure.add_subplot(grid[row, column + 1])
@@ -182,7 +200,7 @@ def draw_meta_training(validation: Arrays, path: Path) -> None:
             axes.set_ylim(LEAST / 3, 2)
             left = "" if column else "relative |deviation|, mean"
             bottom = "step" if row == rows - 1 else ""
-            label_axes(axes, f"{kind}: {what}s", bottom, left)
+            label_axes(axes, f"{kind.replace(CONTROL, ' (control)')}: {what}s", bottom, left)
     add_legend(first)
     save_figure(figure, path)
 
@@ -194,7 +212,7 @@ def draw_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> Non
     table = np.array([[losses[row].get(name, np.nan) for name in columns] for row in rows])
     figure = new_figure(1.1 * len(columns) + 2.6, 0.42 * len(rows) + 1.6)
     axes = figure.subplots()
-    finite = table[np.isfinite(table)]
+    finite = table[np.isfinite(table)] if np.isfinite(table).any() else np.ones(1)
     norm = LogNorm(finite.min(), max(finite.max(), 1.001 * finite.min()))
     image = axes.imshow(table, cmap="viridis_r", norm=norm, aspect="auto")
     for (i, j), value in np.ndenumerate(table):
@@ -208,11 +226,28 @@ def draw_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> Non
     axes.set_title(
         "Training loss of optimisers (rows) on optimizees", fontsize=FONT + 1, loc="left"
     )
-    figure.colorbar(image, ax=axes).ax.tick_params(labelsize=FONT - 2)
+    figure.colorbar(image, ax=axes).ax.tick_params(which="both", labelsize=FONT - 1)
     save_figure(figure, path)
 
 
 # ---- from a run's files ----
+
+
+def compared_optimizees(directory: Path) -> dict[str, dict]:
+    """results.json's "optimizees", {} where nothing has been compared; RunLogError if damaged."""
+    path = directory / "results.json"
+    results = read_json(path) if path.exists() else {}
+    found = results.get("optimizees", {}) if isinstance(results, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(of, dict) for of in found.values()):
+        raise RunLogError(f"{path} is damaged: not the results of a comparison")
+    return found
+
+
+def shown_epochs(last: int) -> list[int]:
+    """The epochs whose curves are drawn, of so many: every twentieth, or four of a short run."""
+    if last > 2 * EVERY:
+        return list(range(0, last + 1, EVERY))
+    return sorted(set(np.linspace(0, last, SHOWN_EPOCHS).round().astype(int).tolist()))
 
 
 def of_optimizee(arrays: Arrays, name: str) -> dict[str, dict[str, np.ndarray]]:
@@ -239,7 +274,7 @@ def kinds_of(optimizers: Mapping[str, Arrays]) -> list[str]:
 def histogram_steps(directory: Path, optimizers: Mapping[str, Arrays]) -> list[int]:
     """The steps that the rows of the histograms are of."""
     config = read_config(directory)
-    steps = sorted(s for s in config["histogram_steps"] if s <= config["test_steps"])
+    steps = sorted({s for s in config["histogram_steps"] if s <= config["test_steps"]})
     return steps if all(len(a["histograms"]) == len(steps) for a in optimizers.values()) else []
 
 

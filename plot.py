@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from baseline_figures import draw_mlp_run, draw_pca_run, draw_vicreg_run
 from command_line import OneLineParser, UserError, run_command
@@ -23,7 +24,12 @@ from figures import draw_oja_run, draw_rules, draw_run
 from files import write_whole
 from learning_rules import PerLayerRule, classical_rule, load_rule
 from one_pass_report import draw_one_pass_run, draw_report, read_run, table
-from optimizer_figures import draw_loss_grid, draw_optimizer_run
+from optimizer_figures import (
+    compared_optimizees,
+    draw_loss_grid,
+    draw_optimizer_run,
+    one_of_each_kind,
+)
 from run_log import read_config, read_json
 from sweep_report import draw_sweep_run
 
@@ -100,24 +106,49 @@ def drawing_command(directory: Path) -> str:
 
 
 def plot_losses(args: argparse.Namespace) -> list[Path]:
-    """A row per learned optimiser, by its run's name, and per baseline at its best rate."""
-    grid: dict[str, dict[str, float]] = {}
-    for directory in args.runs:
-        results = read_json(directory / "results.json")
-        if "optimizees" not in results:
-            raise UserError(
-                f"{directory} is not a run of learn_to_optimize.py: it compares nothing"
-            )
-        data = read_config(directory)["dataset"]
-        for optimizee, found in results["optimizees"].items():
-            column = optimizee if data == "mnist" else f"{data}: {optimizee}"
-            for name, summary in found["optimizers"].items():
-                kind = name.split()[0]
-                row = directory.resolve().name if kind == "learned" else f"{kind}, best rate"
-                best = grid.setdefault(row, {}).get(column, float("inf"))
-                grid[row][column] = min(best, summary["loss"])
-    draw_loss_grid(grid, args.out)
+    """A row per learned optimiser, by its run's name, and per baseline at its tuned rate.
+
+    Columns are optimizees, on other data and after other numbers of steps apart. A baseline's loss
+    is the mean over the runs that tell it.
+    """
+    found = [(directory, tuned_losses(directory)) for directory in args.runs]
+    names = [directory.resolve().name for directory in args.runs]
+    several = len({steps for _, of in found for _, steps in of}) > 1
+    grid: dict[str, dict[str, list[float]]] = {}
+    for name, (directory, losses) in zip(names, found, strict=True):
+        own = name if names.count(name) == 1 else str(directory)
+        for (optimizee, steps), of in losses.items():
+            column = f"{optimizee}, step {steps}" if several else optimizee
+            for kind, loss in of.items():
+                row = grid.setdefault(own if kind == "learned" else f"{kind}, tuned rate", {})
+                row.setdefault(column, []).append(loss)
+    means = {
+        row: {column: fmean(values) for column, values in of.items()} for row, of in grid.items()
+    }
+    draw_loss_grid(means, args.out)
     return [args.out]
+
+
+def tuned_losses(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """Of each optimizee and number of steps the loss of each optimiser, "learned", "adam", ..."""
+    compared = compared_optimizees(directory)
+    if not compared:
+        raise UserError(f"{directory} is not a run of learn_to_optimize.py: it compares nothing")
+    config = read_config(directory)
+    try:
+        data, steps = config["dataset"], config["test_steps"]
+        prefix = "" if data == "mnist" else f"{data}: "
+        return {
+            (prefix + optimizee, steps): {
+                name.split()[0]: float(summary["loss"])
+                for name, summary in one_of_each_kind(found["optimizers"]).items()
+            }
+            for optimizee, found in compared.items()
+        }
+    except (LookupError, TypeError, ValueError, AttributeError) as problem:
+        raise UserError(
+            f"{directory} is no whole run of learn_to_optimize.py: {problem!r}"
+        ) from problem
 
 
 def plot_rules(args: argparse.Namespace) -> list[Path]:

@@ -12,8 +12,10 @@ from optimizer_figures import (
     draw_optimizer_run,
     draw_symmetry,
     draw_training,
+    histogram_steps,
     of_optimizee,
     one_of_each_kind,
+    shown_epochs,
 )
 from run_log import RunLogError
 
@@ -36,9 +38,10 @@ def test_deviations_of_0_and_missing_ones_are_drawn(tmp_path):
 
 
 def test_a_grid_may_have_holes_and_infinite_losses(tmp_path):
-    losses = {"a": {"x": 0.3, "y": float("inf")}, "b": {"y": 1.0}}
-    draw_loss_grid(losses, tmp_path / "grid.png")
-    assert drawn(tmp_path / "grid.png")
+    infinite = {"y": float("inf")}
+    for losses in ({"a": {"x": 0.3, **infinite}, "b": {"y": 1.0}}, {"a": infinite}):
+        draw_loss_grid(losses, tmp_path / "grid.png")
+        assert drawn(tmp_path / "grid.png")
 
 
 def test_arrays_are_found_by_optimizee_and_optimiser():
@@ -61,6 +64,72 @@ def test_a_damaged_file_is_told(tmp_path):
     (tmp_path / "comparison.npz").write_bytes(b"nothing")
     with pytest.raises(RunLogError, match="damaged"):
         draw_optimizer_run(tmp_path)
+
+
+def test_results_that_are_no_table_are_told(tmp_path):
+    for content in ([1], {"optimizees": [1]}, {"optimizees": {"relu3": 1}}):
+        (tmp_path / "results.json").write_text(json.dumps(content))
+        with pytest.raises(RunLogError, match="damaged"):
+            draw_optimizer_run(tmp_path)
+
+
+def test_every_twentieth_epoch_is_shown_or_four_of_a_short_run():
+    assert shown_epochs(75) == [0, 20, 40, 60] and shown_epochs(41) == [0, 20, 40]
+    assert shown_epochs(40) == [0, 13, 27, 40] and shown_epochs(2) == [0, 1, 2]
+    assert shown_epochs(0) == [0]
+
+
+def test_a_step_that_is_asked_for_twice_is_one_row_of_the_histograms(tmp_path):
+    config = {"histogram_steps": [3, 1, 1, 2, 9], "test_steps": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert histogram_steps(tmp_path, {"learned": {"histograms": np.ones((3, 5))}}) == [1, 2, 3]
+
+
+def compared(directory, losses, steps=200, dataset="mnist"):
+    """A run's directory with no more than losses of sigmoid20, by optimiser."""
+    directory.mkdir(parents=True)
+    config = {"dataset": dataset, "test_steps": steps}
+    (directory / "config.json").write_text(json.dumps(config))
+    of = {name: {"loss": loss} for name, loss in losses.items()}
+    results = {"optimizees": {"sigmoid20": {"optimizers": of}}}
+    (directory / "results.json").write_text(json.dumps(results))
+    return directory
+
+
+def grid_of(monkeypatch, *runs):
+    drawn = {}
+    monkeypatch.setattr(plot, "draw_loss_grid", lambda losses, path: drawn.update(losses))
+    plot.main(["losses", *map(str, runs)])
+    return drawn
+
+
+def test_the_grid_tells_equal_names_apart_and_the_mean_of_tuned_baselines(tmp_path, monkeypatch):
+    one = compared(tmp_path / "a" / "run", {"learned": 0.2, "adam 0.03": 0.1, "adam 0.01": 0.3})
+    two = compared(tmp_path / "b" / "run", {"learned": 0.4, "adam 0.03": 0.5})
+    assert grid_of(monkeypatch, one, two) == {
+        str(one): {"sigmoid20": 0.2},
+        str(two): {"sigmoid20": 0.4},
+        "adam, tuned rate": {"sigmoid20": 0.4},
+    }
+
+
+def test_the_grid_keeps_other_data_and_other_numbers_of_steps_apart(tmp_path, monkeypatch):
+    runs = [
+        compared(tmp_path / "a", {"learned": 0.2}),
+        compared(tmp_path / "b", {"learned": 0.1}, 1000),
+        compared(tmp_path / "c", {"learned": 0.5}, 200, "fashion"),
+    ]
+    assert grid_of(monkeypatch, *runs) == {
+        "a": {"sigmoid20, step 200": 0.2},
+        "b": {"sigmoid20, step 1000": 0.1},
+        "c": {"fashion: sigmoid20, step 200": 0.5},
+    }
+
+
+def test_the_grid_of_a_run_that_lacks_something_is_refused(tmp_path, capsys):
+    lacking = compared(tmp_path / "run", {"learned": 0.2})
+    (lacking / "config.json").write_text("{}")
+    assert "no whole run" in refused(capsys, plot.main, "losses", lacking)
 
 
 def test_the_grid_of_runs_that_compare_nothing_is_refused(tmp_path, capsys):
