@@ -30,7 +30,8 @@ TIME_SCALE = 100.0  # steps
 DECAYS = (0.5, 0.9, 0.99)  # of the MLP's running averages of g; of g^2 the last
 MLP_CHUNK = 1 << 14  # columns whose graph is kept at once
 LARGEST_GRADIENT = 1e15  # for the MLP, whose averages of squares stay finite in float32
-DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16)}
+TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TYPES}
 
 
 class OptimizerError(WrongInputError):
