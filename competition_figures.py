@@ -63,7 +63,8 @@ def draw_convergence(metrics: Mapping[str, np.ndarray], path: str | Path) -> Non
     """How far each layer's units are from rest, over the epochs of its training."""
     figure, axes = one_panel()
     axes.set_yscale("log")
-    names = [name for name in metrics if name.startswith("convergence/")]
+    layers = [name for name in metrics if name.startswith("convergence/")]
+    names = [name for name in layers if np.isfinite(metrics[name]).any()]  # those that learned
     for colour, name in zip(colours(len(names)), names, strict=True):
         there = np.isfinite(metrics[name])
         axes.plot(metrics["epoch"][there], metrics[name][there], lw=1.3,
