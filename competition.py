@@ -158,6 +158,15 @@ def scaled_changes(
     return change, None if change_of_bias is None else change_of_bias / scale
 
 
+def gate_needs(gate: str) -> list[tuple[str, bool, str]]:
+    """For `refuse_idle_flags`: gates' options, whether `gate` depends on each, which gates do."""
+    options = dict.fromkeys(name for acting in ACTING.values() for name in acting)
+    return [
+        (name, name in ACTING[gate], "--gate " + " or ".join(g for g in GATES if name in ACTING[g]))
+        for name in options
+    ]
+
+
 def check_number(
     name: str, value: object, *, least: float = -math.inf, above: float = -math.inf
 ) -> None:

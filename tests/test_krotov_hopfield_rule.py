@@ -261,6 +261,9 @@ def test_main_takes_the_rule_with_every_method(method, tmp_path):
         (["--compile"], "needs --rule polynomial"),
         (["--ranking_param", "5"], "to 4, the number of units"),
         (["--lebesgue_p", "0.5"], "at least 1"),
+        (["--gate", "winner", "--delta", "0.1"], "--delta needs --gate ranked or losers"),
+        (["--inverse_temperature", "2"], "--inverse_temperature needs --gate soft"),
+        (["--gate", "soft", "--ranking_param", "4"], "--ranking_param needs --gate ranked"),
     ],
 )
 def test_main_refuses_what_the_rule_does_not_take(capsys, tmp_path, flags, message):
