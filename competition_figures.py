@@ -27,9 +27,10 @@ from figures import draw_features
 from run_log import read_arrays, read_json, read_metrics
 
 WAYS = {
-    "start": "random draw, where both begin",
+    "start": "random draw, where all begin",
     "hypergradients": "hypergradient descent",
     "random": "random search",
+    "tpe": "TPE",
 }
 
 
@@ -106,15 +107,21 @@ def draw_accuracy_over_depth(rows: Sequence[Mapping[str, Any]], path: str | Path
 
 
 def draw_searches(rows: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """Loss and test accuracy of each search by its number, from 1; lines are means of a way."""
+    """Loss and test accuracy of each search by its number, from 1; lines are means of a way.
+
+    A search whose end diverges has no point and is left out of the means.
+    """
     figure = new_figure(9.6, 3.8)
     left, right = figure.subplots(1, 2)
     number = np.arange(1, len(rows) + 1)
-    for shift, colour, (way, label) in zip((-0.1, 0, 0.1), COLOURS, WAYS.items(), strict=False):
+    shifts = np.linspace(-0.15, 0.15, len(WAYS))
+    for shift, colour, (way, label) in zip(shifts, COLOURS, WAYS.items(), strict=False):
         for axes, what in ((left, "meta_loss"), (right, "test_accuracy")):
             values = np.array([row[f"{way}/{what}"] for row in rows])
-            axes.plot(number + shift, values, "o", color=colour, ms=5, label=label)
-            axes.axhline(values.mean(), color=colour, lw=0.9, ls="--")
+            there = np.isfinite(values)
+            axes.plot((number + shift)[there], values[there], "o", color=colour, ms=5, label=label)
+            if there.any():
+                axes.axhline(values[there].mean(), color=colour, lw=0.9, ls="--")
     label_axes(
         left, "Loss from new initial weights; lines: means", "search", "cross-entropy of the probe"
     )
