@@ -1,11 +1,14 @@
 """Both layers against an update spelled out patch by patch, unit by unit."""
 
 import copy
+import importlib.util
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import refused
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -461,6 +464,24 @@ def test_inputs_of_another_shape_are_refused_with_the_shape_expected():
         convolution(torch.zeros(2, 2, 2, 5))
     with pytest.raises(CompetitionError, match="batch is empty"):
         dense.training_step(torch.zeros(0, 6))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--k", 1], "from 2, the runner-up, to 96"),
+        (["--p", 0.5], "at least 1"),
+        (["--p", 0], "above 0"),
+        (["--repeat", 0], "at least 1"),
+        (["--threads", 0], "at least 1"),
+    ],
+)
+def test_the_benchmark_refuses_wrong_input_in_one_line(capsys, flags, message):
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "krotov_hopfield.py"
+    spec = importlib.util.spec_from_file_location("benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    assert message in refused(capsys, benchmark.main, *flags)
 
 
 # ---- activation and rate ----
