@@ -57,9 +57,10 @@ def load_cifar10(data_dir: Path) -> tuple[ImageData, ImageData]:
 
     Raises DataError for a damaged file, and where they are neither there nor to be fetched.
     """
-    for folder, read in ((BINARY, read_binary), (PYTHON, read_python)):
-        if (data_dir / folder).is_dir():
-            return _as_data([read(path) for path in _paths(data_dir / folder)], data_dir / folder)
+    folders = [data_dir / name for name in READERS if (data_dir / name).is_dir()]
+    whole = [folder for folder in folders if all(path.exists() for path in _paths(folder))]
+    for folder in whole or folders:  # of an incomplete one, what is missing is told
+        return _as_data([READERS[folder.name](path) for path in _paths(folder)], folder)
     try:
         fetch(data_dir)
     except (DataError, OSError) as error:
@@ -128,7 +129,14 @@ def fetch(data_dir: Path) -> None:
                     write_durably(path, content)
         except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
             raise DataError(f"its archive cannot be read ({one_line(error)})") from error
-        whole.rename(data_dir / BINARY)
+        try:
+            whole.rename(data_dir / BINARY)
+        except OSError:
+            if not (data_dir / BINARY).is_dir():  # else another process was faster
+                raise
+
+
+READERS = {BINARY: read_binary, PYTHON: read_python}
 
 
 def _paths(folder: Path) -> list[Path]:

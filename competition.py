@@ -13,14 +13,22 @@ Source: Krotov, Hopfield 2019, Unsupervised learning by competing hidden units (
 the soft gate: Moraitis et al. 2022, SoftHebb, with the signs of Journe et al. 2023.
 """
 
+import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from errors import WrongInputError
 
-GATES = ("ranked", "losers", "soft", "winner")
+ACTING = {  # gates, and what of a Competition each depends on
+    "ranked": ("ranking_param", "delta"),
+    "losers": ("delta",),
+    "soft": ("inverse_temperature",),
+    "winner": (),
+}
+GATES = tuple(ACTING)
 NORMALIZATIONS = ("matrix", "filter", "clamp")
 EPSILON, PRECISION = 1e-5, 1e-30  # added to the largest change; its lower bound with "clamp"
 
@@ -39,7 +47,8 @@ class Competition:
             "soft": softmax of inverse_temperature times the currents, negated for all but the
             largest; "winner": 1 for the largest, else 0.
         ranking_param: k, from 2 to the number of units.
-        delta, inverse_temperature: numbers, or scalar tensors to be differentiated.
+        delta, inverse_temperature: finite numbers, the latter above 0, or scalar tensors to be
+            differentiated, whose values are not looked at.
     """
 
     gate: str = "ranked"
@@ -47,16 +56,19 @@ class Competition:
     delta: float | Tensor = 0.05
     inverse_temperature: float | Tensor = 1.0
 
-    def check(self, units: int) -> None:
-        """Raises CompetitionError where so many units cannot compete like this."""
+    def check(self, units: int | None = None) -> None:
+        """Raises CompetitionError where so many units, None: any number, cannot compete so."""
         if self.gate not in GATES:
             raise CompetitionError(f"gate {self.gate!r} is unknown; choose from {', '.join(GATES)}")
         k = self.ranking_param
-        if self.gate == "ranked" and (not isinstance(k, int) or not 2 <= k <= units):
+        whole, limit = isinstance(k, Integral), math.inf if units is None else units
+        if not whole or (self.gate == "ranked" and not 2 <= k <= limit):
+            most = "" if units is None else f", to {units}, the number of units that compete"
             raise CompetitionError(
-                f"ranking_param is {k}: it must be a whole number from 2, the runner-up, to "
-                f"{units}, the number of units that compete"
+                f"ranking_param is {k}: it must be a whole number from 2, the runner-up{most}"
             )
+        check_number("delta", self.delta)
+        check_number("inverse_temperature", self.inverse_temperature, above=0)
 
     @property
     def sparse(self) -> bool:
@@ -146,10 +158,38 @@ def scaled_changes(
     return change, None if change_of_bias is None else change_of_bias / scale
 
 
-def check_options(lebesgue_p: float, normalization: str) -> None:
-    """Raises CompetitionError for an exponent below 1 or an unknown normalisation."""
-    if not 1 <= lebesgue_p < float("inf"):
-        raise CompetitionError(f"lebesgue_p is {lebesgue_p}: it must be a number of at least 1")
+def gate_needs(gate: str) -> list[tuple[str, bool, str]]:
+    """For `refuse_idle_flags`: gates' options, whether `gate` depends on each, which gates do."""
+    options = dict.fromkeys(name for acting in ACTING.values() for name in acting)
+    return [
+        (name, name in ACTING[gate], "--gate " + " or ".join(g for g in GATES if name in ACTING[g]))
+        for name in options
+    ]
+
+
+def check_number(
+    name: str, value: object, *, least: float = -math.inf, above: float = -math.inf
+) -> None:
+    """Raises CompetitionError for what is no finite number, or one out of these bounds.
+
+    Tensors pass: to look at their values would be to wait for their device.
+    """
+    if isinstance(value, Tensor):
+        return
+    number = isinstance(value, Real) and math.isfinite(value)
+    if not number or value < least or value <= above:
+        bound = f" of at least {least:g}" if least > -math.inf else ""
+        bound += f" above {above:g}" if above > -math.inf else ""
+        raise CompetitionError(f"{name} is {value}: it must be a finite number{bound}")
+
+
+def check_options(
+    lebesgue_p: float, normalization: str, rate_exponent: float | None = None
+) -> None:
+    """Raises CompetitionError for p below 1, an exponent below 0, or an unknown normalisation."""
+    check_number("lebesgue_p", lebesgue_p, least=1)
+    if rate_exponent is not None:
+        check_number("rate_exponent", rate_exponent, least=0)
     if normalization not in NORMALIZATIONS:
         known = ", ".join(NORMALIZATIONS)
         raise CompetitionError(f"normalization {normalization!r} is unknown; choose from {known}")

@@ -27,9 +27,10 @@ from figures import draw_features
 from run_log import read_arrays, read_json, read_metrics
 
 WAYS = {
-    "start": "random draw, where both begin",
+    "start": "random draw, where all begin",
     "hypergradients": "hypergradient descent",
     "random": "random search",
+    "tpe": "TPE",
 }
 
 
@@ -63,7 +64,8 @@ def draw_convergence(metrics: Mapping[str, np.ndarray], path: str | Path) -> Non
     """How far each layer's units are from rest, over the epochs of its training."""
     figure, axes = one_panel()
     axes.set_yscale("log")
-    names = [name for name in metrics if name.startswith("convergence/")]
+    layers = [name for name in metrics if name.startswith("convergence/")]
+    names = [name for name in layers if np.isfinite(metrics[name]).any()]  # those that learned
     for colour, name in zip(colours(len(names)), names, strict=True):
         there = np.isfinite(metrics[name])
         axes.plot(metrics["epoch"][there], metrics[name][there], lw=1.3,
@@ -105,15 +107,21 @@ def draw_accuracy_over_depth(rows: Sequence[Mapping[str, Any]], path: str | Path
 
 
 def draw_searches(rows: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """Loss and test accuracy of each search by its number, from 1; lines are means of a way."""
+    """Loss and test accuracy of each search by its number, from 1; lines are means of a way.
+
+    A search whose end diverges has no point and is left out of the means.
+    """
     figure = new_figure(9.6, 3.8)
     left, right = figure.subplots(1, 2)
     number = np.arange(1, len(rows) + 1)
-    for shift, colour, (way, label) in zip((-0.1, 0, 0.1), COLOURS, WAYS.items(), strict=False):
+    shifts = np.linspace(-0.15, 0.15, len(WAYS))
+    for shift, colour, (way, label) in zip(shifts, COLOURS, WAYS.items(), strict=False):
         for axes, what in ((left, "meta_loss"), (right, "test_accuracy")):
             values = np.array([row[f"{way}/{what}"] for row in rows])
-            axes.plot(number + shift, values, "o", color=colour, ms=5, label=label)
-            axes.axhline(values.mean(), color=colour, lw=0.9, ls="--")
+            there = np.isfinite(values)
+            axes.plot((number + shift)[there], values[there], "o", color=colour, ms=5, label=label)
+            if there.any():
+                axes.axhline(values[there].mean(), color=colour, lw=0.9, ls="--")
     label_axes(
         left, "Loss from new initial weights; lines: means", "search", "cross-entropy of the probe"
     )

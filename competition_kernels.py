@@ -98,6 +98,7 @@ def add_samples(
 
 @compiled
 def _gather(window, x, origin, offsets, length):
+    """window [> N] = the N numbers of x, flat, that a sample at `origin` sees."""
     for q in range(len(offsets)):
         begin, start = np.uintp(q * length), np.uintp(origin + offsets[q])
         for i in range(length):
@@ -106,6 +107,7 @@ def _gather(window, x, origin, offsets, length):
 
 @compiled
 def _add(sums, row, window):
+    """A row of sums [n, > N] += window [> N]."""
     row = np.uintp(row)
     for i in range(len(window)):
         sums[row, i] += window[i]
@@ -113,6 +115,7 @@ def _add(sums, row, window):
 
 @compiled
 def _add_two(sums, row, other, window, delta):
+    """A row of sums [n, > N] += window [> N], another -= delta window."""
     row, other = np.uintp(row), np.uintp(other)
     for i in range(len(window)):
         sums[row, i] += window[i]
@@ -186,6 +189,7 @@ def norms_of(weight, bias, exponent, units, norms):
 
 @compiled
 def _dot(a, b):
+    """sum_i a_i b_i of [N], [N]."""
     total = a.dtype.type(0)
     for i in range(len(a)):
         total += a[i] * b[i]

@@ -15,7 +15,7 @@ A recipe is everything that a training is made of, as plain values, to be change
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ class LayerPlan:
 
     kernel: 0: fully connected. activation: "relu", "triangle" or "power" (relu to a power), the
     last two to `power`. pool: "max" or "average" over squares of pool_size, every pool_stride
-    pixels; "" without. lr, lr_end: learning rates; inverse_temperature: of the soft gate.
+    pixels; "" without. lr, lr_end: learning rates. lebesgue_p, ranking_param, delta,
+    inverse_temperature: as in krotov_hopfield.py.
     """
 
     units: int
@@ -46,6 +47,9 @@ class LayerPlan:
     pool: str = ""
     pool_size: int = 2
     pool_stride: int = 2
+    lebesgue_p: float = 2
+    ranking_param: int = 2
+    delta: float = 0.4
     inverse_temperature: float = 1.0
 
 
@@ -55,8 +59,8 @@ class Recipe:
 
     Attributes:
         layers: from the input on.
-        gate, lebesgue_p, ranking_param, delta, normalization, rate_exponent: as in
-            krotov_hopfield.py, of all layers; normalization "": that of each kind of layer.
+        gate, normalization, rate_exponent: as in krotov_hopfield.py, of all layers;
+            normalization "": that of each kind of layer.
         padding_mode: as in nn.Conv2d. batch_norm: of each layer's inputs.
         unit_inputs: each image is divided by its Euclidean norm.
         spread: of the initial weights, N(0, spread^2); with fan_in_spread divided by sqrt(fan-in).
@@ -65,15 +69,13 @@ class Recipe:
         together: all layers learn from each batch; else each after those before it.
         epochs: passes of each layer's training, also a fraction of one.
         patience: a layer's training ends after so many batches that did not bring it closer to
-            rest; 0: never. threshold: or once its convergence is below this.
+            rest than any before; 0: never. threshold: or once its convergence is below this. Both
+            are looked at after every batch.
         dropout, classifier_epochs, classifier_lr, classifier_batch_size: of the classifier.
     """
 
     layers: tuple[LayerPlan, ...]
     gate: str = "ranked"
-    lebesgue_p: float = 2
-    ranking_param: int = 2
-    delta: float = 0.4
     normalization: str = ""
     rate_exponent: float | None = None
     padding_mode: str = "zeros"
@@ -120,10 +122,10 @@ SOFTHEBB_LAYERS = (
 def deep(depth: int) -> Recipe:
     """The first layers of Amato et al.'s network, one after the other."""
     p, k, delta, dropout = FOUND_BY_DEPTH[depth]
-    return Recipe(
-        DEEP_LAYERS[:depth], lebesgue_p=p, ranking_param=k, delta=delta, dropout=dropout,
-        patience=300,
-    )  # fmt: skip
+    layers = tuple(
+        replace(plan, lebesgue_p=p, ranking_param=k, delta=delta) for plan in DEEP_LAYERS[:depth]
+    )
+    return Recipe(layers, dropout=dropout, patience=300)
 
 
 def dense(depth: int) -> Recipe:
@@ -162,7 +164,7 @@ class Block(nn.Module):
 
     def __init__(self, layer: BioLinear | BioConv2d, plan: LayerPlan) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.plan = layer, plan
         self.activation = {
             "relu": nn.ReLU, "triangle": lambda: Triangle(plan.power),
             "power": lambda: RectifiedPower(plan.power),
@@ -175,8 +177,17 @@ class Block(nn.Module):
             self.pool = nn.AvgPool2d(plan.pool_size, plan.pool_stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, [batch, units] or [batch, units, H', W']."""
-        return self.pool(self.activation(self.layer(x)))
+        """The layer's output, [batch, units] or [batch, units, H', W'].
+
+        Raises CompetitionError for images that are too small.
+        """
+        u = self.activation(self.layer(x))
+        if self.plan.pool and min(u.shape[2:]) + 2 * self.pool.padding < self.plan.pool_size:
+            raise CompetitionError(
+                f"{list(u.shape[2:])} places are fewer than the squares of {self.plan.pool_size} "
+                "that are pooled"
+            )
+        return self.pool(u)
 
 
 class RectifiedPower(nn.Module):
@@ -218,7 +229,7 @@ class HebbianNetwork(nn.Module):
             self.blocks.append(Block(layer, plan))
             try:
                 x = self.blocks[-1](x)
-            except (CompetitionError, RuntimeError) as problem:
+            except CompetitionError as problem:
                 raise CompetitionError(
                     f"images {list(input_shape)} are too small for layer {len(self.blocks)}, whose "
                     f"inputs are {list(x.shape[1:])}: take fewer layers"
@@ -243,8 +254,8 @@ def make_layer(
 ) -> BioLinear | BioConv2d:
     """The competing layer of a plan, for inputs of this shape."""
     options = {
-        "lebesgue_p": recipe.lebesgue_p, "ranking_param": recipe.ranking_param,
-        "delta": recipe.delta, "gate": recipe.gate, "dtype": dtype,
+        "lebesgue_p": plan.lebesgue_p, "ranking_param": plan.ranking_param,
+        "delta": plan.delta, "gate": recipe.gate, "dtype": dtype,
         "inverse_temperature": plan.inverse_temperature, "rate_exponent": recipe.rate_exponent,
         "batch_norm": recipe.batch_norm,
     }  # fmt: skip

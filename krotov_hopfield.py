@@ -23,6 +23,7 @@ from torch.nn import functional
 
 import competition_kernels as kernels
 from competition import (
+    ACTING,
     Competition,
     CompetitionError,
     check_options,
@@ -53,7 +54,7 @@ class _Competing:
     """
 
     def _set_up(self, competition, lebesgue_p, normalization, rate_exponent, features) -> None:
-        check_options(lebesgue_p, normalization)
+        check_options(lebesgue_p, normalization, rate_exponent)
         self.competition, self.lebesgue_p = competition, lebesgue_p
         self.normalization, self.rate_exponent = normalization, rate_exponent
         self.weight.requires_grad_(False)
@@ -63,6 +64,16 @@ class _Competing:
         if features:
             place = {"device": self.weight.device, "dtype": self.weight.dtype}
             self.batch_norm = nn.BatchNorm1d(features, affine=False, **place)
+
+    @property
+    def delta(self) -> float:
+        """The gate's; read only, as is the gate."""
+        return self.competition.delta
+
+    @property
+    def ranking_param(self) -> int:
+        """The gate's k."""
+        return self.competition.ranking_param
 
     @torch.no_grad()
     def reset_parameters(
@@ -99,11 +110,20 @@ class _Competing:
         """One update from a batch of inputs, shaped as for `forward`.
 
         Returns the convergence max_o |sum_i |W_oi|^p - 1| of the new weights, a scalar tensor on
-        the layer's device: it goes to 0. Raises CompetitionError for inputs of another shape.
+        the layer's device: it goes to 0. Raises CompetitionError for inputs of another shape or
+        type, and then leaves the layer as it was. Autocast changes nothing but the inputs' type:
+        the step is made in that of the weights.
         """
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.training_step(x.to(self.weight.dtype), learning_rate)
         x = self._inputs(x.detach())
         if not len(x):
             raise CompetitionError("the batch is empty; expected at least one sample")
+        if x.dtype != self.weight.dtype:
+            raise CompetitionError(f"expected inputs of {self.weight.dtype}, as the weights, got "
+                                   f"{x.dtype}")  # fmt: skip
         x = self._padded(self._normalized(x, learning=True))
         compiled = x.device.type == "cpu" and x.dtype in COMPILED_TYPES
         if compiled and self.competition.sparse:
@@ -143,6 +163,8 @@ class _Competing:
         factors = factors / scales(torch.from_numpy(largest), self.normalization)
         kernels.add_changes(weight, bias, learned, changes, factors.numpy())
         self._keep_rows(rows)
+        written = [self.weight] if self.bias is None else [self.weight, self.bias]
+        torch.autograd.graph.increment_version(written)  # autograd does not see the loops' writes
         if norms is None:
             return convergence(p_norms(self.weight, self.bias, self.lebesgue_p))
         kernels.norms_of(weight, bias, int(self.lebesgue_p), learned, norms.numpy())
@@ -198,14 +220,18 @@ class _Competing:
 
     def extra_repr(self) -> str:
         rivalry = self.competition
-        return (
-            f"{super().extra_repr()}, lebesgue_p={self.lebesgue_p}, gate={rivalry.gate!r}, "
-            f"ranking_param={rivalry.ranking_param}, delta={rivalry.delta}"
-        )
+        shown = {"lebesgue_p": self.lebesgue_p, "gate": repr(rivalry.gate)}
+        shown |= {name: getattr(rivalry, name) for name in ACTING[rivalry.gate]}
+        shown["normalization"] = repr(self.normalization)
+        if self.rate_exponent is not None:
+            shown["rate_exponent"] = self.rate_exponent
+        if self.batch_norm is None:
+            shown["batch_norm"] = False
+        return ", ".join([super().extra_repr(), *(f"{k}={v}" for k, v in shown.items())])
 
 
 class BioLinear(_Competing, nn.Linear):
-    """A fully connected layer of competing units; inputs [batch, ...] are flattened.
+    """A fully connected layer of competing units; inputs [batch, ...] are flattened to [batch, in].
 
     Arguments as BioPyTorch's: delta and ranking_param (k) are those of the gate, lebesgue_p that of
     the norm. weight [out, in] and bias [out] start as N(0, 1). Keywords as in `_Competing`. Raises
@@ -252,12 +278,15 @@ class BioLinear(_Competing, nn.Linear):
         return x
 
     def _respond(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The currents [batch, out] of f(W) [out, in] and f(b) [out]."""
         return functional.linear(x, weight, bias)
 
     def _by_group(self, currents: Tensor, gates) -> Tensor:
+        """`gates` of currents [batch, out], of the same shape."""
         return gates(currents, 1)
 
     def _correlate(self, g: Tensor, x: Tensor) -> Tensor:
+        """g^T x [out, in] of gates [batch, out]."""
         return g.t() @ x
 
     def _weight_rows(self) -> Tensor:
@@ -274,6 +303,7 @@ class BioLinear(_Competing, nn.Linear):
             self.weight.copy_(rows)
 
     def _windows(self, x: Tensor, shape: torch.Size):
+        """x [batch, in] flat; its rows begin at multiples of `in`, and each is one segment."""
         flat = x.contiguous().view(-1).numpy()
         origins = np.arange(shape[0]) * self.in_features
         return flat, origins, np.zeros(1, np.int64), self.in_features
@@ -284,9 +314,11 @@ class BioConv2d(_Competing, nn.Conv2d):
 
     Arguments as BioPyTorch's; stride, padding (a number, a pair, "valid" or "same"), dilation,
     groups, padding_mode as in nn.Conv2d; delta and ranking_param (k) are those of the gate,
-    lebesgue_p that of the norm. weight [out, in / groups, kh, kw] and bias [out] start as N(0, 1),
-    the weight with its channels last in memory. Keywords as in `_Competing`. Raises
-    CompetitionError for options that do not fit together, ValueError as nn.Conv2d does.
+    lebesgue_p that of the norm. weight [out, in / groups, kh, kw] and bias [out] start as N(0, 1).
+    Weight and output have their channels last in memory (torch.channels_last), whatever the memory
+    format of the input: take `reshape`, not `view`, to flatten the output. Keywords as in
+    `_Competing`. Raises CompetitionError for options that do not fit together, ValueError as
+    nn.Conv2d does.
     """
 
     def __init__(
@@ -327,7 +359,7 @@ class BioConv2d(_Competing, nn.Conv2d):
         return self.groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """The currents f(W) * x + f(b), [batch, out, H', W']."""
+        """The currents f(W) * x + f(b), [batch, out, H', W'], with the channels last in memory."""
         x = self._padded(self._normalized(self._inputs(x), learning=False))
         return self._respond(x, *self._powers())
 
@@ -336,31 +368,49 @@ class BioConv2d(_Competing, nn.Conv2d):
             raise CompetitionError(
                 f"expected inputs [batch, {self.in_channels}, H, W], got {list(x.shape)}"
             )
+        self._check_size(x.shape[2:])
         if self.in_channels < FEW_CHANNELS:
             return x
         return x.contiguous(memory_format=torch.channels_last)
+
+    def _check_size(self, size: torch.Size) -> None:
+        """CompetitionError where images [H, W] are too small for their padding or the kernel."""
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        sides = max(top, bottom), max(left, right)
+        least = {"reflect": 1, "circular": 0}.get(self.padding_mode, -math.inf)
+        if any(n - side < least for n, side in zip(size, sides, strict=True)):
+            raise CompetitionError(
+                f"images of {list(size)} pixels are too small for {list(sides)} pixels of padding "
+                f"by padding_mode {self.padding_mode!r}"
+            )
+        padded = [size[0] + top + bottom, size[1] + left + right]
+        needed = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        if any(n < least for n, least in zip(padded, needed, strict=True)):
+            raise CompetitionError(
+                f"images of {padded} pixels, padding included, are smaller than the "
+                f"kernel's window of {needed}"
+            )
 
     def _padded(self, x: Tensor) -> Tensor:
         """x with its padding, so that the convolution itself needs none; channels last."""
         if any(self._reversed_padding_repeated_twice):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = functional.pad(x, self._reversed_padding_repeated_twice, mode)
-        needed = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        if any(n < least for n, least in zip(x.shape[2:], needed, strict=True)):
-            raise CompetitionError(
-                f"images of {list(x.shape[2:])} pixels, padding included, are smaller than the "
-                f"kernel's window of {needed}"
-            )
         return x.contiguous(memory_format=torch.channels_last)
 
     def _respond(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The currents [batch, out, H', W'] of padded x; f(W) [out, in / groups, kh, kw]."""
         return functional.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
     def _by_group(self, currents: Tensor, gates) -> Tensor:
+        """`gates` of currents [batch, out, H', W'] within each group, of the same shape."""
         return gates(currents.unflatten(1, (self.groups, -1)), 2).flatten(1, 2)
 
     def _correlate(self, g: Tensor, x: Tensor) -> Tensor:
-        """sum over samples of their gates times their windows: the weight gradient of g."""
+        """sum over samples of their gates times their windows [out, in / groups, kh, kw].
+
+        That is the weight gradient for the gradient g [batch, out, H', W'] of the output.
+        """
         return torch.ops.aten.convolution_backward(
             g, x, self.weight, None, self.stride, (0, 0), self.dilation, False, (0, 0), self.groups,
             (False, True, False),

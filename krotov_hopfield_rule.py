@@ -16,10 +16,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from competition import Competition, CompetitionError, check_options, scaled_changes, signed_power
+from competition import (
+    ACTING,
+    Competition,
+    CompetitionError,
+    check_number,
+    check_options,
+    scaled_changes,
+    signed_power,
+)
 from learning_rules import LearningRule, RuleError, update_layers
 from local_polynomial import ROWS, samples
 from models_fully_local import Params
+
+SCALES = {  # what D is divided by, as text and in LaTeX
+    "matrix": ("(max_oi |D_oi| + 1e-5)", r"(\max_{oi} |D_{oi}| + 10^{-5})"),
+    "filter": ("(max_i |D_oi| + 1e-5)", r"(\max_i |D_{oi}| + 10^{-5})"),
+    "clamp": ("max(max_oi |D_oi|, 1e-30)", r"\max(\max_{oi} |D_{oi}|, 10^{-30})"),
+}
+GATE_FORMULAS = {
+    "ranked": (
+        "g_bo = 1 for the largest c_bo of sample b, -delta for the k-th largest, else 0",
+        r"g_{bo} = \begin{cases} 1 & \text{for the largest } c_{bo} \text{ of sample } b \\ "
+        r"-\delta & \text{for the } k \text{-th largest} \\ 0 & \text{else} \end{cases}",
+    ),
+    "losers": (
+        "g_bo = 1 for the largest c_bo of sample b, else -delta",
+        r"g_{bo} = \begin{cases} 1 & \text{for the largest } c_{bo} \text{ of sample } b \\ "
+        r"-\delta & \text{else} \end{cases}",
+    ),
+    "soft": (
+        "g_bo = softmax_o(inverse_temperature c_bo), negated for all but the largest c_bo of "
+        "sample b",
+        r"g_{bo} = \pm \operatorname{softmax}_o(\beta c_{bo}), + \text{ for the largest } c_{bo} "
+        r"\text{ of sample } b, - \text{ else}",
+    ),
+    "winner": (
+        "g_bo = 1 for the largest c_bo of sample b, else 0",
+        r"g_{bo} = \begin{cases} 1 & \text{for the largest } c_{bo} \text{ of sample } b \\ "
+        r"0 & \text{else} \end{cases}",
+    ),
+}
+SYMBOLS = {"rate": r"\eta", "delta": r"\delta", "inverse_temperature": r"\beta"}
 
 
 class KrotovHopfieldRule(LearningRule):
@@ -49,20 +87,18 @@ class KrotovHopfieldRule(LearningRule):
         normalization: str = "matrix",
     ) -> None:
         super().__init__()
-        if not min(rate, inverse_temperature) > 0:
-            raise RuleError("rate and inverse_temperature must be > 0")
         try:
+            check_number("rate", rate, above=0)
             check_options(lebesgue_p, normalization)
-            Competition(gate, ranking_param).check(max(2, ranking_param))
+            Competition(gate, ranking_param, delta, inverse_temperature).check()
         except CompetitionError as problem:
             raise RuleError(str(problem)) from problem
         self.log_rate = nn.Parameter(torch.tensor(math.log(rate)))
-        matters = {"ranked": "delta", "losers": "delta", "soft": "log_inverse_temperature"}
-        for name, value in (("delta", delta), ("log_inverse_temperature",
-                                               math.log(inverse_temperature))):  # fmt: skip
-            number = torch.tensor(float(value))
-            self.register_parameter(name, nn.Parameter(number, matters.get(gate) == name))
-        self.gate, self.ranking_param = gate, ranking_param
+        acts = ACTING[gate]
+        self.delta = nn.Parameter(torch.tensor(float(delta)), "delta" in acts)
+        temperature = torch.tensor(math.log(inverse_temperature))
+        self.log_inverse_temperature = nn.Parameter(temperature, "inverse_temperature" in acts)
+        self.gate, self.ranking_param = gate, int(ranking_param)
         self.lebesgue_p, self.normalization = lebesgue_p, normalization
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
@@ -128,16 +164,25 @@ class KrotovHopfieldRule(LearningRule):
 
         Its terms are not added up: each is needed for the others.
         """
-        values = ", ".join(f"{n.split('/')[1]} {v:.4g}" for n, v in self.coefficients().items())
+        acting = {n.split("/")[1]: f"{v:.4g}" for n, v in self.coefficients().items()}
+        scale, gates = SCALES[self.normalization], GATE_FORMULAS[self.gate]
+        rank = f", k = {self.ranking_param}" if self.gate == "ranked" else ""
         if latex:
-            update = (
-                r"\Delta w_{oi} = \eta \, D_{oi} / \max |D|, \quad "
-                r"D_{oi} = \sum_b g_{bo} (x_{bi} - c_{bo} w_{oi})"
+            values = ", ".join(rf"{SYMBOLS[n]} = \text{{{v}}}" for n, v in acting.items())
+            return (
+                rf"&\Delta w_{{oi}} = \eta \, D_{{oi}} / {scale[1]}, \quad "
+                "D_{oi} = \\sum_b g_{bo} (x_{bi} - c_{bo} w_{oi}) \\\\\n"
+                r"&c_{bo} = \sum_i \operatorname{sign}(w_{oi}) |w_{oi}|^{p-1} x_{bi}, \quad "
+                f"{gates[1]} \\\\\n"
+                rf"&\text{{gate {self.gate}}}{rank}, p = {self.lebesgue_p:g}, {values}; \quad "
+                r"b_o = w_{oi} \text{ of an input } x_{bi} = 1"
             )
-            return rf"{update} \quad \text{{({values.replace('_', ' ')})}}"
+        values = ", ".join(f"{n} {v}" for n, v in acting.items())
         return (
-            "Δw = rate D / max |D|,  D_oi = sum_b g_bo (x_bi - c_bo w_oi)\n"
-            f"gate {self.gate}, k = {self.ranking_param}, p = {self.lebesgue_p:g}; {values}"
+            f"Δw_oi = rate D_oi / {scale[0]},  D_oi = sum_b g_bo (x_bi - c_bo w_oi)\n"
+            f"c_bo = sum_i sign(w_oi) |w_oi|^(p-1) x_bi;  b_o is the w_oi of an input x_bi = 1\n"
+            f"{gates[0]}\n"
+            f"gate {self.gate}{rank}, p = {self.lebesgue_p:g}; {values}"
         )
 
     def tex(self, effects=None) -> str:

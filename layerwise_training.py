@@ -82,7 +82,8 @@ class LayerwiseTraining:
     network: on the device of the images. train, validation: images. classify_after: numbers of
     layers behind which a classifier is trained, from 1. augmentation: "none", "crop" or "flip",
     see `crop_and_flip`. round_batches: batches of a round of a layer. cache_bytes: the most that
-    kept features may take.
+    kept features may take. classes: how many the classifiers tell apart; the images at hand need
+    not show all of them.
 
     outcomes: what each finished classifier reached, by its number of layers: epoch (of its best
     state), train_accuracy, validation_accuracy, and that state. Raises DataError for a batch size
@@ -97,22 +98,33 @@ class LayerwiseTraining:
         classify_after: Sequence[int],
         seed: int,
         *,
+        classes: int,
         augmentation: str = "none",
         round_batches: int = 100,
         cache_bytes: int = 4 * 2**30,
     ) -> None:
         self.network, self.recipe = network, network.recipe
         self.train, self.validation, self.seed = train, validation, seed
+        self.classes = classes
         self.augmentation, self.round_batches = augmentation, round_batches
         self.cache_bytes = cache_bytes
-        for size in (self.recipe.batch_size, self.recipe.classifier_batch_size):
-            if size > len(train):
-                raise DataError(f"batch size {size} is above {len(train)}, the training images")
+        self._check_batch_sizes(classify_after)
         self.stages = stages_of(len(network.blocks), classify_after, self.recipe.together)
         self.stage, self.outcomes = 0, {}
         self._order, self._order_of = None, None  # of the images, in which stage and epoch
         self._kept: dict[tuple[int, bool], Tensor] = {}
         self._begin_stage()
+
+    def _check_batch_sizes(self, classify_after: Sequence[int]) -> None:
+        """DataError where the images do not fill a batch, or a classifier's has no variance."""
+        count, of_classifier = len(self.train), self.recipe.classifier_batch_size
+        for size in (self.recipe.batch_size, of_classifier):
+            if size > count:
+                raise DataError(f"batch size {size} is above {count}, the training images")
+        for depth in classify_after if of_classifier == 1 else ():
+            if self._features(self.train.subset(slice(1)), depth)[0, 0].numel() == 1:
+                raise DataError(f"a classifier's batch of one image has no variance behind layer "
+                                f"{depth}, a number for each unit: take at least 2")  # fmt: skip
 
     @property
     def finished(self) -> bool:
@@ -140,7 +152,8 @@ class LayerwiseTraining:
 
     def _begin_stage(self) -> None:
         self.done = 0  # batches of layers, epochs of a classifier
-        self.closest = [math.inf] * len(self.network.blocks)
+        self.convergence = [math.inf] * len(self.network.blocks)  # of each layer, where judged
+        self.closest = list(self.convergence)
         self.without_progress = 0
         self.classifier = self.optimizer = self.best = None
         self._kept = {}
@@ -154,9 +167,7 @@ class LayerwiseTraining:
         shape = self._features(self.train.subset(slice(1)), depth).shape[1:]
         generator = seeded_generator(self.seed, START, depth)
         dtype = next(self.network.parameters()).dtype
-        classifier = Classifier(
-            shape, self.train.classes, self.recipe.dropout, generator, dtype=dtype
-        )
+        classifier = Classifier(shape, self.classes, self.recipe.dropout, generator, dtype=dtype)
         self.classifier = classifier.to(self.train.images.device)
         self.optimizer = torch.optim.SGD(
             self.classifier.parameters(), self.recipe.classifier_lr, momentum=MOMENTUM
@@ -192,12 +203,13 @@ class LayerwiseTraining:
             if over:
                 self.outcomes[layers[0]] = self.best
             return over
+        return self.done >= self._batches or self._need_no_more(layers)
+
+    def _need_no_more(self, layers: Sequence[int]) -> bool:
+        """Whether patience with these layers is at its end, or all of them are at rest."""
         patience, threshold = self.recipe.patience, self.recipe.threshold
-        return (
-            self.done >= self._batches
-            or 0 < patience <= self.without_progress
-            or all(self.closest[k - 1] < threshold for k in layers)
-        )
+        at_rest = all(self.convergence[k - 1] < threshold for k in layers)
+        return 0 < patience <= self.without_progress or at_rest
 
     # ---- layers ----
 
@@ -207,17 +219,19 @@ class LayerwiseTraining:
         return round(self.recipe.epochs * (len(self.train) // self.recipe.batch_size))
 
     def _train_layers(self, layers: Sequence[int]) -> dict[str, float]:
-        last = min(self.done + self.round_batches, self._batches)
-        found = []
-        for batch in range(self.done, last):
-            found.append(self._step(layers, batch))
-        self.done = last
+        last, found = min(self.done + self.round_batches, self._batches), []
+        judged = self.recipe.patience or self.recipe.threshold  # only then waits for each batch
+        while self.done < last and not self._need_no_more(layers):
+            found.append(self._step(layers, self.done))
+            self.done += 1
+            if judged:
+                self._judge(layers, found[-1].tolist())
         if not found:
             return {"epoch": 0.0}
-        self._judge(layers, torch.stack(found).tolist())
+        self._check_finite(layers, torch.stack(found).tolist())
         epochs = self.done / self.batches_per_epoch
         plan = self.recipe.layers[layers[0] - 1]
-        rate = learning_rate(plan, self.recipe, (last - 1) / self.batches_per_epoch)
+        rate = learning_rate(plan, self.recipe, (self.done - 1) / self.batches_per_epoch)
         numbers = {"epoch": epochs, "learning_rate": rate}
         return numbers | {
             f"convergence/{k}": value.item() for k, value in zip(layers, found[-1], strict=True)
@@ -236,18 +250,23 @@ class LayerwiseTraining:
                 x = block(x)
         return torch.stack(found)
 
-    def _judge(self, layers: Sequence[int], rows: Sequence[Sequence[float]]) -> None:
-        """Takes note of which batches brought a layer closer to rest than any before."""
+    def _judge(self, layers: Sequence[int], row: Sequence[float]) -> None:
+        """Takes note of the layers' convergence, and whether a batch brought one closer to rest."""
+        self._check_finite(layers, [row])
+        closer = [value < self.closest[k - 1] for k, value in zip(layers, row, strict=True)]
+        self.without_progress = 0 if any(closer) else self.without_progress + 1
+        for k, value in zip(layers, row, strict=True):
+            self.convergence[k - 1] = value
+            self.closest[k - 1] = min(self.closest[k - 1], value)
+
+    def _check_finite(self, layers: Sequence[int], rows: Sequence[Sequence[float]]) -> None:
+        """NonFiniteError where a convergence, a row for each batch, is not finite."""
         for row in rows:
             if not all(map(math.isfinite, row)):
                 raise NonFiniteError(
-                    f"layers {list(layers)} diverged: convergence {row} within the "
-                    f"{self.done} batches so far; take a smaller learning rate"
+                    f"layers {list(layers)} diverged: convergence {row} within the {self.done} "
+                    "batches so far; take a smaller learning rate, lebesgue_p or delta"
                 )
-            closer = [value < self.closest[k - 1] for k, value in zip(layers, row, strict=True)]
-            self.without_progress = 0 if any(closer) else self.without_progress + 1
-            for k, value in zip(layers, row, strict=True):
-                self.closest[k - 1] = min(self.closest[k - 1], value)
 
     # ---- classifiers ----
 
@@ -289,7 +308,7 @@ class LayerwiseTraining:
         state = self.outcomes[depth]["state"]
         shape = self._features(data.subset(slice(1)), depth).shape[1:]
         dtype = next(self.network.parameters()).dtype
-        classifier = Classifier(shape, data.classes, 0.0, torch.Generator(), dtype=dtype)
+        classifier = Classifier(shape, self.classes, 0.0, torch.Generator(), dtype=dtype)
         classifier.load_state_dict(state)
         return self._accuracy(classifier.to(data.images.device), data, depth)
 
@@ -331,6 +350,7 @@ class LayerwiseTraining:
 
     @torch.no_grad()
     def _features(self, data: ImageData, depth: int) -> Tensor:
+        """What the first `depth` layers make of all images, [N, units] or [N, channels, H, W]."""
         x = self.network.prepared(data.floats(dtype=next(self.network.parameters()).dtype))
         for block in self.network.blocks[:depth]:
             x = block(x)
@@ -343,7 +363,8 @@ class LayerwiseTraining:
             return None
         if (depth, validation) not in self._kept:
             one = self._features(data.subset(slice(1)), depth)
-            size = one.numel() * one.element_size() * (len(self.train) + len(self.validation))
+            training = len(self.train) if self.augmentation == "none" else 0  # else never kept
+            size = one.numel() * one.element_size() * (training + len(self.validation))
             if size > self.cache_bytes:
                 return None
             kept = one.movedim(1, -1).new_empty(len(data), *one.movedim(1, -1).shape[1:])
@@ -356,9 +377,9 @@ class LayerwiseTraining:
     # ---- state ----
 
     def state_dict(self) -> dict:
-        """All that a resumed training needs, in plain containers of tensors."""
+        """A copy of all that a resumed training needs, in plain containers of tensors."""
         busy = self.classifier is not None
-        return {
+        return copy.deepcopy({
             "stage": self.stage,
             "done": self.done,
             "closest": self.closest,
@@ -368,18 +389,19 @@ class LayerwiseTraining:
             "optimizer": self.optimizer.state_dict() if busy else None,
             "best": self.best,
             "outcomes": self.outcomes,
-        }
+        })  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up a training where `state_dict` left it."""
+        """Takes up a training where `state_dict` left it; shares nothing with the state."""
+        state = copy.deepcopy(state)
         self.network.load_state_dict(state["network"])
-        self.stage, self.outcomes = state["stage"], dict(state["outcomes"])
+        self.stage, self.outcomes = state["stage"], state["outcomes"]
         self._begin_stage()
         self.done, self.best = state["done"], state["best"]
         self.closest, self.without_progress = state["closest"], state["without_progress"]
         if self.classifier is not None:
             self.classifier.load_state_dict(state["classifier"])
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+            self.optimizer.load_state_dict(state["optimizer"])
 
 
 def stages_of(

@@ -36,7 +36,7 @@ from command_line import (
     run_command,
     set_up,
 )
-from competition import GATES, NORMALIZATIONS
+from competition import GATES, NORMALIZATIONS, gate_needs
 from figures import draw_run
 from hypgraddesc import (
     OPTIMIZERS,
@@ -205,6 +205,7 @@ def refuse_flags_without_effect(args, parser) -> None:
          "--rule polynomial"),
         ("gate ranking_param lebesgue_p normalization rate delta inverse_temperature",
          not polynomial, "--rule krotov_hopfield"),
+        *gate_needs(args.gate),
     ])  # fmt: skip
 
 

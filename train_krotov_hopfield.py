@@ -10,6 +10,7 @@ A preset is a network and everything about its training; flags change single val
 learns by competition alone; what the classifier gets from its features says what they are worth.
 """
 
+import argparse
 import itertools
 import math
 from dataclasses import asdict, fields, replace
@@ -24,10 +25,11 @@ from command_line import (
     parse,
     positive_float,
     positive_int,
+    refuse_idle_flags,
     run_command,
     set_up,
 )
-from competition import GATES, NORMALIZATIONS
+from competition import GATES, NORMALIZATIONS, gate_needs
 from competition_figures import draw_competition_run
 from hebbian_network import DEEPEST, RECIPES, SCHEDULES, HebbianNetwork, Recipe
 from layerwise_training import AUGMENTATIONS, LayerwiseTraining, split_validation
@@ -35,7 +37,10 @@ from mnist_datasets import load_images
 from run_log import RunLog, run_to_end
 from seeds import seeded_generator
 
-OF_LAYERS = ("lr", "lr_end", "lr_speed", "inverse_temperature", "units", "power")
+OF_LAYERS = (
+    "units", "power", "lebesgue_p", "ranking_param", "delta", "inverse_temperature", "lr", "lr_end",
+    "lr_speed",
+)  # fmt: skip
 
 
 def make_parser():
@@ -46,11 +51,39 @@ def make_parser():
     add("--depth", type=positive_int, metavar="LAYERS", help="layers (default: all of the preset)")
     add("--units", type=positive_int, nargs="+", help="units of each layer")
     add("--power", type=positive_float, nargs="+", help="of each layer's activation")
+    add_competition_flags(parser)
+    add = parser.add_argument_group("images and classifier").add_argument
+    add("--augmentation", choices=AUGMENTATIONS, default="none", help="flip: crop and mirror")
+    add("--train_images", type=positive_int, metavar="N", help="use so many (default: all)")
+    add("--validation", type=fraction, default=0.2, help="share of them that chooses the epoch")
+    add("--classify_after", type=positive_int, nargs="+", metavar="LAYER",
+        help="classifiers behind these layers (default: the last)")  # fmt: skip
+    add("--dropout", type=share_dropped, help="of the features (default: the preset's)")
+    add("--classifier_epochs", type=positive_int, help="default: the preset's")
+    add("--classifier_lr", type=positive_float, help="default: the preset's")
+    add("--classifier_batch_size", type=positive_int, help="default: the preset's")
+    add("--round_batches", type=positive_int, default=100, help="batches between two rows")
+    add("--cache", type=nonnegative_float, default=4.0, metavar="GB", help="most for features")
+    return parser
+
+
+def share_dropped(text: str) -> float:
+    """A number from 0 to below 1: something must be left."""
+    value = fraction(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, not {text!r}")
+    return value
+
+
+def add_competition_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the update and of the layers' training; None: as in the preset."""
     add = parser.add_argument_group("competition (default: the preset's)").add_argument
     add("--gate", choices=GATES, help="who learns from a sample")
-    add("--lebesgue_p", type=positive_float, metavar="P", help="the norm that units come to have")
-    add("--ranking_param", type=positive_int, metavar="K", help="the k-th unlearns")
-    add("--delta", type=nonnegative_float, help="how much it does")
+    add("--lebesgue_p", type=positive_float, nargs="+", metavar="P",
+        help="of the norm that units come to have, by layer")  # fmt: skip
+    add("--ranking_param", type=positive_int, nargs="+", metavar="K",
+        help="the k-th unlearns, by layer")  # fmt: skip
+    add("--delta", type=nonnegative_float, nargs="+", help="how much it does, by layer")
     add("--inverse_temperature", type=positive_float, nargs="+", help="of soft gates, by layer")
     add("--normalization", choices=NORMALIZATIONS, help="what a change is divided by")
     add("--rate_exponent", type=nonnegative_float, help="rates times | |w| - 1 | to this power")
@@ -68,19 +101,6 @@ def make_parser():
     order.add_argument("--together", action="store_true", default=None, help="all layers at once")
     order.add_argument("--one_by_one", dest="together", action="store_false", default=None,
                        help="each after those before it")  # fmt: skip
-    add = parser.add_argument_group("images and classifier").add_argument
-    add("--augmentation", choices=AUGMENTATIONS, default="none", help="flip: crop and mirror")
-    add("--train_images", type=positive_int, metavar="N", help="use so many (default: all)")
-    add("--validation", type=fraction, default=0.2, help="share of them that chooses the epoch")
-    add("--classify_after", type=positive_int, nargs="+", metavar="LAYER",
-        help="classifiers behind these layers (default: the last)")  # fmt: skip
-    add("--dropout", type=fraction, help="of the features (default: the preset's)")
-    add("--classifier_epochs", type=positive_int, help="default: the preset's")
-    add("--classifier_lr", type=positive_float, help="default: the preset's")
-    add("--classifier_batch_size", type=positive_int, help="default: the preset's")
-    add("--round_batches", type=positive_int, default=100, help="batches between two rows")
-    add("--cache", type=nonnegative_float, default=4.0, metavar="GB", help="most for features")
-    return parser
 
 
 def make_recipe(args) -> Recipe:
@@ -104,7 +124,17 @@ def make_recipe(args) -> Recipe:
     return replace(recipe, layers=tuple(layers), **given)
 
 
-def make_training(args, recipe: Recipe, data, dtype) -> LayerwiseTraining:
+def refuse_flags_without_effect(args, parser: argparse.ArgumentParser, recipe: Recipe) -> None:
+    """UserError where a flag would silently do nothing."""
+    powers = any(plan.activation != "relu" for plan in recipe.layers)
+    refuse_idle_flags(args, parser, [
+        ("power", powers, "--preset dense or softhebb, whose activations have one"),
+        *gate_needs(recipe.gate),
+        ("lr_end lr_speed", recipe.schedule == "exponential", "--schedule exponential"),
+    ])  # fmt: skip
+
+
+def make_training(args, recipe: Recipe, data, classes: int, dtype) -> LayerwiseTraining:
     """The untrained network with its images; refuses what does not fit together."""
     depth = len(recipe.layers)
     after = sorted(set(args.classify_after or [depth]))
@@ -118,6 +148,7 @@ def make_training(args, recipe: Recipe, data, dtype) -> LayerwiseTraining:
         validation,
         after,
         args.seed,
+        classes=classes,
         augmentation=args.augmentation,
         round_batches=args.round_batches,
         cache_bytes=int(args.cache * 2**30),
@@ -169,12 +200,14 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, train, report."""
-    args = parse(make_parser(), argv)
+    parser = make_parser()
+    args = parse(parser, argv)
     recipe = make_recipe(args)
+    refuse_flags_without_effect(args, parser, recipe)
     device, dtype = set_up(args)
     data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
     used = data.subset(slice(args.train_images))
-    training = make_training(args, recipe, used, dtype)
+    training = make_training(args, recipe, used, data.classes, dtype)
     with open_run(args, "train_krotov_hopfield", used) as log:
         log.say(data.source)
         finished = train(training, log)

@@ -14,7 +14,6 @@ times and ratios are medians over the repetitions. What the largest tensor of
 an update holds is compared with input and output together.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -27,7 +26,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import keep_freed_memory
+from command_line import (
+    OneLineParser,
+    keep_freed_memory,
+    nonnegative_float,
+    positive_float,
+    positive_int,
+    run_command,
+)
 from krotov_hopfield import BioConv2d, BioLinear
 
 LAYERS = ((3, 96, 5, 32), (96, 128, 3, 14), (128, 192, 3, 12), (192, 256, 3, 5))
@@ -86,24 +92,25 @@ def cases(args) -> list[tuple]:
     return rows
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Prints one row per layer."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--p", type=float, default=3)
-    parser.add_argument("--k", type=int, default=2)
-    parser.add_argument("--delta", type=float, default=0.05)
-    args = parser.parse_args()
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeat", type=positive_int, default=9)
+    parser.add_argument("--threads", type=positive_int, default=1)
+    parser.add_argument("--p", type=positive_float, default=3)
+    parser.add_argument("--k", type=positive_int, default=2)
+    parser.add_argument("--delta", type=nonnegative_float, default=0.05)
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     torch.manual_seed(0)
+    rows = cases(args)
     print(f"ms per update, p {args.p:g}, k {args.k}, batch {IMAGES}, {args.threads} thread(s), "
           f"median of {args.repeat}")  # fmt: skip
     print(f"{'layer':>24} {'obvious':>9} {'ours':>8} {'limit':>8} {'obvious/ours':>13} "
           f"{'ours/limit':>11} {'largest tensor / (in + out)':>28}")  # fmt: skip
     ratios = []
-    for name, layer, x, plain in cases(args):
+    for name, layer, x, plain in rows:
         obvious, ours, limit, faster, above = timed(layer, x, plain, args.repeat)
         with LargestTensor(layer.weight) as largest:
             layer.training_step(x, RATE)
@@ -138,4 +145,4 @@ def _milliseconds(run) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,28 +1,36 @@
-"""Tunes the learning rate and Delta of competing units: hypergradient descent or random search?
+"""Tunes the learning rate and Delta of competing units: hypergradients, random search or TPE?
 
     python examples/tune_competition.py --dataset mnist5k
     python examples/tune_competition.py --gate soft --metasteps 40
+    python examples/tune_competition.py --trials 50        the same numbers from the same seed
     python examples/tune_competition.py --resume runs/tune_competition-...
 
-Both begin with a random draw of the hyperparameters: the rate log-uniform in [1e-3, 1], Delta
+All begin with one random draw of the hyperparameters: the rate log-uniform in [1e-3, 1], Delta
 uniform in [0, 0.4], the soft gate's inverse temperature log-uniform in [0.1, 10]. Hypergradient
-descent goes on from there with Adam. Random search draws again and again, for as much processor
-time, and keeps the draw of the lowest loss. What each ends with is judged by trainings from new
-initial weights. All of that for several --searches.
+descent goes on from there with Adam. Random search draws again and again, and TPE (Optuna's) draws
+where losses were low, each for as much processor time; both keep the draw of the lowest loss. How
+many draws that are depends on the machine, and what they find with it: --trials fixes their number
+instead. What each way ends with is judged by trainings from new initial weights. All of that for
+several --searches.
 
 Pixels are centred: otherwise what units unlearn from every image is the mean image, and rectified
 they fall silent.
 """
 
+import argparse
 import math
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import optuna
 import torch
+from optuna.distributions import FloatDistribution
+from optuna.samplers import TPESampler
 
 from command_line import (
     common_parser,
@@ -33,8 +41,8 @@ from command_line import (
     run_command,
     set_up,
 )
-from competition import GATES
-from competition_figures import draw_searches_run
+from competition import ACTING, GATES, Competition
+from competition_figures import WAYS, draw_searches_run
 from hypgraddesc import HypergradientDescent, MetaSettings, evaluate
 from initializers import FIXED, GaussianInitializer
 from krotov_hopfield_rule import KrotovHopfieldRule
@@ -45,10 +53,18 @@ from models_fully_local import Activation, lateral_mlp
 from run_log import RunLog, run_to_end
 from seeds import EVALUATION, TRIAL, seeded_generator
 
+RANGES = {
+    "rate": FloatDistribution(1e-3, 1, log=True),
+    "delta": FloatDistribution(0, 0.4),
+    "inverse_temperature": FloatDistribution(0.1, 10, log=True),
+}
+
+Draws = Generator[dict[str, float], float | None, None]  # hyperparameters; is sent their loss
+
 
 def make_parser():
     """The command's flags."""
-    parser = common_parser("Tune competing units in two ways, at equal cost.", "tune_competition")
+    parser = common_parser("Tune competing units in three ways, at equal cost.", "tune_competition")
     add = parser.add_argument
     add("--units", type=positive_int, default=32, help="units of the layer")
     add("--gate", choices=GATES, default="ranked", help="who learns from a sample")
@@ -56,27 +72,56 @@ def make_parser():
     add("--batch_size", type=positive_int, default=256, help="images of an update")
     add("--metasteps", type=positive_int, default=25, help="of hypergradient descent")
     add("--lr", type=positive_float, default=0.1, help="of Adam, on log rate and Delta")
-    add("--searches", type=positive_int, default=5, help="how often both are tried")
+    add("--trials", type=positive_int, metavar="N",
+        help="of random search and TPE (default: what fits into the descent's time)")  # fmt: skip
+    add("--searches", type=positive_int, default=5, help="how often all are tried")
     add("--evaluations", type=positive_int, default=5, help="trainings that judge each")
     return parser
 
 
-def draw_rule(args, generator: torch.Generator, dtype) -> PerLayerRule:
-    """A rule with random hyperparameters."""
+def make_rule(args, hyperparameters: dict[str, float], dtype) -> PerLayerRule:
+    """The rule with these hyperparameters."""
+    return PerLayerRule([KrotovHopfieldRule(gate=args.gate, **hyperparameters).to(dtype)])
+
+
+def draw(generator: torch.Generator) -> dict[str, float]:
+    """Hyperparameters at random, within RANGES."""
     rate, delta, temperature = torch.rand(3, generator=generator).tolist()
-    rule = KrotovHopfieldRule(
-        10 ** (3 * rate - 3),
-        delta=0.4 * delta,
-        inverse_temperature=10 ** (2 * temperature - 1),
-        gate=args.gate,
-    )
-    return PerLayerRule([rule.to(dtype)])
+    return {
+        "rate": 10 ** (3 * rate - 3),
+        "delta": 0.4 * delta,
+        "inverse_temperature": 10 ** (2 * temperature - 1),
+    }
+
+
+def first_draw(args, search: int) -> dict[str, float]:
+    """Where all ways of a search begin."""
+    return draw(seeded_generator(args.seed, search))
+
+
+def random_draws(args, search: int) -> Draws:
+    """Hyperparameters at random, without end."""
+    generator = seeded_generator(args.seed, search)
+    while True:
+        yield draw(generator)
+
+
+def tpe_draws(args, search: int) -> Draws:
+    """Hyperparameters that Optuna's TPE proposes, without end."""
+    seed = seeded_generator(args.seed, TRIAL, search).initial_seed() % 2**32
+    study = optuna.create_study(sampler=TPESampler(seed=seed))
+    first = first_draw(args, search)
+    study.enqueue_trial(first)
+    acting = {name: RANGES[name] for name in RANGES if name in ("rate", *ACTING[args.gate])}
+    while True:
+        trial = study.ask(acting)
+        study.tell(trial, (yield first | trial.params))
 
 
 def by_hypergradients(args, search: int, parts: dict, dtype) -> tuple[PerLayerRule, float]:
     """The rule that hypergradient descent ends with, and the processor time that it took."""
     begin = time.process_time()
-    rule = draw_rule(args, seeded_generator(args.seed, search), dtype)
+    rule = make_rule(args, first_draw(args, search), dtype)
     settings = MetaSettings(
         args.metasteps, args.lr, decay="cosine", inner_steps=args.inner_steps,
         seed=args.seed + 1000 * search,
@@ -87,45 +132,53 @@ def by_hypergradients(args, search: int, parts: dict, dtype) -> tuple[PerLayerRu
     return rule, time.process_time() - begin
 
 
-def by_random_search(
-    args, search: int, parts: dict, dtype, seconds: float
+def by_trials(
+    args, search: int, parts: dict, dtype, draws: Draws, seconds: float
 ) -> tuple[PerLayerRule, int]:
-    """The best of the rules that can be tried in the time, the first in any case; how many."""
-    begin, trials, best, lowest = time.process_time(), 0, None, math.inf
-    generator = seeded_generator(args.seed, search)
-    while best is None or time.process_time() - begin < seconds:
-        rule = draw_rule(args, generator, dtype)
-        try:
-            key = (args.seed, TRIAL, search, trials)
-            loss = evaluate(rule=rule, steps=args.inner_steps, draw=key, **parts)[0]["meta_loss"]
-        except FloatingPointError:
-            loss = math.inf
-        if best is None or loss < lowest:
-            best, lowest = rule, loss
-        trials += 1
-    return best, trials
+    """The best rule of --trials draws, else of those that can be tried in the time; how many."""
+    begin, best, lowest, losses = time.process_time(), None, math.inf, [None]
+    while best is None or (
+        len(losses) <= args.trials if args.trials else time.process_time() - begin < seconds
+    ):
+        rule = make_rule(args, draws.send(losses[-1]), dtype)
+        key = (args.seed, TRIAL, search, len(losses) - 1)
+        losses.append(trained(args, rule, parts, key)["meta_loss"])
+        if best is None or losses[-1] < lowest:
+            best, lowest = rule, losses[-1]
+    return best, len(losses) - 1
+
+
+def trained(args, rule: PerLayerRule, parts: dict, key: tuple[int, ...]) -> dict[str, float]:
+    """Loss and accuracy behind a training from the draw of this name; inf, NaN if it diverges."""
+    try:
+        return evaluate(rule=rule, steps=args.inner_steps, draw=key, **parts)[0]
+    except FloatingPointError:
+        return {"meta_loss": math.inf, "test_accuracy": math.nan}
 
 
 def judged(args, rule: PerLayerRule, parts: dict) -> dict[str, float]:
     """Means over trainings from new draws, the same for every rule."""
-    rows = [
-        evaluate(rule=rule, steps=args.inner_steps, draw=(args.seed, EVALUATION, k), **parts)[0]
-        for k in range(args.evaluations)
-    ]
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    rows = [trained(args, rule, parts, (args.seed, EVALUATION, k)) for k in range(args.evaluations)]
+    return {n: float(np.mean([row[n] for row in rows])) for n in ("meta_loss", "test_accuracy")}
 
 
 def searched(args, search: int, parts: dict, dtype) -> dict[str, float]:
-    """One search in both ways: hyperparameters, losses and accuracies, and what it cost."""
-    start = draw_rule(args, seeded_generator(args.seed, search), dtype)
+    """One search in all ways: hyperparameters, losses and accuracies, and what it cost."""
     tuned, seconds = by_hypergradients(args, search, parts, dtype)
-    found, trials = by_random_search(args, search, parts, dtype, seconds)
-    row = {"processor_seconds": seconds, "trials": trials}
-    for way, rule in (("start", start), ("hypergradients", tuned), ("random", found)):
+    rules = {"start": make_rule(args, first_draw(args, search), dtype), "hypergradients": tuned}
+    row = {"processor_seconds": seconds}
+    for way, draws in (("random", random_draws), ("tpe", tpe_draws)):
+        found = by_trials(args, search, parts, dtype, draws(args, search), seconds)
+        rules[way], row[f"{way}/trials"] = found
+    for way, rule in rules.items():
         row |= {f"{way}/{n.split('/')[-1]}": v for n, v in rule.coefficients().items()}
-        numbers = judged(args, rule, parts)
-        row |= {f"{way}/{name}": numbers[name] for name in ("meta_loss", "test_accuracy")}
+        row |= {f"{way}/{name}": v for name, v in judged(args, rule, parts).items()}
     return row
+
+
+def warm_up(args, parts: dict, dtype) -> None:
+    """A meta-step that counts for nothing: what is compiled at first use is no search's cost."""
+    by_hypergradients(argparse.Namespace(**vars(args) | {"metasteps": 1}), 0, parts, dtype)
 
 
 def search(args, parts: dict, dtype, log: RunLog) -> tuple[list[dict[str, float]], bool]:
@@ -138,19 +191,28 @@ def search(args, parts: dict, dtype, log: RunLog) -> tuple[list[dict[str, float]
         return rows[-1], rows[-1]
 
     left = range(len(rows) + 1, args.searches + 1)
+    if left:
+        warm_up(args, parts, dtype)
     with log.progress(args.searches, len(rows), "search") as progress:
         return rows, run_to_end(log, progress, left, step, lambda: {"rows": rows})
 
 
 def report(rows: list[dict[str, float]], source: str, log: RunLog) -> None:
-    """Means and standard deviations over the searches, on the screen and as a file; the figure."""
+    """Means and standard deviations over the searches, on the screen and as a file; the figure.
+
+    Of a way that has ended with a diverging training the searches where it has not.
+    """
     summary = {}
-    for way in ("start", "hypergradients", "random"):
-        values = {n: [row[f"{way}/{n}"] for row in rows] for n in ("meta_loss", "test_accuracy")}
+    for way in WAYS:
+        names = ("meta_loss", "test_accuracy")
+        finite = [row for row in rows if math.isfinite(row[f"{way}/meta_loss"])]
+        values = {n: [row[f"{way}/{n}"] for row in finite] or [math.nan] for n in names}
         summary[way] = {n: [float(np.mean(v)), float(np.std(v))] for n, v in values.items()}
+        summary[way]["diverged"] = len(rows) - len(finite)
         loss, accuracy = summary[way]["meta_loss"], summary[way]["test_accuracy"]
+        lost = f"; {len(rows) - len(finite)} of {len(rows)} diverged" if finite != rows else ""
         log.say(f"{way:>15}: loss {loss[0]:.4f} ± {loss[1]:.4f}, test accuracy "
-                f"{accuracy[0]:.2%} ± {accuracy[1]:.2%}")  # fmt: skip
+                f"{accuracy[0]:.2%} ± {accuracy[1]:.2%}{lost}")  # fmt: skip
     log.write_json("results.json", {"data": source, "summary": summary, "searches": rows})
     log.draw(draw_searches_run)
 
@@ -158,6 +220,8 @@ def report(rows: list[dict[str, float]], source: str, log: RunLog) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, search, report."""
     args = parse(make_parser(), argv)
+    Competition(args.gate).check(args.units)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     device, dtype = set_up(args)
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
     train_data, test_data = normalize_pixels(train_data, test_data, unit_variance=False)

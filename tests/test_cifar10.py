@@ -116,6 +116,14 @@ def test_a_missing_file_is_named(tmp_path):
         load_images("cifar10", tmp_path)
 
 
+def test_a_whole_python_version_is_read_where_the_binary_one_is_incomplete(tmp_path, monkeypatch):
+    write_binary(tmp_path / BINARY)
+    (tmp_path / BINARY / "test_batch.bin").unlink()
+    write_python(tmp_path / PYTHON, monkeypatch)
+    train, _ = load_images("cifar10", tmp_path)
+    assert PYTHON in train.source
+
+
 def test_without_files_and_network_the_message_says_what_would_be_right(tmp_path):
     with pytest.raises(DataError, match=r"\(no network\); put the folder cifar-10-batches-bin"):
         load_images("cifar10", tmp_path)
@@ -134,6 +142,20 @@ def test_a_download_is_unpacked_whole_and_found_again(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "run_with_torchvision", None)
     assert_are_the_parts(*load_images("cifar10", tmp_path / "data"))
     assert [path.name for path in (tmp_path / "data").iterdir()] == [BINARY]
+
+
+def test_of_two_processes_that_download_at_once_the_slower_reads_what_the_faster_left(
+    tmp_path, monkeypatch
+):
+    def download(statement, arguments, directory):
+        write_binary(directory / "made" / BINARY)
+        with tarfile.open(directory / "archive", "w:gz") as archive:
+            archive.add(directory / "made" / BINARY, BINARY)
+        write_binary(tmp_path / BINARY)  # the other process is ready
+
+    monkeypatch.setattr(cifar10, "run_with_torchvision", download)
+    assert_are_the_parts(*load_images("cifar10", tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [BINARY]
 
 
 def test_a_broken_download_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 """Both layers against an update spelled out patch by patch, unit by unit."""
 
 import copy
+import importlib.util
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import refused
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -298,6 +301,43 @@ def test_a_step_takes_inputs_that_need_a_gradient_and_leaves_them_without_one(wa
     assert torch.equal(layer.weight, other.weight) and x.grad is None
 
 
+def test_a_step_between_forward_and_backward_is_an_error_as_for_any_change_in_place(way):
+    for bias in (False, True):  # with p = 2 the graph of forward keeps the weights themselves
+        layer = seeded(BioLinear(4, 3, bias, lebesgue_p=2, batch_norm=False))
+        y = layer(noise(5, 4, dtype=torch.float32).requires_grad_())
+        layer.training_step(noise(5, 4, dtype=torch.float32))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@pytest.mark.parametrize("gate", ["ranked", "soft"])
+def test_autocast_leaves_a_step_in_the_type_of_the_weights(gate, way):
+    layer = seeded(BioConv2d(2, 4, 3, gate=gate))
+    x, other = noise(2, 2, 5, 5, dtype=torch.float32), copy.deepcopy(layer)
+    layer.training_step(x.bfloat16().float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert other.training_step(x.bfloat16()).dtype == torch.float32
+    assert torch.equal(layer.weight, other.weight)
+
+
+def test_a_layer_shows_what_acts_in_it_and_where_it_departs_from_its_default():
+    assert BioLinear(3, 4).extra_repr() == (
+        "in_features=3, out_features=4, bias=False, lebesgue_p=3, gate='ranked', "
+        "ranking_param=2, delta=0.05, normalization='matrix'"
+    )
+    shown = repr(BioConv2d(3, 4, 3, gate="soft", rate_exponent=0.5, batch_norm=False))
+    assert "gate='soft', inverse_temperature=1.0, normalization='filter'" in shown
+    assert "rate_exponent=0.5, batch_norm=False" in shown
+    assert "delta" not in shown and "ranking_param" not in shown
+    layer = BioLinear(3, 4, delta=0.2, ranking_param=3)
+    assert (layer.delta, layer.ranking_param) == (0.2, 3)
+
+
+def test_the_output_of_a_convolution_has_its_channels_last_in_memory():
+    y = BioConv2d(3, 4, 3)(torch.zeros(2, 3, 6, 6))
+    assert y.shape == (2, 4, 4, 4) and y.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_no_step_waits_for_the_device_and_none_needs_data_to_know_its_shapes():
     for gate in GATES:  # tensors on "meta" have shapes and no numbers: to ask for one is an error
         layer = BioConv2d(3, 8, 3, padding=1, groups=1, bias=True, device="meta", gate=gate)
@@ -369,6 +409,12 @@ def test_the_same_seed_gives_the_same_weights_to_the_last_bit(way):
         ({"gate": "loudest"}, "choose from ranked, losers, soft, winner"),
         ({"lebesgue_p": 0.5}, "at least 1"),
         ({"lebesgue_p": math.nan}, "at least 1"),
+        ({"lebesgue_p": "a"}, "at least 1"),
+        ({"delta": math.nan}, "delta is nan: it must be a finite number"),
+        ({"gate": "soft", "inverse_temperature": math.nan}, "finite number above 0"),
+        ({"gate": "soft", "inverse_temperature": -1.0}, "finite number above 0"),
+        ({"rate_exponent": -1.0}, "rate_exponent is -1.0: it must be a finite number of at least"),
+        ({"rate_exponent": math.nan}, "finite number of at least 0"),
         ({"normalization": "none"}, "choose from matrix, filter, clamp"),
     ],
 )
@@ -377,6 +423,34 @@ def test_options_that_do_not_fit_are_refused_with_what_would(options, message):
         BioLinear(3, 4, **options)
     with pytest.raises(CompetitionError, match=message):
         BioConv2d(4, 8, 3, groups=2, **options)
+
+
+def test_whole_numbers_and_numbers_of_any_kind_are_taken():
+    options = {"ranking_param": np.int64(2), "delta": np.float32(0.5), "lebesgue_p": np.float64(2)}
+    layer, same = BioLinear(3, 4, **options), BioLinear(3, 4, False, 0.5, 2, 2)
+    for each in (layer, same):
+        seeded(each).training_step(noise(5, 3, dtype=torch.float32))
+    assert torch.equal(layer.weight, same.weight)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "message"),
+    [
+        (BioConv2d(2, 4, 5), torch.ones(2, 2, 4, 4), "smaller than the kernel's window"),
+        (BioConv2d(2, 4, 3, padding=(1, 4), padding_mode="reflect"), torch.ones(2, 2, 4, 4),
+         r"\[4, 4\] pixels are too small for \[1, 4\] pixels of padding by padding_mode 'reflect'"),
+        (BioConv2d(2, 4, 3, padding=5, padding_mode="circular"), torch.ones(2, 2, 4, 6),
+         "by padding_mode 'circular'"),
+        (BioConv2d(2, 4, 3), torch.ones(2, 2, 4, 4).double(), "torch.float32, as the weights, got"),
+        (BioLinear(3, 4), torch.ones(5, 3).long(), "torch.float32, as the weights, got"),
+        (BioLinear(3, 4, dtype=torch.float64), torch.ones(5, 3), "torch.float64, as the weights"),
+    ],
+)  # fmt: skip
+def test_a_refused_step_leaves_the_layer_as_it_was(layer, x, message, way):
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(CompetitionError, match=message):
+        layer.training_step(x)
+    assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
 
 
 def test_inputs_of_another_shape_are_refused_with_the_shape_expected():
@@ -390,6 +464,24 @@ def test_inputs_of_another_shape_are_refused_with_the_shape_expected():
         convolution(torch.zeros(2, 2, 2, 5))
     with pytest.raises(CompetitionError, match="batch is empty"):
         dense.training_step(torch.zeros(0, 6))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--k", 1], "from 2, the runner-up, to 96"),
+        (["--p", 0.5], "at least 1"),
+        (["--p", 0], "above 0"),
+        (["--repeat", 0], "at least 1"),
+        (["--threads", 0], "at least 1"),
+    ],
+)
+def test_the_benchmark_refuses_wrong_input_in_one_line(capsys, flags, message):
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "krotov_hopfield.py"
+    spec = importlib.util.spec_from_file_location("benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    assert message in refused(capsys, benchmark.main, *flags)
 
 
 # ---- activation and rate ----

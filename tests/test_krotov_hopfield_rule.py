@@ -176,10 +176,23 @@ def test_a_saved_rule_is_read_as_it_was(tmp_path):
         rule_from_dict({"kind": "KrotovHopfieldRule", "gate": "ranked"})
 
 
+def test_the_formula_says_all_that_the_rule_is():
+    text, tex = rule_with("ranked", 3).formula(), rule_with("ranked", 3).tex()
+    assert "D_oi / (max_oi |D_oi| + 1e-5)" in text and "|w_oi|^(p-1) x_bi" in text
+    assert "-delta for the k-th largest" in text and "k = 3, p = 3; rate 0.07, delta 0.3" in text
+    assert r"\text{gate ranked}, k = 3, p = 3, \eta = \text{0.07}" in tex
+    soft = rule_with("soft", 2, "clamp")
+    for shown in (soft.formula(), soft.tex()):
+        assert "k = " not in shown and "delta" not in shown.replace("\\Delta", "")
+    assert "max(max_oi |D_oi|, 1e-30)" in soft.formula() and r"\beta = \text{1.5}" in soft.tex()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rate": 0.0}, "must be > 0"),
+        ({"rate": 0.0}, "rate is 0.0: it must be a finite number above 0"),
+        ({"inverse_temperature": math.nan}, "finite number above 0"),
+        ({"delta": math.inf}, "delta is inf: it must be a finite number"),
         ({"gate": "loud"}, "choose from ranked"),
         ({"ranking_param": 1}, "from 2"),
         ({"lebesgue_p": 0.5}, "at least 1"),
@@ -248,6 +261,9 @@ def test_main_takes_the_rule_with_every_method(method, tmp_path):
         (["--compile"], "needs --rule polynomial"),
         (["--ranking_param", "5"], "to 4, the number of units"),
         (["--lebesgue_p", "0.5"], "at least 1"),
+        (["--gate", "winner", "--delta", "0.1"], "--delta needs --gate ranked or losers"),
+        (["--inverse_temperature", "2"], "--inverse_temperature needs --gate soft"),
+        (["--gate", "soft", "--ranking_param", "4"], "--ranking_param needs --gate ranked"),
     ],
 )
 def test_main_refuses_what_the_rule_does_not_take(capsys, tmp_path, flags, message):

@@ -1,5 +1,6 @@
 """The parts of a layerwise training, on a few small images; the command has tests of its own."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from hebbian_network import (
     learning_rate,
 )
 from image_data import DataError, ImageData
+from krotov_hopfield import BioConv2d
 from layerwise_training import (
     LayerwiseTraining,
     crop_and_flip,
@@ -48,7 +50,7 @@ def training(recipe: Recipe = TINY, **options) -> LayerwiseTraining:
     train, validation = split_validation(data, 0.25)
     network = HebbianNetwork(data.shape, recipe, generator(), dtype=torch.float64)
     after = options.pop("after", (1, 3))
-    return LayerwiseTraining(network, train, validation, after, 0, **options)
+    return LayerwiseTraining(network, train, validation, after, 0, classes=4, **options)
 
 
 def run(part: LayerwiseTraining) -> list[dict[str, float]]:
@@ -63,8 +65,8 @@ def run(part: LayerwiseTraining) -> list[dict[str, float]]:
 def test_every_preset_fits_small_and_large_images_at_every_depth(preset):
     for depth in range(1, DEEPEST[preset] + 1):
         recipe = RECIPES[preset](depth)
-        small = tuple(replace(plan, units=12) for plan in recipe.layers)
-        recipe = replace(recipe, layers=small, ranking_param=2)
+        small = tuple(replace(plan, units=12, ranking_param=2) for plan in recipe.layers)
+        recipe = replace(recipe, layers=small)
         for shape in ((1, 28, 28), (3, 32, 32)):
             features = HebbianNetwork(shape, recipe, generator())(torch.rand(2, *shape))
             assert features.shape[:2] == (2, 12) and features.isfinite().all()
@@ -87,6 +89,33 @@ def test_initial_weights_have_the_spread_of_the_recipe():
 def test_images_that_are_too_small_are_refused_with_the_layer():
     with pytest.raises(CompetitionError, match="too small for layer 3"):
         HebbianNetwork((1, 10, 10), RECIPES["deep"](3), generator())
+
+
+def test_places_that_are_fewer_than_the_pooled_squares_are_refused_and_no_other_error_is(
+    monkeypatch,
+):
+    recipe = Recipe((LayerPlan(4, 3, 0.01, pool="max", pool_size=4),))
+    assert HebbianNetwork((1, 4, 4), recipe, generator())(torch.zeros(1, 1, 4, 4)).shape[2] == 1
+    with pytest.raises(CompetitionError, match="too small for layer 1"):
+        HebbianNetwork((1, 3, 3), recipe, generator())
+
+    def out_of_memory(*_):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(BioConv2d, "forward", out_of_memory)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        HebbianNetwork((1, 10, 10), recipe, generator())
+
+
+def test_every_layer_has_the_competition_of_its_own_plan():
+    plans = zip(TINY.layers, (2, 3, 4), (2, 3, 2), (0.1, 0.2, 0.3), strict=True)
+    layers = tuple(replace(plan, lebesgue_p=p, ranking_param=k, delta=d) for plan, p, k, d in plans)
+    network = HebbianNetwork((2, 12, 12), replace(TINY, layers=layers), generator())
+    found = [
+        (layer.lebesgue_p, layer.ranking_param, layer.delta)
+        for layer in (block.layer for block in network.blocks)
+    ]
+    assert found == [(2, 2, 0.1), (3, 3, 0.2), (4, 2, 0.3)]
 
 
 def test_learning_rates_follow_their_schedules():
@@ -200,7 +229,65 @@ def test_a_layer_ends_early_once_nothing_brings_it_closer_to_rest_or_it_is_there
     of_first = [row for row in rows if row["layer"] == 1 and not row["classifier"]]
     assert 20 <= of_first[-1]["epoch"] * 3 < 300
     rows = run(training(replace(patient, threshold=1e9), after=(3,), round_batches=2))
-    assert [row["epoch"] for row in rows if not row["classifier"]] == [pytest.approx(2 / 3)] * 3
+    assert [row["epoch"] for row in rows if not row["classifier"]] == [pytest.approx(1 / 3)] * 3
+
+
+@pytest.mark.parametrize("limit", [{"patience": 2}, {"threshold": 0.3}])
+def test_where_a_layer_ends_does_not_depend_on_how_many_batches_are_a_round(limit):
+    def ends(round_batches: int) -> tuple[list[float], torch.Tensor]:
+        recipe = replace(TINY, layers=plans, epochs=20, **limit)
+        part = training(recipe, after=(3,), round_batches=round_batches)
+        last = {row["layer"]: row["epoch"] for row in run(part) if not row["classifier"]}
+        return last, part.network.blocks[0].layer.weight
+
+    plans = tuple(replace(plan, lr=0.2) for plan in TINY.layers)
+    (one, weight), *others = [ends(count) for count in (1, 7, 100)]
+    assert one[1] < 20
+    for last, other in others:
+        assert last == one and torch.equal(weight, other)
+
+
+def test_a_layer_is_at_rest_where_its_convergence_is_now_and_not_where_it_once_was():
+    part = training(replace(TINY, threshold=0.5))
+    part._judge((1,), [0.4])
+    assert part._need_no_more((1,))
+    part._judge((1,), [0.6])
+    assert not part._need_no_more((1,)) and part.closest[0] == 0.4
+
+
+@pytest.mark.parametrize(("rounds", "busy"), [(1, "network"), (3, "classifier")])
+def test_a_saved_state_shares_nothing_with_the_training(rounds, busy):
+    recipe = replace(TINY, patience=100)
+    part, other = (training(recipe, round_batches=3) for _ in range(2))
+    for _ in range(rounds):
+        part.train_round()
+    state = part.state_dict()
+    saved = copy.deepcopy(state)
+    other.load_state_dict(state)
+    for each in (part, other):
+        each.train_round()
+    assert state["closest"] == saved["closest"]
+    assert all(torch.equal(saved[busy][name], value) for name, value in state[busy].items())
+
+
+def test_classifiers_know_classes_that_no_training_image_shows():
+    data = images()
+    train, validation = data.subset(data.labels < 2), data.subset(data.labels == 3)
+    network = HebbianNetwork(data.shape, TINY, generator(), dtype=torch.float64)
+    part = LayerwiseTraining(network, train, validation, (1,), 0, classes=4)
+    run(part)
+    assert part.outcomes[1]["state"]["linear.bias"].shape == (4,)
+    assert 0 <= part.test_accuracy(1, data.subset(slice(2))) <= 1
+
+
+def test_of_augmented_images_only_the_features_that_are_kept_count():
+    one = 4 * 5 * 5 * 8  # bytes behind the first layer, in float64
+    for augmentation, cache, kept in (("flip", 10, [True]), ("flip", 9, []), ("none", 10, []),
+                                      ("none", 40, [False, True])):  # fmt: skip
+        part = training(after=(1,), augmentation=augmentation, cache_bytes=cache * one)
+        part.train_round()
+        part.train_round()
+        assert sorted(validation for _, validation in part._kept) == kept
 
 
 def test_the_best_classifier_is_kept_and_judged():
@@ -232,7 +319,7 @@ def test_no_epochs_leave_the_initial_weights():
 
 def test_a_training_that_diverges_says_which_layer():
     plans = tuple(replace(plan, lr=1e200) for plan in TINY.layers)
-    with pytest.raises(NonFiniteError, match=r"layers \[1\] diverged"):
+    with pytest.raises(NonFiniteError, match=r"layers \[1\] diverged.*rate, lebesgue_p or delta"):
         run(training(replace(TINY, layers=plans)))
 
 
@@ -240,3 +327,10 @@ def test_more_images_in_a_batch_than_there_are_is_refused():
     for name in ("batch_size", "classifier_batch_size"):
         with pytest.raises(DataError, match="above 30, the training images"):
             training(replace(TINY, **{name: 31}))
+
+
+def test_batches_of_one_image_are_refused_where_a_classifier_could_not_normalise_them():
+    single = replace(TINY, batch_size=1, classifier_batch_size=1, epochs=0.1, classifier_epochs=1)
+    assert len(run(training(single, after=(1,)))) == 4
+    with pytest.raises(DataError, match="no variance behind layer 3"):
+        training(single, after=(1, 3))

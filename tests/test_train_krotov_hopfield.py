@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, 
         ["--gate", "soft", "--inverse_temperature", "2"],
         ["--gate", "losers"],
         ["--lebesgue_p", "3"],
-        ["--ranking_param", "2"],
+        ["--ranking_param", "2", "3"],
         ["--delta", "0.1"],
         ["--normalization", "clamp"],
         ["--rate_exponent", "0.5"],
@@ -132,6 +132,13 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["--ranking_param", "9"], "to 8, the number of units"),
         (["--lebesgue_p", "0.5"], "at least 1"),
         (["--lr", "1", "2", "3"], "one value, or 2"),
+        (["--delta", "0.1", "0.2", "0.3"], "one value, or 2"),
+        (["--power", "3"], "--power needs --preset dense or softhebb"),
+        (["--inverse_temperature", "2"], "--inverse_temperature needs --gate soft"),
+        (["--gate", "soft", "--delta", "0.1"], "--delta needs --gate ranked or losers"),
+        (["--preset", "softhebb", "--ranking_param", "3"], "--ranking_param needs --gate ranked"),
+        (["--schedule", "constant", "--lr_end", "0.1"], "--lr_end needs --schedule exponential"),
+        (["--dropout", "1"], "must be a number from 0 to below 1"),
         (["--classify_after", "3"], "has 2 layers"),
         (["--validation", "1"], "between 0 and 1"),
         (["--batch_size", "400"], "above 320, the training images"),
@@ -153,6 +160,12 @@ def test_a_run_that_diverges_stops_with_its_layer_and_status_1(capsys, tmp_path)
                     [*TINY, "--lr", "1e30", "--out", str(tmp_path / "run")])  # fmt: skip
     assert stop.value.code == 1
     assert "layers [1] diverged" in capsys.readouterr().err
+
+
+def test_few_images_that_lack_classes_are_trained_on_like_any(tmp_path):
+    flags = ["--train_images", 2, "--batch_size", 1, "--classifier_batch_size", 1]
+    run(*TINY, *flags, "--validation", 0.4, "--no_figures", "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["test_accuracy"] < 0.5
 
 
 @pytest.mark.slow
