@@ -68,7 +68,7 @@ from models_fully_local import (
 )
 from precision import PRODUCTS, Products
 from processes import join_team
-from run_log import RunLog, read_json, read_metrics
+from run_log import RunLog, read_metrics, read_results
 from seeds import EVALUATION, seeded_generator
 from train import MEMORY
 
@@ -288,7 +288,7 @@ def begin_with(run: Path, rule: PerLayerRule, initializer: GaussianInitializer) 
 
     Layers beyond that run's take the rule of its last one.
     """
-    learned, results = load_rule(run / "rule.json"), read_json(run / "results.json")
+    learned, results = load_rule(run / "rule.json"), read_results(run)
     layers = learned.rules if isinstance(learned, PerLayerRule) else [learned]
     for k, of_layer in enumerate(rule.rules):
         of_layer.start_from(layers[min(k, len(layers) - 1)])

@@ -24,7 +24,7 @@ from files import write_whole
 from learning_rules import PerLayerRule, classical_rule, load_rule
 from one_pass_report import draw_one_pass_run, draw_report, read_run, table
 from optimizer_figures import draw_loss_grid, draw_optimizer_run
-from run_log import read_config, read_json
+from run_log import read_config, read_json, read_results
 from sweep_report import draw_sweep_run
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
@@ -169,8 +169,7 @@ class LayerRule:
 def rules_of_run(directory: Path, name: str) -> dict[str, LayerRule]:
     """The rule of each layer, by the run's name, and the layer's where there are several."""
     rule = load_rule(directory / "rule.json")
-    results = directory / "results.json"
-    effects = read_json(results).get("term_effects", {}) if results.exists() else {}
+    effects = read_results(directory).get("term_effects", {})
     if not isinstance(rule, PerLayerRule):
         return {name: LayerRule(rule.coefficients(), effects)}
     layers = {}

@@ -33,8 +33,8 @@ from run_log import (
     RunLogError,
     finish_on_interrupt,
     read_config,
-    read_json,
     read_metrics,
+    read_results,
 )
 from seeds import EVALUATION, SELECTION, seeded_generator
 from train import detached, train
@@ -142,7 +142,7 @@ def load_run(directory: str | Path) -> LearnedRun:
     rule = load_rule(directory / "rule.json")
     if not isinstance(rule, PerLayerRule):
         raise RunLogError(f"{directory}/rule.json is one rule, expected one for each layer")
-    results, metrics = read_json(directory / "results.json"), read_metrics(directory)
+    results, metrics = read_results(directory), read_metrics(directory)
     try:
         start = dict(results["initializer"])
         GaussianInitializer.with_values(start)

@@ -142,7 +142,9 @@ def test_a_run_that_lacks_what_its_figures_show_is_one_line(tmp_path, capsys):
 
 def test_damaged_results_are_one_line(tmp_path, capsys):
     run = run_of(tmp_path / "run", oja())
-    (run / "results.json").write_text("{")
-    assert "damaged" in refused(capsys, "rules", run)
+    for content in ("{", "[]", 100_000 * "["):
+        (run / "results.json").write_text(content)
+        for figure in ("rules", "run"):
+            assert "results.json is damaged" in refused(capsys, figure, run)
     (run / "results.json").write_text(json.dumps({"term_effects": {}}))
     draw("rules", run, "--out", tmp_path / "rules.png")
