@@ -145,19 +145,45 @@ def load_run(directory: str | Path) -> LearnedRun:
     results, metrics = read_results(directory), read_metrics(directory)
     try:
         start = dict(results["initializer"])
+        _check_all(start, math.isfinite, "must be a number")
         GaussianInitializer.with_values(start)
         if command == "prune_rule":
             config, steps = (results["learned_from"][key] for key in ("config", "inner_steps"))
         else:
             steps = int(metrics.get("inner_steps", [config["initial_inner_steps"]])[-1])
+        _check_flags(config, steps)
         run = LearnedRun(directory.name, config, rule, start, steps)
         shape = (3, 32, 32) if config["dataset"] == "cifar10" else (1, 28, 28)
         network(run, shape, config["layers"])
-    except (LookupError, TypeError, ValueError) as problem:
+    except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
         raise RunLogError(
             f"{directory} is not a whole run of {command}.py: {problem!r}"
         ) from problem
     return run
+
+
+def _check_flags(config: Mapping[str, Any], steps: int) -> None:
+    """KeyError or ValueError where what a comparison needs is not there, or not as main.py saves.
+
+    What `lateral_network` needs is left to it.
+    """
+    whole = {name: config[name] for name in ("batch_size", "outer_images")} | {"inner_steps": steps}
+    whole |= {f"layers {k}": units for k, units in enumerate(config["layers"], 1)}
+    _check_all(whole, lambda n: type(n) is int and n > 0, "must be a whole number of at least 1")
+    _check_all({"C": config["C"]}, lambda C: math.isfinite(C) and C > 0, "must be a number above 0")
+    dynamics = {name: config[name] for name in ("inh_steps", "inh_factor")}
+    _check_all(dynamics, lambda value: 0 <= value < math.inf, "must be a number of at least 0")
+    switches = ("pixelwise_normalization", "forbid_self_inhibition", "forbid_excitation")
+    _check_all({name: config[name] for name in switches}, lambda value: type(value) is bool,
+               "must be true or false")  # fmt: skip
+    if not config["layers"] and not config.get("conv"):
+        raise ValueError("the network has no layer")
+
+
+def _check_all(values: Mapping[str, Any], right: Callable[[Any], bool], expected: str) -> None:
+    for name, value in values.items():
+        if not right(value):
+            raise ValueError(f"{name} {expected}, not {value!r}")
 
 
 def network(run: LearnedRun, input_shape: Sequence[int], layers: Sequence[int]) -> nn.Module:
