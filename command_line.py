@@ -146,6 +146,17 @@ def refuse_idle_flags(
                 raise UserError(f"--{name} needs {needed}")
 
 
+def save_whole_paths(args: argparse.Namespace, name: str) -> None:
+    """Makes the path or the paths of this flag absolute in a new run, to be resumed from anywhere.
+
+    Those of a run that is resumed stay as they were saved.
+    """
+    value = getattr(args, name)
+    if args.resume is None and value is not None:
+        whole = [path.resolve() for path in value] if isinstance(value, list) else value.resolve()
+        setattr(args, name, whole)
+
+
 def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """The device and type that `args` ask for; also sets threads, determinism and allocator."""
     device = find_device(args.device)

@@ -36,6 +36,7 @@ from command_line import (
     parse,
     positive_int,
     run_command,
+    save_whole_paths,
     set_up,
 )
 from evaluation_figures import draw_evaluation_run
@@ -240,6 +241,7 @@ def report(log: RunLog, comparison: Comparison) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse, read the runs, build, train and probe, report."""
     args = parse(make_parser(), argv)
+    save_whole_paths(args, "runs")
     device, dtype = set_up(args)
     runs = [load_run(directory) for directory in args.runs]
     fill_in(args, runs)

@@ -34,6 +34,7 @@ from command_line import (
     positive_int,
     refuse_idle_flags,
     run_command,
+    save_whole_paths,
     set_up,
 )
 from competition import GATES, NORMALIZATIONS
@@ -68,7 +69,7 @@ from models_fully_local import (
 )
 from precision import PRODUCTS, Products
 from processes import join_team
-from run_log import RunLog, read_metrics, read_results
+from run_log import RunLog, has_checkpoint, read_metrics, read_results
 from seeds import EVALUATION, seeded_generator
 from train import MEMORY
 
@@ -387,7 +388,7 @@ def build(args, train_data, test_data, device, dtype) -> dict:
         "initializer": make_initializer(args).to(device, dtype),
         "make_batches": lambda g: draw_batches(train_data, args.batch_size, g, dtype),
     }
-    if args.start_from:
+    if args.start_from and not (args.resume and has_checkpoint(args.resume)):
         begin_with(args.start_from, parts["rule"], parts["initializer"])
     model = parts["make_model"]()  # refuses convolutions that do not fit the images
     next(parts["make_batches"](seeded_generator(0)))  # refuses a wrong batch size
@@ -412,6 +413,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, build, meta-learn, evaluate, report."""
     parser = make_parser()
     args = parse(parser, argv)
+    save_whole_paths(args, "start_from")
     refuse_flags_without_effect(args, parser)
     device, dtype = set_up(args)
     team = join_team()

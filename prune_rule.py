@@ -35,6 +35,7 @@ from command_line import (
     parse,
     positive_int,
     run_command,
+    save_whole_paths,
     set_up,
 )
 from figures import draw_run
@@ -287,6 +288,7 @@ def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: 
 def main(argv: list[str] | None = None) -> None:
     """Parse, read the run, prune, report."""
     args = parse(make_parser(), argv)
+    save_whole_paths(args, "run")
     device, dtype = set_up(args)
     run = load_run(args.run)
     args.dataset = args.dataset or run.config["dataset"]

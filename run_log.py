@@ -39,6 +39,7 @@ from processes import ALONE, Team
 from tensorboard_events import EventFile
 
 CHECKPOINT_FORMAT = 1
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # the last one, the one before it
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -256,9 +257,7 @@ class RunLog:
         A damaged checkpoint is set aside and the one before it is used; RunLogError where that is
         damaged too.
         """
-        names = [
-            name for name in ("checkpoint.pt", "checkpoint.previous.pt") if self.path(name).exists()
-        ]
+        names = [name for name in CHECKPOINTS if self.path(name).exists()]
         for name in names:
             try:
                 step, state, last_row = _read_checkpoint(self.path(name))
@@ -533,6 +532,11 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         # not what numpy says, which advises to load what is no array
         reason = f"not a file of arrays of numbers ({type(error).__name__})"
         raise RunLogError(f"{path} is damaged: {reason}") from error
+
+
+def has_checkpoint(directory: str | Path) -> bool:
+    """Whether a run in `directory` goes on from a checkpoint, or is refused for a damaged one."""
+    return any((Path(directory) / name).exists() for name in CHECKPOINTS)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,21 @@ def test_a_run_can_start_from_what_another_has_learned(tmp_path, plain):
             assert float(first[f"coefficient/{layer}/{name}"]) == pytest.approx(value, abs=1e-12)
     for name, value in initial.items():
         assert float(first[f"initial/{name}"]) == pytest.approx(value, rel=1e-6)
+
+
+def test_a_started_run_is_resumed_from_another_folder_and_without_the_run_it_began_with(
+    tmp_path, plain, monkeypatch
+):
+    shutil.copytree(plain, tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    run(4, *TINY, "--start_from", "other", "--metasteps", "1", "--out", "run")
+    before = outcome(tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["start_from"] == str(tmp_path / "other")
+    shutil.rmtree(tmp_path / "other")
+    monkeypatch.chdir(ROOT)
+    run("--resume", tmp_path / "run", "--quiet")
+    assert outcome(tmp_path / "run") == before
 
 
 def test_a_start_that_does_not_fit_is_refused_in_one_line(capsys, tmp_path, plain):
