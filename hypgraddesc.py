@@ -107,8 +107,10 @@ class MetaSettings:
             raise MetaError(f"optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
         if self.nonfinite not in ("skip", "stop") or self.decay not in ("none", "cosine"):
             raise MetaError("nonfinite is skip or stop, decay is none or cosine")
-        if min(self.tasks, self.reinitialize_every) < 1 or not 0 <= self.average < 1:
-            raise MetaError("tasks and reinitialize_every are >= 1, average is within [0, 1)")
+        if min(self.tasks, self.reinitialize_every) < 1:
+            raise MetaError("tasks and reinitialize_every are at least 1")
+        if not 0 <= self.average < 1:
+            raise MetaError(f"average {self.average:g}: a decay must be at least 0 and below 1")
 
     @property
     def total_steps(self) -> int:
@@ -272,13 +274,28 @@ class HypergradientDescent:
             gradient.zero_()
         self.collected = 0
         self._add_penalties(width=rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         before = {name: p.detach().clone() for name, p in self.rule.named_parameters()}
-        self.optimizer.step()
+        self._make_step(rate)
         self._update_average()
         if settings.sparsify_from is not None and self.metastep >= settings.sparsify_from:
             self._remove_terms_that_changed_sign(before)
+
+    def _make_step(self, rate: float) -> None:
+        """A step of the optimiser, none where what it takes or gives is not finite."""
+        where, trained = f"meta-step {self.metastep + 1}", self._trained()
+        for name, p in trained.items():
+            check_finite(p.grad.square(), f"{where}, hypergradient and penalties of {name}")
+        old = [p.detach().clone() for p in trained.values()]
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        try:
+            for name, p in trained.items():
+                check_finite(p.detach(), f"{where}, {name} after a step at rate {rate:g}")
+        except NonFiniteError:
+            for p, value in zip(trained.values(), old, strict=True):
+                p.data.copy_(value)
+            raise
 
     def _add_penalties(self, width: float) -> None:
         """Adds the gradients of l1 sqrt(psi^2 + width^2) + l2/2 psi^2 for the rule's coefficients.

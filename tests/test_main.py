@@ -223,6 +223,7 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["32", "--initial_inner_steps", "300"], "--max_inner_steps"),
         (["32", "--raise_by", "50"], "--initial_inner_steps"),
         (["32", "--compile", "--sparsify"], "leave one out"),
+        (["32", "--average", "1", "--dataset", "mnist5k"], "average 1: a decay must be"),
         (["32", "--clip_norm", "3"], "needs --clip_grads"),
         (["32", "--raise_every", "3"], "needs --raise_by"),
         (["32", "--accumulate"], "--reinitialize_every"),
