@@ -146,6 +146,12 @@ def refuse_idle_flags(
                 raise UserError(f"--{name} needs {needed}")
 
 
+def refuse_large_seed(args: argparse.Namespace, bits: int) -> None:
+    """UserError where --seed is larger than the generators of this command take."""
+    if args.seed >> bits:
+        raise UserError(f"--seed {args.seed}: must be below 2^{bits} here")
+
+
 def save_whole_paths(args: argparse.Namespace, name: str) -> None:
     """Makes the path or the paths of this flag absolute in a new run, to be resumed from anywhere.
 
@@ -396,13 +402,17 @@ def _refuse_other_configuration(
 
 
 def new_directory(command: str, folder: Path = Path("runs")) -> Path:
-    """<folder>/<command>-<time>, numbered where two runs start within a second."""
+    """Makes <folder>/<command>-<time>, numbered where two runs start within a second."""
     first = folder / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = first, 1
-    while path.exists():
-        number += 1
-        path = first.with_name(f"{first.name}-{number}")
-    return path
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+            path = first.with_name(f"{first.name}-{number}")
 
 
 # ---- torch and the allocator ----

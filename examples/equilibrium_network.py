@@ -35,6 +35,7 @@ from command_line import (
     parse,
     positive_float,
     positive_int,
+    refuse_large_seed,
     run_command,
     set_up,
 )
@@ -54,6 +55,7 @@ from mnist_datasets import ImageData, load_images
 from run_log import RunLog, read_metrics, run_to_end
 from update_maps import OuterLoss, UpdateMap, advance
 
+TRAIN_IMAGES = 5000  # by default, or all where there are fewer
 NETWORKS = {"equilibrium": "equilibrium network", "ordinary": "ordinary network"}
 IMPLICIT = {
     "fixed_point": fixed_point,
@@ -199,7 +201,8 @@ def make_parser():
     add("--method", choices=(*IMPLICIT, *ALONG_ITERATIONS, *UNSUITED), default="fixed_point",
         help="hypergradient")  # fmt: skip
     add("--K", type=positive_int, default=20, help="iterations or terms of the method")
-    add("--train_images", type=positive_int, default=5000, help="at most")
+    add("--train_images", type=positive_int, default=TRAIN_IMAGES, metavar="N",
+        help="the first so many")  # fmt: skip
     add("--epochs", type=positive_int, default=30, help="passes over the training images")
     add("--batch_size", type=positive_int, default=200, help="images of one step")
     add("--lr", type=positive_float, default=0.5, help="learning rate (SGD)")
@@ -289,10 +292,13 @@ def report(args, log: RunLog, source: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, train both networks, report."""
     args = parse(make_parser(), argv)
+    refuse_large_seed(args, 40)
     if args.method in UNSUITED:
         raise UserError(f"--method {args.method} does not suit: {UNSUITED[args.method]}")
     device, dtype = set_up(args)
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
+    if args.train_images > max(len(train_data), TRAIN_IMAGES):
+        raise UserError(f"--train_images {args.train_images}: there are {len(train_data)}")
     train_data = train_data.subset(slice(args.train_images))
     sizes = math.prod(train_data.shape), train_data.classes
     networks = {

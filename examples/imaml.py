@@ -41,6 +41,8 @@ from command_line import (
     parse,
     positive_float,
     positive_int,
+    refuse_idle_flags,
+    refuse_large_seed,
     run_command,
     set_up,
 )
@@ -236,7 +238,9 @@ class TwoLevels:
 
 def meta_step(args, tasks: Tasks, hparams: list[Tensor], optimizer, number: int) -> dict:
     """Moves theta; the numbers are those before."""
-    levels = TwoLevels(tasks, tasks.draw(args.tasks, generator(args, TRAINING, number)), args.pull)
+    levels = TwoLevels(
+        tasks, tasks.draw(args.tasks, generator(args, TRAINING, number - 1)), args.pull
+    )
     params = levels.adapted(hparams, args.steps, args.rate)[-1]
     row = {"meta_loss": float(levels.outer(params, hparams).detach())}
     row["score"] = float(levels.scores(params).mean())
@@ -282,7 +286,7 @@ def meta_learn(args, tasks: Tasks, hparams: list[Tensor], log: RunLog) -> bool:
     optimizer = torch.optim.Adam(hparams, lr=args.lr)
     done = 0
     if (saved := log.load_checkpoint()) is not None:
-        done = saved[0] + 1
+        done = saved[0]
         for h, value in zip(hparams, saved[1]["theta"], strict=True):
             h.data.copy_(value)
         optimizer.load_state_dict(saved[1]["optimizer"])
@@ -295,7 +299,7 @@ def meta_learn(args, tasks: Tasks, hparams: list[Tensor], log: RunLog) -> bool:
         return {"theta": [h.detach() for h in hparams], "optimizer": optimizer.state_dict()}
 
     with log.progress(args.metasteps, done, "meta-step") as progress:
-        return run_to_end(log, progress, range(done, args.metasteps), step, state_dict)
+        return run_to_end(log, progress, range(done + 1, args.metasteps + 1), step, state_dict)
 
 
 def test(args, tasks: Tasks, hparams: list[Tensor]) -> np.ndarray:
@@ -455,7 +459,11 @@ def draw(directory: Path, scores: Mapping[str, np.ndarray], score: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, meta-learn, test, report."""
-    args = parse(make_parser(), argv)
+    parser = make_parser()
+    args = parse(parser, argv)
+    refuse_large_seed(args, 63)
+    pictures = args.problem == "pictures"
+    refuse_idle_flags(args, parser, [("dataset ways", pictures, "--problem pictures")])
     for name, value in DEFAULTS[args.problem].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -43,6 +43,8 @@ from command_line import (
     parse,
     positive_float,
     positive_int,
+    refuse_idle_flags,
+    refuse_large_seed,
     run_command,
     set_up,
 )
@@ -458,7 +460,11 @@ def make_problem(args) -> tuple[Problem, ImageData | None, str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, compare the methods, optimise, report."""
-    args = parse(make_parser(), argv)
+    parser = make_parser()
+    args = parse(parser, argv)
+    refuse_large_seed(args, 32)
+    digits = args.data == "digits"
+    refuse_idle_flags(args, parser, [("dataset classes", digits, "--data digits")])
     if args.lr is None:
         args.lr = RATES[args.data]
     device, dtype = set_up(args)

@@ -16,6 +16,7 @@ from command_line import (
     computing_parser,
     find_device,
     fraction,
+    new_directory,
     nonnegative_float,
     nonnegative_int,
     open_run,
@@ -236,6 +237,11 @@ def test_a_new_run_is_named_by_command_and_time(tmp_path, monkeypatch):
     with open_run(args, "some", IMAGES) as first, open_run(args, "some", IMAGES) as second:
         assert first.directory != second.directory
         assert first.directory.parent == Path("runs") and first.directory.name.startswith("some-2")
+
+
+def test_processes_that_start_in_the_same_second_get_directories_of_their_own(tmp_path):
+    made = [new_directory("some", tmp_path / "runs") for _ in range(3)]
+    assert len(set(made)) == 3 and all(path.is_dir() for path in made)
 
 
 def test_the_configuration_holds_what_is_in_effect(tmp_path):

@@ -215,6 +215,9 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
         (["--pull", "0"], "above 0"),
         (["--dataset", "omniglot", "--data-dir", "nowhere"], "Omniglot is not in"),
         (["--dataset", "omniglot", "mnist5k"], "stands alone"),
+        (["--problem", "sinusoid"], "--dataset needs --problem pictures"),
+        (["--problem", "sinusoid", "--dataset", "mnist", "fashion", "--ways", "3"], "--ways needs"),
+        (["--seed", "9" * 26], "below 2^63"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):

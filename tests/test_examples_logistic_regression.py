@@ -185,6 +185,8 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path, few_curves)
         (["--momentum", "2"], "from 0 to 1"),
         (["--data", "digits", "--classes", "4", "11"], "no images"),
         (["--data", "digits", "--classes", "4", "4"], "no images"),
+        (["--dataset", "mnist"], "--dataset needs --data digits"),
+        (["--seed", "9" * 26], "below 2^32"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):
