@@ -74,7 +74,8 @@ def make_parser():
     add("--layers", type=positive_int, nargs="+", action="append", metavar="UNITS",
         help="units of each layer; may come several times")  # fmt: skip
     add("--steps", type=positive_int, nargs="+", help="numbers of updates")
-    add("--seeds", type=positive_int, default=3, metavar="N", help="trainings of each kind")
+    add("--evaluations", "--seeds", dest="seeds", type=positive_int, default=3, metavar="N",
+        help="trainings of each kind")  # fmt: skip
     add("--rules", nargs="+", choices=list(CLASSICAL), help="classical rules")
     add("--references", nargs="+", choices=REFERENCES, help="what has no steps")
     return parser

@@ -1,7 +1,7 @@
 """Shortens a learned rule term by term: accuracy against the number of terms.
 
     python prune_rule.py runs/main-...
-    python prune_rule.py runs/main-... --terms 20 10 5 --seeds 10
+    python prune_rule.py runs/main-... --terms 20 10 5 --evaluations 10
     python prune_rule.py --resume runs/prune_rule-...
 
 A change is linear in the coefficients. When a term goes, the other terms of its parameter take over
@@ -62,7 +62,8 @@ def make_parser():
     add("--candidates", type=positive_int, default=10, help="so many at each removal")
     add("--trials", type=positive_int, default=2, help="trainings that measure a change or a loss")
     add = parser.add_argument_group("judgement").add_argument
-    add("--seeds", type=positive_int, default=3, metavar="N", help="trainings by each rule judged")
+    add("--evaluations", "--seeds", dest="seeds", type=positive_int, default=3, metavar="N",
+        help="trainings by each rule judged")  # fmt: skip
     add("--inner_steps", type=positive_int, help="updates of a training (default: as RUN's last)")
     add("--tolerance", type=nonnegative_float, default=0.005, metavar="FRACTION",
         help="the shortest rule may lose so much training accuracy")  # fmt: skip
