@@ -19,6 +19,7 @@ from baseline_figures import draw_mlp_run, draw_pca_run, draw_vicreg_run
 from command_line import OneLineParser, UserError, run_command
 from competition_figures import draw_competition_run, draw_searches_run
 from evaluation_figures import draw_evaluation_run
+from example_figures import draw_equilibrium_run, draw_imaml_run, draw_logistic_run
 from figures import draw_oja_run, draw_rules, draw_run
 from files import write_whole
 from learning_rules import PerLayerRule, classical_rule, load_rule
@@ -40,6 +41,9 @@ DRAW: dict[str, Callable[[Path], list[Path]]] = {
     "baseline_vicreg": draw_vicreg_run,
     "train_krotov_hopfield": draw_competition_run,
     "tune_competition": draw_searches_run,
+    "imaml": draw_imaml_run,
+    "equilibrium_network": draw_equilibrium_run,
+    "logistic_regression": draw_logistic_run,
     "tune_one_pass": draw_one_pass_run,
     "learn_to_optimize": draw_optimizer_run,
     "sweep": draw_sweep_run,

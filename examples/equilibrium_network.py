@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -39,7 +38,7 @@ from command_line import (
     run_command,
     set_up,
 )
-from figure_style import COLOURS, add_legend, label_axes, new_figure, save_figure
+from example_figures import NETWORKS, draw_equilibrium_run
 from hypergradients import (
     CG_normaleq,
     checkpointed_reverse,
@@ -56,7 +55,6 @@ from run_log import RunLog, read_metrics, run_to_end
 from update_maps import OuterLoss, UpdateMap, advance
 
 TRAIN_IMAGES = 5000  # by default, or all where there are fewer
-NETWORKS = {"equilibrium": "equilibrium network", "ordinary": "ordinary network"}
 IMPLICIT = {
     "fixed_point": fixed_point,
     "neumann": neumann,
@@ -260,21 +258,6 @@ def train_networks(
         return run_to_end(log, progress, range(done + 1, args.epochs + 1), step, state_dict)
 
 
-def draw_curves(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """Losses and accuracies of both networks over epochs; training dashed."""
-    figure = new_figure(9.6, 3.8)
-    panels = {"loss": "cross-entropy", "accuracy": "images classified correctly"}
-    for axes, (what, y_label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for colour, (name, title) in zip(COLOURS, NETWORKS.items(), strict=False):
-            for part, style in (("train", "--"), ("test", "-")):
-                values = metrics[f"{name}/{part}_{what}"]
-                axes.plot(metrics["step"], values, color=colour, ls=style, lw=1.3,
-                          label=f"{title}, {part}")  # fmt: skip
-        label_axes(axes, what.capitalize(), "epoch", y_label)
-        add_legend(axes)
-    save_figure(figure, path)
-
-
 def report(args, log: RunLog, source: str) -> None:
     """The accuracies on the screen and as a file, and the figure."""
     metrics = read_metrics(log.directory)
@@ -285,7 +268,7 @@ def report(args, log: RunLog, source: str) -> None:
         log.say(f"{title}: test accuracy {last[f'{name}/test_accuracy']:.2%}, training accuracy "
                 f"{last[f'{name}/train_accuracy']:.2%}")  # fmt: skip
     log.say(f"one more iteration moves h by {last['distance_from_fixed_point']:.1e} of its norm")
-    log.draw(lambda directory: draw_curves(metrics, directory / "figures/training.png"))
+    log.draw(draw_equilibrium_run)
     log.say(f"everything is in {log.directory}")
 
 

@@ -46,13 +46,13 @@ from command_line import (
     run_command,
     set_up,
 )
-from figure_style import COLOURS, add_legend, label_axes, new_figure, save_figure
+from example_figures import draw_imaml_run
 from hypergradients import implicit
 from image_data import DataError, ImageData
 from inner_optimizers import GradientDescent
 from linear_solvers import ConjugateGradient, DivergenceError, FixedPoint, NormalEquations
 from mnist_datasets import load_images
-from run_log import RunLog, read_metrics, run_to_end
+from run_log import RunLog, run_to_end
 
 METHODS = {
     "CG": ConjugateGradient,
@@ -436,25 +436,9 @@ def report(args, tasks: Tasks, log: RunLog, source: str, scores: Mapping[str, np
                 f"standard deviation over {len(last)} tasks {last.std():.4f}, "
                 f"standard error {error:.4f}")  # fmt: skip
     log.write_json("results.json", results)
-    log.draw(lambda directory: draw(directory, scores, tasks.score))
+    log.write_arrays("scores.npz", scores)
+    log.draw(draw_imaml_run)
     log.say(f"everything is in {log.directory}")
-
-
-def draw(directory: Path, scores: Mapping[str, np.ndarray], score: str) -> None:
-    """The meta-loss over meta-steps; scores over steps, mean and two standard errors."""
-    metrics = read_metrics(directory)
-    figure = new_figure(9.6, 3.8)
-    left, right = figure.subplots(1, 2)
-    left.plot(metrics["step"], metrics["meta_loss"], color=COLOURS[0], lw=1)
-    label_axes(left, "Loss of the queries after adaptation", "meta-step", "mean over tasks")
-    for colour, (name, values) in zip(COLOURS, scores.items(), strict=False):
-        steps, mean = np.arange(values.shape[1]), values.mean(0)
-        width = 2 * values.std(0) / math.sqrt(len(values))
-        right.plot(steps, mean, color=colour, lw=1.3, label=f"{name} weights")
-        right.fill_between(steps, mean - width, mean + width, color=colour, alpha=0.2, lw=0)
-    label_axes(right, "Test tasks", "steps of gradient descent", score)
-    add_legend(right)
-    save_figure(figure, directory / "figures/meta_learning.png")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import kill_at_row
+from commands import kill_at_row, redraw
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -121,6 +121,7 @@ def test_a_run_learns_and_leaves_its_files(plain):
         assert losses[2] < losses[0] and results[f"{name}/test_accuracy"] > 0.3
     assert results["equilibrium/test_loss"] != results["ordinary/test_loss"]
     assert (plain / "figures" / "training.png").stat().st_size > 1000
+    redraw(plain)
 
 
 @pytest.mark.parametrize("flags", [["--T", "2"], ["--K", "1"], ["--radius", "0.1"]], ids=" ".join)

@@ -127,7 +127,7 @@ def test_wrong_input_is_refused_in_one_line(tmp_path, capsys):
 def test_a_run_of_a_command_without_figures_is_refused_and_none_is_drawn(tmp_path, capsys):
     known = run_of(tmp_path / "known", oja())
     (known / "metrics.csv").write_text("step,meta_loss\n1,0.5\n")
-    for command in ("imaml", ["main"], None):
+    for command in ("other", ["main"], None):
         other = run_of(tmp_path / str(command), oja(), command=command)
         line = refused(capsys, "run", known, other)
         assert f"is a run of {command}; there are figures of main, find_oja" in line
@@ -135,7 +135,15 @@ def test_a_run_of_a_command_without_figures_is_refused_and_none_is_drawn(tmp_pat
 
 
 def test_a_run_that_lacks_what_its_figures_show_is_one_line(tmp_path, capsys):
-    for command in ("baseline_pca", "evaluate", "train_krotov_hopfield", "tune_one_pass", "sweep"):
+    for command in (
+        "baseline_pca",
+        "evaluate",
+        "imaml",
+        "logistic_regression",
+        "train_krotov_hopfield",
+        "tune_one_pass",
+        "sweep",
+    ):
         run = run_of(tmp_path / command, oja(), effects={}, command=command)
         assert command in refused(capsys, "run", run)
 
