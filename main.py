@@ -9,8 +9,9 @@
     python main.py --resume runs/main-...    go on with a run that was ended
     torchrun --nproc_per_node 2 main.py 32 --tasks 4       tasks spread over processes
 
-The network is trained by the rule for --max_inner_steps steps; the loss of a linear probe on what
-it has learned is differentiated through all of them, to improve the rule and the initial weights.
+The network is trained by the rule for --initial_inner_steps steps (by --raise_by more and more, up
+to --max_inner_steps); the loss of a linear probe on what it has learned is differentiated through
+all of them, to improve the rule and the initial weights.
 """
 
 import argparse

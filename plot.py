@@ -59,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         name = plot.__name__.removeprefix("plot_")
         subparser = figures.add_parser(name, help=what, description=what, allow_abbrev=False)
         subparser.set_defaults(plot=plot)
+        subparser.add_argument("--quiet", action="store_true", help="print errors only")
         return subparser.add_argument
 
     add = figure(plot_run, "the figures of a run's command, drawn again into its figures/")
@@ -69,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--classical", nargs="+", default=[], metavar="NAME", help="such as oja, hebb, foldiak")
     add("--by", choices=(EFFECT, COEFFICIENT),
         help="what a term's size is (default: effect, where every RUN tells it)")  # fmt: skip
-    add("--out", type=Path, default=Path("rules.png"), metavar="FILE", help="the figure (PNG)")
+    add("--out", type=png_file, default=Path("rules.png"), metavar="FILE", help="the figure (PNG)")
 
     add = figure(plot_one_pass, "runs of tune_one_pass.py compared: a table and every figure")
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
@@ -78,6 +79,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of learn_to_optimize.py")
     add("--out", type=Path, default=Path("losses.png"), metavar="FILE", help="the figure (PNG)")
     return parser
+
+
+def png_file(text: str) -> Path:
+    """A file whose name says what it will hold."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png, not {text!r}")
+    return Path(text)
 
 
 def plot_run(args: argparse.Namespace) -> list[Path]:
@@ -149,7 +157,8 @@ def plot_one_pass(args: argparse.Namespace) -> list[Path]:
     """The table, also on the screen, and the figures."""
     runs = [read_run(directory) for directory in args.runs]
     text = table(runs)
-    print(text)
+    if not args.quiet:
+        print(text)
     drawn = draw_report(runs, args.out)
     write_whole(args.out / "table.md", text)
     return [args.out / "table.md", *drawn]
@@ -209,7 +218,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, draw, say where it is."""
     args = make_parser().parse_args(argv)
     for path in args.plot(args):
-        print(path)
+        if not args.quiet:
+            print(path)
 
 
 if __name__ == "__main__":

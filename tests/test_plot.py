@@ -64,6 +64,8 @@ def test_a_run_is_drawn_again(tmp_path, capsys):
     expected = [directory / "figures" / "meta_loss.png" for directory in directories]
     assert capsys.readouterr().out.split() == [str(path) for path in expected]
     assert all(path.stat().st_size > 1000 for path in expected)
+    draw("run", *directories, "--quiet")
+    assert capsys.readouterr().out == ""
 
 
 def test_columns_are_named_by_run_layer_and_where_names_repeat_by_path(tmp_path, monkeypatch):
@@ -119,6 +121,7 @@ def test_wrong_input_is_refused_in_one_line(tmp_path, capsys):
         (["rules", told, "--classical", "instar"], "--by coefficient"),
         (["rules", run, "--out", run / "config.json" / "rules.png"], "can't write"),
         (["rules", run, "--seed", "1"], "--seed"),
+        (["rules", run, "--out", "rules.xyz"], "must end in .png, not 'rules.xyz'"),
     ):
         assert message in refused(capsys, *flags), flags
     assert not (empty / "figures").exists()
