@@ -26,8 +26,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from command_line import (
     DATASETS,
     UserError,
@@ -40,6 +38,7 @@ from command_line import (
     set_up,
 )
 from evaluation_figures import draw_evaluation_run
+from hypgraddesc import mean_and_deviation
 from mnist_datasets import ImageData, batches, load_images
 from rule_comparison import (
     CLASSICAL,
@@ -184,8 +183,7 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
             "rate": group[0]["rate"],
             "trainings": len(group),
             "finite": len(finite),
-            "test_accuracy_mean": np.mean(finite) if finite else None,
-            "test_accuracy_standard_deviation": np.std(finite) if finite else None,
+            **mean_and_deviation("test_accuracy", finite),
         })  # fmt: skip
     return summary
 

@@ -12,10 +12,12 @@ does not matter which process of a team works on which task.
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ from meta_gradients import (
 from models_fully_local import Params
 from precision import Products
 from processes import ALONE, Team
-from run_log import RunLog, finish_on_interrupt, run_to_end
+from run_log import RunLog, finish_on_interrupt, read_metrics, run_to_end
 from seeds import seeded_generator
 from train import detached, train
 
@@ -476,6 +478,27 @@ def evaluate_draws(
                 log.warn(f"evaluation {progress.done + 1}, {problem}; left out")
             progress.advance(rows[-1] if rows else None)
     return rows, params, progress.done == draws
+
+
+def last_inner_steps(directory: str | Path, otherwise: int) -> int:
+    """The inner steps of a run's last meta-step, `otherwise` where it has made none."""
+    return int(read_metrics(directory).get("inner_steps", [otherwise])[-1])
+
+
+def mean_and_deviation(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """Of the values by this name, for results.json: the deviation is the population's; None where
+    there are no values.
+    """
+    return {
+        f"{name}_mean": float(np.mean(values)) if values else None,
+        f"{name}_standard_deviation": float(np.std(values)) if values else None,
+    }
+
+
+def accuracy_text(results: Mapping[str, Any]) -> str:
+    """For the screen, what `mean_and_deviation` says of test accuracies."""
+    mean, deviation = (results[f"test_accuracy_{n}"] for n in ("mean", "standard_deviation"))
+    return f"test accuracy {mean:.2%} +- {deviation:.2%}"
 
 
 def _mean(values: list[float]) -> float:

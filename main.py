@@ -19,7 +19,6 @@ import re
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -43,9 +42,12 @@ from figures import draw_run
 from hypgraddesc import (
     OPTIMIZERS,
     MetaSettings,
+    accuracy_text,
     evaluate,
     evaluate_draws,
     hypgraddesc,
+    last_inner_steps,
+    mean_and_deviation,
     rising_steps,
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
@@ -64,13 +66,12 @@ from mnist_datasets import batches, load_images, normalize_pixels, pair_batches
 from models_fully_local import (
     INHIBITION,
     WITH_LATERAL_WEIGHTS,
-    Activation,
     Params,
-    lateral_network,
+    network_of_flags,
 )
 from precision import PRODUCTS, Products
 from processes import join_team
-from run_log import RunLog, has_checkpoint, read_metrics, read_results
+from run_log import RunLog, has_checkpoint, read_results
 from seeds import EVALUATION, seeded_generator
 from train import MEMORY
 
@@ -306,18 +307,7 @@ def begin_with(run: Path, rule: PerLayerRule, initializer: GaussianInitializer) 
 def make_model(args, input_shape: tuple[int, int, int]) -> nn.Module:
     """The network, without parameters; UserError where its convolutions do not fit the images."""
     try:
-        return lateral_network(
-            input_shape,
-            args.layers,
-            Activation("sigmoid", 4.0),
-            convolutions=args.conv,
-            pool=args.pool,
-            inhibition=args.inhibition,
-            inh_steps=args.inh_steps,
-            inh_factor=args.inh_factor,
-            forbid_self_inhibition=args.forbid_self_inhibition,
-            forbid_excitation=args.forbid_excitation,
-        )
+        return network_of_flags(vars(args), input_shape, args.layers)
     except ValueError as problem:
         raise UserError(f"{problem}: take smaller kernels or squares") from problem
 
@@ -339,7 +329,7 @@ def evaluate_from_new_draws(args, log: RunLog, parts: dict, draws: int):
     """What `evaluate_draws` returns of trainings with the final rule, each as long as
     meta-training's last.
     """
-    steps = int(read_metrics(log.directory).get("inner_steps", [args.initial_inner_steps])[-1])
+    steps = last_inner_steps(log.directory, args.initial_inner_steps)
 
     def judge(draw: int) -> tuple[dict[str, float], Params]:
         row, params = evaluate(**parts, steps=steps, draw=(args.seed, EVALUATION, draw))
@@ -361,20 +351,19 @@ def measure_effects(args, parts: dict, steps: int) -> dict[str, float]:
 def report(log: RunLog, data, initializer, rows: list[dict], params, effects: dict) -> None:
     """Writes one network trained by the rule, and how well several do."""
     log.write_parameters(params, data.shape)
-    accuracies = [row["test_accuracy"] for row in rows]
+    accuracies = mean_and_deviation("test_accuracy", [row["test_accuracy"] for row in rows])
     results = {
         "data": data.source,
         "evaluations": rows,
-        "test_accuracy_mean": np.mean(accuracies) if rows else None,
-        "test_accuracy_standard_deviation": np.std(accuracies) if rows else None,
+        **accuracies,
         "initializer": initializer.effective(),
         "term_effects": effects,
     }
     log.write_json("results.json", results)
     if rows:
         log.say(
-            f"test accuracy {np.mean(accuracies):.2%} +- {np.std(accuracies):.2%} over {len(rows)} "
-            f"trainings with the final rule, {rows[0]['inner_steps']} steps each"
+            f"{accuracy_text(accuracies)} over {len(rows)} trainings with the final rule, "
+            f"{rows[0]['inner_steps']} steps each"
         )
 
 

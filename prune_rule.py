@@ -39,6 +39,7 @@ from command_line import (
     set_up,
 )
 from figures import draw_run
+from hypgraddesc import accuracy_text, mean_and_deviation
 from learning_rules import PerLayerRule, PolynomialRule, rule_from_dict, term_effects, term_products
 from mnist_datasets import load_images
 from rule_comparison import Entry, LearnedRun, Setting, learned, load_run, trajectory
@@ -186,9 +187,7 @@ def judge(rule: PerLayerRule, effects: dict[str, float], trainings: Trainings, d
     stage = {"terms": len(effects), "rule": rule.to_dict(), "term_effects": effects}
     stage["evaluations"] = [row for row in rows if all(map(math.isfinite, row.values()))]
     for name in ("train_accuracy", "test_accuracy"):
-        values = [row[name] for row in stage["evaluations"]]
-        stage[f"{name}_mean"] = float(np.mean(values)) if values else None
-        stage[f"{name}_standard_deviation"] = float(np.std(values)) if values else None
+        stage |= mean_and_deviation(name, [row[name] for row in stage["evaluations"]])
     return stage
 
 
@@ -246,12 +245,8 @@ def stage_text(stage: dict) -> str:
     """A line of the table."""
     if stage["test_accuracy_mean"] is None:
         return f"{stage['terms']:>5} terms: not finite"
-    mean, deviation = (stage[f"test_accuracy_{name}"] for name in ("mean", "standard_deviation"))
     trainings = len(stage["evaluations"])
-    return (
-        f"{stage['terms']:>5} terms: test accuracy {mean:.2%} +- {deviation:.2%} over {trainings} "
-        "trainings"
-    )
+    return f"{stage['terms']:>5} terms: {accuracy_text(stage)} over {trainings} trainings"
 
 
 def shortest(stages: Sequence[dict], tolerance: float) -> dict:

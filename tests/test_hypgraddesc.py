@@ -23,9 +23,11 @@ from hypgraddesc import (
     HypergradientDescent,
     MetaError,
     MetaSettings,
+    accuracy_text,
     evaluate,
     evaluate_draws,
     hypgraddesc,
+    mean_and_deviation,
     rising_steps,
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
@@ -721,6 +723,13 @@ def test_contradictory_settings_are_refused_in_one_line(settings):
 
 
 # ---- evaluation ----
+
+
+def test_accuracies_are_told_by_mean_and_the_populations_deviation():
+    found = mean_and_deviation("test_accuracy", [0.25, 0.75])
+    assert found == {"test_accuracy_mean": 0.5, "test_accuracy_standard_deviation": 0.25}
+    assert accuracy_text(found) == "test accuracy 50.00% +- 25.00%"
+    assert set(mean_and_deviation("loss", []).values()) == {None}
 
 
 def evaluation(seed, psi=(0.5,), steps=3):
