@@ -83,6 +83,19 @@ def make_parser():
     """The command's flags; what a meta-step does comes first, then the network, then the rule."""
     parser = common_parser("Meta-learn a local learning rule by hypergradient descent.", "main")
     parser.add_argument("layers", type=positive_int, nargs="*", help="units of each layer")
+    for add_flags in (
+        add_meta_learning,
+        add_inner_training,
+        add_network_and_rule,
+        add_competing_units,
+        add_probe,
+    ):
+        add_flags(parser)
+    return parser
+
+
+def add_meta_learning(parser) -> None:
+    """Flags of the meta-steps."""
     add = parser.add_argument_group("meta-learning").add_argument
     add("--start_from", type=Path, metavar="RUN",
         help="begin with the rule and the initial parameters of this run")  # fmt: skip
@@ -104,6 +117,10 @@ def make_parser():
     add("--sparsify_from", type=nonnegative_int, default=0, metavar="METASTEP", help="from here on")
     add("--nonfinite", choices=("skip", "stop"), default="skip",
         help="what to do with a hypergradient that is not finite")  # fmt: skip
+
+
+def add_inner_training(parser) -> None:
+    """Flags of the training that a meta-step differentiates."""
     add = parser.add_argument_group("inner training").add_argument
     add("--initial_inner_steps", type=positive_int, default=250, help="differentiated updates")
     add("--max_inner_steps", type=positive_int, default=250, help="where raising them ends")
@@ -127,6 +144,10 @@ def make_parser():
     add("--memory_limit", type=positive_float, default=2.5, metavar="GB", help="for --memory fit")
     add("--pair_inputs", action="store_true", help="learn from pairs of augmented views")
     add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
+
+
+def add_network_and_rule(parser) -> None:
+    """Flags of what is trained, and of the family of rules."""
     add = parser.add_argument_group("network and rule").add_argument
     add("--conv", type=convolution, nargs="+", default=[], metavar="CHANNELSxKERNEL",
         help="convolutional layers before the others")  # fmt: skip
@@ -140,6 +161,10 @@ def make_parser():
     add("--degree", type=positive_int, default=3, help="total degree of the polynomial")
     add("--bound", type=nonnegative_float, default=0.1, help="of one update (tanh); 0: none")
     add("--l2_reg", type=fraction, default=0.0, help="decay of the network's parameters")
+
+
+def add_competing_units(parser) -> None:
+    """Flags of --rule krotov_hopfield."""
     add = parser.add_argument_group("rule of competing units (--rule krotov_hopfield)").add_argument
     add("--gate", choices=GATES, default="ranked", help="who learns from a sample")
     add("--ranking_param", type=positive_int, default=2, metavar="K", help="the k-th unlearns")
@@ -148,6 +173,10 @@ def make_parser():
     add("--rate", type=positive_float, default=0.02, help="learning rate at first")
     add("--delta", type=nonnegative_float, default=0.4, help="how much losers unlearn at first")
     add("--inverse_temperature", type=positive_float, default=1.0, help="of soft gates at first")
+
+
+def add_probe(parser) -> None:
+    """Flags of what judges a training."""
     add = parser.add_argument_group("probe").add_argument
     add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
     add("--probe_images", type=positive_int, metavar="N",
@@ -156,7 +185,6 @@ def make_parser():
         help="implicit: exact, of images that the probe has not seen")  # fmt: skip
     add("--outer_images", type=positive_int, default=1024, help="images of the outer loss")
     add("--evaluations", type=positive_int, default=5, help="trainings with the final rule")
-    return parser
 
 
 def convolution(text: str) -> tuple[int, int]:
@@ -399,6 +427,25 @@ def make_outer_loss(args, train_data, test_data) -> ProbeLoss:
     )
 
 
+def judge_and_report(args, log: RunLog, parts: dict, whole: dict, data, finished: bool) -> bool:
+    """The rule, what trainings by it come to (one, where meta-training was interrupted), figures.
+
+    whole: the parts with the probe on all images. False where Ctrl-C ended the trainings.
+    """
+    rule = parts["rule"]
+    log.write_rule(rule)  # also where no training by it should be finite
+    draws = args.evaluations if finished else 1
+    rows, params, evaluated = evaluate_from_new_draws(args, log, whole, draws)
+    effects = measure_effects(args, parts, rows[0]["inner_steps"]) if rows else {}
+    log.write_rule(rule, effects or None)
+    log.say("the rule; in brackets, the size of a term relative to the whole change")
+    log.say(rule.formula(effects or None, max_terms=6))
+    report(log, data, parts["initializer"], rows, params, effects)
+    log.draw(draw_run)
+    log.say(f"everything is in {log.directory}")
+    return evaluated
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, meta-learn, evaluate, report."""
     parser = make_parser()
@@ -430,17 +477,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         if not team.first:
             return
-        log.write_rule(rule)  # also where no training by it should be finite
-        draws = args.evaluations if finished else 1
         whole = parts | {"outer_loss": make_outer_loss(args, train_data, test_data)}
-        rows, params, evaluated = evaluate_from_new_draws(args, log, whole, draws)
-        effects = measure_effects(args, parts, rows[0]["inner_steps"]) if rows else {}
-        log.write_rule(rule, effects or None)
-        log.say("the rule; in brackets, the size of a term relative to the whole change")
-        log.say(rule.formula(effects or None, max_terms=6))
-        report(log, train_data, initializer, rows, params, effects)
-        log.draw(draw_run)
-        log.say(f"everything is in {log.directory}")
+        evaluated = judge_and_report(args, log, parts, whole, train_data, finished)
     if not (finished and evaluated):
         raise KeyboardInterrupt
 
