@@ -16,7 +16,6 @@ use all images. The sign of a spread means nothing.
 import math
 from functools import partial
 
-import numpy as np
 from torch import nn
 
 from baseline_figures import draw_mlp_run
@@ -30,7 +29,14 @@ from command_line import (
     run_command,
     set_up,
 )
-from hypgraddesc import MetaSettings, evaluate, evaluate_draws, hypgraddesc
+from hypgraddesc import (
+    MetaSettings,
+    accuracy_text,
+    evaluate,
+    evaluate_draws,
+    hypgraddesc,
+    mean_and_deviation,
+)
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule
 from linear_probe import ProbeLoss
@@ -104,19 +110,17 @@ def evaluate_on_all_images(
 
 def report(log: RunLog, source: str, initializer, rows: list[dict[str, float]]) -> None:
     """The four numbers and the accuracies, on the screen and as a file; the figures."""
-    accuracies = [row["test_accuracy"] for row in rows]
+    accuracies = mean_and_deviation("test_accuracy", [row["test_accuracy"] for row in rows])
     log.write_json("results.json", {
         "data": source,
         "initializer": initializer.effective(),
         "evaluations": rows,
-        "test_accuracy_mean": np.mean(accuracies) if rows else None,
-        "test_accuracy_standard_deviation": np.std(accuracies) if rows else None,
+        **accuracies,
     })  # fmt: skip
     values = initializer.effective().items()
     log.say(", ".join(f"{name.replace('_', ' of ')} {value:.3g}" for name, value in values))
     if rows:
-        log.say(f"test accuracy {np.mean(accuracies):.2%} +- {np.std(accuracies):.2%} over "
-                f"{len(rows)} draws")  # fmt: skip
+        log.say(f"{accuracy_text(accuracies)} over {len(rows)} draws")
     log.draw(draw_mlp_run)
     log.say(f"everything is in {log.directory}")
 

@@ -41,6 +41,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 MAY_DIFFER = ("data_dir", "save_state")  # on --resume: they change no number
 
+LARGEST = 1e30  # number that a flag takes: float32 holds it, and the sum of many
+
 # what torch's allocators say, of the CPU and of CUDA
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
@@ -115,11 +117,17 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         config = read_config(directory)
     except RunLogError as error:
         parser.error(f"argument --resume: {error}")
+    if (command := f"{config.get('command')}.py") != parser.prog:
+        parser.error(f"argument --resume: {directory} is a run of {command}, not of {parser.prog}")
     args = _relaxed(parser, without_defaults=False).parse_args(argv)
     for action in parser._actions:
         name = action.dest
         if name in config and name not in explicit and name not in OF_THE_CALL:
-            setattr(args, name, _from_saved(action, config[name]))
+            try:
+                setattr(args, name, _from_saved(action, config[name]))
+            except (argparse.ArgumentTypeError, ValueError) as error:
+                parser.error(f"argument --resume: {directory}/config.json is damaged: "
+                             f"{name} {error}")  # fmt: skip
     return args
 
 
@@ -136,6 +144,23 @@ def refuse_idle_flags(
         for name in names.split():
             if not matter and getattr(args, name) != parser.get_default(name):
                 raise UserError(f"--{name} needs {needed}")
+
+
+def refuse_large_seed(args: argparse.Namespace, bits: int) -> None:
+    """UserError where --seed is larger than the generators of this command take."""
+    if args.seed >> bits:
+        raise UserError(f"--seed {args.seed}: must be below 2^{bits} here")
+
+
+def save_whole_paths(args: argparse.Namespace, name: str) -> None:
+    """Makes the path or the paths of this flag absolute in a new run, to be resumed from anywhere.
+
+    Those of a run that is resumed stay as they were saved.
+    """
+    value = getattr(args, name)
+    if args.resume is None and value is not None:
+        whole = [path.resolve() for path in value] if isinstance(value, list) else value.resolve()
+        setattr(args, name, whole)
 
 
 def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -255,12 +280,12 @@ def nonnegative_int(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """A finite number above 0."""
+    """A number above 0, up to LARGEST."""
     return _number(float, text, lambda value: value > 0, "a number above 0")
 
 
 def nonnegative_float(text: str) -> float:
-    """A finite number of at least 0."""
+    """A number of at least 0, up to LARGEST."""
     return _number(float, text, lambda value: value >= 0, "a number of at least 0")
 
 
@@ -276,13 +301,18 @@ def device_name(text: str) -> str:
     return text
 
 
+NUMBERS = (positive_int, nonnegative_int, positive_float, nonnegative_float, fraction)
+
+
 def _number(kind: type, text: str, accepted: Callable[[Any], bool], expected: str) -> Any:
     try:
         value = kind(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or not accepted(value):
+    if not accepted(value):  # nan never is
         raise argparse.ArgumentTypeError(f"must be {expected}, not {text!r}")
+    if kind is float and value > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST:g}, not {text!r}")
     return value
 
 
@@ -325,20 +355,39 @@ def _relaxed(parser: argparse.ArgumentParser, without_defaults: bool) -> argpars
 
 
 def _from_saved(action: argparse.Action, value: Any) -> Any:
-    """A value of config.json as `action` would have made it from the command line."""
-    if isinstance(value, list):
-        return [_from_saved(action, element) for element in value]
-    return action.type(value) if isinstance(value, str) and callable(action.type) else value
+    """A value of config.json as `action` would have made it from the command line.
+
+    Raises ArgumentTypeError, or what the flag's type raises, for what it would have refused.
+    """
+    if value is None and action.default is None and not action.required:
+        return None
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise argparse.ArgumentTypeError(f"must be true or false, not {value!r}")
+        return value
+    depth = int(action.nargs is not None and action.nargs != "?")
+    depth += type(action) is argparse._AppendAction
+    return _converted(action, value, depth)
+
+
+def _converted(action: argparse.Action, value: Any, depth: int) -> Any:
+    """`value`, lists of lists to this depth, with each element through the flag's type again."""
+    if depth:
+        if not isinstance(value, list):
+            raise argparse.ArgumentTypeError(f"must be a list, not {value!r}")
+        return [_converted(action, element, depth - 1) for element in value]
+    made = isinstance(value, list | dict) and action.type not in NUMBERS  # of a text, such as 16x5
+    converted = value if made or action.type is None else action.type(str(value))
+    if action.choices is not None and converted not in action.choices:
+        known = ", ".join(map(str, action.choices))
+        raise argparse.ArgumentTypeError(f"must be one of {known}, not {value!r}")
+    return converted
 
 
 def _refuse_other_configuration(
     directory: Path, saved: dict[str, Any], given: dict[str, Any]
 ) -> None:
     """UserError where a run with flags `saved` can't be gone on with under flags `given`."""
-    if saved.get("command") != given["command"]:
-        raise UserError(
-            f"{directory} is a run of {saved.get('command')}.py, not of {given['command']}.py"
-        )
     names = [name for name in {**saved, **given} if name not in MAY_DIFFER]
     differing = [
         f"{name} {saved.get(name, 'unset')!r} there, {given.get(name, 'unset')!r} now"
@@ -353,13 +402,17 @@ def _refuse_other_configuration(
 
 
 def new_directory(command: str, folder: Path = Path("runs")) -> Path:
-    """<folder>/<command>-<time>, numbered where two runs start within a second."""
+    """Makes <folder>/<command>-<time>, numbered where two runs start within a second."""
     first = folder / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = first, 1
-    while path.exists():
-        number += 1
-        path = first.with_name(f"{first.name}-{number}")
-    return path
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+            path = first.with_name(f"{first.name}-{number}")
 
 
 # ---- torch and the allocator ----

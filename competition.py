@@ -107,7 +107,7 @@ def signed_power(weight: Tensor, p: float) -> Tensor:
     """sign(W) |W|^(p-1); for p = 2 it is W itself."""
     if p == 2:
         return weight
-    if p == int(p) and p > 2:
+    if p == int(p) and 2 < p < 2**63:
         return weight * weight.abs() ** (int(p) - 2)
     return weight.sign() * weight.abs() ** (p - 1)
 

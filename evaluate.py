@@ -26,8 +26,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from command_line import (
     DATASETS,
     UserError,
@@ -36,9 +34,11 @@ from command_line import (
     parse,
     positive_int,
     run_command,
+    save_whole_paths,
     set_up,
 )
 from evaluation_figures import draw_evaluation_run
+from hypgraddesc import mean_and_deviation
 from mnist_datasets import ImageData, batches, load_images
 from rule_comparison import (
     CLASSICAL,
@@ -73,7 +73,8 @@ def make_parser():
     add("--layers", type=positive_int, nargs="+", action="append", metavar="UNITS",
         help="units of each layer; may come several times")  # fmt: skip
     add("--steps", type=positive_int, nargs="+", help="numbers of updates")
-    add("--seeds", type=positive_int, default=3, metavar="N", help="trainings of each kind")
+    add("--evaluations", "--seeds", dest="seeds", type=positive_int, default=3, metavar="N",
+        help="trainings of each kind")  # fmt: skip
     add("--rules", nargs="+", choices=list(CLASSICAL), help="classical rules")
     add("--references", nargs="+", choices=REFERENCES, help="what has no steps")
     return parser
@@ -182,8 +183,7 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
             "rate": group[0]["rate"],
             "trainings": len(group),
             "finite": len(finite),
-            "test_accuracy_mean": np.mean(finite) if finite else None,
-            "test_accuracy_standard_deviation": np.std(finite) if finite else None,
+            **mean_and_deviation("test_accuracy", finite),
         })  # fmt: skip
     return summary
 
@@ -240,6 +240,7 @@ def report(log: RunLog, comparison: Comparison) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse, read the runs, build, train and probe, report."""
     args = parse(make_parser(), argv)
+    save_whole_paths(args, "runs")
     device, dtype = set_up(args)
     runs = [load_run(directory) for directory in args.runs]
     fill_in(args, runs)

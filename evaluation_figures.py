@@ -12,14 +12,14 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from figure_style import FONT, colours, label_axes, new_figure, percent_axis, save_figure
-from run_log import read_json
+from run_log import read_results
 
 Row = Mapping[str, Any]
 
 
 def draw_evaluation_run(directory: str | Path) -> list[Path]:
     """The accuracies in results.json over inner steps; nothing where no training was made."""
-    summary = read_json(Path(directory) / "results.json")["summary"]
+    summary = read_results(directory)["summary"]
     if not summary:
         return []
     path = Path(directory) / "figures" / "accuracy_over_steps.png"

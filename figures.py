@@ -33,7 +33,7 @@ from figure_style import (
     save_figure,
     whole_ticks,
 )
-from run_log import read_arrays, read_json, read_metrics
+from run_log import read_arrays, read_metrics, read_results
 
 LABELLED = 8  # coefficients named in the legend
 LARGEST_GRID = 64  # units shown as images
@@ -56,8 +56,7 @@ def draw_run(directory: str | Path, x_label: str = "meta-step") -> list[Path]:
     directory = Path(directory)
     metrics = read_metrics(directory)
     parameters = read_arrays(directory / "parameters.npz")
-    results = directory / "results.json"
-    stages = read_json(results).get("pruning", []) if results.exists() else []
+    stages = read_results(directory).get("pruning", [])
     place = directory / "figures"
     return [
         *_draw_metrics(metrics, place, x_label),

@@ -20,7 +20,12 @@ from typing import Any
 def in_place(path: str | Path) -> Iterator[Path]:
     """Where to write a file that takes the place of `path` once the disk has it. Raises OSError."""
     path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as aside:
+    try:
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-")
+    except OSError as error:
+        error.filename = str(path)  # the name that was asked for, not that of the folder
+        raise
+    with folder as aside:
         new = Path(aside) / path.name
         yield new
         sync(new)

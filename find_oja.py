@@ -52,10 +52,10 @@ def make_parser():
     add("--metasteps", type=nonnegative_int, default=500, help="meta-steps")
     add("--lr", type=positive_float, default=1e-4, help="learning rate of the coefficients (Adam)")
     add("--warmup_steps", type=nonnegative_int, default=10, help="the rate rises over these")
-    add("--clip_grads", type=positive_float, default=1000.0, metavar="NORM",
+    add("--clip_norm", type=positive_float, default=1000.0, metavar="NORM",
         help="bound of the hypergradient's norm")  # fmt: skip
     add("--l1_reg", type=positive_float, default=100.0, help="first L1 weight of the coefficients")
-    add("--sparsify", type=nonnegative_int, default=4, metavar="METASTEP",
+    add("--sparsify_from", type=nonnegative_int, default=4, metavar="METASTEP",
         help="from here on, remove coefficients that change sign")  # fmt: skip
     add("--l1_end", type=positive_float, default=1.0, help="the last one; between, it falls evenly")
     add = parser.add_argument_group("inner training").add_argument
@@ -212,11 +212,11 @@ def main(argv: list[str] | None = None) -> None:
         metasteps=args.metasteps,
         lr=args.lr,
         warmup_steps=args.warmup_steps,
-        clip_norm=args.clip_grads,
+        clip_norm=args.clip_norm,
         l1=lambda metastep: (
             args.l1_reg * (args.l1_end / args.l1_reg) ** (metastep / args.metasteps)
         ),
-        sparsify_from=args.sparsify,
+        sparsify_from=args.sparsify_from,
         inner_steps=args.inner_steps,
         method=Reverse(args.memory),
         seed=args.seed,
@@ -231,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         finished = hypgraddesc(**parts, settings=settings, log=log, hyperparameters=coefficients)
         log.write_rule(rule)
         report(args, log, rule, compare_with_oja(args, parts, log), data, direction)
+        log.say(f"everything is in {log.directory}")
     if not finished:
         raise KeyboardInterrupt
 

@@ -12,10 +12,12 @@ does not matter which process of a team works on which task.
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ from meta_gradients import (
 from models_fully_local import Params
 from precision import Products
 from processes import ALONE, Team
-from run_log import RunLog, finish_on_interrupt, run_to_end
+from run_log import RunLog, finish_on_interrupt, read_metrics, run_to_end
 from seeds import seeded_generator
 from train import detached, train
 
@@ -107,8 +109,10 @@ class MetaSettings:
             raise MetaError(f"optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
         if self.nonfinite not in ("skip", "stop") or self.decay not in ("none", "cosine"):
             raise MetaError("nonfinite is skip or stop, decay is none or cosine")
-        if min(self.tasks, self.reinitialize_every) < 1 or not 0 <= self.average < 1:
-            raise MetaError("tasks and reinitialize_every are >= 1, average is within [0, 1)")
+        if min(self.tasks, self.reinitialize_every) < 1:
+            raise MetaError("tasks and reinitialize_every are at least 1")
+        if not 0 <= self.average < 1:
+            raise MetaError(f"average {self.average:g}: a decay must be at least 0 and below 1")
 
     @property
     def total_steps(self) -> int:
@@ -272,13 +276,28 @@ class HypergradientDescent:
             gradient.zero_()
         self.collected = 0
         self._add_penalties(width=rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         before = {name: p.detach().clone() for name, p in self.rule.named_parameters()}
-        self.optimizer.step()
+        self._make_step(rate)
         self._update_average()
         if settings.sparsify_from is not None and self.metastep >= settings.sparsify_from:
             self._remove_terms_that_changed_sign(before)
+
+    def _make_step(self, rate: float) -> None:
+        """A step of the optimiser, none where what it takes or gives is not finite."""
+        where, trained = f"meta-step {self.metastep + 1}", self._trained()
+        for name, p in trained.items():
+            check_finite(p.grad.square(), f"{where}, hypergradient and penalties of {name}")
+        old = [p.detach().clone() for p in trained.values()]
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        try:
+            for name, p in trained.items():
+                check_finite(p.detach(), f"{where}, {name} after a step at rate {rate:g}")
+        except NonFiniteError:
+            for p, value in zip(trained.values(), old, strict=True):
+                p.data.copy_(value)
+            raise
 
     def _add_penalties(self, width: float) -> None:
         """Adds the gradients of l1 sqrt(psi^2 + width^2) + l2/2 psi^2 for the rule's coefficients.
@@ -459,6 +478,27 @@ def evaluate_draws(
                 log.warn(f"evaluation {progress.done + 1}, {problem}; left out")
             progress.advance(rows[-1] if rows else None)
     return rows, params, progress.done == draws
+
+
+def last_inner_steps(directory: str | Path, otherwise: int) -> int:
+    """The inner steps of a run's last meta-step, `otherwise` where it has made none."""
+    return int(read_metrics(directory).get("inner_steps", [otherwise])[-1])
+
+
+def mean_and_deviation(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """Of the values by this name, for results.json: the deviation is the population's; None where
+    there are no values.
+    """
+    return {
+        f"{name}_mean": float(np.mean(values)) if values else None,
+        f"{name}_standard_deviation": float(np.std(values)) if values else None,
+    }
+
+
+def accuracy_text(results: Mapping[str, Any]) -> str:
+    """For the screen, what `mean_and_deviation` says of test accuracies."""
+    mean, deviation = (results[f"test_accuracy_{n}"] for n in ("mean", "standard_deviation"))
+    return f"test accuracy {mean:.2%} +- {deviation:.2%}"
 
 
 def _mean(values: list[float]) -> float:

@@ -11,6 +11,7 @@ multiply powers of both views: (x1,s1,y1,x2,s2,y2,w), (y1,y2,b), (y1_j,y1_i,y2_j
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -582,6 +583,8 @@ def _term_text(value: float, name: str, latex: bool) -> str:
         return f"{sign} {abs(value):.3g} {name}" if name != "1" else f"{sign} {abs(value):.3g}"
     name = r"\delta_{ij}" if name == "diagonal" else re.sub(r"([sxy])([12]?)(_[ij])?", _latex, name)
     name = re.sub(r"\^(\d\d+)", r"^{\1}", name)
+    if not math.isfinite(value):
+        return rf"{sign} \mathrm{{{abs(value)}}} {'' if name == '1' else name}".rstrip()
     mantissa, exponent = f"{abs(value):.2e}".split("e")
     return rf"{sign} {mantissa} \cdot 10^{{{int(exponent)}}} {'' if name == '1' else name}".rstrip()
 
@@ -608,7 +611,7 @@ def load_rule(path: Path | str) -> LearningRule:
     """Reads a rule that `save_rule` wrote; coefficients in float64. Raises RuleError."""
     try:
         return rule_from_dict(json.loads(Path(path).read_text()))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise RuleError(f"cannot read a learning rule from {path}: {problem}") from problem
 
 

@@ -9,8 +9,9 @@
     python main.py --resume runs/main-...    go on with a run that was ended
     torchrun --nproc_per_node 2 main.py 32 --tasks 4       tasks spread over processes
 
-The network is trained by the rule for --max_inner_steps steps; the loss of a linear probe on what
-it has learned is differentiated through all of them, to improve the rule and the initial weights.
+The network is trained by the rule for --initial_inner_steps steps (by --raise_by more and more, up
+to --max_inner_steps); the loss of a linear probe on what it has learned is differentiated through
+all of them, to improve the rule and the initial weights.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import re
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -34,6 +34,7 @@ from command_line import (
     positive_int,
     refuse_idle_flags,
     run_command,
+    save_whole_paths,
     set_up,
 )
 from competition import GATES, NORMALIZATIONS, gate_needs
@@ -41,9 +42,12 @@ from figures import draw_run
 from hypgraddesc import (
     OPTIMIZERS,
     MetaSettings,
+    accuracy_text,
     evaluate,
     evaluate_draws,
     hypgraddesc,
+    last_inner_steps,
+    mean_and_deviation,
     rising_steps,
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
@@ -62,13 +66,12 @@ from mnist_datasets import batches, load_images, normalize_pixels, pair_batches
 from models_fully_local import (
     INHIBITION,
     WITH_LATERAL_WEIGHTS,
-    Activation,
     Params,
-    lateral_network,
+    network_of_flags,
 )
 from precision import PRODUCTS, Products
 from processes import join_team
-from run_log import RunLog, read_json, read_metrics
+from run_log import RunLog, has_checkpoint, read_results
 from seeds import EVALUATION, seeded_generator
 from train import MEMORY
 
@@ -80,6 +83,19 @@ def make_parser():
     """The command's flags; what a meta-step does comes first, then the network, then the rule."""
     parser = common_parser("Meta-learn a local learning rule by hypergradient descent.", "main")
     parser.add_argument("layers", type=positive_int, nargs="*", help="units of each layer")
+    for add_flags in (
+        add_meta_learning,
+        add_inner_training,
+        add_network_and_rule,
+        add_competing_units,
+        add_probe,
+    ):
+        add_flags(parser)
+    return parser
+
+
+def add_meta_learning(parser) -> None:
+    """Flags of the meta-steps."""
     add = parser.add_argument_group("meta-learning").add_argument
     add("--start_from", type=Path, metavar="RUN",
         help="begin with the rule and the initial parameters of this run")  # fmt: skip
@@ -101,6 +117,10 @@ def make_parser():
     add("--sparsify_from", type=nonnegative_int, default=0, metavar="METASTEP", help="from here on")
     add("--nonfinite", choices=("skip", "stop"), default="skip",
         help="what to do with a hypergradient that is not finite")  # fmt: skip
+
+
+def add_inner_training(parser) -> None:
+    """Flags of the training that a meta-step differentiates."""
     add = parser.add_argument_group("inner training").add_argument
     add("--initial_inner_steps", type=positive_int, default=250, help="differentiated updates")
     add("--max_inner_steps", type=positive_int, default=250, help="where raising them ends")
@@ -124,6 +144,10 @@ def make_parser():
     add("--memory_limit", type=positive_float, default=2.5, metavar="GB", help="for --memory fit")
     add("--pair_inputs", action="store_true", help="learn from pairs of augmented views")
     add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
+
+
+def add_network_and_rule(parser) -> None:
+    """Flags of what is trained, and of the family of rules."""
     add = parser.add_argument_group("network and rule").add_argument
     add("--conv", type=convolution, nargs="+", default=[], metavar="CHANNELSxKERNEL",
         help="convolutional layers before the others")  # fmt: skip
@@ -137,6 +161,10 @@ def make_parser():
     add("--degree", type=positive_int, default=3, help="total degree of the polynomial")
     add("--bound", type=nonnegative_float, default=0.1, help="of one update (tanh); 0: none")
     add("--l2_reg", type=fraction, default=0.0, help="decay of the network's parameters")
+
+
+def add_competing_units(parser) -> None:
+    """Flags of --rule krotov_hopfield."""
     add = parser.add_argument_group("rule of competing units (--rule krotov_hopfield)").add_argument
     add("--gate", choices=GATES, default="ranked", help="who learns from a sample")
     add("--ranking_param", type=positive_int, default=2, metavar="K", help="the k-th unlearns")
@@ -145,6 +173,10 @@ def make_parser():
     add("--rate", type=positive_float, default=0.02, help="learning rate at first")
     add("--delta", type=nonnegative_float, default=0.4, help="how much losers unlearn at first")
     add("--inverse_temperature", type=positive_float, default=1.0, help="of soft gates at first")
+
+
+def add_probe(parser) -> None:
+    """Flags of what judges a training."""
     add = parser.add_argument_group("probe").add_argument
     add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
     add("--probe_images", type=positive_int, metavar="N",
@@ -153,7 +185,6 @@ def make_parser():
         help="implicit: exact, of images that the probe has not seen")  # fmt: skip
     add("--outer_images", type=positive_int, default=1024, help="images of the outer loss")
     add("--evaluations", type=positive_int, default=5, help="trainings with the final rule")
-    return parser
 
 
 def convolution(text: str) -> tuple[int, int]:
@@ -289,7 +320,7 @@ def begin_with(run: Path, rule: PerLayerRule, initializer: GaussianInitializer) 
 
     Layers beyond that run's take the rule of its last one.
     """
-    learned, results = load_rule(run / "rule.json"), read_json(run / "results.json")
+    learned, results = load_rule(run / "rule.json"), read_results(run)
     layers = learned.rules if isinstance(learned, PerLayerRule) else [learned]
     for k, of_layer in enumerate(rule.rules):
         of_layer.start_from(layers[min(k, len(layers) - 1)])
@@ -305,18 +336,7 @@ def begin_with(run: Path, rule: PerLayerRule, initializer: GaussianInitializer) 
 def make_model(args, input_shape: tuple[int, int, int]) -> nn.Module:
     """The network, without parameters; UserError where its convolutions do not fit the images."""
     try:
-        return lateral_network(
-            input_shape,
-            args.layers,
-            Activation("sigmoid", 4.0),
-            convolutions=args.conv,
-            pool=args.pool,
-            inhibition=args.inhibition,
-            inh_steps=args.inh_steps,
-            inh_factor=args.inh_factor,
-            forbid_self_inhibition=args.forbid_self_inhibition,
-            forbid_excitation=args.forbid_excitation,
-        )
+        return network_of_flags(vars(args), input_shape, args.layers)
     except ValueError as problem:
         raise UserError(f"{problem}: take smaller kernels or squares") from problem
 
@@ -338,7 +358,7 @@ def evaluate_from_new_draws(args, log: RunLog, parts: dict, draws: int):
     """What `evaluate_draws` returns of trainings with the final rule, each as long as
     meta-training's last.
     """
-    steps = int(read_metrics(log.directory).get("inner_steps", [args.initial_inner_steps])[-1])
+    steps = last_inner_steps(log.directory, args.initial_inner_steps)
 
     def judge(draw: int) -> tuple[dict[str, float], Params]:
         row, params = evaluate(**parts, steps=steps, draw=(args.seed, EVALUATION, draw))
@@ -360,20 +380,19 @@ def measure_effects(args, parts: dict, steps: int) -> dict[str, float]:
 def report(log: RunLog, data, initializer, rows: list[dict], params, effects: dict) -> None:
     """Writes one network trained by the rule, and how well several do."""
     log.write_parameters(params, data.shape)
-    accuracies = [row["test_accuracy"] for row in rows]
+    accuracies = mean_and_deviation("test_accuracy", [row["test_accuracy"] for row in rows])
     results = {
         "data": data.source,
         "evaluations": rows,
-        "test_accuracy_mean": np.mean(accuracies) if rows else None,
-        "test_accuracy_standard_deviation": np.std(accuracies) if rows else None,
+        **accuracies,
         "initializer": initializer.effective(),
         "term_effects": effects,
     }
     log.write_json("results.json", results)
     if rows:
         log.say(
-            f"test accuracy {np.mean(accuracies):.2%} +- {np.std(accuracies):.2%} over {len(rows)} "
-            f"trainings with the final rule, {rows[0]['inner_steps']} steps each"
+            f"{accuracy_text(accuracies)} over {len(rows)} trainings with the final rule, "
+            f"{rows[0]['inner_steps']} steps each"
         )
 
 
@@ -388,7 +407,7 @@ def build(args, train_data, test_data, device, dtype) -> dict:
         "initializer": make_initializer(args).to(device, dtype),
         "make_batches": lambda g: draw_batches(train_data, args.batch_size, g, dtype),
     }
-    if args.start_from:
+    if args.start_from and not (args.resume and has_checkpoint(args.resume)):
         begin_with(args.start_from, parts["rule"], parts["initializer"])
     model = parts["make_model"]()  # refuses convolutions that do not fit the images
     next(parts["make_batches"](seeded_generator(0)))  # refuses a wrong batch size
@@ -409,10 +428,30 @@ def make_outer_loss(args, train_data, test_data) -> ProbeLoss:
     )
 
 
+def judge_and_report(args, log: RunLog, parts: dict, whole: dict, data, finished: bool) -> bool:
+    """The rule, what trainings by it come to (one, where meta-training was interrupted), figures.
+
+    whole: the parts with the probe on all images. False where Ctrl-C ended the trainings.
+    """
+    rule = parts["rule"]
+    log.write_rule(rule)  # also where no training by it should be finite
+    draws = args.evaluations if finished else 1
+    rows, params, evaluated = evaluate_from_new_draws(args, log, whole, draws)
+    effects = measure_effects(args, parts, rows[0]["inner_steps"]) if rows else {}
+    log.write_rule(rule, effects or None)
+    log.say("the rule; in brackets, the size of a term relative to the whole change")
+    log.say(rule.formula(effects or None, max_terms=6))
+    report(log, data, parts["initializer"], rows, params, effects)
+    log.draw(draw_run)
+    log.say(f"everything is in {log.directory}")
+    return evaluated
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, meta-learn, evaluate, report."""
     parser = make_parser()
     args = parse(parser, argv)
+    save_whole_paths(args, "start_from")
     refuse_flags_without_effect(args, parser)
     device, dtype = set_up(args)
     team = join_team()
@@ -439,17 +478,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         if not team.first:
             return
-        log.write_rule(rule)  # also where no training by it should be finite
-        draws = args.evaluations if finished else 1
         whole = parts | {"outer_loss": make_outer_loss(args, train_data, test_data)}
-        rows, params, evaluated = evaluate_from_new_draws(args, log, whole, draws)
-        effects = measure_effects(args, parts, rows[0]["inner_steps"]) if rows else {}
-        log.write_rule(rule, effects or None)
-        log.say("the rule; in brackets, the size of a term relative to the whole change")
-        log.say(rule.formula(effects or None, max_terms=6))
-        report(log, train_data, initializer, rows, params, effects)
-        log.draw(draw_run)
-        log.say(f"everything is in {log.directory}")
+        evaluated = judge_and_report(args, log, parts, whole, train_data, finished)
     if not (finished and evaluated):
         raise KeyboardInterrupt
 

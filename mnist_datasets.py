@@ -82,7 +82,14 @@ def load_images(
         else:
             return _as_data(collection, tensors, f"{title}, now in {raw}")
 
-    tried = "; ".join(failures)
+    return _without_the_files(name, raw, damages, "; ".join(failures))
+
+
+def _without_the_files(
+    name: str, raw: Path, damages: Sequence[str], tried: str
+) -> tuple[ImageData, ImageData]:
+    """What there is instead of files that are neither there nor to be fetched; else DataError."""
+    collection = _COLLECTIONS[name]
     if damages:
         raise DataError(
             f"{'; '.join(damages)}; it could not be fetched again ({tried}); "
@@ -96,7 +103,7 @@ def load_images(
     train, test = _embedded_digits()
     warnings.warn(
         f"{train.source}: the full MNIST is not in {raw} and could not be fetched ({tried})",
-        stacklevel=2,
+        stacklevel=3,
     )
     return train, test
 

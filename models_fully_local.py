@@ -9,8 +9,9 @@ In a convolutional layer w is [out, in, kh, kw], and its channels compete at eve
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -330,3 +331,18 @@ def lateral_network(
         channels = out_channels
     dense = lateral_mlp(channels * height * width, layer_sizes, activation, **options)
     return Sequential([*layers, *dense.layers])
+
+
+def network_of_flags(
+    flags: Mapping[str, Any], input_shape: Sequence[int], layer_sizes: Sequence[int]
+) -> Sequential:
+    """The network of a run of main.py with these flags, with layers of these sizes."""
+    same = ("inhibition", "inh_steps", "inh_factor", "forbid_self_inhibition", "forbid_excitation")
+    return lateral_network(
+        input_shape,
+        layer_sizes,
+        Activation("sigmoid", 4.0),
+        convolutions=flags.get("conv", ()),
+        pool=flags.get("pool", 2),
+        **{name: flags[name] for name in same},
+    )

@@ -20,6 +20,7 @@ from baseline_figures import draw_mlp_run, draw_pca_run, draw_vicreg_run
 from command_line import OneLineParser, UserError, run_command
 from competition_figures import draw_competition_run, draw_searches_run
 from evaluation_figures import draw_evaluation_run
+from example_figures import draw_equilibrium_run, draw_imaml_run, draw_logistic_run
 from figures import draw_oja_run, draw_rules, draw_run
 from files import write_whole
 from learning_rules import PerLayerRule, classical_rule, load_rule
@@ -30,7 +31,7 @@ from optimizer_figures import (
     draw_optimizer_run,
     one_of_each_kind,
 )
-from run_log import read_config, read_json
+from run_log import read_config, read_json, read_results
 from sweep_report import draw_sweep_run
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
@@ -46,6 +47,9 @@ DRAW: dict[str, Callable[[Path], list[Path]]] = {
     "baseline_vicreg": draw_vicreg_run,
     "train_krotov_hopfield": draw_competition_run,
     "tune_competition": draw_searches_run,
+    "imaml": draw_imaml_run,
+    "equilibrium_network": draw_equilibrium_run,
+    "logistic_regression": draw_logistic_run,
     "tune_one_pass": draw_one_pass_run,
     "learn_to_optimize": draw_optimizer_run,
     "sweep": draw_sweep_run,
@@ -61,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         name = plot.__name__.removeprefix("plot_")
         subparser = figures.add_parser(name, help=what, description=what, allow_abbrev=False)
         subparser.set_defaults(plot=plot)
+        subparser.add_argument("--quiet", action="store_true", help="print errors only")
         return subparser.add_argument
 
     add = figure(plot_run, "the figures of a run's command, drawn again into its figures/")
@@ -71,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--classical", nargs="+", default=[], metavar="NAME", help="such as oja, hebb, foldiak")
     add("--by", choices=(EFFECT, COEFFICIENT),
         help="what a term's size is (default: effect, where every RUN tells it)")  # fmt: skip
-    add("--out", type=Path, default=Path("rules.png"), metavar="FILE", help="the figure (PNG)")
+    add("--out", type=png_file, default=Path("rules.png"), metavar="FILE", help="the figure (PNG)")
 
     add = figure(plot_one_pass, "runs of tune_one_pass.py compared: a table and every figure")
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
@@ -80,6 +85,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of learn_to_optimize.py")
     add("--out", type=Path, default=Path("losses.png"), metavar="FILE", help="the figure (PNG)")
     return parser
+
+
+def png_file(text: str) -> Path:
+    """A file whose name says what it will hold."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png, not {text!r}")
+    return Path(text)
 
 
 def plot_run(args: argparse.Namespace) -> list[Path]:
@@ -176,7 +188,8 @@ def plot_one_pass(args: argparse.Namespace) -> list[Path]:
     """The table, also on the screen, and the figures."""
     runs = [read_run(directory) for directory in args.runs]
     text = table(runs)
-    print(text)
+    if not args.quiet:
+        print(text)
     drawn = draw_report(runs, args.out)
     write_whole(args.out / "table.md", text)
     return [args.out / "table.md", *drawn]
@@ -200,8 +213,7 @@ class LayerRule:
 def rules_of_run(directory: Path, name: str) -> dict[str, LayerRule]:
     """The rule of each layer, by the run's name, and the layer's where there are several."""
     rule = load_rule(directory / "rule.json")
-    results = directory / "results.json"
-    effects = read_json(results).get("term_effects", {}) if results.exists() else {}
+    effects = read_results(directory).get("term_effects", {})
     if not isinstance(rule, PerLayerRule):
         return {name: LayerRule(rule.coefficients(), effects)}
     layers = {}
@@ -237,7 +249,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, draw, say where it is."""
     args = make_parser().parse_args(argv)
     for path in args.plot(args):
-        print(path)
+        if not args.quiet:
+            print(path)
 
 
 if __name__ == "__main__":

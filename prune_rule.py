@@ -1,7 +1,7 @@
 """Shortens a learned rule term by term: accuracy against the number of terms.
 
     python prune_rule.py runs/main-...
-    python prune_rule.py runs/main-... --terms 20 10 5 --seeds 10
+    python prune_rule.py runs/main-... --terms 20 10 5 --evaluations 10
     python prune_rule.py --resume runs/prune_rule-...
 
 A change is linear in the coefficients. When a term goes, the other terms of its parameter take over
@@ -35,9 +35,11 @@ from command_line import (
     parse,
     positive_int,
     run_command,
+    save_whole_paths,
     set_up,
 )
 from figures import draw_run
+from hypgraddesc import accuracy_text, mean_and_deviation
 from learning_rules import PerLayerRule, PolynomialRule, rule_from_dict, term_effects, term_products
 from mnist_datasets import load_images
 from rule_comparison import Entry, LearnedRun, Setting, learned, load_run, trajectory
@@ -61,7 +63,8 @@ def make_parser():
     add("--candidates", type=positive_int, default=10, help="so many at each removal")
     add("--trials", type=positive_int, default=2, help="trainings that measure a change or a loss")
     add = parser.add_argument_group("judgement").add_argument
-    add("--seeds", type=positive_int, default=3, metavar="N", help="trainings by each rule judged")
+    add("--evaluations", "--seeds", dest="seeds", type=positive_int, default=3, metavar="N",
+        help="trainings by each rule judged")  # fmt: skip
     add("--inner_steps", type=positive_int, help="updates of a training (default: as RUN's last)")
     add("--tolerance", type=nonnegative_float, default=0.005, metavar="FRACTION",
         help="the shortest rule may lose so much training accuracy")  # fmt: skip
@@ -184,9 +187,7 @@ def judge(rule: PerLayerRule, effects: dict[str, float], trainings: Trainings, d
     stage = {"terms": len(effects), "rule": rule.to_dict(), "term_effects": effects}
     stage["evaluations"] = [row for row in rows if all(map(math.isfinite, row.values()))]
     for name in ("train_accuracy", "test_accuracy"):
-        values = [row[name] for row in stage["evaluations"]]
-        stage[f"{name}_mean"] = float(np.mean(values)) if values else None
-        stage[f"{name}_standard_deviation"] = float(np.std(values)) if values else None
+        stage |= mean_and_deviation(name, [row[name] for row in stage["evaluations"]])
     return stage
 
 
@@ -244,12 +245,8 @@ def stage_text(stage: dict) -> str:
     """A line of the table."""
     if stage["test_accuracy_mean"] is None:
         return f"{stage['terms']:>5} terms: not finite"
-    mean, deviation = (stage[f"test_accuracy_{name}"] for name in ("mean", "standard_deviation"))
     trainings = len(stage["evaluations"])
-    return (
-        f"{stage['terms']:>5} terms: test accuracy {mean:.2%} +- {deviation:.2%} over {trainings} "
-        "trainings"
-    )
+    return f"{stage['terms']:>5} terms: {accuracy_text(stage)} over {trainings} trainings"
 
 
 def shortest(stages: Sequence[dict], tolerance: float) -> dict:
@@ -287,6 +284,7 @@ def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: 
 def main(argv: list[str] | None = None) -> None:
     """Parse, read the run, prune, report."""
     args = parse(make_parser(), argv)
+    save_whole_paths(args, "run")
     device, dtype = set_up(args)
     run = load_run(args.run)
     args.dataset = args.dataset or run.config["dataset"]

@@ -20,21 +20,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from hypgraddesc import OuterLoss
+from hypgraddesc import OuterLoss, last_inner_steps
 from initializers import GaussianInitializer
 from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import LearningRule, PerLayerRule, SangerRule, classical_rule, load_rule
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, augment, batches, normalize_pixels, pair_batches
-from models_fully_local import Activation, Params, lateral_network
+from models_fully_local import Activation, Params, lateral_network, network_of_flags
 from principal_components import principal_components, projection
 from run_log import (
     RunLog,
     RunLogError,
     finish_on_interrupt,
     read_config,
-    read_json,
-    read_metrics,
+    read_results,
 )
 from seeds import EVALUATION, SELECTION, seeded_generator
 from train import detached, train
@@ -142,35 +141,48 @@ def load_run(directory: str | Path) -> LearnedRun:
     rule = load_rule(directory / "rule.json")
     if not isinstance(rule, PerLayerRule):
         raise RunLogError(f"{directory}/rule.json is one rule, expected one for each layer")
-    results, metrics = read_json(directory / "results.json"), read_metrics(directory)
+    results = read_results(directory)
     try:
         start = dict(results["initializer"])
+        _check_all(start, math.isfinite, "must be a number")
         GaussianInitializer.with_values(start)
         if command == "prune_rule":
             config, steps = (results["learned_from"][key] for key in ("config", "inner_steps"))
         else:
-            steps = int(metrics.get("inner_steps", [config["initial_inner_steps"]])[-1])
+            steps = last_inner_steps(directory, config["initial_inner_steps"])
+        _check_flags(config, steps)
         run = LearnedRun(directory.name, config, rule, start, steps)
         shape = (3, 32, 32) if config["dataset"] == "cifar10" else (1, 28, 28)
-        network(run, shape, config["layers"])
-    except (LookupError, TypeError, ValueError) as problem:
+        network_of_flags(config, shape, config["layers"])
+    except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
         raise RunLogError(
             f"{directory} is not a whole run of {command}.py: {problem!r}"
         ) from problem
     return run
 
 
-def network(run: LearnedRun, input_shape: Sequence[int], layers: Sequence[int]) -> nn.Module:
-    """The network of a run, with other layers."""
-    same = ("inhibition", "inh_steps", "inh_factor", "forbid_self_inhibition", "forbid_excitation")
-    return lateral_network(
-        input_shape,
-        layers,
-        Activation("sigmoid", 4.0),
-        convolutions=run.config.get("conv", ()),
-        pool=run.config.get("pool", 2),
-        **{name: run.config[name] for name in same},
-    )
+def _check_flags(config: Mapping[str, Any], steps: int) -> None:
+    """KeyError or ValueError where what a comparison needs is not there, or not as main.py saves.
+
+    What `lateral_network` needs is left to it.
+    """
+    whole = {name: config[name] for name in ("batch_size", "outer_images")} | {"inner_steps": steps}
+    whole |= {f"layers {k}": units for k, units in enumerate(config["layers"], 1)}
+    _check_all(whole, lambda n: type(n) is int and n > 0, "must be a whole number of at least 1")
+    _check_all({"C": config["C"]}, lambda C: math.isfinite(C) and C > 0, "must be a number above 0")
+    dynamics = {name: config[name] for name in ("inh_steps", "inh_factor")}
+    _check_all(dynamics, lambda value: 0 <= value < math.inf, "must be a number of at least 0")
+    switches = ("pixelwise_normalization", "forbid_self_inhibition", "forbid_excitation")
+    _check_all({name: config[name] for name in switches}, lambda value: type(value) is bool,
+               "must be true or false")  # fmt: skip
+    if not config["layers"] and not config.get("conv"):
+        raise ValueError("the network has no layer")
+
+
+def _check_all(values: Mapping[str, Any], right: Callable[[Any], bool], expected: str) -> None:
+    for name, value in values.items():
+        if not right(value):
+            raise ValueError(f"{name} {expected}, not {value!r}")
 
 
 def learned(run: LearnedRun, setting: Setting) -> Entry:
@@ -178,7 +190,7 @@ def learned(run: LearnedRun, setting: Setting) -> Entry:
     images = setting.train, setting.test
     if run.config["pixelwise_normalization"]:
         images = normalize_pixels(*images)
-    model = network(run, setting.train.shape, setting.layers)
+    model = network_of_flags(run.config, setting.train.shape, setting.layers)
     plastic = sum(bool(layer.parameter_shapes()) for layer in model.layers)
     rules = [run.rule.rules[min(k, len(run.rule.rules) - 1)] for k in range(plastic)]
     draw_batches = pair_batches if rules[0].views == 2 else batches

@@ -39,6 +39,7 @@ from processes import ALONE, Team
 from tensorboard_events import EventFile
 
 CHECKPOINT_FORMAT = 1
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # the last one, the one before it
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -205,7 +206,7 @@ class RunLog:
     def _read_last_row(self) -> None:
         header, rows = _metrics_rows(self.path("metrics.csv"))
         self._columns = header[1:] or None
-        self._last_step = int(rows[-1][0]) if rows else -1
+        self._last_step = _step_of(rows[-1][0], self.path("metrics.csv")) if rows else -1
 
     def _cut_metrics(self, step: int) -> None:
         """Keep the whole rows up to `step`; the run will write the later ones again."""
@@ -215,7 +216,7 @@ class RunLog:
             with _reported(f"can't read {path}"):
                 whole = path.read_bytes()
             lines = _complete_lines(whole)
-            kept = [line for line in lines[1:] if int(line.split(b",", 1)[0]) <= step]
+            kept = [line for line in lines[1:] if _step_of(line.split(b",", 1)[0], path) <= step]
             text = b"".join([*lines[:1], *kept]) if kept else b""
             if text != whole:
                 _write(path, text)
@@ -229,8 +230,9 @@ class RunLog:
         The checkpoint before it stays, as checkpoint.previous.pt.
         state: tensors, numbers, strings, and dicts, lists and tuples of them.
         """
-        buffer = io.BytesIO()
-        torch.save({"format": CHECKPOINT_FORMAT, "step": step, "state": state}, buffer)
+        buffer, last_row = io.BytesIO(), self._last_step
+        saved = {"format": CHECKPOINT_FORMAT, "step": step, "state": state, "last_row": last_row}
+        torch.save(saved, buffer)
         payload = buffer.getvalue()
         try:
             _load(payload)
@@ -255,12 +257,10 @@ class RunLog:
         A damaged checkpoint is set aside and the one before it is used; RunLogError where that is
         damaged too.
         """
-        names = [
-            name for name in ("checkpoint.pt", "checkpoint.previous.pt") if self.path(name).exists()
-        ]
+        names = [name for name in CHECKPOINTS if self.path(name).exists()]
         for name in names:
             try:
-                step, state = _read_checkpoint(self.path(name))
+                step, state, last_row = _read_checkpoint(self.path(name))
             except _DamagedError as error:
                 self.warn(f"{self.path(name)} is damaged ({error})")
                 continue
@@ -270,6 +270,7 @@ class RunLog:
                 )
                 self._set_aside_damaged()
             self._cut_metrics(step)
+            self._warn_of_lost_rows(last_row)
             return step, state
         if names:
             raise RunLogError(
@@ -278,6 +279,15 @@ class RunLog:
             )
         self._cut_metrics(-1)
         return None
+
+    def _warn_of_lost_rows(self, last_row: int) -> None:
+        """Say so where the rows that were there at the checkpoint are not all there any more."""
+        if self._last_step < last_row:
+            there = f"ends at step {self._last_step}" if self._last_step >= 0 else "has no rows"
+            self.warn(
+                f"{self.path('metrics.csv')} {there}, the checkpoint was saved after the row of "
+                f"step {last_row}: the rows between are lost"
+            )
 
     def _set_aside_damaged(self) -> None:
         """Move a damaged checkpoint.pt away, lest the next save replace the good one by it."""
@@ -321,6 +331,8 @@ class RunLog:
     def _describe_environment(self) -> None:
         path = self.path("environment.json")
         entries = read_json(path) if path.exists() else []
+        if not isinstance(entries, list):
+            raise RunLogError(f"{path} is damaged: not a list of environments")
         _write(path, json_text([*entries, _environment()]))
 
 
@@ -493,8 +505,17 @@ def read_json(path: str | Path) -> Any:
         text = Path(path).read_bytes()
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunLogError(f"{path} is damaged: not JSON ({error})") from error
+
+
+def read_results(directory: str | Path) -> dict[str, Any]:
+    """The table in a run's results.json, {} where there is none; RunLogError where it is none."""
+    path = Path(directory) / "results.json"
+    results = read_json(path) if path.exists() else {}
+    if not isinstance(results, dict):
+        raise RunLogError(f"{path} is damaged: not a table of results")
+    return results
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -508,8 +529,14 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
     except Exception as error:  # of zipfile, zlib or numpy, whichever meets the damage first
-        reason = " ".join(str(error).split())[:100]
+        # not what numpy says, which advises to load what is no array
+        reason = f"not a file of arrays of numbers ({type(error).__name__})"
         raise RunLogError(f"{path} is damaged: {reason}") from error
+
+
+def has_checkpoint(directory: str | Path) -> bool:
+    """Whether a run in `directory` goes on from a checkpoint, or is refused for a damaged one."""
+    return any((Path(directory) / name).exists() for name in CHECKPOINTS)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -539,9 +566,17 @@ def _metrics_rows(path: Path) -> tuple[list[str], list[list[str]]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise RunLogError(f"{path} is damaged: {error}") from error
     header, rows = (table[0], table[1:]) if table else ([], [])
-    if any(len(row) != len(header) for row in rows):
+    if any(len(row) != len(header) for row in rows) or (table and not header):
         raise RunLogError(f"{path} is damaged: its rows are not all as long as its header")
     return header, rows
+
+
+def _step_of(cell: str | bytes, path: Path) -> int:
+    """The step in the first cell of a row."""
+    try:
+        return int(cell)
+    except ValueError as error:
+        raise RunLogError(f"{path} is damaged: {error}") from error
 
 
 def _complete_lines(text: bytes) -> list[bytes]:
@@ -564,18 +599,25 @@ class _DamagedError(Exception):
     """A checkpoint file that is not what was written."""
 
 
-def _read_checkpoint(path: Path) -> tuple[int, dict[str, Any]]:
+def _read_checkpoint(path: Path) -> tuple[int, dict[str, Any], int]:
+    """Step and state, and the step of the last row then (-1: there was none, or it isn't told)."""
     with _reported(f"can't read {path}"):
         content = path.read_bytes()
     digest, payload = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     if hashlib.sha256(payload).digest() != digest:
         raise _DamagedError(f"{len(content)} bytes, checksum wrong")
-    saved = _load(payload)
-    if saved["format"] != CHECKPOINT_FORMAT:
+    try:
+        saved = _load(payload)
+        form, step, state = saved["format"], saved.get("step"), saved.get("state")
+    except Exception as error:  # of torch, pickle or zipfile, or where it isn't a table
+        raise _DamagedError(f"not a checkpoint of a run, {type(error).__name__}") from error
+    if form != CHECKPOINT_FORMAT:
         raise RunLogError(
-            f"{path} is of format {saved['format']}, this program reads format {CHECKPOINT_FORMAT}"
+            f"{path} is of format {form}, this program reads format {CHECKPOINT_FORMAT}"
         )
-    return saved["step"], saved["state"]
+    if not isinstance(step, int) or not isinstance(state, dict):
+        raise _DamagedError("without a step and a state")
+    return step, state, saved.get("last_row", -1)
 
 
 def _load(payload: bytes) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -35,10 +34,11 @@ from command_line import (
     parse,
     positive_float,
     positive_int,
+    refuse_large_seed,
     run_command,
     set_up,
 )
-from figure_style import COLOURS, add_legend, label_axes, new_figure, save_figure
+from example_figures import NETWORKS, draw_equilibrium_run
 from hypergradients import (
     CG_normaleq,
     checkpointed_reverse,
@@ -54,7 +54,7 @@ from mnist_datasets import ImageData, load_images
 from run_log import RunLog, read_metrics, run_to_end
 from update_maps import OuterLoss, UpdateMap, advance
 
-NETWORKS = {"equilibrium": "equilibrium network", "ordinary": "ordinary network"}
+TRAIN_IMAGES = 5000  # by default, or all where there are fewer
 IMPLICIT = {
     "fixed_point": fixed_point,
     "neumann": neumann,
@@ -199,7 +199,8 @@ def make_parser():
     add("--method", choices=(*IMPLICIT, *ALONG_ITERATIONS, *UNSUITED), default="fixed_point",
         help="hypergradient")  # fmt: skip
     add("--K", type=positive_int, default=20, help="iterations or terms of the method")
-    add("--train_images", type=positive_int, default=5000, help="at most")
+    add("--train_images", type=positive_int, default=TRAIN_IMAGES, metavar="N",
+        help="the first so many")  # fmt: skip
     add("--epochs", type=positive_int, default=30, help="passes over the training images")
     add("--batch_size", type=positive_int, default=200, help="images of one step")
     add("--lr", type=positive_float, default=0.5, help="learning rate (SGD)")
@@ -257,21 +258,6 @@ def train_networks(
         return run_to_end(log, progress, range(done + 1, args.epochs + 1), step, state_dict)
 
 
-def draw_curves(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """Losses and accuracies of both networks over epochs; training dashed."""
-    figure = new_figure(9.6, 3.8)
-    panels = {"loss": "cross-entropy", "accuracy": "images classified correctly"}
-    for axes, (what, y_label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for colour, (name, title) in zip(COLOURS, NETWORKS.items(), strict=False):
-            for part, style in (("train", "--"), ("test", "-")):
-                values = metrics[f"{name}/{part}_{what}"]
-                axes.plot(metrics["step"], values, color=colour, ls=style, lw=1.3,
-                          label=f"{title}, {part}")  # fmt: skip
-        label_axes(axes, what.capitalize(), "epoch", y_label)
-        add_legend(axes)
-    save_figure(figure, path)
-
-
 def report(args, log: RunLog, source: str) -> None:
     """The accuracies on the screen and as a file, and the figure."""
     metrics = read_metrics(log.directory)
@@ -282,17 +268,20 @@ def report(args, log: RunLog, source: str) -> None:
         log.say(f"{title}: test accuracy {last[f'{name}/test_accuracy']:.2%}, training accuracy "
                 f"{last[f'{name}/train_accuracy']:.2%}")  # fmt: skip
     log.say(f"one more iteration moves h by {last['distance_from_fixed_point']:.1e} of its norm")
-    log.draw(lambda directory: draw_curves(metrics, directory / "figures/training.png"))
+    log.draw(draw_equilibrium_run)
     log.say(f"everything is in {log.directory}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, train both networks, report."""
     args = parse(make_parser(), argv)
+    refuse_large_seed(args, 40)
     if args.method in UNSUITED:
         raise UserError(f"--method {args.method} does not suit: {UNSUITED[args.method]}")
     device, dtype = set_up(args)
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
+    if args.train_images > max(len(train_data), TRAIN_IMAGES):
+        raise UserError(f"--train_images {args.train_images}: there are {len(train_data)}")
     train_data = train_data.subset(slice(args.train_images))
     sizes = math.prod(train_data.shape), train_data.classes
     networks = {

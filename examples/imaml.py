@@ -41,16 +41,18 @@ from command_line import (
     parse,
     positive_float,
     positive_int,
+    refuse_idle_flags,
+    refuse_large_seed,
     run_command,
     set_up,
 )
-from figure_style import COLOURS, add_legend, label_axes, new_figure, save_figure
+from example_figures import draw_imaml_run
 from hypergradients import implicit
 from image_data import DataError, ImageData
 from inner_optimizers import GradientDescent
 from linear_solvers import ConjugateGradient, DivergenceError, FixedPoint, NormalEquations
 from mnist_datasets import load_images
-from run_log import RunLog, read_metrics, run_to_end
+from run_log import RunLog, run_to_end
 
 METHODS = {
     "CG": ConjugateGradient,
@@ -236,7 +238,9 @@ class TwoLevels:
 
 def meta_step(args, tasks: Tasks, hparams: list[Tensor], optimizer, number: int) -> dict:
     """Moves theta; the numbers are those before."""
-    levels = TwoLevels(tasks, tasks.draw(args.tasks, generator(args, TRAINING, number)), args.pull)
+    levels = TwoLevels(
+        tasks, tasks.draw(args.tasks, generator(args, TRAINING, number - 1)), args.pull
+    )
     params = levels.adapted(hparams, args.steps, args.rate)[-1]
     row = {"meta_loss": float(levels.outer(params, hparams).detach())}
     row["score"] = float(levels.scores(params).mean())
@@ -282,7 +286,7 @@ def meta_learn(args, tasks: Tasks, hparams: list[Tensor], log: RunLog) -> bool:
     optimizer = torch.optim.Adam(hparams, lr=args.lr)
     done = 0
     if (saved := log.load_checkpoint()) is not None:
-        done = saved[0] + 1
+        done = saved[0]
         for h, value in zip(hparams, saved[1]["theta"], strict=True):
             h.data.copy_(value)
         optimizer.load_state_dict(saved[1]["optimizer"])
@@ -295,7 +299,7 @@ def meta_learn(args, tasks: Tasks, hparams: list[Tensor], log: RunLog) -> bool:
         return {"theta": [h.detach() for h in hparams], "optimizer": optimizer.state_dict()}
 
     with log.progress(args.metasteps, done, "meta-step") as progress:
-        return run_to_end(log, progress, range(done, args.metasteps), step, state_dict)
+        return run_to_end(log, progress, range(done + 1, args.metasteps + 1), step, state_dict)
 
 
 def test(args, tasks: Tasks, hparams: list[Tensor]) -> np.ndarray:
@@ -432,30 +436,18 @@ def report(args, tasks: Tasks, log: RunLog, source: str, scores: Mapping[str, np
                 f"standard deviation over {len(last)} tasks {last.std():.4f}, "
                 f"standard error {error:.4f}")  # fmt: skip
     log.write_json("results.json", results)
-    log.draw(lambda directory: draw(directory, scores, tasks.score))
+    log.write_arrays("scores.npz", scores)
+    log.draw(draw_imaml_run)
     log.say(f"everything is in {log.directory}")
-
-
-def draw(directory: Path, scores: Mapping[str, np.ndarray], score: str) -> None:
-    """The meta-loss over meta-steps; scores over steps, mean and two standard errors."""
-    metrics = read_metrics(directory)
-    figure = new_figure(9.6, 3.8)
-    left, right = figure.subplots(1, 2)
-    left.plot(metrics["step"], metrics["meta_loss"], color=COLOURS[0], lw=1)
-    label_axes(left, "Loss of the queries after adaptation", "meta-step", "mean over tasks")
-    for colour, (name, values) in zip(COLOURS, scores.items(), strict=False):
-        steps, mean = np.arange(values.shape[1]), values.mean(0)
-        width = 2 * values.std(0) / math.sqrt(len(values))
-        right.plot(steps, mean, color=colour, lw=1.3, label=f"{name} weights")
-        right.fill_between(steps, mean - width, mean + width, color=colour, alpha=0.2, lw=0)
-    label_axes(right, "Test tasks", "steps of gradient descent", score)
-    add_legend(right)
-    save_figure(figure, directory / "figures/meta_learning.png")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, meta-learn, test, report."""
-    args = parse(make_parser(), argv)
+    parser = make_parser()
+    args = parse(parser, argv)
+    refuse_large_seed(args, 63)
+    pictures = args.problem == "pictures"
+    refuse_idle_flags(args, parser, [("dataset ways", pictures, "--problem pictures")])
     for name, value in DEFAULTS[args.problem].items():
         if getattr(args, name) is None:
             setattr(args, name, value)

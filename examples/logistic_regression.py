@@ -20,7 +20,7 @@ import csv
 import io
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,18 +43,12 @@ from command_line import (
     parse,
     positive_float,
     positive_int,
+    refuse_idle_flags,
+    refuse_large_seed,
     run_command,
     set_up,
 )
-from figure_style import (
-    COLOURS,
-    GREY,
-    add_legend,
-    label_axes,
-    new_figure,
-    one_panel,
-    save_figure,
-)
+from example_figures import draw_logistic_run
 from hypergradients import (
     CG,
     CG_normaleq,
@@ -285,7 +279,7 @@ def theoretical_rates(problem: Problem) -> dict[str, float]:
 
 
 def compare_methods(problem: Problem, log: RunLog) -> None:
-    """Errors and rates as errors.csv and rates.json, and their figure."""
+    """Errors and rates as errors.csv, errors.npz and rates.json."""
     with log.progress(len(METHODS), description="method") as progress:
         curves = error_curves(problem, CURVE, progress)
     rates = theoretical_rates(problem)
@@ -294,44 +288,14 @@ def compare_methods(problem: Problem, log: RunLog) -> None:
     writer.writerow(["k", *curves])
     writer.writerows(zip(CURVE, *curves.values(), strict=True))
     log.write_text("errors.csv", table.getvalue())
+    log.write_arrays("errors.npz", {"k": np.array(CURVE), **curves})
     log.write_json("rates.json", rates)
-    log.draw(lambda directory: draw_errors(CURVE, curves, rates, directory / "figures/errors.png"))
     shown = [k for k in (1, 4, 11, 27, 85) if k in CURVE]
     log.say("relative error of the hypergradient at l = 1, float64; contraction "
             f"{rates['contraction']:.3f}, rate of CG {rates['CG']:.3f}")  # fmt: skip
     log.say(f"{'k':>20}" + "".join(f"{k:>10}" for k in shown))
     for name, errors in curves.items():
         log.say(f"{name:>20}" + "".join(f"{errors[CURVE.index(k)]:10.1e}" for k in shown))
-
-
-def draw_errors(
-    ks: Sequence[int],
-    curves: Mapping[str, Sequence[float]],
-    rates: Mapping[str, float],
-    path: str | Path,
-) -> None:
-    """Errors over k on a logarithmic scale, and theory's slopes, each through a curve's start."""
-    figure = new_figure(9.6, 4.2)
-    panels = {
-        "Along the trajectory": (ALL_STEPS | LAST_STEPS, {"contraction": "truncated_reverse"}),
-        "At the fixed point": (IMPLICIT, {"contraction": "fixed_point", "CG": "CG",
-                                          "CG_normaleq": "CG_normaleq"}),
-    }  # fmt: skip
-    for axes, (title, (names, slopes)) in zip(
-        figure.subplots(1, 2, sharey=True), panels.items(), strict=True
-    ):
-        for number, name in enumerate(names):  # hollow markers: several curves are the same
-            axes.plot(ks, curves[name], color=COLOURS[number], lw=1, marker="o",
-                      ms=9 - 1.4 * number, mfc="none", label=name)  # fmt: skip
-        for rate, name in slopes.items():
-            line = curves[name][0] * rates[rate] ** (np.array(ks) - ks[0])
-            axes.plot(ks, line, color=COLOURS[list(names).index(name)], lw=0.9, ls="--")
-        axes.plot([], [], color=GREY, lw=0.9, ls="--", label="theory, in the method's colour")
-        label_axes(axes, title, "steps, terms or iterations k", "relative error")
-        axes.set_yscale("log")
-        axes.set_ylim(1e-12, 10)
-        add_legend(axes)
-    save_figure(figure, path)
 
 
 # ---- optimisation of the L2 weights ----
@@ -395,8 +359,9 @@ def report(args, log: RunLog, source: str) -> None:
         log.say(f"{step:>10}{loss:10.4f}{accuracy:10.2%}" + "".join(
             f"{value:12.4f}" for value in told.values()))  # fmt: skip
         table.append({"step": step, **row, **told})
-    log.write_json("results.json", {"data": source, "method": args.method, "table": table})
-    log.draw(lambda directory: draw_losses(metrics, published, directory / "figures/loss.png"))
+    log.write_json("results.json", {"data": source, "method": args.method, "table": table,
+                                    "published": published})  # fmt: skip
+    log.draw(draw_logistic_run)
     log.say(f"everything is in {log.directory}")
 
 
@@ -406,20 +371,6 @@ def is_published(args) -> bool:
     defaults.lr = RATES[defaults.data]
     names = ("data", "method", "steps", "K", "rate", "lr", "momentum", "seed")
     return all(getattr(args, name) == getattr(defaults, name) for name in names)
-
-
-def draw_losses(
-    metrics: Mapping[str, np.ndarray], published: Mapping[int, float], path: str | Path
-) -> None:
-    """The validation loss over outer steps, and published values where there are."""
-    figure, axes = one_panel()
-    axes.plot(metrics["step"], metrics["validation_loss"], color=COLOURS[0], lw=1.3, label="here")
-    if published:
-        axes.plot(list(published), list(published.values()), color=COLOURS[1], ls="", marker="o",
-                  ms=5, mfc="none", label="published")  # fmt: skip
-    label_axes(axes, "L2 weights by hypergradient descent", "outer step", "validation loss")
-    add_legend(axes)
-    save_figure(figure, path)
 
 
 # ---- the command ----
@@ -458,7 +409,11 @@ def make_problem(args) -> tuple[Problem, ImageData | None, str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, compare the methods, optimise, report."""
-    args = parse(make_parser(), argv)
+    parser = make_parser()
+    args = parse(parser, argv)
+    refuse_large_seed(args, 32)
+    digits = args.data == "digits"
+    refuse_idle_flags(args, parser, [("dataset classes", digits, "--data digits")])
     if args.lr is None:
         args.lr = RATES[args.data]
     device, dtype = set_up(args)

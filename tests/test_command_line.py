@@ -1,6 +1,7 @@
 """Flags, wrong input as one line and exit status 2, device, and what --resume takes over."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from command_line import (
     computing_parser,
     find_device,
     fraction,
+    new_directory,
     nonnegative_float,
     nonnegative_int,
     open_run,
@@ -139,8 +141,8 @@ def test_help_shows_the_flags_and_the_defaults_that_tell_something(capsys):
     [
         (positive_int, ["1", "99"], ["0", "-1", "1.0", "inf", ""]),
         (nonnegative_int, ["0", "7"], ["-1", "x"]),
-        (positive_float, ["1e-5", "3"], ["0", "-1", "nan", "inf", "x"]),
-        (nonnegative_float, ["0", "0.5"], ["-1e-9", "nan"]),
+        (positive_float, ["1e-5", "3", "1e30"], ["0", "-1", "nan", "inf", "x", "1e308"]),
+        (nonnegative_float, ["0", "0.5"], ["-1e-9", "nan", "1e31"]),
         (fraction, ["0", "1", ".5"], ["1.01", "-0.1", "nan"]),
     ],
 )
@@ -149,6 +151,10 @@ def test_numbers_are_taken_in_their_range_only(kind, right, wrong):
     for text in wrong:
         with pytest.raises(argparse.ArgumentTypeError, match="must be a"):
             kind(text)
+
+
+def test_a_whole_number_may_be_larger_than_any_float():
+    assert nonnegative_int(f"1{400 * '0'}") == 10**400
 
 
 # ---- how a command ends ----
@@ -233,6 +239,11 @@ def test_a_new_run_is_named_by_command_and_time(tmp_path, monkeypatch):
         assert first.directory.parent == Path("runs") and first.directory.name.startswith("some-2")
 
 
+def test_processes_that_start_in_the_same_second_get_directories_of_their_own(tmp_path):
+    made = [new_directory("some", tmp_path / "runs") for _ in range(3)]
+    assert len(set(made)) == 3 and all(path.is_dir() for path in made)
+
+
 def test_the_configuration_holds_what_is_in_effect(tmp_path):
     args = parse(some_parser(), ["1", "--out", str(tmp_path / "run"), "--device", "auto"])
     with open_run(args, "some", IMAGES) as log:
@@ -289,11 +300,39 @@ def test_resume_refuses_other_flags_and_names_them(tmp_path, flags, said):
     assert str(refusal.value).count(" there, ") == 1
 
 
-def test_resume_refuses_a_run_of_another_command(tmp_path):
+def test_resume_refuses_a_run_of_another_command(tmp_path, capsys):
+    started(tmp_path / "run", "--lr", "3e-5")
+    other, argv = common_parser("Does another thing.", "other"), ["--resume", str(tmp_path / "run")]
+    other.add_argument("--lr", choices=("slow", "fast"))
+    status, error = ended(lambda argv: parse(other, argv), capsys, argv)
+    assert status == 2 and error.count("\n") == 1
+    assert error.startswith("other.py: error: argument --resume: ")
+    assert "is a run of some.py, not of other.py" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("lr", "abc", "lr must be a number above 0, not 'abc'"),
+        ("lr", -1, "lr must be a number above 0, not '-1'"),
+        ("lr", [1.0], "lr must be a number above 0"),
+        ("lr", None, "lr must be a number above 0, not 'None'"),
+        ("seed", 1.5, "seed must be a whole number of at least 0, not '1.5'"),
+        ("layers", "abc", "layers must be a list, not 'abc'"),
+        ("layers", [32, 0], "layers must be a whole number of at least 1, not '0'"),
+        ("dtype", "float16", "dtype must be one of float32, float64, not 'float16'"),
+        ("dtype", {}, "dtype must be one of float32, float64, not {}"),
+        ("pair_inputs", "yes", "pair_inputs must be true or false, not 'yes'"),
+    ],
+)
+def test_resume_refuses_a_value_that_its_flag_would_not_take(tmp_path, capsys, name, value, said):
     started(tmp_path / "run")
-    args = parse(some_parser(), ["--resume", str(tmp_path / "run")])
-    with pytest.raises(UserError, match=r"is a run of some\.py, not of other\.py"):
-        open_run(args, "other", IMAGES)
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    argv = ["--resume", str(tmp_path / "run")]
+    status, error = ended(lambda argv: parse(some_parser(), argv), capsys, argv)
+    assert status == 2 and error.count("\n") == 1
+    assert f"config.json is damaged: {said}" in error
 
 
 def test_resume_says_when_the_device_of_the_run_is_gone(tmp_path):

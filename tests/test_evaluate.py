@@ -38,7 +38,7 @@ def results(directory: Path) -> dict:
 
 
 def test_without_flags_a_run_is_judged_as_it_was_trained(runs, tmp_path):
-    run(runs / "single", "--seeds", 2, "--out", tmp_path / "out")
+    run(runs / "single", "--evaluations", 2, "--out", tmp_path / "out")
     trainings = results(tmp_path / "out")["trainings"]
     names = ("inner_steps", "meta_loss", "train_accuracy", "test_accuracy")
     own = results(runs / "single")["evaluations"]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import kill_at_row
+from commands import kill_at_row, redraw
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import command_line
 from command_line import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,6 +121,7 @@ def test_a_run_learns_and_leaves_its_files(plain):
         assert losses[2] < losses[0] and results[f"{name}/test_accuracy"] > 0.3
     assert results["equilibrium/test_loss"] != results["ordinary/test_loss"]
     assert (plain / "figures" / "training.png").stat().st_size > 1000
+    redraw(plain)
 
 
 @pytest.mark.parametrize("flags", [["--T", "2"], ["--K", "1"], ["--radius", "0.1"]], ids=" ".join)
@@ -147,6 +149,8 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
         (["--method", "guess"], "guess"),
         (["--radius", "0"], "above 0"),
         (["--T", "0"], "at least 1"),
+        (["--train_images", "1000000"], "there are 4000"),
+        (["--seed", "9" * 26], "below 2^40"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):
@@ -158,7 +162,9 @@ def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_diverges_says_so_with_status_1(capsys, tmp_path):
+def test_a_run_that_diverges_says_so_with_status_1(capsys, tmp_path, monkeypatch):
+    # tanh bounds the states: only a rate that no flag takes leads out of float32
+    monkeypatch.setattr(command_line, "LARGEST", 1e38)
     flags = [*TINY, "--lr", "1e38", "--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stop:
         run_command(example.main, flags)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import kill_at_row
+from commands import kill_at_row, redraw
 from PIL import Image
 
 from command_line import run_command
@@ -185,6 +185,7 @@ def test_a_run_compares_learned_with_initial_weights_and_leaves_its_files(tmp_pa
         assert results[name]["mean"] == pytest.approx(results[name]["over_steps"][-1])
     assert results["initial"]["over_steps"] != results["learned"]["over_steps"]
     assert (out / "figures" / "meta_learning.png").stat().st_size > 1000
+    redraw(out)
 
 
 def test_meta_learning_of_sine_waves_beats_the_start(tmp_path):
@@ -215,6 +216,9 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
         (["--pull", "0"], "above 0"),
         (["--dataset", "omniglot", "--data-dir", "nowhere"], "Omniglot is not in"),
         (["--dataset", "omniglot", "mnist5k"], "stands alone"),
+        (["--problem", "sinusoid"], "--dataset needs --problem pictures"),
+        (["--problem", "sinusoid", "--dataset", "mnist", "fashion", "--ways", "3"], "--ways needs"),
+        (["--seed", "9" * 26], "below 2^63"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):

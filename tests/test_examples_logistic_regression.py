@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import redraw
 
 from command_line import run_command
 from hypergradients import reverse_unroll
@@ -69,6 +70,7 @@ def test_the_default_run_has_the_published_validation_losses(tmp_path, capsys, f
     assert "published" in capsys.readouterr().out
     for name in ("errors", "loss"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 1000
+    redraw(out)
 
 
 def test_the_synthetic_points_are_those_of_numpys_global_generator():
@@ -185,6 +187,8 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path, few_curves)
         (["--momentum", "2"], "from 0 to 1"),
         (["--data", "digits", "--classes", "4", "11"], "no images"),
         (["--data", "digits", "--classes", "4", "4"], "no images"),
+        (["--dataset", "mnist"], "--dataset needs --data digits"),
+        (["--seed", "9" * 26], "below 2^32"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):

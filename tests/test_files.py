@@ -35,6 +35,12 @@ def test_a_write_that_breaks_off_leaves_the_old_file_alone(tmp_path, error):
     assert path.read_text() == "old" and [*tmp_path.iterdir()] == [path]
 
 
+def test_a_place_that_cannot_be_written_is_told_by_the_name_that_was_asked_for(tmp_path):
+    with pytest.raises(OSError) as refusal:
+        write_whole(tmp_path / "nowhere" / "table", "new")
+    assert refusal.value.filename == str(tmp_path / "nowhere" / "table")
+
+
 def test_a_full_disk_leaves_the_old_file_alone(tmp_path, monkeypatch):
     def full(_):
         raise OSError("No space left on device")

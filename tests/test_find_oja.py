@@ -16,7 +16,7 @@ from principal_components import principal_components
 
 TINY = [
     "--dataset", "mnist5k", "--metasteps", "3", "--inner_steps", "4", "--pairs", "1",
-    "--batch_size", "256", "--threads", "1",
+    "--batch_size", "256", "--threads", "1", "--clip_norm", "100", "--sparsify_from", "2",
 ]  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def digits(tmp_path_factory):
 def test_the_command_shows_a_table_both_cosines_and_a_verdict(tmp_path, capsys):
     find_oja.main([*TINY, "--out", str(tmp_path / "run")])
     shown = capsys.readouterr().out
-    for part in ("relative", "learned rule", "Oja's rule", "not Oja's rule"):
+    for part in ("relative", "learned rule", "Oja's rule", "not Oja's rule", "everything is in"):
         assert part in shown
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert 0 < len(results["coefficients"]) <= 27 and len(results["cosine_oja"]) == 2

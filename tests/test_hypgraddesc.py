@@ -23,9 +23,11 @@ from hypgraddesc import (
     HypergradientDescent,
     MetaError,
     MetaSettings,
+    accuracy_text,
     evaluate,
     evaluate_draws,
     hypgraddesc,
+    mean_and_deviation,
     rising_steps,
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
@@ -644,6 +646,18 @@ def test_a_window_whose_last_meta_step_fails_leaves_nothing_to_the_next():
     assert torch.allclose(psi, stepped) or torch.allclose(psi, dropped), psi
 
 
+@pytest.mark.parametrize("settings, said", [
+    ({"l1": 1e308}, "hypergradient and penalties of rule.psi"),
+    ({"l2": math.inf}, "hypergradient and penalties of rule.psi"),
+    ({"lr": math.inf}, "rule.psi after a step at rate inf"),
+], ids=str)  # fmt: skip
+def test_a_step_that_is_not_finite_ends_a_run_before_it_does_harm(settings, said):
+    run = descent([0.5], distance(2.0), **settings)
+    with pytest.raises(NonFiniteError, match=f"meta-step 1, {said}: not finite"):
+        run.step()
+    assert run.rule.psi.item() == 0.5 and run.metastep == 0
+
+
 def test_a_hypergradient_that_overflows_when_squared_does_not_stop_its_coefficient_for_good():
     run = descent([0.0], slopes((1e200,), *[(1.0,)] * 20))
     run.step()
@@ -705,9 +719,17 @@ def test_contradictory_settings_are_refused_in_one_line(settings):
     with pytest.raises(MetaError) as error:
         descent([0.0], distance(1.0), **settings)
     assert str(error.value) and "\n" not in str(error.value)
+    assert next(iter(settings)).rstrip("e")[:6] in str(error.value)
 
 
 # ---- evaluation ----
+
+
+def test_accuracies_are_told_by_mean_and_the_populations_deviation():
+    found = mean_and_deviation("test_accuracy", [0.25, 0.75])
+    assert found == {"test_accuracy_mean": 0.5, "test_accuracy_standard_deviation": 0.25}
+    assert accuracy_text(found) == "test accuracy 50.00% +- 25.00%"
+    assert set(mean_and_deviation("loss", []).values()) == {None}
 
 
 def evaluation(seed, psi=(0.5,), steps=3):

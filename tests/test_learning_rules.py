@@ -591,6 +591,14 @@ def test_every_formula_lists_the_terms_by_size(rule, seed):
             assert torch.allclose(torch.tensor(sizes, dtype=DOUBLE), expected, rtol=6e-3)
 
 
+def test_a_coefficient_that_is_not_finite_has_its_place_in_every_formula():
+    rule = example_rule()
+    with torch.no_grad():
+        rule.w.copy_(torch.tensor([math.nan, -math.inf, 0.25]))
+    assert "nan" in rule.formula() and "- inf" in rule.formula()
+    assert r"\mathrm{nan}" in rule.tex() and r"- \mathrm{inf}" in rule.tex()
+
+
 def test_latex_of_a_pair_rule_has_the_view_as_a_subscript():
     latex = filled(PolynomialPairRule.of_degree(3)).formula(latex=True)
     assert not re.search(r"[a-z]\d", latex)

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,21 @@ def test_a_run_can_start_from_what_another_has_learned(tmp_path, plain):
         assert float(first[f"initial/{name}"]) == pytest.approx(value, rel=1e-6)
 
 
+def test_a_started_run_is_resumed_from_another_folder_and_without_the_run_it_began_with(
+    tmp_path, plain, monkeypatch
+):
+    shutil.copytree(plain, tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    run(4, *TINY, "--start_from", "other", "--metasteps", "1", "--out", "run")
+    before = outcome(tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["start_from"] == str(tmp_path / "other")
+    shutil.rmtree(tmp_path / "other")
+    monkeypatch.chdir(ROOT)
+    run("--resume", tmp_path / "run", "--quiet")
+    assert outcome(tmp_path / "run") == before
+
+
 def test_a_start_that_does_not_fit_is_refused_in_one_line(capsys, tmp_path, plain):
     out = ["--out", tmp_path / "run"]
     start = [4, *TINY, "--start_from", plain]
@@ -207,6 +223,7 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["32", "--initial_inner_steps", "300"], "--max_inner_steps"),
         (["32", "--raise_by", "50"], "--initial_inner_steps"),
         (["32", "--compile", "--sparsify"], "leave one out"),
+        (["32", "--average", "1", "--dataset", "mnist5k"], "average 1: a decay must be"),
         (["32", "--clip_norm", "3"], "needs --clip_grads"),
         (["32", "--raise_every", "3"], "needs --raise_by"),
         (["32", "--accumulate"], "--reinitialize_every"),

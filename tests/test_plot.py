@@ -64,6 +64,8 @@ def test_a_run_is_drawn_again(tmp_path, capsys):
     expected = [directory / "figures" / "meta_loss.png" for directory in directories]
     assert capsys.readouterr().out.split() == [str(path) for path in expected]
     assert all(path.stat().st_size > 1000 for path in expected)
+    draw("run", *directories, "--quiet")
+    assert capsys.readouterr().out == ""
 
 
 def test_columns_are_named_by_run_layer_and_where_names_repeat_by_path(tmp_path, monkeypatch):
@@ -119,6 +121,7 @@ def test_wrong_input_is_refused_in_one_line(tmp_path, capsys):
         (["rules", told, "--classical", "instar"], "--by coefficient"),
         (["rules", run, "--out", run / "config.json" / "rules.png"], "can't write"),
         (["rules", run, "--seed", "1"], "--seed"),
+        (["rules", run, "--out", "rules.xyz"], "must end in .png, not 'rules.xyz'"),
     ):
         assert message in refused(capsys, *flags), flags
     assert not (empty / "figures").exists()
@@ -127,7 +130,7 @@ def test_wrong_input_is_refused_in_one_line(tmp_path, capsys):
 def test_a_run_of_a_command_without_figures_is_refused_and_none_is_drawn(tmp_path, capsys):
     known = run_of(tmp_path / "known", oja())
     (known / "metrics.csv").write_text("step,meta_loss\n1,0.5\n")
-    for command in ("imaml", ["main"], None):
+    for command in ("other", ["main"], None):
         other = run_of(tmp_path / str(command), oja(), command=command)
         line = refused(capsys, "run", known, other)
         assert f"is a run of {command}; there are figures of main, find_oja" in line
@@ -135,14 +138,24 @@ def test_a_run_of_a_command_without_figures_is_refused_and_none_is_drawn(tmp_pat
 
 
 def test_a_run_that_lacks_what_its_figures_show_is_one_line(tmp_path, capsys):
-    for command in ("baseline_pca", "evaluate", "train_krotov_hopfield", "tune_one_pass", "sweep"):
+    for command in (
+        "baseline_pca",
+        "evaluate",
+        "imaml",
+        "logistic_regression",
+        "train_krotov_hopfield",
+        "tune_one_pass",
+        "sweep",
+    ):
         run = run_of(tmp_path / command, oja(), effects={}, command=command)
         assert command in refused(capsys, "run", run)
 
 
 def test_damaged_results_are_one_line(tmp_path, capsys):
     run = run_of(tmp_path / "run", oja())
-    (run / "results.json").write_text("{")
-    assert "damaged" in refused(capsys, "rules", run)
+    for content in ("{", "[]", 100_000 * "["):
+        (run / "results.json").write_text(content)
+        for figure in ("rules", "run"):
+            assert "results.json is damaged" in refused(capsys, figure, run)
     (run / "results.json").write_text(json.dumps({"term_effects": {}}))
     draw("rules", run, "--out", tmp_path / "rules.png")

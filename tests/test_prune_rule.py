@@ -144,6 +144,7 @@ def test_the_diagonal_of_the_lateral_weights_can_go():
 def test_a_run_leaves_rules_a_table_and_a_figure(tmp_path, learned, capsys):
     out = tmp_path / "run"
     run(learned, *FAST, "--terms", 9, 5, 2, 40, "--try_below", 4, "--out", out)
+    assert read_config(out)["run"] == str(learned)
     stages = results_of(out)["pruning"]
     assert [stage["terms"] for stage in stages] == [13, 9, 5, 2]
     for stage in stages:

@@ -186,6 +186,18 @@ def test_a_directory_without_a_finished_run_of_main_is_refused(trained, tmp_path
     assert "parameters are w, b, m" in refusal(results={"initializer": {"mean_q": 1.0}})
     assert "inh_steps" in refusal(config={k: v for k, v in config.items() if k != "inh_steps"})
     assert "whole run" in refusal(config=config | {"layers": "many"})
+    for name in ("C", "outer_images", "batch_size", "pixelwise_normalization", "dataset"):
+        assert name in refusal(config={k: v for k, v in config.items() if k != name})
+    for name, value in (
+        ("batch_size", "x"), ("outer_images", 0), ("layers", [8.5]), ("layers", []), ("C", -1),
+        ("layers", None), ("pixelwise_normalization", 1), ("inh_factor", "x"),
+        ("initial_inner_steps", -4), ("initial_inner_steps", 1e400), ("inhibition", "none at all"),
+        ("conv", [["a", 1]]),
+    ):  # fmt: skip
+        assert "whole run" in refusal(config=config | {name: value}), (name, value)
+    for value in (1e400, "x", None, 10**400):
+        start = {"mean_b": 0.0, "mean_m": 0.0, "spread_w": value}
+        assert "whole run" in refusal(results={"initializer": start})
 
 
 # ---- classical rules and references ----

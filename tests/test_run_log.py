@@ -1,6 +1,7 @@
 """What is on disk, and what can be read back, whatever happens to a run."""
 
 import errno
+import hashlib
 import io
 import itertools
 import json
@@ -26,8 +27,10 @@ from run_log import (
     RunLogError,
     finish_on_interrupt,
     plain,
+    read_arrays,
     read_config,
     read_metrics,
+    read_results,
     run_to_end,
 )
 
@@ -93,9 +96,48 @@ def test_a_place_that_can_not_be_written_is_refused(tmp_path):
 def test_what_is_no_run_can_not_be_reopened(tmp_path):
     with pytest.raises(RunLogError, match="holds no config"):
         RunLog.reopen(tmp_path)
-    (tmp_path / "config.json").write_text("{half")
-    with pytest.raises(RunLogError, match="is damaged"):
-        RunLog.reopen(tmp_path)
+    for content in ("{half", 100_000 * "["):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(RunLogError, match="is damaged"):
+            RunLog.reopen(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metrics.csv", "step,loss\nabc,1\n"),
+        ("metrics.csv", "step,loss\nabc,1\n1,1\n"),
+        ("metrics.csv", "\n\n"),
+        ("environment.json", "5"),
+        ("environment.json", "{}"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_told_in_one_line_when_it_is_resumed(tmp_path, name, content):
+    new_run(tmp_path, 2).close()
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(RunLogError, match=f"{name} is damaged: .+") as refusal:
+        loaded(tmp_path / "run")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [("", "has no rows"), ("step,loss\n0,1.0\n", "ends at step 0")]
+)
+def test_lost_rows_are_told_when_a_run_is_resumed(tmp_path, capsys, content, said):
+    new_run(tmp_path, 3).close()
+    assert loaded(tmp_path / "run")[0] == 2 and capsys.readouterr().err == ""
+    (tmp_path / "run" / "metrics.csv").write_text(content)
+    assert loaded(tmp_path / "run")[0] == 2
+    assert f"metrics.csv {said}, " in capsys.readouterr().err
+
+
+def test_results_are_a_table_or_none(tmp_path):
+    assert read_results(tmp_path) == {}
+    (tmp_path / "results.json").write_text('{"accuracy": 1}')
+    assert read_results(tmp_path) == {"accuracy": 1}
+    (tmp_path / "results.json").write_text("[]")
+    with pytest.raises(RunLogError, match="not a table"):
+        read_results(tmp_path)
 
 
 def test_two_runs_can_not_write_one_directory(tmp_path):
@@ -268,6 +310,18 @@ def test_the_previous_checkpoint_is_used_where_the_last_is_damaged(tmp_path, cap
     said = capsys.readouterr().err
     assert "checkpoint.pt is damaged" in said and "of step 1" in said
     assert "is damaged" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("content", [{"steps": 3}, [1, 2], {"format": 1, "step": "x"}, None])
+def test_a_checkpoint_with_a_right_checksum_and_other_content_is_damaged(tmp_path, content):
+    new_run(tmp_path, 3).close()
+    buffer = io.BytesIO(b"no checkpoint")
+    if content is not None:
+        torch.save(content, buffer)
+    payload = buffer.getvalue()
+    whole = hashlib.sha256(payload).digest() + payload
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(whole)
+    assert loaded(tmp_path / "run")[0] == 1
 
 
 def test_saving_after_a_damaged_checkpoint_never_gives_up_the_good_one(tmp_path, monkeypatch):
@@ -466,6 +520,12 @@ def test_a_loop_saves_every_so_many_steps_of_the_run_and_at_its_end(tmp_path):
 def test_a_loop_interrupted_within_its_last_step_has_finished(tmp_path):
     with new_run(tmp_path) as log:
         assert steps_saved(log, 7) == (True, [1, 2, 3, 4, 5, 6, 7])
+
+
+def test_a_file_of_what_is_no_number_is_not_loaded_and_nobody_is_told_how(tmp_path):
+    np.savez(tmp_path / "parameters.npz", w=np.array([{}]))
+    with pytest.raises(RunLogError, match="not a file of arrays of numbers"):
+        read_arrays(tmp_path / "parameters.npz")
 
 
 def test_arrays_are_written_whole(tmp_path):

@@ -1,0 +1,140 @@
+"""Figures of the programs under examples/, drawn from the directories of their runs alone.
+
+    draw_imaml_run("runs/imaml-...")        # writes into figures/ there; the paths
+
+Each `draw_..._run` draws what its program draws at its end.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from figure_style import (
+    COLOURS,
+    GREY,
+    add_legend,
+    label_axes,
+    new_figure,
+    one_panel,
+    save_figure,
+)
+from run_log import read_arrays, read_json, read_metrics, read_results
+
+NETWORKS = {"equilibrium": "equilibrium network", "ordinary": "ordinary network"}
+# Methods of logistic_regression.py whose errors share a panel, and theory's rate of some
+PANELS = {
+    "Along the trajectory": (
+        ("reverse", "checkpointed_reverse", "forward_mode", "truncated_reverse",
+         "neumann_lookback"),
+        {"contraction": "truncated_reverse"},
+    ),
+    "At the fixed point": (
+        ("fixed_point", "neumann", "stoch_AID", "CG", "CG_normaleq", "nystrom"),
+        {"contraction": "fixed_point", "CG": "CG", "CG_normaleq": "CG_normaleq"},
+    ),
+}  # fmt: skip
+
+
+def draw_imaml_run(directory: str | Path) -> list[Path]:
+    """The meta-loss over meta-steps, and the scores of test tasks over steps."""
+    scores = read_arrays(Path(directory) / "scores.npz")
+    path = Path(directory) / "figures" / "meta_learning.png"
+    draw_meta_learning(read_metrics(directory), scores, read_results(directory)["score"], path)
+    return [path]
+
+
+def draw_equilibrium_run(directory: str | Path) -> list[Path]:
+    """Losses and accuracies of both networks over epochs."""
+    path = Path(directory) / "figures" / "training.png"
+    draw_both_networks(read_metrics(directory), path)
+    return [path]
+
+
+def draw_logistic_run(directory: str | Path) -> list[Path]:
+    """The error of each method, and the validation loss over outer steps beside published ones."""
+    directory = Path(directory)
+    table, rates = read_arrays(directory / "errors.npz"), read_json(directory / "rates.json")
+    ks, place = table.pop("k"), directory / "figures"
+    draw_errors(ks, table, rates, place / "errors.png")
+    published = {int(step): loss for step, loss in read_results(directory)["published"].items()}
+    draw_losses(read_metrics(directory), published, place / "loss.png")
+    return [place / "errors.png", place / "loss.png"]
+
+
+def draw_meta_learning(
+    metrics: Mapping[str, np.ndarray],
+    scores: Mapping[str, np.ndarray],
+    score: str,
+    path: str | Path,
+) -> None:
+    """The meta-loss over meta-steps; scores [tasks, steps + 1] over steps, mean and two standard
+    errors.
+    """
+    figure = new_figure(9.6, 3.8)
+    left, right = figure.subplots(1, 2)
+    left.plot(metrics["step"], metrics["meta_loss"], color=COLOURS[0], lw=1)
+    label_axes(left, "Loss of the queries after adaptation", "meta-step", "mean over tasks")
+    for colour, (name, values) in zip(COLOURS, scores.items(), strict=False):
+        steps, mean = np.arange(values.shape[1]), values.mean(0)
+        width = 2 * values.std(0) / math.sqrt(len(values))
+        right.plot(steps, mean, color=colour, lw=1.3, label=f"{name} weights")
+        right.fill_between(steps, mean - width, mean + width, color=colour, alpha=0.2, lw=0)
+    label_axes(right, "Test tasks", "steps of gradient descent", score)
+    add_legend(right)
+    save_figure(figure, path)
+
+
+def draw_both_networks(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Losses and accuracies of both networks over epochs; training dashed."""
+    figure = new_figure(9.6, 3.8)
+    panels = {"loss": "cross-entropy", "accuracy": "images classified correctly"}
+    for axes, (what, y_label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for colour, (name, title) in zip(COLOURS, NETWORKS.items(), strict=False):
+            for part, style in (("train", "--"), ("test", "-")):
+                values = metrics[f"{name}/{part}_{what}"]
+                axes.plot(metrics["step"], values, color=colour, ls=style, lw=1.3,
+                          label=f"{title}, {part}")  # fmt: skip
+        label_axes(axes, what.capitalize(), "epoch", y_label)
+        add_legend(axes)
+    save_figure(figure, path)
+
+
+def draw_errors(
+    ks: Sequence[int],
+    curves: Mapping[str, Sequence[float]],
+    rates: Mapping[str, float],
+    path: str | Path,
+) -> None:
+    """Errors over k on a logarithmic scale, and theory's slopes, each through a curve's start."""
+    figure = new_figure(9.6, 4.2)
+    for axes, (title, (names, slopes)) in zip(
+        figure.subplots(1, 2, sharey=True), PANELS.items(), strict=True
+    ):
+        for number, name in enumerate(names):  # hollow markers: several curves are the same
+            axes.plot(ks, curves[name], color=COLOURS[number], lw=1, marker="o",
+                      ms=9 - 1.4 * number, mfc="none", label=name)  # fmt: skip
+        for rate, name in slopes.items():
+            line = curves[name][0] * rates[rate] ** (np.array(ks) - ks[0])
+            axes.plot(ks, line, color=COLOURS[names.index(name)], lw=0.9, ls="--")
+        axes.plot([], [], color=GREY, lw=0.9, ls="--", label="theory, in the method's colour")
+        label_axes(axes, title, "steps, terms or iterations k", "relative error")
+        axes.set_yscale("log")
+        axes.set_ylim(1e-12, 10)
+        add_legend(axes)
+    save_figure(figure, path)
+
+
+def draw_losses(
+    metrics: Mapping[str, np.ndarray], published: Mapping[int, float], path: str | Path
+) -> None:
+    """The validation loss over outer steps, and published values where there are."""
+    figure, axes = one_panel()
+    axes.plot(metrics["step"], metrics["validation_loss"], color=COLOURS[0], lw=1.3, label="here")
+    if published:
+        axes.plot(list(published), list(published.values()), color=COLOURS[1], ls="", marker="o",
+                  ms=5, mfc="none", label="published")  # fmt: skip
+    label_axes(axes, "L2 weights by hypergradient descent", "outer step", "validation loss")
+    add_legend(axes)
+    save_figure(figure, path)
