@@ -31,7 +31,7 @@ from optimizer_figures import (
     draw_optimizer_run,
     one_of_each_kind,
 )
-from run_log import read_config, read_json, read_results
+from run_log import read_config, read_results
 from sweep_report import draw_sweep_run
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
