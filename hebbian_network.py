@@ -24,6 +24,8 @@ from competition import CompetitionError
 from krotov_hopfield import BioConv2d, BioLinear, Triangle, exponential_rate
 
 SCHEDULES = ("constant", "linear", "exponential")
+FEATURE_NORMS = ("batch", "image")
+SMALLEST_SQUARE = 1e-24  # below any mean square of features that are not all 0, also to high powers
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Recipe:
         patience: a layer's training ends after so many batches that did not bring it closer to
             rest than any before; 0: never. threshold: or once its convergence is below this. Both
             are looked at after every batch.
+        feature_norm: what the classifier does to features first: "batch", batch norm; "image",
+            those of each image are divided by their root mean square.
         dropout, classifier_epochs, classifier_lr, classifier_batch_size: of the classifier.
     """
 
@@ -89,6 +93,7 @@ class Recipe:
     batch_size: int = 64
     patience: int = 0
     threshold: float = 0.0
+    feature_norm: str = "batch"
     dropout: float = 0.0
     classifier_epochs: int = 150
     classifier_lr: float = 0.05
@@ -133,7 +138,7 @@ def dense(depth: int) -> Recipe:
     return Recipe(
         (LayerPlan(2000, 0, 0.02, activation="power", power=4.5),), normalization="clamp",
         batch_norm=False, unit_inputs=True, schedule="linear", epochs=200, batch_size=100,
-        classifier_batch_size=100,
+        feature_norm="image", classifier_lr=0.01, classifier_batch_size=100,
     )  # fmt: skip
 
 
@@ -270,10 +275,11 @@ def make_layer(
 
 
 class Classifier(nn.Module):
-    """Batch norm without parameters, dropout, and a linear map to the classes.
+    """A norm without parameters, dropout, and a linear map to the classes.
 
-    features: the shape of what it classifies, [units] or [channels, H, W]. The linear map starts
-    uniform within +-1/sqrt(fan-in), drawn from a generator on the CPU.
+    features: the shape of what it classifies, [units] or [channels, H, W]. feature_norm: of a
+    Recipe. The linear map starts uniform within +-1/sqrt(fan-in), drawn from a generator on the
+    CPU.
     """
 
     def __init__(
@@ -283,11 +289,15 @@ class Classifier(nn.Module):
         dropout: float,
         generator: torch.Generator,
         *,
+        feature_norm: str = "batch",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        norm = nn.BatchNorm2d if len(features) == 3 else nn.BatchNorm1d
-        self.batch_norm = norm(features[0], affine=False, dtype=dtype)
+        if feature_norm == "image":
+            self.norm = nn.RMSNorm(list(features), SMALLEST_SQUARE, elementwise_affine=False)
+        else:
+            norm = nn.BatchNorm2d if len(features) == 3 else nn.BatchNorm1d
+            self.norm = norm(features[0], affine=False, dtype=dtype)
         self.dropout = dropout
         self.linear = nn.Linear(math.prod(features), classes, dtype=dtype)
         with torch.no_grad():
@@ -297,7 +307,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Logits [batch, classes]; in training what is dropped comes from the generator."""
-        x = self.batch_norm(x).flatten(1)
+        x = self.norm(x).flatten(1)
         if self.training and self.dropout:
             kept = torch.rand(x.shape, generator=generator, dtype=torch.float32) >= self.dropout
             x = x * (kept.to(x.device) / (1 - self.dropout)).to(x.dtype)

@@ -121,7 +121,8 @@ class LayerwiseTraining:
         for size in (self.recipe.batch_size, of_classifier):
             if size > count:
                 raise DataError(f"batch size {size} is above {count}, the training images")
-        for depth in classify_after if of_classifier == 1 else ():
+        alone = of_classifier == 1 and self.recipe.feature_norm == "batch"
+        for depth in classify_after if alone else ():
             if self._features(self.train.subset(slice(1)), depth)[0, 0].numel() == 1:
                 raise DataError(f"a classifier's batch of one image has no variance behind layer "
                                 f"{depth}, a number for each unit: take at least 2")  # fmt: skip
@@ -164,14 +165,19 @@ class LayerwiseTraining:
             self._begin_classifier(layers[0])
 
     def _begin_classifier(self, depth: int) -> None:
-        shape = self._features(self.train.subset(slice(1)), depth).shape[1:]
-        generator = seeded_generator(self.seed, START, depth)
-        dtype = next(self.network.parameters()).dtype
-        classifier = Classifier(shape, self.classes, self.recipe.dropout, generator, dtype=dtype)
-        self.classifier = classifier.to(self.train.images.device)
+        self.classifier = self._make_classifier(depth)
         self.optimizer = torch.optim.SGD(
             self.classifier.parameters(), self.recipe.classifier_lr, momentum=MOMENTUM
         )
+
+    def _make_classifier(self, depth: int) -> Classifier:
+        """A new one for the features behind so many layers."""
+        shape = self._features(self.train.subset(slice(1)), depth).shape[1:]
+        classifier = Classifier(
+            shape, self.classes, self.recipe.dropout, seeded_generator(self.seed, START, depth),
+            feature_norm=self.recipe.feature_norm, dtype=next(self.network.parameters()).dtype,
+        )  # fmt: skip
+        return classifier.to(self.train.images.device)
 
     def train_round(self) -> dict[str, float]:
         """Goes on for a round; its numbers, NaN where they are not of this stage.
@@ -305,12 +311,9 @@ class LayerwiseTraining:
 
     def test_accuracy(self, depth: int, data: ImageData) -> float:
         """The share of images that the best state of the classifier behind `depth` layers gets."""
-        state = self.outcomes[depth]["state"]
-        shape = self._features(data.subset(slice(1)), depth).shape[1:]
-        dtype = next(self.network.parameters()).dtype
-        classifier = Classifier(shape, self.classes, 0.0, torch.Generator(), dtype=dtype)
-        classifier.load_state_dict(state)
-        return self._accuracy(classifier.to(data.images.device), data, depth)
+        classifier = self._make_classifier(depth)
+        classifier.load_state_dict(self.outcomes[depth]["state"])
+        return self._accuracy(classifier, data, depth)
 
     @torch.no_grad()
     def _accuracy(self, classifier: nn.Module, data: ImageData, depth: int) -> float:

@@ -31,7 +31,14 @@ from command_line import (
 )
 from competition import GATES, NORMALIZATIONS, gate_needs
 from competition_figures import draw_competition_run
-from hebbian_network import DEEPEST, RECIPES, SCHEDULES, HebbianNetwork, Recipe
+from hebbian_network import (
+    DEEPEST,
+    FEATURE_NORMS,
+    RECIPES,
+    SCHEDULES,
+    HebbianNetwork,
+    Recipe,
+)
 from layerwise_training import AUGMENTATIONS, LayerwiseTraining, split_validation
 from mnist_datasets import load_images
 from run_log import RunLog, run_to_end
@@ -58,6 +65,8 @@ def make_parser():
     add("--validation", type=fraction, default=0.2, help="share of them that chooses the epoch")
     add("--classify_after", type=positive_int, nargs="+", metavar="LAYER",
         help="classifiers behind these layers (default: the last)")  # fmt: skip
+    add("--feature_norm", choices=FEATURE_NORMS,
+        help="features by batch norm, or by the root mean square of each image's")  # fmt: skip
     add("--dropout", type=share_dropped, help="of the features (default: the preset's)")
     add("--classifier_epochs", type=positive_int, help="default: the preset's")
     add("--classifier_lr", type=positive_float, help="default: the preset's")

@@ -304,10 +304,19 @@ def test_the_classifier_drops_features_in_training_only_and_keeps_their_mean():
     classifier = Classifier((3, 4, 4), 5, 0.5, generator(), dtype=torch.float64)
     x = torch.randn(20, 3, 4, 4, generator=generator(1), dtype=torch.float64)
     made = torch.stack([classifier(x, generator(seed)) for seed in range(400)]).mean(0)
-    undropped = classifier.linear(classifier.batch_norm(x).flatten(1))
+    undropped = classifier.linear(classifier.norm(x).flatten(1))
     torch.testing.assert_close(made, undropped, atol=0.15, rtol=0)
     classifier.eval()
     assert torch.equal(classifier(x), classifier(x))
+
+
+def test_features_of_an_image_are_divided_by_their_root_mean_square_also_when_they_are_tiny():
+    classifier = Classifier((50,), 5, 0.0, generator(), feature_norm="image")
+    x = torch.rand(6, 50, generator=generator(1))
+    expected = classifier.linear(x / x.square().mean(1, keepdim=True).sqrt())
+    for size in (1.0, 1e-9, 1e9):
+        torch.testing.assert_close(classifier(size * x), expected)
+    assert classifier(0 * x).isfinite().all()
 
 
 def test_no_epochs_leave_the_initial_weights():
