@@ -24,6 +24,7 @@ from objectives import (
     Batch,
     Buffers,
     Evaluation,
+    HeldOut,
     Linearization,
     MLPObjective,
     ModuleObjective,
@@ -315,11 +316,17 @@ def _lstm_cell(
 class TextObjective(ModuleObjective):
     """A language model; evaluated window by window, because its hidden states go on."""
 
+    recurrent = True
+
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
     ) -> Evaluation:
-        """Mean loss and accuracy over windows [windows, B, length], read in order."""
+        """Mean loss and accuracy over windows [windows, B, length], read in order.
+
+        The first is read with hidden states 0, not with those that training has come to.
+        """
         self.module.eval()
+        buffers = {name: torch.zeros_like(buffer) for name, buffer in buffers.items()}
         each = vmap(self._outputs, in_dims=(0, 0, None))
         sums = []
         for window, following in zip(inputs, targets, strict=True):
@@ -392,6 +399,7 @@ class FunctionObjective:
     size: int
 
     classifies = False
+    recurrent = False
 
     def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
         """Standard normal weights; float64."""
@@ -409,16 +417,16 @@ class FunctionObjective:
         gradient, product, loss = vjp(gradient_of, weights, has_aux=True)
         return Linearization(loss, gradient, buffers, lambda vectors: product(vectors)[0])
 
-    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> tuple[Tensor, Tensor]:
+    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
         """As `linearize`: without buffers there is no difference."""
         found = self.linearize(weights, buffers, batch)
-        return found.loss, found.gradient
+        return HeldOut(found.loss, found.gradient, buffers)
 
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
     ) -> Evaluation:
         """The loss of all samples; accuracy 0."""
-        loss = self.held_out(weights, buffers, Batch(inputs, targets, shared=True))[0]
+        loss = self.held_out(weights, buffers, Batch(inputs, targets, shared=True)).loss
         return Evaluation(loss, torch.zeros_like(loss))
 
 
