@@ -22,9 +22,9 @@ from evaluation_figures import draw_evaluation_run
 from figures import draw_oja_run, draw_rules, draw_run
 from files import write_whole
 from learning_rules import PerLayerRule, classical_rule, load_rule
-from one_pass_report import draw_one_pass_run, draw_report, read_run, table
+from one_pass_report import draw_one_pass_run, draw_report, read_runs, table
 from optimizer_figures import draw_loss_grid, draw_optimizer_run
-from run_log import read_config, read_json
+from run_log import read_config, read_json, run_names
 from sweep_report import draw_sweep_run
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
@@ -122,10 +122,9 @@ def plot_losses(args: argparse.Namespace) -> list[Path]:
 
 def plot_rules(args: argparse.Namespace) -> list[Path]:
     """Each layer's rule is a column; classical rules come last."""
-    names = [directory.resolve().name for directory in args.runs]
     learned = {}
-    for directory, name in zip(args.runs, names, strict=True):
-        learned |= rules_of_run(directory, name if names.count(name) == 1 else str(directory))
+    for directory, name in zip(args.runs, run_names(args.runs), strict=True):
+        learned |= rules_of_run(directory, name)
     by = args.by or (EFFECT if all(rule.effects for rule in learned.values()) else COEFFICIENT)
     classical = {name: classical_rule(name, 1.0).coefficients() for name in args.classical}
     if by == EFFECT:
@@ -143,7 +142,7 @@ def plot_rules(args: argparse.Namespace) -> list[Path]:
 
 def plot_one_pass(args: argparse.Namespace) -> list[Path]:
     """The table, also on the screen, and the figures."""
-    runs = [read_run(directory) for directory in args.runs]
+    runs = read_runs(args.runs)
     text = table(runs)
     print(text)
     drawn = draw_report(runs, args.out)
