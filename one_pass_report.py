@@ -215,11 +215,9 @@ def draw_report(runs: Sequence[Recorded], directory: Path) -> list[Path]:
         "loss_over_steps.png": _envelopes(runs, "step", "weight steps"),
         "loss_over_seconds.png": _envelopes(runs, "seconds", "seconds of training, all draws"),
         "final_losses.png": _distributions(runs),
-        "learning_rates.png": _hyperparameter_traces(runs, "Hyperparameter/Lr", "learning rate"),
-        "momentum.png": _hyperparameter_traces(runs, "Hyperparameter/Momentum", "momentum"),
-        "weight_decay.png": _hyperparameter_traces(
-            runs, "Hyperparameter/Weight_Decay", "weight decay"
-        ),
+        "learning_rates.png": _hyperparameter_traces(runs, "Lr", "learning rate"),
+        "momentum.png": _hyperparameter_traces(runs, "Momentum", "momentum"),
+        "weight_decay.png": _hyperparameter_traces(runs, "Weight_Decay", "weight decay"),
         "run_times.png": _run_times(runs),
         "trajectories.png": _trajectories(runs),
     }
@@ -241,6 +239,15 @@ def _test_losses(run: Recorded) -> np.ndarray:
     """[records, draws], in the units of the data; inf where not finite."""
     losses = run.columns[_loss_name(run.columns)]
     return np.where(np.isfinite(losses), losses, math.inf)
+
+
+def _hyperparameters(run: Recorded, name: str) -> np.ndarray:
+    """[records, draws], to nine digits.
+
+    A logarithmic axis finds no limits where all values are 100000000.00000018.
+    """
+    rounded = np.vectorize(lambda value: float(f"{value:.9g}"), otypes=[float])
+    return rounded(run.columns[f"Hyperparameter/{name}"])
 
 
 def _loss_name(columns: Mapping[str, np.ndarray]) -> str:
@@ -287,8 +294,8 @@ def _hyperparameter_traces(runs: Sequence[Recorded], name: str, label: str) -> F
     figure = new_figure(2.6 * min(count, 4) + 0.6, 2.4 * -(-count // 4) + 0.3)
     panels = figure.subplots(-(-count // 4), min(count, 4), squeeze=False, sharey=True)
     for axes, run, colour in zip(panels.flat, runs, colours(count), strict=False):
-        values = run.columns[name][:, :30]
-        if "Momentum" not in name:
+        values = _hyperparameters(run, name)[:, :30]
+        if name != "Momentum":
             axes.set_yscale("log")
             values = np.where(values > 0, values, math.nan)  # a weight decay may be 0
         axes.plot(run.columns["step"], values, color=colour, lw=0.6, alpha=0.6)
@@ -348,7 +355,7 @@ def _trajectories(runs: Sequence[Recorded]) -> Figure:
     for run, end, stays in zip(runs, ends, staying, strict=True):
         if stays and surface:
             continue
-        paths = [run.columns[f"Hyperparameter/{name}"][:, :30] for name in ("Lr", "Momentum")]
+        paths = [_hyperparameters(run, name)[:, :30] for name in ("Lr", "Momentum")]
         axes.plot(*paths, color="white" if surface else FAINT, lw=0.5, alpha=0.7)
         axes.scatter(*end[:2], c=end[2], norm=colour_of, s=12, ec="white", lw=0.4, zorder=3)
     label_axes(axes, "From the draw to the end", "learning rate", "momentum")
@@ -375,7 +382,7 @@ def _ends(run: Recorded, part: str) -> np.ndarray:
     """
     losses = run.columns[f"Loss/{part}"][-1]
     kept = np.isfinite(final_losses(run.columns)) & np.isfinite(losses) & (losses > 0)
-    rates, momenta = (run.columns[f"Hyperparameter/{name}"][-1] for name in ("Lr", "Momentum"))
+    rates, momenta = (_hyperparameters(run, name)[-1] for name in ("Lr", "Momentum"))
     return np.stack([rates, momenta, np.log10(np.where(kept, losses, 1))])[:, kept]
 
 

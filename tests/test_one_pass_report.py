@@ -148,8 +148,9 @@ def test_a_figure_chosen_on_validation_is_of_runs_with_validation_samples(monkey
 def test_figures_of_draws_that_all_diverged_or_have_no_weight_decay_draw_without_a_warning(
     tmp_path,
 ):
-    run = recorded()
+    run = recorded(draws=1)
     run.columns["Hyperparameter/Weight_Decay"][:] = 0
+    run.columns["Hyperparameter/Lr"][:] = 100000000.00000018
     for name in ("Loss/Training", "Loss/Validation", "Loss/Test", "Unnormalised_Loss/Test"):
         run.columns[name][1:] = math.inf
     with warnings.catch_warnings():
