@@ -33,13 +33,12 @@ class CompiledMLPObjective(MLPObjective):
         runs, dtype = len(weights), samples[0].dtype
         loss = np.empty(runs, dtype)
         gradient = np.empty(tuple(weights.shape), dtype)
-        kernels = _kernels(inputs, units)
-        kernels.gradient(*samples, weights.numpy(), loss, gradient)
+        _gradient_loops(inputs, units)(*samples, weights.numpy(), loss, gradient)
 
         def hessian_product(vectors: Tensor) -> Tensor:
             product = np.empty_like(gradient)
             vectors = vectors.contiguous().numpy()
-            kernels.product(*samples, weights.numpy(), vectors, product)
+            _product_loops(inputs, units)(*samples, weights.numpy(), vectors, product)
             return torch.from_numpy(product)
 
         return Linearization(
@@ -47,26 +46,21 @@ class CompiledMLPObjective(MLPObjective):
         )
 
 
-@dataclass(frozen=True)
-class _Kernels:
-    gradient: Callable
-    product: Callable
+# ---- loops for F inputs and H hidden units, compiled at the first call with each dtype ----
+#
+# A run's flat weights are W1 [F, H], b1 [H], w2 [H], b2. Arrays: X [N, F], y [N], weights and what
+# is shaped like them [D, P].
+
+# reassociated sums become vector instructions; nan and inf keep their meaning: runs diverge
+_compiled = numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
 
 
 @cache
-def _kernels(F: int, H: int) -> _Kernels:
-    """Loops for F inputs and H hidden units; compiled at the first call with each dtype.
-
-    A run's flat weights are W1 [F, H], b1 [H], w2 [H], b2. Arrays: X [N, F], y [N], weights and
-    what is shaped like them [D, P]. A product computes the hidden units anew: to keep them, [D, N,
-    H], would take longer than that, because they do not fit into the caches.
-    """
+def _gradient_loops(F: int, H: int) -> Callable:
+    """(X, y, weights, loss [D], gradients) -> None: fills the last two."""
     b, o, c = F * H, F * H + H, F * H + 2 * H  # where b1, w2 and b2 begin
 
-    # reassociated sums become vector instructions; nan and inf keep their meaning: runs diverge
-    compiled = numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-
-    @compiled
+    @_compiled
     def gradient(X, y, weights, loss, gradients):
         count = len(y)
         zero = weights.dtype.type(0)
@@ -101,7 +95,19 @@ def _kernels(F: int, H: int) -> _Kernels:
             g = gradients[d]
             g[:b], g[b:o], g[o:c], g[c] = G1.reshape(b), g1, g2, g0
 
-    @compiled
+    return gradient
+
+
+@cache
+def _product_loops(F: int, H: int) -> Callable:
+    """(X, y, weights, vectors, products) -> None: fills the last one with the Hessian's products.
+
+    The hidden units are computed anew: to keep them, [D, N, H], would take longer than that,
+    because they do not fit into the caches.
+    """
+    b, o, c = F * H, F * H + H, F * H + 2 * H  # as in _gradient_loops
+
+    @_compiled
     def product(X, y, weights, vectors, products):
         count = len(y)
         zero = weights.dtype.type(0)
@@ -140,4 +146,4 @@ def _kernels(F: int, H: int) -> _Kernels:
             p = products[d]
             p[:b], p[b:o], p[o:c], p[c] = P1.reshape(b), p1, p2, p0
 
-    return _Kernels(gradient, product)
+    return product

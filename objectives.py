@@ -55,6 +55,15 @@ class Linearization:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """Loss [D] and gradient [D, P] of held-out samples, and the network's buffers after them."""
+
+    loss: Tensor
+    gradient: Tensor
+    buffers: Buffers
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Means over a data set: loss [D] and accuracy [D] (0 in a regression)."""
 
@@ -63,9 +72,15 @@ class Evaluation:
 
 
 class Objective(Protocol):
-    """What one_pass.py needs to know of a network and its loss."""
+    """What one_pass.py needs to know of a network and its loss.
+
+    Attributes:
+        classifies: whether correct answers can be counted.
+        recurrent: whether the buffers are hidden states, which belong to the samples that are read.
+    """
 
     classifies: bool
+    recurrent: bool
 
     def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
         """Weights [D, P] and buffers at the start, drawn from one generator for each run."""
@@ -73,8 +88,8 @@ class Objective(Protocol):
     def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
         """The training loss around `weights`."""
 
-    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss [D] and gradient [D, P] of held-out samples; the buffers stay as they are."""
+    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
+        """What held-out samples say; the given buffers stay as they are."""
 
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
@@ -98,6 +113,8 @@ class MLPObjective:
 
     sizes: tuple[int, ...]
     loss: str
+
+    recurrent = False
 
     @property
     def classifies(self) -> bool:
@@ -123,10 +140,10 @@ class MLPObjective:
 
         return Linearization(loss, gradient, buffers, hessian_product)
 
-    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> tuple[Tensor, Tensor]:
+    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
         """As `linearize`: without buffers there is no difference."""
         found = self.linearize(weights, buffers, batch)
-        return found.loss, found.gradient
+        return HeldOut(found.loss, found.gradient, buffers)
 
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
@@ -272,6 +289,8 @@ class ModuleObjective:
     module: nn.Module
     loss: str
 
+    recurrent = False
+
     @property
     def classifies(self) -> bool:
         """Whether correct answers can be counted."""
@@ -303,12 +322,12 @@ class ModuleObjective:
 
         return Linearization(loss, gradient, after, hessian_product)
 
-    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> tuple[Tensor, Tensor]:
+    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
         """Loss and gradient in evaluation mode, which leaves the statistics of batch norm alone."""
         self.module.eval()
         each = self._over_runs(grad(self._loss, has_aux=True), batch)
-        gradient, (loss, _) = each(weights, buffers, batch.inputs, batch.targets)
-        return loss, gradient
+        gradient, (loss, after) = each(weights, buffers, batch.inputs, batch.targets)
+        return HeldOut(loss, gradient, after)
 
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor

@@ -30,6 +30,7 @@ from torch import Generator, Tensor
 
 from errors import WrongInputError
 from objectives import Batch, Buffers, Linearization, Objective
+from seeds import seeded_generator
 
 NAMES = ("lr", "weight_decay", "momentum")
 
@@ -44,6 +45,7 @@ TRANSFORMS: dict[str, tuple[Callable, Callable, Callable]] = {
 DEFAULT_TRANSFORMS = {"lr": "10^", "weight_decay": "10^", "momentum": "sigmoid"}
 
 SMALLEST_POPULATION = 5  # of which one goes on from another
+POPULATION = 4  # what these random numbers are for, as the purposes of tune_one_pass.py
 CLIP_EPS = 1e-6
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 SOUND = 3.0  # times the first training loss; a sound run stays below
@@ -64,6 +66,7 @@ class WeightStep:
     Attributes:
         batch: the training samples.
         before: weights w [D, P].
+        buffers: the network's that entered the step, {name: [D, ...]}.
         momentum_buffer: b [D, P].
         fresh: whether b does not count, as at the very first step.
         hyperparameters: natural values, {name: [D, 1] or [D, P]}.
@@ -75,6 +78,7 @@ class WeightStep:
 
     batch: Batch
     before: Tensor
+    buffers: Buffers
     momentum_buffer: Tensor
     fresh: bool
     hyperparameters: dict[str, Tensor]
@@ -95,6 +99,7 @@ def weight_step(
     linearization: Linearization,
     batch: Batch,
     weights: Tensor,
+    buffers: Buffers,
     momentum_buffer: Tensor,
     fresh: bool,
     hyperparameters: dict[str, Tensor],
@@ -110,6 +115,7 @@ def weight_step(
     return WeightStep(
         batch,
         weights,
+        buffers,
         momentum_buffer,
         fresh,
         hyperparameters,
@@ -169,11 +175,12 @@ def look_back_hypergradients(step: WeightStep, vector: Tensor) -> dict[str, Tens
 def unrolled_hypergradients(
     steps: Sequence[WeightStep],
     validation_gradient: Tensor,
-    linearize: Callable[[Tensor, Batch], Linearization],
+    linearize: Callable[[Tensor, Buffers, Batch], Linearization],
 ) -> dict[str, Tensor]:
     """Exact derivatives through the last `steps`, {name: [D, P]}, momentum within them included.
 
-    Each step's batch is linearized again, so that a long window keeps weights and buffers only.
+    Each step's batch is linearized again, so that a long window keeps weights and buffers only. The
+    network's buffers that entered a step (hidden states) are constants.
     """
     weights_adjoint = validation_gradient
     buffer_adjoint = torch.zeros_like(validation_gradient)
@@ -183,7 +190,7 @@ def unrolled_hypergradients(
         sums["lr"].addcmul_(weights_adjoint, step.new_buffer, value=-1)
         buffer_adjoint = torch.addcmul(buffer_adjoint, eta, weights_adjoint, value=-1)
         sums["weight_decay"].addcmul_(buffer_adjoint, step.before)
-        again = replace(step, linearization=linearize(step.before, step.batch))
+        again = replace(step, linearization=linearize(step.before, step.buffers, step.batch))
         weights_adjoint = weights_adjoint + again.curvature_product(buffer_adjoint)
         if step.fresh:
             buffer_adjoint = torch.zeros_like(buffer_adjoint)
@@ -217,13 +224,14 @@ class Settings:
         every: T, weight steps for each hyperparameter step.
         look_back: i, terms of the series, or steps that are unrolled.
         lr, final_lr: Adam's on the raw values, at the first and at the last hyperparameter step.
-        updates: hyperparameter steps in all; after them the hyperparameters stay.
+        updates: hyperparameter steps in all, over which Adam's rate falls; beyond them it stays.
         chain_rule: False feeds Adam the derivative for the natural value, as Baydin et al. do.
         recover: a run whose training loss is not finite, or far above where it began, goes on from
             the weights of its last good hyperparameter step at a third of its learning rate.
         clip_norm: of the training gradient.
         bounds: {name: (lowest, highest)} of raw values.
         reset: weights, momentum and buffers start anew after each hyperparameter step but the last.
+        seed: of what a population draws.
     """
 
     method: str
@@ -240,6 +248,7 @@ class Settings:
     clip_norm: float | None = None
     bounds: dict[str, tuple[float, float]] = field(default_factory=lambda: {"lr": (-10.0, 0.0)})
     reset: bool = False
+    seed: int = 0
 
 
 @dataclass
@@ -250,13 +259,17 @@ class State:
         step: weight steps taken.
         weights, momentum_buffer: [D, P].
         buffers: the network's, {name: [D, ...]}.
+        held_out_buffers: those of a recurrent network where the held-out samples are read.
         fresh: whether the momentum buffer does not count yet.
         raw: raw hyperparameters, {name: [D, 1] or [D, P]}.
         moments: Adam's two for each tuned hyperparameter, shaped like it.
-        updates: hyperparameter steps that each run has taken, [D, 1].
-        skipped: hyperparameter steps not taken because a hypergradient was not finite, [D, 1].
+        updates: hyperparameter steps that each run has taken, [D, 1]; Adam's count.
+        begun: what `updates` was when the run began, from a state that another had left, [D, 1].
+        skipped: hyperparameter steps not taken because a hypergradient, or what Adam made of it,
+            was not finite, [D, 1].
         factor: what stepped_lr multiplies the learning rate by, [D, 1].
-        previous_gradient: of the last weight step, for successive_gradients.
+        previous_gradient: of the last weight step, for successive_gradients; None where there was
+            none since the start, 0 where a run has recovered since.
         start: weights and buffers to start from anew.
         good: weights and buffers of the last hyperparameter step that found a sound loss.
         sound_loss: the training loss below which a run is sound, [D]; None before the first step.
@@ -264,6 +277,7 @@ class State:
 
     weights: Tensor
     buffers: Buffers
+    held_out_buffers: Buffers
     raw: dict[str, Tensor]
     factor: Tensor
     step: int
@@ -271,6 +285,7 @@ class State:
     momentum_buffer: Tensor
     moments: dict[str, tuple[Tensor, Tensor]]
     updates: Tensor
+    begun: Tensor
     skipped: Tensor
     previous_gradient: Tensor | None
     start: tuple[Tensor, Buffers]
@@ -310,6 +325,7 @@ def initial_state(
     return State(
         weights=weights,
         buffers=buffers,
+        held_out_buffers=start[1],
         raw=raw,
         factor=hyperparameters["factor"].to(weights),
         step=0,
@@ -319,6 +335,7 @@ def initial_state(
             n: (torch.zeros_like(raw[n]), torch.zeros_like(raw[n])) for n in settings.optimised
         },
         updates=count,
+        begun=count.clone(),
         skipped=count.clone(),
         previous_gradient=None,
         start=start,
@@ -385,6 +402,7 @@ class Tuning:
             found,
             batch,
             state.weights,
+            state.buffers,
             state.momentum_buffer,
             state.fresh,
             self.hyperparameters,
@@ -396,8 +414,12 @@ class Tuning:
         return step
 
     def _validation_gradient(self) -> Tensor:
-        state = self.state
-        return self.objective.held_out(state.weights, state.buffers, self.validation.next())[1]
+        state, recurrent = self.state, self.objective.recurrent
+        entering = state.held_out_buffers if recurrent else state.buffers
+        found = self.objective.held_out(state.weights, entering, self.validation.next())
+        if recurrent:
+            state.held_out_buffers = found.buffers
+        return found.gradient
 
     def _recover(self, step: WeightStep) -> Tensor:
         """Put runs whose training loss before the step is unsound back on their feet.
@@ -411,36 +433,45 @@ class Tuning:
         def chosen(good: Tensor, now: Tensor) -> Tensor:
             return torch.where(failed.view(-1, *[1] * (now.dim() - 1)), good, now)
 
+        def all_chosen(good: Buffers, now: Buffers) -> Buffers:
+            return {name: chosen(good[name], buffer) for name, buffer in now.items()}
+
         state.weights = chosen(weights, state.weights)
-        state.buffers = {name: chosen(buffers[name], now) for name, now in state.buffers.items()}
+        state.buffers = all_chosen(buffers, state.buffers)
+        state.held_out_buffers = all_chosen(state.start[1], state.held_out_buffers)
         state.good = chosen(weights, step.before), state.buffers
         state.momentum_buffer = torch.where(failed, 0, state.momentum_buffer)
+        if state.previous_gradient is not None:
+            state.previous_gradient = torch.where(failed, 0, state.previous_gradient)
         forward, inverse, _ = TRANSFORMS[self.settings.transforms["lr"]]
-        slower = inverse(forward(state.raw["lr"]) / 3)
+        slower = self._bounded("lr", inverse(forward(state.raw["lr"]) / 3))
         state.raw["lr"] = torch.where(failed, slower, state.raw["lr"])
         return failed
+
+    def _bounded(self, name: str, raw: Tensor) -> Tensor:
+        """Raw values of the hyperparameter `name`, within its bounds."""
+        lowest, highest = self.settings.bounds.get(name, (-math.inf, math.inf))
+        return raw.clamp(lowest, highest)
 
     def _look_back(self, step: WeightStep, window: deque[WeightStep]) -> None:
         vector = look_back_vector(step, self._validation_gradient(), self.settings.look_back)
         self._descend(look_back_hypergradients(step, vector), step)
 
     def _unroll(self, step: WeightStep, window: deque[WeightStep]) -> None:
-        def linearize(weights: Tensor, batch: Batch) -> Linearization:
-            return self.objective.linearize(weights, self.state.buffers, batch)
-
-        found = unrolled_hypergradients(window, self._validation_gradient(), linearize)
-        self._descend(found, step)
+        gradient = self._validation_gradient()
+        self._descend(unrolled_hypergradients(window, gradient, self.objective.linearize), step)
 
     def _compare_gradients(self, step: WeightStep, window: deque[WeightStep]) -> None:
         new, old = step.linearization.gradient, self.state.previous_gradient
+        self.state.previous_gradient = new
         if old is not None:
             self._descend(successive_gradients(old, new), step)
-        self.state.previous_gradient = new
 
     def _multiply_rate(self, step: WeightStep, window: deque[WeightStep]) -> None:
         forward, inverse, _ = TRANSFORMS[self.settings.transforms["lr"]]
         raw = self.state.raw
-        raw["lr"] = inverse((forward(raw["lr"]) * self.state.factor).clamp(*STEPPED_LR_BOUNDS))
+        stepped = inverse((forward(raw["lr"]) * self.state.factor).clamp(*STEPPED_LR_BOUNDS))
+        raw["lr"] = self._bounded("lr", stepped)
 
     def _exploit(self, step: WeightStep, window: deque[WeightStep]) -> None:
         """Population-based training: the worst fifth goes on from the best, a little changed.
@@ -454,7 +485,7 @@ class Tuning:
         order = found.loss.nan_to_num(nan=math.inf, posinf=math.inf).argsort(stable=True)
         count = len(order) // SMALLEST_POPULATION
         best, worst = order[:count], order[len(order) - count :]
-        generator = torch.Generator().manual_seed(state.step)
+        generator = seeded_generator(self.settings.seed, POPULATION, state.step)
         for tensor in (state.weights, state.momentum_buffer, *state.buffers.values()):
             tensor[worst] = tensor[best]
         for name in self.settings.optimised:
@@ -464,48 +495,56 @@ class Tuning:
             value = forward(state.raw[name][best]) * chosen
             if name == "momentum":
                 value = value.clamp_max(1 - 1e-3)
-            state.raw[name][worst] = inverse(value)
+            state.raw[name][worst] = self._bounded(name, inverse(value))
 
     def _descend(self, hypergradients: dict[str, Tensor], step: WeightStep) -> None:
-        """One step of Adam on the raw values of every run whose hypergradients are finite."""
+        """One step of Adam on the raw values of every run for which all of it is finite.
+
+        A finite gradient does not suffice: its square may overflow, in Adam's second moment.
+        """
         settings, state = self.settings, self.state
-        raw_gradients = {}
+        failed = self._recover(step) if settings.recover else torch.zeros_like(state.updates).bool()
+        count, lr = state.updates + 1, self._hyperparameter_lr()
+        proposed, finite = {}, torch.ones_like(failed)
         for name in settings.optimised:
-            gradient = hypergradients[name]
-            if name not in settings.high_dimensional:
-                gradient = gradient.sum(dim=1, keepdim=True)
-            if settings.chain_rule:
-                derivative = TRANSFORMS[settings.transforms[name]][2]
-                gradient = gradient * derivative(self.hyperparameters[name])
-            raw_gradients[name] = gradient
-        finite = torch.stack([g.isfinite().all(1, keepdim=True) for g in raw_gradients.values()])
-        taken = finite.all(dim=0)
-        if settings.recover:
-            taken = taken & ~self._recover(step)
-        state.skipped = state.skipped + (~taken).to(state.skipped.dtype)
+            gradient = self._raw_gradient(name, hypergradients[name])
+            moved, moments = adam(state.raw[name], gradient, state.moments[name], count, lr)
+            proposed[name] = moved, *moments
+            for values in (gradient, *proposed[name]):
+                finite = finite & values.isfinite().all(dim=1, keepdim=True)
+        taken = finite & ~failed
+        state.skipped = state.skipped + (~finite).to(state.skipped.dtype)
         state.updates = state.updates + taken.to(state.updates.dtype)
-        lr = self._hyperparameter_lr()
-        for name, gradient in raw_gradients.items():
-            moved, moments = adam(state.raw[name], gradient, state.moments[name], state.updates, lr)
-            lowest, highest = settings.bounds.get(name, (-math.inf, math.inf))
-            state.raw[name] = torch.where(taken, moved.clamp(lowest, highest), state.raw[name])
+        for name, (moved, *moments) in proposed.items():
+            state.raw[name] = torch.where(taken, self._bounded(name, moved), state.raw[name])
             state.moments[name] = tuple(
                 torch.where(taken, new, old)
                 for new, old in zip(moments, state.moments[name], strict=True)
             )
 
-    def _hyperparameter_lr(self) -> Tensor:
-        """Adam's rate for each run, [D, 1]: from lr to final_lr, geometrically."""
+    def _raw_gradient(self, name: str, hypergradient: Tensor) -> Tensor:
+        """h [D, P] of a hyperparameter as that of its raw value, shaped like it."""
         settings = self.settings
-        done = ((self.state.updates - 1) / max(settings.updates - 1, 1)).clamp(0, 1)
+        if name not in settings.high_dimensional:
+            hypergradient = hypergradient.sum(dim=1, keepdim=True)
+        if settings.chain_rule:
+            derivative = TRANSFORMS[settings.transforms[name]][2]
+            hypergradient = hypergradient * derivative(self.hyperparameters[name])
+        return hypergradient
+
+    def _hyperparameter_lr(self) -> Tensor:
+        """Adam's rate at each run's next step, [D, 1]: from lr to final_lr, geometrically."""
+        settings, state = self.settings, self.state
+        done = ((state.updates - state.begun) / max(settings.updates - 1, 1)).clamp(0, 1)
         return settings.lr * (settings.final_lr / settings.lr) ** done
 
     def _reset(self) -> None:
-        """Weights and buffers as at the start; the momentum does not count then either."""
+        """Weights and buffers as at the start; neither momentum nor last gradient count then."""
         weights, buffers = self.state.start
         self.state.weights = weights.clone()
         self.state.buffers = {name: buffer.clone() for name, buffer in buffers.items()}
-        self.state.fresh = True
+        self.state.held_out_buffers = self.state.start[1]
+        self.state.fresh, self.state.previous_gradient = True, None
 
 
 _METHODS = {

@@ -24,6 +24,7 @@ from objectives import (
     Batch,
     Buffers,
     Evaluation,
+    HeldOut,
     Linearization,
     MLPObjective,
     ModuleObjective,
@@ -35,6 +36,7 @@ from tabular_datasets import TABLES, load_table, split_table
 
 IMAGES = ("mnist", "fashion", "mnist5k", "cifar10")
 TOYS = ("quadratic", "two_weights")
+OWN_VALIDATION = ("ptb", *TOYS)  # problems whose validation samples are not held out
 PROBLEMS = (*TABLES, *IMAGES, "ptb", *TOYS)
 MODELS = ("mlp", "mlp_batch_norm", "resnet18", "lstm", "toy")
 
@@ -55,7 +57,7 @@ class Problem:
         unit: what the loss is multiplied by to be in the units of the data; 1 but for regression.
         sequential: whether batches must come in the order of the data, as text.
         source: where the data come from.
-        fingerprint_of_data: how many samples, and a digest of them.
+        fingerprint: says how many samples, and a digest of them.
     """
 
     objective: Objective
@@ -63,13 +65,9 @@ class Problem:
     validation: Part
     test: Part
     source: str
-    fingerprint_of_data: str
+    fingerprint: Callable[[], str]
     unit: float = 1.0
     sequential: bool = False
-
-    def fingerprint(self) -> str:
-        """How many samples, and a digest of them."""
-        return self.fingerprint_of_data
 
 
 def default_model(problem: str) -> str:
@@ -94,7 +92,7 @@ def make_problem(
     """
     where = {"dtype": dtype, "device": device}
     if name in TOYS:
-        return _toy(name, where)
+        return _toy(name, model, where)
     if name == "ptb":
         return _text(model, Path(data_dir), device)
     if name in IMAGES:
@@ -124,15 +122,14 @@ class FullBatches:
 
 
 class ShuffledBatches:
-    """Batches of `size` samples from a new permutation each epoch, another one for every run."""
+    """Batches of `size` samples from a new permutation each epoch, another one for every run.
+
+    There are at least `size` samples.
+    """
 
     def __init__(
         self, inputs: Tensor, targets: Tensor, size: int, generators: Sequence[Generator]
     ) -> None:
-        if size > len(inputs):
-            raise OnePassError(
-                f"batch_size {size}: there are {len(inputs):,} samples; take at most that, or none"
-            )
         self.inputs, self.targets = inputs, targets
         self.size, self.generators = size, generators
         self._orders, self._position = self._new_orders(), 0
@@ -213,7 +210,7 @@ def _regression(
     ]
     sizes = (table.inputs.shape[1], HIDDEN_UNITS, 1)
     objective = CompiledMLPObjective(sizes, "mse")
-    return Problem(objective, *parts, table.source, table.fingerprint(), split.target_variance)
+    return Problem(objective, *parts, table.source, table.fingerprint, split.target_variance)
 
 
 def _images(
@@ -231,7 +228,7 @@ def _images(
         (inputs[rows], labels[rows]) for rows in (order[:held_out], order[held_out:])
     )
     test_part = test_inputs, test.labels.to(where["device"])
-    return Problem(network, rest, validation, test_part, training.source, training.fingerprint())
+    return Problem(network, rest, validation, test_part, training.source, training.fingerprint)
 
 
 def _image_network(model: str, data: ImageData) -> Objective:
@@ -315,11 +312,17 @@ def _lstm_cell(
 class TextObjective(ModuleObjective):
     """A language model; evaluated window by window, because its hidden states go on."""
 
+    recurrent = True
+
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
     ) -> Evaluation:
-        """Mean loss and accuracy over windows [windows, B, length], read in order."""
+        """Mean loss and accuracy over windows [windows, B, length], read in order.
+
+        The first is read with hidden states 0, not with those that training has come to.
+        """
         self.module.eval()
+        buffers = {name: torch.zeros_like(buffer) for name, buffer in buffers.items()}
         each = vmap(self._outputs, in_dims=(0, 0, None))
         sums = []
         for window, following in zip(inputs, targets, strict=True):
@@ -341,7 +344,10 @@ def read_text(folder: Path) -> tuple[list[Tensor], int]:
     numbers: dict[str, int] = {}
     parts = []
     for path in paths:
-        words = path.read_text(encoding="utf-8").replace("\n", " <eos> ").split()
+        try:
+            words = path.read_text(encoding="utf-8").replace("\n", " <eos> ").split()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is damaged: {error}") from error
         if not parts:
             numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
         unknown = next((word for word in words if word not in numbers), None)
@@ -374,8 +380,11 @@ def _text(model: str, data_dir: Path, device: torch.device) -> Problem:
     counts = " + ".join(f"{len(part):,}" for part in parts)
     objective = TextObjective(LanguageModel(words), "cross_entropy")
     source = f"{counts} words of Penn Treebank in {data_dir / 'ptb'}"
-    digest = hashlib.sha256(torch.cat(parts).numpy()).hexdigest()[:16]
-    fingerprint = f"{counts} words, sha256 {digest}"
+
+    def fingerprint() -> str:
+        digest = hashlib.sha256(torch.cat(parts).numpy()).hexdigest()[:16]
+        return f"{counts} words, sha256 {digest}"
+
     return Problem(objective, *windows, source, fingerprint, sequential=True)
 
 
@@ -392,6 +401,7 @@ class FunctionObjective:
     size: int
 
     classifies = False
+    recurrent = False
 
     def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
         """Standard normal weights; float64."""
@@ -409,20 +419,22 @@ class FunctionObjective:
         gradient, product, loss = vjp(gradient_of, weights, has_aux=True)
         return Linearization(loss, gradient, buffers, lambda vectors: product(vectors)[0])
 
-    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> tuple[Tensor, Tensor]:
+    def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
         """As `linearize`: without buffers there is no difference."""
         found = self.linearize(weights, buffers, batch)
-        return found.loss, found.gradient
+        return HeldOut(found.loss, found.gradient, buffers)
 
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
     ) -> Evaluation:
         """The loss of all samples; accuracy 0."""
-        loss = self.held_out(weights, buffers, Batch(inputs, targets, shared=True))[0]
+        loss = self.held_out(weights, buffers, Batch(inputs, targets, shared=True)).loss
         return Evaluation(loss, torch.zeros_like(loss))
 
 
-def _toy(name: str, where: dict) -> Problem:
+def _toy(name: str, model: str, where: dict) -> Problem:
+    if model != "toy":
+        raise OnePassError(f"model {model} is not for {name}: take toy")
     loss, size, noise = _QUADRATIC if name == "quadratic" else _TWO_WEIGHTS
     inputs = noise.to(**where)
 
@@ -433,7 +445,7 @@ def _toy(name: str, where: dict) -> Problem:
     held_out = part(quiet, VALIDATION_LOSS)
     objective = FunctionObjective(loss, size)
     training = part(inputs, TRAINING_LOSS)
-    return Problem(objective, training, held_out, held_out, f"the toy {name}", name)
+    return Problem(objective, training, held_out, held_out, f"the toy {name}", lambda: name)
 
 
 def _quadratic_toy(size: int = 10, deviation: float = 0.1) -> tuple[Callable, int, Tensor]:

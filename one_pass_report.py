@@ -10,7 +10,7 @@ averaged over 1000 bootstraps of the draws, +- their standard deviation.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,25 @@ from figure_style import (
     one_panel,
     save_figure,
 )
-from run_log import RunLogError, read_arrays, read_config
+from run_log import RunLogError, read_arrays, read_config, run_names
 from tables import markdown
 
 BOOTSTRAPS = 1000
 ENVELOPE = (10, 90)  # percent of the bootstrapped medians
 DIVERGED = 10.0  # times the loss at the start
+
+# what a run tells, without which there is neither table nor figure
+CONFIG = ("dataset", "method", "network_weight_steps", "look_back")
+COLUMNS = (
+    "step", "seconds", "Loss/Validation", "Loss/Test", "Hyperparameter/Lr",
+    "Hyperparameter/Momentum", "Hyperparameter/Weight_Decay",
+)  # fmt: skip
+
+# wherein runs of one grid over T and i may differ: where they are, what draws, what follows from T
+FREE_IN_A_GRID = (
+    "network_weight_steps", "look_back", "steps", "log_every", "seed", "draws", "first_draw",
+    "config", "data_dir", "device", "threads", "save_state", "log_root", "group", "name",
+)  # fmt: skip
 
 
 class Columns:
@@ -143,7 +156,23 @@ def read_run(directory: str | Path) -> Recorded:
     columns = read_arrays(directory / "draws.npz")
     if not columns:
         raise RunLogError(f"{directory} holds no draws.npz: it is no run of tune_one_pass.py")
+    lacking = [n for n in CONFIG if n not in config] + [n for n in COLUMNS if n not in columns]
+    if lacking:
+        raise RunLogError(
+            f"{directory} is no whole run of tune_one_pass.py: it lacks {', '.join(lacking)}"
+        )
     return Recorded(directory.resolve().name, config, columns)
+
+
+def read_runs(directories: Sequence[str | Path]) -> list[Recorded]:
+    """Several runs, as read_run, with titles that tell them apart."""
+    named = zip(directories, run_names(directories), strict=True)
+    return [replace(read_run(directory), title=name) for directory, name in named]
+
+
+def has_validation(run: Recorded) -> bool:
+    """Whether the run has validation samples."""
+    return not np.isnan(run.columns["Loss/Validation"]).all()
 
 
 def table(runs: Sequence[Recorded]) -> str:
@@ -157,7 +186,7 @@ def table(runs: Sequence[Recorded]) -> str:
         losses = final_losses(run.columns)
         cells.append(_cells(run, run.title, losses))
         validation = run.columns["Loss/Validation"][-1]
-        if run.config["method"] == "fixed" and np.isfinite(validation).any() and len(losses) > 2:
+        if run.config["method"] == "fixed" and has_validation(run) and len(losses) > 2:
             best = best_of_groups(losses, validation, 3)
             cells.append(_cells(run, f"{run.title}, 3-batched", best))
     return markdown(cells, "---")
@@ -186,18 +215,16 @@ def draw_report(runs: Sequence[Recorded], directory: Path) -> list[Path]:
         "loss_over_steps.png": _envelopes(runs, "step", "weight steps"),
         "loss_over_seconds.png": _envelopes(runs, "seconds", "seconds of training, all draws"),
         "final_losses.png": _distributions(runs),
-        "learning_rates.png": _hyperparameter_traces(runs, "Hyperparameter/Lr", "learning rate"),
-        "momentum.png": _hyperparameter_traces(runs, "Hyperparameter/Momentum", "momentum"),
-        "weight_decay.png": _hyperparameter_traces(
-            runs, "Hyperparameter/Weight_Decay", "weight decay"
-        ),
-        "best_so_far.png": _best_so_far(runs),
+        "learning_rates.png": _hyperparameter_traces(runs, "Lr", "learning rate"),
+        "momentum.png": _hyperparameter_traces(runs, "Momentum", "momentum"),
+        "weight_decay.png": _hyperparameter_traces(runs, "Weight_Decay", "weight decay"),
         "run_times.png": _run_times(runs),
         "trajectories.png": _trajectories(runs),
     }
-    settings = {(r.config["network_weight_steps"], r.config["look_back"]) for r in runs}
-    if len({every for every, _ in settings}) > 1 and len({terms for _, terms in settings}) > 1:
-        drawn["sensitivity.png"] = _sensitivity(runs)
+    if validated := [run for run in runs if has_validation(run)]:
+        drawn["best_so_far.png"] = _best_so_far(validated)
+    if grid := _grid_over_steps_and_terms(runs):
+        drawn["sensitivity.png"] = _sensitivity(grid)
     for name, figure in drawn.items():
         save_figure(figure, directory / name)
     return [directory / name for name in drawn]
@@ -214,6 +241,15 @@ def _test_losses(run: Recorded) -> np.ndarray:
     return np.where(np.isfinite(losses), losses, math.inf)
 
 
+def _hyperparameters(run: Recorded, name: str) -> np.ndarray:
+    """[records, draws], to nine digits.
+
+    A logarithmic axis finds no limits where all values are 100000000.00000018.
+    """
+    rounded = np.vectorize(lambda value: float(f"{value:.9g}"), otypes=[float])
+    return rounded(run.columns[f"Hyperparameter/{name}"])
+
+
 def _loss_name(columns: Mapping[str, np.ndarray]) -> str:
     names = ("Unnormalised_Loss/Test", "Perplexity/Test", "Loss/Test")
     return next(name for name in names if name in columns)
@@ -222,6 +258,7 @@ def _loss_name(columns: Mapping[str, np.ndarray]) -> str:
 def _envelopes(runs: Sequence[Recorded], column: str, label: str) -> Figure:
     """The median test loss of each run, and where bootstrapped medians lie."""
     figure, axes = one_panel()
+    axes.set_yscale("log")  # later it would warn where nothing is drawn
     for colour, run in zip(colours(len(runs)), runs, strict=True):
         losses = _test_losses(run)
         generator = np.random.default_rng(0)
@@ -231,7 +268,6 @@ def _envelopes(runs: Sequence[Recorded], column: str, label: str) -> Figure:
         x = run.columns[column]
         axes.plot(x, np.median(losses, axis=1), color=colour, lw=1.4, label=run.title)
         axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-    axes.set_yscale("log")
     label_axes(axes, "Median over draws", label, "test loss")
     add_legend(axes)
     return figure
@@ -240,12 +276,12 @@ def _envelopes(runs: Sequence[Recorded], column: str, label: str) -> Figure:
 def _distributions(runs: Sequence[Recorded]) -> Figure:
     """The share of draws that end below each loss."""
     figure, axes = one_panel()
+    axes.set_xscale("log")  # later it would warn where nothing is drawn
     for colour, run in zip(colours(len(runs)), runs, strict=True):
         losses = np.sort(final_losses(run.columns))
         share = np.arange(1, len(losses) + 1) / len(losses)
         kept = np.isfinite(losses)
         axes.step(losses[kept], share[kept], where="post", color=colour, lw=1.4, label=run.title)
-    axes.set_xscale("log")
     axes.set_ylim(0, 1)
     label_axes(axes, "Final losses", "test loss", "share of draws that end below")
     add_legend(axes)
@@ -258,10 +294,11 @@ def _hyperparameter_traces(runs: Sequence[Recorded], name: str, label: str) -> F
     figure = new_figure(2.6 * min(count, 4) + 0.6, 2.4 * -(-count // 4) + 0.3)
     panels = figure.subplots(-(-count // 4), min(count, 4), squeeze=False, sharey=True)
     for axes, run, colour in zip(panels.flat, runs, colours(count), strict=False):
-        values = run.columns[name][:, :30]
-        axes.plot(run.columns["step"], values, color=colour, lw=0.6, alpha=0.6)
-        if "Momentum" not in name:
+        values = _hyperparameters(run, name)[:, :30]
+        if name != "Momentum":
             axes.set_yscale("log")
+            values = np.where(values > 0, values, math.nan)  # a weight decay may be 0
+        axes.plot(run.columns["step"], values, color=colour, lw=0.6, alpha=0.6)
         label_axes(axes, run.title, "weight steps", label)
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     for axes in panels.flat[count:]:
@@ -270,13 +307,15 @@ def _hyperparameter_traces(runs: Sequence[Recorded], name: str, label: str) -> F
 
 
 def _best_so_far(runs: Sequence[Recorded]) -> Figure:
-    """The test loss of the draw with the least validation loss, over the number of draws."""
+    """The test loss of the draw with the least validation loss, over the number of draws.
+
+    Each of `runs` has validation samples.
+    """
     figure, axes = one_panel()
     axes.set(xscale="log", yscale="log")  # later it would fail where nothing is drawn
     for colour, run in zip(colours(len(runs)), runs, strict=True):
         validation = run.columns["Loss/Validation"][-1]
-        judged = validation if np.isfinite(validation).any() else final_losses(run.columns)
-        judged = np.where(np.isfinite(judged), judged, math.inf)
+        judged = np.where(np.isfinite(validation), validation, math.inf)
         best = [int(judged[: count + 1].argmin()) for count in range(len(judged))]
         values = final_losses(run.columns)[best]
         kept = np.isfinite(values)
@@ -305,7 +344,9 @@ def _trajectories(runs: Sequence[Recorded]) -> Figure:
     Draws whose hyperparameters stay are the corners of a surface; over it go the others.
     """
     figure, axes = one_panel()
-    ends = [_ends(run) for run in runs]
+    axes.set_xscale("log")
+    part = "Validation" if all(map(has_validation, runs)) else "Test"
+    ends = [_ends(run, part) for run in runs]
     losses = np.concatenate([last for _, _, last in ends])
     colour_of = Normalize(*np.percentile(losses, (0, 98)) if len(losses) else (0, 1))
     staying = [run.config["method"] == "fixed" for run in runs]
@@ -314,13 +355,12 @@ def _trajectories(runs: Sequence[Recorded]) -> Figure:
     for run, end, stays in zip(runs, ends, staying, strict=True):
         if stays and surface:
             continue
-        paths = [run.columns[f"Hyperparameter/{name}"][:, :30] for name in ("Lr", "Momentum")]
+        paths = [_hyperparameters(run, name)[:, :30] for name in ("Lr", "Momentum")]
         axes.plot(*paths, color="white" if surface else FAINT, lw=0.5, alpha=0.7)
         axes.scatter(*end[:2], c=end[2], norm=colour_of, s=12, ec="white", lw=0.4, zorder=3)
-    axes.set_xscale("log")
     label_axes(axes, "From the draw to the end", "learning rate", "momentum")
     mappable = ScalarMappable(colour_of, "viridis")
-    figure.colorbar(mappable, ax=axes, label="log10 of the last validation loss")
+    figure.colorbar(mappable, ax=axes, label=f"log10 of the last {part.lower()} loss")
     return figure
 
 
@@ -335,30 +375,42 @@ def _draw_surface(axes: Axes, corners: np.ndarray, colour_of: Normalize) -> bool
     return True
 
 
-def _ends(run: Recorded) -> np.ndarray:
-    """[3, draws]: last learning rate, momentum, and log10 of the last validation loss.
+def _ends(run: Recorded, part: str) -> np.ndarray:
+    """[3, draws]: last learning rate, momentum, and log10 of the last loss on `part`.
 
-    Where no rows were held out it is the test loss. Diverged draws are left out.
+    Diverged draws are left out.
     """
-    losses = run.columns["Loss/Validation"][-1]
-    if not np.isfinite(losses).any():
-        losses = run.columns["Loss/Test"][-1]
+    losses = run.columns[f"Loss/{part}"][-1]
     kept = np.isfinite(final_losses(run.columns)) & np.isfinite(losses) & (losses > 0)
-    rates, momenta = (run.columns[f"Hyperparameter/{name}"][-1] for name in ("Lr", "Momentum"))
+    rates, momenta = (_hyperparameters(run, name)[-1] for name in ("Lr", "Momentum"))
     return np.stack([rates, momenta, np.log10(np.where(kept, losses, 1))])[:, kept]
 
 
+def _grid_over_steps_and_terms(runs: Sequence[Recorded]) -> list[Recorded]:
+    """The runs with a look-back, if they differ in T and in i and in no other setting; else []."""
+    grid = [run for run in runs if run.config["method"] == "look_back"]
+    others = [{n: v for n, v in r.config.items() if n not in FREE_IN_A_GRID} for r in grid]
+    several = (
+        len({run.config[name] for run in grid}) > 1
+        for name in ("network_weight_steps", "look_back")
+    )
+    return grid if all(several) and all(other == others[0] for other in others) else []
+
+
 def _sensitivity(runs: Sequence[Recorded]) -> Figure:
-    """The median final loss over T and i."""
+    """The median final loss over T and i; of runs that agree in both, of the draws of all."""
     every = sorted({run.config["network_weight_steps"] for run in runs})
     terms = sorted({run.config["look_back"] for run in runs})
     grid = np.full((len(terms), len(every)), math.nan)
-    for run in runs:
-        place = (
-            terms.index(run.config["look_back"]),
-            every.index(run.config["network_weight_steps"]),
-        )
-        grid[place] = np.median(final_losses(run.columns))
+    for row, column in np.ndindex(*grid.shape):
+        place = terms[row], every[column]
+        losses = [
+            final_losses(run.columns)
+            for run in runs
+            if (run.config["look_back"], run.config["network_weight_steps"]) == place
+        ]
+        if losses:
+            grid[row, column] = np.median(np.concatenate(losses))
     figure, axes = one_panel()
     logarithm = np.log10(np.where(np.isfinite(grid), grid, math.nan))
     shown = axes.imshow(logarithm, cmap="viridis_r", aspect="auto", origin="lower")

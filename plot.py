@@ -24,14 +24,14 @@ from example_figures import draw_equilibrium_run, draw_imaml_run, draw_logistic_
 from figures import draw_oja_run, draw_rules, draw_run
 from files import write_whole
 from learning_rules import PerLayerRule, classical_rule, load_rule
-from one_pass_report import draw_one_pass_run, draw_report, read_run, table
+from one_pass_report import draw_one_pass_run, draw_report, read_runs, table
 from optimizer_figures import (
     compared_optimizees,
     draw_loss_grid,
     draw_optimizer_run,
     one_of_each_kind,
 )
-from run_log import read_config, read_results
+from run_log import read_config, read_results, run_names
 from sweep_report import draw_sweep_run
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("one_pass"), metavar="DIR", help="for table and figures")
     add = figure(plot_losses, "final losses of optimisers on the optimizees of their comparisons")
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of learn_to_optimize.py")
-    add("--out", type=Path, default=Path("losses.png"), metavar="FILE", help="the figure (PNG)")
+    add("--out", type=png_file, default=Path("losses.png"), metavar="FILE", help="the figure (PNG)")
     return parser
 
 
@@ -123,12 +123,10 @@ def plot_losses(args: argparse.Namespace) -> list[Path]:
     Columns are optimizees, on other data and after other numbers of steps apart. A baseline's loss
     is the mean over the runs that tell it.
     """
-    found = [(directory, tuned_losses(directory)) for directory in args.runs]
-    names = [directory.resolve().name for directory in args.runs]
-    several = len({steps for _, of in found for _, steps in of}) > 1
+    found = [tuned_losses(directory) for directory in args.runs]
+    several = len({steps for of in found for _, steps in of}) > 1
     grid: dict[str, dict[str, list[float]]] = {}
-    for name, (directory, losses) in zip(names, found, strict=True):
-        own = name if names.count(name) == 1 else str(directory)
+    for own, losses in zip(run_names(args.runs), found, strict=True):
         for (optimizee, steps), of in losses.items():
             column = f"{optimizee}, step {steps}" if several else optimizee
             for kind, loss in of.items():
@@ -165,10 +163,9 @@ def tuned_losses(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
 
 def plot_rules(args: argparse.Namespace) -> list[Path]:
     """Each layer's rule is a column; classical rules come last."""
-    names = [directory.resolve().name for directory in args.runs]
     learned = {}
-    for directory, name in zip(args.runs, names, strict=True):
-        learned |= rules_of_run(directory, name if names.count(name) == 1 else str(directory))
+    for directory, name in zip(args.runs, run_names(args.runs), strict=True):
+        learned |= rules_of_run(directory, name)
     by = args.by or (EFFECT if all(rule.effects for rule in learned.values()) else COEFFICIENT)
     classical = {name: classical_rule(name, 1.0).coefficients() for name in args.classical}
     if by == EFFECT:
@@ -186,7 +183,7 @@ def plot_rules(args: argparse.Namespace) -> list[Path]:
 
 def plot_one_pass(args: argparse.Namespace) -> list[Path]:
     """The table, also on the screen, and the figures."""
-    runs = [read_run(directory) for directory in args.runs]
+    runs = read_runs(args.runs)
     text = table(runs)
     if not args.quiet:
         print(text)

@@ -550,6 +550,15 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
+def run_names(directories: Sequence[str | Path]) -> list[str]:
+    """What runs are called beside each other: their last names, or paths where two names agree."""
+    names = [Path(directory).resolve().name for directory in directories]
+    return [
+        name if names.count(name) == 1 else str(directory)
+        for name, directory in zip(names, directories, strict=True)
+    ]
+
+
 def plain(value: Any) -> Any:
     """`value` as it reads back from JSON: tuples as lists, what JSON doesn't know as strings."""
     return json.loads(json.dumps(value, default=str))

@@ -38,6 +38,7 @@ from command_line import (
     new_directory,
     parse,
     positive_int,
+    refuse_idle_flags,
     run_command,
     run_parser,
 )
@@ -58,6 +59,7 @@ from shared_study import (
     open_study,
     run_again,
     say_alive,
+    state_of,
     storage_errors,
 )
 from sweep_report import (
@@ -67,7 +69,7 @@ from sweep_report import (
     write_report,
     write_table,
 )
-from trial_process import GRACE, Rungs, Worker, outcome_of, start
+from trial_process import GRACE, RefusedCommand, Rungs, Worker, outcome_of, start
 
 METHODS = ("random", "tpe", "population", "asha", "grid")
 TRIALS = 30
@@ -186,6 +188,18 @@ def _refuse_flags_of_another_method(args) -> None:
         raise UserError("--method population needs --startup of at least 2, the population")
     if args.reduction < 2:
         raise UserError(f"--reduction: must be at least 2, not {args.reduction}")
+    asha, watched = args.method == "asha", args.watch is not None
+    refuse_idle_flags(
+        args,
+        make_parser(),
+        [
+            ("startup", args.method in GUIDED or (watched and not asha),
+             "--method tpe or population, or --watch without asha"),
+            ("reduction", asha, "--method asha"),
+            ("min_steps", watched, "--watch COLUMN"),
+            ("array_tasks", args.slurm is not None, "--slurm FILE"),
+        ],
+    )  # fmt: skip
 
 
 def _refuse_a_continuum(flags: Sequence[SearchedFlag]) -> None:
@@ -350,14 +364,21 @@ class Sweep:
         if not finish(trial, outcome):
             self.log.warn(f"{worker.directory} came too late: its values are queued again")
             return
-        if outcome.exit_status == 2 and self._none_has_run(trial.study):
+        status = outcome.exit_status
+        if status == 2 and self._none_has_run(trial.study):
             raise RefusedCommand(f"the command refuses its first trial: {outcome.error}")
+        if outcome.state == "failed" and status == 0 and not self._has_values(trial.study):
+            raise RefusedCommand(f"the first trial has no value: {outcome.error}")
         if outcome.state == "failed":
             self.log.say(f"{worker.directory} failed: {outcome.error}")
 
     def _none_has_run(self, study: Study) -> bool:
         statuses = {t.user_attrs.get("exit_status") for t in study.get_trials(deepcopy=False)}
         return statuses <= {None, 2}
+
+    def _has_values(self, study: Study) -> bool:
+        states = {state_of(trial) for trial in study.get_trials(deepcopy=False)}
+        return bool(states & {"done", "diverged"})
 
     def _end_all(self, state: str) -> None:
         for worker in self.workers:
@@ -398,10 +419,6 @@ def flags_of(trial: Trial, searched: Sequence[SearchedFlag]) -> list[str]:
 def cores() -> int:
     """Those that this process may use, where the system tells."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-class RefusedCommand(UserError):  # noqa: N818 - a kind of wrong input
-    """The command does not know a flag, or refuses what is given to it."""
 
 
 def variants(args) -> list[Variant]:
@@ -472,6 +489,12 @@ def say_summary(report: Report, log: RunLog) -> None:
             log.warn(f"{len(failed)} failed; {first} with: {failed[0]['error']}")
 
 
+def nothing_came_of(report: Report) -> bool:
+    """Whether all trials, of all variants, have ended, and none has a value."""
+    states = {state for name in report.trials for state in report.counts(name)}
+    return not states & {"done", "running", "waiting"}
+
+
 def write_slurm(args, own: Sequence[str]) -> None:
     """A job array whose tasks share the study: each takes its part of the trials."""
     if args.out is None:
@@ -480,7 +503,8 @@ def write_slurm(args, own: Sequence[str]) -> None:
     tasks = min(args.array_tasks, total)
     flags = _without(own, ("--slurm", "--array_tasks", "--share"))
     flags += ["--share", str(math.ceil(total / tasks))]
-    command = shlex.join([sys.executable, "sweep.py", *flags, "--", *args.trial_command])
+    script = str(Path(__file__).resolve())  # the job begins wherever sbatch is called
+    command = shlex.join([sys.executable, script, *flags, "--", *args.trial_command])
     args.slurm.write_text(
         "#!/bin/bash\n"
         f"#SBATCH --job-name={args.study or args.out.name}\n"
@@ -532,8 +556,11 @@ def run(args) -> bool:
                 finished = sweep.run()
             finally:
                 write_report(sweep.report(), directory, figures=not args.no_figures)
-            say_summary(sweep.report(), log)
+            report = sweep.report()
+            say_summary(report, log)
             log.say(f"everything is in {directory}")
+            if finished and nothing_came_of(report):
+                sys.exit(f"error: no trial is done, of all that are in {directory}")
             return finished
     except RefusedCommand:
         if new:
@@ -552,8 +579,13 @@ def log_name() -> str:
 
 
 def forget(studies: Mapping[str, Study], directory: Path) -> None:
-    """Leave nothing of a sweep whose command was refused, unless others take part in it."""
+    """Leave nothing of a sweep whose command was refused.
+
+    It stays where others take part in it, or a trial of another variant has its value.
+    """
     for study in studies.values():
+        if any(state_of(trial) == "done" for trial in study.trials):
+            return
         owners = {trial.user_attrs.get("owner", HERE)["session"] for trial in study.trials}
         if owners - {HERE["session"]}:
             return

@@ -4,7 +4,8 @@
     split = split_table(table, validation_proportion=78 / 692)
 
 A set is looked for as DATA_DIR/uci/<name>.txt (rows of numbers, the last column the target), then
-fetched from OpenML or the UCI repository and kept there; Boston also comes with mlxtend.
+fetched from OpenML or the UCI repository and kept there; Boston also comes with mlxtend. Where none
+of these has it, ../shared/data/uci beside the sources is looked into.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from files import in_place
 from image_data import DataError
+
+SHARED = Path(__file__).resolve().parent.parent / "shared" / "data" / "uci"
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,13 @@ class Table:
     Attributes:
         inputs: float64 [N, F].
         targets: float64 [N, 1].
+        test_rows: how many are held out for the test.
         source: where the rows come from and how many they are.
     """
 
     inputs: Tensor
     targets: Tensor
+    test_rows: int
     source: str
 
     def fingerprint(self) -> str:
@@ -94,6 +99,9 @@ def load_table(name: str, data_dir: str | Path = "./data") -> Table:
         else:
             _keep(path, table)
             return table
+    last = SHARED / path.name
+    if last.exists():
+        return _as_table(name, _read_rows(last), str(last))
     raise DataError(
         f"no {name} data: put it at {path}, rows of numbers, the target last "
         f"(tried {'; '.join(failures)})"
@@ -106,9 +114,8 @@ def split_table(table: Table, validation_proportion: float, seed: int = 1) -> Sp
     Inputs and targets are standardised by the mean and standard deviation of all but the test rows.
     `validation_proportion` is that of the rows that are left after the test rows.
     """
-    held_out = next(s.test_rows for s in TABLES.values() if s.rows == len(table.inputs))
     order = torch.randperm(len(table.inputs), generator=torch.Generator().manual_seed(seed))
-    test, rest = order[:held_out], order[held_out:]
+    test, rest = order[: table.test_rows], order[table.test_rows :]
     count = round(validation_proportion * len(rest))
     inputs, _ = _standardised(table.inputs, rest)
     targets, scale = _standardised(table.targets, rest)
@@ -142,7 +149,8 @@ def _as_table(name: str, rows: np.ndarray, source: str) -> Table:
     if not np.isfinite(rows).all():
         raise DataError(f"{source} holds numbers that are not finite")
     values = torch.tensor(rows, dtype=torch.float64)
-    return Table(values[:, :-1], values[:, -1:], f"{known.rows:,} rows of {name} from {source}")
+    found = f"{known.rows:,} rows of {name} from {source}"
+    return Table(values[:, :-1], values[:, -1:], known.test_rows, found)
 
 
 def _fetchers(name: str) -> list[tuple[str, Callable[[], np.ndarray]]]:

@@ -32,6 +32,10 @@ GRACE = 60.0  # seconds from SIGTERM, which ends a command cleanly, to SIGKILL
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
+class RefusedCommand(UserError):  # noqa: N818 - a kind of wrong input
+    """The command refuses its flags, or has no such column or value as the sweep asks for."""
+
+
 @dataclass
 class Worker:
     """A trial and the process that runs it."""
@@ -106,13 +110,13 @@ class Rungs:
     def compare(self, worker: Worker) -> bool:
         """Report the trial's value at each rung newly reached; whether it is among the bad ones.
 
-        A value that is nan was not measured at that step: the next one counts. UserError where
-        there is no such column.
+        A value that is nan was not measured at that step: the next one counts; one that is infinite
+        was, and is as bad as can be. RefusedCommand where there is no such column.
         """
         columns = read_metrics(worker.directory)
         if columns and self.column not in columns:
             names = ", ".join(name for name in columns if name != "step")
-            raise UserError(f"--watch {self.column}: metrics.csv has {names}")
+            raise RefusedCommand(f"--watch {self.column}: metrics.csv has {names}")
         steps, values = columns.get("step", ()), columns.get(self.column, ())
         for step, value in zip(steps, values, strict=True):
             if step < self.next_after(worker.compared_at) or np.isnan(value):
@@ -158,7 +162,10 @@ def outcome_of(worker: Worker, metric: str) -> Outcome:
 
 
 def read_value(directory: Path, metric: str) -> tuple[float | None, str]:
-    """The number under a dotted key of results.json; or None, and what is wrong."""
+    """The number under a dotted key of results.json; or None, and what is wrong.
+
+    It is nan where JSON has null, the sign of a number that is not finite.
+    """
     try:
         value = read_json(directory / "results.json")
     except RunLogError as error:
@@ -169,6 +176,8 @@ def read_value(directory: Path, metric: str) -> tuple[float | None, str]:
         except (KeyError, IndexError, ValueError, TypeError):
             known = f": it has {', '.join(value)}" if isinstance(value, dict) else ""
             return None, f"results.json has no {metric}{known}"
+    if value is None:
+        return math.nan, f"{metric} is null, no finite number"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None, f"{metric} in results.json is {value!r}, not a number"
     return float(value), "" if math.isfinite(value) else f"{metric} is {value}"

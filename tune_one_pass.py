@@ -2,6 +2,7 @@
 
     python tune_one_pass.py -c configs/energy.yaml configs/ours_lr_momentum.yaml --draws 200
     python tune_one_pass.py -c configs/fashion.yaml configs/random.yaml --lr 0.05 --momentum 0.9
+    python tune_one_pass.py -c runs/energy-ours/config.json             the same run again
     python plot.py one_pass runs/energy-ours runs/energy-random
 
 -c takes one file for the problem and one for the algorithm; every key is also a flag, and flags
@@ -10,9 +11,11 @@ directory holds the medians over the draws in metrics.csv and every draw's numbe
 """
 
 import argparse
+import hashlib
 import io
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,9 @@ from command_line import (
     device_name,
     fraction,
     new_directory,
+    nonnegative_float,
     nonnegative_int,
     open_run,
-    parse,
     positive_float,
     positive_int,
     run_command,
@@ -41,13 +44,23 @@ from one_pass import (
     SMALLEST_POPULATION,
     TRANSFORMS,
     OnePassError,
+    Samples,
     Settings,
     State,
     Tuning,
     initial_hyperparameters,
     initial_state,
 )
-from one_pass_problems import MODELS, PROBLEMS, Problem, default_model, make_problem, make_samples
+from one_pass_problems import (
+    MODELS,
+    OWN_VALIDATION,
+    PROBLEMS,
+    Part,
+    Problem,
+    default_model,
+    make_problem,
+    make_samples,
+)
 from one_pass_report import (
     Columns,
     draw_one_pass_run,
@@ -55,11 +68,40 @@ from one_pass_report import (
     median_of_draws,
     summary,
 )
-from run_log import RunLog, run_to_end
-from yaml_settings import Key, add_settings, complete, mapping, truth
+from run_log import RunLog, read_config, run_to_end
+from yaml_settings import (
+    Key,
+    add_settings,
+    mapping,
+    parse_settings,
+    refuse_idle_settings,
+    truth,
+)
 
 # what a draw's random numbers are for; each has a stream of its own
 HYPERPARAMETERS, WEIGHTS, TRAINING, VALIDATION = range(4)
+
+# methods that take batches of validation samples; that need such samples; that use hypergradients
+WITH_VALIDATION_BATCHES = ("look_back", "unrolled")
+VALIDATED = (*WITH_VALIDATION_BATCHES, "population")
+BY_HYPERGRADIENTS = (*WITH_VALIDATION_BATCHES, "successive_gradients")
+
+# what -c takes from a run's config.json beside the settings, and what it leaves out: where that run
+# wrote, and what it found
+RUN_FLAGS = ("seed", "device", "threads", "dtype", "data_dir", "load_state")
+OF_ONE_RUN = (
+    "command", "config", "steps", "data_found", "state_found", "save_state", "log_root", "group",
+    "name",
+)  # fmt: skip
+
+
+def momentum_value(text: str) -> float:
+    """A number from 0 to 1, 1 left out."""
+    value = fraction(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"must be below 1, not {text!r}")
+    return value
+
 
 KEYS = (
     Key("dataset", str, "energy", "the problem's data", choices=PROBLEMS),
@@ -85,8 +127,8 @@ KEYS = (
     Key("transformed_hyperparameters", mapping, DEFAULT_TRANSFORMS, "exp, 10^ or sigmoid"),
     Key("reset_model_after_hyperparameter_update", truth, False, "train from the start again"),
     Key("lr", positive_float, None, "of every draw at the start; none: drawn"),
-    Key("weight_decay", positive_float, None, "of every draw at the start; none: drawn"),
-    Key("momentum", fraction, None, "of every draw at the start; none: drawn"),
+    Key("weight_decay", nonnegative_float, None, "of every draw at the start; none: drawn"),
+    Key("momentum", momentum_value, None, "of every draw at the start; none: drawn"),
     Key("draws", positive_int, 1, "runs"),
     Key("first_draw", nonnegative_int, 0, "number of the first one"),
     Key("log_every", positive_int, None, "weight steps; none: a fortieth of the run"),
@@ -112,8 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, build, train, report."""
-    args = parse(make_parser(), argv)
-    complete(args, KEYS)
+    args = parse_settings(make_parser(), KEYS, argv, RUN_FLAGS, OF_ONE_RUN)
     fill_in(args)
     device, dtype = set_up(args)
     problem = make_problem(
@@ -126,12 +167,14 @@ def main(argv: list[str] | None = None) -> None:
         device,
     )
     tuning = make_tuning(args, problem, device, dtype)
+    if args.load_state is not None:
+        args.state_found = state_digest(args)
     with open_run(args, "tune_one_pass", problem) as log:
         log.say(f"{problem.source}; {args.draws} runs of {args.steps:,} steps")
         columns, finished = train(args, problem, tuning, log)
         report(args, problem, columns, log)
         if args.save_state is not None:
-            save_state(args.save_state, tuning.state)
+            save_state(args.save_state, tuning)
     if not finished:
         raise KeyboardInterrupt
 
@@ -150,21 +193,66 @@ def fill_in(args: argparse.Namespace) -> None:
     wanted = args.log_every or args.steps // 40
     args.log_every = max(wanted // every, 1) * every
     name_directory(args)
-    tuned = args.method not in ("fixed", "stepped_lr")
-    if tuned and not args.optimised_hyperparameters:
-        raise OnePassError(f"method {args.method} needs optimised_hyperparameters, such as lr")
-    if tuned and args.method != "successive_gradients" and not args.validation_proportion:
-        raise OnePassError(f"method {args.method} needs a validation_proportion above 0")
-    if args.method == "successive_gradients" and args.optimised_hyperparameters != ["lr"]:
-        raise OnePassError("successive_gradients tunes lr, nothing else")
-    if args.method == "population":
-        if args.high_dimensional_hyperparameters:
-            raise OnePassError("a population has one value of each hyperparameter for a run")
-        if args.draws < SMALLEST_POPULATION:
-            raise OnePassError(f"a population needs --draws {SMALLEST_POPULATION} or more")
     check_tables(args)
+    check_method(args)
+    check_idle_settings(args)
     if args.save_state is not None and not args.save_state.resolve().parent.is_dir():
         raise OnePassError(f"-S {args.save_state}: there is no such folder")
+    if args.save_state is not None and args.save_state.is_dir():
+        raise OnePassError(f"-S {args.save_state} is a folder: name a file in it")
+
+
+def check_method(args: argparse.Namespace) -> None:
+    """OnePassError where the method can't do with the settings that it has."""
+    method, tuned, every = args.method, args.optimised_hyperparameters, args.network_weight_steps
+    if method in (*BY_HYPERGRADIENTS, "population") and not tuned:
+        raise OnePassError(f"method {method} needs optimised_hyperparameters, such as lr")
+    held_out = args.validation_proportion or args.dataset in OWN_VALIDATION
+    if method in VALIDATED and not held_out:
+        raise OnePassError(f"method {method} needs a validation_proportion above 0")
+    if method == "successive_gradients" and tuned != ["lr"]:
+        raise OnePassError("successive_gradients tunes lr, nothing else")
+    if method == "successive_gradients" and every != 1:
+        raise OnePassError(
+            f"successive_gradients compares each gradient with the one before it: take "
+            f"network_weight_steps 1, not {every}"
+        )
+    if method == "unrolled" and args.look_back > every:
+        raise OnePassError(
+            f"look_back {args.look_back} is more than the {every} weight steps between two "
+            f"hyperparameter steps: take a larger network_weight_steps, or look back less"
+        )
+    if method == "population" and args.draws < SMALLEST_POPULATION:
+        raise OnePassError(f"a population needs --draws {SMALLEST_POPULATION} or more")
+
+
+def check_idle_settings(args: argparse.Namespace) -> None:
+    """SettingsError or OnePassError where a setting would do nothing."""
+    method, own = args.method, args.dataset in OWN_VALIDATION
+    by_hypergradients = f"a method out of {', '.join(BY_HYPERGRADIENTS)}"
+    refuse_idle_settings(
+        args,
+        KEYS,
+        [
+            ("optimised_hyperparameters", method in (*BY_HYPERGRADIENTS, "population"),
+             f"{by_hypergradients}, population"),
+            ("high_dimensional_hyperparameters hyperparameter_lr final_hyperparameter_lr "
+             "chain_rule recover", method in BY_HYPERGRADIENTS, by_hypergradients),
+            ("look_back", method in WITH_VALIDATION_BATCHES, "method look_back or unrolled"),
+            ("hyperparameter_clipping", method != "fixed", "a method other than fixed"),
+            ("reset_model_after_hyperparameter_update",
+             method not in ("fixed", "successive_gradients"),
+             "a method other than fixed and successive_gradients"),
+            ("validation_proportion split_seed", not own,
+             f"a dataset other than {', '.join(OWN_VALIDATION)}"),
+            ("batch_size", args.dataset != "ptb", "a dataset other than ptb"),
+        ],
+    )  # fmt: skip
+    for name in args.high_dimensional_hyperparameters:
+        if name not in args.optimised_hyperparameters:
+            raise OnePassError(
+                f"high_dimensional_hyperparameters: {name} is not among those that are tuned"
+            )
 
 
 def name_directory(args: argparse.Namespace) -> None:
@@ -199,7 +287,7 @@ def check_tables(args: argparse.Namespace) -> None:
                 f"for none, not {pair!r}"
             )
     for name, kind in args.transformed_hyperparameters.items():
-        if kind not in TRANSFORMS:
+        if kind not in [*TRANSFORMS]:  # it may be anything that YAML knows
             raise OnePassError(
                 f"{name} can be transformed by {', '.join(TRANSFORMS)}, not {kind!r}"
             )
@@ -230,6 +318,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         clip_norm=args.network_weight_grad_clipping.get("norm"),
         bounds={n: tuple(pair) for n, pair in args.hyperparameter_clipping.items() if pair},
         reset=args.reset_model_after_hyperparameter_update,
+        seed=args.seed,
     )
 
 
@@ -238,6 +327,7 @@ def make_tuning(
 ) -> Tuning:
     """All draws at their start; a draw's numbers do not depend on which others run beside it."""
     settings = make_settings(args)
+    check_parts(args, problem)
     hyperparameters = initial_hyperparameters(generators(args, HYPERPARAMETERS))
     for name in NAMES:
         if getattr(args, name) is not None:
@@ -248,16 +338,48 @@ def make_tuning(
         for name, buffer in buffers.items()
     }
     state = initial_state(weights.to(device, dtype), buffers, hyperparameters, settings)
-    going_on = args.resume is not None and (args.resume / "checkpoint.pt").exists()
-    if args.load_state is not None and not going_on:
-        state = read_state(args.load_state, state)
-    samples = [
-        make_samples(part, args.batch_size, problem.sequential, generators(args, purpose))
-        if len(part[0])
-        else None
-        for part, purpose in ((problem.training, TRAINING), (problem.validation, VALIDATION))
-    ]
-    return Tuning(problem.objective, *samples, settings, state)
+    if args.load_state is not None and not goes_on(args):
+        state = read_state(args.load_state, state, settings)
+    check_start(state, settings)
+
+    def samples(part: Part, size: int | None, purpose: int) -> Samples:
+        return make_samples(part, size, problem.sequential, generators(args, purpose))
+
+    training, validation = samples(problem.training, args.batch_size, TRAINING), None
+    if args.method in VALIDATED:
+        few = len(problem.validation[0]) < (args.batch_size or math.inf)
+        size = None if few or args.method == "population" else args.batch_size
+        validation = samples(problem.validation, size, VALIDATION)
+    return Tuning(problem.objective, training, validation, settings, state)
+
+
+def check_parts(args: argparse.Namespace, problem: Problem) -> None:
+    """OnePassError where training or tuning finds too few samples."""
+    training, validation = len(problem.training[0]), len(problem.validation[0])
+    for count, name in ((training, "training"), (validation, "validation")):
+        if count == 0 and (name == "training" or args.method in VALIDATED):
+            raise OnePassError(
+                f"validation_proportion {args.validation_proportion:g} leaves no {name} samples"
+            )
+    if not problem.sequential and (args.batch_size or 0) > training:
+        raise OnePassError(
+            f"batch_size {args.batch_size}: there are {training:,} training samples; take at most "
+            f"that, or none"
+        )
+    if args.model == "mlp_batch_norm" and min(args.batch_size or training, training) == 1:
+        raise OnePassError("model mlp_batch_norm needs batches of at least 2 training samples")
+
+
+def check_start(state: State, settings: Settings) -> None:
+    """OnePassError where a raw value at the start can't be tuned, or is none."""
+    for name, raw in state.raw.items():
+        tuned = name in settings.optimised
+        wrong = raw[~raw.isfinite() if tuned else raw.isnan()]
+        if len(wrong):
+            raise OnePassError(
+                f"{name} begins with the raw value {wrong[0].item():g} under "
+                f"{settings.transforms[name]}: it can't be {'tuned' if tuned else 'used'}"
+            )
 
 
 def generators(args: argparse.Namespace, purpose: int) -> list[Generator]:
@@ -291,9 +413,23 @@ def train(
 
     records = [*range(args.log_every, args.steps, args.log_every), args.steps]
     left = [number for number in records if number > tuning.state.step]
+    compile_loops(tuning)
     with log.progress(len(records), len(records) - len(left), "record") as progress:
         finished = run_to_end(log, progress, left, step, lambda: checkpoint(tuning, columns))
     return columns, finished
+
+
+def compile_loops(tuning: Tuning) -> None:
+    """Have compiled what would be at its first call, so that it is no part of the training time.
+
+    The batches stay as they were.
+    """
+    state, training = tuning.state, tuning.training
+    place = training.state_dict()
+    found = tuning.objective.linearize(state.weights, state.buffers, training.next())
+    training.load_state_dict(place)
+    if tuning.settings.method in WITH_VALIDATION_BATCHES:
+        found.hessian_product(torch.zeros_like(state.weights))
 
 
 def record(
@@ -311,16 +447,18 @@ def record(
 
 @torch.no_grad()
 def measured(problem: Problem, tuning: Tuning) -> dict[str, np.ndarray]:
-    """Losses and hyperparameters of every draw, [D] each; nan where there is no such part."""
+    """Losses and hyperparameters of every draw, [D] each.
+
+    A loss is nan where there is no such part; one that was measured and is nan is inf.
+    """
     state, found = tuning.state, {}
     for title in ("Training", "Validation", "Test"):
         inputs, targets = getattr(problem, title.lower())
         if len(inputs):
             means = tuning.objective.evaluate(state.weights, state.buffers, inputs, targets)
-            loss, accuracy = (
-                means.loss.double().cpu().numpy(),
-                means.accuracy.double().cpu().numpy(),
-            )
+            loss = means.loss.double().cpu().numpy()
+            loss = np.where(np.isnan(loss), math.inf, loss)
+            accuracy = means.accuracy.double().cpu().numpy()
         else:
             loss = accuracy = np.full(len(state.weights), math.nan)
         found[f"Loss/{title}"] = loss
@@ -344,15 +482,20 @@ def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: Ru
     losses = final_losses(columns.arrays())
     results = {"data": problem.source, "draws": args.draws, **summary(losses, args.seed)}
     for name in ("Loss/Validation", "Loss/Test", "Accuracy/Test"):
-        if name in columns.arrays():
-            key = name.replace("/", "_").lower()
-            results[key] = median_of_draws(columns.arrays()[name][-1])
-    log.write_json("results.json", results)
+        last = columns.arrays().get(name, np.full((1, 1), math.nan))[-1]
+        if not np.isnan(last).all():
+            results[name.replace("/", "_").lower()] = median_of_draws(last)
+    log.write_json("results.json", {name: finite_or_null(v) for name, v in results.items()})
     log.draw(draw_one_pass_run)
     log.say(
         f"final test loss: median {results['median']:.4g}, mean {results['mean']:.4g} of those "
         f"that did not diverge, {results['diverged']:.1%} diverged; in {log.directory}"
     )
+
+
+def finite_or_null(value: Any) -> Any:
+    """`value`, None for a number that JSON has no name for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- saving ----
@@ -376,27 +519,69 @@ def load_tuning(tuning: Tuning, saved: dict[str, Any]) -> None:
             part.load_state_dict(state)
 
 
-def save_state(path: Path, state: State) -> None:
+def goes_on(args: argparse.Namespace) -> bool:
+    """Whether the run has a checkpoint to go on from."""
+    return args.resume is not None and (args.resume / "checkpoint.pt").exists()
+
+
+def state_digest(args: argparse.Namespace) -> str | None:
+    """Which state the run began with: that of the file, or the one that it has noted."""
+    if goes_on(args):
+        return read_config(args.resume).get("state_found")
+    return f"sha256 {hashlib.sha256(args.load_state.read_bytes()).hexdigest()[:16]}"
+
+
+def save_state(path: Path, tuning: Tuning) -> None:
     """Weights, hyperparameters and moments, for -s; in one piece, or not at all."""
     content = io.BytesIO()
-    torch.save(vars(state), content)
+    saved = {"state": vars(tuning.state), "transforms": tuning.settings.transforms}
+    torch.save(saved, content)
     write_whole(path, content.getvalue())
 
 
-def read_state(path: Path, expected: State) -> State:
-    """A state that -S wrote, as the start of a run like `expected`."""
+def read_state(path: Path, expected: State, settings: Settings) -> State:
+    """The start of a run like `expected` from a state that -S wrote.
+
+    It goes on with the weights, the momentum, the hyperparameters and, where all of those that are
+    tuned have any, the moments of Adam; everything else begins anew. OnePassError where the state
+    is one of other runs than `expected`.
+    """
     try:
         found = torch.load(path, map_location=expected.weights.device, weights_only=True)
-        state = State(**found)
+        state, transforms = State(**found["state"]), found["transforms"]
+        there, here = _shapes(state), _shapes(expected)
     except Exception as error:  # whatever a damaged file makes the reader raise
         reason = " ".join(str(error).split())[:100]
         raise OnePassError(f"{path} is not a saved state: {reason}") from error
-    for name in ("weights", "factor"):
-        there, here = getattr(state, name).shape, getattr(expected, name).shape
-        if there != here:
-            raise OnePassError(f"{path} holds {name} {list(there)}, this run has {list(here)}")
-    state.step = 0
-    return state
+    for name in {**here, **there}:
+        if there.get(name) != here.get(name):
+            has = here.get(name, "none")
+            raise OnePassError(f"{path} holds {name} {there.get(name, 'none')}, this run has {has}")
+    if transforms != settings.transforms:
+        raise OnePassError(
+            f"{path} holds raw values of {transforms}, this run has {settings.transforms}"
+        )
+    adam = state if set(settings.optimised) <= set(state.moments) else expected
+    start = state.weights.clone(), {name: buffer.clone() for name, buffer in state.buffers.items()}
+    return replace(
+        expected,
+        **{n: getattr(state, n) for n in ("weights", "buffers", "raw", "factor", "fresh")},
+        momentum_buffer=state.momentum_buffer,
+        moments={name: adam.moments[name] for name in settings.optimised},
+        updates=adam.updates,
+        begun=adam.updates,
+        start=start,
+        good=start,
+    )
+
+
+def _shapes(state: State) -> dict[str, str]:
+    """Shape and type of all that a run takes from a saved state."""
+    tensors = {n: getattr(state, n) for n in ("weights", "momentum_buffer", "factor", "updates")}
+    tensors |= {f"raw {name}": values for name, values in state.raw.items()}
+    tensors |= {f"buffer {name}": values for name, values in state.buffers.items()}
+    kinds = {name: str(values.dtype).removeprefix("torch.") for name, values in tensors.items()}
+    return {name: f"{list(values.shape)} {kinds[name]}" for name, values in tensors.items()}
 
 
 def _moved(value: Any, device: torch.device) -> Any:

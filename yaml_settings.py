@@ -1,14 +1,15 @@
 """Settings of a command that come from YAML files, merged left to right, and from flags, which win.
 
     add_settings(parser, KEYS)          # a flag for every key, and -c FILE...
-    args = parse(parser, argv)
-    complete(args, KEYS)                # now every key has its value: flag, else file, else default
+    args = parse_settings(parser, KEYS, argv)   # every key has its value: flag, file or default
 
-Nested tables merge key by key; every other value replaces the one before it.
+Nested tables merge key by key; every other value replaces the one before it. A run's config.json is
+such a file too: it starts the same run again.
 """
 
 import argparse
 import difflib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from command_line import parse
 from errors import WrongInputError
 
 
@@ -61,22 +63,51 @@ def add_settings(parser: argparse.ArgumentParser, keys: Sequence[Key]) -> None:
         )
 
 
-def complete(args: argparse.Namespace, keys: Sequence[Key]) -> None:
-    """Give every key that has no flag its value from the files in `args.config`, or its default.
+def parse_settings(
+    parser: argparse.ArgumentParser,
+    keys: Sequence[Key],
+    argv: Sequence[str] | None = None,
+    run_flags: Sequence[str] = (),
+    of_one_run: Sequence[str] = (),
+) -> argparse.Namespace:
+    """Parse `argv`; a key has the value of its flag, else of the files after -c, else its default.
+
+    run_flags: other flags of `parser` that the files may hold too.
+    of_one_run: what config.json holds beside; it is left out.
 
     Raises SettingsError for a file that can't be read, a key that doesn't exist, a wrong value.
-    A run that is resumed has its values already.
+    A run that is resumed has its values already: the files are not read again.
     """
+    args = parse(parser, argv)
     merged: dict[str, Any] = {}
-    if getattr(args, "resume", None) is None:
+    if getattr(args, "resume", None) is None and args.config:
+        flags = [_as_key(action) for action in parser._actions if action.dest in run_flags]
         for path in args.config:
-            merged = merge(merged, read_settings(path, keys))
+            merged = merge(merged, read_settings(path, [*keys, *flags], of_one_run))
+        found = {flag.name: merged[flag.name] for flag in flags if flag.name in merged}
+        parser.set_defaults(**found)  # so that those on the command line win
+        args = parse(parser, argv)
     for key in keys:
         value = getattr(args, key.name)
         value = merged.get(key.name, key.default) if value is None else value
         if isinstance(key.default, dict):
             value = merge(key.default, value)
         setattr(args, key.name, value)
+    return args
+
+
+def refuse_idle_settings(
+    args: argparse.Namespace, keys: Sequence[Key], needs: Sequence[tuple[str, bool, str]]
+) -> None:
+    """SettingsError where a setting has another value than its default, and would do nothing.
+
+    needs: names of settings, whether they matter in this run, and what else they need.
+    """
+    defaults = {key.name: key.default for key in keys}
+    for names, matter, needed in needs:
+        for name in names.split():
+            if not matter and getattr(args, name) != defaults[name]:
+                raise SettingsError(f"{name} needs {needed}")
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -88,19 +119,27 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def read_settings(path: Path, keys: Sequence[Key]) -> dict[str, Any]:
-    """The checked settings in one file."""
+def read_settings(
+    path: Path, keys: Sequence[Key], of_one_run: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The checked settings in one file; of a run's config.json without those `of_one_run`."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SettingsError(f"can't read {path}: {reason}") from error
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        # not all that JSON writes is a number in YAML: 1e-05 is not
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise SettingsError(f"{path} is not {kind}: {' '.join(str(error).split())}") from error
     if found is None:
         return {}
     if not isinstance(found, dict):
         raise SettingsError(f"{path} must be a table of keys and values")
+    if path.suffix == ".json":
+        found = {name: value for name, value in found.items() if name not in of_one_run}
     known = {key.name: key for key in keys}
     return {name: _checked(path, name, value, known) for name, value in found.items()}
 
@@ -109,7 +148,7 @@ def mapping(text: str) -> dict[str, Any]:
     """The type of a flag that is a table, written as in YAML: '{lr: [-10, 0]}'."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a table such as '{{lr: 1}}', not {text!r}")
@@ -122,6 +161,10 @@ def truth(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
     return values[text.lower()]
+
+
+def _as_key(action: argparse.Action) -> Key:
+    return Key(action.dest, action.type or str, action.default, action.help, choices=action.choices)
 
 
 def _checked(path: Path, name: Any, value: Any, known: dict[str, Key]) -> Any:

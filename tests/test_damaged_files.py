@@ -19,7 +19,7 @@ from learning_rules import PerLayerRule, classical_rule, load_rule, rule_from_di
 from mnist_datasets import parse_idx, read_idx
 from optimizer_networks import CoordinateLSTM, load_network, network_to_dict
 from run_log import RunLog, RunLogError, read_arrays, read_config, read_metrics
-from yaml_settings import add_settings, complete
+from yaml_settings import add_settings, parse_settings
 
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -98,7 +98,7 @@ SETTINGS = {
 def read_settings(path):
     parser = argparse.ArgumentParser()
     add_settings(parser, tune_one_pass.KEYS)
-    complete(parser.parse_args(["-c", str(path)]), tune_one_pass.KEYS)
+    parse_settings(parser, tune_one_pass.KEYS, ["-c", str(path)])
 
 
 @quick

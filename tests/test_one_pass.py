@@ -23,7 +23,13 @@ from one_pass import (
     unrolled_hypergradients,
     weight_step,
 )
-from one_pass_problems import FullBatches, ShuffledBatches
+from one_pass_problems import (
+    FullBatches,
+    LanguageModel,
+    SequentialBatches,
+    ShuffledBatches,
+    TextObjective,
+)
 
 SIZES = (3, 4, 1)
 
@@ -50,7 +56,7 @@ def test_the_golden_case_to_seven_digits():
     one = torch.ones(1, 1, dtype=torch.float64)
     found = Linearization(one[0], 2 * one, {}, lambda vectors: 2 * vectors)  # of w^2 at w = 1
     natural = hyperparameters(one, 0.1, 0.1, 0.5)
-    step = weight_step(found, None, one, 0.3 * one, False, natural, None)
+    step = weight_step(found, None, one, {}, 0.3 * one, False, natural, None)
     assert step.after.item() == pytest.approx(0.775, abs=1e-12)
     vector = look_back_vector(step, step.after, terms=5)  # the gradient of w'^2 / 2
     assert vector.item() == pytest.approx(2.55489585, abs=1e-8)
@@ -77,7 +83,7 @@ def test_the_series_is_autograds_through_the_weight_update(clip_norm, fresh, per
     }
     plain = {name: value.detach() for name, value in natural.items()}
     found = objective.linearize(weights, {}, batch)
-    step = weight_step(found, batch, weights, buffer, fresh, plain, clip_norm)
+    step = weight_step(found, batch, weights, {}, buffer, fresh, plain, clip_norm)
     vector = look_back_vector(step, target, terms=4)
     ours = look_back_hypergradients(step, vector)
 
@@ -115,11 +121,13 @@ def _differentiable_gradient(objective, weights, batch):
     return torch.stack(found)
 
 
-def train_steps(objective, weights, natural, batches, clip_norm):
+def train_steps(objective, weights, natural, batches, clip_norm, entering=None):
+    """`entering`: the network's buffers at each step; none: it has none."""
     buffer, steps = torch.zeros_like(weights), []
     for number, batch in enumerate(batches):
-        found = objective.linearize(weights, {}, batch)
-        step = weight_step(found, batch, weights, buffer, number == 0, natural, clip_norm)
+        buffers = entering[number] if entering else {}
+        found = objective.linearize(weights, buffers, batch)
+        step = weight_step(found, batch, weights, buffers, buffer, number == 0, natural, clip_norm)
         weights, buffer = step.after, step.new_buffer
         steps.append(step)
     return steps
@@ -135,19 +143,81 @@ def test_the_unrolled_derivative_is_a_finite_difference(clip_norm):
 
     def final_loss(changed):
         last = train_steps(objective, weights, changed, batches, clip_norm)[-1].after
-        return objective.held_out(last, {}, held_out)[0].item()
+        return objective.held_out(last, {}, held_out).loss.item()
 
     steps = train_steps(objective, weights, natural, batches, clip_norm)
-    gradient = objective.held_out(steps[-1].after, {}, held_out)[1]
-    found = unrolled_hypergradients(
-        steps, gradient, lambda w, batch: objective.linearize(w, {}, batch)
-    )
+    gradient = objective.held_out(steps[-1].after, {}, held_out).gradient
+    found = unrolled_hypergradients(steps, gradient, objective.linearize)
     for name in NAMES:
         change = 1e-6
         above, below = (
             final_loss({**natural, name: natural[name] + sign * change}) for sign in (1, -1)
         )
         assert found[name].sum().item() == pytest.approx((above - below) / (2 * change), rel=1e-5)
+
+
+def text(windows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(8, (2, windows, 4, 5), generator=generator).unbind()
+
+
+def text_tuning(method="unrolled", runs=1, **changes):
+    settings = Settings(method, NAMES, every=3, look_back=3, lr=0.5, final_lr=0.5, **changes)
+    objective = TextObjective(LanguageModel(8, 6, 4), "cross_entropy")
+    weights, buffers = objective.initial(generators(runs))
+    buffers = {name: buffer.double() for name, buffer in buffers.items()}
+    drawn = {**hyperparameters(weights, lr=0.5), "factor": torch.ones(runs, 1)}
+    state = initial_state(3 * weights, buffers, drawn, settings)
+    samples = SequentialBatches(*text(6, 0)), SequentialBatches(*text(4, 1))
+    return Tuning(objective, *samples, settings, state)
+
+
+def test_the_unrolled_derivative_takes_the_hidden_states_that_each_step_began_with(monkeypatch):
+    tuning, found, entering = text_tuning(), {}, []
+    batches = [Batch(*window, shared=True) for window in zip(*text(6, 0), strict=True)][:3]
+    held_out = Batch(*(part[0] for part in text(4, 1)), shared=True)
+    start, natural = tuning.state.weights, tuning.hyperparameters
+    for _ in range(3):
+        entering.append(tuning.state.buffers)
+        tuning._weight_step()
+    tuning = text_tuning()
+    monkeypatch.setattr(tuning, "_descend", lambda each, step: found.update(each))
+    tuning.advance(3)
+
+    def final_loss(changed):
+        last = train_steps(tuning.objective, start, changed, batches, None, entering)[-1].after
+        return tuning.objective.held_out(last, tuning.state.start[1], held_out).loss.item()
+
+    for name in NAMES:
+        change = 1e-6
+        above, below = (
+            final_loss({**natural, name: natural[name] + sign * change}) for sign in (1, -1)
+        )
+        assert found[name].sum().item() == pytest.approx((above - below) / (2 * change), rel=1e-5)
+
+
+def test_held_out_text_is_read_with_hidden_states_of_its_own():
+    tuning = text_tuning()
+    tuning.advance(3)
+    windows = [part[0] for part in text(4, 1)]
+    weights, zero = tuning.state.weights, tuning.state.start[1]
+    read = tuning.objective.held_out(weights, zero, Batch(*windows, shared=True)).buffers
+    assert torch.equal(tuning.state.held_out_buffers["hidden"], read["hidden"])
+    assert not torch.equal(tuning.state.buffers["hidden"], read["hidden"])
+    (evaluated, from_zero) = (
+        tuning.objective.evaluate(weights, buffers, *text(4, 1)).loss
+        for buffers in (tuning.state.buffers, zero)
+    )
+    assert torch.equal(evaluated, from_zero)
+
+
+def test_a_run_that_recovers_reads_held_out_text_from_the_start():
+    tuning = text_tuning("look_back", runs=2, recover=True)
+    tuning.advance(3)
+    tuning.state.weights = tuning.state.weights.index_fill(0, torch.tensor([1]), math.nan)
+    tuning.advance(3)
+    assert (tuning.state.held_out_buffers["hidden"][1] == 0).all()
+    assert (tuning.state.held_out_buffers["hidden"][0] != 0).any()
 
 
 def test_the_jacobian_of_clipping_is_autograds():
@@ -246,6 +316,21 @@ def test_a_hypergradient_that_is_not_finite_never_reaches_the_hyperparameters():
         assert all(moment.isfinite().all() for moment in tuning.state.moments[name])
 
 
+def test_a_hypergradient_whose_square_overflows_leaves_adam_as_it_was():
+    tuning = make_tuning(2)
+    tuning.advance(5)
+    before = {name: values.clone() for name, values in tuning.state.raw.items()}
+    step = tuning._weight_step()
+    huge = {name: torch.ones_like(step.before) for name in NAMES}
+    huge["lr"][1] = 1e200
+    tuning._descend(huge, step)
+    assert tuning.state.skipped[:, 0].tolist() == [0, 1]
+    assert tuning.state.updates[:, 0].tolist() == [2, 1]
+    for name in NAMES:
+        assert torch.equal(tuning.state.raw[name][1], before[name][1])
+        assert all(moment.isfinite().all() for moment in tuning.state.moments[name])
+
+
 def test_the_momentum_is_reset_with_the_weights():
     tuning = make_tuning(2, reset=True, updates=4)
     start = tuning.state.weights.clone()
@@ -265,6 +350,19 @@ def test_successive_gradients_give_minus_their_product():
     assert (tuning.state.updates == 3).all()
 
 
+def test_gradients_at_weights_that_were_left_are_compared_with_none():
+    tuning = make_tuning(
+        2, method="successive_gradients", optimised=("lr",), every=1, recover=True
+    )  # fmt: skip
+    tuning.advance(3)
+    tuning.state.weights = tuning.state.weights.index_fill(0, torch.tensor([1]), math.nan)
+    tuning.advance(1)
+    assert (tuning.state.previous_gradient[1] == 0).all()
+    assert (tuning.state.previous_gradient[0] != 0).any()
+    tuning._reset()
+    assert tuning.state.previous_gradient is None
+
+
 def test_a_stepped_rate_is_multiplied_and_stays_in_its_bounds():
     tuning = make_tuning(2, method="stepped_lr", optimised=())
     before = tuning.hyperparameters["lr"].clone()
@@ -282,10 +380,27 @@ def test_the_worst_runs_of_a_population_go_on_from_the_best():
     assert (pairs > 1).sum() == 4  # two runs were copied over two others
 
 
-def test_raw_learning_rates_stay_in_their_bounds():
-    tuning = make_tuning(4, lr=30.0)
+def test_what_a_population_draws_depends_on_the_seed():
+    rates = []
+    for seed in (0, 0, 1):
+        tuning = make_tuning(20, method="population", every=1, seed=seed)
+        tuning.advance(3)
+        rates.append(tuning.state.raw["lr"])
+    assert torch.equal(rates[0], rates[1]) and not torch.equal(rates[0], rates[2])
+
+
+@pytest.mark.parametrize("method", ["look_back", "population", "stepped_lr"])
+def test_raw_values_stay_in_their_bounds(method):
+    bounds = {"lr": (-3.0, -2.9), "weight_decay": (-4.0, -3.9)}
+    tuning = make_tuning(10, method=method, lr=30.0, every=1, bounds=bounds)
+    tuning.state.raw["lr"][:] = -2.95
+    tuning.state.raw["weight_decay"][:] = -3.95
+    tuning.state.factor[:] = 0.5
     tuning.advance(20)
-    assert (tuning.state.raw["lr"] <= 0).all() and (tuning.state.raw["lr"] >= -10).all()
+    for name in ("lr", "weight_decay"):
+        lowest, highest = bounds[name]
+        assert (tuning.state.raw[name] >= lowest).all()
+        assert (tuning.state.raw[name] <= highest).all()
 
 
 def test_a_run_that_diverges_goes_on_from_its_last_good_weights_slower():
@@ -301,3 +416,15 @@ def test_a_run_that_diverges_goes_on_from_its_last_good_weights_slower():
     assert not torch.allclose(tuning.state.raw["lr"][0], rate[0] - math.log10(3))
     tuning.advance(5)
     assert tuning.state.weights.isfinite().all()
+
+
+def test_a_recovery_keeps_to_the_bounds_and_is_no_skipped_update():
+    tuning = make_tuning(2, recover=True, bounds={"lr": (-2.0, 0.0)})
+    tuning.state.raw["lr"][:] = -1.9
+    tuning.restore(tuning.state)
+    tuning.advance(5)
+    tuning.state.sound_loss = torch.tensor([math.inf, 0.0])
+    tuning.advance(5)
+    assert tuning.state.raw["lr"][1] == -2
+    assert tuning.state.updates[:, 0].tolist() == [2, 1]
+    assert (tuning.state.skipped == 0).all()

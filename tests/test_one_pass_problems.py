@@ -35,7 +35,7 @@ def problem(name, tmp_path, model=None, proportion=0.2):
 
 
 def write_text(folder, words=9000):
-    (folder / "ptb").mkdir()
+    (folder / "ptb").mkdir(exist_ok=True)
     text = " ".join(f"w{number * 7 % 30}" for number in range(words))
     for part in ("train", "valid", "test"):
         (folder / "ptb" / f"ptb.{part}.txt").write_text(text)
@@ -82,7 +82,8 @@ def test_a_resnet_for_small_images_has_gradients_and_curvature():
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("boston", "resnet18"), ("mnist5k", "lstm"), ("ptb", "mlp")]
+    ("name", "model"),
+    [("boston", "resnet18"), ("mnist5k", "lstm"), ("ptb", "mlp"), ("two_weights", "resnet18")],
 )
 def test_a_network_that_does_not_fit_is_refused(tmp_path, name, model):
     with pytest.raises(OnePassError, match=f"model {model} is not for"):
@@ -105,6 +106,10 @@ def test_text_is_numbered_by_the_training_file_and_cut_into_streams(tmp_path):
 def test_text_that_is_missing_or_too_short_or_has_new_words_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"put its text files at .*ptb\.train\.txt"):
         read_text(tmp_path)
+    write_text(tmp_path)
+    (tmp_path / "ptb" / "ptb.valid.txt").write_bytes(b"w1 \xff")
+    with pytest.raises(DataError, match=r"ptb\.valid\.txt is damaged"):
+        read_text(tmp_path / "ptb")
     write_text(tmp_path)
     (tmp_path / "ptb" / "ptb.test.txt").write_text("unheard")
     with pytest.raises(DataError, match="'unheard', which is not in the training file"):
@@ -174,11 +179,6 @@ def test_text_comes_window_by_window_and_full_batches_are_shared():
     assert [sequence.next().inputs.item() for _ in range(4)] == [0, 1, 2, 0]
     assert isinstance(make_samples((windows, windows), None, False, []), FullBatches)
     assert make_samples((windows, windows), None, False, []).next().shared
-
-
-def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(OnePassError, match="there are 3 samples"):
-        ShuffledBatches(torch.arange(3), torch.arange(3), 4, generators(1))
 
 
 # ---- toys ----

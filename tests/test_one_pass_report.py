@@ -1,11 +1,14 @@
 """Tables and figures from draws.npz alone."""
 
+import json
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 
+import one_pass_report
 import plot
 from one_pass_report import (
     Columns,
@@ -15,6 +18,7 @@ from one_pass_report import (
     final_losses,
     median_of_draws,
     read_run,
+    read_runs,
     summary,
     table,
 )
@@ -89,15 +93,71 @@ def test_the_table_has_a_line_for_each_run_and_one_for_triples():
 
 def test_every_figure_is_drawn(tmp_path):
     runs = [
-        recorded(f"T{every} i{terms}", network_weight_steps=every, look_back=terms, seed=every)
-        for every in (5, 10)
-        for terms in (1, 5)
+        recorded(f"T{T} i{i}", method="look_back", network_weight_steps=T, look_back=i)
+        for T in (5, 10)
+        for i in (1, 5)
     ]
     paths = draw_report(runs, tmp_path / "figures")
     assert len(paths) == 10 and all(path.stat().st_size > 1000 for path in paths)
     assert len(draw_report(runs[:1], tmp_path / "one")) == 9  # no heat map
     runs[0].columns["Unnormalised_Loss/Test"][-1] = math.nan
     assert len(draw_report(runs[:3], tmp_path / "some")) == 10  # one cell is infinite, one empty
+
+
+def drawn(monkeypatch, tmp_path, *runs):
+    """The figures of a report by their names; nothing is written."""
+    figures = {}
+    monkeypatch.setattr(
+        one_pass_report, "save_figure", lambda figure, path: figures.update({path.name: figure})
+    )
+    draw_report(runs, tmp_path)
+    return figures
+
+
+def grid_run(every, terms, title="run", **config):
+    settings = {"method": "look_back", "network_weight_steps": every, "look_back": terms}
+    return recorded(title, **settings | config)
+
+
+def test_the_heat_map_is_of_runs_that_differ_in_its_two_settings_alone(monkeypatch, tmp_path):
+    runs = [grid_run(every, terms) for every in (5, 10) for terms in (1, 5)]
+    again = grid_run(5, 1, seed=1)
+    again.columns["Unnormalised_Loss/Test"][-1] = 1.5
+    first = final_losses(runs[0].columns)
+    together = np.median([*first, *final_losses(again.columns)])
+    fixed = recorded(network_weight_steps=7, look_back=2)
+    axes = drawn(monkeypatch, tmp_path, *runs, again, fixed)["sensitivity.png"].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["5", "10"]
+    assert axes.texts[0].get_text() == f"{together:.3g}"
+    other = grid_run(10, 5, hyperparameter_lr=0.1)
+    assert "sensitivity.png" not in drawn(monkeypatch, tmp_path, *runs[:3], other)
+
+
+def test_a_figure_chosen_on_validation_is_of_runs_with_validation_samples(monkeypatch, tmp_path):
+    with_, without = recorded("with"), recorded("without", method="look_back")
+    without.columns["Loss/Validation"][:] = math.nan
+    figures = drawn(monkeypatch, tmp_path, with_, without)
+    lines = figures["best_so_far.png"].axes[0].lines
+    assert [line.get_label() for line in lines] == ["with"]
+    assert figures["trajectories.png"].axes[1].get_ylabel() == "log10 of the last test loss"
+    figures = drawn(monkeypatch, tmp_path, with_)
+    assert figures["trajectories.png"].axes[1].get_ylabel() == "log10 of the last validation loss"
+    assert "best_so_far.png" not in drawn(monkeypatch, tmp_path, without)
+
+
+def test_figures_of_draws_that_all_diverged_or_have_no_weight_decay_draw_without_a_warning(
+    tmp_path,
+):
+    run = recorded(draws=1)
+    run.columns["Hyperparameter/Weight_Decay"][:] = 0
+    run.columns["Hyperparameter/Lr"][:] = 100000000.00000018
+    for name in ("Loss/Training", "Loss/Validation", "Loss/Test", "Unnormalised_Loss/Test"):
+        run.columns[name][1:] = math.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_report([run], tmp_path)
+        run.columns["Unnormalised_Loss/Test"][:] = math.inf
+        draw_report([run], tmp_path)
 
 
 def test_trajectories_are_drawn_also_where_fixed_draws_span_no_surface(tmp_path):
@@ -119,3 +179,17 @@ def test_a_run_of_another_command_is_refused(tmp_path, capsys):
     (tmp_path / "draws.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(RunLogError, match=r"draws\.npz is damaged"):
         plot.main(["one_pass", str(tmp_path), "--out", str(tmp_path / "out")])
+    np.savez(tmp_path / "draws.npz", **{"step": np.zeros(1), "Loss/Test": np.zeros((1, 1))})
+    with pytest.raises(RunLogError, match=r"it lacks dataset, method, .*seconds, Loss/Validation"):
+        plot.main(["one_pass", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    directories = [tmp_path / "a" / "one", tmp_path / "b" / "one", tmp_path / "a" / "two"]
+    for directory in directories:
+        run = recorded()
+        directory.mkdir(parents=True)
+        (directory / "config.json").write_text(json.dumps(run.config))
+        np.savez(directory / "draws.npz", **run.columns)
+    titles = [run.title for run in read_runs(directories)]
+    assert titles == [str(directories[0]), str(directories[1]), "two"]

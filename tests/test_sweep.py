@@ -139,12 +139,12 @@ def test_every_way_to_fail_is_recorded_and_the_sweep_goes_on(tmp_path, command, 
     assert "3 failed; trial 1 with: ValueError: ours" in capsys.readouterr().err
 
 
-def test_a_metric_that_is_not_there_is_a_failure_that_names_those_that_are(tmp_path, command):
+def test_a_sweep_none_of_whose_trials_is_done_says_so_by_its_exit_status(tmp_path, command):
     out = tmp_path / "sweep"
-    run("--out", out, "--metric", "loss", "--search", "x=0:1", "--trials", 1, "--", command)
-    (row,) = table(out)
-    assert row["state"] == "failed"
-    assert row["error"] == "results.json has no loss: it has losses, threads, k"
+    search = ["--search", "mode=choice:diverge,crash,text", "--method", "grid"]
+    with pytest.raises(SystemExit, match="error: no trial is done"):
+        run("--out", out, *METRIC, *search, "--", command, "--x", 1)
+    assert results(out)["trials"] == {"diverged": 1, "failed": 2}
 
 
 def test_variants_run_on_the_same_draws_each_in_a_study_of_its_own(tmp_path, command):
@@ -292,7 +292,7 @@ def test_the_job_array_shares_the_trials_and_runs_as_it_is_written(tmp_path, com
     lines = script.read_text().splitlines()
     assert {"#SBATCH --array=0-1", "#SBATCH --cpus-per-task=2"} < set(lines)
     assert lines[0] == "#!/bin/bash" and "--share 3" in lines[-1]
-    subprocess.run(["bash", script], cwd=ROOT, check=True)
+    subprocess.run(["bash", script], cwd=tmp_path, check=True)
     assert [row["state"] for row in table(out)] == ["done"] * 3
 
 
@@ -311,6 +311,10 @@ def test_the_job_array_shares_the_trials_and_runs_as_it_is_written(tmp_path, com
         (["--method", "grid"], "--search x=0:1: a grid needs choice, int or step"),
         (["--method", "asha"], "--watch COLUMN"),
         (["--method", "population", "--startup", "1"], "at least 2"),
+        (["--startup", "3"], "--startup needs --method tpe or population"),
+        (["--reduction", "7"], "--reduction needs --method asha"),
+        (["--min_steps", "9"], "--min_steps needs --watch"),
+        (["--array_tasks", "3"], "--array_tasks needs --slurm"),
         (["--variant", "--k 1"], 'must be "NAME=ARGUMENTS..."'),
         (["--variant", "a=--x 1"], "--x is given by the sweep"),
         (["--trials", "0"], "at least 1"),
@@ -352,6 +356,23 @@ def test_a_column_that_can_not_be_watched_is_refused(tmp_path, command, capsys):
     flags = [*METRIC, "--search", "x=0:1", "--method", "asha", "--watch", "accuracy", "--quiet"]
     line = refused(capsys, sweep.main, *flags, "--out", tmp_path / "sweep", "--", command)
     assert "--watch accuracy: metrics.csv has loss" in line
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_metric_that_is_not_there_stops_the_sweep_at_once(tmp_path, command, capsys):
+    out = tmp_path / "sweep"
+    flags = ["--metric", "loss", "--search", "x=0:1", "--trials", 50, "--out", out, "--quiet"]
+    line = refused(capsys, sweep.main, *flags, "--", command)
+    assert "results.json has no loss: it has losses, threads, k" in line
+    assert not out.exists()
+
+
+def test_a_refused_variant_leaves_the_values_of_the_others(tmp_path, command, capsys):
+    out = tmp_path / "sweep"
+    flags = [*METRIC, "--search", "x=0:1", "--trials", 1, "--out", out, "--quiet"]
+    variants = ["--variant", "a=--k 1", "--variant", "b=--rate 1"]
+    assert "arguments: --rate" in refused(capsys, sweep.main, *flags, *variants, "--", command)
+    assert [row["state"] for row in table(out)] == ["done", "failed"]
 
 
 def test_a_directory_of_something_else_or_of_another_search_is_refused(tmp_path, command, capsys):

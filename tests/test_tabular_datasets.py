@@ -29,17 +29,21 @@ def random_rows(name, extra=1):
     return np.random.default_rng(0).normal(size=(TABLES[name].rows, TABLES[name].inputs + extra))
 
 
+def table_of(name, rows):
+    return Table(rows[:, :-1], rows[:, -1:], TABLES[name].test_rows, "random")
+
+
 @pytest.mark.parametrize("name", list(SPLITS))
 def test_the_rows_are_split_as_published(name):
     rows = torch.from_numpy(random_rows(name))
     proportion = 0.11272 if name == "energy" else 0.2
-    split = split_table(Table(rows[:, :-1], rows[:, -1:], "random"), proportion)
+    split = split_table(table_of(name, rows), proportion)
     assert tuple(len(p[0]) for p in (split.training, split.validation, split.test)) == SPLITS[name]
 
 
 def test_another_seed_gives_other_test_rows():
     rows = torch.from_numpy(random_rows("yacht"))
-    table = Table(rows[:, :-1], rows[:, -1:], "random")
+    table = table_of("yacht", rows)
     same, other = split_table(table, 0.2, seed=1), split_table(table, 0.2, seed=2)
     assert torch.equal(split_table(table, 0.2).test[0], same.test[0])
     assert not torch.equal(same.test[0], other.test[0])
@@ -47,7 +51,7 @@ def test_another_seed_gives_other_test_rows():
 
 def test_all_but_the_test_rows_are_standardised():
     rows = torch.from_numpy(random_rows("yacht")) * 5 + 3
-    split = split_table(Table(rows[:, :-1], rows[:, -1:], "random"), 0.2)
+    split = split_table(table_of("yacht", rows), 0.2)
     for column in range(2):
         known = torch.cat([split.training[column], split.validation[column]])
         assert torch.allclose(known.mean(dim=0), torch.zeros(1).double(), atol=1e-12)
@@ -94,8 +98,22 @@ def test_boston_needs_no_network_and_is_kept(tmp_path):
     assert table.fingerprint() == again.fingerprint()
 
 
+def test_a_table_of_any_size_says_how_many_rows_are_for_the_test():
+    rows = torch.randn(20, 3, dtype=torch.float64)
+    split = split_table(Table(rows[:, :-1], rows[:, -1:], 5, "own"), 0.2)
+    assert [len(part[0]) for part in (split.training, split.validation, split.test)] == [12, 3, 5]
+
+
+def test_data_that_cannot_be_fetched_are_looked_for_beside_the_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(tabular_datasets, "_fetchers", lambda name: [("a site", lambda: 1 / 0)])
+    write(tmp_path, "yacht", random_rows("yacht"))
+    monkeypatch.setattr(tabular_datasets, "SHARED", tmp_path / "uci")
+    assert str(tmp_path / "uci" / "yacht.txt") in load_table("yacht", tmp_path / "empty").source
+
+
 def test_data_that_is_nowhere_is_said_to_be_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(tabular_datasets, "_fetchers", lambda name: [("a site", lambda: 1 / 0)])
+    monkeypatch.setattr(tabular_datasets, "SHARED", tmp_path / "shared")
     with pytest.raises(DataError, match=r"no energy data: put it at .*energy\.txt.*a site"):
         load_table("energy", tmp_path)
 

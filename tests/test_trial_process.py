@@ -9,8 +9,7 @@ import optuna
 import pytest
 from optuna.pruners import SuccessiveHalvingPruner
 
-from command_line import UserError
-from trial_process import Rungs, Worker, read_value
+from trial_process import RefusedCommand, Rungs, Worker, read_value
 
 
 def write_metrics(directory, losses) -> None:
@@ -81,11 +80,18 @@ def test_a_value_that_was_not_measured_waits_for_the_next(tmp_path):
     assert ended_at(rungs, a_worker(study, tmp_path), [math.nan, math.nan, 0.7]) == 3
 
 
+def test_a_value_that_is_infinite_is_worse_than_any_other(tmp_path):
+    rungs = Rungs("loss", 1, 2)
+    study = new_study(rungs)
+    assert ended_at(rungs, a_worker(study, tmp_path), [0.5, 0.5, 0.5]) is None
+    assert ended_at(rungs, a_worker(study, tmp_path), [math.inf, math.inf]) == 1
+
+
 def test_a_trial_that_has_written_nothing_yet_goes_on_and_a_wrong_column_is_refused(tmp_path):
     worker = a_worker(new_study(Rungs("loss", 1, 2)), tmp_path)
     assert not Rungs("loss", 1, 2).compare(worker)
     write_metrics(tmp_path, [1.0])
-    with pytest.raises(UserError, match=r"--watch accuracy: metrics\.csv has loss"):
+    with pytest.raises(RefusedCommand, match=r"--watch accuracy: metrics\.csv has loss"):
         Rungs("accuracy", 1, 2).compare(worker)
 
 
@@ -99,7 +105,7 @@ def test_a_trial_that_has_written_nothing_yet_goes_on_and_a_wrong_column_is_refu
         ("a.b", None, "has no a.b"),
         ("text", None, "'low', not a number"),
         ("yes", None, "True, not a number"),
-        ("none", None, "None, not a number"),
+        ("none", math.nan, "none is null"),
         ("infinite", math.inf, "infinite is inf"),
     ],
 )
@@ -107,7 +113,8 @@ def test_a_dotted_key_names_a_number_of_the_results(tmp_path, metric, value, sai
     results = {"a": 1, "b": {"c": [2, 3.0]}, "text": "low", "yes": True, "none": None}
     (tmp_path / "results.json").write_text(json.dumps(results | {"infinite": math.inf}))
     found, error = read_value(tmp_path, metric)
-    assert found == value and said in error and bool(said) == bool(error)
+    assert found == value or (math.isnan(value) and math.isnan(found))
+    assert said in error and bool(said) == bool(error)
 
 
 def test_results_that_are_not_there_or_damaged_are_told(tmp_path):

@@ -1,16 +1,18 @@
 """The command: what it leaves behind, resumed runs, wrong input, configurations."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, interrupt_at_row, kill_at_row, outcome, redraw, refused
+import torch
+from commands import ROOT, interrupt_at_row, kill_at_row, outcome, redraw, refused, rows
 
 import tune_one_pass
-from command_line import parse
 from one_pass_report import read_run
 from run_log import read_config, read_json
-from yaml_settings import complete, read_settings
+from yaml_settings import parse_settings, read_settings
 
 CONFIGS = ROOT / "configs"
 SMALL = (
@@ -21,6 +23,10 @@ ALGORITHMS = (
     "random", "random_validation", "random_stepped_lr", "lorraine", "baydin", "ours_lr",
     "ours_lr_momentum", "ours_hdlr_momentum", "ours_guarded", "diff_through_opt", "population",
 )  # fmt: skip
+
+
+TUNED = ("--dataset", "boston", "--validation_proportion", "0.2")
+OURS = (*TUNED, "--method", "look_back", "--optimised_hyperparameters", "lr", "momentum")
 
 
 def config(*names):
@@ -41,6 +47,25 @@ def tune(tmp_path, *flags, out="run"):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_is_read(path):
     assert read_settings(path, tune_one_pass.KEYS)
+
+
+def filled_in(*flags):
+    args = parse_settings(tune_one_pass.make_parser(), tune_one_pass.KEYS, [*map(str, flags)])
+    tune_one_pass.fill_in(args)
+    return args
+
+
+def test_every_problem_goes_with_every_algorithm():
+    paths = sorted(CONFIGS.glob("*.yaml"))
+    problems = [path for path in paths if "dataset:" in path.read_text()]
+    algorithms = [path for path in paths if path not in problems]
+    assert len(problems) == 14 and len(algorithms) == 14
+    for problem in problems:
+        for algorithm in algorithms:
+            args = filled_in("-c", problem, algorithm, "--draws", 5)
+            if args.dataset in ("quadratic", "two_weights") and args.look_back < 4000:
+                assert args.steps <= 10000
+            assert args.steps >= args.network_weight_steps
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -126,10 +151,7 @@ def test_root_group_and_name_make_the_directory(tmp_path):
 
 def test_a_bound_is_taken_away_by_null(tmp_path):
     flags = ("--hyperparameter_clipping", "{lr: null}")
-    parser = tune_one_pass.make_parser()
-    args = parse(parser, [*config("boston", "ours_lr"), *flags])
-    complete(args, tune_one_pass.KEYS)
-    tune_one_pass.fill_in(args)
+    args = filled_in(*config("boston", "ours_lr"), *flags)
     assert tune_one_pass.make_settings(args).bounds == {}
 
 
@@ -137,6 +159,8 @@ def test_a_run_goes_on_without_the_state_that_it_began_with(tmp_path):
     state = tmp_path / "state.pt"
     tune(tmp_path, *config("boston", "ours_lr"), "-S", state, out="first")
     run = tune(tmp_path, *config("boston", "ours_lr"), "-s", state, out="second")
+    digest = hashlib.sha256(state.read_bytes()).hexdigest()
+    assert read_config(run)["state_found"] == f"sha256 {digest[:16]}"
     state.unlink()
     tune_one_pass.main(["--resume", str(run), "--quiet"])
 
@@ -152,7 +176,7 @@ def test_a_run_goes_on_without_the_state_that_it_began_with(tmp_path):
         ),
         (["--hyperparameter_clipping", "{rate: [0, 1]}"], "not 'rate'"),
         (["--transformed_hyperparameters", "{lr: log}"], "not 'log'"),
-        (["--batch_size", "5000"], "batch_size 5000: there are 455 samples"),
+        (["--batch_size", "5000"], "batch_size 5000: there are 455 training samples"),
         (["--model", "lstm"], "model lstm is not for boston"),
         (["--draws", "0"], "--draws"),
         (["--method", "stepped_lr", "--total_step_limit", "9"], "ends before the first"),
@@ -160,6 +184,36 @@ def test_a_run_goes_on_without_the_state_that_it_began_with(tmp_path):
         (["-s", "none.pt"], "none.pt is not a saved state"),
         (["-c", "none.yaml"], "can't read none.yaml"),
         (["-S", "none/state.pt"], "there is no such folder"),
+        (["-S", "."], "-S . is a folder"),
+        (["--transformed_hyperparameters", "{lr: [1]}"], "exp, sigmoid, not [1]"),
+        (["--validation_proportion", "1"], "validation_proportion 1 leaves no training samples"),
+        ([*OURS, "--validation_proportion", "0.0001"], "leaves no validation samples"),
+        (
+            [*config("boston", "diff_through_opt"), "--look_back", "11"],
+            "look_back 11 is more than the 10 weight steps",
+        ),
+        ([*config("boston", "baydin"), "--network_weight_steps", "10"], "weight_steps 1, not 10"),
+        (["--momentum", "1"], "must be below 1, not '1'"),
+        ([*OURS, "--momentum", "0"], "momentum begins with the raw value -inf under sigmoid"),
+        (
+            ["--lr", "2", "--transformed_hyperparameters", "{lr: sigmoid}"],
+            "lr begins with the raw value nan under sigmoid: it can't be used",
+        ),
+        (
+            ["--dataset", "mnist5k", "--model", "mlp_batch_norm", "--batch_size", "1"],
+            "needs batches of at least 2",
+        ),
+        (["--model", "resnet18", "--dataset", "two_weights"], "model resnet18 is not for two_w"),
+        (["--optimised_hyperparameters", "lr"], "needs a method out of look_back"),
+        (["--look_back", "3"], "look_back needs method look_back or unrolled"),
+        (["--recover", "true"], "recover needs a method out of"),
+        (["--chain_rule", "false"], "chain_rule needs a method out of"),
+        (["--final_hyperparameter_lr", "0.3"], "final_hyperparameter_lr needs a method out of"),
+        (["--reset_model_after_hyperparameter_update", "true"], "needs a method other than fixed"),
+        ([*OURS, "--high_dimensional_hyperparameters", "weight_decay"], "is not among those"),
+        (["--dataset", "ptb", "--batch_size", "3"], "batch_size needs a dataset other than ptb"),
+        (["--dataset", "ptb", "--split_seed", "3"], "split_seed needs a dataset other than ptb"),
+        (["--dataset", "quadratic", "--validation_proportion", "1"], "needs a dataset other than"),
         (["-g", "group"], "leave out -l, -g and -n"),
         (["--network_weight_grad_clipping", "{nrom: 1}"], "knows norm, not 'nrom'"),
         (["--network_weight_grad_clipping", "{norm: x}"], "a number above 0, not 'x'"),
@@ -178,11 +232,84 @@ def test_wrong_input_is_one_line(capsys, tmp_path, flags, message):
     assert message in refused(capsys, tune_one_pass.main, *flags)
 
 
-def test_a_state_of_other_draws_is_refused(capsys, tmp_path):
+def test_a_state_of_other_runs_is_refused(capsys, tmp_path):
     state = tmp_path / "state.pt"
-    tune(tmp_path, *config("boston", "random"), "-S", state)
-    flags = [*config("boston", "random"), "--draws", 2, "-s", state, "--data-dir", tmp_path]
-    assert "this run has [2, 751]" in refused(capsys, tune_one_pass.main, *flags)
+    tune(tmp_path, *config("boston", "ours_hdlr_momentum"), "-S", state)
+    other = ("--transformed_hyperparameters", "{lr: exp}")
+    for algorithm, flags, message in (
+        ("ours_hdlr_momentum", ("--draws", 2), "holds weights [1, 751] float64, this run has [2,"),
+        ("ours_hdlr_momentum", (), "holds weights [1, 751] float64, this run has [1, 751] float32"),
+        ("ours_lr", ("--dtype", "float64"), "holds raw lr [1, 751] float64, this run has [1, 1] f"),
+        ("ours_hdlr_momentum", ("--dtype", "float64", *other), "holds raw values of {'lr': '10^'"),
+    ):
+        arguments = [*config("boston", algorithm), *flags, "-s", state, "--data-dir", tmp_path]
+        assert message in refused(capsys, tune_one_pass.main, *arguments)
+
+
+def built(tmp_path, *flags):
+    """The runs, before their first step."""
+    args = filled_in(*flags, "--dtype", "float64", "--data-dir", tmp_path)
+    device, dtype = torch.device("cpu"), torch.float64
+    problem = tune_one_pass.make_problem(
+        args.dataset, args.model, args.validation_proportion, args.split_seed, args.data_dir,
+        dtype, device,
+    )  # fmt: skip
+    return tune_one_pass.make_tuning(args, problem, device, dtype)
+
+
+def test_a_run_from_a_state_begins_its_schedule_anew_and_keeps_what_adam_knows(tmp_path):
+    guarded = config("boston", "ours_guarded")
+    tune(tmp_path, *guarded, "-S", tmp_path / "guarded.pt", out="guarded")
+    tune(tmp_path, *config("boston", "lorraine"), "-S", tmp_path / "decay.pt", out="decay")
+    on = built(tmp_path, *guarded, "-s", tmp_path / "guarded.pt")
+    assert on.state.updates.item() == 6 and on._hyperparameter_lr().item() == pytest.approx(0.1)
+    assert all(moment.any() for moment in on.state.moments["lr"])
+    assert on.state.step == 0 and on.state.sound_loss is None
+    assert torch.equal(on.state.start[0], on.state.weights)
+    assert torch.equal(on.state.good[0], on.state.weights)
+    less = built(tmp_path, *config("boston", "lorraine"), "-s", tmp_path / "guarded.pt")
+    assert list(less.state.moments) == ["weight_decay"] and less.state.updates.item() == 6
+    more = built(tmp_path, *guarded, "-s", tmp_path / "decay.pt")
+    assert more.state.updates.item() == 0, "of Adam's moments none, where some are missing"
+    assert not any(moment.any() for pair in more.state.moments.values() for moment in pair)
+
+
+def test_a_runs_configuration_starts_it_again(tmp_path):
+    flags = ("--seed", 3, "--draws", 2, "--lr", "1e-5", "-S", tmp_path / "state.pt", "-n", "first")
+    run(*config("boston", "ours_lr"), *flags, *SMALL, "-l", tmp_path, "--data-dir", tmp_path)
+    out = tmp_path / "again"
+    run("-c", tmp_path / "first" / "config.json", "--out", out, "--quiet")
+    assert rows(tmp_path / "first") == rows(out)
+    assert read_config(out)["seed"] == 3 and read_config(out)["dtype"] == "float64"
+
+
+def test_batches_are_whole_where_few_samples_are_held_out_and_none_where_none_are_taken(tmp_path):
+    flags = ("--batch_size", 60, "--validation_proportion", 0.1)
+    tuned, fixed = built(tmp_path, *OURS, *flags), built(tmp_path, *TUNED, *flags)
+    assert tuned.validation.next().inputs.shape == (46, 13)
+    assert tuned.training.next().inputs.shape == (1, 60, 13)
+    assert fixed.validation is None
+
+
+def test_a_loss_that_is_not_a_number_is_infinite_and_one_that_is_not_there_is_nan(tmp_path):
+    flags = ("--dataset", "boston", "--lr", 1e9, "--momentum", 0.5, "--weight_decay", 0)
+    out = tune(tmp_path, *flags)
+    columns = read_run(out).columns
+    assert columns["Loss/Training"][-1] == np.inf and np.isnan(columns["Loss/Validation"]).all()
+    results = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["loss_test"] is results["median"] is None and "loss_validation" not in results
+    assert (columns["Hyperparameter/Weight_Decay"] == 0).all()
+
+
+def test_compiling_takes_no_batch_from_a_run(tmp_path):
+    tuning = built(tmp_path, *OURS, "--batch_size", 50)
+    before = tuning.training.state_dict()
+    tune_one_pass.compile_loops(tuning)
+    after = tuning.training.state_dict()
+    assert after["position"] == before["position"] and torch.equal(
+        after["orders"], before["orders"]
+    )
+    assert torch.equal(after["generators"], before["generators"])
 
 
 def test_the_directory_of_configurations_has_every_algorithm_and_problem():

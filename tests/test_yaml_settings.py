@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from command_line import positive_int
-from yaml_settings import Key, SettingsError, add_settings, complete, mapping, merge, truth
+from yaml_settings import (
+    Key,
+    SettingsError,
+    add_settings,
+    mapping,
+    merge,
+    parse_settings,
+    refuse_idle_settings,
+    truth,
+)
 
 KEYS = (
     Key("size", positive_int, 3, "a number"),
@@ -25,9 +34,7 @@ def settings(tmp_path, flags=(), *texts):
         paths[-1].write_text(text)
     parser = argparse.ArgumentParser()
     add_settings(parser, KEYS)
-    args = parser.parse_args([*flags, *(["-c", *map(str, paths)] if paths else [])])
-    complete(args, KEYS)
-    return args
+    return parse_settings(parser, KEYS, [*flags, *(["-c", *map(str, paths)] if paths else [])])
 
 
 def test_defaults_are_taken_where_nothing_is_said(tmp_path):
@@ -63,6 +70,7 @@ def test_a_switch_can_be_turned_off_again(tmp_path):
         ("reset: maybe", "must be true or false"),
         ("- 1", "must be a table of keys"),
         ("a: [", "is not YAML"),
+        ("colour: 2024-13-45", "is not YAML: month must be in 1..12"),
     ],
 )
 def test_wrong_files_are_refused(tmp_path, text, message):
@@ -73,6 +81,36 @@ def test_wrong_files_are_refused(tmp_path, text, message):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"can't read .*: No such file"):
         settings(tmp_path, ["-c", str(tmp_path / "none.yaml")])
+
+
+def test_a_runs_configuration_holds_other_flags_and_what_is_left_out(tmp_path):
+    path, parser = tmp_path / "config.json", argparse.ArgumentParser()
+    path.write_text('{"size": 4, "seed": 7, "bounds": {"y": 1e-05}, "command": "some"}')
+    parser.add_argument("--seed", type=int, default=0)
+    add_settings(parser, KEYS)
+
+    def parsed(*flags):
+        argv = [*flags, "-c", str(path)]
+        return parse_settings(parser, KEYS, argv, ["seed"], ["command"])
+
+    args = parsed()
+    assert (args.size, args.seed, args.bounds) == (4, 7, {"x": 1, "y": 1e-05})
+    assert parsed("--seed", "0").seed == 0
+    for text, message in (
+        ('{"seed": "x"}', "seed invalid literal"),
+        ('{"units": 3}', "unknown key 'units'"),
+        ("{", "is not JSON"),
+    ):
+        path.write_text(text)
+        with pytest.raises(SettingsError, match=message):
+            parsed()
+
+
+def test_a_setting_that_would_do_nothing_is_refused_where_it_is_not_the_default(tmp_path):
+    args = settings(tmp_path, [], "size: 4")
+    refuse_idle_settings(args, KEYS, [("colour names", False, "paint"), ("size", True, "room")])
+    with pytest.raises(SettingsError, match="size needs room"):
+        refuse_idle_settings(args, KEYS, [("colour size", False, "room")])
 
 
 TREES = st.recursive(
