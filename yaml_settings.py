@@ -20,6 +20,9 @@ import yaml
 from command_line import parse
 from errors import WrongInputError
 
+# what reading YAML or JSON raises, also for a date that does not exist and for tables too deep
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+
 
 class SettingsError(WrongInputError):
     """A file or a value that can't be used; the message is one line."""
@@ -131,7 +134,7 @@ def read_settings(
     try:
         # not all that JSON writes is a number in YAML: 1e-05 is not
         found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+    except UNREADABLE as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
         raise SettingsError(f"{path} is not {kind}: {' '.join(str(error).split())}") from error
     if found is None:
@@ -148,7 +151,7 @@ def mapping(text: str) -> dict[str, Any]:
     """The type of a flag that is a table, written as in YAML: '{lr: [-10, 0]}'."""
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+    except UNREADABLE:
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a table such as '{{lr: 1}}', not {text!r}")

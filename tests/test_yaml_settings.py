@@ -70,6 +70,7 @@ def test_a_switch_can_be_turned_off_again(tmp_path):
         ("reset: maybe", "must be true or false"),
         ("- 1", "must be a table of keys"),
         ("a: [", "is not YAML"),
+        ("a: " + 5000 * "[", "is not YAML"),
         ("colour: 2024-13-45", "is not YAML: month must be in 1..12"),
     ],
 )
