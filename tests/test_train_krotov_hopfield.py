@@ -99,6 +99,7 @@ def test_every_flag_changes_the_numbers_of_a_run(tmp_path, plain, flags):
 
 def test_the_dense_preset_takes_whole_images(tmp_path):
     flags = [*TINY, "--preset", "dense", "--depth", 1, "--units", 30, "--power", 3]
+    flags += ["--classifier_lr", 0.1]  # there are few steps
     run(*flags, "--out", tmp_path / "run")
     with np.load(tmp_path / "run" / "parameters.npz") as arrays:
         assert arrays["1.weight"].shape == (30, 784)
