@@ -301,7 +301,14 @@ def device_name(text: str) -> str:
     return text
 
 
-NUMBERS = (positive_int, nonnegative_int, positive_float, nonnegative_float, fraction)
+def fraction_below_1(text: str) -> float:
+    """A number from 0 to below 1."""
+    return _number(float, text, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+NUMBERS = (
+    positive_int, nonnegative_int, positive_float, nonnegative_float, fraction, fraction_below_1,
+)  # fmt: skip
 
 
 def _number(kind: type, text: str, accepted: Callable[[Any], bool], expected: str) -> Any:

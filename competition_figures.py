@@ -24,7 +24,7 @@ from figure_style import (
     save_figure,
 )
 from figures import draw_features
-from run_log import read_arrays, read_json, read_metrics
+from run_log import read_arrays, read_metrics, read_results
 
 WAYS = {
     "start": "random draw, where all begin",
@@ -38,7 +38,7 @@ def draw_competition_run(directory: str | Path) -> list[Path]:
     """Filters, convergence, the classifiers' course, and accuracy over depth."""
     directory = Path(directory)
     parameters, metrics = read_arrays(directory / "parameters.npz"), read_metrics(directory)
-    rows, place = read_json(directory / "results.json")["classifiers"], directory / "figures"
+    rows, place = read_results(directory)["classifiers"], directory / "figures"
     weight = parameters["1.weight"]
     shape = weight.shape[1:] if weight.ndim == 4 else parameters["input_shape"]
     draw_features(weight, shape, place / "filters.png", "Weights of layer 1")
@@ -56,7 +56,7 @@ def draw_competition_run(directory: str | Path) -> list[Path]:
 def draw_searches_run(directory: str | Path) -> list[Path]:
     """What each search of examples/tune_competition.py began and ended with."""
     path = Path(directory) / "figures" / "searches.png"
-    draw_searches(read_json(Path(directory) / "results.json")["searches"], path)
+    draw_searches(read_results(directory)["searches"], path)
     return [path]
 
 

@@ -25,7 +25,7 @@ from figure_style import (
     save_figure,
 )
 from figures import draw_meta_loss
-from run_log import RunLogError, read_arrays, read_config, read_json, read_metrics
+from run_log import RunLogError, read_arrays, read_config, read_metrics, read_results
 from symmetries import CONTROL
 
 SHOWN_EPOCHS = 4  # curves of short meta-training: the first, the last, and those between
@@ -235,11 +235,9 @@ def draw_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> Non
 
 def compared_optimizees(directory: Path) -> dict[str, dict]:
     """results.json's "optimizees", {} where nothing has been compared; RunLogError if damaged."""
-    path = directory / "results.json"
-    results = read_json(path) if path.exists() else {}
-    found = results.get("optimizees", {}) if isinstance(results, dict) else None
+    found = read_results(directory).get("optimizees", {})
     if not isinstance(found, dict) or not all(isinstance(of, dict) for of in found.values()):
-        raise RunLogError(f"{path} is damaged: not the results of a comparison")
+        raise RunLogError(f"{directory}/results.json is damaged: not the results of a comparison")
     return found
 
 

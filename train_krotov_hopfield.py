@@ -19,6 +19,7 @@ from command_line import (
     UserError,
     common_parser,
     fraction,
+    fraction_below_1,
     nonnegative_float,
     nonnegative_int,
     open_run,
@@ -67,21 +68,13 @@ def make_parser():
         help="classifiers behind these layers (default: the last)")  # fmt: skip
     add("--feature_norm", choices=FEATURE_NORMS,
         help="features by batch norm, or by the root mean square of each image's")  # fmt: skip
-    add("--dropout", type=share_dropped, help="of the features (default: the preset's)")
+    add("--dropout", type=fraction_below_1, help="of the features (default: the preset's)")
     add("--classifier_epochs", type=positive_int, help="default: the preset's")
     add("--classifier_lr", type=positive_float, help="default: the preset's")
     add("--classifier_batch_size", type=positive_int, help="default: the preset's")
     add("--round_batches", type=positive_int, default=100, help="batches between two rows")
     add("--cache", type=nonnegative_float, default=4.0, metavar="GB", help="most for features")
     return parser
-
-
-def share_dropped(text: str) -> float:
-    """A number from 0 to below 1: something must be left."""
-    value = fraction(text)
-    if value == 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, not {text!r}")
-    return value
 
 
 def add_competition_flags(parser: argparse.ArgumentParser) -> None:

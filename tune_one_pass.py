@@ -27,6 +27,7 @@ from command_line import (
     computing_parser,
     device_name,
     fraction,
+    fraction_below_1,
     new_directory,
     nonnegative_float,
     nonnegative_int,
@@ -95,14 +96,6 @@ OF_ONE_RUN = (
 )  # fmt: skip
 
 
-def momentum_value(text: str) -> float:
-    """A number from 0 to 1, 1 left out."""
-    value = fraction(text)
-    if value == 1:
-        raise argparse.ArgumentTypeError(f"must be below 1, not {text!r}")
-    return value
-
-
 KEYS = (
     Key("dataset", str, "energy", "the problem's data", choices=PROBLEMS),
     Key("model", str, None, "the network; by default the one published", choices=MODELS),
@@ -128,7 +121,7 @@ KEYS = (
     Key("reset_model_after_hyperparameter_update", truth, False, "train from the start again"),
     Key("lr", positive_float, None, "of every draw at the start; none: drawn"),
     Key("weight_decay", nonnegative_float, None, "of every draw at the start; none: drawn"),
-    Key("momentum", momentum_value, None, "of every draw at the start; none: drawn"),
+    Key("momentum", fraction_below_1, None, "of every draw at the start; none: drawn"),
     Key("draws", positive_int, 1, "runs"),
     Key("first_draw", nonnegative_int, 0, "number of the first one"),
     Key("log_every", positive_int, None, "weight steps; none: a fortieth of the run"),
@@ -169,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     tuning = make_tuning(args, problem, device, dtype)
     if args.load_state is not None:
         args.state_found = state_digest(args)
+    name_directory(args)  # makes it: only now that nothing can be refused any more
     with open_run(args, "tune_one_pass", problem) as log:
         log.say(f"{problem.source}; {args.draws} runs of {args.steps:,} steps")
         columns, finished = train(args, problem, tuning, log)
@@ -192,7 +186,6 @@ def fill_in(args: argparse.Namespace) -> None:
         )
     wanted = args.log_every or args.steps // 40
     args.log_every = max(wanted // every, 1) * every
-    name_directory(args)
     check_tables(args)
     check_method(args)
     check_idle_settings(args)

@@ -193,7 +193,7 @@ def test_a_run_goes_on_without_the_state_that_it_began_with(tmp_path):
             "look_back 11 is more than the 10 weight steps",
         ),
         ([*config("boston", "baydin"), "--network_weight_steps", "10"], "weight_steps 1, not 10"),
-        (["--momentum", "1"], "must be below 1, not '1'"),
+        (["--momentum", "1"], "below 1, not '1'"),
         ([*OURS, "--momentum", "0"], "momentum begins with the raw value -inf under sigmoid"),
         (
             ["--lr", "2", "--transformed_hyperparameters", "{lr: sigmoid}"],
