@@ -10,6 +10,7 @@ meta-step from them, in the same order as one process alone would: the numbers a
 last bit, however many processes there are. Only the first one writes.
 """
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,3 +84,6 @@ def _meet(attempt: int) -> None:
     store, rank, count = next(distributed.rendezvous("env://"))
     store = distributed.PrefixStore(f"attempt {attempt}", store)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    # gloo's threads may still hold tensors that came from Python: they must let go of them, and
+    # be joined, before the interpreter ends, or its end aborts the process
+    atexit.register(distributed.destroy_process_group)
