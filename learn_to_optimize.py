@@ -31,7 +31,7 @@ from command_line import (
     run_command,
     set_up,
 )
-from meta_training import ESTIMATORS, MetaTraining, MetaTrainingSettings
+from meta_training import ESTIMATORS, SELECTIONS, MetaTraining, MetaTrainingSettings
 from mnist_datasets import load_images
 from optimizees import BATCH_SIZE, SMALL_STEPS, Task, halves, make_task
 from optimizer_comparison import BASELINES, EDGES, PUBLISHED, Comparison, noise_statistics
@@ -98,6 +98,8 @@ def add_meta_training_flags(parser) -> None:
     add("--sigma", type=positive_float, default=0.01, help="es, pes: width of perturbations")
     add("--pairs", type=positive_int, default=1, help="es, pes: perturbations")
     add("--validation_runs", type=positive_int, default=5, help="to select the best epoch")
+    add("--selection", choices=SELECTIONS, default="sum",
+        help="of the epoch: by the sum of a run's losses, or the mean of the last ten")  # fmt: skip
     add("--batch_size", type=positive_int, default=BATCH_SIZE, help="images of an inner step")
     add = parser.add_argument_group("symmetries").add_argument
     add("--penalty", type=nonnegative_float, default=0.0, metavar="BETA",
@@ -112,7 +114,7 @@ def check(args, parser) -> None:
     names = [args.optimizee, *(args.compare or [])]
     refuse_idle_flags(args, parser, [
         ("runs_per_epoch inner_steps unroll tasks lr decay log_loss estimator coordinates sigma "
-         "pairs validation_runs penalty penalty_kinds penalty_relative", args.epochs,
+         "pairs validation_runs selection penalty penalty_kinds penalty_relative", args.epochs,
          "--epochs of at least 1"),
         ("sigma pairs", args.estimator in ("es", "pes"), "--estimator es or pes"),
         ("penalty_kinds penalty_relative", args.penalty, "--penalty"),

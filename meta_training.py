@@ -3,7 +3,7 @@
     each run:     K trainings from new parameters, `inner_steps` steps in windows of `unroll`
     each window:  meta-gradient of its losses, one step of Adam on the optimiser's weights
     each epoch:   the frozen optimiser on validation runs; the weights with the smallest sum of
-                  losses are kept
+                  losses, or the smallest loss at the end, are kept
 
 Every run has generators of its own, made from (seed, run, training), so that a resumed one needs
 no generator's state. Source: Andrychowicz et al. 2016 (arXiv 1606.04474).
@@ -38,7 +38,9 @@ from window_gradients import (
 )
 
 ESTIMATORS = ("suffix_sum", "autograd", "es", "pes")
+SELECTIONS = ("sum", "end")
 VALIDATION_WINDOW = 20
+LAST_STEPS = 10  # whose mean loss is that at the end
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class MetaTrainingSettings:
     """Everything about meta-training that is a number or a choice.
 
     coordinates: see suffix_sum_gradient. penalty: beta of the symmetries' regulariser, of
-    `penalty_kinds`. sigma, pairs: of the evolution strategies.
+    `penalty_kinds`. sigma, pairs: of the evolution strategies. selection: by what loss of the
+    validation runs the best epoch is chosen, their sum over all steps or the mean of the last ten.
     """
 
     epochs: int = 50
@@ -65,6 +68,7 @@ class MetaTrainingSettings:
     sigma: float = 0.01
     pairs: int = 1
     validation_runs: int = 5
+    selection: str = "sum"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +79,8 @@ class MetaTrainingSettings:
             raise OptimizerError(
                 f"estimator is one of {', '.join(ESTIMATORS)}; decay is none or cosine"
             )
+        if self.selection not in SELECTIONS:
+            raise OptimizerError(f"selection is one of {', '.join(SELECTIONS)}")
         if self.coordinates is not None and self.estimator != "suffix_sum":
             raise OptimizerError("only the estimator suffix_sum takes a number of coordinates")
 
@@ -109,9 +115,10 @@ class MetaTraining:
     steps, from the average of all meta-gradients. Validation is the same work in each.
 
     network: trained in place. run: how many are done. best: the weights selected so far, of the
-    epoch best_epoch. curves: validation losses [steps] of each epoch, that of the untrained
-    optimiser first; deviations: likewise, of "update/<label>" and "gradient/<label>", where a
-    label is the kind of a symmetry, of negative controls with CONTROL after it.
+    epoch best_epoch, and best_loss what `selection` says of them. curves: validation losses
+    [steps] of each epoch, that of the untrained optimiser first; deviations: likewise, of
+    "update/<label>" and "gradient/<label>", where a label is the kind of a symmetry, of negative
+    controls with CONTROL after it.
     """
 
     def __init__(
@@ -237,15 +244,19 @@ class MetaTraining:
     def _validate(self) -> dict[str, float]:
         """Judges the weights as they are, and selects them if they are the best so far."""
         found = self.validate()
-        per_run = found.losses.sum(1).mean().item()
-        if per_run < self.best_loss:
-            self.best, self.best_loss = copy.deepcopy(self.network.state_dict()), per_run
+        judged = {
+            "sum": found.losses.sum(1).mean().item(),
+            "end": found.losses[:, -LAST_STEPS:].mean().item(),
+        }
+        loss = judged[self.settings.selection]
+        if loss < self.best_loss:
+            self.best, self.best_loss = copy.deepcopy(self.network.state_dict()), loss
             self.best_epoch = self.epoch
         self.curves.append(found.losses.mean(0).cpu())
         for name, of_labels in (("update", found.update), ("gradient", found.gradient)):
             for label, values in of_labels.items():
                 self.deviations.setdefault(f"{name}/{label}", []).append(values)
-        return {"validation_loss": per_run, "validation_end": found.losses[:, -10:].mean().item()}
+        return {"validation_loss": judged["sum"], "validation_end": judged["end"]}
 
     def validate(self) -> Validation:
         """The frozen optimiser on the validation runs, which are the same at each call."""

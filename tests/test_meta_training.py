@@ -82,6 +82,16 @@ def test_the_best_weights_are_those_of_the_smallest_validation_loss():
     assert learning.validate().losses.sum(1).mean().item() == learning.best_loss
 
 
+def test_the_best_weights_may_be_those_with_the_smallest_loss_at_the_end():
+    learning = training(lr=0.5, inner_steps=24, selection="end")
+    rows = [learning.train_run() for _ in range(6)][1::2]
+    untrained = learning.curves[0][-10:].mean().item()
+    smallest = min(untrained, *(row["validation_end"] for row in rows))
+    assert learning.best_loss == pytest.approx(smallest, rel=1e-5)
+    learning.select()
+    assert learning.validate().losses[:, -10:].mean().item() == learning.best_loss
+
+
 def test_a_window_that_is_not_finite_ends_the_run_and_is_not_stepped_on():
     warnings: list[str] = []
     learning = training(warnings.append)
