@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import ScalarFormatter
 
+from experiment.run_log import read_config, read_metrics
 from figure_style import COLOURS, add_legend, label_axes, one_panel, percent_axis, save_figure
 from figures import ACCURACIES, draw_run
-from run_log import read_config, read_metrics
 from vicreg import TERMS
 
 

@@ -19,7 +19,7 @@ from functools import partial
 from torch import nn
 
 from baseline_figures import draw_mlp_run
-from command_line import (
+from experiment.command_line import (
     common_parser,
     nonnegative_int,
     open_run,
@@ -29,6 +29,8 @@ from command_line import (
     run_command,
     set_up,
 )
+from experiment.run_log import RunLog
+from experiment.seeds import EVALUATION
 from hypgraddesc import (
     MetaSettings,
     accuracy_text,
@@ -42,8 +44,6 @@ from learning_rules import LearningRule
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, load_images, normalize_pixels
 from models_fully_local import Activation, Params, lateral_mlp
-from run_log import RunLog
-from seeds import EVALUATION
 
 NUMBERS_TO_FIT = 10**7  # images x features of a meta-step, unless --probe_images is given
 

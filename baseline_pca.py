@@ -17,7 +17,7 @@ from functools import cache
 import torch
 
 from baseline_figures import draw_pca_run
-from command_line import (
+from experiment.command_line import (
     UserError,
     common_parser,
     open_run,
@@ -27,11 +27,11 @@ from command_line import (
     run_command,
     set_up,
 )
+from experiment.run_log import RunLog, read_metrics, run_to_end
 from figures import ACCURACIES
 from linear_probe import linear_probe
 from mnist_datasets import ImageData, load_images, normalize_pixels
 from principal_components import PrincipalComponents, principal_components, projection
-from run_log import RunLog, read_metrics, run_to_end
 
 
 def make_parser():

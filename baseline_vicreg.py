@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from baseline_figures import draw_vicreg_run
-from command_line import (
+from experiment.command_line import (
     common_parser,
     nonnegative_float,
     nonnegative_int,
@@ -26,10 +26,10 @@ from command_line import (
     run_command,
     set_up,
 )
+from experiment.run_log import RunLog, run_to_end
 from linear_probe import linear_probe
 from mnist_datasets import load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
-from run_log import RunLog, run_to_end
 from train import detached
 from vicreg import TERMS, VICReg, vicreg_loss
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiment.files import write_durably
 from fetching import one_line, run_with_torchvision
-from files import write_durably
 from image_data import DataError, ImageData
 
 IMAGES_PER_FILE, CLASSES = 10_000, 10

@@ -20,7 +20,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from errors import WrongInputError
+from experiment.errors import WrongInputError
 
 ACTING = {  # gates, and what of a Competition each depends on
     "ranked": ("ranking_param", "delta"),

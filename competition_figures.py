@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from experiment.run_log import read_arrays, read_metrics, read_results
 from figure_style import (
     COLOURS,
     FONT,
@@ -24,7 +25,6 @@ from figure_style import (
     save_figure,
 )
 from figures import draw_features
-from run_log import read_arrays, read_metrics, read_results
 
 WAYS = {
     "start": "random draw, where all begin",

@@ -26,7 +26,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import (
+from evaluation_figures import draw_evaluation_run
+from experiment.command_line import (
     DATASETS,
     UserError,
     common_parser,
@@ -37,7 +38,9 @@ from command_line import (
     save_whole_paths,
     set_up,
 )
-from evaluation_figures import draw_evaluation_run
+from experiment.run_log import RunLog
+from experiment.seeds import seeded_generator
+from experiment.tables import aligned, markdown
 from hypgraddesc import mean_and_deviation
 from mnist_datasets import ImageData, batches, load_images
 from rule_comparison import (
@@ -56,9 +59,6 @@ from rule_comparison import (
     rotated,
     run_comparison,
 )
-from run_log import RunLog
-from seeds import seeded_generator
-from tables import aligned, markdown
 
 ROTATED = "rotated"
 

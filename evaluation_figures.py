@@ -11,8 +11,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from experiment.run_log import read_results
 from figure_style import FONT, colours, label_axes, new_figure, percent_axis, save_figure
-from run_log import read_results
 
 Row = Mapping[str, Any]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiment.run_log import read_arrays, read_json, read_metrics, read_results
 from figure_style import (
     COLOURS,
     GREY,
@@ -20,7 +21,6 @@ from figure_style import (
     one_panel,
     save_figure,
 )
-from run_log import read_arrays, read_json, read_metrics, read_results
 
 NETWORKS = {"equilibrium": "equilibrium network", "ordinary": "ordinary network"}
 # Methods of logistic_regression.py whose errors share a panel, and theory's rate of some
@@ -55,12 +55,15 @@ def draw_equilibrium_run(directory: str | Path) -> list[Path]:
 def draw_logistic_run(directory: str | Path) -> list[Path]:
     """The error of each method, and the validation loss over outer steps beside published ones."""
     directory = Path(directory)
-    table, rates = read_arrays(directory / "errors.npz"), read_json(directory / "rates.json")
+    table, rates = (
+        read_arrays(directory / "experiment.errors.npz"),
+        read_json(directory / "rates.json"),
+    )
     ks, place = table.pop("k"), directory / "figures"
-    draw_errors(ks, table, rates, place / "errors.png")
+    draw_errors(ks, table, rates, place / "experiment.errors.png")
     published = {int(step): loss for step, loss in read_results(directory)["published"].items()}
     draw_losses(read_metrics(directory), published, place / "loss.png")
-    return [place / "errors.png", place / "loss.png"]
+    return [place / "experiment.errors.png", place / "loss.png"]
 
 
 def draw_meta_learning(

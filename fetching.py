@@ -64,7 +64,9 @@ def run_silently(
     It is ended after `seconds`, or once nothing in `directory` has grown for `silence` seconds.
     """
     program = Path(command[0]).name
-    errors = directory / "errors.txt"  # a file, not a pipe: grandchildren cannot keep us waiting
+    errors = (
+        directory / "experiment.errors.txt"
+    )  # a file, not a pipe: grandchildren cannot keep us waiting
     began = grew = time.monotonic()
     size = 0
     try:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.lib.stride_tricks import sliding_window_view
 
+from experiment.run_log import read_arrays, read_metrics, read_results
 from figure_style import (
     COLOURS,
     DIVERGING,
@@ -33,7 +34,6 @@ from figure_style import (
     save_figure,
     whole_ticks,
 )
-from run_log import read_arrays, read_metrics, read_results
 
 LABELLED = 8  # coefficients named in the legend
 LARGEST_GRID = 64  # units shown as images

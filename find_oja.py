@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from command_line import (
+from experiment.command_line import (
     common_parser,
     nonnegative_int,
     open_run,
@@ -29,6 +29,8 @@ from command_line import (
     run_command,
     set_up,
 )
+from experiment.run_log import RunLog
+from experiment.seeds import EVALUATION, seeded_generator
 from figures import draw_oja_run
 from hypgraddesc import MetaSettings, evaluate, hypgraddesc
 from initializers import FIXED, GaussianInitializer
@@ -37,8 +39,6 @@ from meta_gradients import Reverse
 from mnist_datasets import batches, load_images, normalize_pixels
 from models_fully_local import Activation, Params, lateral_mlp
 from principal_components import principal_components
-from run_log import RunLog
-from seeds import EVALUATION, seeded_generator
 from train import MEMORY
 
 OJA_RATES = [10**exponent for exponent in np.arange(-4, 0.01, 0.25)]

@@ -21,7 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errors import NonFiniteError, WrongInputError
+from experiment.errors import NonFiniteError, WrongInputError
+from experiment.precision import Products
+from experiment.processes import ALONE, Team
+from experiment.run_log import RunLog, finish_on_interrupt, read_metrics, run_to_end
+from experiment.seeds import seeded_generator
 from learning_rules import LearningRule
 from meta_gradients import (
     MetaGradient,
@@ -32,10 +36,6 @@ from meta_gradients import (
     trained_hyperparameters,
 )
 from models_fully_local import Params
-from precision import Products
-from processes import ALONE, Team
-from run_log import RunLog, finish_on_interrupt, read_metrics, run_to_end
-from seeds import seeded_generator
 from train import detached, train
 
 Schedule = float | Callable[[int], float]
@@ -84,7 +84,9 @@ class MetaSettings:
     average: float = 0.0  # decay of the running average of the coefficients; 0: the last ones
     nonfinite: str = "skip"  # or "stop"
     method: MetaGradient = field(default_factory=Reverse)
-    products: str = "float32"  # or less, for the training but not its outer loss: precision.py
+    products: str = (
+        "float32"  # or less, for the training but not its outer loss: experiment/precision.py
+    )
     seed: int = 0
 
     def check(self, initializer: nn.Module) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from errors import WrongInputError
+from experiment.errors import WrongInputError
 
 
 class DataError(WrongInputError):

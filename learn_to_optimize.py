@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from command_line import (
+from experiment.command_line import (
     common_parser,
     nonnegative_float,
     nonnegative_int,
@@ -31,6 +31,9 @@ from command_line import (
     run_command,
     set_up,
 )
+from experiment.processes import join_team
+from experiment.run_log import RunLog, finish_on_interrupt, run_to_end
+from experiment.seeds import seeded_generator
 from meta_training import ESTIMATORS, SELECTIONS, MetaTraining, MetaTrainingSettings
 from mnist_datasets import load_images
 from optimizees import BATCH_SIZE, SMALL_STEPS, Task, halves, make_task
@@ -45,9 +48,6 @@ from optimizer_networks import (
     make_network,
     network_to_dict,
 )
-from processes import join_team
-from run_log import RunLog, finish_on_interrupt, run_to_end
-from seeds import seeded_generator
 from symmetries import KINDS, Symmetry, find_symmetries
 
 SHOWN = ("meta_loss", "last_window_loss", "seconds")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from errors import NonFiniteError
+from experiment.errors import NonFiniteError
 from learning_rules import LearningRule
 from models_fully_local import Params
 from optimizer_networks import CoordinateNetwork, OptimizerError

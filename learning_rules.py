@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from errors import WrongInputError
-from files import write_whole
+from experiment.errors import WrongInputError
+from experiment.files import write_whole
 from local_polynomial import Exponents, LocalPolynomials, LocalSum, samples
 from models_fully_local import Params
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from errors import WrongInputError
+from experiment.errors import WrongInputError
 
 Vector = Sequence[Tensor]
 # No solution: so many times the residual of v = 0. CG's residual may rise to the square root of the

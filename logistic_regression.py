@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from errors import WrongInputError
+from experiment.errors import WrongInputError
 from linear_solvers import ConjugateGradient, Vector
 
 NUMBERS_AT_ONCE = 2**19  # of features in a chunk; bounds the float64 copies

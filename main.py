@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from command_line import (
+from competition import GATES, NORMALIZATIONS, gate_needs
+from experiment.command_line import (
     UserError,
     common_parser,
     fraction,
@@ -37,7 +38,10 @@ from command_line import (
     save_whole_paths,
     set_up,
 )
-from competition import GATES, NORMALIZATIONS, gate_needs
+from experiment.precision import PRODUCTS, Products
+from experiment.processes import join_team
+from experiment.run_log import RunLog, has_checkpoint, read_results
+from experiment.seeds import EVALUATION, seeded_generator
 from figures import draw_run
 from hypgraddesc import (
     OPTIMIZERS,
@@ -69,10 +73,6 @@ from models_fully_local import (
     Params,
     network_of_flags,
 )
-from precision import PRODUCTS, Products
-from processes import join_team
-from run_log import RunLog, has_checkpoint, read_results
-from seeds import EVALUATION, seeded_generator
 from train import MEMORY
 
 RULES = ("polynomial", "krotov_hopfield")

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from errors import NonFiniteError
 from evolution_strategies import evolution_strategies
+from experiment.errors import NonFiniteError
 from hypergradients import forward_mode, implicit, neumann_lookback
 from learning_rules import LearningRule
 from linear_solvers import FixedPoint

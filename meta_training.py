@@ -20,10 +20,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from experiment.processes import ALONE, Team
+from experiment.seeds import VALIDATION, seeded_generator
 from optimizees import Task
 from optimizer_networks import CoordinateNetwork, OptimizerError
-from processes import ALONE, Team
-from seeds import VALIDATION, seeded_generator
 from symmetries import Symmetry, mean_deviations, symmetry_penalty
 from window_gradients import (
     Objective,

@@ -35,8 +35,8 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from cifar10 import load_cifar10
+from experiment.files import write_whole
 from fetching import import_torchvision, one_line, run_silently, run_with_torchvision
-from files import write_whole
 from image_data import DataError, ImageData, working_dtype
 
 __all__ = [

@@ -28,9 +28,9 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from errors import WrongInputError
+from experiment.errors import WrongInputError
+from experiment.seeds import seeded_generator
 from objectives import Batch, Buffers, Linearization, Objective
-from seeds import seeded_generator
 
 NAMES = ("lr", "weight_decay", "momentum")
 

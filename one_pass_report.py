@@ -23,6 +23,8 @@ from matplotlib.ticker import AutoLocator, MaxNLocator
 from matplotlib.tri import Triangulation
 from torch import Tensor
 
+from experiment.run_log import RunLogError, read_arrays, read_config, run_names
+from experiment.tables import markdown
 from figure_style import (
     FAINT,
     add_legend,
@@ -32,8 +34,6 @@ from figure_style import (
     one_panel,
     save_figure,
 )
-from run_log import RunLogError, read_arrays, read_config, run_names
-from tables import markdown
 
 BOOTSTRAPS = 1000
 ENVELOPE = (10, 90)  # percent of the bootstrapped medians

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import NonFiniteError
+from experiment.errors import NonFiniteError
+from experiment.run_log import Interrupt
+from experiment.seeds import TEST, TUNING, seeded_generator
 from learned_optimizer import LearnedOptimizer
 from models_fully_local import Params
 from optimizees import Task
 from optimizer_networks import CoordinateNetwork
-from run_log import Interrupt
-from seeds import TEST, TUNING, seeded_generator
 from symmetries import Symmetry, covariance_size, mean_deviations, never_zero, tail_index
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)

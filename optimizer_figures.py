@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator
 
+from experiment.run_log import RunLogError, read_arrays, read_config, read_metrics, read_results
 from figure_style import (
     COLOURS,
     FONT,
@@ -25,7 +26,6 @@ from figure_style import (
     save_figure,
 )
 from figures import draw_meta_loss
-from run_log import RunLogError, read_arrays, read_config, read_metrics, read_results
 from symmetries import CONTROL
 
 SHOWN_EPOCHS = 4  # curves of short meta-training: the first, the last, and those between

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import coordinate_lstm
-from errors import WrongInputError
-from files import write_whole
-from seeds import seeded_generator
+from experiment.errors import WrongInputError
+from experiment.files import write_whole
+from experiment.seeds import seeded_generator
 
 LARGEST_LOG = 10.0  # p: gradients below e^-p are passed on as they are, times e^p
 EXTRA_INPUTS = ("time", "relative_update", "parameter")

@@ -20,6 +20,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from experiment.run_log import (
+    RunLog,
+    RunLogError,
+    finish_on_interrupt,
+    read_config,
+    read_results,
+)
+from experiment.seeds import EVALUATION, SELECTION, seeded_generator
 from hypgraddesc import OuterLoss, last_inner_steps
 from initializers import GaussianInitializer
 from krotov_hopfield_rule import KrotovHopfieldRule
@@ -28,14 +36,6 @@ from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, augment, batches, normalize_pixels, pair_batches
 from models_fully_local import Activation, Params, lateral_network, network_of_flags
 from principal_components import principal_components, projection
-from run_log import (
-    RunLog,
-    RunLogError,
-    finish_on_interrupt,
-    read_config,
-    read_results,
-)
-from seeds import EVALUATION, SELECTION, seeded_generator
 from train import detached, train
 from vicreg import VICReg
 

@@ -26,7 +26,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from seeds import seeded_generator
+from experiment.seeds import seeded_generator
 
 FORMS = {
     "log": "NAME=log:LOW:HIGH",

@@ -36,9 +36,9 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from command_line import UserError
+from experiment.command_line import UserError
+from experiment.seeds import seeded_generator
 from search_space import SearchedFlag, Value, draw, grid
-from seeds import seeded_generator
 
 JOURNAL = "study.journal"
 HEARTBEAT = 30.0  # seconds

@@ -32,7 +32,7 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvin
 from optuna.study import Study
 from optuna.trial import Trial
 
-from command_line import (
+from experiment.command_line import (
     OF_THE_CALL,
     UserError,
     new_directory,
@@ -42,8 +42,8 @@ from command_line import (
     run_command,
     run_parser,
 )
-from files import json_text, write_whole
-from run_log import RunLog, finish_on_interrupt, plain, read_config
+from experiment.files import json_text, write_whole
+from experiment.run_log import RunLog, finish_on_interrupt, plain, read_config
 from search_space import SearchedFlag, searched_flag
 from shared_study import (
     GUIDED,

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from experiment.seeds import seeded_generator
 from models_fully_local import Params
 from optimizees import Optimizee
 from optimizer_networks import OptimizerError
-from seeds import seeded_generator
 
 KINDS = ("translation", "scale", "rescale")
 CONTROL = "_control"  # after the kind: a symmetry that is not there

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files import in_place
+from experiment.files import in_place
 from image_data import DataError
 
 SHARED = Path(__file__).resolve().parent.parent / "shared" / "data" / "uci"

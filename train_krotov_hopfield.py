@@ -15,7 +15,9 @@ import itertools
 import math
 from dataclasses import asdict, fields, replace
 
-from command_line import (
+from competition import GATES, NORMALIZATIONS, gate_needs
+from competition_figures import draw_competition_run
+from experiment.command_line import (
     UserError,
     common_parser,
     fraction,
@@ -30,8 +32,8 @@ from command_line import (
     run_command,
     set_up,
 )
-from competition import GATES, NORMALIZATIONS, gate_needs
-from competition_figures import draw_competition_run
+from experiment.run_log import RunLog, run_to_end
+from experiment.seeds import seeded_generator
 from hebbian_network import (
     DEEPEST,
     FEATURE_NORMS,
@@ -42,8 +44,6 @@ from hebbian_network import (
 )
 from layerwise_training import AUGMENTATIONS, LayerwiseTraining, split_validation
 from mnist_datasets import load_images
-from run_log import RunLog, run_to_end
-from seeds import seeded_generator
 
 OF_LAYERS = (
     "units", "power", "lebesgue_p", "ranking_param", "delta", "inverse_temperature", "lr", "lr_end",

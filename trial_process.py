@@ -24,8 +24,8 @@ import numpy as np
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
 
-from command_line import UserError
-from run_log import RunLogError, read_json, read_metrics
+from experiment.command_line import UserError
+from experiment.run_log import RunLogError, read_json, read_metrics
 from shared_study import Outcome
 
 GRACE = 60.0  # seconds from SIGTERM, which ends a command cleanly, to SIGKILL

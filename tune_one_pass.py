@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Generator
 
-from command_line import (
+from experiment.command_line import (
     computing_parser,
     device_name,
     fraction,
@@ -37,7 +37,16 @@ from command_line import (
     run_command,
     set_up,
 )
-from files import write_whole
+from experiment.files import write_whole
+from experiment.run_log import RunLog, read_config, run_to_end
+from experiment.yaml_settings import (
+    Key,
+    add_settings,
+    mapping,
+    parse_settings,
+    refuse_idle_settings,
+    truth,
+)
 from one_pass import (
     DEFAULT_TRANSFORMS,
     METHODS,
@@ -68,15 +77,6 @@ from one_pass_report import (
     final_losses,
     median_of_draws,
     summary,
-)
-from run_log import RunLog, read_config, run_to_end
-from yaml_settings import (
-    Key,
-    add_settings,
-    mapping,
-    parse_settings,
-    refuse_idle_settings,
-    truth,
 )
 
 # what a draw's random numbers are for; each has a stream of its own

@@ -21,11 +21,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from errors import NonFiniteError
+from experiment.errors import NonFiniteError
+from experiment.seeds import seeded_generator
 from image_data import DataError, ImageData
 from mnist_datasets import pair_batches
 from models_fully_local import Params
-from seeds import seeded_generator
 
 EPSILON = 1e-4  # under the square root of a variance: keeps its gradient finite
 TERMS = ("invariance", "variance", "covariance")

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 from torch.profiler import profile
 
-from command_line import keep_freed_memory
+from experiment.command_line import keep_freed_memory
 from hypergradients import CG, checkpointed_reverse, neumann, reverse, reverse_unroll
 from inner_optimizers import GradientDescent
 

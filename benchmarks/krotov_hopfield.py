@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from command_line import (
+from experiment.command_line import (
     OneLineParser,
     keep_freed_memory,
     nonnegative_float,

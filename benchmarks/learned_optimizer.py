@@ -29,12 +29,12 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from command_line import keep_freed_memory
 from coordinate_lstm import STEP_CHUNK, Weights, sequence_gradient
+from experiment.command_line import keep_freed_memory
+from experiment.seeds import seeded_generator
 from learned_optimizer import LearnedOptimizer
 from optimizees import Optimizee, image_optimizee
 from optimizer_networks import CoordinateLSTM, log_and_sign, make_network
-from seeds import seeded_generator
 from window_gradients import Objective, start, suffix_sum_gradient
 
 STEPS, BATCH = 20, 128

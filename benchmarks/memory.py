@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from command_line import keep_freed_memory
+from experiment.command_line import keep_freed_memory
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule
 from models_fully_local import Activation, lateral_mlp

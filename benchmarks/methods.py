@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from command_line import keep_freed_memory
+from experiment.command_line import keep_freed_memory
 from hypgraddesc import HypergradientDescent, MetaSettings
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule

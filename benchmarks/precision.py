@@ -32,14 +32,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from command_line import keep_freed_memory
+from experiment.command_line import keep_freed_memory
+from experiment.precision import Products
+from experiment.seeds import seeded_generator
 from initializers import GaussianInitializer
 from learning_rules import PerLayerRule, classical_rule
 from mnist_datasets import batches, load_images
 from models_fully_local import Activation, lateral_network
-from precision import Products
 from rule_comparison import Entry, Setting, learned, load_run
-from seeds import seeded_generator
 from train import detached, train
 
 KINDS = ("float64", "float32", "tf32", "bfloat16")

@@ -29,10 +29,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import distributed, multiprocessing
 
+from experiment.processes import Team
+from experiment.run_log import read_metrics
 from hypgraddesc import TaskOutcome
 from learning_rules import PerLayerRule, PolynomialRule
-from processes import Team
-from run_log import read_metrics
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 GATHERS = 200

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracles
 
-from command_line import keep_freed_memory
+from experiment.command_line import keep_freed_memory
 from learning_rules import PolynomialPairRule, PolynomialRule
 from models_fully_local import Activation, lateral_mlp
 

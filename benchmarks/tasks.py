@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from command_line import keep_freed_memory
+from experiment.command_line import keep_freed_memory
 from learning_rules import PolynomialRule
 from models_fully_local import Activation, lateral_mlp
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from command_line import (
+from example_figures import NETWORKS, draw_equilibrium_run
+from experiment.command_line import (
     UserError,
     common_parser,
     fraction,
@@ -38,7 +39,7 @@ from command_line import (
     run_command,
     set_up,
 )
-from example_figures import NETWORKS, draw_equilibrium_run
+from experiment.run_log import RunLog, read_metrics, run_to_end
 from hypergradients import (
     CG_normaleq,
     checkpointed_reverse,
@@ -51,7 +52,6 @@ from hypergradients import (
     truncated_reverse,
 )
 from mnist_datasets import ImageData, load_images
-from run_log import RunLog, read_metrics, run_to_end
 from update_maps import OuterLoss, UpdateMap, advance
 
 TRAIN_IMAGES = 5000  # by default, or all where there are fewer

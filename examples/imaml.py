@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.functional import conv2d, cross_entropy, linear, mse_loss
 
-from command_line import (
+from example_figures import draw_imaml_run
+from experiment.command_line import (
     DATASETS,
     UserError,
     common_parser,
@@ -46,13 +47,12 @@ from command_line import (
     run_command,
     set_up,
 )
-from example_figures import draw_imaml_run
+from experiment.run_log import RunLog, run_to_end
 from hypergradients import implicit
 from image_data import DataError, ImageData
 from inner_optimizers import GradientDescent
 from linear_solvers import ConjugateGradient, DivergenceError, FixedPoint, NormalEquations
 from mnist_datasets import load_images
-from run_log import RunLog, run_to_end
 
 METHODS = {
     "CG": ConjugateGradient,

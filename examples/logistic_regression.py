@@ -34,7 +34,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from command_line import (
+from example_figures import draw_logistic_run
+from experiment.command_line import (
     UserError,
     common_parser,
     fraction,
@@ -48,7 +49,7 @@ from command_line import (
     run_command,
     set_up,
 )
-from example_figures import draw_logistic_run
+from experiment.run_log import RunLog, read_metrics, run_to_end
 from hypergradients import (
     CG,
     CG_normaleq,
@@ -65,7 +66,6 @@ from hypergradients import (
 from inner_optimizers import GradientDescent
 from linear_solvers import DivergenceError
 from mnist_datasets import ImageData, load_images
-from run_log import RunLog, read_metrics, run_to_end
 from update_maps import advance
 
 # Validation losses in HyperTorch's notebook, which are of the defaults here
@@ -287,8 +287,8 @@ def compare_methods(problem: Problem, log: RunLog) -> None:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["k", *curves])
     writer.writerows(zip(CURVE, *curves.values(), strict=True))
-    log.write_text("errors.csv", table.getvalue())
-    log.write_arrays("errors.npz", {"k": np.array(CURVE), **curves})
+    log.write_text("experiment.errors.csv", table.getvalue())
+    log.write_arrays("experiment.errors.npz", {"k": np.array(CURVE), **curves})
     log.write_json("rates.json", rates)
     shown = [k for k in (1, 4, 11, 27, 85) if k in CURVE]
     log.say("relative error of the hypergradient at l = 1, float64; contraction "

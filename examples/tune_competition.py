@@ -32,7 +32,9 @@ import torch
 from optuna.distributions import FloatDistribution
 from optuna.samplers import TPESampler
 
-from command_line import (
+from competition import ACTING, GATES, Competition
+from competition_figures import WAYS, draw_searches_run
+from experiment.command_line import (
     common_parser,
     open_run,
     parse,
@@ -41,8 +43,8 @@ from command_line import (
     run_command,
     set_up,
 )
-from competition import ACTING, GATES, Competition
-from competition_figures import WAYS, draw_searches_run
+from experiment.run_log import RunLog, run_to_end
+from experiment.seeds import EVALUATION, TRIAL, seeded_generator
 from hypgraddesc import HypergradientDescent, MetaSettings, evaluate
 from initializers import FIXED, GaussianInitializer
 from krotov_hopfield_rule import KrotovHopfieldRule
@@ -50,8 +52,6 @@ from learning_rules import PerLayerRule
 from linear_probe import ProbeLoss
 from mnist_datasets import batches, load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
-from run_log import RunLog, run_to_end
-from seeds import EVALUATION, TRIAL, seeded_generator
 
 RANGES = {
     "rate": FloatDistribution(1e-3, 1, log=True),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import plot
-from command_line import run_command
+from experiment.command_line import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 

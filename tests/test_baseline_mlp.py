@@ -8,7 +8,7 @@ import torch
 from commands import interrupt_at_row, kill_at_row, outcome, redraw, rows
 
 import baseline_mlp
-from command_line import parse, run_command
+from experiment.command_line import parse, run_command
 from linear_probe import extract_features
 from logistic_regression import fit_logistic
 from mnist_datasets import load_images

@@ -7,7 +7,7 @@ import pytest
 from commands import interrupt_at_row, kill_at_row, redraw, rows
 
 import baseline_pca
-from command_line import run_command
+from experiment.command_line import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 KS = ["--components", "4", "1", "20", "4"]

@@ -10,7 +10,7 @@ import torch
 from commands import interrupt_at_row, kill_at_row, outcome, redraw, refused, rows
 
 import baseline_vicreg
-from command_line import run_command
+from experiment.command_line import run_command
 from logistic_regression import fit_logistic
 from mnist_datasets import load_images
 

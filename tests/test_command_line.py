@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import (
+from experiment.command_line import (
     UserError,
     common_parser,
     computing_parser,
@@ -27,9 +27,9 @@ from command_line import (
     run_parser,
     set_up,
 )
+from experiment.run_log import RunLogError
 from image_data import DataError, ImageData
 from logistic_regression import ProbeError
-from run_log import RunLogError
 
 IMAGES = ImageData(
     torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), "two images"
@@ -184,7 +184,7 @@ def test_a_mistake_in_the_program_keeps_its_traceback():
 
 
 def test_a_pipe_closed_by_its_reader_is_silent():
-    program = "from command_line import run_command; run_command(lambda _: print('x' * 100000))"
+    program = "from experiment.command_line import run_command; run_command(lambda _: print('x' * 100000))"
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,

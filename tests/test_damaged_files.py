@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 import cifar10
 import tune_one_pass
-from errors import WrongInputError
+from experiment.errors import WrongInputError
+from experiment.run_log import RunLog, RunLogError, read_arrays, read_config, read_metrics
+from experiment.yaml_settings import add_settings, parse_settings
 from learning_rules import PerLayerRule, classical_rule, load_rule, rule_from_dict
 from mnist_datasets import parse_idx, read_idx
 from optimizer_networks import CoordinateLSTM, load_network, network_to_dict
-from run_log import RunLog, RunLogError, read_arrays, read_config, read_metrics
-from yaml_settings import add_settings, parse_settings
 
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -11,8 +11,8 @@ from commands import kill_at_row, redraw
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import command_line
-from command_line import run_command
+from experiment import command_line
+from experiment.command_line import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "equilibrium_network.py"

@@ -13,7 +13,7 @@ import torch
 from commands import kill_at_row, redraw
 from PIL import Image
 
-from command_line import run_command
+from experiment.command_line import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "imaml.py"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from commands import redraw
 
-from command_line import run_command
+from experiment.command_line import run_command
 from hypergradients import reverse_unroll
 
 ROOT = Path(__file__).resolve().parent.parent

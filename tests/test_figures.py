@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiment.run_log import RunLog, RunLogError
 from figure_style import COLOURS, colours
 from figures import (
     cosines,
@@ -18,7 +19,6 @@ from figures import (
     running_median,
     table_of_terms,
 )
-from run_log import RunLog, RunLogError
 
 COLUMNS = (
     "meta_loss",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from files import in_place, json_text, write_whole
+from experiment.files import in_place, json_text, write_whole
 
 
 def test_a_file_is_replaced_whole_with_the_usual_permissions(tmp_path):

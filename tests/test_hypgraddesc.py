@@ -17,7 +17,8 @@ import torch
 from oracles import DOUBLE
 from torch import nn
 
-from errors import NonFiniteError
+from experiment.errors import NonFiniteError
+from experiment.run_log import RunLog, read_metrics
 from hypgraddesc import (
     OPTIMIZERS,
     HypergradientDescent,
@@ -34,7 +35,6 @@ from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, PolynomialRule
 from meta_gradients import Reverse
 from models_fully_local import Activation, lateral_mlp
-from run_log import RunLog, read_metrics
 from train import MEMORY
 
 

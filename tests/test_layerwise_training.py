@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from competition import CompetitionError
-from errors import NonFiniteError
+from experiment.errors import NonFiniteError
 from hebbian_network import (
     DEEPEST,
     RECIPES,

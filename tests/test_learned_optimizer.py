@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from errors import NonFiniteError
+from experiment.errors import NonFiniteError
+from experiment.seeds import seeded_generator
 from learned_optimizer import MEMORY, LearnedOptimizer, LearnedRule
 from models_fully_local import Activation, lateral_mlp
 from optimizees import Optimizee, image_optimizee
 from optimizer_networks import OptimizerError, log_and_sign, make_network
-from seeds import seeded_generator
 from train import train
 from vicreg import uniform_parameters
 from window_gradients import Objective, autograd_gradient, start

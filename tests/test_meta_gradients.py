@@ -7,14 +7,14 @@ import torch
 from oracles import DOUBLE, assert_near
 from torch import nn
 
-from errors import NonFiniteError
+from experiment.errors import NonFiniteError
+from experiment.seeds import seeded_generator
 from hypgraddesc import MetaError, MetaSettings
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PolynomialRule
 from linear_solvers import HypergradientError
 from meta_gradients import Forward, Implicit, LookBack, Reverse, Strategies, Task, Truncated
 from models_fully_local import Activation, lateral_mlp
-from seeds import seeded_generator
 from train import MEMORY, train
 
 

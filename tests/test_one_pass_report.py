@@ -10,6 +10,7 @@ import torch
 
 import one_pass_report
 import plot
+from experiment.run_log import RunLogError
 from one_pass_report import (
     Columns,
     Recorded,
@@ -22,7 +23,6 @@ from one_pass_report import (
     summary,
     table,
 )
-from run_log import RunLogError
 
 
 def recorded(title="run", draws=6, method="fixed", seed=0, **config):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiment.seeds import seeded_generator
 from image_data import DataError, ImageData
 from optimizees import (
     Optimizee,
@@ -16,7 +17,6 @@ from optimizees import (
     quadratic_batches,
 )
 from optimizer_networks import OptimizerError
-from seeds import seeded_generator
 
 
 def images(count: int = 40, size: int = 8) -> ImageData:

@@ -8,6 +8,8 @@ from test_optimizees import images
 from torch import nn
 
 import optimizer_comparison
+from experiment.run_log import Interrupt
+from experiment.seeds import seeded_generator
 from optimizees import make_task
 from optimizer_comparison import (
     BASELINES,
@@ -22,8 +24,6 @@ from optimizer_comparison import (
     train_all,
 )
 from optimizer_networks import make_network
-from run_log import Interrupt
-from seeds import seeded_generator
 from symmetries import find_symmetries
 from window_gradients import roll_out, start
 

@@ -7,6 +7,7 @@ import pytest
 from commands import refused
 
 import plot
+from experiment.run_log import RunLogError
 from optimizer_figures import (
     draw_loss_grid,
     draw_optimizer_run,
@@ -17,7 +18,6 @@ from optimizer_figures import (
     one_of_each_kind,
     shown_epochs,
 )
-from run_log import RunLogError
 
 
 def drawn(path) -> bool:

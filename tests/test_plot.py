@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 import plot
-from command_line import run_command
+from experiment.command_line import run_command
+from experiment.run_log import RunLog
 from learning_rules import PerLayerRule, PolynomialRule, classical_rule
-from run_log import RunLog
 
 
 def run_of(directory, *rules, effects=None, command="main"):

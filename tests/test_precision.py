@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from experiment.precision import PrecisionError, Products
+from experiment.seeds import seeded_generator
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import PolynomialRule
 from logistic_regression import fit_logistic
 from models_fully_local import Activation, lateral_network
-from precision import PrecisionError, Products
-from seeds import seeded_generator
 from train import train
 
 EPSILON = 2**-8  # of a rounding to bfloat16

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import UserError, _run_before_the_restart
-from processes import ALONE, Team
-from run_log import read_json, read_metrics
+from experiment.command_line import UserError, _run_before_the_restart
+from experiment.processes import ALONE, Team
+from experiment.run_log import read_json, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [
@@ -28,7 +28,7 @@ from hypgraddesc import HypergradientDescent, MetaSettings
 from initializers import FIXED, GaussianInitializer
 from learning_rules import PolynomialRule
 from models_fully_local import Activation, lateral_mlp
-from processes import join_team
+from experiment.processes import join_team
 
 class Loss:
     metrics = ("draw",)
@@ -64,7 +64,7 @@ def check():
     print("left", flush=True)
 
 atexit.register(check)
-from processes import join_team
+from experiment.processes import join_team
 assert join_team().gathered(3) == [3, 3]
 """
 

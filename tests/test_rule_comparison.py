@@ -11,6 +11,8 @@ from oracles import DOUBLE
 
 import main
 import rule_comparison
+from experiment.run_log import RunLogError
+from experiment.seeds import EVALUATION, seeded_generator
 from hypgraddesc import evaluate
 from initializers import GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
@@ -32,8 +34,6 @@ from rule_comparison import (
     trajectory,
     vicreg,
 )
-from run_log import RunLogError
-from seeds import EVALUATION, seeded_generator
 
 CONFIG = {
     "layers": [6, 5], "inhibition": "lateral", "inh_steps": 3, "inh_factor": 0.2,

@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import tensorboard_events
-from run_log import (
+from experiment import tensorboard_events
+from experiment.run_log import (
     RunLog,
     RunLogError,
     finish_on_interrupt,
@@ -402,7 +402,7 @@ def test_a_resumed_run_leaves_the_rows_of_an_uninterrupted_one(
 
 PROGRAM = """
 import os, signal, sys, torch
-from run_log import RunLog
+from experiment.run_log import RunLog
 directory, killed = sys.argv[1], int(sys.argv[2])
 new = not os.path.exists(directory)
 with RunLog.create(directory, {}, True) if new else RunLog.reopen(directory, True) as log:

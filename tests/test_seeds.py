@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seeds import seeded_generator
+from experiment.seeds import seeded_generator
 
 
 def numbers(*key):

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.func import jvp
 
+from experiment.seeds import seeded_generator
 from optimizees import Optimizee, image_optimizee
 from optimizer_comparison import Lion
 from optimizer_networks import OptimizerError
-from seeds import seeded_generator
 from symmetries import (
     covariance_size,
     find_symmetries,

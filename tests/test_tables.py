@@ -1,6 +1,6 @@
 """What a table looks like, on the screen and in Markdown."""
 
-from tables import aligned, markdown
+from experiment.tables import aligned, markdown
 
 CELLS = [["method", "d", "e"], ["a", "50.00 ± 0.00 %", ""], ["longest name", "-", "1"]]
 

@@ -9,7 +9,7 @@ import pytest
 from commands import interrupt_at_row, kill_at_row, outcome, redraw, refused, rows
 
 import train_krotov_hopfield
-from command_line import run_command
+from experiment.command_line import run_command
 
 SCRIPT = "train_krotov_hopfield.py"
 TINY = [

@@ -10,9 +10,9 @@ import torch
 from commands import ROOT, interrupt_at_row, kill_at_row, outcome, redraw, refused, rows
 
 import tune_one_pass
+from experiment.run_log import read_config, read_json
+from experiment.yaml_settings import parse_settings, read_settings
 from one_pass_report import read_run
-from run_log import read_config, read_json
-from yaml_settings import parse_settings, read_settings
 
 CONFIGS = ROOT / "configs"
 SMALL = (

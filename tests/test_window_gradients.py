@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from experiment.seeds import seeded_generator
 from optimizees import Optimizee
 from optimizer_networks import EXTRA_INPUTS, log_and_sign, make_network
-from seeds import seeded_generator
 from symmetries import find_symmetries, symmetry_penalty
 from window_gradients import (
     Objective,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from command_line import positive_int
-from yaml_settings import (
+from experiment.command_line import positive_int
+from experiment.yaml_settings import (
     Key,
     SettingsError,
     add_settings,

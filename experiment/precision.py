@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from errors import WrongInputError
+from experiment.errors import WrongInputError
 
 PRODUCTS = ("float32", "tf32", "bfloat16")
 

@@ -33,10 +33,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from errors import WrongInputError
-from files import json_text, sync, write_durably, write_whole
-from processes import ALONE, Team
-from tensorboard_events import EventFile
+from experiment.errors import WrongInputError
+from experiment.files import json_text, sync, write_durably, write_whole
+from experiment.processes import ALONE, Team
+from experiment.tensorboard_events import EventFile
 
 CHECKPOINT_FORMAT = 1
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")  # the last one, the one before it

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from command_line import parse
-from errors import WrongInputError
+from experiment.command_line import parse
+from experiment.errors import WrongInputError
 
 # what reading YAML or JSON raises, also for a date that does not exist and for tables too deep
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)

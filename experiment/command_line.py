@@ -29,10 +29,10 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from errors import WrongInputError
-from precision import set_tensor_cores
-from processes import ALONE, Team
-from run_log import RunLog, RunLogError, SilentLog, plain, read_config
+from experiment.errors import WrongInputError
+from experiment.precision import set_tensor_cores
+from experiment.processes import ALONE, Team
+from experiment.run_log import RunLog, RunLogError, SilentLog, plain, read_config
 
 DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
