@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from data_sets.image_data import DataError, ImageData
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
 from hebbian_network import Classifier, HebbianNetwork, learning_rate
-from image_data import DataError, ImageData
 
 AUGMENTATIONS = ("none", "crop", "flip")
 CROP_PADDING = 4

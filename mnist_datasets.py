@@ -34,10 +34,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from cifar10 import load_cifar10
+from data_sets.cifar10 import load_cifar10
+from data_sets.fetching import import_torchvision, one_line, run_silently, run_with_torchvision
+from data_sets.image_data import DataError, ImageData, working_dtype
 from experiment.files import write_whole
-from fetching import import_torchvision, one_line, run_silently, run_with_torchvision
-from image_data import DataError, ImageData, working_dtype
 
 __all__ = [
     "DataError", "ImageData", "augment", "batches", "import_torchvision", "load_images",

@@ -18,7 +18,8 @@ from torch import Generator, Tensor, nn
 from torch.func import grad_and_value, vjp, vmap
 
 from compiled_mlp import CompiledMLPObjective
-from image_data import DataError, ImageData
+from data_sets.image_data import DataError, ImageData
+from data_sets.tabular_datasets import TABLES, load_table, split_table
 from mnist_datasets import import_torchvision, load_images
 from objectives import (
     Batch,
@@ -32,7 +33,6 @@ from objectives import (
     summed,
 )
 from one_pass import OnePassError, Samples
-from tabular_datasets import TABLES, load_table, split_table
 
 IMAGES = ("mnist", "fashion", "mnist5k", "cifar10")
 TOYS = ("quadratic", "two_weights")

@@ -22,7 +22,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
 
-from image_data import DataError, ImageData
+from data_sets.image_data import DataError, ImageData
 from models_fully_local import Params
 from optimizer_networks import OptimizerError
 

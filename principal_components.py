@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from image_data import DataError, ImageData
+from data_sets.image_data import DataError, ImageData
 from models_fully_local import Activation, Params, lateral_mlp
 
 IMAGES_AT_ONCE = 4096  # bounds the float64 copies

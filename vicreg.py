@@ -21,9 +21,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from data_sets.image_data import DataError, ImageData
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
-from image_data import DataError, ImageData
 from mnist_datasets import pair_batches
 from models_fully_local import Params
 

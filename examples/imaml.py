@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn.functional import conv2d, cross_entropy, linear, mse_loss
 
+from data_sets.image_data import DataError, ImageData
 from example_figures import draw_imaml_run
 from experiment.command_line import (
     DATASETS,
@@ -49,7 +50,6 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog, run_to_end
 from hypergradients import implicit
-from image_data import DataError, ImageData
 from inner_optimizers import GradientDescent
 from linear_solvers import ConjugateGradient, DivergenceError, FixedPoint, NormalEquations
 from mnist_datasets import load_images

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import cifar10
-from cifar10 import BINARY, FILES, PYTHON
-from image_data import DataError
+from data_sets import cifar10
+from data_sets.cifar10 import BINARY, FILES, PYTHON
+from data_sets.image_data import DataError
 from mnist_datasets import load_images
 
 COUNT = 20  # images in a file

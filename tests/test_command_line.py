@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_sets.image_data import DataError, ImageData
 from experiment.command_line import (
     UserError,
     common_parser,
@@ -28,7 +29,6 @@ from experiment.command_line import (
     set_up,
 )
 from experiment.run_log import RunLogError
-from image_data import DataError, ImageData
 from logistic_regression import ProbeError
 
 IMAGES = ImageData(

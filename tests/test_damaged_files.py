@@ -12,8 +12,8 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import cifar10
 import tune_one_pass
+from data_sets import cifar10
 from experiment.errors import WrongInputError
 from experiment.run_log import RunLog, RunLogError, read_arrays, read_config, read_metrics
 from experiment.yaml_settings import add_settings, parse_settings

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from image_data import ImageData
+from data_sets.image_data import ImageData
 from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import PolynomialPairRule, PolynomialRule
 from mnist_datasets import batches, pair_batches

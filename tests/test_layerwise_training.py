@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from competition import CompetitionError
+from data_sets.image_data import DataError, ImageData
 from experiment.errors import NonFiniteError
 from hebbian_network import (
     DEEPEST,
@@ -19,7 +20,6 @@ from hebbian_network import (
     Recipe,
     learning_rate,
 )
-from image_data import DataError, ImageData
 from krotov_hopfield import BioConv2d
 from layerwise_training import (
     LayerwiseTraining,

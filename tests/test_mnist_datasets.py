@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-import fetching
 import mnist_datasets as m
-from image_data import DataError, ImageData
+from data_sets import fetching
+from data_sets.image_data import DataError, ImageData
 
 FILES = (
     "train-images-idx3-ubyte",

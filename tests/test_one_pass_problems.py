@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import one_pass_problems
-from image_data import DataError
+from data_sets.image_data import DataError
 from objectives import Batch
 from one_pass import OnePassError
 from one_pass_problems import (

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from data_sets.image_data import DataError, ImageData
 from experiment.seeds import seeded_generator
-from image_data import DataError, ImageData
 from optimizees import (
     Optimizee,
     halves,

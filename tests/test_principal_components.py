@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_data import DataError, ImageData
+from data_sets.image_data import DataError, ImageData
 from linear_probe import extract_features
 from logistic_regression import fit_logistic
 from mnist_datasets import normalize_pixels

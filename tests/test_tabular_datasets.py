@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-import tabular_datasets
-from image_data import DataError
-from tabular_datasets import TABLES, Table, load_table, split_table
+from data_sets import tabular_datasets
+from data_sets.image_data import DataError
+from data_sets.tabular_datasets import TABLES, Table, load_table, split_table
 
 SPLITS = {
     "boston": (364, 91, 51),

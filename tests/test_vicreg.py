@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
 from torch import Tensor, nn
 
+from data_sets.image_data import DataError, ImageData
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
-from image_data import DataError, ImageData
 from mnist_datasets import pair_batches
 from models_fully_local import Activation, lateral_mlp
 from vicreg import EPSILON, TERMS, VICReg, uniform_parameters, vicreg_loss

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import library
 
-from image_data import DataError
+from data_sets.image_data import DataError
 
 
 def import_torchvision():
@@ -49,7 +49,7 @@ def run_with_torchvision(statement: str, arguments: list[str], directory: Path) 
     """
     code = (
         "import socket, sys; sys.path.insert(0, sys.argv[1]); socket.setdefaulttimeout(10);"
-        f"from fetching import import_torchvision; torchvision = import_torchvision(); {statement}"
+        f"from data_sets.fetching import import_torchvision; torchvision = import_torchvision(); {statement}"
     )
     here = str(Path(__file__).resolve().parent)
     command = [sys.executable, "-c", code, here, *arguments]

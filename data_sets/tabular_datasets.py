@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_sets.image_data import DataError
 from experiment.files import in_place
-from image_data import DataError
 
 SHARED = Path(__file__).resolve().parent.parent / "shared" / "data" / "uci"
 

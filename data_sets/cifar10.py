@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_sets.fetching import one_line, run_with_torchvision
+from data_sets.image_data import DataError, ImageData
 from experiment.files import write_durably
-from fetching import one_line, run_with_torchvision
-from image_data import DataError, ImageData
 
 IMAGES_PER_FILE, CLASSES = 10_000, 10
 SHAPE = (3, 32, 32)

@@ -1,0 +1,1 @@
+"""Image and table sets: their files, checksums and downloads."""
