@@ -9,7 +9,7 @@
     Strategies   nothing: losses at randomly perturbed hyperparameters    yes   none
 
 Whichever way: hyperparameters are those of the rule and of the initial distribution, and a learning
-rule with its batches is a list of update maps as in hypergradients.py. A method that does not reach
+rule with its batches is a list of update maps as in hypergradients/methods.py. A method that does not reach
 the start has no part of the gradient for the initial distribution.
 """
 
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from evolution_strategies import evolution_strategies
 from experiment.errors import NonFiniteError
-from hypergradients import forward_mode, implicit, neumann_lookback
+from hypergradients.evolution_strategies import evolution_strategies
+from hypergradients.linear_solvers import FixedPoint
+from hypergradients.methods import forward_mode, implicit, neumann_lookback
+from hypergradients.update_maps import UpdateMap
 from learning_rules import LearningRule
-from linear_solvers import FixedPoint
 from models_fully_local import Params
 from train import MEMORY_LIMIT, train
-from update_maps import UpdateMap
 
 Judge = Callable[[Params], tuple[Tensor, dict[str, float]]]
 

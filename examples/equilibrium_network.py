@@ -40,7 +40,7 @@ from experiment.command_line import (
     set_up,
 )
 from experiment.run_log import RunLog, read_metrics, run_to_end
-from hypergradients import (
+from hypergradients.methods import (
     CG_normaleq,
     checkpointed_reverse,
     fixed_point,
@@ -51,8 +51,8 @@ from hypergradients import (
     stoch_AID,
     truncated_reverse,
 )
+from hypergradients.update_maps import OuterLoss, UpdateMap, advance
 from mnist_datasets import ImageData, load_images
-from update_maps import OuterLoss, UpdateMap, advance
 
 TRAIN_IMAGES = 5000  # by default, or all where there are fewer
 IMPLICIT = {

@@ -49,9 +49,14 @@ from experiment.command_line import (
     set_up,
 )
 from experiment.run_log import RunLog, run_to_end
-from hypergradients import implicit
-from inner_optimizers import GradientDescent
-from linear_solvers import ConjugateGradient, DivergenceError, FixedPoint, NormalEquations
+from hypergradients.inner_optimizers import GradientDescent
+from hypergradients.linear_solvers import (
+    ConjugateGradient,
+    DivergenceError,
+    FixedPoint,
+    NormalEquations,
+)
+from hypergradients.methods import implicit
 from mnist_datasets import load_images
 
 METHODS = {

@@ -50,7 +50,9 @@ from experiment.command_line import (
     set_up,
 )
 from experiment.run_log import RunLog, read_metrics, run_to_end
-from hypergradients import (
+from hypergradients.inner_optimizers import GradientDescent
+from hypergradients.linear_solvers import DivergenceError
+from hypergradients.methods import (
     CG,
     CG_normaleq,
     checkpointed_reverse,
@@ -63,10 +65,8 @@ from hypergradients import (
     stoch_AID,
     truncated_reverse,
 )
-from inner_optimizers import GradientDescent
-from linear_solvers import DivergenceError
+from hypergradients.update_maps import advance
 from mnist_datasets import ImageData, load_images
-from update_maps import advance
 
 # Validation losses in HyperTorch's notebook, which are of the defaults here
 PUBLISHED = {0: 0.5744, 10: 0.5338, 20: 0.3615, 30: 0.3225, 40: 0.2988, 50: 0.2945, 60: 0.2906}

@@ -4,13 +4,13 @@ import pytest
 import torch
 from oracles import DOUBLE, normal
 
-from evolution_strategies import (
+from hypergradients.evolution_strategies import (
     Pairs,
     evolution_strategies,
     persistent_evolution_strategies,
 )
-from hypergradients import checkpointed_reverse
-from linear_solvers import HypergradientError
+from hypergradients.linear_solvers import HypergradientError
+from hypergradients.methods import checkpointed_reverse
 
 
 def step(params, hparams):

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
 
-from hypergradients import (
+from hypergradients.inner_optimizers import GradientDescent, HeavyBall
+from hypergradients.linear_solvers import (
+    ConjugateGradient,
+    DivergenceError,
+    FixedPoint,
+    HypergradientError,
+    NormalEquations,
+)
+from hypergradients.methods import (
     CG,
     CG_normaleq,
     LinearSolve,
@@ -28,15 +36,7 @@ from hypergradients import (
     stoch_AID,
     truncated_reverse,
 )
-from inner_optimizers import GradientDescent, HeavyBall
 from learning_rules import PolynomialRule
-from linear_solvers import (
-    ConjugateGradient,
-    DivergenceError,
-    FixedPoint,
-    HypergradientError,
-    NormalEquations,
-)
 from models_fully_local import Activation, lateral_mlp
 from train import train
 

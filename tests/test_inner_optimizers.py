@@ -6,9 +6,16 @@ import pytest
 import torch
 from oracles import DOUBLE, assert_near, normal
 
-from hypergradients import checkpointed_reverse, forward_mode, reverse, reverse_unroll
-from inner_optimizers import GRADIENTS, Adam, GradientDescent, HeavyBall, Momentum, Nesterov
-from linear_solvers import HypergradientError
+from hypergradients.inner_optimizers import (
+    GRADIENTS,
+    Adam,
+    GradientDescent,
+    HeavyBall,
+    Momentum,
+    Nesterov,
+)
+from hypergradients.linear_solvers import HypergradientError
+from hypergradients.methods import checkpointed_reverse, forward_mode, reverse, reverse_unroll
 
 
 def loss(params, hparams):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
 
-from linear_solvers import (
+from hypergradients.linear_solvers import (
     ConjugateGradient,
     DivergenceError,
     FixedPoint,

@@ -9,10 +9,10 @@ from torch import nn
 
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
+from hypergradients.linear_solvers import HypergradientError
 from hypgraddesc import MetaError, MetaSettings
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PolynomialRule
-from linear_solvers import HypergradientError
 from meta_gradients import Forward, Implicit, LookBack, Reverse, Strategies, Task, Truncated
 from models_fully_local import Activation, lateral_mlp
 from train import MEMORY, train

@@ -6,7 +6,7 @@
 In antithetic evolution strategies xi_i = e_i: the gradient of E smoothed over a width sigma. In
 persistent ones (Vicol, Metz, Sohl-Dickstein 2021, arXiv 2112.13835) each pair goes on from where
 its last unroll ended and xi_i is the sum of its e_i so far: unrolls as short as one likes, and no
-truncation bias. Update maps need not be differentiable. Arguments are those of hypergradients.py.
+truncation bias. Update maps need not be differentiable. Arguments are those of hypergradients/methods.py.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linear_solvers import HypergradientError
-from update_maps import OuterLoss, Point, Tree, UpdateMap, advance
+from hypergradients.linear_solvers import HypergradientError
+from hypergradients.update_maps import OuterLoss, Point, Tree, UpdateMap, advance
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
     Nesterov          v' = momentum v + g,   w' = w - step (g + momentum v')      (Sutskever 2013)
     Adam              w' = w - step m_hat / (sqrt(v_hat) + eps)   Kingma and Ba 2015
 
-Called as optimizer(params, hparams) -> params, the form of all maps in hypergradients.py. What an
+Called as optimizer(params, hparams) -> params, the form of all maps in hypergradients/methods.py. What an
 optimiser remembers stands in the same list, after the parameters: start with
 optimizer.get_opt_params(params). Names and arguments of the first three are HyperTorch's.
 """
@@ -21,8 +21,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from linear_solvers import HypergradientError, Vector
-from update_maps import Tree, attached_scalar, products
+from hypergradients.linear_solvers import HypergradientError, Vector
+from hypergradients.update_maps import Tree, attached_scalar, products
 
 Setting = float | Tensor | Callable[[Tree], float | Tensor]  # a number or a function of hparams
 
