@@ -23,7 +23,7 @@ from figure_style import (
 )
 
 NETWORKS = {"equilibrium": "equilibrium network", "ordinary": "ordinary network"}
-# Methods of logistic_regression.py whose errors share a panel, and theory's rate of some
+# Methods of kernels/logistic_regression.py whose errors share a panel, and theory's rate of some
 PANELS = {
     "Along the trajectory": (
         ("reverse", "checkpointed_reverse", "forward_mode", "truncated_reverse",

@@ -25,8 +25,8 @@ from competition import (
     scaled_changes,
     signed_power,
 )
+from kernels.local_polynomial import ROWS, samples
 from learning_rules import LearningRule, RuleError, update_layers
-from local_polynomial import ROWS, samples
 from models_fully_local import Params
 
 SCALES = {  # what D is divided by, as text and in LaTeX

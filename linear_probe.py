@@ -1,6 +1,6 @@
 """Linear probe: how well logistic regression does on a model's features, and the loss through it.
 
-The classifier W, b minimises the objective O of logistic_regression.py on the training features.
+The classifier W, b minimises the objective O of kernels/logistic_regression.py on the training features.
 The outer loss L is the mean cross-entropy of some training images, and depends on the parameters
 theta of the model directly, and through the classifier:
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logistic_regression import (
+from kernels.logistic_regression import (
     LogisticFit,
     NonFiniteFeatures,
     ProbeError,

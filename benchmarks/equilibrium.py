@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from equilibrium import equilibrium
 from experiment.command_line import keep_freed_memory
+from kernels.equilibrium import equilibrium
 from models_fully_local import Activation, lateral_dynamics
 from train import graph_bytes
 

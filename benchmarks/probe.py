@@ -27,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from logistic_regression import LogisticFit, fit_logistic
+from kernels.logistic_regression import LogisticFit, fit_logistic
 from mnist_datasets import load_images
 
 # rows, features, dtype

@@ -5,7 +5,7 @@
 
 One update of the polynomial rule, forward and backward, of several tasks, each with parameters and
 batches of its own and the same coefficients. Batched means that nothing could be written by hand:
-the update must be plain operations (as below: terms factored as in local_polynomial.py).
+the update must be plain operations (as below: terms factored as in kernels/local_polynomial.py).
 
     plain    the plain update, task by task
     vmap     the same, all tasks at once

@@ -9,8 +9,8 @@ from commands import interrupt_at_row, kill_at_row, outcome, redraw, rows
 
 import baseline_mlp
 from experiment.command_line import parse, run_command
+from kernels.logistic_regression import fit_logistic
 from linear_probe import extract_features
-from logistic_regression import fit_logistic
 from mnist_datasets import load_images
 
 ROOT = Path(__file__).resolve().parent.parent

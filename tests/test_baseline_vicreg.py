@@ -11,7 +11,7 @@ from commands import interrupt_at_row, kill_at_row, outcome, redraw, refused, ro
 
 import baseline_vicreg
 from experiment.command_line import run_command
-from logistic_regression import fit_logistic
+from kernels.logistic_regression import fit_logistic
 from mnist_datasets import load_images
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,7 +29,7 @@ from experiment.command_line import (
     set_up,
 )
 from experiment.run_log import RunLogError
-from logistic_regression import ProbeError
+from kernels.logistic_regression import ProbeError
 
 IMAGES = ImageData(
     torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), "two images"

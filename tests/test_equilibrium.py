@@ -16,7 +16,7 @@ from oracles import (
     weighted_sum,
 )
 
-from equilibrium import equilibrium
+from kernels.equilibrium import equilibrium
 from learning_rules import PolynomialRule
 from models_fully_local import Activation, Flatten, LateralLinear, Sequential, lateral_mlp
 from train import graph_bytes, train

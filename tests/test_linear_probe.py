@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 import linear_probe as module
-from linear_probe import ProbeLoss, extract_features, linear_probe
-from logistic_regression import (
+from kernels.logistic_regression import (
     LogisticFit,
     NonFiniteFeatures,
     ProbeError,
     fit_logistic,
     solve_hessian,
 )
+from linear_probe import ProbeLoss, extract_features, linear_probe
 
 
 def mixture(N=400, D=6, classes=4, spread=1.0, seed=0):
@@ -228,7 +228,7 @@ def test_any_shape_gives_a_finite_classifier_no_worse_than_the_constant_one(
 def test_more_features_than_are_whitened_reach_the_same_optimum(monkeypatch):
     features, labels = mixture(D=30)
     whitened = fit_logistic(features, labels, 4, C=1.0)
-    monkeypatch.setattr("logistic_regression.WHITEN_UP_TO", 8)
+    monkeypatch.setattr("kernels.logistic_regression.WHITEN_UP_TO", 8)
     scaled = fit_logistic(features, labels, 4, C=1.0, tolerance=1e-10)
     assert scaled.objective == pytest.approx(whitened.objective, rel=1e-6)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_near, gradients, monomial_sum, normal, weighted_sum
 
-from local_polynomial import LocalPolynomials, LocalSum
+from kernels.local_polynomial import LocalPolynomials, LocalSum
 
 hypothesis_settings = settings(deadline=None, max_examples=80, derandomize=True)
 

@@ -9,8 +9,8 @@ from torch.nn import functional
 from experiment.precision import PrecisionError, Products
 from experiment.seeds import seeded_generator
 from initializers import TRAINABLE, GaussianInitializer
+from kernels.logistic_regression import fit_logistic
 from learning_rules import PolynomialRule
-from logistic_regression import fit_logistic
 from models_fully_local import Activation, lateral_network
 from train import train
 

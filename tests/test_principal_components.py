@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_sets.image_data import DataError, ImageData
+from kernels.logistic_regression import fit_logistic
 from linear_probe import extract_features
-from logistic_regression import fit_logistic
 from mnist_datasets import normalize_pixels
 from principal_components import principal_components, projection
 

@@ -1,0 +1,1 @@
+"""The mathematics that makes the main job fast: local polynomials, logistic regression, lateral dynamics."""
