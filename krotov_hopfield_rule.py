@@ -3,7 +3,7 @@
     rule = KrotovHopfieldRule(rate=0.02, delta=0.4)
     params = train(model, params, batches, rule, steps)      # differentiable in rate, delta, ...
 
-The update is that of competition.py, for the layers of models_fully_local.py: fully connected, or
+The update is that of krotov_hopfield/competition.py, for the layers of models_fully_local.py: fully connected, or
 convolutions whose channels compete at every position. Biases are the weights of a constant input 1,
 lateral weights stay. The layers themselves respond with W, not with f(W): with p = 2 that is the
 same. Who wins does not change with the hyperparameters, almost everywhere; the gradient is that of
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from competition import (
+from kernels.local_polynomial import ROWS, samples
+from krotov_hopfield.competition import (
     ACTING,
     Competition,
     CompetitionError,
@@ -25,7 +26,6 @@ from competition import (
     scaled_changes,
     signed_power,
 )
-from kernels.local_polynomial import ROWS, samples
 from learning_rules import LearningRule, RuleError, update_layers
 from models_fully_local import Params
 
@@ -68,7 +68,7 @@ class KrotovHopfieldRule(LearningRule):
             soft gate's inverse temperature: a step of an optimiser on them is a relative change,
             and both stay positive.
         delta: nn.Parameter, how much losers unlearn.
-        gate, ranking_param, lebesgue_p, normalization: as in krotov_hopfield.py.
+        gate, ranking_param, lebesgue_p, normalization: as in krotov_hopfield/layers.py.
         A parameter on which the gate does not depend needs no gradient.
     Raises RuleError for options that do not fit together.
     """

@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from competition import GATES, NORMALIZATIONS, gate_needs
 from experiment.command_line import (
     UserError,
     common_parser,
@@ -55,6 +54,7 @@ from hypgraddesc import (
     rising_steps,
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
+from krotov_hopfield.competition import GATES, NORMALIZATIONS, gate_needs
 from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import (
     PerLayerRule,

@@ -15,7 +15,6 @@ import itertools
 import math
 from dataclasses import asdict, fields, replace
 
-from competition import GATES, NORMALIZATIONS, gate_needs
 from competition_figures import draw_competition_run
 from experiment.command_line import (
     UserError,
@@ -34,7 +33,8 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog, run_to_end
 from experiment.seeds import seeded_generator
-from hebbian_network import (
+from krotov_hopfield.competition import GATES, NORMALIZATIONS, gate_needs
+from krotov_hopfield.hebbian_network import (
     DEEPEST,
     FEATURE_NORMS,
     RECIPES,
@@ -42,7 +42,7 @@ from hebbian_network import (
     HebbianNetwork,
     Recipe,
 )
-from layerwise_training import AUGMENTATIONS, LayerwiseTraining, split_validation
+from krotov_hopfield.layerwise_training import AUGMENTATIONS, LayerwiseTraining, split_validation
 from mnist_datasets import load_images
 
 OF_LAYERS = (

@@ -32,7 +32,6 @@ import torch
 from optuna.distributions import FloatDistribution
 from optuna.samplers import TPESampler
 
-from competition import ACTING, GATES, Competition
 from competition_figures import WAYS, draw_searches_run
 from experiment.command_line import (
     common_parser,
@@ -47,6 +46,7 @@ from experiment.run_log import RunLog, run_to_end
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
 from hypgraddesc import HypergradientDescent, MetaSettings, evaluate
 from initializers import FIXED, GaussianInitializer
+from krotov_hopfield.competition import ACTING, GATES, Competition
 from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import PerLayerRule
 from linear_probe import ProbeLoss

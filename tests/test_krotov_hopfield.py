@@ -13,9 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import krotov_hopfield
-from competition import Competition, CompetitionError
-from krotov_hopfield import BioConv2d, BioLinear, Triangle, exponential_rate
+from krotov_hopfield import layers as krotov_hopfield
+from krotov_hopfield.competition import Competition, CompetitionError
+from krotov_hopfield.layers import BioConv2d, BioLinear, Triangle, exponential_rate
 
 GATES = ("ranked", "losers", "soft", "winner")
 DOUBLE = {"dtype": torch.float64}
@@ -477,7 +477,7 @@ def test_inputs_of_another_shape_are_refused_with_the_shape_expected():
     ],
 )
 def test_the_benchmark_refuses_wrong_input_in_one_line(capsys, flags, message):
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "krotov_hopfield.py"
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "krotov_hopfield/layers.py"
     spec = importlib.util.spec_from_file_location("benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)

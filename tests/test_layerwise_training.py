@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from competition import CompetitionError
 from data_sets.image_data import DataError, ImageData
 from experiment.errors import NonFiniteError
-from hebbian_network import (
+from krotov_hopfield.competition import CompetitionError
+from krotov_hopfield.hebbian_network import (
     DEEPEST,
     RECIPES,
     Classifier,
@@ -20,8 +20,8 @@ from hebbian_network import (
     Recipe,
     learning_rate,
 )
-from krotov_hopfield import BioConv2d
-from layerwise_training import (
+from krotov_hopfield.layers import BioConv2d
+from krotov_hopfield.layerwise_training import (
     LayerwiseTraining,
     crop_and_flip,
     restarting_rate,

@@ -25,7 +25,7 @@ from torch.nn import functional
 from data_sets.image_data import DataError, ImageData
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
-from hebbian_network import Classifier, HebbianNetwork, learning_rate
+from krotov_hopfield.hebbian_network import Classifier, HebbianNetwork, learning_rate
 
 AUGMENTATIONS = ("none", "crop", "flip")
 CROP_PADDING = 4

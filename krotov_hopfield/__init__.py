@@ -1,0 +1,1 @@
+"""Layers of competing hidden units: their competition, its compiled loops, networks and their training."""
