@@ -1,4 +1,4 @@
-"""What one_pass.py is tried on: data in three parts, a network, and batches for many runs.
+"""What one_pass/tuning.py is tried on: data in three parts, a network, and batches for many runs.
 
     problem = make_problem("energy", "mlp", 78 / 692, split_seed, "./data", torch.float32, device)
     training = make_samples(problem.training, None, problem.sequential, generators)  # full batches
@@ -17,11 +17,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import grad_and_value, vjp, vmap
 
-from compiled_mlp import CompiledMLPObjective
 from data_sets.image_data import DataError, ImageData
 from data_sets.tabular_datasets import TABLES, load_table, split_table
 from mnist_datasets import import_torchvision, load_images
-from objectives import (
+from one_pass.compiled_mlp import CompiledMLPObjective
+from one_pass.objectives import (
     Batch,
     Buffers,
     Evaluation,
@@ -32,7 +32,7 @@ from objectives import (
     Objective,
     summed,
 )
-from one_pass import OnePassError, Samples
+from one_pass.tuning import OnePassError, Samples
 
 IMAGES = ("mnist", "fashion", "mnist5k", "cifar10")
 TOYS = ("quadratic", "two_weights")

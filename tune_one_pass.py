@@ -47,7 +47,7 @@ from experiment.yaml_settings import (
     refuse_idle_settings,
     truth,
 )
-from one_pass import (
+from one_pass.tuning import (
     DEFAULT_TRANSFORMS,
     METHODS,
     NAMES,

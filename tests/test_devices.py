@@ -18,8 +18,8 @@ from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import PolynomialPairRule, PolynomialRule
 from mnist_datasets import batches, pair_batches
 from models_fully_local import Activation, lateral_network
-from objectives import Batch, MLPObjective, ModuleObjective
-from one_pass import NAMES, Settings, Tuning, initial_hyperparameters, initial_state
+from one_pass.objectives import Batch, MLPObjective, ModuleObjective
+from one_pass.tuning import NAMES, Settings, Tuning, initial_hyperparameters, initial_state
 from optimizees import image_optimizee
 from optimizer_networks import make_network
 from train import train

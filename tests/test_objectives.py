@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
-from compiled_mlp import CompiledMLPObjective
-from objectives import Batch, MLPObjective, ModuleObjective
+from one_pass.compiled_mlp import CompiledMLPObjective
+from one_pass.objectives import Batch, MLPObjective, ModuleObjective
 
 
 def generators(runs):
@@ -153,8 +153,8 @@ def test_validation_leaves_the_statistics_of_batch_norm_alone():
 
 @pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 def test_an_evaluation_in_pieces_is_the_mean_over_all(loss, monkeypatch):
-    monkeypatch.setattr("objectives.ROWS_AT_ONCE", 4)
-    monkeypatch.setattr("objectives.RUNS_AT_ONCE", 2)
+    monkeypatch.setattr("one_pass.objectives.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("one_pass.objectives.RUNS_AT_ONCE", 2)
     sizes = (3, 4, 2)
     objective = MLPObjective(sizes, loss)
     weights, _ = objective.initial(generators(3))

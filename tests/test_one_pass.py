@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from objectives import Batch, Linearization, MLPObjective
-from one_pass import (
+from one_pass.objectives import Batch, Linearization, MLPObjective
+from one_pass.tuning import (
     DEFAULT_TRANSFORMS,
     NAMES,
     TRANSFORMS,

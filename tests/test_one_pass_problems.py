@@ -5,8 +5,8 @@ import torch
 
 import one_pass_problems
 from data_sets.image_data import DataError
-from objectives import Batch
-from one_pass import OnePassError
+from one_pass.objectives import Batch
+from one_pass.tuning import OnePassError
 from one_pass_problems import (
     PROBLEMS,
     FullBatches,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from objectives import Batch, Buffers, Linearization, MLPObjective
+from one_pass.objectives import Batch, Buffers, Linearization, MLPObjective
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from torch import Generator, Tensor
 
 from experiment.errors import WrongInputError
 from experiment.seeds import seeded_generator
-from objectives import Batch, Buffers, Linearization, Objective
+from one_pass.objectives import Batch, Buffers, Linearization, Objective
 
 NAMES = ("lr", "weight_decay", "momentum")
 
