@@ -18,11 +18,17 @@ from torch import Tensor
 from experiment.errors import NonFiniteError
 from experiment.run_log import Interrupt
 from experiment.seeds import TEST, TUNING, seeded_generator
-from learned_optimizer import LearnedOptimizer
+from learned_optimizer.networks import CoordinateNetwork
+from learned_optimizer.optimizees import Task
+from learned_optimizer.optimizer import LearnedOptimizer
+from learned_optimizer.symmetries import (
+    Symmetry,
+    covariance_size,
+    mean_deviations,
+    never_zero,
+    tail_index,
+)
 from models_fully_local import Params
-from optimizees import Task
-from optimizer_networks import CoordinateNetwork
-from symmetries import Symmetry, covariance_size, mean_deviations, never_zero, tail_index
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 LAST = 10  # steps over which the loss "at" a step is averaged, up to it

@@ -26,7 +26,7 @@ from figure_style import (
     save_figure,
 )
 from figures import draw_meta_loss
-from symmetries import CONTROL
+from learned_optimizer.symmetries import CONTROL
 
 SHOWN_EPOCHS = 4  # curves of short meta-training: the first, the last, and those between
 EVERY = 20  # epochs between the curves of meta-training that is longer than two of these
@@ -66,8 +66,8 @@ def draw_optimizer_run(directory: str | Path) -> list[Path]:
             drawn.append(place / f"{name}_noise.png")
     validation = read_arrays(directory / "validation.npz")
     if "losses" in validation:
-        draw_meta_training(validation, place / "meta_training.png")
-        drawn.append(place / "meta_training.png")
+        draw_meta_training(validation, place / "learned_optimizer.meta_training.png")
+        drawn.append(place / "learned_optimizer.meta_training.png")
     return drawn
 
 

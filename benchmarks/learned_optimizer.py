@@ -29,13 +29,13 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from coordinate_lstm import STEP_CHUNK, Weights, sequence_gradient
 from experiment.command_line import keep_freed_memory
 from experiment.seeds import seeded_generator
-from learned_optimizer import LearnedOptimizer
-from optimizees import Optimizee, image_optimizee
-from optimizer_networks import CoordinateLSTM, log_and_sign, make_network
-from window_gradients import Objective, start, suffix_sum_gradient
+from learned_optimizer.coordinate_lstm import STEP_CHUNK, Weights, sequence_gradient
+from learned_optimizer.networks import CoordinateLSTM, log_and_sign, make_network
+from learned_optimizer.optimizees import Optimizee, image_optimizee
+from learned_optimizer.optimizer import LearnedOptimizer
+from learned_optimizer.window_gradients import Objective, start, suffix_sum_gradient
 
 STEPS, BATCH = 20, 128
 SAMPLED = 3000  # coordinates of the last row: what meta-training may sample

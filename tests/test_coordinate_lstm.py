@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import coordinate_lstm
-from coordinate_lstm import Weights, sequence_gradient, step_
+from learned_optimizer import coordinate_lstm
+from learned_optimizer.coordinate_lstm import Weights, sequence_gradient, step_
 
 
 def draw(hidden: int, inputs: int, columns: int, steps: int, dtype=torch.float64, seed=0):

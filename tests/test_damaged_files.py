@@ -17,9 +17,9 @@ from data_sets import cifar10
 from experiment.errors import WrongInputError
 from experiment.run_log import RunLog, RunLogError, read_arrays, read_config, read_metrics
 from experiment.yaml_settings import add_settings, parse_settings
+from learned_optimizer.networks import CoordinateLSTM, load_network, network_to_dict
 from learning_rules import PerLayerRule, classical_rule, load_rule, rule_from_dict
 from mnist_datasets import parse_idx, read_idx
-from optimizer_networks import CoordinateLSTM, load_network, network_to_dict
 
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

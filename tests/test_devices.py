@@ -15,16 +15,16 @@ from torch.utils._pytree import tree_leaves
 
 from data_sets.image_data import ImageData
 from krotov_hopfield_rule import KrotovHopfieldRule
+from learned_optimizer.networks import make_network
+from learned_optimizer.optimizees import image_optimizee
+from learned_optimizer.window_gradients import Trainings, roll_out
 from learning_rules import PolynomialPairRule, PolynomialRule
 from mnist_datasets import batches, pair_batches
 from models_fully_local import Activation, lateral_network
 from one_pass.objectives import Batch, MLPObjective, ModuleObjective
 from one_pass.tuning import NAMES, Settings, Tuning, initial_hyperparameters, initial_state
-from optimizees import image_optimizee
-from optimizer_networks import make_network
 from train import train
 from vicreg import vicreg_loss
-from window_gradients import Trainings, roll_out
 
 META = torch.device("meta")
 MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)

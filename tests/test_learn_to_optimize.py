@@ -12,10 +12,10 @@ from torch import nn
 
 import learn_to_optimize
 import plot
-from learned_optimizer import LearnedOptimizer
+from learned_optimizer.networks import CoordinateLSTM, CoordinateMLP, load_network, save_network
+from learned_optimizer.optimizer import LearnedOptimizer
 from optimizer_comparison import Comparison
 from optimizer_figures import draw_optimizer_run
-from optimizer_networks import CoordinateLSTM, CoordinateMLP, load_network, save_network
 
 NO_TRAINING = [
     "relu3", "--dataset", "mnist5k", "--hidden", "3", "--epochs", "0", "--test_runs", "2",
@@ -178,7 +178,7 @@ def test_ctrl_c_ends_a_run_cleanly_with_figures_and_the_optimizer_so_far(tmp_pat
     out = tmp_path / "run"
     flags = [*TINY, "--epochs", "5000", "--out", out]
     interrupt_at_row(4, out, "learn_to_optimize.py", *flags)
-    assert (out / "figures" / "meta_training.png").exists()
+    assert (out / "figures" / "learned_optimizer.meta_training.png").exists()
     assert load_network(out / "optimizer.json").kind == "lstm"
     results = json.loads((out / "results.json").read_text())
     assert math.isfinite(results["best_validation_loss"]) and "optimizees" not in results

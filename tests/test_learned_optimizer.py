@@ -9,13 +9,13 @@ from torch import nn
 
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
-from learned_optimizer import MEMORY, LearnedOptimizer, LearnedRule
+from learned_optimizer.networks import OptimizerError, log_and_sign, make_network
+from learned_optimizer.optimizees import Optimizee, image_optimizee
+from learned_optimizer.optimizer import MEMORY, LearnedOptimizer, LearnedRule
+from learned_optimizer.window_gradients import Objective, autograd_gradient, start
 from models_fully_local import Activation, lateral_mlp
-from optimizees import Optimizee, image_optimizee
-from optimizer_networks import OptimizerError, log_and_sign, make_network
 from train import train
 from vicreg import uniform_parameters
-from window_gradients import Objective, autograd_gradient, start
 
 
 def module() -> nn.Sequential:

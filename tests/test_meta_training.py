@@ -8,10 +8,10 @@ import torch
 from test_optimizees import images
 
 from experiment.seeds import seeded_generator
-from meta_training import ESTIMATORS, MetaTraining, MetaTrainingSettings
-from optimizees import make_task
-from optimizer_networks import OptimizerError, make_network
-from symmetries import find_symmetries
+from learned_optimizer.meta_training import ESTIMATORS, MetaTraining, MetaTrainingSettings
+from learned_optimizer.networks import OptimizerError, make_network
+from learned_optimizer.optimizees import make_task
+from learned_optimizer.symmetries import find_symmetries
 
 SMALL = {"runs_per_epoch": 2, "inner_steps": 7, "unroll": 3, "validation_runs": 2}
 

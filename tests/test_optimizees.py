@@ -8,7 +8,8 @@ from torch import nn
 
 from data_sets.image_data import DataError, ImageData
 from experiment.seeds import seeded_generator
-from optimizees import (
+from learned_optimizer.networks import OptimizerError
+from learned_optimizer.optimizees import (
     Optimizee,
     halves,
     image_optimizee,
@@ -16,7 +17,6 @@ from optimizees import (
     make_task,
     quadratic_batches,
 )
-from optimizer_networks import OptimizerError
 
 
 def images(count: int = 40, size: int = 8) -> ImageData:

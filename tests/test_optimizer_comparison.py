@@ -10,7 +10,10 @@ from torch import nn
 import optimizer_comparison
 from experiment.run_log import Interrupt
 from experiment.seeds import seeded_generator
-from optimizees import make_task
+from learned_optimizer.networks import make_network
+from learned_optimizer.optimizees import make_task
+from learned_optimizer.symmetries import find_symmetries
+from learned_optimizer.window_gradients import roll_out, start
 from optimizer_comparison import (
     BASELINES,
     PUBLISHED,
@@ -23,9 +26,6 @@ from optimizer_comparison import (
     noise_statistics,
     train_all,
 )
-from optimizer_networks import make_network
-from symmetries import find_symmetries
-from window_gradients import roll_out, start
 
 WEIGHTS = torch.zeros((), dtype=torch.float64)
 DRAWS = [(0, 7, 0), (0, 7, 1)]

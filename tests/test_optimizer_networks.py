@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from optimizer_networks import (
+from learned_optimizer.networks import (
     EXTRA_INPUTS,
     CoordinateLSTM,
     CoordinateMLP,

@@ -8,10 +8,9 @@ from torch import nn
 from torch.func import jvp
 
 from experiment.seeds import seeded_generator
-from optimizees import Optimizee, image_optimizee
-from optimizer_comparison import Lion
-from optimizer_networks import OptimizerError
-from symmetries import (
+from learned_optimizer.networks import OptimizerError
+from learned_optimizer.optimizees import Optimizee, image_optimizee
+from learned_optimizer.symmetries import (
     covariance_size,
     find_symmetries,
     mean_deviations,
@@ -19,6 +18,7 @@ from symmetries import (
     symmetry_penalty,
     tail_index,
 )
+from optimizer_comparison import Lion
 
 EPS = 1e-12
 

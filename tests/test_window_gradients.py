@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from experiment.seeds import seeded_generator
-from optimizees import Optimizee
-from optimizer_networks import EXTRA_INPUTS, log_and_sign, make_network
-from symmetries import find_symmetries, symmetry_penalty
-from window_gradients import (
+from learned_optimizer.networks import EXTRA_INPUTS, log_and_sign, make_network
+from learned_optimizer.optimizees import Optimizee
+from learned_optimizer.symmetries import find_symmetries, symmetry_penalty
+from learned_optimizer.window_gradients import (
     Objective,
     autograd_gradient,
     inclusion_probabilities,

@@ -27,9 +27,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from experiment.seeds import seeded_generator
+from learned_optimizer.networks import OptimizerError
+from learned_optimizer.optimizees import Optimizee
 from models_fully_local import Params
-from optimizees import Optimizee
-from optimizer_networks import OptimizerError
 
 KINDS = ("translation", "scale", "rescale")
 CONTROL = "_control"  # after the kind: a symmetry that is not there

@@ -1,6 +1,6 @@
 """Learned optimisers in use: as a learning rule of this program, as a torch.optim.Optimizer.
 
-    from optimizer_networks import load_network
+    from learned_optimizer.networks import load_network
 
     network = load_network("runs/sigmoid20/optimizer.json")
     optimizer = LearnedOptimizer(model.parameters(), network)      # anyone's model
@@ -9,7 +9,7 @@
     rule = LearnedRule(network)                    # theta' = theta + out_mul u, hyperparameters:
     params = rule.update(model, params, batch)     # the network's weights
 
-The networks are in optimizer_networks.py, how they are trained in meta_training.py.
+The networks are in learned_optimizer/networks.py, how they are trained in learned_optimizer/meta_training.py.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from experiment.errors import NonFiniteError
+from learned_optimizer.networks import CoordinateNetwork, OptimizerError
 from learning_rules import LearningRule
 from models_fully_local import Params
-from optimizer_networks import CoordinateNetwork, OptimizerError
 
 MEMORY = "optimizer_memory"  # its name among a layer's parameters
 

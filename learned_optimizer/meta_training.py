@@ -22,10 +22,10 @@ from torch import Tensor
 
 from experiment.processes import ALONE, Team
 from experiment.seeds import VALIDATION, seeded_generator
-from optimizees import Task
-from optimizer_networks import CoordinateNetwork, OptimizerError
-from symmetries import Symmetry, mean_deviations, symmetry_penalty
-from window_gradients import (
+from learned_optimizer.networks import CoordinateNetwork, OptimizerError
+from learned_optimizer.optimizees import Task
+from learned_optimizer.symmetries import Symmetry, mean_deviations, symmetry_penalty
+from learned_optimizer.window_gradients import (
     Objective,
     Trainings,
     WindowGradient,

@@ -27,8 +27,8 @@ from hypergradients.evolution_strategies import (
     evolution_strategies,
     persistent_evolution_strategies,
 )
-from optimizees import Optimizee
-from optimizer_networks import CoordinateNetwork
+from learned_optimizer.networks import CoordinateNetwork
+from learned_optimizer.optimizees import Optimizee
 
 Penalty = Callable[[Tensor, Tensor], Tensor]  # of theta and v, both [n]: a scalar
 

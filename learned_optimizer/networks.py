@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import coordinate_lstm
 from experiment.errors import WrongInputError
 from experiment.files import write_whole
 from experiment.seeds import seeded_generator
+from learned_optimizer import coordinate_lstm
 
 LARGEST_LOG = 10.0  # p: gradients below e^-p are passed on as they are, times e^p
 EXTRA_INPUTS = ("time", "relative_update", "parameter")

@@ -8,7 +8,7 @@
 Tensors have one column per coordinate: a gate is a block of whole rows, so that every operation
 runs over contiguous memory. tanh(z) = 2 sigmoid(2z) - 1, with the factor 2 inside W, so that one
 call makes all gates; in float32 on a CPU all that is elementwise is one compiled pass
-(compiled_lstm.py). Columns are taken in chunks that stay in the cache; the gradient keeps what it
+(learned_optimizer/compiled_lstm.py). Columns are taken in chunks that stay in the cache; the gradient keeps what it
 needs of one chunk only and has no autograd graph.
 Source of the cell: Hochreiter, Schmidhuber 1997, with Gers's forget gate, as in torch.nn.LSTM.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import compiled_lstm
+from learned_optimizer import compiled_lstm
 
 STEP_CHUNK = {"cpu": 4096}  # columns at once, elsewhere LARGE_CHUNK
 SEQUENCE_CHUNK = {"cpu": 2048}

@@ -23,8 +23,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
 
 from data_sets.image_data import DataError, ImageData
+from learned_optimizer.networks import OptimizerError
 from models_fully_local import Params
-from optimizer_networks import OptimizerError
 
 ACTIVATIONS = {
     "sigmoid": nn.Sigmoid,
