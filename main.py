@@ -55,7 +55,6 @@ from hypgraddesc import (
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from krotov_hopfield.competition import GATES, NORMALIZATIONS, gate_needs
-from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import (
     PerLayerRule,
     PolynomialPairRule,
@@ -73,6 +72,7 @@ from models_fully_local import (
     Params,
     network_of_flags,
 )
+from rules.competing_units import KrotovHopfieldRule
 from train import MEMORY
 
 RULES = ("polynomial", "krotov_hopfield")

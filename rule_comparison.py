@@ -30,12 +30,12 @@ from experiment.run_log import (
 from experiment.seeds import EVALUATION, SELECTION, seeded_generator
 from hypgraddesc import OuterLoss, last_inner_steps
 from initializers import GaussianInitializer
-from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import LearningRule, PerLayerRule, SangerRule, classical_rule, load_rule
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, augment, batches, normalize_pixels, pair_batches
 from models_fully_local import Activation, Params, lateral_network, network_of_flags
 from principal_components import principal_components, projection
+from rules.competing_units import KrotovHopfieldRule
 from train import detached, train
 from vicreg import VICReg
 

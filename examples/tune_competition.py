@@ -47,11 +47,11 @@ from experiment.seeds import EVALUATION, TRIAL, seeded_generator
 from hypgraddesc import HypergradientDescent, MetaSettings, evaluate
 from initializers import FIXED, GaussianInitializer
 from krotov_hopfield.competition import ACTING, GATES, Competition
-from krotov_hopfield_rule import KrotovHopfieldRule
 from learning_rules import PerLayerRule
 from linear_probe import ProbeLoss
 from mnist_datasets import batches, load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
+from rules.competing_units import KrotovHopfieldRule
 
 RANGES = {
     "rate": FloatDistribution(1e-3, 1, log=True),

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from data_sets.image_data import ImageData
-from krotov_hopfield_rule import KrotovHopfieldRule
 from learned_optimizer.networks import make_network
 from learned_optimizer.optimizees import image_optimizee
 from learned_optimizer.window_gradients import Trainings, roll_out
@@ -23,6 +22,7 @@ from mnist_datasets import batches, pair_batches
 from models_fully_local import Activation, lateral_network
 from one_pass.objectives import Batch, MLPObjective, ModuleObjective
 from one_pass.tuning import NAMES, Settings, Tuning, initial_hyperparameters, initial_state
+from rules.competing_units import KrotovHopfieldRule
 from train import train
 from vicreg import vicreg_loss
 

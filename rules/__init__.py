@@ -1,0 +1,1 @@
+"""Families of learning rules beyond the polynomial one."""
