@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import ScalarFormatter
 
+from comparison.vicreg import TERMS
 from experiment.run_log import read_config, read_metrics
 from figure_style import COLOURS, add_legend, label_axes, one_panel, percent_axis, save_figure
 from figures import ACCURACIES, draw_run
-from vicreg import TERMS
 
 
 def draw_pca_run(directory: str | Path) -> list[Path]:

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 
 from baseline_figures import draw_pca_run
+from comparison.principal_components import PrincipalComponents, principal_components, projection
 from experiment.command_line import (
     UserError,
     common_parser,
@@ -31,7 +32,6 @@ from experiment.run_log import RunLog, read_metrics, run_to_end
 from figures import ACCURACIES
 from linear_probe import linear_probe
 from mnist_datasets import ImageData, load_images, normalize_pixels
-from principal_components import PrincipalComponents, principal_components, projection
 
 
 def make_parser():

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from baseline_figures import draw_vicreg_run
+from comparison.vicreg import TERMS, VICReg, vicreg_loss
 from experiment.command_line import (
     common_parser,
     nonnegative_float,
@@ -31,7 +32,6 @@ from linear_probe import linear_probe
 from mnist_datasets import load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
 from train import detached
-from vicreg import TERMS, VICReg, vicreg_loss
 
 ACCURACIES = ("train_accuracy", "test_accuracy")
 NOT_PROBED = dict.fromkeys(ACCURACIES, math.nan)

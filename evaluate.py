@@ -26,6 +26,22 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from comparison.rule_comparison import (
+    CLASSICAL,
+    RATES,
+    REFERENCES,
+    Comparison,
+    LearnedRun,
+    Method,
+    Row,
+    Setting,
+    classical,
+    learned,
+    load_run,
+    reference_methods,
+    rotated,
+    run_comparison,
+)
 from evaluation_figures import draw_evaluation_run
 from experiment.command_line import (
     DATASETS,
@@ -43,22 +59,6 @@ from experiment.seeds import seeded_generator
 from experiment.tables import aligned, markdown
 from hypgraddesc import mean_and_deviation
 from mnist_datasets import ImageData, batches, load_images
-from rule_comparison import (
-    CLASSICAL,
-    RATES,
-    REFERENCES,
-    Comparison,
-    LearnedRun,
-    Method,
-    Row,
-    Setting,
-    classical,
-    learned,
-    load_run,
-    reference_methods,
-    rotated,
-    run_comparison,
-)
 
 ROTATED = "rotated"
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from comparison.principal_components import principal_components
 from experiment.command_line import (
     common_parser,
     nonnegative_int,
@@ -38,7 +39,6 @@ from learning_rules import PerLayerRule, PolynomialRule, classical_rule
 from meta_gradients import Reverse
 from mnist_datasets import batches, load_images, normalize_pixels
 from models_fully_local import Activation, Params, lateral_mlp
-from principal_components import principal_components
 from train import MEMORY
 
 OJA_RATES = [10**exponent for exponent in np.arange(-4, 0.01, 0.25)]

@@ -19,6 +19,13 @@ from pathlib import Path
 
 import torch
 
+from comparison.optimizer_comparison import (
+    BASELINES,
+    EDGES,
+    PUBLISHED,
+    Comparison,
+    noise_statistics,
+)
 from experiment.command_line import (
     common_parser,
     nonnegative_float,
@@ -52,7 +59,6 @@ from learned_optimizer.networks import (
 from learned_optimizer.optimizees import BATCH_SIZE, SMALL_STEPS, Task, halves, make_task
 from learned_optimizer.symmetries import KINDS, Symmetry, find_symmetries
 from mnist_datasets import load_images
-from optimizer_comparison import BASELINES, EDGES, PUBLISHED, Comparison, noise_statistics
 from optimizer_figures import draw_optimizer_run
 
 SHOWN = ("meta_loss", "last_window_loss", "seconds")

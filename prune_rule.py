@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from comparison.rule_comparison import Entry, LearnedRun, Setting, learned, load_run, trajectory
 from experiment.command_line import (
     UserError,
     common_parser,
@@ -44,7 +45,6 @@ from figures import draw_run
 from hypgraddesc import accuracy_text, mean_and_deviation
 from learning_rules import PerLayerRule, PolynomialRule, rule_from_dict, term_effects, term_products
 from mnist_datasets import load_images
-from rule_comparison import Entry, LearnedRun, Setting, learned, load_run, trajectory
 
 TERMS = (40, 30, 20, 15, 12, 10, 9, 8, 7, 6, 5, 4)
 RIDGE = 1e-10  # of correlations between terms, which may be exactly dependent

@@ -23,6 +23,16 @@ import numpy as np
 import torch
 from torch import Generator
 
+from comparison.one_pass_problems import (
+    MODELS,
+    OWN_VALIDATION,
+    PROBLEMS,
+    Part,
+    Problem,
+    default_model,
+    make_problem,
+    make_samples,
+)
 from experiment.command_line import (
     computing_parser,
     device_name,
@@ -60,16 +70,6 @@ from one_pass.tuning import (
     Tuning,
     initial_hyperparameters,
     initial_state,
-)
-from one_pass_problems import (
-    MODELS,
-    OWN_VALIDATION,
-    PROBLEMS,
-    Part,
-    Problem,
-    default_model,
-    make_problem,
-    make_samples,
 )
 from one_pass_report import (
     Columns,

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from comparison.rule_comparison import Entry, Setting, learned, load_run
 from experiment.command_line import keep_freed_memory
 from experiment.precision import Products
 from experiment.seeds import seeded_generator
@@ -39,7 +40,6 @@ from initializers import GaussianInitializer
 from learning_rules import PerLayerRule, classical_rule
 from mnist_datasets import batches, load_images
 from models_fully_local import Activation, lateral_network
-from rule_comparison import Entry, Setting, learned, load_run
 from train import detached, train
 
 KINDS = ("float64", "float32", "tf32", "bfloat16")

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from comparison.rule_comparison import Entry, Setting, learned, load_run
 from experiment.command_line import keep_freed_memory
 from experiment.seeds import seeded_generator
 from initializers import GaussianInitializer
@@ -37,7 +38,6 @@ from learning_rules import PerLayerRule, classical_rule
 from linear_probe import PROBE_GRADIENTS, ProbeLoss
 from mnist_datasets import batches, load_images
 from models_fully_local import Activation, lateral_network
-from rule_comparison import Entry, Setting, learned, load_run
 from train import detached, train
 
 

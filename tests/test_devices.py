@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from comparison.vicreg import vicreg_loss
 from data_sets.image_data import ImageData
 from learned_optimizer.networks import make_network
 from learned_optimizer.optimizees import image_optimizee
@@ -24,7 +25,6 @@ from one_pass.objectives import Batch, MLPObjective, ModuleObjective
 from one_pass.tuning import NAMES, Settings, Tuning, initial_hyperparameters, initial_state
 from rules.competing_units import KrotovHopfieldRule
 from train import train
-from vicreg import vicreg_loss
 
 META = torch.device("meta")
 MOVES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)

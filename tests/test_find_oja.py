@@ -9,10 +9,10 @@ import torch
 from commands import redraw
 
 import find_oja
+from comparison.principal_components import principal_components
 from hypgraddesc import evaluate
 from learning_rules import PerLayerRule, classical_rule
 from mnist_datasets import batches, load_images, normalize_pixels
-from principal_components import principal_components
 
 TINY = [
     "--dataset", "mnist5k", "--metasteps", "3", "--inner_steps", "4", "--pairs", "1",

@@ -12,9 +12,9 @@ from torch import nn
 
 import learn_to_optimize
 import plot
+from comparison.optimizer_comparison import Comparison
 from learned_optimizer.networks import CoordinateLSTM, CoordinateMLP, load_network, save_network
 from learned_optimizer.optimizer import LearnedOptimizer
-from optimizer_comparison import Comparison
 from optimizer_figures import draw_optimizer_run
 
 NO_TRAINING = [

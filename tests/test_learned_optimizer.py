@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from comparison.vicreg import uniform_parameters
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
 from learned_optimizer.networks import OptimizerError, log_and_sign, make_network
@@ -15,7 +16,6 @@ from learned_optimizer.optimizer import MEMORY, LearnedOptimizer, LearnedRule
 from learned_optimizer.window_gradients import Objective, autograd_gradient, start
 from models_fully_local import Activation, lateral_mlp
 from train import train
-from vicreg import uniform_parameters
 
 
 def module() -> nn.Sequential:

@@ -5,6 +5,13 @@ import math
 import pytest
 import torch
 
+from comparison.one_pass_problems import (
+    FullBatches,
+    LanguageModel,
+    SequentialBatches,
+    ShuffledBatches,
+    TextObjective,
+)
 from one_pass.objectives import Batch, Linearization, MLPObjective
 from one_pass.tuning import (
     DEFAULT_TRANSFORMS,
@@ -22,13 +29,6 @@ from one_pass.tuning import (
     successive_gradients,
     unrolled_hypergradients,
     weight_step,
-)
-from one_pass_problems import (
-    FullBatches,
-    LanguageModel,
-    SequentialBatches,
-    ShuffledBatches,
-    TextObjective,
 )
 
 SIZES = (3, 4, 1)

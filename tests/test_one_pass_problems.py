@@ -3,11 +3,8 @@
 import pytest
 import torch
 
-import one_pass_problems
-from data_sets.image_data import DataError
-from one_pass.objectives import Batch
-from one_pass.tuning import OnePassError
-from one_pass_problems import (
+from comparison import one_pass_problems
+from comparison.one_pass_problems import (
     PROBLEMS,
     FullBatches,
     LanguageModel,
@@ -20,6 +17,9 @@ from one_pass_problems import (
     read_text,
     text_windows,
 )
+from data_sets.image_data import DataError
+from one_pass.objectives import Batch
+from one_pass.tuning import OnePassError
 
 CPU = torch.device("cpu")
 

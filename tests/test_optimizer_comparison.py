@@ -7,14 +7,8 @@ import torch
 from test_optimizees import images
 from torch import nn
 
-import optimizer_comparison
-from experiment.run_log import Interrupt
-from experiment.seeds import seeded_generator
-from learned_optimizer.networks import make_network
-from learned_optimizer.optimizees import make_task
-from learned_optimizer.symmetries import find_symmetries
-from learned_optimizer.window_gradients import roll_out, start
-from optimizer_comparison import (
+from comparison import optimizer_comparison
+from comparison.optimizer_comparison import (
     BASELINES,
     PUBLISHED,
     RATES,
@@ -26,6 +20,12 @@ from optimizer_comparison import (
     noise_statistics,
     train_all,
 )
+from experiment.run_log import Interrupt
+from experiment.seeds import seeded_generator
+from learned_optimizer.networks import make_network
+from learned_optimizer.optimizees import make_task
+from learned_optimizer.symmetries import find_symmetries
+from learned_optimizer.window_gradients import roll_out, start
 
 WEIGHTS = torch.zeros((), dtype=torch.float64)
 DRAWS = [(0, 7, 0), (0, 7, 1)]

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from comparison.principal_components import principal_components, projection
 from data_sets.image_data import DataError, ImageData
 from kernels.logistic_regression import fit_logistic
 from linear_probe import extract_features
 from mnist_datasets import normalize_pixels
-from principal_components import principal_components, projection
 
 
 def correlated_images(count=300, shape=(1, 5, 4), seed=0) -> ImageData:

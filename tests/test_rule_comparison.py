@@ -10,16 +10,9 @@ import torch
 from oracles import DOUBLE
 
 import main
-import rule_comparison
-from experiment.run_log import RunLogError
-from experiment.seeds import EVALUATION, seeded_generator
-from hypgraddesc import evaluate
-from initializers import GaussianInitializer
-from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
-from linear_probe import extract_features
-from mnist_datasets import load_images
-from principal_components import principal_components
-from rule_comparison import (
+from comparison import rule_comparison
+from comparison.principal_components import principal_components
+from comparison.rule_comparison import (
     CLASSICAL,
     Comparison,
     LearnedRun,
@@ -34,6 +27,13 @@ from rule_comparison import (
     trajectory,
     vicreg,
 )
+from experiment.run_log import RunLogError
+from experiment.seeds import EVALUATION, seeded_generator
+from hypgraddesc import evaluate
+from initializers import GaussianInitializer
+from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
+from linear_probe import extract_features
+from mnist_datasets import load_images
 
 CONFIG = {
     "layers": [6, 5], "inhibition": "lateral", "inh_steps": 3, "inh_factor": 0.2,

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.func import jvp
 
+from comparison.optimizer_comparison import Lion
 from experiment.seeds import seeded_generator
 from learned_optimizer.networks import OptimizerError
 from learned_optimizer.optimizees import Optimizee, image_optimizee
@@ -18,7 +19,6 @@ from learned_optimizer.symmetries import (
     symmetry_penalty,
     tail_index,
 )
-from optimizer_comparison import Lion
 
 EPS = 1e-12
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
 from torch import Tensor, nn
 
+from comparison.vicreg import EPSILON, TERMS, VICReg, uniform_parameters, vicreg_loss
 from data_sets.image_data import DataError, ImageData
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
 from mnist_datasets import pair_batches
 from models_fully_local import Activation, lateral_mlp
-from vicreg import EPSILON, TERMS, VICReg, uniform_parameters, vicreg_loss
 
 WEIGHTS = {"invariance": 3.0, "variance": 5.0, "covariance": 7.0}
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from comparison.principal_components import principal_components, projection
+from comparison.vicreg import VICReg
 from experiment.run_log import (
     RunLog,
     RunLogError,
@@ -34,10 +36,8 @@ from learning_rules import LearningRule, PerLayerRule, SangerRule, classical_rul
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, augment, batches, normalize_pixels, pair_batches
 from models_fully_local import Activation, Params, lateral_network, network_of_flags
-from principal_components import principal_components, projection
 from rules.competing_units import KrotovHopfieldRule
 from train import detached, train
-from vicreg import VICReg
 
 RATES = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))  # of the classical rules
 HELD_OUT = 6  # one of so many training images is held out to choose a rate

@@ -1,0 +1,1 @@
+"""Learned, classical and reference methods, trained and judged alike."""
