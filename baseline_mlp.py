@@ -18,7 +18,6 @@ from functools import partial
 
 from torch import nn
 
-from baseline_figures import draw_mlp_run
 from experiment.command_line import (
     common_parser,
     nonnegative_int,
@@ -31,6 +30,7 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION
+from figures.baselines import draw_mlp_run
 from hypgraddesc import (
     MetaSettings,
     accuracy_text,

@@ -16,7 +16,6 @@ from functools import cache
 
 import torch
 
-from baseline_figures import draw_pca_run
 from comparison.principal_components import PrincipalComponents, principal_components, projection
 from experiment.command_line import (
     UserError,
@@ -29,7 +28,8 @@ from experiment.command_line import (
     set_up,
 )
 from experiment.run_log import RunLog, read_metrics, run_to_end
-from figures import ACCURACIES
+from figures.baselines import draw_pca_run
+from figures.meta_learning import ACCURACIES
 from linear_probe import linear_probe
 from mnist_datasets import ImageData, load_images, normalize_pixels
 

@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 
-from baseline_figures import draw_vicreg_run
 from comparison.vicreg import TERMS, VICReg, vicreg_loss
 from experiment.command_line import (
     common_parser,
@@ -28,6 +27,7 @@ from experiment.command_line import (
     set_up,
 )
 from experiment.run_log import RunLog, run_to_end
+from figures.baselines import draw_vicreg_run
 from linear_probe import linear_probe
 from mnist_datasets import load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp

@@ -42,7 +42,6 @@ from comparison.rule_comparison import (
     rotated,
     run_comparison,
 )
-from evaluation_figures import draw_evaluation_run
 from experiment.command_line import (
     DATASETS,
     UserError,
@@ -57,6 +56,7 @@ from experiment.command_line import (
 from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
 from experiment.tables import aligned, markdown
+from figures.evaluation import draw_evaluation_run
 from hypgraddesc import mean_and_deviation
 from mnist_datasets import ImageData, batches, load_images
 

@@ -32,7 +32,7 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, seeded_generator
-from figures import draw_oja_run
+from figures.meta_learning import draw_oja_run
 from hypgraddesc import MetaSettings, evaluate, hypgraddesc
 from initializers import FIXED, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule, classical_rule

@@ -41,6 +41,7 @@ from experiment.command_line import (
 from experiment.processes import join_team
 from experiment.run_log import RunLog, finish_on_interrupt, run_to_end
 from experiment.seeds import seeded_generator
+from figures.optimizers import draw_optimizer_run
 from learned_optimizer.meta_training import (
     ESTIMATORS,
     SELECTIONS,
@@ -59,7 +60,6 @@ from learned_optimizer.networks import (
 from learned_optimizer.optimizees import BATCH_SIZE, SMALL_STEPS, Task, halves, make_task
 from learned_optimizer.symmetries import KINDS, Symmetry, find_symmetries
 from mnist_datasets import load_images
-from optimizer_figures import draw_optimizer_run
 
 SHOWN = ("meta_loss", "last_window_loss", "seconds")
 START = "start.json"  # what a run has started from, lest a change of it change a resumed run

@@ -41,7 +41,7 @@ from experiment.precision import PRODUCTS, Products
 from experiment.processes import join_team
 from experiment.run_log import RunLog, has_checkpoint, read_results
 from experiment.seeds import EVALUATION, seeded_generator
-from figures import draw_run
+from figures.meta_learning import draw_run
 from hypgraddesc import (
     OPTIMIZERS,
     MetaSettings,

@@ -16,22 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from baseline_figures import draw_mlp_run, draw_pca_run, draw_vicreg_run
-from competition_figures import draw_competition_run, draw_searches_run
-from evaluation_figures import draw_evaluation_run
-from example_figures import draw_equilibrium_run, draw_imaml_run, draw_logistic_run
 from experiment.command_line import OneLineParser, UserError, run_command
 from experiment.files import write_whole
 from experiment.run_log import read_config, read_results, run_names
-from figures import draw_oja_run, draw_rules, draw_run
-from learning_rules import PerLayerRule, classical_rule, load_rule
-from one_pass_report import draw_one_pass_run, draw_report, read_runs, table
-from optimizer_figures import (
+from figures.baselines import draw_mlp_run, draw_pca_run, draw_vicreg_run
+from figures.competition import draw_competition_run, draw_searches_run
+from figures.evaluation import draw_evaluation_run
+from figures.examples import draw_equilibrium_run, draw_imaml_run, draw_logistic_run
+from figures.meta_learning import draw_oja_run, draw_rules, draw_run
+from figures.one_pass_report import draw_one_pass_run, draw_report, read_runs, table
+from figures.optimizers import (
     compared_optimizees,
     draw_loss_grid,
     draw_optimizer_run,
     one_of_each_kind,
 )
+from learning_rules import PerLayerRule, classical_rule, load_rule
 from sweep_report import draw_sweep_run
 
 EFFECT, COEFFICIENT = "effect", "coefficient"

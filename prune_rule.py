@@ -41,7 +41,7 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog, finish_on_interrupt
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
-from figures import draw_run
+from figures.meta_learning import draw_run
 from hypgraddesc import accuracy_text, mean_and_deviation
 from learning_rules import PerLayerRule, PolynomialRule, rule_from_dict, term_effects, term_products
 from mnist_datasets import load_images

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial
 
 from experiment.files import in_place, json_text, write_whole
 from experiment.run_log import RunLogError, read_config
-from figure_style import add_legend, colours, label_axes, new_figure, one_panel, save_figure
+from figures.style import add_legend, colours, label_axes, new_figure, one_panel, save_figure
 from search_space import SearchedFlag, searched_flag
 from shared_study import STATES, counted_trials, state_of
 

@@ -15,7 +15,6 @@ import itertools
 import math
 from dataclasses import asdict, fields, replace
 
-from competition_figures import draw_competition_run
 from experiment.command_line import (
     UserError,
     common_parser,
@@ -33,6 +32,7 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog, run_to_end
 from experiment.seeds import seeded_generator
+from figures.competition import draw_competition_run
 from krotov_hopfield.competition import GATES, NORMALIZATIONS, gate_needs
 from krotov_hopfield.hebbian_network import (
     DEEPEST,

@@ -57,6 +57,13 @@ from experiment.yaml_settings import (
     refuse_idle_settings,
     truth,
 )
+from figures.one_pass_report import (
+    Columns,
+    draw_one_pass_run,
+    final_losses,
+    median_of_draws,
+    summary,
+)
 from one_pass.tuning import (
     DEFAULT_TRANSFORMS,
     METHODS,
@@ -70,13 +77,6 @@ from one_pass.tuning import (
     Tuning,
     initial_hyperparameters,
     initial_state,
-)
-from one_pass_report import (
-    Columns,
-    draw_one_pass_run,
-    final_losses,
-    median_of_draws,
-    summary,
 )
 
 # what a draw's random numbers are for; each has a stream of its own

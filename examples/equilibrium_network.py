@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from example_figures import NETWORKS, draw_equilibrium_run
 from experiment.command_line import (
     UserError,
     common_parser,
@@ -40,6 +39,7 @@ from experiment.command_line import (
     set_up,
 )
 from experiment.run_log import RunLog, read_metrics, run_to_end
+from figures.examples import NETWORKS, draw_equilibrium_run
 from hypergradients.methods import (
     CG_normaleq,
     checkpointed_reverse,

@@ -34,7 +34,6 @@ from torch.func import vmap
 from torch.nn.functional import conv2d, cross_entropy, linear, mse_loss
 
 from data_sets.image_data import DataError, ImageData
-from example_figures import draw_imaml_run
 from experiment.command_line import (
     DATASETS,
     UserError,
@@ -49,6 +48,7 @@ from experiment.command_line import (
     set_up,
 )
 from experiment.run_log import RunLog, run_to_end
+from figures.examples import draw_imaml_run
 from hypergradients.inner_optimizers import GradientDescent
 from hypergradients.linear_solvers import (
     ConjugateGradient,

@@ -34,7 +34,6 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from example_figures import draw_logistic_run
 from experiment.command_line import (
     UserError,
     common_parser,
@@ -50,6 +49,7 @@ from experiment.command_line import (
     set_up,
 )
 from experiment.run_log import RunLog, read_metrics, run_to_end
+from figures.examples import draw_logistic_run
 from hypergradients.inner_optimizers import GradientDescent
 from hypergradients.linear_solvers import DivergenceError
 from hypergradients.methods import (

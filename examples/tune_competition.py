@@ -32,7 +32,6 @@ import torch
 from optuna.distributions import FloatDistribution
 from optuna.samplers import TPESampler
 
-from competition_figures import WAYS, draw_searches_run
 from experiment.command_line import (
     common_parser,
     open_run,
@@ -44,6 +43,7 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog, run_to_end
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
+from figures.competition import WAYS, draw_searches_run
 from hypgraddesc import HypergradientDescent, MetaSettings, evaluate
 from initializers import FIXED, GaussianInitializer
 from krotov_hopfield.competition import ACTING, GATES, Competition

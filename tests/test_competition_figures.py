@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import competition_figures
-from competition_figures import draw_convergence
+from figures import competition as competition_figures
+from figures.competition import draw_convergence
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 
 from experiment.run_log import RunLog, RunLogError
-from figure_style import COLOURS, colours
-from figures import (
+from figures.meta_learning import (
     cosines,
     draw_accuracy,
     draw_coefficients,
@@ -19,6 +18,7 @@ from figures import (
     running_median,
     table_of_terms,
 )
+from figures.style import COLOURS, colours
 
 COLUMNS = (
     "meta_loss",

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-import one_pass_report
 import plot
 from experiment.run_log import RunLogError
-from one_pass_report import (
+from figures import one_pass_report
+from figures.one_pass_report import (
     Columns,
     Recorded,
     best_of_groups,

@@ -8,7 +8,7 @@ from commands import refused
 
 import plot
 from experiment.run_log import RunLogError
-from optimizer_figures import (
+from figures.optimizers import (
     draw_loss_grid,
     draw_optimizer_run,
     draw_symmetry,

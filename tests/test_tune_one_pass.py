@@ -12,7 +12,7 @@ from commands import ROOT, interrupt_at_row, kill_at_row, outcome, redraw, refus
 import tune_one_pass
 from experiment.run_log import read_config, read_json
 from experiment.yaml_settings import parse_settings, read_settings
-from one_pass_report import read_run
+from figures.one_pass_report import read_run
 
 CONFIGS = ROOT / "configs"
 SMALL = (

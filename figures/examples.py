@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from experiment.run_log import read_arrays, read_json, read_metrics, read_results
-from figure_style import (
+from figures.style import (
     COLOURS,
     GREY,
     add_legend,

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from experiment.run_log import read_arrays, read_metrics, read_results
-from figure_style import (
+from figures.meta_learning import draw_features
+from figures.style import (
     COLOURS,
     FONT,
     GREY,
@@ -24,7 +25,6 @@ from figure_style import (
     percent_axis,
     save_figure,
 )
-from figures import draw_features
 
 WAYS = {
     "start": "random draw, where all begin",

@@ -15,7 +15,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator
 
 from experiment.run_log import RunLogError, read_arrays, read_config, read_metrics, read_results
-from figure_style import (
+from figures.meta_learning import draw_meta_loss
+from figures.style import (
     COLOURS,
     FONT,
     GREY,
@@ -25,7 +26,6 @@ from figure_style import (
     one_panel,
     save_figure,
 )
-from figures import draw_meta_loss
 from learned_optimizer.symmetries import CONTROL
 
 SHOWN_EPOCHS = 4  # curves of short meta-training: the first, the last, and those between

@@ -13,8 +13,8 @@ from matplotlib.ticker import ScalarFormatter
 
 from comparison.vicreg import TERMS
 from experiment.run_log import read_config, read_metrics
-from figure_style import COLOURS, add_legend, label_axes, one_panel, percent_axis, save_figure
-from figures import ACCURACIES, draw_run
+from figures.meta_learning import ACCURACIES, draw_run
+from figures.style import COLOURS, add_legend, label_axes, one_panel, percent_axis, save_figure
 
 
 def draw_pca_run(directory: str | Path) -> list[Path]:

@@ -19,7 +19,7 @@ from matplotlib.image import AxesImage
 from numpy.lib.stride_tricks import sliding_window_view
 
 from experiment.run_log import read_arrays, read_metrics, read_results
-from figure_style import (
+from figures.style import (
     COLOURS,
     DIVERGING,
     DPI,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from experiment.run_log import RunLogError, read_arrays, read_config, run_names
 from experiment.tables import markdown
-from figure_style import (
+from figures.style import (
     FAINT,
     add_legend,
     colours,

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from experiment.run_log import read_results
-from figure_style import FONT, colours, label_axes, new_figure, percent_axis, save_figure
+from figures.style import FONT, colours, label_axes, new_figure, percent_axis, save_figure
 
 Row = Mapping[str, Any]
 

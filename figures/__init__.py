@@ -1,0 +1,1 @@
+"""All drawing, and the reports that draw."""
