@@ -32,7 +32,7 @@ from figures.optimizers import (
     one_of_each_kind,
 )
 from learning_rules import PerLayerRule, classical_rule, load_rule
-from sweep_report import draw_sweep_run
+from sweeps.report import draw_sweep_run
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
 

@@ -44,8 +44,15 @@ from experiment.command_line import (
 )
 from experiment.files import json_text, write_whole
 from experiment.run_log import RunLog, finish_on_interrupt, plain, read_config
-from search_space import SearchedFlag, searched_flag
-from shared_study import (
+from sweeps.report import (
+    AFTER_FLAGS,
+    BEFORE_FLAGS,
+    Report,
+    write_report,
+    write_table,
+)
+from sweeps.space import SearchedFlag, searched_flag
+from sweeps.study import (
     GUIDED,
     HEARTBEAT,
     HERE,
@@ -62,14 +69,7 @@ from shared_study import (
     state_of,
     storage_errors,
 )
-from sweep_report import (
-    AFTER_FLAGS,
-    BEFORE_FLAGS,
-    Report,
-    write_report,
-    write_table,
-)
-from trial_process import GRACE, RefusedCommand, Rungs, Worker, outcome_of, start
+from sweeps.trial import GRACE, RefusedCommand, Rungs, Worker, outcome_of, start
 
 METHODS = ("random", "tpe", "population", "asha", "grid")
 TRIALS = 30

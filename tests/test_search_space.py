@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_space import draw, grid, searched_flag
+from sweeps.space import draw, grid, searched_flag
 
 RANGES = [
     "momentum=0:1",

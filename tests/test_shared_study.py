@@ -13,9 +13,9 @@ from optuna.pruners import NopPruner
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
-import shared_study
-from search_space import draw, searched_flag
-from shared_study import (
+from sweeps import study as shared_study
+from sweeps.space import draw, searched_flag
+from sweeps.study import (
     Outcome,
     StudyError,
     Watch,

@@ -11,7 +11,7 @@ import pytest
 from commands import ROOT, redraw, refused, start
 
 import sweep
-from search_space import draw, searched_flag
+from sweeps.space import draw, searched_flag
 
 COMMAND = """
 import argparse, json, os, signal, sys, time

@@ -9,7 +9,7 @@ import optuna
 import pytest
 from optuna.pruners import SuccessiveHalvingPruner
 
-from trial_process import RefusedCommand, Rungs, Worker, read_value
+from sweeps.trial import RefusedCommand, Rungs, Worker, read_value
 
 
 def write_metrics(directory, losses) -> None:

@@ -25,8 +25,8 @@ from optuna.trial import FrozenTrial
 from experiment.files import in_place, json_text, write_whole
 from experiment.run_log import RunLogError, read_config
 from figures.style import add_legend, colours, label_axes, new_figure, one_panel, save_figure
-from search_space import SearchedFlag, searched_flag
-from shared_study import STATES, counted_trials, state_of
+from sweeps.space import SearchedFlag, searched_flag
+from sweeps.study import STATES, counted_trials, state_of
 
 BEFORE_FLAGS = ("number", "variant", "draw", "state", "value")
 AFTER_FLAGS = ("exit_status", "error", "seconds", "directory")

@@ -26,7 +26,7 @@ from optuna.trial import Trial
 
 from experiment.command_line import UserError
 from experiment.run_log import RunLogError, read_json, read_metrics
-from shared_study import Outcome
+from sweeps.study import Outcome
 
 GRACE = 60.0  # seconds from SIGTERM, which ends a command cleanly, to SIGKILL
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>

@@ -38,7 +38,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from experiment.command_line import UserError
 from experiment.seeds import seeded_generator
-from search_space import SearchedFlag, Value, draw, grid
+from sweeps.space import SearchedFlag, Value, draw, grid
 
 JOURNAL = "study.journal"
 HEARTBEAT = 30.0  # seconds

@@ -1,0 +1,1 @@
+"""Searches over the flags of any command: space, study, trial, report."""
