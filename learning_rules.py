@@ -5,8 +5,8 @@
     dm_ij = sum_{(d1,d2,e) in E_m} psi      * mean_b( y_bj^d1 y_bi^d2 ) * m_ij^e + psi_diag [i = j]
     new   = old + bound(delta) - l2 * old
 
-All three sums are of one kind, evaluated in kernels/local_polynomial.py. With pairs of inputs a term may
-multiply powers of both views: (x1,s1,y1,x2,s2,y2,w), (y1,y2,b), (y1_j,y1_i,y2_j,y2_i,m).
+All three sums are of one kind, evaluated in kernels/local_polynomial.py. With pairs of inputs a
+term may multiply powers of both views: (x1,s1,y1,x2,s2,y2,w), (y1,y2,b), (y1_j,y1_i,y2_j,y2_i,m).
 """
 
 import itertools

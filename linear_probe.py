@@ -1,8 +1,8 @@
 """Linear probe: how well logistic regression does on a model's features, and the loss through it.
 
-The classifier W, b minimises the objective O of kernels/logistic_regression.py on the training features.
-The outer loss L is the mean cross-entropy of some training images, and depends on the parameters
-theta of the model directly, and through the classifier:
+The classifier W, b minimises the objective O of kernels/logistic_regression.py on the training
+features. The outer loss L is the mean cross-entropy of some training images, and depends on the
+parameters theta of the model directly, and through the classifier:
 
     dL/dtheta = d_theta L - v^T d_theta (grad_W O),   v = (d^2 O / dW^2)^-1 grad_W L
 

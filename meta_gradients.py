@@ -9,8 +9,8 @@
     Strategies   nothing: losses at randomly perturbed hyperparameters    yes   none
 
 Whichever way: hyperparameters are those of the rule and of the initial distribution, and a learning
-rule with its batches is a list of update maps as in hypergradients/methods.py. A method that does not reach
-the start has no part of the gradient for the initial distribution.
+rule with its batches is a list of update maps as in hypergradients/methods.py. A method that does
+not reach the start has no part of the gradient for the initial distribution.
 """
 
 import itertools

@@ -117,7 +117,7 @@ INHIBITION = (*WITH_LATERAL_WEIGHTS, "none", "l1", "l2")
 class _LateralLayer(nn.Module):
     """What layers of competing units share, whatever their inputs are.
 
-    inhibition: "lateral" (the dynamics above), "equilibrium" (their limit, see kernels/equilibrium.py),
+    inhibition: "lateral" (the dynamics above), "equilibrium" (their limit, kernels/equilibrium.py),
     "none" (y = sigma(s)), "l1" or "l2" (sigma(s) divided by 1e-6 + its norm). Only the first two
     have the parameter m, and only the first has steps.
     forbid_self_inhibition keeps m's diagonal at 0, forbid_excitation keeps m <= 0.

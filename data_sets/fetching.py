@@ -49,9 +49,10 @@ def run_with_torchvision(statement: str, arguments: list[str], directory: Path) 
     """
     code = (
         "import socket, sys; sys.path.insert(0, sys.argv[1]); socket.setdefaulttimeout(10);"
-        f"from data_sets.fetching import import_torchvision; torchvision = import_torchvision(); {statement}"
+        "from data_sets.fetching import import_torchvision; torchvision = import_torchvision(); "
+        f"{statement}"
     )
-    here = str(Path(__file__).resolve().parent)
+    here = str(Path(__file__).resolve().parent.parent)
     command = [sys.executable, "-c", code, here, *arguments]
     run_silently(command, directory, seconds=600, silence=30)
 
@@ -64,9 +65,7 @@ def run_silently(
     It is ended after `seconds`, or once nothing in `directory` has grown for `silence` seconds.
     """
     program = Path(command[0]).name
-    errors = (
-        directory / "experiment.errors.txt"
-    )  # a file, not a pipe: grandchildren cannot keep us waiting
+    errors = directory / "errors.txt"  # a file, not a pipe: grandchildren cannot keep us waiting
     began = grew = time.monotonic()
     size = 0
     try:

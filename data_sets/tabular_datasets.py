@@ -20,7 +20,7 @@ from torch import Tensor
 from data_sets.image_data import DataError
 from experiment.files import in_place
 
-SHARED = Path(__file__).resolve().parent.parent / "shared" / "data" / "uci"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "uci"
 
 
 @dataclass(frozen=True)

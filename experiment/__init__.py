@@ -1,1 +1,1 @@
-"""What every command leans on: flags, run directories, the loop of steps, processes, seeds, whole files."""
+"""What every command leans on: flags, run directories, steps, processes, seeds, whole files."""

@@ -685,7 +685,7 @@ def _take_lock(directory: Path) -> BinaryIO:
 
 def _environment() -> dict[str, Any]:
     """What a number may depend on beyond the configuration."""
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
     commit = _git(here, "rev-parse", "HEAD")
     changes = _git(here, "status", "--porcelain", "--untracked-files=no")
     return {

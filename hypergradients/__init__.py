@@ -1,1 +1,1 @@
-"""Hypergradients of any update maps: HyperTorch's functions and beyond, their solvers, differentiable optimisers."""
+"""Hypergradients of any update maps: HyperTorch's functions, solvers, inner optimisers."""

@@ -6,7 +6,7 @@
 In antithetic evolution strategies xi_i = e_i: the gradient of E smoothed over a width sigma. In
 persistent ones (Vicol, Metz, Sohl-Dickstein 2021, arXiv 2112.13835) each pair goes on from where
 its last unroll ended and xi_i is the sum of its e_i so far: unrolls as short as one likes, and no
-truncation bias. Update maps need not be differentiable. Arguments are those of hypergradients/methods.py.
+truncation bias. Update maps need not be differentiable. Arguments are those of methods.py.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@
     Nesterov          v' = momentum v + g,   w' = w - step (g + momentum v')      (Sutskever 2013)
     Adam              w' = w - step m_hat / (sqrt(v_hat) + eps)   Kingma and Ba 2015
 
-Called as optimizer(params, hparams) -> params, the form of all maps in hypergradients/methods.py. What an
+Called as optimizer(params, hparams) -> params, the form of all maps in methods.py. What an
 optimiser remembers stands in the same list, after the parameters: start with
 optimizer.get_opt_params(params). Names and arguments of the first three are HyperTorch's.
 """

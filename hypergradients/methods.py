@@ -13,8 +13,8 @@ signatures. Everywhere params and hparams are lists, or any pytree, of tensors; 
 has requires_grad; fp_map and the update maps take (params, hparams) to new params of the same
 shapes, outer_loss takes them to a scalar. A method returns the hypergradient, zero where nothing
 depends on a hyperparameter, as a tree like hparams, and with set_grad adds it into each .grad.
-The equations' solvers are in hypergradients/linear_solvers.py, methods without derivatives in
-hypergradients/evolution_strategies.py, differentiable inner optimisers in hypergradients/inner_optimizers.py.
+The equations' solvers are in linear_solvers.py, methods without derivatives in
+evolution_strategies.py, differentiable inner optimisers in inner_optimizers.py.
 """
 
 import functools

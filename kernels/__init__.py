@@ -1,1 +1,1 @@
-"""The mathematics that makes the main job fast: local polynomials, logistic regression, lateral dynamics."""
+"""The mathematics that makes the main job fast: sums of local terms, probes, lateral dynamics."""

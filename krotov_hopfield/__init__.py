@@ -1,1 +1,1 @@
-"""Layers of competing hidden units: their competition, its compiled loops, networks and their training."""
+"""Layers of competing hidden units, their compiled loops, networks and training."""

@@ -1,4 +1,4 @@
-"""The sparse update of krotov_hopfield/competition.py as compiled loops over samples, for the CPU.
+"""The sparse update of competition.py as compiled loops over samples, for the CPU.
 
 Each sample changes two rows of g^T x, those of the largest and of the k-th largest current. The
 loops rank the currents and add the sample's input to these rows at once: neither gates nor patches

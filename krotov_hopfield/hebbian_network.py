@@ -35,7 +35,7 @@ class LayerPlan:
     kernel: 0: fully connected. activation: "relu", "triangle" or "power" (relu to a power), the
     last two to `power`. pool: "max" or "average" over squares of pool_size, every pool_stride
     pixels; "" without. lr, lr_end: learning rates. lebesgue_p, ranking_param, delta,
-    inverse_temperature: as in krotov_hopfield/layers.py.
+    inverse_temperature: as in layers.py.
     """
 
     units: int
@@ -61,7 +61,7 @@ class Recipe:
 
     Attributes:
         layers: from the input on.
-        gate, normalization, rate_exponent: as in krotov_hopfield/layers.py, of all layers;
+        gate, normalization, rate_exponent: as in layers.py, of all layers;
             normalization "": that of each kind of layer.
         padding_mode: as in nn.Conv2d. batch_norm: of each layer's inputs.
         unit_inputs: each image is divided by its Euclidean norm.

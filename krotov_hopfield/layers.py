@@ -5,12 +5,12 @@
         convergence = layer.training_step(x, learning_rate=0.01)  # one update, no labels
     y = layer(x)                          # f(W) x, with f(W) = sign(W) |W|^(p-1)
 
-The update is that of krotov_hopfield/competition.py, on inputs normalised by a batch norm without parameters: the
+The update is that of competition.py, on inputs normalised by a batch norm without parameters: the
 statistics of the batch when learning, the running ones in `forward`. In a convolution all channels
 of a group compete at every position of every image. A bias is the weight of a constant input 1.
 
 Names and signatures are BioPyTorch's; what it lacks are keyword arguments. On a CPU the compiled
-loops of krotov_hopfield/competition_kernels.py make the update where at most two units learn from a sample.
+loops of competition_kernels.py make the update where at most two units learn from a sample.
 Everywhere else it is two products, without patches and without waiting for the device.
 """
 

@@ -1,1 +1,1 @@
-"""Learned optimisers: their networks, gradients and meta-training, what they optimise, the symmetries they break."""
+"""Learned optimisers: networks, meta-training, what they optimise, broken symmetries."""

@@ -2,7 +2,7 @@
 
     i, f, o, s = sigmoid(z);  c' = f c + i (2s - 1);  h' = o (2 sigmoid(2c') - 1)
 
-as in learned_optimizer/coordinate_lstm.py, whose torch operations are the oracle and serve all other types and
+as in coordinate_lstm.py, whose torch operations are the oracle and serve all other types and
 devices. sigmoid(x) = 1 / (1 + 2^y), y = -x log2(e) = n + r, |r| <= 1/2: 2^n by its bits, 2^r by its
 Taylor series to the seventh power; errors stay below 1e-7. All loops are free of branches, so that
 the compiler turns them into vector instructions.

@@ -8,7 +8,7 @@
 Tensors have one column per coordinate: a gate is a block of whole rows, so that every operation
 runs over contiguous memory. tanh(z) = 2 sigmoid(2z) - 1, with the factor 2 inside W, so that one
 call makes all gates; in float32 on a CPU all that is elementwise is one compiled pass
-(learned_optimizer/compiled_lstm.py). Columns are taken in chunks that stay in the cache; the gradient keeps what it
+(compiled_lstm.py). Columns are taken in chunks that stay in the cache; the gradient keeps what it
 needs of one chunk only and has no autograd graph.
 Source of the cell: Hochreiter, Schmidhuber 1997, with Gers's forget gate, as in torch.nn.LSTM.
 """

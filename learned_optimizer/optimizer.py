@@ -9,7 +9,7 @@
     rule = LearnedRule(network)                    # theta' = theta + out_mul u, hyperparameters:
     params = rule.update(model, params, batch)     # the network's weights
 
-The networks are in learned_optimizer/networks.py, how they are trained in learned_optimizer/meta_training.py.
+The networks are in networks.py, how they are trained in meta_training.py.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,1 +1,1 @@
-"""SGD that tunes its own hyperparameters in one pass: objectives, compiled loops, the tuning itself."""
+"""SGD that tunes its own hyperparameters in one pass, and the objectives it is made for."""

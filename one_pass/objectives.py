@@ -72,7 +72,7 @@ class Evaluation:
 
 
 class Objective(Protocol):
-    """What one_pass/tuning.py needs to know of a network and its loss.
+    """What tuning.py needs to know of a network and its loss.
 
     Attributes:
         classifies: whether correct answers can be counted.

@@ -184,7 +184,10 @@ def test_a_mistake_in_the_program_keeps_its_traceback():
 
 
 def test_a_pipe_closed_by_its_reader_is_silent():
-    program = "from experiment.command_line import run_command; run_command(lambda _: print('x' * 100000))"
+    program = (
+        "from experiment.command_line import run_command; "
+        "run_command(lambda _: print('x' * 100000))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,

@@ -19,7 +19,7 @@ from experiment.command_line import run_command
 from hypergradients.methods import reverse_unroll
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "examples" / "kernels/logistic_regression.py"
+SCRIPT = ROOT / "examples" / "logistic_regression.py"
 TINY = ["--threads", "1", "--quiet"]
 
 
