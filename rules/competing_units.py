@@ -6,8 +6,8 @@
 The update is that of krotov_hopfield/competition.py, for the layers of models_fully_local.py:
 fully connected, or convolutions whose channels compete at every position. Biases are the weights
 of a constant input 1, lateral weights stay. The layers themselves respond with W, not with f(W):
-with p = 2 that is the same. Who wins does not change with the hyperparameters, almost everywhere; the gradient is that of
-the update given the winners.
+with p = 2 that is the same. Who wins does not change with the hyperparameters, almost everywhere;
+the gradient is that of the update given the winners.
 """
 
 import math
