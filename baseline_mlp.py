@@ -31,6 +31,7 @@ from experiment.command_line import (
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION
 from figures.baselines import draw_mlp_run
+from hypergradients.errors import HypergradientError
 from hypgraddesc import (
     MetaSettings,
     accuracy_text,
@@ -151,4 +152,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, wrong_input=(HypergradientError,))

@@ -24,6 +24,7 @@ from comparison.optimizer_comparison import (
     EDGES,
     PUBLISHED,
     Comparison,
+    halves,
     noise_statistics,
 )
 from experiment.command_line import (
@@ -38,27 +39,31 @@ from experiment.command_line import (
     run_command,
     set_up,
 )
-from experiment.processes import join_team
+from experiment.processes import Team, join_team
 from experiment.run_log import RunLog, finish_on_interrupt, run_to_end
 from experiment.seeds import seeded_generator
 from figures.optimizers import draw_optimizer_run
-from learned_optimizer.meta_training import (
-    ESTIMATORS,
-    SELECTIONS,
-    MetaTraining,
-    MetaTrainingSettings,
-)
+from hypergradients.errors import HypergradientError
+from learned_optimizer.errors import OptimizerError
+from learned_optimizer.meta_training import MetaTraining
 from learned_optimizer.networks import (
-    EXTRA_INPUTS,
-    NETWORKS,
     CoordinateNetwork,
-    OptimizerError,
     load_network,
     make_network,
     network_to_dict,
 )
-from learned_optimizer.optimizees import BATCH_SIZE, SMALL_STEPS, Task, halves, make_task
-from learned_optimizer.symmetries import KINDS, Symmetry, find_symmetries
+from learned_optimizer.optimizees import Task, make_task
+from learned_optimizer.settings import (
+    BATCH_SIZE,
+    ESTIMATORS,
+    EXTRA_INPUTS,
+    NETWORK_KINDS,
+    SELECTIONS,
+    SMALL_STEPS,
+    SYMMETRY_KINDS,
+    MetaTrainingSettings,
+)
+from learned_optimizer.symmetries import Symmetry, find_symmetries
 from mnist_datasets import load_images
 
 SHOWN = ("meta_loss", "last_window_loss", "seconds")
@@ -72,7 +77,7 @@ def make_parser():
     parser.add_argument("optimizee", nargs="?", default="sigmoid20", metavar="OPTIMIZEE",
         help="such as sigmoid20, relu128-128, relu20bn, conv16-32, quadratic")  # fmt: skip
     add = parser.add_argument_group("the optimiser").add_argument
-    add("--network", choices=list(NETWORKS),
+    add("--network", choices=NETWORK_KINDS,
         help="its architecture (default: as in --start_from; lstm)")  # fmt: skip
     add("--hidden", type=positive_int, metavar="UNITS",
         help="units of its layers (default: 20 for lstm, 32 for mlp)")  # fmt: skip
@@ -115,7 +120,8 @@ def add_meta_training_flags(parser) -> None:
     add = parser.add_argument_group("symmetries").add_argument
     add("--penalty", type=nonnegative_float, default=0.0, metavar="BETA",
         help="times the sum over units of |deviation| of the updates in the meta-loss")  # fmt: skip
-    add("--penalty_kinds", choices=KINDS, nargs="+", default=["rescale"], help="of deviations")
+    add("--penalty_kinds", choices=SYMMETRY_KINDS, nargs="+", default=["rescale"],
+        help="of deviations")  # fmt: skip
     add("--penalty_relative", action="store_true", help="deviations over |v| |theta|")
     add("--norm_eps", type=positive_float, default=1e-5, help="eps of batch norm")
 
@@ -181,9 +187,8 @@ def make_settings(args) -> MetaTrainingSettings:
     return MetaTrainingSettings(**given | {"penalty_kinds": tuple(args.penalty_kinds)})
 
 
-def meta_train(training: MetaTraining, log: RunLog) -> bool:
+def meta_train(training: MetaTraining, team: Team, log: RunLog) -> bool:
     """All runs, a row of metrics and a checkpoint after each; False where Ctrl-C ended them."""
-    team = training.team
     saved = team.gathered(log.load_checkpoint())[0]
     if saved is not None:
         training.load_state_dict(saved[1])
@@ -299,7 +304,8 @@ def main(argv: list[str] | None = None) -> None:
 
     @cache
     def make(name: str, half: int) -> Task:
-        return make_task(name, parts[half], args.batch_size, dtype, args.norm_eps)
+        images, labels = parts[half].images, parts[half].labels
+        return make_task(name, images, labels, args.batch_size, dtype, args.norm_eps)
 
     network, task = make_optimizer(args), make(args.optimizee, 0)
     start = network_to_dict(network)
@@ -314,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
         training.warn = log.warn
         if args.start_from is not None and team.first:
             log.write_json(START, start)
-        finished = meta_train(training, log)
+        finished = meta_train(training, team, log)
         if not team.first:
             return
         results = save(training, data.source, log)
@@ -326,4 +332,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, wrong_input=(OptimizerError, HypergradientError))

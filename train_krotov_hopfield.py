@@ -33,16 +33,18 @@ from experiment.command_line import (
 from experiment.run_log import RunLog, run_to_end
 from experiment.seeds import seeded_generator
 from figures.competition import draw_competition_run
-from krotov_hopfield.competition import GATES, NORMALIZATIONS, gate_needs
-from krotov_hopfield.hebbian_network import (
-    DEEPEST,
+from krotov_hopfield.choices import (
+    AUGMENTATIONS,
     FEATURE_NORMS,
-    RECIPES,
+    GATES,
+    NORMALIZATIONS,
     SCHEDULES,
-    HebbianNetwork,
-    Recipe,
+    gate_needs,
 )
-from krotov_hopfield.layerwise_training import AUGMENTATIONS, LayerwiseTraining, split_validation
+from krotov_hopfield.errors import CompetitionError
+from krotov_hopfield.hebbian_network import HebbianNetwork
+from krotov_hopfield.layerwise_training import LayerwiseTraining, split_validation
+from krotov_hopfield.recipes import DEEPEST, RECIPES, Recipe
 from mnist_datasets import load_images
 
 OF_LAYERS = (
@@ -142,7 +144,7 @@ def make_training(args, recipe: Recipe, data, classes: int, dtype) -> LayerwiseT
     after = sorted(set(args.classify_after or [depth]))
     if after[-1] > depth:
         raise UserError(f"--classify_after {after[-1]}: the network has {depth} layers")
-    train_data, validation = split_validation(data, args.validation)
+    train_data, validation = split_validation((data.images, data.labels), args.validation)
     network = HebbianNetwork(data.shape, recipe, seeded_generator(args.seed), dtype=dtype)
     return LayerwiseTraining(
         network.to(data.images.device),
@@ -183,7 +185,7 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
     for depth, outcome in sorted(training.outcomes.items()):
         row = {name: v for name, v in outcome.items() if name != "state"}
         rows.append({"layers": depth} | row | {
-            "test_accuracy": training.test_accuracy(depth, test_data)
+            "test_accuracy": training.test_accuracy(depth, test_data.images, test_data.labels)
         })  # fmt: skip
         log.say(
             f"{depth} layers: test accuracy {rows[-1]['test_accuracy']:.2%}, validation "
@@ -220,4 +222,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, wrong_input=(CompetitionError,))

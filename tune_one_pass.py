@@ -34,6 +34,7 @@ from comparison.one_pass_problems import (
     make_samples,
 )
 from experiment.command_line import (
+    UserError,
     computing_parser,
     device_name,
     fraction,
@@ -64,17 +65,20 @@ from figures.one_pass_report import (
     median_of_draws,
     summary,
 )
-from one_pass.tuning import (
+from one_pass.errors import OnePassError
+from one_pass.settings import (
     DEFAULT_TRANSFORMS,
     METHODS,
     NAMES,
     SMALLEST_POPULATION,
-    TRANSFORMS,
-    OnePassError,
-    Samples,
+    TRANSFORM_KINDS,
     Settings,
+)
+from one_pass.tuning import (
+    Samples,
     State,
     Tuning,
+    check_start,
     initial_hyperparameters,
     initial_state,
 )
@@ -174,13 +178,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """Settings that follow from others; OnePassError where two contradict each other."""
+    """Settings that follow from others; UserError where two contradict each other."""
     args.model = args.model or default_model(args.dataset)
     every = 1 if args.method == "fixed" else args.network_weight_steps
     steps = args.network_weight_steps * args.hyperparameter_steps
     args.steps = min(steps, args.total_step_limit or steps) // every * every
     if args.steps == 0:
-        raise OnePassError(
+        raise UserError(
             f"total_step_limit {args.total_step_limit} ends before the first hyperparameter step, "
             f"after {every} weight steps"
         )
@@ -190,37 +194,37 @@ def fill_in(args: argparse.Namespace) -> None:
     check_method(args)
     check_idle_settings(args)
     if args.save_state is not None and not args.save_state.resolve().parent.is_dir():
-        raise OnePassError(f"-S {args.save_state}: there is no such folder")
+        raise UserError(f"-S {args.save_state}: there is no such folder")
     if args.save_state is not None and args.save_state.is_dir():
-        raise OnePassError(f"-S {args.save_state} is a folder: name a file in it")
+        raise UserError(f"-S {args.save_state} is a folder: name a file in it")
 
 
 def check_method(args: argparse.Namespace) -> None:
-    """OnePassError where the method can't do with the settings that it has."""
+    """UserError where the method can't do with the settings that it has."""
     method, tuned, every = args.method, args.optimised_hyperparameters, args.network_weight_steps
     if method in (*BY_HYPERGRADIENTS, "population") and not tuned:
-        raise OnePassError(f"method {method} needs optimised_hyperparameters, such as lr")
+        raise UserError(f"method {method} needs optimised_hyperparameters, such as lr")
     held_out = args.validation_proportion or args.dataset in OWN_VALIDATION
     if method in VALIDATED and not held_out:
-        raise OnePassError(f"method {method} needs a validation_proportion above 0")
+        raise UserError(f"method {method} needs a validation_proportion above 0")
     if method == "successive_gradients" and tuned != ["lr"]:
-        raise OnePassError("successive_gradients tunes lr, nothing else")
+        raise UserError("successive_gradients tunes lr, nothing else")
     if method == "successive_gradients" and every != 1:
-        raise OnePassError(
+        raise UserError(
             f"successive_gradients compares each gradient with the one before it: take "
             f"network_weight_steps 1, not {every}"
         )
     if method == "unrolled" and args.look_back > every:
-        raise OnePassError(
+        raise UserError(
             f"look_back {args.look_back} is more than the {every} weight steps between two "
             f"hyperparameter steps: take a larger network_weight_steps, or look back less"
         )
     if method == "population" and args.draws < SMALLEST_POPULATION:
-        raise OnePassError(f"a population needs --draws {SMALLEST_POPULATION} or more")
+        raise UserError(f"a population needs --draws {SMALLEST_POPULATION} or more")
 
 
 def check_idle_settings(args: argparse.Namespace) -> None:
-    """SettingsError or OnePassError where a setting would do nothing."""
+    """SettingsError or UserError where a setting would do nothing."""
     method, own = args.method, args.dataset in OWN_VALIDATION
     by_hypergradients = f"a method out of {', '.join(BY_HYPERGRADIENTS)}"
     refuse_idle_settings(
@@ -243,7 +247,7 @@ def check_idle_settings(args: argparse.Namespace) -> None:
     )  # fmt: skip
     for name in args.high_dimensional_hyperparameters:
         if name not in args.optimised_hyperparameters:
-            raise OnePassError(
+            raise UserError(
                 f"high_dimensional_hyperparameters: {name} is not among those that are tuned"
             )
 
@@ -254,13 +258,13 @@ def name_directory(args: argparse.Namespace) -> None:
     if parts == (None, None, None) or args.resume is not None:
         return
     if args.out is not None:
-        raise OnePassError("--out names the whole directory: leave out -l, -g and -n")
+        raise UserError("--out names the whole directory: leave out -l, -g and -n")
     folder = (args.log_root or Path("runs")) / (args.group or "")
     args.out = folder / args.name if args.name else new_directory("tune_one_pass", folder)
 
 
 def check_tables(args: argparse.Namespace) -> None:
-    """OnePassError where a setting that is a table holds what it can't."""
+    """UserError where a setting that is a table holds what it can't."""
     for key, known in (
         ("network_weight_grad_clipping", ("norm",)),
         ("hyperparameter_clipping", NAMES),
@@ -268,21 +272,21 @@ def check_tables(args: argparse.Namespace) -> None:
     ):
         for name in getattr(args, key):
             if name not in known:
-                raise OnePassError(f"{key} knows {', '.join(known)}, not {name!r}")
+                raise UserError(f"{key} knows {', '.join(known)}, not {name!r}")
     norm = args.network_weight_grad_clipping.get("norm", 1.0)
     if not is_number(norm) or norm <= 0:
-        raise OnePassError(f"network_weight_grad_clipping: norm is a number above 0, not {norm!r}")
+        raise UserError(f"network_weight_grad_clipping: norm is a number above 0, not {norm!r}")
     for name, pair in args.hyperparameter_clipping.items():
         two = isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair))
         if pair is not None and not (two and pair[0] <= pair[1]):
-            raise OnePassError(
+            raise UserError(
                 f"hyperparameter_clipping: {name} needs two raw values such as [-10, 0], or null "
                 f"for none, not {pair!r}"
             )
     for name, kind in args.transformed_hyperparameters.items():
-        if kind not in [*TRANSFORMS]:  # it may be anything that YAML knows
-            raise OnePassError(
-                f"{name} can be transformed by {', '.join(TRANSFORMS)}, not {kind!r}"
+        if kind not in TRANSFORM_KINDS:  # it may be anything that YAML knows
+            raise UserError(
+                f"{name} can be transformed by {', '.join(TRANSFORM_KINDS)}, not {kind!r}"
             )
 
 
@@ -347,32 +351,20 @@ def make_tuning(
 
 
 def check_parts(args: argparse.Namespace, problem: Problem) -> None:
-    """OnePassError where training or tuning finds too few samples."""
+    """UserError where training or tuning finds too few samples."""
     training, validation = len(problem.training[0]), len(problem.validation[0])
     for count, name in ((training, "training"), (validation, "validation")):
         if count == 0 and (name == "training" or args.method in VALIDATED):
-            raise OnePassError(
+            raise UserError(
                 f"validation_proportion {args.validation_proportion:g} leaves no {name} samples"
             )
     if not problem.sequential and (args.batch_size or 0) > training:
-        raise OnePassError(
+        raise UserError(
             f"batch_size {args.batch_size}: there are {training:,} training samples; take at most "
             f"that, or none"
         )
     if args.model == "mlp_batch_norm" and min(args.batch_size or training, training) == 1:
-        raise OnePassError("model mlp_batch_norm needs batches of at least 2 training samples")
-
-
-def check_start(state: State, settings: Settings) -> None:
-    """OnePassError where a raw value at the start can't be tuned, or is none."""
-    for name, raw in state.raw.items():
-        tuned = name in settings.optimised
-        wrong = raw[~raw.isfinite() if tuned else raw.isnan()]
-        if len(wrong):
-            raise OnePassError(
-                f"{name} begins with the raw value {wrong[0].item():g} under "
-                f"{settings.transforms[name]}: it can't be {'tuned' if tuned else 'used'}"
-            )
+        raise UserError("model mlp_batch_norm needs batches of at least 2 training samples")
 
 
 def generators(args: argparse.Namespace, purpose: int) -> list[Generator]:
@@ -536,7 +528,7 @@ def read_state(path: Path, expected: State, settings: Settings) -> State:
     """The start of a run like `expected` from a state that -S wrote.
 
     It goes on with the weights, the momentum, the hyperparameters and, where all of those that are
-    tuned have any, the moments of Adam; everything else begins anew. OnePassError where the state
+    tuned have any, the moments of Adam; everything else begins anew. UserError where the state
     is one of other runs than `expected`.
     """
     try:
@@ -545,13 +537,13 @@ def read_state(path: Path, expected: State, settings: Settings) -> State:
         there, here = _shapes(state), _shapes(expected)
     except Exception as error:  # whatever a damaged file makes the reader raise
         reason = " ".join(str(error).split())[:100]
-        raise OnePassError(f"{path} is not a saved state: {reason}") from error
+        raise UserError(f"{path} is not a saved state: {reason}") from error
     for name in {**here, **there}:
         if there.get(name) != here.get(name):
             has = here.get(name, "none")
-            raise OnePassError(f"{path} holds {name} {there.get(name, 'none')}, this run has {has}")
+            raise UserError(f"{path} holds {name} {there.get(name, 'none')}, this run has {has}")
     if transforms != settings.transforms:
-        raise OnePassError(
+        raise UserError(
             f"{path} holds raw values of {transforms}, this run has {settings.transforms}"
         )
     adam = state if set(settings.optimised) <= set(state.moments) else expected
@@ -588,4 +580,4 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, wrong_input=(OnePassError,))

@@ -19,6 +19,7 @@ from torch.func import grad_and_value, vjp, vmap
 
 from data_sets.image_data import DataError, ImageData
 from data_sets.tabular_datasets import TABLES, load_table, split_table
+from experiment.errors import WrongInputError
 from mnist_datasets import import_torchvision, load_images
 from one_pass.compiled_mlp import CompiledMLPObjective
 from one_pass.objectives import (
@@ -32,7 +33,7 @@ from one_pass.objectives import (
     Objective,
     summed,
 )
-from one_pass.tuning import OnePassError, Samples
+from one_pass.tuning import Samples
 
 IMAGES = ("mnist", "fashion", "mnist5k", "cifar10")
 TOYS = ("quadratic", "two_weights")
@@ -45,6 +46,10 @@ WORDS = 10_000  # of Penn Treebank's vocabulary
 STREAMS, WINDOW = 40, 70  # of text, read side by side; tokens of each in a batch
 
 Part = tuple[Tensor, Tensor]  # inputs [N, ...], targets [N, ...]
+
+
+class ProblemError(WrongInputError):
+    """A network that does not fit the data."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def make_problem(
 ) -> Problem:
     """The problem `name` with the network `model`; split_seed permutes rows before the split.
 
-    Raises DataError where the data are not there, OnePassError where the network does not fit them.
+    Raises DataError where the data are not there, ProblemError where the network does not fit them.
     """
     where = {"dtype": dtype, "device": device}
     if name in TOYS:
@@ -202,7 +207,7 @@ def _regression(
     name: str, model: str, proportion: float, split_seed: int, data_dir: str, where: dict
 ) -> Problem:
     if model != "mlp":
-        raise OnePassError(f"model {model} is not for {name}: take mlp")
+        raise ProblemError(f"model {model} is not for {name}: take mlp")
     table = load_table(name, data_dir)
     split = split_table(table, proportion, split_seed)
     parts = [
@@ -245,7 +250,7 @@ def _image_network(model: str, data: ImageData) -> Objective:
         return ModuleObjective(network, "cross_entropy")
     if model == "resnet18":
         return ModuleObjective(_small_image_resnet(data.shape[0], classes), "cross_entropy")
-    raise OnePassError(f"model {model} is not for images: take mlp, mlp_batch_norm or resnet18")
+    raise ProblemError(f"model {model} is not for images: take mlp, mlp_batch_norm or resnet18")
 
 
 def _small_image_resnet(channels: int, classes: int) -> nn.Module:
@@ -374,7 +379,7 @@ def text_windows(words: Tensor) -> Part:
 
 def _text(model: str, data_dir: Path, device: torch.device) -> Problem:
     if model != "lstm":
-        raise OnePassError(f"model {model} is not for text: take lstm")
+        raise ProblemError(f"model {model} is not for text: take lstm")
     parts, words = read_text(data_dir.expanduser() / "ptb")
     windows = [tuple(t.to(device) for t in text_windows(part)) for part in parts]
     counts = " + ".join(f"{len(part):,}" for part in parts)
@@ -434,7 +439,7 @@ class FunctionObjective:
 
 def _toy(name: str, model: str, where: dict) -> Problem:
     if model != "toy":
-        raise OnePassError(f"model {model} is not for {name}: take toy")
+        raise ProblemError(f"model {model} is not for {name}: take toy")
     loss, size, noise = _QUADRATIC if name == "quadratic" else _TWO_WEIGHTS
     inputs = noise.to(**where)
 

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiment.errors import NonFiniteError
+from data_sets.image_data import ImageData
 from experiment.run_log import Interrupt
 from experiment.seeds import TEST, TUNING, seeded_generator
+from learned_optimizer.errors import NonFiniteError
 from learned_optimizer.networks import CoordinateNetwork
 from learned_optimizer.optimizees import Task
 from learned_optimizer.optimizer import LearnedOptimizer
@@ -131,6 +132,12 @@ class Curves:
 
 def _deviation(values: Tensor) -> float:
     return values.std().item() if len(values) > 1 else 0.0
+
+
+def halves(data: ImageData) -> tuple[ImageData, ImageData]:
+    """The first half, to train optimisers on, and the second, to judge them on."""
+    middle = len(data) // 2
+    return data.subset(slice(middle)), data.subset(slice(middle, None))
 
 
 def learned(name: str, network: CoordinateNetwork, lr: float = 1.0) -> Contender:

@@ -40,6 +40,7 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog, read_metrics, run_to_end
 from figures.examples import NETWORKS, draw_equilibrium_run
+from hypergradients.errors import HypergradientError
 from hypergradients.methods import (
     CG_normaleq,
     checkpointed_reverse,
@@ -299,4 +300,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, wrong_input=(HypergradientError,))

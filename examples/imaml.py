@@ -49,13 +49,9 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog, run_to_end
 from figures.examples import draw_imaml_run
+from hypergradients.errors import DivergenceError, HypergradientError
 from hypergradients.inner_optimizers import GradientDescent
-from hypergradients.linear_solvers import (
-    ConjugateGradient,
-    DivergenceError,
-    FixedPoint,
-    NormalEquations,
-)
+from hypergradients.linear_solvers import ConjugateGradient, FixedPoint, NormalEquations
 from hypergradients.methods import implicit
 from mnist_datasets import load_images
 
@@ -471,4 +467,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, wrong_input=(HypergradientError,))

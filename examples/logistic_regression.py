@@ -50,8 +50,8 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog, read_metrics, run_to_end
 from figures.examples import draw_logistic_run
+from hypergradients.errors import DivergenceError, HypergradientError
 from hypergradients.inner_optimizers import GradientDescent
-from hypergradients.linear_solvers import DivergenceError
 from hypergradients.methods import (
     CG,
     CG_normaleq,
@@ -429,4 +429,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, wrong_input=(HypergradientError,))

@@ -9,10 +9,10 @@
             ...
 
     if __name__ == "__main__":
-        run_command(main)
+        run_command(main, wrong_input=(HypergradientError,))    # errors of libraries it uses
 
 A command on data of another kind takes computing_parser, one that computes nothing run_parser.
-Exit status: 0 done, 2 wrong input, 130 interrupted.
+Exit status: 0 done, 1 not finite, 2 wrong input, 130 interrupted.
 """
 
 import argparse
@@ -43,8 +43,11 @@ MAY_DIFFER = ("data_dir", "save_state")  # on --resume: they change no number
 
 LARGEST = 1e30  # number that a flag takes: float32 holds it, and the sum of many
 
-# what torch's allocators say, of the CPU and of CUDA
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+# what torch's allocators say where they raise a RuntimeError that is no torch.OutOfMemoryError
+_ALLOCATOR_REFUSES = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory"
+    r"|(MPS backend|CUDA error:) out of memory"
+)
 
 # glibc's mallopt parameters (malloc.h) and the values given to them
 M_TRIM_THRESHOLD, NEVER = -1, -1
@@ -210,11 +213,18 @@ def _run_before_the_restart(args: argparse.Namespace) -> Path | None:
     return args.out if (args.out / "config.json").exists() else None
 
 
-def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
+def run_command(
+    main: Callable[[list[str] | None], None],
+    argv: list[str] | None = None,
+    *,
+    wrong_input: tuple[type[Exception], ...] = (),
+) -> None:
     """Run a command's `main(argv)` and turn what ends it early into an exit status.
 
     Wrong input: one line on stderr and 2. Numbers that are not finite: one line and 1. Ctrl-C: 130.
-    A pipe closed by its reader: silent, 1.
+    A pipe closed by its reader: silent, 1. Every other error keeps its traceback.
+
+    wrong_input: what the libraries that the command uses raise for it, beside WrongInputError.
     """
     try:
         main(argv)
@@ -225,17 +235,22 @@ def run_command(main: Callable[[list[str] | None], None], argv: list[str] | None
         sys.exit(1)
     except FloatingPointError as error:
         _exit_with_line(error, status=1)
-    except WrongInputError as error:
+    except (WrongInputError, *wrong_input) as error:
         _exit_with_line(error, status=2)
     except OSError as error:
         _exit_with_line(f"cannot read or write: {error}", status=2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _OUT_OF_MEMORY.search(str(error)):
+        if not _is_out_of_memory(error):
             raise
         _exit_with_line("not enough memory: take smaller layers or batches", status=2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or _ALLOCATOR_REFUSES.search(str(error)) is not None
 
 
 def _exit_with_line(error: Exception | str, status: int) -> NoReturn:

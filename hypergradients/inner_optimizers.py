@@ -21,7 +21,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from hypergradients.linear_solvers import HypergradientError, Vector
+from hypergradients.errors import HypergradientError
+from hypergradients.linear_solvers import Vector
 from hypergradients.update_maps import Tree, attached_scalar, products
 
 Setting = float | Tensor | Callable[[Tree], float | Tensor]  # a number or a function of hparams

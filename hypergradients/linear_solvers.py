@@ -16,20 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from experiment.errors import WrongInputError
+from hypergradients.errors import DivergenceError, HypergradientError
 
 Vector = Sequence[Tensor]
 # No solution: so many times the residual of v = 0. CG's residual may rise to the square root of the
 # condition number before it falls, that of a map with momentum to about 1 / (1 - momentum).
 DIVERGED = 1e3
-
-
-class HypergradientError(WrongInputError):
-    """What is wrong with what a method was given, and what would be right, in one line."""
-
-
-class DivergenceError(HypergradientError, FloatingPointError):
-    """A linear system that was not solved, and its residual."""
 
 
 class System(Protocol):

@@ -14,7 +14,7 @@ has requires_grad; fp_map and the update maps take (params, hparams) to new para
 shapes, outer_loss takes them to a scalar. A method returns the hypergradient, zero where nothing
 depends on a hyperparameter, as a tree like hparams, and with set_grad adds it into each .grad.
 The equations' solvers are in linear_solvers.py, methods without derivatives in
-evolution_strategies.py, differentiable inner optimisers in inner_optimizers.py.
+strategies.py, differentiable inner optimisers in inner_optimizers.py.
 """
 
 import functools
@@ -29,11 +29,10 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hypergradients.errors import DivergenceError, HypergradientError
 from hypergradients.linear_solvers import (
     ConjugateGradient,
-    DivergenceError,
     FixedPoint,
-    HypergradientError,
     NormalEquations,
     NystromConjugateGradient,
     Optimizer,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hypergradients.linear_solvers import HypergradientError
+from hypergradients.errors import HypergradientError
 
 Tree = Any  # a list, or any other pytree, of tensors
 UpdateMap = Callable[[Tree, Tree], Tree]

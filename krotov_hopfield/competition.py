@@ -20,21 +20,10 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from experiment.errors import WrongInputError
+from krotov_hopfield.choices import GATES, NORMALIZATIONS
+from krotov_hopfield.errors import CompetitionError
 
-ACTING = {  # gates, and what of a Competition each depends on
-    "ranked": ("ranking_param", "delta"),
-    "losers": ("delta",),
-    "soft": ("inverse_temperature",),
-    "winner": (),
-}
-GATES = tuple(ACTING)
-NORMALIZATIONS = ("matrix", "filter", "clamp")
 EPSILON, PRECISION = 1e-5, 1e-30  # added to the largest change; its lower bound with "clamp"
-
-
-class CompetitionError(WrongInputError):
-    """What is wrong with a competition or its inputs, and what would be right, in one line."""
 
 
 @dataclass(frozen=True)
@@ -156,15 +145,6 @@ def scaled_changes(
     scale = scales(largest, normalization)
     change = change / scale.view(-1, *[1] * (weight.dim() - 1))
     return change, None if change_of_bias is None else change_of_bias / scale
-
-
-def gate_needs(gate: str) -> list[tuple[str, bool, str]]:
-    """For `refuse_idle_flags`: gates' options, whether `gate` depends on each, which gates do."""
-    options = dict.fromkeys(name for acting in ACTING.values() for name in acting)
-    return [
-        (name, name in ACTING[gate], "--gate " + " or ".join(g for g in GATES if name in ACTING[g]))
-        for name in options
-    ]
 
 
 def check_number(

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from krotov_hopfield import competition_kernels as kernels
+from krotov_hopfield.choices import ACTING
 from krotov_hopfield.competition import (
-    ACTING,
     Competition,
-    CompetitionError,
     check_options,
     convergence,
     p_norms,
@@ -33,6 +32,7 @@ from krotov_hopfield.competition import (
     scales,
     signed_power,
 )
+from krotov_hopfield.errors import CompetitionError
 
 COMPILED_TYPES = (torch.float32, torch.float64)
 LANES = 16  # rows of sums are multiples of these, so that each begins on a line of the cache
@@ -462,11 +462,6 @@ class Triangle(nn.Module):
 
     def extra_repr(self) -> str:
         return f"power={self.power}"
-
-
-def exponential_rate(start: float, end: float, speed: float, epochs: float) -> float:
-    """end - (end - start) exp(-speed * epochs): a learning rate after so many epochs."""
-    return end - (end - start) * math.exp(-speed * epochs)
 
 
 def _array(bias: Tensor | None, like: Tensor) -> np.ndarray:

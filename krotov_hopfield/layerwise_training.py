@@ -1,6 +1,7 @@
 """Trains a network of competing layers without labels, and a classifier behind some of them.
 
-    training = LayerwiseTraining(network, train, validation, classify_after=(1, 2), seed=0)
+    train, validation = split_validation((images, labels), 0.2)
+    training = LayerwiseTraining(network, train, validation, (1, 2), seed=0, classes=10)
     while not training.finished:
         row = training.train_round()
 
@@ -22,12 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from data_sets.image_data import DataError, ImageData
-from experiment.errors import NonFiniteError
-from experiment.seeds import seeded_generator
-from krotov_hopfield.hebbian_network import Classifier, HebbianNetwork, learning_rate
+from krotov_hopfield.errors import CompetitionError, NonFiniteError
+from krotov_hopfield.hebbian_network import Classifier, HebbianNetwork
+from krotov_hopfield.recipes import learning_rate
+from krotov_hopfield.seeds import seeded_generator
 
-AUGMENTATIONS = ("none", "crop", "flip")
+Labelled = tuple[Tensor, Tensor]  # images, uint8 [N, C, H, W], and their labels, int64 [N]
+
 CROP_PADDING = 4
 FIRST_RESTART, LONGER = 10, 2  # epochs until the rate of a classifier starts anew; factor after it
 MOMENTUM = 0.9
@@ -35,17 +37,24 @@ EXTRACTED_AT_ONCE = 256  # images
 ORDER, AUGMENTATION, DROPOUT, START, SPLIT = range(5)  # what a generator is for
 
 
-def split_validation(data: ImageData, fraction: float) -> tuple[ImageData, ImageData]:
-    """Training and validation images, by a draw that is always the same.
+def split_validation(data: Labelled, fraction: float) -> tuple[Labelled, Labelled]:
+    """Training and validation images with their labels, by a draw that is always the same.
 
-    Raises DataError where one of them would be empty.
+    Raises CompetitionError where one of them would be empty.
     """
-    held_out = round(len(data) * fraction)
-    if not 0 < held_out < len(data):
-        raise DataError(f"{fraction:g} of {len(data)} images leaves no image on one side: expected "
-                        "a fraction between 0 and 1")  # fmt: skip
-    order = torch.randperm(len(data), generator=seeded_generator(SPLIT)).to(data.images.device)
-    return data.subset(order[held_out:]), data.subset(order[:held_out])
+    images, labels = data
+    held_out = round(len(images) * fraction)
+    if not 0 < held_out < len(images):
+        raise CompetitionError(f"{fraction:g} of {len(images)} images leaves no image on one side: "
+                               "expected a fraction between 0 and 1")  # fmt: skip
+    order = torch.randperm(len(images), generator=seeded_generator(SPLIT)).to(images.device)
+    train, validation = order[held_out:], order[:held_out]
+    return (images[train], labels[train]), (images[validation], labels[validation])
+
+
+def pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images uint8 as numbers in [0, 1]; below 32 bits divided in float32 and rounded once."""
+    return images.to(torch.promote_types(dtype, torch.float32)).div_(255).to(dtype)
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
@@ -79,22 +88,22 @@ def restarting_rate(rate: float, epoch: int) -> float:
 class LayerwiseTraining:
     """The state of a training; `train_round` goes on with it.
 
-    network: on the device of the images. train, validation: images. classify_after: numbers of
-    layers behind which a classifier is trained, from 1. augmentation: "none", "crop" or "flip",
-    see `crop_and_flip`. round_batches: batches of a round of a layer. cache_bytes: the most that
-    kept features may take. classes: how many the classifiers tell apart; the images at hand need
-    not show all of them.
+    network: on the device of the images. train, validation: images uint8 [N, C, H, W], 255 for
+    white, and labels int64 [N]. classify_after: numbers of layers behind which a classifier is
+    trained, from 1. augmentation: "none", "crop" or "flip", see `crop_and_flip`. round_batches:
+    batches of a round of a layer. cache_bytes: the most that kept features may take. classes: how
+    many the classifiers tell apart; the images at hand need not show all of them.
 
     outcomes: what each finished classifier reached, by its number of layers: epoch (of its best
-    state), train_accuracy, validation_accuracy, and that state. Raises DataError for a batch size
-    that the images do not allow.
+    state), train_accuracy, validation_accuracy, and that state. Raises CompetitionError for images
+    or labels of another type or shape, and for a batch size that the images do not allow.
     """
 
     def __init__(
         self,
         network: HebbianNetwork,
-        train: ImageData,
-        validation: ImageData,
+        train: Labelled,
+        validation: Labelled,
         classify_after: Sequence[int],
         seed: int,
         *,
@@ -104,7 +113,10 @@ class LayerwiseTraining:
         cache_bytes: int = 4 * 2**30,
     ) -> None:
         self.network, self.recipe = network, network.recipe
-        self.train, self.validation, self.seed = train, validation, seed
+        for images, labels in (train, validation):
+            _check_images(images, labels)
+        self.images, self.labels = train
+        self.validation, self.seed = validation, seed
         self.classes = classes
         self.augmentation, self.round_batches = augmentation, round_batches
         self.cache_bytes = cache_bytes
@@ -116,16 +128,18 @@ class LayerwiseTraining:
         self._begin_stage()
 
     def _check_batch_sizes(self, classify_after: Sequence[int]) -> None:
-        """DataError where the images do not fill a batch, or a classifier's has no variance."""
-        count, of_classifier = len(self.train), self.recipe.classifier_batch_size
+        """CompetitionError where images do not fill a batch, or a classifier's has no variance."""
+        count, of_classifier = len(self.images), self.recipe.classifier_batch_size
         for size in (self.recipe.batch_size, of_classifier):
             if size > count:
-                raise DataError(f"batch size {size} is above {count}, the training images")
+                raise CompetitionError(f"batch size {size} is above {count}, the training images")
         alone = of_classifier == 1 and self.recipe.feature_norm == "batch"
         for depth in classify_after if alone else ():
-            if self._features(self.train.subset(slice(1)), depth)[0, 0].numel() == 1:
-                raise DataError(f"a classifier's batch of one image has no variance behind layer "
-                                f"{depth}, a number for each unit: take at least 2")  # fmt: skip
+            if self._features(self.images[:1], depth)[0, 0].numel() == 1:
+                raise CompetitionError(
+                    f"a classifier's batch of one image has no variance behind layer {depth}, a "
+                    "number for each unit: take at least 2"
+                )
 
     @property
     def finished(self) -> bool:
@@ -149,7 +163,7 @@ class LayerwiseTraining:
     @property
     def batches_per_epoch(self) -> int:
         """Of this stage; what is left at the end of an epoch, less than a batch, is dropped."""
-        return len(self.train) // self.batch_size
+        return len(self.images) // self.batch_size
 
     def _begin_stage(self) -> None:
         self.done = 0  # batches of layers, epochs of a classifier
@@ -172,12 +186,12 @@ class LayerwiseTraining:
 
     def _make_classifier(self, depth: int) -> Classifier:
         """A new one for the features behind so many layers."""
-        shape = self._features(self.train.subset(slice(1)), depth).shape[1:]
+        shape = self._features(self.images[:1], depth).shape[1:]
         classifier = Classifier(
             shape, self.classes, self.recipe.dropout, seeded_generator(self.seed, START, depth),
             feature_norm=self.recipe.feature_norm, dtype=next(self.network.parameters()).dtype,
         )  # fmt: skip
-        return classifier.to(self.train.images.device)
+        return classifier.to(self.images.device)
 
     def train_round(self) -> dict[str, float]:
         """Goes on for a round; its numbers, NaN where they are not of this stage.
@@ -222,7 +236,7 @@ class LayerwiseTraining:
     @property
     def _batches(self) -> int:
         """How many a layer learns from at most."""
-        return round(self.recipe.epochs * (len(self.train) // self.recipe.batch_size))
+        return round(self.recipe.epochs * (len(self.images) // self.recipe.batch_size))
 
     def _train_layers(self, layers: Sequence[int]) -> dict[str, float]:
         last, found = min(self.done + self.round_batches, self._batches), []
@@ -285,7 +299,7 @@ class LayerwiseTraining:
         losses, right = [], []
         first = self.done * self.batches_per_epoch
         for batch in range(first, first + self.batches_per_epoch):
-            x, labels = self._batch(depth, batch), self.train.labels[self._index(batch)]
+            x, labels = self._batch(depth, batch), self.labels[self._index(batch)]
             logits = self.classifier(x, seeded_generator(self.seed, DROPOUT, self.stage, batch))
             loss = functional.cross_entropy(logits, labels)
             self.optimizer.zero_grad()
@@ -299,7 +313,7 @@ class LayerwiseTraining:
             "learning_rate": rate,
             "loss": torch.stack(losses).mean().item(),
             "train_accuracy": torch.stack(right).mean().item(),
-            "validation_accuracy": self._accuracy(self.classifier, self.validation, depth),
+            "validation_accuracy": self._accuracy(self.classifier, *self.validation, depth),
         }
         if not math.isfinite(numbers["loss"]):
             raise NonFiniteError(f"the classifier's loss is not finite in epoch {self.done}")
@@ -309,21 +323,24 @@ class LayerwiseTraining:
             self.best = {name: numbers[name] for name in kept} | {"state": state}
         return numbers
 
-    def test_accuracy(self, depth: int, data: ImageData) -> float:
-        """The share of images that the best state of the classifier behind `depth` layers gets."""
+    def test_accuracy(self, depth: int, images: Tensor, labels: Tensor) -> float:
+        """The share of images that the best state of the classifier behind `depth` layers gets.
+
+        images: uint8 [N, C, H, W]; labels: int64 [N].
+        """
         classifier = self._make_classifier(depth)
         classifier.load_state_dict(self.outcomes[depth]["state"])
-        return self._accuracy(classifier, data, depth)
+        return self._accuracy(classifier, images, labels, depth)
 
     @torch.no_grad()
-    def _accuracy(self, classifier: nn.Module, data: ImageData, depth: int) -> float:
+    def _accuracy(self, classifier: nn.Module, images: Tensor, labels: Tensor, depth: int) -> float:
         classifier.eval()
-        kept = self._keep(depth, validation=True) if data is self.validation else None
+        kept = self._keep(depth, validation=True) if images is self.validation[0] else None
         right = 0
-        for rows in torch.arange(len(data), device=data.images.device).split(EXTRACTED_AT_ONCE):
-            x = self._features(data.subset(rows), depth) if kept is None else chosen(kept, rows)
-            right += (classifier(x).argmax(1) == data.labels[rows]).sum()
-        return int(right) / len(data)
+        for rows in torch.arange(len(images), device=images.device).split(EXTRACTED_AT_ONCE):
+            x = self._features(images[rows], depth) if kept is None else chosen(kept, rows)
+            right += (classifier(x).argmax(1) == labels[rows]).sum()
+        return int(right) / len(images)
 
     # ---- batches and features ----
 
@@ -332,10 +349,10 @@ class LayerwiseTraining:
         epoch, place = divmod(batch, self.batches_per_epoch)
         if self._order_of != (self.stage, epoch):
             generator = seeded_generator(self.seed, ORDER, self.stage, epoch)
-            self._order = torch.randperm(len(self.train), generator=generator)
+            self._order = torch.randperm(len(self.images), generator=generator)
             self._order_of = self.stage, epoch
         size = self.batch_size
-        return self._order[place * size : (place + 1) * size].to(self.train.images.device)
+        return self._order[place * size : (place + 1) * size].to(self.images.device)
 
     @torch.no_grad()
     def _batch(self, depth: int, batch: int) -> Tensor:
@@ -343,37 +360,37 @@ class LayerwiseTraining:
         index = self._index(batch)
         if self.augmentation == "none":
             kept = self._keep(depth, validation=False)
-            part = self.train.subset(index)
-            return self._features(part, depth) if kept is None else chosen(kept, index)
+            if kept is not None:
+                return chosen(kept, index)
+            return self._features(self.images[index], depth)
         generator = seeded_generator(self.seed, AUGMENTATION, self.stage, batch)
-        images = self.train.images.index_select(0, index)
+        images = self.images.index_select(0, index)
         images = crop_and_flip(images, generator, self.augmentation == "flip")
-        labels = self.train.labels[index]
-        return self._features(ImageData(images, labels, self.train.source), depth)
+        return self._features(images, depth)
 
     @torch.no_grad()
-    def _features(self, data: ImageData, depth: int) -> Tensor:
+    def _features(self, images: Tensor, depth: int) -> Tensor:
         """What the first `depth` layers make of all images, [N, units] or [N, channels, H, W]."""
-        x = self.network.prepared(data.floats(dtype=next(self.network.parameters()).dtype))
+        x = self.network.prepared(pixels(images, next(self.network.parameters()).dtype))
         for block in self.network.blocks[:depth]:
             x = block(x)
         return x
 
     def _keep(self, depth: int, *, validation: bool) -> Tensor | None:
         """Features of all training or validation images, channels last; None if not to be kept."""
-        data = self.validation if validation else self.train
+        images = self.validation[0] if validation else self.images
         if depth == 0:
             return None
         if (depth, validation) not in self._kept:
-            one = self._features(data.subset(slice(1)), depth)
-            training = len(self.train) if self.augmentation == "none" else 0  # else never kept
-            size = one.numel() * one.element_size() * (training + len(self.validation))
+            one = self._features(images[:1], depth)
+            training = len(self.images) if self.augmentation == "none" else 0  # else never kept
+            size = one.numel() * one.element_size() * (training + len(self.validation[0]))
             if size > self.cache_bytes:
                 return None
-            kept = one.movedim(1, -1).new_empty(len(data), *one.movedim(1, -1).shape[1:])
-            for rows in torch.arange(len(data)).split(EXTRACTED_AT_ONCE):
+            kept = one.movedim(1, -1).new_empty(len(images), *one.movedim(1, -1).shape[1:])
+            for rows in torch.arange(len(images)).split(EXTRACTED_AT_ONCE):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
-                kept[part] = self._features(data.subset(part), depth).movedim(1, -1)
+                kept[part] = self._features(images[part], depth).movedim(1, -1)
             self._kept[depth, validation] = kept
         return self._kept[depth, validation]
 
@@ -405,6 +422,18 @@ class LayerwiseTraining:
         if self.classifier is not None:
             self.classifier.load_state_dict(state["classifier"])
             self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _check_images(images: Tensor, labels: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise CompetitionError(
+            f"images must be uint8 [N, C, H, W], not {images.dtype} {list(images.shape)}"
+        )
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        raise CompetitionError(
+            f"labels must be int64 [{len(images)}], one for each image, not {labels.dtype} "
+            f"{list(labels.shape)}"
+        )
 
 
 def stages_of(

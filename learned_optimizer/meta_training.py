@@ -16,14 +16,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from experiment.processes import ALONE, Team
-from experiment.seeds import VALIDATION, seeded_generator
-from learned_optimizer.networks import CoordinateNetwork, OptimizerError
+from learned_optimizer.errors import OptimizerError
+from learned_optimizer.networks import CoordinateNetwork
 from learned_optimizer.optimizees import Task
+from learned_optimizer.seeds import seeded_generator
+from learned_optimizer.settings import MetaTrainingSettings
 from learned_optimizer.symmetries import Symmetry, mean_deviations, symmetry_penalty
 from learned_optimizer.window_gradients import (
     Objective,
@@ -37,62 +39,41 @@ from learned_optimizer.window_gradients import (
     suffix_sum_gradient,
 )
 
-ESTIMATORS = ("suffix_sum", "autograd", "es", "pes")
-SELECTIONS = ("sum", "end")
+VALIDATION = 2**31  # stands where a run does in the names of draws for validation
 VALIDATION_WINDOW = 20
 LAST_STEPS = 10  # whose mean loss is that at the end
 
+Value = TypeVar("Value")
 
-@dataclass(frozen=True)
-class MetaTrainingSettings:
-    """Everything about meta-training that is a number or a choice.
 
-    coordinates: see suffix_sum_gradient. penalty: beta of the symmetries' regulariser, of
-    `penalty_kinds`. sigma, pairs: of the evolution strategies. selection: by what loss of the
-    validation runs the best epoch is chosen, their sum over all steps or the mean of the last ten.
+class Team(Protocol):
+    """Several processes that share the trainings of a run, as one of them sees them.
+
+    count: how many there are.
     """
 
-    epochs: int = 50
-    runs_per_epoch: int = 20
-    inner_steps: int = 200
-    unroll: int = 20
-    tasks: int = 1  # K, trainings side by side in a run
-    lr: float = 0.01
-    decay: str = "none"  # or "cosine": the rate falls to 0 at the last run
-    log_loss: bool = False
-    estimator: str = "suffix_sum"
-    coordinates: int | None = None
-    penalty: float = 0.0
-    penalty_kinds: tuple[str, ...] = ("rescale",)
-    penalty_relative: bool = False
-    sigma: float = 0.01
-    pairs: int = 1
-    validation_runs: int = 5
-    selection: str = "sum"
-    seed: int = 0
+    count: int
 
-    def __post_init__(self) -> None:
-        whole = (self.runs_per_epoch, self.inner_steps, self.unroll, self.tasks, self.pairs)
-        if min(*whole, self.validation_runs) < 1:
-            raise OptimizerError("runs, steps, unroll, tasks, pairs and validation runs are >= 1")
-        if self.estimator not in ESTIMATORS or self.decay not in ("none", "cosine"):
-            raise OptimizerError(
-                f"estimator is one of {', '.join(ESTIMATORS)}; decay is none or cosine"
-            )
-        if self.selection not in SELECTIONS:
-            raise OptimizerError(f"selection is one of {', '.join(SELECTIONS)}")
-        if self.coordinates is not None and self.estimator != "suffix_sum":
-            raise OptimizerError("only the estimator suffix_sum takes a number of coordinates")
+    def share(self, tasks: int) -> Sequence[int]:
+        """Which of the trainings 0..tasks-1 this process has to do."""
 
-    @property
-    def runs(self) -> int:
-        return self.epochs * self.runs_per_epoch
+    def gathered(self, value: Value) -> list[Value]:
+        """The values of all processes, in the same order for all, who call it together."""
 
-    def rate(self, run: int) -> float:
-        """The learning rate of a run."""
-        if self.decay == "none":
-            return self.lr
-        return self.lr * 0.5 * (1 + math.cos(math.pi * run / max(1, self.runs)))
+
+class _Alone:
+    """A team of one."""
+
+    count = 1
+
+    def share(self, tasks: int) -> Sequence[int]:
+        return range(tasks)
+
+    def gathered(self, value: Value) -> list[Value]:
+        return [value]
+
+
+ALONE = _Alone()
 
 
 @dataclass(frozen=True)
@@ -132,7 +113,7 @@ class MetaTraining:
     ) -> None:
         if settings.tasks < team.count:
             raise OptimizerError(
-                f"{team.count} processes need --tasks {team.count} or more, one for each"
+                f"{team.count} processes need at least {team.count} tasks, one for each"
             )
         self.network, self.task, self.symmetries = network, task, symmetries
         self.settings, self.warn, self.team = settings, warn, team

@@ -19,23 +19,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiment.errors import WrongInputError
-from experiment.files import write_whole
-from experiment.seeds import seeded_generator
 from learned_optimizer import coordinate_lstm
+from learned_optimizer.errors import OptimizerError
+from learned_optimizer.files import write_whole
+from learned_optimizer.seeds import seeded_generator
+from learned_optimizer.settings import EXTRA_INPUTS
 
 LARGEST_LOG = 10.0  # p: gradients below e^-p are passed on as they are, times e^p
-EXTRA_INPUTS = ("time", "relative_update", "parameter")
 TIME_SCALE = 100.0  # steps
 DECAYS = (0.5, 0.9, 0.99)  # of the MLP's running averages of g; of g^2 the last
 MLP_CHUNK = 1 << 14  # columns whose graph is kept at once
 LARGEST_GRADIENT = 1e15  # for the MLP, whose averages of squares stay finite in float32
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TYPES}
-
-
-class OptimizerError(WrongInputError):
-    """What is wrong with a learned optimiser or its use, and what would be right, in one line."""
 
 
 def log_and_sign(g: Tensor, p: float = LARGEST_LOG) -> Tensor:

@@ -1,6 +1,6 @@
 """What learned optimisers are trained on and judged by: networks, their losses and data.
 
-    task = make_task("sigmoid20", train_data)         # or relu128-128, relu20bn, conv16-32, ...
+    task = make_task("sigmoid20", images, labels)     # or relu128-128, relu20bn, conv16-32, ...
     params = task.optimizee.initial(generator)        # a list with one dict of tensors per layer
     for batch in task.batches(generator):             # (images, labels), endless
         loss = task.optimizee.loss(params, batch)
@@ -22,9 +22,10 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.dropout import _DropoutNd
 
-from data_sets.image_data import DataError, ImageData
-from learned_optimizer.networks import OptimizerError
-from models_fully_local import Params
+from learned_optimizer.errors import OptimizerError
+from learned_optimizer.settings import BATCH_SIZE
+
+Params = list[dict[str, Tensor]]  # one dict for each layer
 
 ACTIVATIONS = {
     "sigmoid": nn.Sigmoid,
@@ -36,8 +37,6 @@ ACTIVATIONS = {
 }
 NAMED = re.compile(rf"({'|'.join(ACTIVATIONS)}|conv)(\d+(?:-\d+)*)(bn)?")
 QUADRATIC = 10  # parameters
-SMALL_STEPS = ("relu", "leaky_relu", "conv")  # optimizees for which out_mul .01 is better than .1
-BATCH_SIZE = 128
 LARGEST_LAYER = 1_000_000  # units
 
 
@@ -183,25 +182,36 @@ class Task:
 
 def make_task(
     name: str,
-    data: ImageData,
+    images: Tensor,
+    labels: Tensor,
     batch_size: int = BATCH_SIZE,
     dtype: torch.dtype = torch.float32,
     norm_eps: float = 1e-5,
 ) -> Task:
     """The task of a name as above on these images.
 
-    Raises OptimizerError for an unknown name, DataError where the images do not fill a batch.
+    images: [N, C, H, W], uint8 or, in [0, 1] or otherwise scaled, floating-point numbers. labels:
+    int64 [N], the largest of which tells how many classes there are. norm_eps: of batch norm.
+    Raises OptimizerError for an unknown name, and where the images do not fill a batch or have not
+    a label each.
     """
     if name == "quadratic":
-        device = data.images.device
+        device = images.device
         return Task(
             Optimizee(Quadratic, squared_distance),
             lambda generator: quadratic_batches(generator, dtype, device),
         )
-    if not 1 <= batch_size <= len(data):
-        raise DataError(f"batch size {batch_size} must be from 1 to {len(data)}, the data's")
-    optimizee = image_optimizee(name, data.shape, data.classes, norm_eps)
-    return Task(optimizee, lambda generator: labelled_batches(data, batch_size, generator, dtype))
+    if not 1 <= batch_size <= len(images):
+        raise OptimizerError(f"batch size {batch_size} must be from 1 to {len(images)}, the data's")
+    if images.dim() != 4 or labels.shape != images.shape[:1]:
+        raise OptimizerError(
+            f"expected images [N, C, H, W] and labels [N], got {list(images.shape)} and "
+            f"{list(labels.shape)}"
+        )
+    optimizee = image_optimizee(name, images.shape[1:], int(labels.max()) + 1, norm_eps)
+    return Task(
+        optimizee, lambda generator: labelled_batches(images, labels, batch_size, generator, dtype)
+    )
 
 
 def image_optimizee(
@@ -291,23 +301,28 @@ def quadratic_batches(
 
 
 def labelled_batches(
-    data: ImageData, batch_size: int, generator: torch.Generator, dtype: torch.dtype
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    generator: torch.Generator,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images [batch, C, H, W] and labels, in a new order at each pass; endless.
+    """Images [batch, C, H, W], bytes as numbers in [0, 1], and labels; endless.
 
-    What is left at the end of a pass, less than a batch, is dropped.
+    They come in a new order at each pass. What is left at its end, less than a batch, is dropped.
     """
     while True:
-        order = torch.randperm(len(data), generator=generator).to(data.images.device)
+        order = torch.randperm(len(images), generator=generator).to(images.device)
         for index in order.split(batch_size):
             if len(index) == batch_size:
-                yield data.floats(index, dtype), data.labels[index]
+                yield _floats(images.index_select(0, index), dtype), labels[index]
 
 
-def halves(data: ImageData) -> tuple[ImageData, ImageData]:
-    """The first half, to train optimisers on, and the second, to judge them on."""
-    middle = len(data) // 2
-    return data.subset(slice(middle)), data.subset(slice(middle, None))
+def _floats(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes as numbers in [0, 1], divided in float32 at least and rounded once."""
+    if images.dtype == torch.uint8:
+        images = images.to(torch.promote_types(dtype, torch.float32)).div_(255)
+    return images.to(dtype)
 
 
 def _parameter_names(layers: Sequence[tuple[str, nn.Module]]) -> list[list[str]]:

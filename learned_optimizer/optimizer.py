@@ -1,13 +1,8 @@
-"""Learned optimisers in use: as a learning rule of this program, as a torch.optim.Optimizer.
-
-    from learned_optimizer.networks import load_network
+"""Learned optimisers in use, as a torch.optim.Optimizer.
 
     network = load_network("runs/sigmoid20/optimizer.json")
     optimizer = LearnedOptimizer(model.parameters(), network)      # anyone's model
-    loss.backward(); optimizer.step()
-
-    rule = LearnedRule(network)                    # theta' = theta + out_mul u, hyperparameters:
-    params = rule.update(model, params, batch)     # the network's weights
+    loss.backward(); optimizer.step()                              # theta + lr out_mul u
 
 The networks are in networks.py, how they are trained in meta_training.py.
 """
@@ -15,60 +10,10 @@ The networks are in networks.py, how they are trained in meta_training.py.
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from experiment.errors import NonFiniteError
-from learned_optimizer.networks import CoordinateNetwork, OptimizerError
-from learning_rules import LearningRule
-from models_fully_local import Params
-
-MEMORY = "optimizer_memory"  # its name among a layer's parameters
-
-
-class LearnedRule(LearningRule):
-    """A learned optimiser as a rule: the network's weights are the hyperparameters.
-
-    loss(model, params, batch) -> scalar; by default model.loss(params, batch). The gradient is
-    detached, so that the result depends on the weights through the network and through the
-    parameters that are passed on, and on nothing of second order. The memory of all coordinates
-    [rows, n] lies in the first layer that has parameters.
-    """
-
-    def __init__(
-        self,
-        network: CoordinateNetwork,
-        loss: Callable[[nn.Module, Params, object], Tensor] | None = None,
-    ) -> None:
-        super().__init__()
-        self.network, self.loss = network, loss or _own_loss
-
-    def update(self, model: nn.Module, params: Params, batch) -> Params:
-        """New parameters and memory; NonFiniteError where the gradient is not finite."""
-        memory = next((layer[MEMORY] for layer in params if MEMORY in layer), None)
-        bare = [{n: t for n, t in layer.items() if n != MEMORY} for layer in params]
-        leaves = [tensor for layer in bare for tensor in layer.values()]
-        theta = torch.cat([tensor.flatten() for tensor in leaves])
-        g = torch.cat([g.flatten() for g in self._gradient(model, bare, batch)])
-        _refuse_nonfinite([g], "the gradient")
-        if memory is None:
-            memory = self.network.memory(len(theta), theta.detach())
-        x, memory = self.network.observe(
-            g, theta.detach(), memory, [tensor.numel() for tensor in leaves]
-        )
-        if torch.is_grad_enabled():
-            u, memory = self.network(x, memory)
-        else:
-            memory = memory.clone()
-            u = self.network.step_(x, memory)
-        moved = torch.add(theta, u, alpha=self.network.out_mul)
-        return _divided(moved, memory, bare)
-
-    def _gradient(self, model: nn.Module, params: Params, batch) -> Sequence[Tensor]:
-        with torch.enable_grad():
-            own = [{n: t.detach().requires_grad_() for n, t in layer.items()} for layer in params]
-            leaves = [tensor for layer in own for tensor in layer.values()]
-            loss = self.loss(model, own, batch)
-            return torch.autograd.grad(loss, leaves, materialize_grads=True)
+from learned_optimizer.errors import NonFiniteError, OptimizerError
+from learned_optimizer.networks import CoordinateNetwork
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
@@ -126,7 +71,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             raise OptimizerError("sparse gradients are not supported; take dense ones")
         dtype = next(self.network.parameters()).dtype  # in which a gradient may overflow
         gradients = [p.grad.to(dtype) for p, _ in moving]
-        _refuse_nonfinite(gradients, "a gradient")
+        _refuse_nonfinite(gradients)
         for (p, lr), g in zip(moving, gradients, strict=True):
             self._move(p, g.flatten(), lr)
         return loss
@@ -177,20 +122,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return f"{self.network.kind} {settings}"
 
 
-def _own_loss(model: nn.Module, params: Params, batch) -> Tensor:
-    return model.loss(params, batch)
-
-
-def _divided(flat: Tensor, memory: Tensor, like: Params) -> Params:
-    """Parameters of these shapes from one vector, the memory in the first layer that has any."""
-    parts = iter(flat.split([tensor.numel() for layer in like for tensor in layer.values()]))
-    new = [{n: next(parts).view_as(t) for n, t in layer.items()} for layer in like]
-    first = next(layer for layer in new if layer)
-    first[MEMORY] = memory
-    return new
-
-
-def _refuse_nonfinite(gradients: Sequence[Tensor], what: str) -> None:
+def _refuse_nonfinite(gradients: Sequence[Tensor]) -> None:
     norms = torch._foreach_norm(gradients, float("inf")) if gradients else []
     if norms and not torch.stack([n.to(norms[0]) for n in norms]).isfinite().all():
-        raise NonFiniteError(f"{what} is not finite: nothing was changed")
+        raise NonFiniteError("a gradient is not finite: nothing was changed")

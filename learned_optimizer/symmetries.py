@@ -26,13 +26,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from experiment.seeds import seeded_generator
-from learned_optimizer.networks import OptimizerError
-from learned_optimizer.optimizees import Optimizee
-from models_fully_local import Params
-
-KINDS = ("translation", "scale", "rescale")
-CONTROL = "_control"  # after the kind: a symmetry that is not there
+from learned_optimizer.errors import OptimizerError
+from learned_optimizer.optimizees import Optimizee, Params
+from learned_optimizer.seeds import seeded_generator
+from learned_optimizer.settings import CONTROL
 
 # sigma(a z) = a sigma(z) for a > 0, channel by channel
 HOMOGENEOUS = (
@@ -75,7 +72,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Symmetry:
-    """One symmetry of the units at one place of a network; kind is one of KINDS.
+    """One symmetry of the units at one place of a network; kind is one of SYMMETRY_KINDS.
 
     place: the layers, by their numbers among the optimizee's layers, such as "1-3". control: the
     network does not have it, since an activation between them, such as a sigmoid, breaks it.
@@ -296,7 +293,7 @@ def tail_index(samples: Tensor, block: int) -> float:
     """
     count = len(samples) // block
     if block < 2 or count < 1:
-        raise ValueError(f"blocks of {block} need at least so many samples, got {len(samples)}")
+        raise OptimizerError(f"blocks of {block} need at least so many samples, got {len(samples)}")
     X = samples[: count * block, never_zero(samples)].double()
     Y = X.unflatten(0, (count, block)).sum(1)
     sizes = [t.abs().log().mean().item() for t in (Y, X)]

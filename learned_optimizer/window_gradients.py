@@ -11,7 +11,7 @@ d r_t / d u_t, and d r_s / d theta_s to g_s. The window begins after a loss and 
 last update counts, and the gradient at its end serves as the first input of the next window.
 
 autograd_gradient is the same number from a graph through all steps. strategies_gradient and
-persistent_gradient differentiate nothing (hypergradients/evolution_strategies.py).
+persistent_gradient differentiate nothing (hypergradients/strategies.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from hypergradients.evolution_strategies import (
+from hypergradients.strategies import (
     Pairs,
     evolution_strategies,
     persistent_evolution_strategies,

@@ -22,17 +22,16 @@ on. Everything here is done for D runs at once: weights are [D, P], hyperparamet
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
-from experiment.errors import WrongInputError
-from experiment.seeds import seeded_generator
+from one_pass.errors import OnePassError
 from one_pass.objectives import Batch, Buffers, Linearization, Objective
-
-NAMES = ("lr", "weight_decay", "momentum")
+from one_pass.seeds import seeded_generator
+from one_pass.settings import NAMES, SMALLEST_POPULATION, Settings
 
 LN10 = math.log(10)
 
@@ -42,18 +41,12 @@ TRANSFORMS: dict[str, tuple[Callable, Callable, Callable]] = {
     "exp": (torch.exp, torch.log, lambda value: value),
     "sigmoid": (torch.sigmoid, torch.logit, lambda value: value * (1 - value)),
 }
-DEFAULT_TRANSFORMS = {"lr": "10^", "weight_decay": "10^", "momentum": "sigmoid"}
 
-SMALLEST_POPULATION = 5  # of which one goes on from another
 POPULATION = 4  # what these random numbers are for, as the purposes of tune_one_pass.py
 CLIP_EPS = 1e-6
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 SOUND = 3.0  # times the first training loss; a sound run stays below
 STEPPED_LR_BOUNDS = (1e-10, 1.0)  # of the natural learning rate
-
-
-class OnePassError(WrongInputError):
-    """Settings or values that this algorithm can't work with."""
 
 
 # ---- one weight step ----
@@ -211,46 +204,6 @@ def successive_gradients(old: Tensor, new: Tensor) -> dict[str, Tensor]:
 # ---- D runs, tuned as they go ----
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What happens between weight steps.
-
-    Attributes:
-        method: fixed, stepped_lr, look_back (this paper's), successive_gradients (Baydin et al.),
-            unrolled (exact derivatives through the last `look_back` steps), or population.
-        optimised: names of the hyperparameters that are tuned.
-        high_dimensional: those of them with a value for every weight.
-        transforms: {name: kind}, how raw values become hyperparameters.
-        every: T, weight steps for each hyperparameter step.
-        look_back: i, terms of the series, or steps that are unrolled.
-        lr, final_lr: Adam's on the raw values, at the first and at the last hyperparameter step.
-        updates: hyperparameter steps in all, over which Adam's rate falls; beyond them it stays.
-        chain_rule: False feeds Adam the derivative for the natural value, as Baydin et al. do.
-        recover: a run whose training loss is not finite, or far above where it began, goes on from
-            the weights of its last good hyperparameter step at a third of its learning rate.
-        clip_norm: of the training gradient.
-        bounds: {name: (lowest, highest)} of raw values.
-        reset: weights, momentum and buffers start anew after each hyperparameter step but the last.
-        seed: of what a population draws.
-    """
-
-    method: str
-    optimised: tuple[str, ...] = ()
-    high_dimensional: tuple[str, ...] = ()
-    transforms: dict[str, str] = field(default_factory=lambda: dict(DEFAULT_TRANSFORMS))
-    every: int = 10
-    look_back: int = 5
-    lr: float = 0.05
-    final_lr: float = 0.05
-    updates: int = 400
-    chain_rule: bool = True
-    recover: bool = False
-    clip_norm: float | None = None
-    bounds: dict[str, tuple[float, float]] = field(default_factory=lambda: {"lr": (-10.0, 0.0)})
-    reset: bool = False
-    seed: int = 0
-
-
 @dataclass
 class State:
     """Where D runs are; all that a resumed run needs beside its settings and its samples.
@@ -342,6 +295,18 @@ def initial_state(
         good=start,
         sound_loss=None,
     )
+
+
+def check_start(state: State, settings: Settings) -> None:
+    """Raises OnePassError where a raw value at the start cannot be tuned, or is none."""
+    for name, raw in state.raw.items():
+        tuned = name in settings.optimised
+        wrong = raw[~raw.isfinite() if tuned else raw.isnan()]
+        if len(wrong):
+            raise OnePassError(
+                f"{name} begins with the raw value {wrong[0].item():g} under "
+                f"{settings.transforms[name]}: it can't be {'tuned' if tuned else 'used'}"
+            )
 
 
 class Samples(Protocol):
@@ -554,7 +519,6 @@ _METHODS = {
     "stepped_lr": Tuning._multiply_rate,
     "population": Tuning._exploit,
 }
-METHODS = ("fixed", *_METHODS)
 
 
 def natural(raw: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:

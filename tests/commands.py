@@ -14,8 +14,13 @@ import pytest
 
 import plot
 from experiment.command_line import run_command
+from hypergradients.errors import HypergradientError
+from krotov_hopfield.errors import CompetitionError
+from learned_optimizer.errors import OptimizerError
+from one_pass.errors import OnePassError
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARY_ERRORS = (HypergradientError, CompetitionError, OptimizerError, OnePassError)
 
 
 def rows(directory: Path) -> list[dict[str, str]]:
@@ -41,7 +46,7 @@ def redraw(directory: Path) -> None:
 def refused(capsys, main: Callable, *flags) -> str:
     """The one line on stderr with which a command ends, exit status 2."""
     with pytest.raises(SystemExit) as stop:
-        run_command(main, [*map(str, flags)])
+        run_command(main, [*map(str, flags)], wrong_input=LIBRARY_ERRORS)
     assert stop.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,10 +59,10 @@ def resumed(directory: Path, *flags: str) -> argparse.Namespace:
     return args
 
 
-def ended(main, capsys, argv: list[str] | None = None) -> tuple[int, str]:
+def ended(main, capsys, argv: list[str] | None = None, wrong_input=()) -> tuple[int, str]:
     """Exit status and stderr of a command."""
     with pytest.raises(SystemExit) as end:
-        run_command(main, argv)
+        run_command(main, argv, wrong_input=wrong_input)
     return end.value.code, capsys.readouterr().err
 
 
@@ -166,6 +167,42 @@ def test_wrong_input_ends_a_command_with_one_line_and_status_2(capsys, kind):
         raise kind("images are 32 x 32,\nexpected 28 x 28")
 
     assert ended(main, capsys) == (2, "error: images are 32 x 32, expected 28 x 28\n")
+
+
+class LibraryError(RuntimeError):
+    """What a library raises for wrong input."""
+
+
+def raising(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+def test_wrong_input_is_also_what_a_command_says_its_libraries_raise_for_it(capsys):
+    main = raising(LibraryError("take\nless"))
+    assert ended(main, capsys, wrong_input=(LibraryError,)) == (2, "error: take less\n")
+    with pytest.raises(LibraryError):
+        run_command(main)
+
+
+@pytest.mark.parametrize(
+    "allocate", [lambda: torch.empty(10**15), lambda: np.empty(10**15), lambda: bytes(10**15)]
+)
+def test_memory_that_is_not_there_ends_a_command_with_one_line_and_status_2(capsys, allocate):
+    said = "error: not enough memory: take smaller layers or batches\n"
+    assert ended(lambda argv: allocate(), capsys) == (2, said)
+
+
+def test_memory_that_a_device_does_not_have_ends_a_command_with_status_2(capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    assert ended(raising(error), capsys)[0] == 2
+
+
+def test_an_error_that_merely_mentions_memory_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="ran out of memory"):
+        run_command(raising(RuntimeError("the reviewer ran out of memory of the chapter")))
 
 
 def test_an_interrupt_ends_a_command_with_status_130(capsys):

@@ -10,14 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
 
+from hypergradients.errors import DivergenceError, HypergradientError
 from hypergradients.inner_optimizers import GradientDescent, HeavyBall
-from hypergradients.linear_solvers import (
-    ConjugateGradient,
-    DivergenceError,
-    FixedPoint,
-    HypergradientError,
-    NormalEquations,
-)
+from hypergradients.linear_solvers import ConjugateGradient, FixedPoint, NormalEquations
 from hypergradients.methods import (
     CG,
     CG_normaleq,

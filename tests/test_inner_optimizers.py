@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracles import DOUBLE, assert_near, normal
 
+from hypergradients.errors import HypergradientError
 from hypergradients.inner_optimizers import (
     GRADIENTS,
     Adam,
@@ -14,7 +15,6 @@ from hypergradients.inner_optimizers import (
     Momentum,
     Nesterov,
 )
-from hypergradients.linear_solvers import HypergradientError
 from hypergradients.methods import checkpointed_reverse, forward_mode, reverse, reverse_unroll
 
 

@@ -8,18 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from data_sets.image_data import DataError, ImageData
-from experiment.errors import NonFiniteError
-from krotov_hopfield.competition import CompetitionError
-from krotov_hopfield.hebbian_network import (
-    DEEPEST,
-    RECIPES,
-    Classifier,
-    HebbianNetwork,
-    LayerPlan,
-    Recipe,
-    learning_rate,
-)
+from krotov_hopfield.errors import CompetitionError, NonFiniteError
+from krotov_hopfield.hebbian_network import Classifier, HebbianNetwork
 from krotov_hopfield.layers import BioConv2d
 from krotov_hopfield.layerwise_training import (
     LayerwiseTraining,
@@ -28,6 +18,7 @@ from krotov_hopfield.layerwise_training import (
     split_validation,
     stages_of,
 )
+from krotov_hopfield.recipes import DEEPEST, RECIPES, LayerPlan, Recipe, learning_rate
 
 TINY = Recipe(
     (LayerPlan(4, 3, 0.01, pool="max"), LayerPlan(6, 3, 0.01), LayerPlan(5, 0, 0.05)),
@@ -40,15 +31,14 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def images(count: int = 40, size: int = 12, channels: int = 2) -> ImageData:
-    pixels = torch.randint(256, (count, channels, size, size), generator=generator(3))
-    return ImageData(pixels.to(torch.uint8), torch.arange(count) % 4, "noise")
+def labelled_images(count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randint(256, (count, 2, 12, 12), generator=generator(3))
+    return images.to(torch.uint8), torch.arange(count) % 4
 
 
 def training(recipe: Recipe = TINY, **options) -> LayerwiseTraining:
-    data = images()
-    train, validation = split_validation(data, 0.25)
-    network = HebbianNetwork(data.shape, recipe, generator(), dtype=torch.float64)
+    train, validation = split_validation(labelled_images(), 0.25)
+    network = HebbianNetwork((2, 12, 12), recipe, generator(), dtype=torch.float64)
     after = options.pop("after", (1, 3))
     return LayerwiseTraining(network, train, validation, after, 0, classes=4, **options)
 
@@ -138,15 +128,16 @@ def test_restarting_rates_are_those_of_torchs_scheduler():
 
 
 def test_the_validation_images_are_always_the_same_and_none_is_in_both_parts():
-    data = images()
+    data = labelled_images()
     first, second = split_validation(data, 0.25), split_validation(data, 0.25)
-    assert [len(part) for part in first] == [30, 10]
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a.images, b.images)
-    seen = {image.numpy().tobytes() for part in first for image in part.images}
-    assert len(seen) == 40
+    assert [len(images) for images, _ in first] == [30, 10]
+    for part, same in zip(first, second, strict=True):
+        assert all(map(torch.equal, part, same))
+    label_of = {image.numpy().tobytes(): label for image, label in zip(*data, strict=True)}
+    found = {i.numpy().tobytes(): y for part in first for i, y in zip(*part, strict=True)}
+    assert found == label_of and len(found) == 40
     for wrong in (0.0, 1.0, 0.001):
-        with pytest.raises(DataError, match="between 0 and 1"):
+        with pytest.raises(CompetitionError, match="between 0 and 1"):
             split_validation(data, wrong)
 
 
@@ -271,13 +262,13 @@ def test_a_saved_state_shares_nothing_with_the_training(rounds, busy):
 
 
 def test_classifiers_know_classes_that_no_training_image_shows():
-    data = images()
-    train, validation = data.subset(data.labels < 2), data.subset(data.labels == 3)
-    network = HebbianNetwork(data.shape, TINY, generator(), dtype=torch.float64)
+    images, labels = labelled_images()
+    train, validation = ((images[rows], labels[rows]) for rows in (labels < 2, labels == 3))
+    network = HebbianNetwork((2, 12, 12), TINY, generator(), dtype=torch.float64)
     part = LayerwiseTraining(network, train, validation, (1,), 0, classes=4)
     run(part)
     assert part.outcomes[1]["state"]["linear.bias"].shape == (4,)
-    assert 0 <= part.test_accuracy(1, data.subset(slice(2))) <= 1
+    assert 0 <= part.test_accuracy(1, images[:2], labels[:2]) <= 1
 
 
 def test_of_augmented_images_only_the_features_that_are_kept_count():
@@ -297,7 +288,7 @@ def test_the_best_classifier_is_kept_and_judged():
     outcome = part.outcomes[2]
     assert outcome["validation_accuracy"] == best["validation_accuracy"]
     assert outcome["epoch"] == best["epoch"]
-    assert part.test_accuracy(2, part.validation) == outcome["validation_accuracy"]
+    assert part.test_accuracy(2, *part.validation) == outcome["validation_accuracy"]
 
 
 def test_the_classifier_drops_features_in_training_only_and_keeps_their_mean():
@@ -334,12 +325,22 @@ def test_a_training_that_diverges_says_which_layer():
 
 def test_more_images_in_a_batch_than_there_are_is_refused():
     for name in ("batch_size", "classifier_batch_size"):
-        with pytest.raises(DataError, match="above 30, the training images"):
+        with pytest.raises(CompetitionError, match="above 30, the training images"):
             training(replace(TINY, **{name: 31}))
 
 
 def test_batches_of_one_image_are_refused_where_a_classifier_could_not_normalise_them():
     single = replace(TINY, batch_size=1, classifier_batch_size=1, epochs=0.1, classifier_epochs=1)
     assert len(run(training(single, after=(1,)))) == 4
-    with pytest.raises(DataError, match="no variance behind layer 3"):
+    with pytest.raises(CompetitionError, match="no variance behind layer 3"):
         training(single, after=(1, 3))
+
+
+def test_images_and_labels_of_another_type_or_number_are_refused():
+    images, labels = labelled_images()
+    network = HebbianNetwork((2, 12, 12), TINY, generator())
+    for wrong in ((images.float(), labels), (images[0], labels), (images, labels[1:]),
+                  (images, labels.float())):  # fmt: skip
+        for train, validation in ((wrong, (images, labels)), ((images, labels), wrong)):
+            with pytest.raises(CompetitionError, match=r"must be (uint8|int64) \["):
+                LayerwiseTraining(network, train, validation, (1,), 0, classes=4)

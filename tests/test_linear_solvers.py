@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
 
+from hypergradients.errors import DivergenceError, HypergradientError
 from hypergradients.linear_solvers import (
     ConjugateGradient,
-    DivergenceError,
     FixedPoint,
-    HypergradientError,
     NormalEquations,
     NystromConjugateGradient,
     Optimizer,

@@ -5,19 +5,21 @@ import math
 
 import pytest
 import torch
-from test_optimizees import images
+from test_optimizees import labelled_images
 
 from experiment.seeds import seeded_generator
-from learned_optimizer.meta_training import ESTIMATORS, MetaTraining, MetaTrainingSettings
-from learned_optimizer.networks import OptimizerError, make_network
+from learned_optimizer.errors import OptimizerError
+from learned_optimizer.meta_training import MetaTraining
+from learned_optimizer.networks import make_network
 from learned_optimizer.optimizees import make_task
+from learned_optimizer.settings import ESTIMATORS, MetaTrainingSettings
 from learned_optimizer.symmetries import find_symmetries
 
 SMALL = {"runs_per_epoch": 2, "inner_steps": 7, "unroll": 3, "validation_runs": 2}
 
 
 def training(warn=None, data=None, **settings) -> MetaTraining:
-    task = make_task("relu3", images(60) if data is None else data, 10)
+    task = make_task("relu3", *(data or labelled_images(60)), 10)
     network = make_network("lstm", 0, hidden=4)
     chosen = MetaTrainingSettings(**SMALL | settings)
     symmetries = find_symmetries(task.optimizee, next(task.batches(seeded_generator(0))))
@@ -29,7 +31,7 @@ def numbers(row: dict) -> dict:
 
 
 def test_the_optimiser_learns_to_minimise_quadratics():
-    task = make_task("quadratic", images())
+    task = make_task("quadratic", *labelled_images())
     network = make_network("lstm", 0)
     settings = MetaTrainingSettings(runs_per_epoch=10, inner_steps=40, tasks=4, validation_runs=8)
     learning = MetaTraining(network, task, [], settings)

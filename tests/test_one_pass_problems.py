@@ -8,6 +8,7 @@ from comparison.one_pass_problems import (
     PROBLEMS,
     FullBatches,
     LanguageModel,
+    ProblemError,
     SequentialBatches,
     ShuffledBatches,
     TextObjective,
@@ -19,7 +20,6 @@ from comparison.one_pass_problems import (
 )
 from data_sets.image_data import DataError
 from one_pass.objectives import Batch
-from one_pass.tuning import OnePassError
 
 CPU = torch.device("cpu")
 
@@ -86,7 +86,7 @@ def test_a_resnet_for_small_images_has_gradients_and_curvature():
     [("boston", "resnet18"), ("mnist5k", "lstm"), ("ptb", "mlp"), ("two_weights", "resnet18")],
 )
 def test_a_network_that_does_not_fit_is_refused(tmp_path, name, model):
-    with pytest.raises(OnePassError, match=f"model {model} is not for"):
+    with pytest.raises(ProblemError, match=f"model {model} is not for"):
         problem(name, tmp_path, model)
 
 

@@ -6,23 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from data_sets.image_data import DataError, ImageData
-from experiment.seeds import seeded_generator
-from learned_optimizer.networks import OptimizerError
+from learned_optimizer.errors import OptimizerError
 from learned_optimizer.optimizees import (
     Optimizee,
-    halves,
     image_optimizee,
     labelled_batches,
     make_task,
     quadratic_batches,
 )
+from learned_optimizer.seeds import seeded_generator
 
 
-def images(count: int = 40, size: int = 8) -> ImageData:
+def labelled_images(count: int = 40, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (count, 1, size, size), generator=generator, dtype=torch.uint8)
-    return ImageData(pixels, torch.arange(count) % 10, "random pixels")
+    images = torch.randint(256, (count, 1, size, size), generator=generator, dtype=torch.uint8)
+    return images, torch.arange(count) % 10
 
 
 @pytest.mark.parametrize(
@@ -45,7 +43,7 @@ def test_a_name_tells_the_layers(name, parameters):
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_gradients_are_those_of_the_module_itself(name, tasks):
     optimizee = image_optimizee(name, (1, 8, 8), 10)
-    make = make_task(name, images(), 16).batches
+    make = make_task(name, *labelled_images(), 16).batches
     data = [next(make(seeded_generator(k))) for k in range(tasks)]
     params = [optimizee.initial(seeded_generator(k)) for k in range(tasks)]
     losses, gradients = optimizee.gradients(torch.stack([*map(optimizee.flat, params)]), data)
@@ -143,24 +141,27 @@ def test_the_gradient_of_a_parameter_that_the_loss_does_not_use_is_0(tasks):
 
 
 def test_batches_of_one_pass_hold_every_image_once_with_its_label():
-    data = images(40)
-    found = list(itertools.islice(labelled_batches(data, 8, seeded_generator(0), torch.float32), 5))
+    images, all_labels = labelled_images(40)
+    made = labelled_batches(images, all_labels, 8, seeded_generator(0), torch.float32)
+    found = list(itertools.islice(made, 5))
     rows = torch.cat([x for x, _ in found]).flatten(1)
     labels = torch.cat([y for _, y in found])
-    order = (rows[:, None] - data.floats().flatten(1)[None]).abs().sum(2).argmin(1)
+    order = (rows[:, None] - (images / 255).flatten(1)[None]).abs().sum(2).argmin(1)
     assert sorted(order.tolist()) == list(range(40))
-    assert torch.equal(data.labels[order], labels)
+    assert torch.equal(all_labels[order], labels)
 
 
-def test_the_halves_share_no_image():
-    first, second = halves(images(41))
-    assert len(first) == 20 and len(second) == 21
-    both = torch.cat([first.images, second.images])
-    assert torch.equal(both, images(41).images)
+def test_images_of_floating_point_numbers_are_taken_as_they_are():
+    images, labels = labelled_images(12)
+    made = labelled_batches(-3.0 * images, labels, 12, seeded_generator(0), torch.float64)
+    bytes_made = labelled_batches(images, labels, 12, seeded_generator(0), torch.float64)
+    (x, _), (pixels, _) = next(made), next(bytes_made)
+    assert x.dtype == torch.float64
+    torch.testing.assert_close(x, -3 * 255 * pixels)
 
 
 def test_the_quadratic_is_the_same_problem_at_every_step():
-    task = make_task("quadratic", images(), dtype=torch.float64)
+    task = make_task("quadratic", *labelled_images(), dtype=torch.float64)
     optimizee, data = task.optimizee, task.batches(seeded_generator(0))
     (W, y), (same, _) = next(data), next(data)
     assert torch.equal(W, same)
@@ -181,5 +182,12 @@ def test_an_unknown_name_is_refused(name):
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(DataError, match="40"):
-        make_task("relu4", images(40), 41)
+    with pytest.raises(OptimizerError, match="40"):
+        make_task("relu4", *labelled_images(40), 41)
+
+
+def test_images_without_a_label_each_are_refused():
+    images, labels = labelled_images(40)
+    for wrong in ((images, labels[1:]), (images[:, 0], labels)):
+        with pytest.raises(OptimizerError, match=r"expected images \[N, C, H, W\] and labels"):
+            make_task("relu4", *wrong, 8)

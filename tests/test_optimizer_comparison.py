@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_optimizees import images
+from test_optimizees import labelled_images
 from torch import nn
 
 from comparison import optimizer_comparison
@@ -16,10 +16,12 @@ from comparison.optimizer_comparison import (
     Contender,
     Lion,
     baseline,
+    halves,
     learned,
     noise_statistics,
     train_all,
 )
+from data_sets.image_data import ImageData
 from experiment.run_log import Interrupt
 from experiment.seeds import seeded_generator
 from learned_optimizer.networks import make_network
@@ -37,7 +39,14 @@ def symmetries_of(task):
 
 @pytest.fixture(scope="module")
 def task():
-    return make_task("relu4", images(60), 12, torch.float64)
+    return make_task("relu4", *labelled_images(60), 12, torch.float64)
+
+
+def test_the_halves_share_no_image():
+    images, labels = labelled_images(41)
+    first, second = halves(ImageData(images, labels, "noise"))
+    assert len(first) == 20 and len(second) == 21
+    assert torch.equal(torch.cat([first.images, second.images]), images)
 
 
 def test_lion_follows_its_formula():
@@ -134,7 +143,7 @@ def test_no_rate_is_tried_once_the_comparison_is_interrupted(task, monkeypatch):
 
 def test_a_summary_is_of_the_last_ten_losses():
     comparison = Comparison(3, 20, 4, 1, WEIGHTS)
-    task = make_task("quadratic", images(), dtype=torch.float64)
+    task = make_task("quadratic", *labelled_images(), dtype=torch.float64)
     curves = comparison.curves(baseline("adam"), task, [], [])
     summary = curves.summary()
     expected = curves.losses[:, -10:].mean(1)
@@ -159,7 +168,7 @@ def test_what_is_measured_of_a_diverging_training_is_of_every_step(task):
 
 
 def test_noise_is_told_per_layer_of_gradients_and_updates():
-    task = make_task("sigmoid4", images(60), 12, torch.float64)
+    task = make_task("sigmoid4", *labelled_images(60), 12, torch.float64)
     network = make_network("lstm", 0, hidden=3).double()
     found = noise_statistics(network, task, 3, 30, (0, 1), WEIGHTS)
     for what in ("gradient", "update"):

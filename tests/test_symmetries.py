@@ -9,7 +9,7 @@ from torch.func import jvp
 
 from comparison.optimizer_comparison import Lion
 from experiment.seeds import seeded_generator
-from learned_optimizer.networks import OptimizerError
+from learned_optimizer.errors import OptimizerError
 from learned_optimizer.optimizees import Optimizee, image_optimizee
 from learned_optimizer.symmetries import (
     covariance_size,

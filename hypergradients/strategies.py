@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypergradients.linear_solvers import HypergradientError
+from hypergradients.errors import HypergradientError
 from hypergradients.update_maps import OuterLoss, Point, Tree, UpdateMap, advance
 
 

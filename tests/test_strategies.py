@@ -4,13 +4,13 @@ import pytest
 import torch
 from oracles import DOUBLE, normal
 
-from hypergradients.evolution_strategies import (
+from hypergradients.errors import HypergradientError
+from hypergradients.methods import checkpointed_reverse
+from hypergradients.strategies import (
     Pairs,
     evolution_strategies,
     persistent_evolution_strategies,
 )
-from hypergradients.linear_solvers import HypergradientError
-from hypergradients.methods import checkpointed_reverse
 
 
 def step(params, hparams):

@@ -1,0 +1,9 @@
+"""What can go wrong in a method."""
+
+
+class HypergradientError(ValueError):
+    """What is wrong with what a method was given, and what would be right, in one line."""
+
+
+class DivergenceError(HypergradientError, FloatingPointError):
+    """A linear system that was not solved, and its residual."""

@@ -1,0 +1,27 @@
+"""Files that are whole at every moment: the old one or the new one, also after a crash."""
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Replace the file `path`, in UTF-8, once the disk has all of it. Raises OSError.
+
+    Several processes may write the same file at the same moment: one of theirs stays.
+    """
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
+        new = Path(folder) / path.name
+        new.write_text(text, encoding="utf-8", newline="")
+        _sync(new)
+        os.replace(new, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
