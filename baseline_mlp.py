@@ -31,7 +31,7 @@ from experiment.command_line import (
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION
 from figures.baselines import draw_mlp_run
-from hypergradients.errors import HypergradientError
+from hypergradients import HypergradientError
 from hypgraddesc import (
     MetaSettings,
     accuracy_text,

@@ -33,7 +33,7 @@ from experiment.command_line import (
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, seeded_generator
 from figures.meta_learning import draw_oja_run
-from hypergradients.errors import HypergradientError
+from hypergradients import HypergradientError
 from hypgraddesc import MetaSettings, evaluate, hypgraddesc
 from initializers import FIXED, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule, classical_rule

@@ -43,17 +43,8 @@ from experiment.processes import Team, join_team
 from experiment.run_log import RunLog, finish_on_interrupt, run_to_end
 from experiment.seeds import seeded_generator
 from figures.optimizers import draw_optimizer_run
-from hypergradients.errors import HypergradientError
-from learned_optimizer.errors import OptimizerError
-from learned_optimizer.meta_training import MetaTraining
-from learned_optimizer.networks import (
-    CoordinateNetwork,
-    load_network,
-    make_network,
-    network_to_dict,
-)
-from learned_optimizer.optimizees import Task, make_task
-from learned_optimizer.settings import (
+from hypergradients import HypergradientError
+from learned_optimizer import (
     BATCH_SIZE,
     ESTIMATORS,
     EXTRA_INPUTS,
@@ -61,9 +52,18 @@ from learned_optimizer.settings import (
     SELECTIONS,
     SMALL_STEPS,
     SYMMETRY_KINDS,
+    CoordinateNetwork,
+    MetaTraining,
     MetaTrainingSettings,
+    OptimizerError,
+    Symmetry,
+    Task,
+    find_symmetries,
+    load_network,
+    make_network,
+    make_task,
+    network_to_dict,
 )
-from learned_optimizer.symmetries import Symmetry, find_symmetries
 from mnist_datasets import load_images
 
 SHOWN = ("meta_loss", "last_window_loss", "seconds")

@@ -42,7 +42,7 @@ from experiment.processes import join_team
 from experiment.run_log import RunLog, has_checkpoint, read_results
 from experiment.seeds import EVALUATION, seeded_generator
 from figures.meta_learning import draw_run
-from hypergradients.errors import HypergradientError
+from hypergradients import HypergradientError
 from hypgraddesc import (
     OPTIMIZERS,
     MetaSettings,
@@ -55,7 +55,7 @@ from hypgraddesc import (
     rising_steps,
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
-from krotov_hopfield.choices import GATES, NORMALIZATIONS, gate_needs
+from krotov_hopfield import GATES, NORMALIZATIONS, gate_needs
 from learning_rules import (
     PerLayerRule,
     PolynomialPairRule,

@@ -23,10 +23,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from experiment.errors import NonFiniteError
-from hypergradients.linear_solvers import FixedPoint
-from hypergradients.methods import forward_mode, implicit, neumann_lookback
-from hypergradients.strategies import evolution_strategies
-from hypergradients.update_maps import UpdateMap
+from hypergradients import (
+    FixedPoint,
+    UpdateMap,
+    evolution_strategies,
+    forward_mode,
+    implicit,
+    neumann_lookback,
+)
 from learning_rules import LearningRule
 from models_fully_local import Params
 from train import MEMORY_LIMIT, train

@@ -33,18 +33,21 @@ from experiment.command_line import (
 from experiment.run_log import RunLog, run_to_end
 from experiment.seeds import seeded_generator
 from figures.competition import draw_competition_run
-from krotov_hopfield.choices import (
+from krotov_hopfield import (
     AUGMENTATIONS,
+    DEEPEST,
     FEATURE_NORMS,
     GATES,
     NORMALIZATIONS,
+    RECIPES,
     SCHEDULES,
+    CompetitionError,
+    HebbianNetwork,
+    LayerwiseTraining,
+    Recipe,
     gate_needs,
+    split_validation,
 )
-from krotov_hopfield.errors import CompetitionError
-from krotov_hopfield.hebbian_network import HebbianNetwork
-from krotov_hopfield.layerwise_training import LayerwiseTraining, split_validation
-from krotov_hopfield.recipes import DEEPEST, RECIPES, Recipe
 from mnist_datasets import load_images
 
 OF_LAYERS = (

@@ -65,17 +65,15 @@ from figures.one_pass_report import (
     median_of_draws,
     summary,
 )
-from one_pass.errors import OnePassError
-from one_pass.settings import (
+from one_pass import (
     DEFAULT_TRANSFORMS,
     METHODS,
     NAMES,
     SMALLEST_POPULATION,
     TRANSFORM_KINDS,
-    Settings,
-)
-from one_pass.tuning import (
+    OnePassError,
     Samples,
+    Settings,
     State,
     Tuning,
     check_start,

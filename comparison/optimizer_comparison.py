@@ -18,12 +18,12 @@ from torch import Tensor
 from data_sets.image_data import ImageData
 from experiment.run_log import Interrupt
 from experiment.seeds import TEST, TUNING, seeded_generator
-from learned_optimizer.errors import NonFiniteError
-from learned_optimizer.networks import CoordinateNetwork
-from learned_optimizer.optimizees import Task
-from learned_optimizer.optimizer import LearnedOptimizer
-from learned_optimizer.symmetries import (
+from learned_optimizer import (
+    CoordinateNetwork,
+    LearnedOptimizer,
+    NonFiniteError,
     Symmetry,
+    Task,
     covariance_size,
     mean_deviations,
     never_zero,

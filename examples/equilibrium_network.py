@@ -40,9 +40,12 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog, read_metrics, run_to_end
 from figures.examples import NETWORKS, draw_equilibrium_run
-from hypergradients.errors import HypergradientError
-from hypergradients.methods import (
+from hypergradients import (
     CG_normaleq,
+    HypergradientError,
+    OuterLoss,
+    UpdateMap,
+    advance,
     checkpointed_reverse,
     fixed_point,
     neumann,
@@ -52,7 +55,6 @@ from hypergradients.methods import (
     stoch_AID,
     truncated_reverse,
 )
-from hypergradients.update_maps import OuterLoss, UpdateMap, advance
 from mnist_datasets import ImageData, load_images
 
 TRAIN_IMAGES = 5000  # by default, or all where there are fewer

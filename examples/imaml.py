@@ -49,10 +49,15 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog, run_to_end
 from figures.examples import draw_imaml_run
-from hypergradients.errors import DivergenceError, HypergradientError
-from hypergradients.inner_optimizers import GradientDescent
-from hypergradients.linear_solvers import ConjugateGradient, FixedPoint, NormalEquations
-from hypergradients.methods import implicit
+from hypergradients import (
+    ConjugateGradient,
+    DivergenceError,
+    FixedPoint,
+    GradientDescent,
+    HypergradientError,
+    NormalEquations,
+    implicit,
+)
 from mnist_datasets import load_images
 
 METHODS = {

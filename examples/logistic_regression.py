@@ -50,11 +50,13 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog, read_metrics, run_to_end
 from figures.examples import draw_logistic_run
-from hypergradients.errors import DivergenceError, HypergradientError
-from hypergradients.inner_optimizers import GradientDescent
-from hypergradients.methods import (
+from hypergradients import (
     CG,
     CG_normaleq,
+    DivergenceError,
+    GradientDescent,
+    HypergradientError,
+    advance,
     checkpointed_reverse,
     fixed_point,
     forward_mode,
@@ -65,7 +67,6 @@ from hypergradients.methods import (
     stoch_AID,
     truncated_reverse,
 )
-from hypergradients.update_maps import advance
 from mnist_datasets import ImageData, load_images
 
 # Validation losses in HyperTorch's notebook, which are of the defaults here

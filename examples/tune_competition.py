@@ -44,12 +44,10 @@ from experiment.command_line import (
 from experiment.run_log import RunLog, run_to_end
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
 from figures.competition import WAYS, draw_searches_run
-from hypergradients.errors import HypergradientError
+from hypergradients import HypergradientError
 from hypgraddesc import HypergradientDescent, MetaSettings, evaluate
 from initializers import FIXED, GaussianInitializer
-from krotov_hopfield.choices import ACTING, GATES
-from krotov_hopfield.competition import Competition
-from krotov_hopfield.errors import CompetitionError
+from krotov_hopfield import ACTING, GATES, Competition, CompetitionError
 from learning_rules import PerLayerRule
 from linear_probe import ProbeLoss
 from mnist_datasets import batches, load_images, normalize_pixels

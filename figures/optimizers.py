@@ -26,7 +26,7 @@ from figures.style import (
     one_panel,
     save_figure,
 )
-from learned_optimizer.settings import CONTROL
+from learned_optimizer import CONTROL
 
 SHOWN_EPOCHS = 4  # curves of short meta-training: the first, the last, and those between
 EVERY = 20  # epochs between the curves of meta-training that is longer than two of these

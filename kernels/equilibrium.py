@@ -20,23 +20,39 @@ is the one that the iteration reaches from sigma(s).
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from models_fully_local import Activation  # which itself needs this module
-
 _STEEPEST = {"sigmoid": 0.25}  # largest derivative of a base function, where it is not 1
 _POWER_STEPS, _MARGIN = 10, 1.2  # of the norms; too small ones would make the iteration diverge
+
+
+class Activation(Protocol):
+    """sigma(u) = base(slope * u), which never falls where the slope is positive.
+
+    base: "sigmoid" or another function whose largest derivative is 1.
+    """
+
+    @property
+    def base(self) -> str: ...
+
+    @property
+    def slope(self) -> float: ...
+
+    def of_scaled_(self, scaled: Tensor) -> Tensor:
+        """base, in place, of a preactivation that was already multiplied by the slope."""
+
+    def backward(self, grad: Tensor, output: Tensor) -> Tensor:
+        """Gradient with respect to the scaled preactivation, from sigma's output."""
 
 
 def equilibrium(
     s: Tensor,
     m: Tensor,
-    activation: "Activation",
+    activation: Activation,
     *,
     tolerance: float = 1e-4,
     max_steps: int = 200,
@@ -114,7 +130,7 @@ def _solve(
     )
 
 
-def _alpha_and_beta(m: Tensor, activation: "Activation") -> tuple[float, float]:
+def _alpha_and_beta(m: Tensor, activation: Activation) -> tuple[float, float]:
     """The best for I - diag(d) m, 0 <= d <= steepest slope of sigma, with eigenvalues in an ellipse
 
         of centre c and foci c -+ f:   alpha = 2 / r,   beta = (f / r)^2,   r = c + sqrt(c^2 - f^2).

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from experiment.errors import WrongInputError
-from hypergradients.linear_solvers import ConjugateGradient, Vector
+from hypergradients import ConjugateGradient
+from hypergradients.linear_solvers import Vector
 
 NUMBERS_AT_ONCE = 2**19  # of features in a chunk; bounds the float64 copies
 WHITEN_UP_TO = 2048  # features; above, each column is only scaled

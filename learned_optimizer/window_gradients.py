@@ -22,11 +22,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from hypergradients.strategies import (
-    Pairs,
-    evolution_strategies,
-    persistent_evolution_strategies,
-)
+from hypergradients import Pairs, evolution_strategies, persistent_evolution_strategies
 from learned_optimizer.networks import CoordinateNetwork
 from learned_optimizer.optimizees import Optimizee
 

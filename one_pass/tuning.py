@@ -23,13 +23,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from one_pass.errors import OnePassError
 from one_pass.objectives import Batch, Buffers, Linearization, Objective
+from one_pass.samples import Samples
 from one_pass.seeds import seeded_generator
 from one_pass.settings import NAMES, SMALLEST_POPULATION, Settings
 
@@ -307,16 +307,6 @@ def check_start(state: State, settings: Settings) -> None:
                 f"{name} begins with the raw value {wrong[0].item():g} under "
                 f"{settings.transforms[name]}: it can't be {'tuned' if tuned else 'used'}"
             )
-
-
-class Samples(Protocol):
-    """Batches for D runs, and the whole set they come from."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def next(self) -> Batch:
-        """The next batch of every run."""
 
 
 class Tuning:

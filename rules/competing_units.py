@@ -17,15 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.local_polynomial import ROWS, samples
-from krotov_hopfield.choices import ACTING
-from krotov_hopfield.competition import (
-    Competition,
-    check_number,
-    check_options,
-    scaled_changes,
-    signed_power,
-)
-from krotov_hopfield.errors import CompetitionError
+from krotov_hopfield import ACTING, Competition, CompetitionError
+from krotov_hopfield.competition import check_number, check_options, scaled_changes, signed_power
 from learning_rules import LearningRule, RuleError, update_layers
 from models_fully_local import Params
 

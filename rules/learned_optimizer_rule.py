@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiment.errors import NonFiniteError
-from learned_optimizer.networks import CoordinateNetwork
+from learned_optimizer import CoordinateNetwork
 from learning_rules import LearningRule
 from models_fully_local import Params
 

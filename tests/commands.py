@@ -14,10 +14,10 @@ import pytest
 
 import plot
 from experiment.command_line import run_command
-from hypergradients.errors import HypergradientError
-from krotov_hopfield.errors import CompetitionError
-from learned_optimizer.errors import OptimizerError
-from one_pass.errors import OnePassError
+from hypergradients import HypergradientError
+from krotov_hopfield import CompetitionError
+from learned_optimizer import OptimizerError
+from one_pass import OnePassError
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY_ERRORS = (HypergradientError, CompetitionError, OptimizerError, OnePassError)

@@ -17,8 +17,7 @@ from data_sets import cifar10
 from experiment.errors import WrongInputError
 from experiment.run_log import RunLog, RunLogError, read_arrays, read_config, read_metrics
 from experiment.yaml_settings import add_settings, parse_settings
-from learned_optimizer.errors import OptimizerError
-from learned_optimizer.networks import CoordinateLSTM, load_network, network_to_dict
+from learned_optimizer import CoordinateLSTM, OptimizerError, load_network, network_to_dict
 from learning_rules import PerLayerRule, classical_rule, load_rule, rule_from_dict
 from mnist_datasets import parse_idx, read_idx
 

@@ -15,14 +15,21 @@ from torch.utils._pytree import tree_leaves
 
 from comparison.vicreg import vicreg_loss
 from data_sets.image_data import ImageData
-from learned_optimizer.networks import make_network
-from learned_optimizer.optimizees import image_optimizee
+from learned_optimizer import image_optimizee, make_network
 from learned_optimizer.window_gradients import Trainings, roll_out
 from learning_rules import PolynomialPairRule, PolynomialRule
 from mnist_datasets import batches, pair_batches
 from models_fully_local import Activation, lateral_network
-from one_pass.objectives import Batch, MLPObjective, ModuleObjective
-from one_pass.tuning import NAMES, Settings, Tuning, initial_hyperparameters, initial_state
+from one_pass import (
+    NAMES,
+    Batch,
+    MLPObjective,
+    ModuleObjective,
+    Settings,
+    Tuning,
+    initial_hyperparameters,
+    initial_state,
+)
 from rules.competing_units import KrotovHopfieldRule
 from train import train
 

@@ -16,7 +16,7 @@ import torch
 from commands import redraw
 
 from experiment.command_line import run_command
-from hypergradients.methods import reverse_unroll
+from hypergradients import reverse_unroll
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "logistic_regression.py"

@@ -10,13 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
 
-from hypergradients.errors import DivergenceError, HypergradientError
-from hypergradients.inner_optimizers import GradientDescent, HeavyBall
-from hypergradients.linear_solvers import ConjugateGradient, FixedPoint, NormalEquations
-from hypergradients.methods import (
+from hypergradients import (
     CG,
     CG_normaleq,
+    ConjugateGradient,
+    DivergenceError,
+    FixedPoint,
+    GradientDescent,
+    HeavyBall,
+    HypergradientError,
     LinearSolve,
+    NormalEquations,
     checkpointed_reverse,
     differentiable_by,
     exact,

@@ -6,16 +6,19 @@ import pytest
 import torch
 from oracles import DOUBLE, assert_near, normal
 
-from hypergradients.errors import HypergradientError
-from hypergradients.inner_optimizers import (
-    GRADIENTS,
+from hypergradients import (
     Adam,
     GradientDescent,
     HeavyBall,
+    HypergradientError,
     Momentum,
     Nesterov,
+    checkpointed_reverse,
+    forward_mode,
+    reverse,
+    reverse_unroll,
 )
-from hypergradients.methods import checkpointed_reverse, forward_mode, reverse, reverse_unroll
+from hypergradients.inner_optimizers import GRADIENTS
 
 
 def loss(params, hparams):

@@ -13,11 +13,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from krotov_hopfield import (
+    BioConv2d,
+    BioLinear,
+    Competition,
+    CompetitionError,
+    Triangle,
+    exponential_rate,
+)
 from krotov_hopfield import layers as krotov_hopfield
-from krotov_hopfield.competition import Competition
-from krotov_hopfield.errors import CompetitionError
-from krotov_hopfield.layers import BioConv2d, BioLinear, Triangle
-from krotov_hopfield.recipes import exponential_rate
 
 GATES = ("ranked", "losers", "soft", "winner")
 DOUBLE = {"dtype": torch.float64}

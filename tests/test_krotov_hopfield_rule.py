@@ -14,7 +14,7 @@ import prune_rule
 from experiment.command_line import run_command
 from experiment.seeds import seeded_generator
 from initializers import FIXED, GaussianInitializer
-from krotov_hopfield.layers import BioConv2d, BioLinear
+from krotov_hopfield import BioConv2d, BioLinear
 from learning_rules import PerLayerRule, RuleError, load_rule, rule_from_dict, save_rule
 from meta_gradients import METHODS, Forward, LookBack, Reverse, Task, Truncated
 from models_fully_local import Activation, LateralConv2d, lateral_mlp, lateral_network

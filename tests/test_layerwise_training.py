@@ -8,17 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from krotov_hopfield.errors import CompetitionError, NonFiniteError
-from krotov_hopfield.hebbian_network import Classifier, HebbianNetwork
-from krotov_hopfield.layers import BioConv2d
-from krotov_hopfield.layerwise_training import (
+from krotov_hopfield import (
+    DEEPEST,
+    RECIPES,
+    BioConv2d,
+    Classifier,
+    CompetitionError,
+    HebbianNetwork,
+    LayerPlan,
     LayerwiseTraining,
-    crop_and_flip,
-    restarting_rate,
+    NonFiniteError,
+    Recipe,
+    learning_rate,
     split_validation,
-    stages_of,
 )
-from krotov_hopfield.recipes import DEEPEST, RECIPES, LayerPlan, Recipe, learning_rate
+from krotov_hopfield.layerwise_training import crop_and_flip, restarting_rate, stages_of
 
 TINY = Recipe(
     (LayerPlan(4, 3, 0.01, pool="max"), LayerPlan(6, 3, 0.01), LayerPlan(5, 0, 0.05)),

@@ -14,8 +14,13 @@ import learn_to_optimize
 import plot
 from comparison.optimizer_comparison import Comparison
 from figures.optimizers import draw_optimizer_run
-from learned_optimizer.networks import CoordinateLSTM, CoordinateMLP, load_network, save_network
-from learned_optimizer.optimizer import LearnedOptimizer
+from learned_optimizer import (
+    CoordinateLSTM,
+    CoordinateMLP,
+    LearnedOptimizer,
+    load_network,
+    save_network,
+)
 
 NO_TRAINING = [
     "relu3", "--dataset", "mnist5k", "--hidden", "3", "--epochs", "0", "--test_runs", "2",

@@ -7,10 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from learned_optimizer.errors import NonFiniteError, OptimizerError
-from learned_optimizer.networks import log_and_sign, make_network
-from learned_optimizer.optimizees import Optimizee, image_optimizee
-from learned_optimizer.optimizer import LearnedOptimizer
+from learned_optimizer import (
+    LearnedOptimizer,
+    NonFiniteError,
+    Optimizee,
+    OptimizerError,
+    image_optimizee,
+    make_network,
+)
+from learned_optimizer.networks import log_and_sign
 
 
 def module() -> nn.Sequential:

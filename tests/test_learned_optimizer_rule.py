@@ -9,8 +9,7 @@ from test_learned_optimizer import batch, module, network
 from comparison.vicreg import uniform_parameters
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
-from learned_optimizer.optimizees import Optimizee
-from learned_optimizer.optimizer import LearnedOptimizer
+from learned_optimizer import LearnedOptimizer, Optimizee
 from learned_optimizer.window_gradients import Objective, autograd_gradient, start
 from models_fully_local import Activation, lateral_mlp
 from rules.learned_optimizer_rule import MEMORY, LearnedRule

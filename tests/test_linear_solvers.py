@@ -8,15 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
 
-from hypergradients.errors import DivergenceError, HypergradientError
-from hypergradients.linear_solvers import (
+from hypergradients import (
     ConjugateGradient,
+    DivergenceError,
     FixedPoint,
+    HypergradientError,
     NormalEquations,
     NystromConjugateGradient,
     Optimizer,
-    norm,
 )
+from hypergradients.linear_solvers import norm
 
 SHAPES = [(2, 3), (), (4,)]
 SIZE = 11

@@ -9,7 +9,7 @@ from torch import nn
 
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
-from hypergradients.errors import HypergradientError
+from hypergradients import HypergradientError
 from hypgraddesc import MetaError, MetaSettings
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PolynomialRule

@@ -8,12 +8,15 @@ import torch
 from test_optimizees import labelled_images
 
 from experiment.seeds import seeded_generator
-from learned_optimizer.errors import OptimizerError
-from learned_optimizer.meta_training import MetaTraining
-from learned_optimizer.networks import make_network
-from learned_optimizer.optimizees import make_task
-from learned_optimizer.settings import ESTIMATORS, MetaTrainingSettings
-from learned_optimizer.symmetries import find_symmetries
+from learned_optimizer import (
+    ESTIMATORS,
+    MetaTraining,
+    MetaTrainingSettings,
+    OptimizerError,
+    find_symmetries,
+    make_network,
+    make_task,
+)
 
 SMALL = {"runs_per_epoch": 2, "inner_steps": 7, "unroll": 3, "validation_runs": 2}
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
-from one_pass.compiled_mlp import CompiledMLPObjective
-from one_pass.objectives import Batch, MLPObjective, ModuleObjective
+from one_pass import Batch, CompiledMLPObjective, MLPObjective, ModuleObjective
 
 
 def generators(runs):

@@ -5,25 +5,26 @@ import math
 import pytest
 import torch
 
-from comparison.one_pass_problems import (
-    FullBatches,
-    LanguageModel,
-    SequentialBatches,
-    ShuffledBatches,
-    TextObjective,
-)
-from one_pass.objectives import Batch, Linearization, MLPObjective
-from one_pass.tuning import (
+from comparison.one_pass_problems import LanguageModel, TextObjective
+from one_pass import (
     DEFAULT_TRANSFORMS,
     NAMES,
-    TRANSFORMS,
+    Batch,
+    FullBatches,
+    Linearization,
+    MLPObjective,
+    SequentialBatches,
     Settings,
+    ShuffledBatches,
     Tuning,
+    initial_hyperparameters,
+    initial_state,
+)
+from one_pass.tuning import (
+    TRANSFORMS,
     adam,
     clip_product,
     clipped,
-    initial_hyperparameters,
-    initial_state,
     look_back_hypergradients,
     look_back_vector,
     successive_gradients,

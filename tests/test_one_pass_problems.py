@@ -6,20 +6,16 @@ import torch
 from comparison import one_pass_problems
 from comparison.one_pass_problems import (
     PROBLEMS,
-    FullBatches,
     LanguageModel,
     ProblemError,
-    SequentialBatches,
-    ShuffledBatches,
     TextObjective,
     default_model,
     make_problem,
-    make_samples,
     read_text,
     text_windows,
 )
 from data_sets.image_data import DataError
-from one_pass.objectives import Batch
+from one_pass import Batch
 
 CPU = torch.device("cpu")
 
@@ -146,39 +142,6 @@ def test_a_language_model_is_evaluated_in_the_order_of_the_text():
     whole = objective.evaluate(weights, buffers, text[None, :, :-1], text[None, :, 1:])
     assert torch.allclose(pieces.loss, whole.loss)
     assert (buffers["hidden"] == 0).all()
-
-
-# ---- batches ----
-
-
-def test_every_run_sees_each_sample_once_an_epoch_in_an_order_of_its_own():
-    values = torch.arange(12)
-    batches = ShuffledBatches(values, values, 4, generators(2))
-    epoch = torch.cat([batches.next().inputs for _ in range(3)], dim=1)
-    assert torch.equal(epoch.sort(dim=1).values, values.expand(2, 12))
-    assert not torch.equal(epoch[0], epoch[1])
-    again = torch.cat([batches.next().inputs for _ in range(3)], dim=1)
-    assert not torch.equal(epoch, again)
-
-
-def test_resumed_batches_are_the_same():
-    values = torch.arange(10)
-    first = ShuffledBatches(values, values, 3, generators(2))
-    for _ in range(4):
-        first.next()
-    state = first.state_dict()
-    expected = [first.next().inputs for _ in range(5)]
-    second = ShuffledBatches(values, values, 3, generators(2))
-    second.load_state_dict(state)
-    assert all(torch.equal(second.next().inputs, batch) for batch in expected)
-
-
-def test_text_comes_window_by_window_and_full_batches_are_shared():
-    windows = torch.arange(3)[:, None]
-    sequence = SequentialBatches(windows, windows)
-    assert [sequence.next().inputs.item() for _ in range(4)] == [0, 1, 2, 0]
-    assert isinstance(make_samples((windows, windows), None, False, []), FullBatches)
-    assert make_samples((windows, windows), None, False, []).next().shared
 
 
 # ---- toys ----

@@ -6,14 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from learned_optimizer.errors import OptimizerError
-from learned_optimizer.optimizees import (
-    Optimizee,
-    image_optimizee,
-    labelled_batches,
-    make_task,
-    quadratic_batches,
-)
+from learned_optimizer import Optimizee, OptimizerError, image_optimizee, make_task
+from learned_optimizer.optimizees import labelled_batches, quadratic_batches
 from learned_optimizer.seeds import seeded_generator
 
 

@@ -24,9 +24,7 @@ from comparison.optimizer_comparison import (
 from data_sets.image_data import ImageData
 from experiment.run_log import Interrupt
 from experiment.seeds import seeded_generator
-from learned_optimizer.networks import make_network
-from learned_optimizer.optimizees import make_task
-from learned_optimizer.symmetries import find_symmetries
+from learned_optimizer import find_symmetries, make_network, make_task
 from learned_optimizer.window_gradients import roll_out, start
 
 WEIGHTS = torch.zeros((), dtype=torch.float64)

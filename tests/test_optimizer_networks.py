@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 
-from learned_optimizer.errors import OptimizerError
-from learned_optimizer.networks import (
+from learned_optimizer import (
+    EXTRA_INPUTS,
     CoordinateLSTM,
     CoordinateMLP,
+    OptimizerError,
     load_network,
-    log_and_sign,
     make_network,
     save_network,
 )
-from learned_optimizer.settings import EXTRA_INPUTS
+from learned_optimizer.networks import log_and_sign
 
 SIZES = [6, 1, 3]
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from oracles import DOUBLE, normal
 
-from hypergradients.errors import HypergradientError
-from hypergradients.methods import checkpointed_reverse
-from hypergradients.strategies import (
+from hypergradients import (
+    HypergradientError,
     Pairs,
+    checkpointed_reverse,
     evolution_strategies,
     persistent_evolution_strategies,
 )

@@ -9,11 +9,12 @@ from torch.func import jvp
 
 from comparison.optimizer_comparison import Lion
 from experiment.seeds import seeded_generator
-from learned_optimizer.errors import OptimizerError
-from learned_optimizer.optimizees import Optimizee, image_optimizee
-from learned_optimizer.symmetries import (
+from learned_optimizer import (
+    Optimizee,
+    OptimizerError,
     covariance_size,
     find_symmetries,
+    image_optimizee,
     mean_deviations,
     never_zero,
     symmetry_penalty,

@@ -9,10 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from experiment.seeds import seeded_generator
-from learned_optimizer.networks import log_and_sign, make_network
-from learned_optimizer.optimizees import Optimizee
-from learned_optimizer.settings import EXTRA_INPUTS
-from learned_optimizer.symmetries import find_symmetries, symmetry_penalty
+from learned_optimizer import (
+    EXTRA_INPUTS,
+    Optimizee,
+    find_symmetries,
+    make_network,
+    symmetry_penalty,
+)
+from learned_optimizer.networks import log_and_sign
 from learned_optimizer.window_gradients import (
     Objective,
     autograd_gradient,

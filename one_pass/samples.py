@@ -1,0 +1,100 @@
+"""Batches for many runs at once: the whole set, shuffled, or in the order of a text."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from one_pass.objectives import Batch
+
+
+class Samples(Protocol):
+    """Batches for D runs, and the whole set they come from."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def next(self) -> Batch:
+        """The next batch of every run."""
+
+
+class FullBatches:
+    """The whole set at every step, shared by all runs."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.inputs, self.targets = inputs, targets
+
+    def next(self) -> Batch:
+        """The whole set."""
+        return Batch(self.inputs, self.targets, shared=True)
+
+    def state_dict(self) -> dict:
+        """Nothing changes."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing changes."""
+
+
+class ShuffledBatches:
+    """Batches of `size` samples from a new permutation each epoch, another one for every run.
+
+    There are at least `size` samples.
+    """
+
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, size: int, generators: Sequence[Generator]
+    ) -> None:
+        self.inputs, self.targets = inputs, targets
+        self.size, self.generators = size, generators
+        self._orders, self._position = self._new_orders(), 0
+
+    def next(self) -> Batch:
+        """The next samples of each run's permutation, [D, size, ...]; an epoch's rest is left."""
+        if self._position + self.size > self._orders.shape[1]:
+            self._orders, self._position = self._new_orders(), 0
+        rows = self._orders[:, self._position : self._position + self.size]
+        self._position += self.size
+        return Batch(_gathered(self.inputs, rows), _gathered(self.targets, rows), shared=False)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs to draw the same batches."""
+        states = torch.stack([generator.get_state() for generator in self.generators])
+        return {"orders": self._orders.cpu(), "position": self._position, "generators": states}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on as the one that `state` is from."""
+        self._orders, self._position = state["orders"].to(self.inputs.device), state["position"]
+        for generator, saved in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(saved.clone())  # not a view of several
+
+    def _new_orders(self) -> Tensor:
+        orders = [torch.randperm(len(self.inputs), generator=g) for g in self.generators]
+        return torch.stack(orders).to(self.inputs.device)
+
+
+class SequentialBatches:
+    """One window of text after the other, the same for all runs; inputs [windows, B, length]."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+        self.inputs, self.targets = inputs, targets
+        self._position = 0
+
+    def next(self) -> Batch:
+        """The next window; after the last one the first."""
+        index = self._position % len(self.inputs)
+        self._position += 1
+        return Batch(self.inputs[index], self.targets[index], shared=True)
+
+    def state_dict(self) -> dict:
+        """Where in the text it is."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on as the one that `state` is from."""
+        self._position = state["position"]
+
+
+def _gathered(values: Tensor, rows: Tensor) -> Tensor:
+    return values.index_select(0, rows.flatten()).unflatten(0, rows.shape)
