@@ -5,6 +5,7 @@ import importlib
 import os
 import random
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -161,6 +162,36 @@ def test_errors_are_kinds_of_the_built_in_ones(library):
     errors = vars(importlib.import_module(f"{library}.errors"))
     own = [e for e in errors.values() if isinstance(e, type) and e.__module__.startswith(library)]
     assert own and all(issubclass(e, ValueError | RuntimeError | FloatingPointError) for e in own)
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "said"),
+    [
+        ("main", "8 --dataset mnist5k --method forward --initial_inner_steps 2", "in forward mode"),
+        (
+            "train_krotov_hopfield",
+            "--dataset mnist5k --depth 1 --units 2 --ranking_param 5 --train_images 50",
+            "ranking_param is 5",
+        ),
+        ("learn_to_optimize", "gru20 --dataset mnist5k", "unknown optimizee 'gru20'"),
+        (
+            "tune_one_pass",
+            "--dataset quadratic --method look_back --optimised_hyperparameters momentum "
+            "--momentum 0",
+            "momentum begins with the raw value -inf",
+        ),
+    ],
+)
+def test_a_librarys_error_ends_its_command_with_one_line_and_status_2(
+    command, flags, said, tmp_path, monkeypatch, capsys
+):
+    program = str(ROOT / f"{command}.py")
+    run = ["--quiet", "--threads", "1", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", [program, *flags.split(), *run])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(program, run_name="__main__")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: ") and said in line
 
 
 # ---- copies of small shared things ----
