@@ -36,14 +36,8 @@ from torch.nn.functional import cross_entropy, linear
 from torch.profiler import profile
 
 from experiment.command_line import keep_freed_memory
-from hypergradients import (
-    CG,
-    GradientDescent,
-    checkpointed_reverse,
-    neumann,
-    reverse,
-    reverse_unroll,
-)
+from hypergradients.inner_optimizers import GradientDescent
+from hypergradients.methods import CG, checkpointed_reverse, neumann, reverse, reverse_unroll
 
 BATCH, PIXELS, UNITS, CLASSES, BATCHES = 256, 784, 256, 10, 20
 PRODUCTS, ROWS = 20, 2000

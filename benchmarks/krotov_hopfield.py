@@ -34,7 +34,7 @@ from experiment.command_line import (
     positive_int,
     run_command,
 )
-from krotov_hopfield import BioConv2d, BioLinear, CompetitionError
+from krotov_hopfield.layers import BioConv2d, BioLinear
 
 LAYERS = ((3, 96, 5, 32), (96, 128, 3, 14), (128, 192, 3, 12), (192, 256, 3, 5))
 INPUTS, UNITS, BATCH, IMAGES, RATE = 784, 2000, 100, 64, 1e-3
@@ -145,4 +145,4 @@ def _milliseconds(run) -> float:
 
 
 if __name__ == "__main__":
-    run_command(main, wrong_input=(CompetitionError,))
+    run_command(main)

@@ -31,15 +31,10 @@ sys.path[:0] = [str(ROOT)]
 
 from experiment.command_line import keep_freed_memory
 from experiment.seeds import seeded_generator
-from learned_optimizer import (
-    CoordinateLSTM,
-    LearnedOptimizer,
-    Optimizee,
-    image_optimizee,
-    make_network,
-)
 from learned_optimizer.coordinate_lstm import STEP_CHUNK, Weights, sequence_gradient
-from learned_optimizer.networks import log_and_sign
+from learned_optimizer.networks import CoordinateLSTM, log_and_sign, make_network
+from learned_optimizer.optimizees import Optimizee, image_optimizee
+from learned_optimizer.optimizer import LearnedOptimizer
 from learned_optimizer.window_gradients import Objective, start, suffix_sum_gradient
 
 STEPS, BATCH = 20, 128

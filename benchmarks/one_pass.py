@@ -29,19 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
+from comparison.one_pass_problems import FullBatches, ShuffledBatches
 from experiment.command_line import keep_freed_memory
-from one_pass import (
-    NAMES,
-    CompiledMLPObjective,
-    FullBatches,
-    MLPObjective,
-    Objective,
-    Settings,
-    ShuffledBatches,
-    Tuning,
-    initial_hyperparameters,
-    initial_state,
-)
+from one_pass.compiled_mlp import CompiledMLPObjective
+from one_pass.objectives import MLPObjective, Objective
+from one_pass.tuning import NAMES, Settings, Tuning, initial_hyperparameters, initial_state
 
 EVERY, LOOK_BACK = 10, 5
 

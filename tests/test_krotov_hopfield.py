@@ -483,7 +483,7 @@ def test_inputs_of_another_shape_are_refused_with_the_shape_expected():
     ],
 )
 def test_the_benchmark_refuses_wrong_input_in_one_line(capsys, flags, message):
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "krotov_hopfield/layers.py"
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "krotov_hopfield.py"
     spec = importlib.util.spec_from_file_location("benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
