@@ -66,8 +66,8 @@ def draw_optimizer_run(directory: str | Path) -> list[Path]:
             drawn.append(place / f"{name}_noise.png")
     validation = read_arrays(directory / "validation.npz")
     if "losses" in validation:
-        draw_meta_training(validation, place / "learned_optimizer.meta_training.png")
-        drawn.append(place / "learned_optimizer.meta_training.png")
+        draw_meta_training(validation, place / "meta_training.png")
+        drawn.append(place / "meta_training.png")
     return drawn
 
 
