@@ -183,7 +183,7 @@ def test_ctrl_c_ends_a_run_cleanly_with_figures_and_the_optimizer_so_far(tmp_pat
     out = tmp_path / "run"
     flags = [*TINY, "--epochs", "5000", "--out", out]
     interrupt_at_row(4, out, "learn_to_optimize.py", *flags)
-    assert (out / "figures" / "learned_optimizer.meta_training.png").exists()
+    assert (out / "figures" / "meta_training.png").exists()
     assert load_network(out / "optimizer.json").kind == "lstm"
     results = json.loads((out / "results.json").read_text())
     assert math.isfinite(results["best_validation_loss"]) and "optimizees" not in results
