@@ -288,8 +288,8 @@ def compare_methods(problem: Problem, log: RunLog) -> None:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["k", *curves])
     writer.writerows(zip(CURVE, *curves.values(), strict=True))
-    log.write_text("experiment.errors.csv", table.getvalue())
-    log.write_arrays("experiment.errors.npz", {"k": np.array(CURVE), **curves})
+    log.write_text("errors.csv", table.getvalue())
+    log.write_arrays("errors.npz", {"k": np.array(CURVE), **curves})
     log.write_json("rates.json", rates)
     shown = [k for k in (1, 4, 11, 27, 85) if k in CURVE]
     log.say("relative error of the hypergradient at l = 1, float64; contraction "

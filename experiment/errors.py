@@ -1,6 +1,7 @@
 """What can go wrong in more than one module.
 
-What a user can do wrong is a WrongInputError: every module's own error for it is of this kind.
+What a user can do wrong is a WrongInputError: every module's own error for it is of this kind. The
+libraries have errors of their own, which a command names to run_command.
 """
 
 

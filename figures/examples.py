@@ -56,14 +56,14 @@ def draw_logistic_run(directory: str | Path) -> list[Path]:
     """The error of each method, and the validation loss over outer steps beside published ones."""
     directory = Path(directory)
     table, rates = (
-        read_arrays(directory / "experiment.errors.npz"),
+        read_arrays(directory / "errors.npz"),
         read_json(directory / "rates.json"),
     )
     ks, place = table.pop("k"), directory / "figures"
-    draw_errors(ks, table, rates, place / "experiment.errors.png")
+    draw_errors(ks, table, rates, place / "errors.png")
     published = {int(step): loss for step, loss in read_results(directory)["published"].items()}
     draw_losses(read_metrics(directory), published, place / "loss.png")
-    return [place / "experiment.errors.png", place / "loss.png"]
+    return [place / "errors.png", place / "loss.png"]
 
 
 def draw_meta_learning(
