@@ -197,7 +197,7 @@ def test_fewer_tasks_than_processes_are_refused_once(tmp_path):
     team = launch(2, *RUN, "--tasks", "1", "--out", tmp_path / "run")
     assert team.wait(120) != 0
     lines = [line for line in team.stderr.read().splitlines() if line.startswith("error:")]
-    assert lines == ["error: 2 processes need at least 2 tasks, one for each"]
+    assert lines == ["error: 2 processes need --tasks 2 or more, one for each"]
     assert not (tmp_path / "run").exists()
 
 
