@@ -14,7 +14,7 @@ use all images. The sign of a spread means nothing.
 """
 
 import math
-from functools import partial
+from dataclasses import replace
 
 from torch import nn
 
@@ -30,21 +30,16 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION
+from experiment.statistics import accuracy_text, mean_and_deviation
 from figures.baselines import draw_mlp_run
 from hypergradients import HypergradientError
-from hypgraddesc import (
-    MetaSettings,
-    accuracy_text,
-    evaluate,
-    evaluate_draws,
-    hypgraddesc,
-    mean_and_deviation,
-)
+from hypgraddesc import MetaSettings, evaluate_draws, hypgraddesc
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, load_images, normalize_pixels
-from models_fully_local import Activation, Params, lateral_mlp
+from models_fully_local import Activation, lateral_mlp
+from train import Draw, Training
 
 NUMBERS_TO_FIT = 10**7  # images x features of a meta-step, unless --probe_images is given
 
@@ -76,37 +71,26 @@ def make_initializer() -> GaussianInitializer:
     return GaussianInitializer(trained, trained, scalers=dict.fromkeys("wb", 1.0))
 
 
-def make_parts(args, train_data: ImageData, test_data: ImageData) -> dict:
-    """What hypgraddesc needs: the network, its distribution, no rule, the probe on few images."""
-    count = args.probe_images or max(1, NUMBERS_TO_FIT // args.features)
-    seen = [data.subset(slice(count)) for data in (train_data, test_data)]
-    return {
-        "make_model": partial(make_model, math.prod(train_data.shape), args.features),
-        "rule": LearningRule(),
-        "initializer": make_initializer(),
-        "make_batches": lambda generator: iter(()),
-        "outer_loss": ProbeLoss(*seen, args.C, outer_images=args.outer_images),
-    }
-
-
 def make_model(inputs: int, features: int) -> nn.Module:
     """One sigmoid layer whose units do not see each other."""
     return lateral_mlp(inputs, [features], Activation("sigmoid"), inhibition="none")
 
 
-def evaluate_on_all_images(
-    args, log: RunLog, parts: dict, train_data: ImageData, test_data: ImageData
-) -> tuple[list[dict[str, float]], bool]:
-    """Numbers of the probe on several new draws; False where Ctrl-C ended them."""
-    whole = parts | {
-        "outer_loss": ProbeLoss(train_data, test_data, args.C, outer_images=args.outer_images)
-    }
+def make_training(args, train_data: ImageData, test_data: ImageData) -> Training:
+    """The network and its distribution, no rule and no batches, the probe on few images."""
+    count = args.probe_images or max(1, NUMBERS_TO_FIT // args.features)
+    return Training(
+        make_model(math.prod(train_data.shape), args.features),
+        LearningRule(),
+        make_initializer(),
+        lambda generator: iter(()),
+        make_outer_loss(args, *(data.subset(slice(count)) for data in (train_data, test_data))),
+    )
 
-    def judge(draw: int) -> tuple[dict[str, float], Params]:
-        return evaluate(**whole, steps=0, draw=(args.seed, EVALUATION, draw))
 
-    rows, _, finished = evaluate_draws(log, args.evaluations, judge)
-    return rows, finished
+def make_outer_loss(args, train_data: ImageData, test_data: ImageData) -> ProbeLoss:
+    """The probe on these images."""
+    return ProbeLoss(train_data, test_data, args.C, outer_images=args.outer_images)
 
 
 def report(log: RunLog, source: str, initializer, rows: list[dict[str, float]]) -> None:
@@ -127,26 +111,27 @@ def report(log: RunLog, source: str, initializer, rows: list[dict[str, float]]) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, meta-learn, evaluate, report."""
+    """Data; network, distribution and loss; the loop; the report."""
     args = parse(make_parser(), argv)
     device, dtype = set_up(args)
-    train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
+    data = [part.to(device) for part in load_images(args.dataset, args.data_dir)]
     if args.pixelwise_normalization:
-        train_data, test_data = normalize_pixels(train_data, test_data)
-    parts = make_parts(args, train_data, test_data)
-    initializer = parts["initializer"].to(device, dtype)
+        data = normalize_pixels(*data)
+    training = make_training(args, *data)
+    initializer = training.initializer.to(device, dtype)
     settings = MetaSettings(metasteps=args.metasteps, lr=args.lr, inner_steps=0, seed=args.seed)
 
     def numbers() -> dict[str, float]:
         return {f"initial/{name}": value for name, value in initializer.effective().items()}
 
-    with open_run(args, "baseline_mlp", train_data) as log:
-        log.say(train_data.source)
-        finished = hypgraddesc(**parts, settings=settings, log=log, hyperparameters=numbers)
-        rows = []
+    with open_run(args, "baseline_mlp", data[0]) as log:
+        log.say(data[0].source)
+        finished, rows = hypgraddesc(training, settings, log, hyperparameters=numbers), []
         if finished:
-            rows, finished = evaluate_on_all_images(args, log, parts, train_data, test_data)
-        report(log, train_data.source, initializer, rows)
+            whole = replace(training, outer_loss=make_outer_loss(args, *data))
+            draws = [Draw((args.seed, EVALUATION, k), 0) for k in range(args.evaluations)]
+            rows, _, finished = evaluate_draws(log, whole, draws)
+        report(log, data[0].source, initializer, rows)
     if not finished:
         raise KeyboardInterrupt
 

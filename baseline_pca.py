@@ -11,8 +11,8 @@ nothing.
 
 import math
 import time
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 
@@ -27,7 +27,9 @@ from experiment.command_line import (
     run_command,
     set_up,
 )
-from experiment.run_log import RunLog, read_metrics, run_to_end
+from experiment.loop import run_steps
+from experiment.run_log import RunLog
+from experiment.run_reader import read_metrics
 from figures.baselines import draw_pca_run
 from figures.meta_learning import ACCURACIES
 from linear_probe import linear_probe
@@ -59,49 +61,54 @@ def numbers_of_components(wanted: Sequence[int] | None, pixels: int) -> list[int
     return sorted(set(wanted))
 
 
-def probe_components(
-    args,
-    log: RunLog,
-    ks: Sequence[int],
-    train_data: ImageData,
-    test_data: ImageData,
-    dtype: torch.dtype,
-) -> bool:
-    """Records one row per k of the probe's accuracy; False where Ctrl-C ended it before its time.
+class ProbedComponents:
+    """Probes the first k principal components, for one k after the other: see `run_steps`.
 
-    Goes on after the k that was recorded last.
+    warn: told of a probe that stops before its optimum.
     """
-    saved = log.load_checkpoint()
-    left = [k for k in ks if saved is None or k > saved[0]]
-    principal = cache(principal_components)
 
-    def step(k: int) -> tuple[dict[str, float], dict[str, float]]:
-        row = probe_row(principal(train_data), k, train_data, test_data, args.C, dtype, log)
-        return row, {"components": k, **{name: row[name] for name in ACCURACIES}}
+    def __init__(
+        self,
+        ks: Sequence[int],
+        train_data: ImageData,
+        test_data: ImageData,
+        C: float,
+        dtype: torch.dtype,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.left, self.data, self.C, self.dtype = list(ks), (train_data, test_data), C, dtype
+        self.warn = warn
 
-    with log.progress(len(ks), len(ks) - len(left), "components") as progress:
-        return run_to_end(log, progress, left, step, dict)
+    @property
+    def finished(self) -> bool:
+        """Whether no k is left."""
+        return not self.left
 
+    @cached_property
+    def principal(self) -> PrincipalComponents:
+        """Those of the training images."""
+        return principal_components(self.data[0])
 
-def probe_row(
-    principal: PrincipalComponents,
-    k: int,
-    train_data: ImageData,
-    test_data: ImageData,
-    C: float,
-    dtype: torch.dtype,
-    log: RunLog,
-) -> dict[str, float]:
-    """The probe's numbers on the first k components, and their share of the variance."""
-    begin = time.perf_counter()
-    result = linear_probe(*projection(principal, k, dtype), train_data, test_data, C)
-    if not result.fit.converged:
-        log.warn(f"{k} components: the probe stopped before its optimum")
-    return {
-        "variance_share": float(principal.variances[:k].sum() / principal.variances.sum()),
-        **{name: getattr(result, name) for name in ACCURACIES},
-        "seconds": time.perf_counter() - begin,
-    }
+    def step(self) -> dict[str, float]:
+        """The probe's numbers on the next k components, and their share of the variance."""
+        begin, k = time.perf_counter(), self.left.pop(0)
+        result = linear_probe(*projection(self.principal, k, self.dtype), *self.data, self.C)
+        if not result.fit.converged:
+            self.warn(f"{k} components: the probe stopped before its optimum")
+        variances = self.principal.variances
+        return {
+            "variance_share": float(variances[:k].sum() / variances.sum()),
+            **{name: getattr(result, name) for name in ACCURACIES},
+            "seconds": time.perf_counter() - begin,
+        }
+
+    def state_dict(self) -> dict:
+        """What is left to do."""
+        return {"left": self.left}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state_dict` left it."""
+        self.left = list(state["left"])
 
 
 def report(args, log: RunLog, source: str) -> None:
@@ -119,7 +126,7 @@ def report(args, log: RunLog, source: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, probe, report."""
+    """Data; the loop over numbers of components; the report."""
     args = parse(make_parser(), argv)
     device, dtype = set_up(args)
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
@@ -128,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     ks = numbers_of_components(args.components, math.prod(train_data.shape))
     with open_run(args, "baseline_pca", train_data) as log:
         log.say(train_data.source)
-        finished = probe_components(args, log, ks, train_data, test_data, dtype)
+        probed = ProbedComponents(ks, train_data, test_data, args.C, dtype, log.warn)
+        finished = run_steps(log, probed, "components", len(ks), numbers=ks, shown=ACCURACIES)
         report(args, log, train_data.source)
     if not finished:
         raise KeyboardInterrupt

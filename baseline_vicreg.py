@@ -26,7 +26,8 @@ from experiment.command_line import (
     run_command,
     set_up,
 )
-from experiment.run_log import RunLog, run_to_end
+from experiment.loop import run_steps
+from experiment.run_log import RunLog
 from figures.baselines import draw_vicreg_run
 from linear_probe import linear_probe
 from mnist_datasets import load_images, normalize_pixels
@@ -86,22 +87,30 @@ def probe(training: VICReg, test_data, C: float) -> dict[str, float]:
     return {name: getattr(result, name) for name in ACCURACIES}
 
 
-def train(args, training: VICReg, test_data, log: RunLog) -> bool:
-    """All epochs, a row of metrics and a checkpoint after each; False where Ctrl-C ended them."""
-    saved = log.load_checkpoint()
-    if saved is not None:
-        training.load_state_dict(saved[1])
-        log.say(f"going on from epoch {training.epoch}")
+class ProbedTraining:
+    """VICReg's epochs, probed every so many of them and after the last: see `run_steps`."""
 
-    def step(epoch: int) -> tuple[dict[str, float], dict[str, float]]:
-        row = training.train_epoch()
-        due = args.probe_every and (epoch == args.epochs or epoch % args.probe_every == 0)
-        accuracies = probe(training, test_data, args.C) if due else {}
-        return row | NOT_PROBED | accuracies, row | accuracies
+    def __init__(self, args, training: VICReg, test_data) -> None:
+        self.args, self.training, self.test_data = args, training, test_data
 
-    left = range(training.epoch + 1, args.epochs + 1)
-    with log.progress(args.epochs, training.epoch, "epoch") as progress:
-        return run_to_end(log, progress, left, step, training.state_dict)
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.training.epoch >= self.args.epochs
+
+    def step(self) -> dict[str, float]:
+        """An epoch's numbers, and the probe's, NaN where it was not due."""
+        row, every = self.training.train_epoch(), self.args.probe_every
+        due = every and (self.finished or self.training.epoch % every == 0)
+        return row | (probe(self.training, self.test_data, self.args.C) if due else NOT_PROBED)
+
+    def state_dict(self) -> dict:
+        """The training's."""
+        return self.training.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up the training where `state_dict` left it."""
+        self.training.load_state_dict(state)
 
 
 def report(args, training: VICReg, test_data, log: RunLog) -> None:
@@ -118,7 +127,7 @@ def report(args, training: VICReg, test_data, log: RunLog) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, train, probe, report."""
+    """Data; network, optimiser and loss; the loop over epochs; the report."""
     args = parse(make_parser(), argv)
     device, dtype = set_up(args)
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
@@ -127,7 +136,8 @@ def main(argv: list[str] | None = None) -> None:
     training = make_training(args, train_data, dtype)
     with open_run(args, "baseline_vicreg", train_data) as log:
         log.say(train_data.source)
-        finished = train(args, training, test_data, log)
+        probed = ProbedTraining(args, training, test_data)
+        finished = run_steps(log, probed, "epoch", args.epochs)
         report(args, training, test_data, log)
         log.say(f"everything is in {log.directory}")
     if not finished:

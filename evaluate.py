@@ -26,18 +26,17 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from comparison.learned_run import LearnedRun, load_run
 from comparison.rule_comparison import (
     CLASSICAL,
     RATES,
     REFERENCES,
     Comparison,
-    LearnedRun,
     Method,
     Row,
     Setting,
     classical,
     learned,
-    load_run,
     reference_methods,
     rotated,
     run_comparison,
@@ -55,9 +54,9 @@ from experiment.command_line import (
 )
 from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
+from experiment.statistics import mean_and_deviation
 from experiment.tables import aligned, markdown
 from figures.evaluation import draw_evaluation_run
-from hypgraddesc import mean_and_deviation
 from mnist_datasets import ImageData, batches, load_images
 
 ROTATED = "rotated"
@@ -198,12 +197,12 @@ def table_cells(summary: Sequence[Row], draws: int) -> list[list[str]]:
     lines: dict[tuple, dict[str, str]] = {}
     for row in sorted(summary, key=lambda row: sizes.index(row["layers"])):
         key = (row["method"], row["layers"], str(row["inner_steps"] or "-"))
-        lines.setdefault(key, {})[row["dataset"]] = accuracy_text(row, draws)
+        lines.setdefault(key, {})[row["dataset"]] = cell_text(row, draws)
     body = [[*key, *(cells.get(name, "") for name in datasets)] for key, cells in lines.items()]
     return [["method", "layers", "steps", *datasets], *body]
 
 
-def accuracy_text(row: Row, draws: int) -> str:
+def cell_text(row: Row, draws: int) -> str:
     """Mean and deviation in percent, and of how many of the draws if not of all."""
     if not row["finite"]:
         return "not finite"
@@ -238,7 +237,7 @@ def report(log: RunLog, comparison: Comparison) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, read the runs, build, train and probe, report."""
+    """The runs and the data; methods and settings; the loop of trainings; the report."""
     args = parse(make_parser(), argv)
     save_whole_paths(args, "runs")
     device, dtype = set_up(args)

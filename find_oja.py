@@ -13,7 +13,7 @@ favours one sign (a constant, y^2) gains nothing by chance. Source: Oja 1982.
 
 import itertools
 import math
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -34,13 +34,14 @@ from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, seeded_generator
 from figures.meta_learning import draw_oja_run
 from hypergradients import HypergradientError
-from hypgraddesc import MetaSettings, evaluate, hypgraddesc
+from hypgraddesc import MetaSettings, hypgraddesc
 from initializers import FIXED, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule, classical_rule
 from meta_gradients import Reverse
 from mnist_datasets import batches, load_images, normalize_pixels
 from models_fully_local import Activation, Params, lateral_mlp
-from train import MEMORY
+from rules import write_rule
+from train import MEMORY, Draw, Training, evaluate_training
 
 OJA_RATES = [10**exponent for exponent in np.arange(-4, 0.01, 0.25)]
 TERMS_SHOWN = 8
@@ -114,19 +115,43 @@ class OppositeStarts(GaussianInitializer):
         return [*others, last | {"w": torch.cat([half, -half])}]
 
 
-def compare_with_oja(args, parts: dict, log: RunLog) -> dict:
+def make_settings(args) -> MetaSettings:
+    """The meta-loop's settings from the flags."""
+    return MetaSettings(
+        metasteps=args.metasteps,
+        lr=args.lr,
+        warmup_steps=args.warmup_steps,
+        clip_norm=args.clip_norm,
+        l1=lambda metastep: (
+            args.l1_reg * (args.l1_end / args.l1_reg) ** (metastep / args.metasteps)
+        ),
+        sparsify_from=args.sparsify_from,
+        inner_steps=args.inner_steps,
+        method=Reverse(args.memory),
+        seed=args.seed,
+    )
+
+
+def coefficients(rule: PerLayerRule) -> dict[str, float]:
+    """As columns of metrics.csv."""
+    return {f"coefficient/{name}": value for name, value in rule.coefficients().items()}
+
+
+def compare_with_oja(args, training: Training, log: RunLog) -> dict:
     """Cosines [neurons] of the learned rule and of Oja's, at each of many rates, from one draw of
     starts and batches; and one weight of each.
     """
-    direction = parts["outer_loss"].direction
+    direction, draw = (
+        training.outer_loss.direction,
+        Draw((args.seed, EVALUATION, 0), args.inner_steps),
+    )
 
     def trained(rule: PerLayerRule) -> tuple[Tensor, Tensor]:
-        draw = (args.seed, EVALUATION, 0)
-        _, params = evaluate(**parts | {"rule": rule}, steps=args.inner_steps, draw=draw)
+        _, params = evaluate_training(replace(training, rule=rule), draw)
         return cosines(params[-1]["w"], direction), params[-1]["w"][0]
 
     options = {"bound": "tanh", "bound_size": args.bound}
-    learned, learned_weight = trained(parts["rule"])
+    learned, learned_weight = trained(training.rule)
     best, oja_rate, oja_weight = torch.zeros_like(learned), math.nan, direction
     with log.progress(len(OJA_RATES), description="Oja's rule at each rate") as progress:
         for rate in OJA_RATES:
@@ -195,43 +220,28 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, meta-learn, compare, report."""
+    """Data; neurons, rule and loss; the loop; the comparison with Oja's rule; the report."""
     args = parse(make_parser(), argv)
     device, dtype = set_up(args)
     data, _ = normalize_pixels(*load_images(args.dataset, args.data_dir), unit_variance=False)
     data = data.to(device)
     direction = principal_components(data).components[0].to(dtype)
-    rule = make_rule(args.bound).to(device, dtype)
-    parts = {
-        "make_model": partial(make_neurons, math.prod(data.shape), args.pairs),
-        "rule": rule,
-        "initializer": OppositeStarts().to(device, dtype),
-        "make_batches": lambda generator: batches(data, args.batch_size, generator, dtype),
-        "outer_loss": DirectionLoss(direction),
-    }
-    settings = MetaSettings(
-        metasteps=args.metasteps,
-        lr=args.lr,
-        warmup_steps=args.warmup_steps,
-        clip_norm=args.clip_norm,
-        l1=lambda metastep: (
-            args.l1_reg * (args.l1_end / args.l1_reg) ** (metastep / args.metasteps)
-        ),
-        sparsify_from=args.sparsify_from,
-        inner_steps=args.inner_steps,
-        method=Reverse(args.memory),
-        seed=args.seed,
+    training = Training(
+        make_neurons(math.prod(data.shape), args.pairs),
+        make_rule(args.bound).to(device, dtype),
+        OppositeStarts().to(device, dtype),
+        lambda generator: batches(data, args.batch_size, generator, dtype),
+        DirectionLoss(direction),
     )
-
-    def coefficients() -> dict[str, float]:
-        return {f"coefficient/{name}": value for name, value in rule.coefficients().items()}
-
-    next(parts["make_batches"](seeded_generator(0)))  # refuses a wrong batch size
+    next(training.batches(seeded_generator(0)))  # refuses a wrong batch size
     with open_run(args, "find_oja", data) as log:
         log.say(data.source)
-        finished = hypgraddesc(**parts, settings=settings, log=log, hyperparameters=coefficients)
-        log.write_rule(rule)
-        report(args, log, rule, compare_with_oja(args, parts, log), data, direction)
+        finished = hypgraddesc(
+            training, make_settings(args), log, hyperparameters=lambda: coefficients(training.rule)
+        )
+        write_rule(log, training.rule)
+        comparison = compare_with_oja(args, training, log)
+        report(args, log, training.rule, comparison, data, direction)
         log.say(f"everything is in {log.directory}")
     if not finished:
         raise KeyboardInterrupt

@@ -12,57 +12,50 @@ does not matter which process of a team works on which task.
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from experiment.errors import NonFiniteError, WrongInputError
+from experiment.loop import finish_on_interrupt, run_steps
 from experiment.precision import Products
 from experiment.processes import ALONE, Team
-from experiment.run_log import RunLog, finish_on_interrupt, read_metrics, run_to_end
+from experiment.run_log import RunLog, SilentLog
 from experiment.seeds import seeded_generator
-from learning_rules import LearningRule
-from meta_gradients import (
-    MetaGradient,
-    Reverse,
-    Strategies,
-    Task,
-    check_finite,
-    trained_hyperparameters,
-)
+from meta_gradients import Hypergradient, MetaGradient, Reverse, Strategies
 from models_fully_local import Params
-from train import detached, train
+from train import (
+    HORIZON,
+    Draw,
+    OuterLoss,
+    Training,
+    check_finite,
+    detached,
+    evaluate_training,
+)
 
 Schedule = float | Callable[[int], float]
+Horizon = int | Callable[[int, Generator], int]
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
+REACHED_BY = {  # what a module's hyperparameters are of, and which methods have their gradient
+    "initializer": ("the initial distribution", "reverse, forward or es"),
+    "batches": ("the parameters of the batches", "reverse or truncated"),
+}
 
 
 class MetaError(WrongInputError):
     """What is wrong with the settings or the course of a meta-run, in one line."""
 
 
-class OuterLoss(Protocol):
-    """What the meta-loop minimises; raises FloatingPointError where it cannot be evaluated."""
-
-    metrics: tuple[str, ...]  # the names of the numbers that come with the loss
-
-    def __call__(
-        self, model: nn.Module, params: Params, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, float]]:
-        """A scalar loss attached to params, and the numbers to record beside it."""
-
-
 @dataclass(frozen=True)
 class MetaSettings:
     """Everything about the meta-loop that is a number or a choice.
 
-    A schedule is a number or a function of the meta-step (from 0).
+    A schedule is a number or a function of the meta-step (from 0); inner_steps are a number or a
+    function of the meta-step and a generator, from which each task may draw its own.
     """
 
     metasteps: int = 1000
@@ -72,7 +65,7 @@ class MetaSettings:
     decay: str = "none"  # or "cosine": the rate falls to 0 at the last of the metasteps
     finetune_steps: int = 0  # further ones, at finetune_factor times the rate
     finetune_factor: float = 0.1
-    inner_steps: int | Callable[[int], int] = 250  # differentiated through
+    inner_steps: Horizon = 250  # differentiated through
     ungraded_steps: int = 0  # before them, not differentiated through: truncation
     tasks: int = 1
     reinitialize_every: int = 1  # in between, training goes on from the last parameters
@@ -89,20 +82,20 @@ class MetaSettings:
     )
     seed: int = 0
 
-    def check(self, initializer: nn.Module) -> None:
-        """Raises MetaError where the settings contradict each other."""
-        trains_initializer = any(p.requires_grad for p in initializer.parameters())
-        if trains_initializer and (self.reinitialize_every > 1 or self.ungraded_steps):
+    def check(self, training: Training) -> None:
+        """Raises MetaError where the settings contradict each other or the training."""
+        trained = {name.split(".")[0] for name in training.hyperparameters}
+        if "initializer" in trained and (self.reinitialize_every > 1 or self.ungraded_steps):
             raise MetaError(
                 "training the initializer needs reinitialisation at every meta-step and no "
                 "ungraded steps; fix the initializer or leave both out"
             )
-        if trains_initializer and not self.method.reaches_start:
-            name = type(self.method).__name__.lower()
-            raise MetaError(
-                f"method {name} does not reach the initial distribution: fix the initializer, or "
-                "take reverse, forward or es"
-            )
+        for module, (what, others) in REACHED_BY.items():
+            if module in trained and module not in self.method.reaches:
+                name = type(self.method).__name__.lower()
+                raise MetaError(
+                    f"method {name} does not reach {what}: fix the {module}, or take {others}"
+                )
         if isinstance(self.method, Strategies) and self.reinitialize_every > 1:
             raise MetaError("es needs reinitialisation at every meta-step: it ends in no training")
         if self.accumulate and self.reinitialize_every == 1:
@@ -131,9 +124,35 @@ class MetaSettings:
         return rate
 
 
-def rising_steps(initial: int, raise_by: int, raise_every: int, maximum: int) -> Callable:
-    """The schedule of inner steps: `initial`, more by raise_by every raise_every, capped."""
-    return lambda metastep: min(maximum, initial + raise_by * (metastep // raise_every))
+def rising_steps(initial: int, raise_by: int, raise_every: int, maximum: int) -> Horizon:
+    """The inner steps of each task: `initial`, more by raise_by every raise_every, capped."""
+    return lambda metastep, generator: min(maximum, initial + raise_by * (metastep // raise_every))
+
+
+def hypgraddesc(
+    training: Training | Sequence[Training],
+    settings: MetaSettings,
+    log: RunLog | SilentLog,
+    *,
+    hyperparameters: Callable[[], dict[str, float]] = dict,
+    checkpoint_every: int = 10,
+    team: Team = ALONE,
+) -> bool:
+    """Runs the meta-loop, recording a row per meta-step; True when it came to its end.
+
+    Goes on from the log's checkpoint if there is one. Ctrl-C ends it cleanly after the running
+    meta-step. At the end the hyperparameters are their averages. Arguments as in
+    HypergradientDescent. Every process of the team calls this.
+    """
+    descent = HypergradientDescent(
+        training, settings, log.warn, team=team, hyperparameters=hyperparameters
+    )
+    finished = run_steps(
+        log, descent, "meta-step", settings.total_steps,
+        shown=(*descent.names, "seconds"), checkpoint_every=checkpoint_every, team=team,
+    )  # fmt: skip
+    descent.use_average()
+    return finished
 
 
 @dataclass(frozen=True)
@@ -149,35 +168,51 @@ class TaskOutcome:
 class HypergradientDescent:
     """The state of a meta-run; `step` makes one meta-step and returns its row of numbers.
 
-    make_model() -> model, make_batches(generator) -> iterator of batches,
-    initializer(model, generator) -> params, warn(text) for each task that is left out. The tasks
-    are spread over the processes of `team`; every process makes the same steps.
+    training: what is learned by; of several, which must share their hyperparameters, task k takes
+        the one of number k modulo how many there are.
+    warn: told of each task that is left out.
+    team: the processes that the tasks are spread over; every one makes the same steps.
+    hyperparameters: gives what to record beside the numbers of each meta-step, as it was before the
+        update; 0 for what is there at first and is removed later.
     """
 
     def __init__(
         self,
-        make_model: Callable[[], nn.Module],
-        rule: LearningRule,
-        initializer: nn.Module,
-        make_batches: Callable[[torch.Generator], Iterator],
-        outer_loss: OuterLoss,
+        training: Training | Sequence[Training],
         settings: MetaSettings,
         warn: Callable[[str], None] = warnings.warn,
+        *,
         team: Team = ALONE,
+        hyperparameters: Callable[[], dict[str, float]] = dict,
     ) -> None:
-        settings.check(initializer)
-        self.warn, self.team = warn, team
-        self.make_model, self.make_batches = make_model, make_batches
-        self.rule, self.initializer = rule, initializer
-        self.outer_loss, self.settings = outer_loss, settings
+        self.trainings = [training] if isinstance(training, Training) else list(training)
+        check_shared(self.trainings)
+        settings.check(self.trainings[0])
+        self.settings, self.warn, self.team = settings, warn, team
+        self.hyperparameters, self.columns = hyperparameters, list(hyperparameters())
         self.metastep = 0
         self.carried: list[Params | None] = [None] * settings.tasks
         self.removals: list[dict[str, Tensor]] = []
         self.average = {name: p.detach().clone() for name, p in self._trained().items()}
         self._start_optimizer()
 
+    @property
+    def rule(self) -> nn.Module:
+        """That of all trainings."""
+        return self.trainings[0].rule
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The numbers of an outer loss, that first."""
+        return ("meta_loss", *self.trainings[0].outer_loss.metrics)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all meta-steps are made."""
+        return self.metastep >= self.settings.total_steps
+
     def _trained(self) -> dict[str, nn.Parameter]:
-        return trained_hyperparameters(self.rule, self.initializer)
+        return self.trainings[0].hyperparameters
 
     def _start_optimizer(self) -> None:
         trained = list(self._trained().values())
@@ -188,28 +223,26 @@ class HypergradientDescent:
 
     def step(self) -> dict[str, float]:
         """One meta-step; returns the numbers seen before the update. Raises NonFiniteError."""
-        begin, settings = time.perf_counter(), self.settings
-        inner_steps = settings.inner_steps
-        steps = inner_steps(self.metastep) if callable(inner_steps) else inner_steps
-        done = self._outcomes_of_all_tasks(steps)
-        names = ("meta_loss", *self.outer_loss.metrics)
-        row = {name: _mean([outcome.numbers[name] for outcome in done]) for name in names}
+        seen, settings, begin = self.hyperparameters(), self.settings, time.perf_counter()
+        done = self._outcomes_of_all_tasks()
+        row = {name: _mean([outcome.numbers[name] for outcome in done]) for name in self.names}
         row.update(
             hypergradient_norm=self._collect([outcome.hypergradient for outcome in done]),
             skipped_tasks=settings.tasks - len(done),
-            inner_steps=steps,
+            inner_steps=_mean([self._inner_steps(task) for task in range(settings.tasks)]),
             learning_rate=settings.rate(self.metastep),
         )
         last_before_restart = (self.metastep + 1) % settings.reinitialize_every == 0
         if self.collected and (last_before_restart or not settings.accumulate):
             self._update()
         self.metastep += 1
-        return row | {"seconds": time.perf_counter() - begin}
+        row["seconds"] = time.perf_counter() - begin
+        return row | {name: seen.get(name, 0.0) for name in self.columns}
 
-    def _outcomes_of_all_tasks(self, steps: int) -> list[TaskOutcome]:
+    def _outcomes_of_all_tasks(self) -> list[TaskOutcome]:
         """Those that came to a finite end, in the order of the tasks. Raises NonFiniteError."""
-        own = [self._outcome(task, steps) for task in self.team.share(self.settings.tasks)]
-        outcomes = [outcome for share in self.team.gathered(own) for outcome in share]
+        ours = [self._outcome(task) for task in self.team.share(self.settings.tasks)]
+        outcomes = [outcome for share in self.team.gathered(ours) for outcome in share]
         outcomes.sort(key=lambda outcome: outcome.task)
         for outcome in outcomes:
             if outcome.problem:
@@ -220,43 +253,38 @@ class HypergradientDescent:
                 self.warn(f"{where}; this task is left out")
         return [outcome for outcome in outcomes if not outcome.problem]
 
-    def _outcome(self, task: int, steps: int) -> TaskOutcome:
+    def _outcome(self, task: int) -> TaskOutcome:
         try:
-            gradient, numbers = self._run_task(task, steps)
+            result = self._hypergradient(task)
         except FloatingPointError as problem:
             return TaskOutcome(task, None, {}, f"task {task}, {problem}")
-        return TaskOutcome(task, [g.cpu() for g in gradient], numbers)
+        self.carried[task] = detached(result.params)
+        return TaskOutcome(task, [g.cpu() for g in result.gradient], result.numbers)
 
-    def _run_task(self, number: int, steps: int) -> tuple[list[Tensor], dict[str, float]]:
-        """The hypergradient of one draw of initial parameters and batches, and its numbers."""
-        with Products(self.settings.products) as products:
-            task = self._draw_task(number, steps, products)
-            gradient, theta = self.settings.method(task)
-        for name, g in zip(self._trained(), gradient, strict=True):
+    def _hypergradient(self, task: int) -> Hypergradient:
+        """That of one draw of initial parameters and batches."""
+        training, settings = self.trainings[task % len(self.trainings)], self.settings
+        draw = Draw(
+            (settings.seed, self.metastep, task),
+            self._inner_steps(task),
+            settings.ungraded_steps,
+            self.carried[task] if self.metastep % settings.reinitialize_every else None,
+        )
+        with Products(settings.products) as products:
+            exactly = _ExactLoss(training.outer_loss, products)
+            result = settings.method(replace(training, outer_loss=exactly), draw)
+        for name, g in zip(self._trained(), result.gradient, strict=True):
             # The optimiser squares it: what overflows then is as bad as what is not finite now.
             check_finite(g.square(), f"hypergradient of {name}")
-        self.carried[number] = detached(theta)
-        return gradient, task.numbers()
+        return result
 
-    def _draw_task(self, number: int, steps: int, products: Products) -> Task:
-        settings, draw = self.settings, (self.settings.seed, self.metastep, number)
-        model = self.make_model()
-
-        def judge(params: Params) -> tuple[Tensor, dict[str, float]]:
-            with products.exact():
-                return self.outer_loss(model, params, seeded_generator(*draw, 2))
-
-        batches = self.make_batches(seeded_generator(*draw, 1))
-        task = Task(
-            model, self.rule, self.initializer, batches, steps,
-            judge=judge,
-            draw_start=lambda: seeded_generator(*draw, 0),
-            generator=seeded_generator(*draw, 3),
-            start=self.carried[number] if self.metastep % settings.reinitialize_every else None,
-        )  # fmt: skip
-        if task.start is None and settings.ungraded_steps:
-            task.start = task.advanced(task.initial(), settings.ungraded_steps)
-        return task
+    def _inner_steps(self, task: int) -> int:
+        """How many this task makes in this meta-step."""
+        inner_steps = self.settings.inner_steps
+        if not callable(inner_steps):
+            return inner_steps
+        generator = seeded_generator(self.settings.seed, self.metastep, task, HORIZON)
+        return inner_steps(self.metastep, generator)
 
     def _collect(self, gradients: list[list[Tensor]]) -> float:
         """Adds the mean of the clipped hypergradients to what is pending; their mean norm."""
@@ -265,8 +293,8 @@ class HypergradientDescent:
             scale = 1.0 / len(gradients)
             if self.settings.clip_norm is not None:
                 scale *= min(1.0, self.settings.clip_norm / max(norm, 1e-30))
-            there = [g.to(p.device) for g, p in zip(gradient, self.pending, strict=True)]
-            torch._foreach_add_(self.pending, there, alpha=scale)
+            moved = [g.to(p.device) for g, p in zip(gradient, self.pending, strict=True)]
+            torch._foreach_add_(self.pending, moved, alpha=scale)
         self.collected += len(gradients)
         return _mean(norms)
 
@@ -354,8 +382,7 @@ class HypergradientDescent:
         return {
             "metastep": self.metastep,
             "removals": self.removals,
-            "rule": self.rule.state_dict(),
-            "initializer": self.initializer.state_dict(),
+            **{name: module.state_dict() for name, module in self.trainings[0].modules.items()},
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
             "pending": self.pending,
@@ -365,8 +392,8 @@ class HypergradientDescent:
 
     def _carried_by_all(self) -> list[Params | None]:
         """The parameters that go on to the next meta-step, of all tasks."""
-        own = {task: self.carried[task] for task in self.team.share(self.settings.tasks)}
-        carried = {k: v for share in self.team.gathered(own) for k, v in share.items()}
+        ours = {task: self.carried[task] for task in self.team.share(self.settings.tasks)}
+        carried = {k: v for share in self.team.gathered(ours) for k, v in share.items()}
         return [carried[task] for task in range(self.settings.tasks)]
 
     def load_state_dict(self, state: dict) -> None:
@@ -374,8 +401,8 @@ class HypergradientDescent:
         self.metastep, self.removals = state["metastep"], list(state["removals"])
         for keep in self.removals:
             self.rule.keep(keep)
-        self.rule.load_state_dict(state["rule"])
-        self.initializer.load_state_dict(state["initializer"])
+        for name, module in self.trainings[0].modules.items():
+            module.load_state_dict(state[name])
         self._start_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         self.collected = state["collected"]
@@ -390,118 +417,61 @@ class HypergradientDescent:
         ]
 
 
-def hypgraddesc(
-    make_model: Callable[[], nn.Module],
-    rule: LearningRule,
-    initializer: nn.Module,
-    make_batches: Callable[[torch.Generator], Iterator],
-    outer_loss: OuterLoss,
-    settings: MetaSettings,
-    log: RunLog,
-    *,
-    hyperparameters: Callable[[], dict[str, float]] = dict,
-    checkpoint_every: int = 10,
-    team: Team = ALONE,
-) -> bool:
-    """Runs the meta-loop, recording a row per meta-step; True when it came to its end.
+@dataclass(frozen=True)
+class _ExactLoss:
+    """An outer loss whose matrix products are exact, whatever those of the training are."""
 
-    Goes on from the log's checkpoint if there is one. Ctrl-C ends it cleanly after the running
-    meta-step. At the end the rule and the initializer hold their averages. hyperparameters() gives
-    what to record beside the numbers of each meta-step. Every process of the team calls this.
-    """
-    descent = HypergradientDescent(
-        make_model, rule, initializer, make_batches, outer_loss, settings, log.warn, team
-    )
-    columns = list(hyperparameters())
-    saved = team.gathered(log.load_checkpoint())[0]
-    if saved is not None:
-        descent.load_state_dict(saved[1])
-        log.say(f"going on from meta-step {descent.metastep}")
-    total, shown = settings.total_steps, ("meta_loss", *outer_loss.metrics, "seconds")
+    outer_loss: OuterLoss
+    products: Products
 
-    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
-        values = hyperparameters()  # of before the update, as the numbers are
-        try:
-            row = descent.step()
-        except NonFiniteError:
-            log.save_checkpoint(descent.metastep, descent.state_dict())
-            raise
-        of_rule = {name: values.get(name, 0.0) for name in columns}
-        return row | of_rule, {name: row[name] for name in shown}
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return self.outer_loss.metrics
 
-    with log.progress(total, descent.metastep, "meta-step") as progress:
-        finished = run_to_end(
-            log, progress, range(descent.metastep + 1, total + 1), step, descent.state_dict,
-            checkpoint_every=checkpoint_every, team=team,
-        )  # fmt: skip
-    descent.use_average()
-    return finished
+    def __call__(
+        self, model: nn.Module, params: Params, generator: Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        with self.products.exact():
+            return self.outer_loss(model, params, generator)
 
 
-@torch.no_grad()
-def evaluate(
-    make_model: Callable[[], nn.Module],
-    rule: LearningRule,
-    initializer: nn.Module,
-    make_batches: Callable[[torch.Generator], Iterator],
-    outer_loss: OuterLoss,
-    steps: int,
-    draw: tuple[int, ...],
-) -> tuple[dict[str, float], Params]:
-    """Trains from one draw, named by non-negative integers, and judges the result.
-
-    Returns the outer loss and its numbers, and the parameters.
-    """
-    model = make_model()
-    start, order, outer = (seeded_generator(*draw, k) for k in range(3))
-    params = train(model, initializer(model, start), make_batches(order), rule, steps, grad=False)
-    check_finite(params, f"parameters after {steps} inner steps")
-    loss, numbers = outer_loss(model, params, outer)
-    return {"meta_loss": loss.item(), **numbers}, params
+def check_shared(trainings: Sequence[Training]) -> None:
+    """Raises MetaError where trainings of one meta-run have hyperparameters of their own."""
+    first = trainings[0]
+    for other in trainings[1:]:
+        same = list(first.hyperparameters) == list(other.hyperparameters) and all(
+            p is other.hyperparameters[name] for name, p in first.hyperparameters.items()
+        )
+        if not same or other.rule is not first.rule:
+            raise MetaError(
+                "the trainings of one meta-run have different hyperparameters: give all of them "
+                "the same rule, the same initializer and batches with the same parameters"
+            )
 
 
 def evaluate_draws(
-    log: RunLog, draws: int, judge: Callable[[int], tuple[dict[str, float], Params]]
+    log: RunLog, training: Training, draws: Sequence[Draw]
 ) -> tuple[list[dict[str, float]], Params, bool]:
-    """What judge(draw), as `evaluate`, says of each draw; what is not finite is left out.
+    """What `evaluate_training` says of each draw; what is not finite is left out.
 
     Returns the numbers, the last parameters, and False where Ctrl-C ended it before its time.
     """
     rows, params = [], []
     with (
         finish_on_interrupt() as interrupt,
-        log.progress(draws, description="evaluation") as progress,
+        log.progress(len(draws), description="evaluation") as progress,
     ):
-        while progress.done < draws and not interrupt.requested:
+        for number, draw in enumerate(draws, 1):
+            if interrupt.requested:
+                break
             try:
-                row, params = judge(progress.done)
+                row, params = evaluate_training(training, draw)
                 rows.append(row)
             except FloatingPointError as problem:
-                log.warn(f"evaluation {progress.done + 1}, {problem}; left out")
+                log.warn(f"evaluation {number}, {problem}; left out")
             progress.advance(rows[-1] if rows else None)
-    return rows, params, progress.done == draws
+    return rows, params, progress.done == len(draws)
 
 
-def last_inner_steps(directory: str | Path, otherwise: int) -> int:
-    """The inner steps of a run's last meta-step, `otherwise` where it has made none."""
-    return int(read_metrics(directory).get("inner_steps", [otherwise])[-1])
-
-
-def mean_and_deviation(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    """Of the values by this name, for results.json: the deviation is the population's; None where
-    there are no values.
-    """
-    return {
-        f"{name}_mean": float(np.mean(values)) if values else None,
-        f"{name}_standard_deviation": float(np.std(values)) if values else None,
-    }
-
-
-def accuracy_text(results: Mapping[str, Any]) -> str:
-    """For the screen, what `mean_and_deviation` says of test accuracies."""
-    mean, deviation = (results[f"test_accuracy_{n}"] for n in ("mean", "standard_deviation"))
-    return f"test accuracy {mean:.2%} +- {deviation:.2%}"
-
-
-def _mean(values: list[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan

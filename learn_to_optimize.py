@@ -39,8 +39,9 @@ from experiment.command_line import (
     run_command,
     set_up,
 )
+from experiment.loop import finish_on_interrupt, run_steps
 from experiment.processes import Team, join_team
-from experiment.run_log import RunLog, finish_on_interrupt, run_to_end
+from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
 from figures.optimizers import draw_optimizer_run
 from hypergradients import HypergradientError
@@ -187,21 +188,21 @@ def make_settings(args) -> MetaTrainingSettings:
     return MetaTrainingSettings(**given | {"penalty_kinds": tuple(args.penalty_kinds)})
 
 
-def meta_train(training: MetaTraining, team: Team, log: RunLog) -> bool:
-    """All runs, a row of metrics and a checkpoint after each; False where Ctrl-C ended them."""
-    saved = team.gathered(log.load_checkpoint())[0]
-    if saved is not None:
-        training.load_state_dict(saved[1])
-        log.say(f"going on from run {training.run}")
+class SteppedMetaTraining(MetaTraining):
+    """A step of the loop is a run; see `run_steps`."""
+
+    step = MetaTraining.train_run
+
+    @property
+    def finished(self) -> bool:
+        """Whether all runs are made."""
+        return self.run >= self.settings.runs
+
+
+def meta_train(training: SteppedMetaTraining, team: Team, log: RunLog) -> bool:
+    """All runs, and the selection of the best epoch; False where Ctrl-C ended them."""
     total = training.settings.runs
-
-    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
-        row = training.train_run()
-        return row, {name: row[name] for name in SHOWN}
-
-    left = range(training.run + 1, total + 1)
-    with log.progress(total, training.run, "run") as progress:
-        finished = run_to_end(log, progress, left, step, training.state_dict, team=team)
+    finished = run_steps(log, training, "run", total, shown=SHOWN, team=team)
     if total:
         training.select()
         log.say(f"best validation loss {training.best_loss:.4g} after epoch {training.best_epoch}")
@@ -293,7 +294,7 @@ def say_losses(name: str, summaries: dict, args, log: RunLog) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, meta-train, compare, report."""
+    """Data; optimiser and optimizee; meta-training; the comparison; the report."""
     parser = make_parser()
     args = parse(parser, argv)
     check(args, parser)
@@ -310,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     network, task = make_optimizer(args), make(args.optimizee, 0)
     start = network_to_dict(network)
     symmetries = symmetries_of(task, args.seed)
-    training = MetaTraining(
+    training = SteppedMetaTraining(
         network.to(device, dtype), task, symmetries, make_settings(args), team=team
     )
     for name in args.compare or []:

@@ -10,19 +10,15 @@ term may multiply powers of both views: (x1,s1,y1,x2,s2,y2,w), (y1,y2,b), (y1_j,
 """
 
 import itertools
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from experiment.errors import WrongInputError
-from experiment.files import write_whole
 from kernels.local_polynomial import Exponents, LocalPolynomials, LocalSum, samples
 from models_fully_local import Params
 
@@ -66,19 +62,8 @@ def without_swapped_views(exponents: Sequence[Exponents]) -> list[Exponents]:
 class LearningRule(nn.Module):
     """An update of a model's parameters; the hyperparameters are its nn.Parameters.
 
-    kinds: the rules that there are, by name; each that can be saved has to_dict and from_dict.
+    A rule that can be saved has to_dict and from_dict, and stands in rules/families.py.
     """
-
-    kinds: ClassVar[dict[str, type["LearningRule"]]] = {}
-
-    def __init_subclass__(cls, **options) -> None:
-        super().__init_subclass__(**options)
-        LearningRule.kinds[cls.__name__] = cls
-
-    @classmethod
-    def from_dict(cls, description: dict) -> "LearningRule":
-        """The rule that its to_dict described, in float64."""
-        raise RuleError(f"{cls.__name__} cannot be read from a file")
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
         """New parameters, with the old ones and the batch left as they are."""
@@ -333,7 +318,7 @@ class PolynomialRule(LearningRule):
         ]
 
     def to_dict(self) -> dict:
-        """A plain description of the rule, for JSON; `rule_from_dict` reads it."""
+        """A plain description of the rule, for JSON; rules/families.py reads it."""
         terms = {
             group: [
                 {"exponents": list(term), "coefficient": value}
@@ -424,13 +409,13 @@ class PerLayerRule(LearningRule):
             rule.keep(of_rule)
 
     def to_dict(self) -> dict:
-        """A plain description of the rules, for JSON; `rule_from_dict` reads it."""
+        """A plain description of the rules, for JSON; rules/families.py reads it."""
         return {"kind": type(self).__name__, "rules": [rule.to_dict() for rule in self.rules]}
 
     @classmethod
-    def from_dict(cls, description: dict) -> "PerLayerRule":
-        """The rules that `to_dict` described, in float64."""
-        return cls([rule_from_dict(of_layer) for of_layer in description["rules"]])
+    def from_dict(cls, description: dict, read: Callable[[dict], LearningRule]) -> "PerLayerRule":
+        """The rules that `to_dict` described; `read` reads the rule of one layer."""
+        return cls([read(of_layer) for of_layer in description["rules"]])
 
 
 @torch.no_grad()
@@ -592,27 +577,6 @@ def _term_text(value: float, name: str, latex: bool) -> str:
 def _latex(variable: re.Match) -> str:
     symbol, view, unit = variable.group(1), variable.group(2), variable.group(3) or ""
     return f"{symbol}_{{{view}{unit[1:]}}}" if view else symbol + unit
-
-
-def rule_from_dict(description: dict) -> LearningRule:
-    """The rule that `to_dict` described; raises RuleError for anything else."""
-    try:
-        return LearningRule.kinds[description["kind"]].from_dict(description)
-    except (LookupError, TypeError, RuntimeError, ValueError, OverflowError) as problem:
-        raise RuleError(f"not the description of a learning rule: {problem!r}") from problem
-
-
-def save_rule(rule: LearningRule, path: Path | str) -> None:
-    """Writes a rule as JSON, coefficients exact."""
-    write_whole(path, json.dumps(rule.to_dict(), indent=1) + "\n")
-
-
-def load_rule(path: Path | str) -> LearningRule:
-    """Reads a rule that `save_rule` wrote; coefficients in float64. Raises RuleError."""
-    try:
-        return rule_from_dict(json.loads(Path(path).read_text()))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise RuleError(f"cannot read a learning rule from {path}: {problem}") from problem
 
 
 def classical_rule(name: str, rate: float, *, target: float = 0.1, **options) -> PolynomialRule:

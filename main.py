@@ -16,12 +16,16 @@ all of them, to improve the rule and the initial weights.
 
 import argparse
 import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Generator, nn
 
+from comparison.learned_run import LearnedRun, last_inner_steps, load_run
+from experiment.checkpoints import has_checkpoint
 from experiment.command_line import (
     UserError,
     common_parser,
@@ -38,43 +42,29 @@ from experiment.command_line import (
     set_up,
 )
 from experiment.precision import PRODUCTS, Products
-from experiment.processes import join_team
-from experiment.run_log import RunLog, has_checkpoint, read_results
+from experiment.processes import Team, join_team
+from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, seeded_generator
+from experiment.statistics import accuracy_text, mean_and_deviation
 from figures.meta_learning import draw_run
 from hypergradients import HypergradientError
-from hypgraddesc import (
-    OPTIMIZERS,
-    MetaSettings,
-    accuracy_text,
-    evaluate,
-    evaluate_draws,
-    hypgraddesc,
-    last_inner_steps,
-    mean_and_deviation,
-    rising_steps,
-)
+from hypgraddesc import OPTIMIZERS, MetaSettings, evaluate_draws, hypgraddesc, rising_steps
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from krotov_hopfield import GATES, NORMALIZATIONS, gate_needs
 from learning_rules import (
     PerLayerRule,
     PolynomialPairRule,
     PolynomialRule,
-    load_rule,
     term_effects,
     term_products,
 )
 from linear_probe import PROBE_GRADIENTS, ProbeLoss, extract_features
 from meta_gradients import METHODS, Forward, MetaGradient, Reverse, Strategies, Truncated
-from mnist_datasets import batches, load_images, normalize_pixels, pair_batches
-from models_fully_local import (
-    INHIBITION,
-    WITH_LATERAL_WEIGHTS,
-    Params,
-    network_of_flags,
-)
+from mnist_datasets import ImageData, batches, load_images, normalize_pixels, pair_batches
+from models_fully_local import INHIBITION, WITH_LATERAL_WEIGHTS, network_of_flags
+from rules import write_rule
 from rules.competing_units import KrotovHopfieldRule
-from train import MEMORY
+from train import MEMORY, Draw, Training
 
 RULES = ("polynomial", "krotov_hopfield")
 NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_images is given
@@ -241,6 +231,116 @@ def refuse_flags_without_effect(args, parser) -> None:
     ])  # fmt: skip
 
 
+# ---- data, model, rule, loss ----
+
+
+def make_data(args, team: Team, device: torch.device) -> tuple[ImageData, ImageData]:
+    """Training and test images."""
+    data = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
+    train_data, test_data = (part.to(device) for part in data)
+    if args.pixelwise_normalization:
+        return normalize_pixels(train_data, test_data)
+    return train_data, test_data
+
+
+def make_model(args, input_shape: tuple[int, int, int]) -> nn.Module:
+    """The network, without parameters; UserError where its convolutions do not fit the images."""
+    try:
+        return network_of_flags(vars(args), input_shape, args.layers)
+    except ValueError as problem:
+        raise UserError(f"{problem}: take smaller kernels or squares") from problem
+
+
+def make_rule(args) -> PerLayerRule:
+    """One rule per layer: polynomials with all coefficients 0, or competition as the flags say."""
+    if args.rule == "krotov_hopfield":
+        return PerLayerRule([make_competing_rule(args) for _ in (*args.conv, *args.layers)])
+    kind = PolynomialPairRule if args.pair_inputs else PolynomialRule
+    bound = "tanh" if args.bound else "none"
+    return PerLayerRule([
+        kind.of_degree(
+            args.degree,
+            lateral=args.inhibition in WITH_LATERAL_WEIGHTS,
+            bound=bound,
+            bound_size=args.bound or 1.0,
+            l2=args.l2_reg,
+            forward_weight_bound=1.0,
+        )
+        for _ in (*args.conv, *args.layers)
+    ])  # fmt: skip
+
+
+def make_competing_rule(args) -> KrotovHopfieldRule:
+    """The rule of competing units at the rate, delta and temperature that it is learned from."""
+    names = ("delta", "inverse_temperature", "gate", "ranking_param", "lebesgue_p", "normalization")
+    return KrotovHopfieldRule(args.rate, **{name: getattr(args, name) for name in names})
+
+
+def make_initializer(args) -> GaussianInitializer:
+    """Spread of w, means of b and m, which start without spread; trained where it can be."""
+    from_start = args.reinitialize_every == 1 and not args.ungraded_steps
+    reached = "initializer" in METHODS[args.method].reaches
+    mode = TRAINABLE if reached and from_start else FIXED
+    names = "bm" if args.inhibition in WITH_LATERAL_WEIGHTS else "b"
+    return GaussianInitializer(dict.fromkeys(names, mode), {"w": mode})
+
+
+def begin_with(run: LearnedRun, rule: PerLayerRule, initializer: GaussianInitializer) -> None:
+    """Takes the coefficients and the initial distribution that a run has ended with.
+
+    Layers beyond that run's take the rule of its last one.
+    """
+    layers = run.rule.rules
+    for k, of_layer in enumerate(rule.rules):
+        of_layer.start_from(layers[min(k, len(layers) - 1)])
+    try:
+        initializer.set_values(run.start)
+    except KeyError as missing:
+        raise UserError(f"{run.name} has learned with another inhibition: it lacks the initial "
+                        f"{missing}") from missing  # fmt: skip
+
+
+def make_outer_loss(args, train_data: ImageData, test_data: ImageData) -> ProbeLoss:
+    """The probe on these images."""
+    return ProbeLoss(
+        train_data,
+        test_data,
+        args.C,
+        outer_images=args.outer_images,
+        probe_gradient=args.probe_gradient,
+    )
+
+
+def images_to_fit(args, model: nn.Module, initializer, data: ImageData) -> int:
+    """How many images a meta-step's probe takes of each set."""
+    one = extract_features(model, initializer(model), data.subset(slice(1)))
+    return args.probe_images or max(1, NUMBERS_TO_FIT // one.shape[1])
+
+
+def make_batches(args, data: ImageData, dtype: torch.dtype) -> Callable[[Generator], Iterator]:
+    """Batches or pairs of batches, in an order that a generator draws."""
+    draw = pair_batches if args.pair_inputs else batches
+    next(draw(data, args.batch_size, seeded_generator(0), dtype))  # refuses a wrong batch size
+    return lambda generator: draw(data, args.batch_size, generator, dtype)
+
+
+def compile_update(training: Training) -> None:
+    """Has the rule's update compiled; about twenty seconds, results the same up to rounding."""
+    rule, model = training.rule, training.model
+    params, batch = training.initializer(model), next(training.batches(seeded_generator(0)))
+    rule.update(model, params, batch)  # lays out the sums, which a compiler could not trace
+    rule.update = torch.compile(rule.update, dynamic=False)
+    try:
+        rule.update(model, params, batch)
+    except torch._dynamo.exc.BackendCompilerFailed as problem:
+        raise UserError(
+            "--compile needs a C++ compiler that torch can use: leave it out"
+        ) from problem
+
+
+# ---- loop ----
+
+
 def make_settings(args) -> MetaSettings:
     """The meta-loop's settings from the flags."""
     return MetaSettings(
@@ -283,173 +383,70 @@ def make_method(args) -> MetaGradient:
     return chosen() if chosen is Forward else chosen(args.K or chosen.K)
 
 
-def make_rule(args) -> PerLayerRule:
-    """One rule per layer: polynomials with all coefficients 0, or competition as the flags say."""
-    if args.rule == "krotov_hopfield":
-        return PerLayerRule([make_competing_rule(args) for _ in (*args.conv, *args.layers)])
-    kind = PolynomialPairRule if args.pair_inputs else PolynomialRule
-    bound = "tanh" if args.bound else "none"
-    return PerLayerRule([
-        kind.of_degree(
-            args.degree,
-            lateral=args.inhibition in WITH_LATERAL_WEIGHTS,
-            bound=bound,
-            bound_size=args.bound or 1.0,
-            l2=args.l2_reg,
-            forward_weight_bound=1.0,
-        )
-        for _ in (*args.conv, *args.layers)
-    ])  # fmt: skip
+def hyperparameters(training: Training) -> dict[str, float]:
+    """Coefficients and initial distribution, as columns of metrics.csv."""
+    coefficients = training.rule.coefficients().items()
+    initial = training.initializer.effective().items()
+    return {f"coefficient/{n}": v for n, v in coefficients} | {
+        f"initial/{n}": v for n, v in initial
+    }
 
 
-def make_competing_rule(args) -> KrotovHopfieldRule:
-    """The rule of competing units at the rate, delta and temperature that it is learned from."""
-    names = ("delta", "inverse_temperature", "gate", "ranking_param", "lebesgue_p", "normalization")
-    return KrotovHopfieldRule(args.rate, **{name: getattr(args, name) for name in names})
+# ---- report ----
 
 
-def make_initializer(args) -> GaussianInitializer:
-    """Spread of w, means of b and m, which start without spread; trained where it can be."""
-    from_start = args.reinitialize_every == 1 and not args.ungraded_steps
-    mode = TRAINABLE if METHODS[args.method].reaches_start and from_start else FIXED
-    names = "bm" if args.inhibition in WITH_LATERAL_WEIGHTS else "b"
-    return GaussianInitializer(dict.fromkeys(names, mode), {"w": mode})
+def evaluate_and_report(args, log: RunLog, training: Training, data, finished: bool) -> bool:
+    """The rule, what trainings by it come to (one, where meta-training was interrupted), figures.
 
-
-def begin_with(run: Path, rule: PerLayerRule, initializer: GaussianInitializer) -> None:
-    """Takes the coefficients and the initial distribution that a run has ended with.
-
-    Layers beyond that run's take the rule of its last one.
+    data: training and test images, all of which the probe takes. False where Ctrl-C ended it.
     """
-    learned, results = load_rule(run / "rule.json"), read_results(run)
-    layers = learned.rules if isinstance(learned, PerLayerRule) else [learned]
-    for k, of_layer in enumerate(rule.rules):
-        of_layer.start_from(layers[min(k, len(layers) - 1)])
-    try:
-        initializer.set_values(results["initializer"])
-    except (LookupError, TypeError) as problem:
-        raise UserError(
-            f"{run}/results.json lacks the initial distribution ({problem!r}): "
-            "give the directory of a finished run of main.py or prune_rule.py"
-        ) from problem
-
-
-def make_model(args, input_shape: tuple[int, int, int]) -> nn.Module:
-    """The network, without parameters; UserError where its convolutions do not fit the images."""
-    try:
-        return network_of_flags(vars(args), input_shape, args.layers)
-    except ValueError as problem:
-        raise UserError(f"{problem}: take smaller kernels or squares") from problem
-
-
-def compile_update(rule, model, initializer, make_batches) -> None:
-    """Has the rule's update compiled; about twenty seconds, results the same up to rounding."""
-    params, batch = initializer(model), next(make_batches(seeded_generator(0)))
-    rule.update(model, params, batch)  # lays out the sums, which a compiler could not trace
-    rule.update = torch.compile(rule.update, dynamic=False)
-    try:
-        rule.update(model, params, batch)
-    except torch._dynamo.exc.BackendCompilerFailed as problem:
-        raise UserError(
-            "--compile needs a C++ compiler that torch can use: leave it out"
-        ) from problem
-
-
-def evaluate_from_new_draws(args, log: RunLog, parts: dict, draws: int):
-    """What `evaluate_draws` returns of trainings with the final rule, each as long as
-    meta-training's last.
-    """
+    write_rule(log, training.rule)  # also where no training by it should be finite
     steps = last_inner_steps(log.directory, args.initial_inner_steps)
-
-    def judge(draw: int) -> tuple[dict[str, float], Params]:
-        row, params = evaluate(**parts, steps=steps, draw=(args.seed, EVALUATION, draw))
-        return {"inner_steps": steps, **row}, params
-
-    return evaluate_draws(log, draws, judge)
-
-
-def measure_effects(args, parts: dict, steps: int) -> dict[str, float]:
-    """The effects of a polynomial's terms in the first of the trainings with the final rule."""
-    if args.rule != "polynomial":
-        return {}
-    rule, model = parts["rule"], parts["make_model"]()
-    start, order = (seeded_generator(args.seed, EVALUATION, 0, k) for k in range(2))
-    params, stream = parts["initializer"](model, start), parts["make_batches"](order)
-    return term_effects(rule, term_products(rule, model, params, stream, steps=steps))
+    count = args.evaluations if finished else 1
+    draws = [Draw((args.seed, EVALUATION, k), steps) for k in range(count)]
+    whole = replace(training, outer_loss=make_outer_loss(args, *data))
+    rows, params, evaluated = evaluate_draws(log, whole, draws)
+    effects = measure_effects(training, draws[0]) if rows and args.rule == "polynomial" else {}
+    report(log, training, data[0], [{"inner_steps": steps, **row} for row in rows], params, effects)
+    return evaluated
 
 
-def report(log: RunLog, data, initializer, rows: list[dict], params, effects: dict) -> None:
-    """Writes one network trained by the rule, and how well several do."""
+def measure_effects(training: Training, draw: Draw) -> dict[str, float]:
+    """The effects of a polynomial's terms in a training with the final rule."""
+    rule, (params, stream) = training.rule, training.begin(draw)
+    return term_effects(rule, term_products(rule, training.model, params, stream, steps=draw.steps))
+
+
+def report(
+    log: RunLog, training: Training, data: ImageData, rows: list[dict], params, effects: dict
+) -> None:
+    """Rule, parameters, results and figures as files; the formula and the accuracy on the screen.
+
+    rows, params: of the trainings with the final rule, and the last one's parameters.
+    """
+    write_rule(log, training.rule, effects or None)
+    log.say("the rule; in brackets, the size of a term relative to the whole change")
+    log.say(training.rule.formula(effects or None, max_terms=6))
     log.write_parameters(params, data.shape)
     accuracies = mean_and_deviation("test_accuracy", [row["test_accuracy"] for row in rows])
-    results = {
+    log.write_json("results.json", {
         "data": data.source,
         "evaluations": rows,
         **accuracies,
-        "initializer": initializer.effective(),
+        "initializer": training.initializer.effective(),
         "term_effects": effects,
-    }
-    log.write_json("results.json", results)
+    })  # fmt: skip
     if rows:
         log.say(
             f"{accuracy_text(accuracies)} over {len(rows)} trainings with the final rule, "
             f"{rows[0]['inner_steps']} steps each"
         )
-
-
-def build(args, train_data, test_data, device, dtype) -> dict:
-    """What a training consists of, as `hypgraddesc` and `evaluate` take it; refuses what does not
-    fit together.
-    """
-    draw_batches = pair_batches if args.pair_inputs else batches
-    parts = {
-        "make_model": partial(make_model, args, train_data.shape),
-        "rule": make_rule(args).to(device, dtype),
-        "initializer": make_initializer(args).to(device, dtype),
-        "make_batches": lambda g: draw_batches(train_data, args.batch_size, g, dtype),
-    }
-    if args.start_from and not (args.resume and has_checkpoint(args.resume)):
-        begin_with(args.start_from, parts["rule"], parts["initializer"])
-    model = parts["make_model"]()  # refuses convolutions that do not fit the images
-    next(parts["make_batches"](seeded_generator(0)))  # refuses a wrong batch size
-    one = extract_features(model, parts["initializer"](model), train_data.subset(slice(1)))
-    count = args.probe_images or max(1, NUMBERS_TO_FIT // one.shape[1])
-    seen = [data.subset(slice(count)) for data in (train_data, test_data)]
-    return parts | {"outer_loss": make_outer_loss(args, *seen)}
-
-
-def make_outer_loss(args, train_data, test_data) -> ProbeLoss:
-    """The probe on these images."""
-    return ProbeLoss(
-        train_data,
-        test_data,
-        args.C,
-        outer_images=args.outer_images,
-        probe_gradient=args.probe_gradient,
-    )
-
-
-def judge_and_report(args, log: RunLog, parts: dict, whole: dict, data, finished: bool) -> bool:
-    """The rule, what trainings by it come to (one, where meta-training was interrupted), figures.
-
-    whole: the parts with the probe on all images. False where Ctrl-C ended the trainings.
-    """
-    rule = parts["rule"]
-    log.write_rule(rule)  # also where no training by it should be finite
-    draws = args.evaluations if finished else 1
-    rows, params, evaluated = evaluate_from_new_draws(args, log, whole, draws)
-    effects = measure_effects(args, parts, rows[0]["inner_steps"]) if rows else {}
-    log.write_rule(rule, effects or None)
-    log.say("the rule; in brackets, the size of a term relative to the whole change")
-    log.say(rule.formula(effects or None, max_terms=6))
-    report(log, data, parts["initializer"], rows, params, effects)
     log.draw(draw_run)
     log.say(f"everything is in {log.directory}")
-    return evaluated
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, meta-learn, evaluate, report."""
+    """Data, model, rule, loss; the loop; the report."""
     parser = make_parser()
     args = parse(parser, argv)
     save_whole_paths(args, "start_from")
@@ -458,29 +455,29 @@ def main(argv: list[str] | None = None) -> None:
     team = join_team()
     if args.tasks < team.count:
         raise UserError(f"{team.count} processes need --tasks {team.count} or more, one for each")
-    data = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
-    train_data, test_data = (d.to(device) for d in data)
-    if args.pixelwise_normalization:
-        train_data, test_data = normalize_pixels(train_data, test_data)
-    parts, settings = build(args, train_data, test_data, device, dtype), make_settings(args)
-    rule, initializer = parts["rule"], parts["initializer"]
-    settings.check(initializer)
+    data = make_data(args, team, device)
+    model = make_model(args, data[0].shape)
+    rule = make_rule(args).to(device, dtype)
+    initializer = make_initializer(args).to(device, dtype)
+    if args.start_from and not (args.resume and has_checkpoint(args.resume)):
+        begin_with(load_run(args.start_from), rule, initializer)
+    count = images_to_fit(args, model, initializer, data[0])
+    some = [images.subset(slice(count)) for images in data]  # the probe's, in a meta-step
+    training = Training(
+        model, rule, initializer, make_batches(args, data[0], dtype), make_outer_loss(args, *some)
+    )
+    settings = make_settings(args)
+    settings.check(training)
     if args.compile:
-        compile_update(rule, parts["make_model"](), initializer, parts["make_batches"])
-
-    def hyperparameters() -> dict[str, float]:
-        coefficients = {f"coefficient/{n}": v for n, v in rule.coefficients().items()}
-        return coefficients | {f"initial/{n}": v for n, v in initializer.effective().items()}
-
-    with open_run(args, "main", train_data, team) as log:
-        log.say(train_data.source)
+        compile_update(training)
+    with open_run(args, "main", data[0], team) as log:
+        log.say(data[0].source)
         finished = hypgraddesc(
-            **parts, settings=settings, log=log, hyperparameters=hyperparameters, team=team
+            training, settings, log, hyperparameters=partial(hyperparameters, training), team=team
         )
         if not team.first:
             return
-        whole = parts | {"outer_loss": make_outer_loss(args, train_data, test_data)}
-        evaluated = judge_and_report(args, log, parts, whole, train_data, finished)
+        evaluated = evaluate_and_report(args, log, training, data, finished)
     if not (finished and evaluated):
         raise KeyboardInterrupt
 

@@ -1,28 +1,27 @@
-"""Ways to the hypergradient of a task: train by a rule for N updates, judge, differentiate.
+"""Ways to the hypergradient of a training: train for N updates, evaluate the loss, differentiate.
 
-    method       what it differentiates                                   reaches the start   memory
-    Reverse      all updates                                              yes   as --memory says
-    Truncated    the last K updates                                       no    as --memory says
-    LookBack     the last K updates, all of them at theta_{N-1}           no    one update
-    Implicit     theta_N, taken for a fixed point of the last update      no    one update
-    Forward      all updates, a direction for each hyperparameter         yes   one update
-    Strategies   nothing: losses at randomly perturbed hyperparameters    yes   none
+    method      what it differentiates                                  reaches     memory
+    Reverse     all updates                                             all         --memory's
+    Truncated   the last K updates                                      no start    --memory's
+    LookBack    the last K updates, all of them at theta_{N-1}          the rule    one update
+    Implicit    theta_N, taken for a fixed point of the last update     the rule    one update
+    Forward     all updates, a direction for each hyperparameter        no batches  one update
+    Strategies  nothing: losses at randomly perturbed hyperparameters   no batches  none
 
-Whichever way: hyperparameters are those of the rule and of the initial distribution, and a learning
-rule with its batches is a list of update maps as in hypergradients/methods.py. A method that does
-not reach the start has no part of the gradient for the initial distribution.
+Whichever way: hyperparameters are those of the rule, of the initial distribution and of the
+batches, and a learning rule with its batches is a list of update maps as in
+hypergradients/methods.py. What a method does not reach has no part in its gradient.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
-from experiment.errors import NonFiniteError
 from hypergradients import (
     FixedPoint,
     UpdateMap,
@@ -31,95 +30,35 @@ from hypergradients import (
     implicit,
     neumann_lookback,
 )
-from learning_rules import LearningRule
 from models_fully_local import Params
-from train import MEMORY_LIMIT, train
-
-Judge = Callable[[Params], tuple[Tensor, dict[str, float]]]
+from train import MEMORY_LIMIT, METHOD, START, Draw, Training, train
 
 
-@dataclass
-class Task:
-    """One draw of initial parameters and batches, and what the parameters are judged by.
+@dataclass(frozen=True)
+class Hypergradient:
+    """What a method gives.
 
-    draw_start(): a new generator of the initial parameters, the same at each call.
-    generator: of what a method draws besides.
-    judge(params): a loss attached to them, and numbers to record.
-    start: parameters to go on from; else the initializer draws them.
+    gradient: a tensor for each of training.hyperparameters, in their order.
+    params: the last parameters, from which training can go on.
+    numbers: to record, "meta_loss" first, then those of the outer loss; means where it was
+        evaluated several times.
     """
 
-    model: nn.Module
-    rule: LearningRule
-    initializer: nn.Module
-    batches: Iterator
-    steps: int
-    judge: Judge
-    draw_start: Callable[[], torch.Generator]
-    generator: torch.Generator
-    start: Params | None = None
-    seen: list[dict[str, float]] = field(default_factory=list)  # of every judgement
-
-    @property
-    def hyperparameters(self) -> dict[str, nn.Parameter]:
-        """Those that are trained, named "rule. ..." and "initializer. ..."."""
-        return trained_hyperparameters(self.rule, self.initializer)
-
-    def initial(self) -> Params:
-        """The parameters before the first update, attached to the initial distribution."""
-        if self.start is not None:
-            return self.start
-        return self.initializer(self.model, self.draw_start())
-
-    def advanced(self, params: Params, steps: int) -> Params:
-        """The parameters after the next so many updates, without a graph. Raises NonFiniteError."""
-        params = train(self.model, params, self.batches, self.rule, steps, grad=False)
-        check_finite(params, f"parameters after {steps} inner steps")
-        return params
-
-    def loss(self, params: Params, _: object = None) -> Tensor:
-        """The outer loss, also as a function of (params, hparams). Raises NonFiniteError."""
-        check_finite(params, f"parameters after {self.steps} inner steps")
-        value, numbers = self.judge(params)
-        check_finite(value, "outer loss")
-        self.seen.append({"meta_loss": value.item(), **numbers})
-        return value
-
-    def numbers(self) -> dict[str, float]:
-        """The means of the numbers of all judgements."""
-        count = len(self.seen)
-        return {name: sum(row[name] for row in self.seen) / count for name in self.seen[0]}
-
-    # ---- as update maps of (params, hparams), a list in the order of `hyperparameters` ----
-
-    def begins(self, params: Params, hparams: Sequence[Tensor]) -> Params:
-        """The map to the initial parameters, whatever params are."""
-        if self.start is not None:
-            return self.start
-        own = self._own("initializer", hparams)
-        return functional_call(self.initializer, own, (self.model, self.draw_start()))
-
-    def maps(self, steps: int) -> list[UpdateMap]:
-        """The next so many updates."""
-
-        def update(batch) -> UpdateMap:
-            return lambda params, hparams: functional_call(
-                self.rule, self._own("rule", hparams), (self.model, params, batch)
-            )
-
-        return [update(batch) for batch in itertools.islice(self.batches, steps)]
-
-    def _own(self, kind: str, hparams: Sequence[Tensor]) -> dict[str, Tensor]:
-        named = zip(self.hyperparameters, hparams, strict=True)
-        return {n.removeprefix(kind + "."): t for n, t in named if n.startswith(kind + ".")}
+    gradient: list[Tensor]
+    params: Params
+    numbers: dict[str, float]
 
 
 class MetaGradient(Protocol):
-    """A way to the hypergradient; reaches_start: whether it has the part of the initializer."""
+    """A way to the hypergradient.
 
-    reaches_start: bool
+    reaches: of which modules it gives the gradient, out of "rule", "initializer", "batches".
+    """
 
-    def __call__(self, task: Task) -> tuple[list[Tensor], Params]:
-        """The hypergradient, a tensor for each hyperparameter, and the last parameters.
+    reaches: tuple[str, ...]
+
+    def __call__(self, training: Training, draw: Draw) -> Hypergradient:
+        """The hypergradient of one draw of the training.
 
         Raises FloatingPointError where there is none that is finite, and HypergradientError where
         the rule does not allow the method.
@@ -132,20 +71,24 @@ class Reverse:
 
     memory: str = "fit"
     memory_limit: int = MEMORY_LIMIT
-    reaches_start = True
+    reaches = ("rule", "initializer", "batches")
 
-    def __call__(self, task: Task) -> tuple[list[Tensor], Params]:
-        return self._from(task, task.initial(), task.steps)
+    def __call__(self, training: Training, draw: Draw) -> Hypergradient:
+        params, batches = training.begin(draw)
+        return self._through(training, draw, params, batches, draw.steps)
 
-    def _from(self, task: Task, start: Params, steps: int) -> tuple[list[Tensor], Params]:
-        theta = train(
-            task.model, start, task.batches, task.rule, steps,
+    def _through(
+        self, training: Training, draw: Draw, params: Params, batches: Iterator, steps: int
+    ) -> Hypergradient:
+        """The hypergradient through the last so many updates, which begin at params."""
+        params = train(
+            training.model, params, batches, training.rule, steps,
             memory=self.memory, memory_limit=self.memory_limit,
         )  # fmt: skip
-        hparams = list(task.hyperparameters.values())
-        found = torch.autograd.grad(task.loss(theta), hparams, allow_unused=True)
-        pairs = zip(hparams, found, strict=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in pairs], theta
+        loss, numbers = training.checked_outer_loss(params, draw)
+        hparams = list(training.hyperparameters.values())
+        gradient = torch.autograd.grad(loss, hparams, materialize_grads=True)
+        return Hypergradient(list(gradient), params, numbers)
 
 
 @dataclass(frozen=True)
@@ -153,12 +96,13 @@ class Truncated(Reverse):
     """Backpropagation through the last K updates; what hyperparameters did before is left out."""
 
     K: int = 20
-    reaches_start = False
+    reaches = ("rule", "batches")
 
-    def __call__(self, task: Task) -> tuple[list[Tensor], Params]:
-        last = min(self.K, task.steps)
-        start = task.advanced(task.initial(), task.steps - last)
-        return self._from(task, start, last)
+    def __call__(self, training: Training, draw: Draw) -> Hypergradient:
+        last = min(self.K, draw.steps)
+        params, batches = training.begin(draw)
+        before = training.advance(params, batches, draw.steps - last)
+        return self._through(training, draw, before, batches, last)
 
 
 @dataclass(frozen=True)
@@ -166,18 +110,20 @@ class LookBack:
     """K terms of the Neumann series with the last updates, all of them at theta_{N-1}."""
 
     K: int = 20
-    reaches_start = False
+    reaches = ("rule",)
 
-    def __call__(self, task: Task) -> tuple[list[Tensor], Params]:
-        last = min(max(self.K - 1, 1), task.steps)
-        before = task.advanced(task.initial(), task.steps - last)
-        maps, hparams = task.maps(last), list(task.hyperparameters.values())
+    def __call__(self, training: Training, draw: Draw) -> Hypergradient:
+        last = min(max(self.K - 1, 1), draw.steps)
+        params, batches = training.begin(draw)
+        before = training.advance(params, batches, draw.steps - last)
+        maps, hparams = update_maps(training, batches, last), _values(training)
         for update in maps[:-1]:
             before = _without_graph(update, before, hparams)
-        gradient = neumann_lookback(
-            before, hparams, min(self.K, last + 1), maps, task.loss, set_grad=False
+        loss, terms = _RecordedLoss(training, draw), min(self.K, last + 1)
+        gradient = neumann_lookback(before, hparams, terms, maps, loss, set_grad=False)
+        return Hypergradient(
+            gradient, _without_graph(maps[-1], before, hparams), loss.mean_numbers()
         )
-        return gradient, _without_graph(maps[-1], before, hparams)
 
 
 @dataclass(frozen=True)
@@ -189,14 +135,15 @@ class Implicit:
     """
 
     K: int = 20
-    reaches_start = False
+    reaches = ("rule",)
 
-    def __call__(self, task: Task) -> tuple[list[Tensor], Params]:
-        before = task.advanced(task.initial(), task.steps - 1)
-        (update,), hparams = task.maps(1), list(task.hyperparameters.values())
-        theta = _without_graph(update, before, hparams)
-        solver = FixedPoint(self.K)
-        return implicit(theta, hparams, update, task.loss, solver, set_grad=False)[0], theta
+    def __call__(self, training: Training, draw: Draw) -> Hypergradient:
+        params, batches = training.begin(draw)
+        before = training.advance(params, batches, draw.steps - 1)
+        (update,), hparams = update_maps(training, batches, 1), _values(training)
+        theta, loss = _without_graph(update, before, hparams), _RecordedLoss(training, draw)
+        gradient, _ = implicit(theta, hparams, update, loss, FixedPoint(self.K), set_grad=False)
+        return Hypergradient(gradient, theta, loss.mean_numbers())
 
 
 @dataclass(frozen=True)
@@ -207,19 +154,14 @@ class Forward:
     pass only, and are refused.
     """
 
-    reaches_start = True
+    reaches = ("rule", "initializer")
 
-    def __call__(self, task: Task) -> tuple[list[Tensor], Params]:
-        hparams = list(task.hyperparameters.values())
-        maps, theta = [task.begins, *task.maps(task.steps)], []
-
-        def loss(params: Params, _: object) -> Tensor:
-            theta.append(params)
-            return task.loss(params)
-
-        start = _without_graph(task.begins, [], hparams)
-        gradient = forward_mode(start, hparams, maps, loss, set_grad=False)
-        return gradient, theta[-1]
+    def __call__(self, training: Training, draw: Draw) -> Hypergradient:
+        start, batches = start_map(training, draw)
+        maps, hparams = [start, *update_maps(training, batches, draw.steps)], _values(training)
+        loss, params = _RecordedLoss(training, draw), _without_graph(start, [], hparams)
+        gradient = forward_mode(params, hparams, maps, loss, set_grad=False)
+        return Hypergradient(gradient, loss.params, loss.mean_numbers())
 
 
 @dataclass(frozen=True)
@@ -231,22 +173,22 @@ class Strategies:
 
     sigma: float = 1e-4
     pairs: int = 4
-    reaches_start = True
+    reaches = ("rule", "initializer")
 
-    def __call__(self, task: Task) -> tuple[list[Tensor], Params]:
-        hparams, maps = list(task.hyperparameters.values()), task.maps(task.steps)
+    def __call__(self, training: Training, draw: Draw) -> Hypergradient:
+        start, batches = start_map(training, draw)
+        maps, hparams = [start, *update_maps(training, batches, draw.steps)], _values(training)
 
-        def whole(_: Params, perturbed: Sequence[Tensor]) -> Params:
-            params = _without_graph(task.begins, [], perturbed)
+        def whole(params: Params, perturbed: Sequence[Tensor]) -> Params:
             for update in maps:
                 params = _without_graph(update, params, perturbed)
             return params
 
-        start = _without_graph(task.begins, [], hparams)
+        loss, params = _RecordedLoss(training, draw), _without_graph(start, [], hparams)
         gradient = evolution_strategies(
-            start, hparams, [whole], task.loss, self.sigma, self.pairs, task.generator, False
+            params, hparams, [whole], loss, self.sigma, self.pairs, draw.generator(METHOD), False
         )
-        return gradient, start
+        return Hypergradient(gradient, params, loss.mean_numbers())
 
 
 METHODS = {
@@ -259,21 +201,70 @@ METHODS = {
 }
 
 
-def trained_hyperparameters(rule: nn.Module, initializer: nn.Module) -> dict[str, nn.Parameter]:
-    """Their parameters that require a gradient, named "rule. ..." and "initializer. ..."."""
-    return {
-        f"{kind}.{name}": p
-        for kind, module in (("rule", rule), ("initializer", initializer))
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    }
+# ---- as update maps of (params, hparams), hparams in the order of training.hyperparameters ----
 
 
-def check_finite(value: Tensor | Params, what: str) -> None:
-    """Raises NonFiniteError where a tensor, or one of the parameters, is not finite."""
-    tensors = [value] if isinstance(value, Tensor) else [t for d in value for t in d.values()]
-    if not all(torch.isfinite(t).all() for t in tensors):
-        raise NonFiniteError(f"{what}: not finite")
+def start_map(training: Training, draw: Draw) -> tuple[UpdateMap, Iterator]:
+    """The map to the parameters before the first graded update, whatever params are; the batches.
+
+    A start that is given, or that ungraded updates lead to, depends on no hyperparameter.
+    """
+    begun, batches = training.begin(draw)
+    if draw.start is not None or draw.ungraded_steps:
+        return lambda params, hparams: begun, batches
+
+    def initial(params: Params, hparams: Sequence[Tensor]) -> Params:
+        drawn = _of_module(training, "initializer", hparams)
+        place = (training.model, draw.generator(START))
+        return functional_call(training.initializer, drawn, place)
+
+    return initial, batches
+
+
+def update_maps(training: Training, batches: Iterator, steps: int) -> list[UpdateMap]:
+    """The next so many updates."""
+
+    def update(batch) -> UpdateMap:
+        return lambda params, hparams: functional_call(
+            training.rule,
+            _of_module(training, "rule", hparams),
+            (training.model, params, batch),
+        )
+
+    return [update(batch) for batch in itertools.islice(batches, steps)]
+
+
+def _of_module(training: Training, name: str, hparams: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Those of `hparams` that stand for parameters of this module, by their names in it."""
+    named = zip(training.hyperparameters, hparams, strict=True)
+    return {n.removeprefix(f"{name}."): t for n, t in named if n.startswith(f"{name}.")}
+
+
+class _RecordedLoss:
+    """The outer loss of a draw as a function of (params, hparams), and what it has seen.
+
+    params: those that it was given last.
+    """
+
+    def __init__(self, training: Training, draw: Draw) -> None:
+        self.training, self.draw = training, draw
+        self.params: Params = []
+        self._rows: list[dict[str, float]] = []
+
+    def __call__(self, params: Params, hparams: object) -> Tensor:
+        self.params = params
+        loss, numbers = self.training.checked_outer_loss(params, self.draw)
+        self._rows.append(numbers)
+        return loss
+
+    def mean_numbers(self) -> dict[str, float]:
+        """The means of the numbers over all evaluations."""
+        count = len(self._rows)
+        return {name: sum(row[name] for row in self._rows) / count for name in self._rows[0]}
+
+
+def _values(training: Training) -> list[Tensor]:
+    return list(training.hyperparameters.values())
 
 
 @torch.no_grad()

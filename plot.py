@@ -18,7 +18,7 @@ from statistics import fmean
 
 from experiment.command_line import OneLineParser, UserError, run_command
 from experiment.files import write_whole
-from experiment.run_log import read_config, read_results, run_names
+from experiment.run_reader import read_config, read_results, run_names
 from figures.baselines import draw_mlp_run, draw_pca_run, draw_vicreg_run
 from figures.competition import draw_competition_run, draw_searches_run
 from figures.evaluation import draw_evaluation_run
@@ -31,7 +31,8 @@ from figures.optimizers import (
     draw_optimizer_run,
     one_of_each_kind,
 )
-from learning_rules import PerLayerRule, classical_rule, load_rule
+from learning_rules import PerLayerRule, classical_rule
+from rules import load_rule
 from sweeps.report import draw_sweep_run
 
 EFFECT, COEFFICIENT = "effect", "coefficient"

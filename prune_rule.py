@@ -16,7 +16,6 @@ without which the outer loss is smallest. Nothing is meta-learned, and test imag
 """
 
 import copy
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comparison.rule_comparison import Entry, LearnedRun, Setting, learned, load_run, trajectory
+from comparison.learned_run import LearnedRun, load_run
+from comparison.rule_comparison import Setting, learned, trajectory
 from experiment.command_line import (
     UserError,
     common_parser,
@@ -39,12 +39,15 @@ from experiment.command_line import (
     save_whole_paths,
     set_up,
 )
-from experiment.run_log import RunLog, finish_on_interrupt
+from experiment.loop import run_steps
+from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
+from experiment.statistics import accuracy_text, mean_and_deviation
 from figures.meta_learning import draw_run
-from hypgraddesc import accuracy_text, mean_and_deviation
-from learning_rules import PerLayerRule, PolynomialRule, rule_from_dict, term_effects, term_products
+from learning_rules import PerLayerRule, PolynomialRule, term_effects, term_products
 from mnist_datasets import load_images
+from rules import rule_from_dict, write_rule
+from train import Draw, Training
 
 TERMS = (40, 30, 20, 15, 12, 10, 9, 8, 7, 6, 5, 4)
 RIDGE = 1e-10  # of correlations between terms, which may be exactly dependent
@@ -133,24 +136,23 @@ class Trainings:
     steps: updates of each. Draws are named (seed, TRIAL or EVALUATION, number).
     """
 
-    def __init__(self, entry: Entry, steps: int, seed: int) -> None:
-        self.entry, self.steps, self.seed = entry, steps, seed
+    def __init__(self, training: Training, steps: int, seed: int) -> None:
+        self.training, self.steps, self.seed = training, steps, seed
 
     def outcomes(self, rule: PerLayerRule, kind: int, draws: int) -> list[dict[str, float]]:
         """The outer loss and its numbers after each; NaN where one is not finite."""
-        entry = replace(self.entry, rule=rule)
+        training = replace(self.training, rule=rule)
         keys = ((self.seed, kind, draw) for draw in range(draws))
-        return [trajectory(entry, [self.steps], key)[0] for key in keys]
+        return [trajectory(training, [self.steps], key)[0] for key in keys]
 
     def products(self, rule: PerLayerRule, draws: int) -> dict[str, Tensor]:
         """The sum of `term_products` over some; FloatingPointError where one is not finite."""
         total: dict[str, Tensor] = {}
-        for draw in range(draws):
-            start, order = (seeded_generator(self.seed, TRIAL, draw, k) for k in range(2))
-            params = self.entry.initializer(self.entry.model, start)
-            stream = self.entry.make_batches(order)
-            found = term_products(rule, self.entry.model, params, stream, steps=self.steps)
-            total = {name: total.get(name, 0) + matrix.cpu() for name, matrix in found.items()}
+        for number in range(draws):
+            draw = Draw((self.seed, TRIAL, number), self.steps)
+            params, batches = self.training.begin(draw)
+            products = term_products(rule, self.training.model, params, batches, steps=self.steps)
+            total = {name: total.get(name, 0) + matrix.cpu() for name, matrix in products.items()}
         if not all(matrix.isfinite().all() for matrix in total.values()):
             count = len(rule.coefficients())
             raise FloatingPointError(f"a training by the rule of {count} terms is not finite")
@@ -181,52 +183,68 @@ def choose(
 # ---- from the whole rule to the shortest ----
 
 
-def judge(rule: PerLayerRule, effects: dict[str, float], trainings: Trainings, draws: int) -> dict:
-    """A rule, its effects, and how well trainings by it do from new draws, in plain values."""
-    rows = trainings.outcomes(rule, EVALUATION, draws)
-    stage = {"terms": len(effects), "rule": rule.to_dict(), "term_effects": effects}
-    stage["evaluations"] = [row for row in rows if all(map(math.isfinite, row.values()))]
-    for name in ("train_accuracy", "test_accuracy"):
-        stage |= mean_and_deviation(name, [row[name] for row in stage["evaluations"]])
-    return stage
+class Pruning:
+    """Removes term after term, and judges what is left at each of `sizes`; see `run_steps`.
 
+    sizes: numbers of terms, falling, the whole rule's first.
+    stages: what was judged, in plain values: a rule, its effects, and how well trainings by it do
+        from new draws. A rule whose trainings are not finite ends it.
+    """
 
-def prune(
-    rule: PerLayerRule, sizes: Sequence[int], trainings: Trainings, args, log: RunLog
-) -> tuple[list[dict], bool]:
-    """A stage for each of `sizes`, falling, and whether it came to the last of them."""
-    removed, products, stages = 0, {}, []
-    saved = log.load_checkpoint()
-    if saved is not None:
-        removed, state = saved
-        rule = rule_from_dict(state["rule"]).to(rule.rules[0].w)
-        products, stages = state["products"], list(state["stages"])
-        log.say(f"going on from {len(rule.coefficients())} terms")
-    total = sizes[0] - sizes[-1]
-    with (
-        finish_on_interrupt() as interrupt,
-        log.progress(total, removed, "removal") as progress,
-    ):
-        for step in itertools.count(removed + 1):
-            count = len(rule.coefficients())
-            if count in sizes and all(stage["terms"] != count for stage in stages):
-                try:
-                    products = trainings.products(rule, args.trials)
-                except FloatingPointError as problem:
-                    if not stages:
-                        raise
-                    log.warn(f"{problem}: no shorter rule is looked for")
-                    return stages, True
-                effects = term_effects(rule, products)
-                stages.append(judge(rule, effects, trainings, args.seeds))
-            if count == sizes[-1] or interrupt.requested:
-                return stages, count == sizes[-1]
-            removal, numbers = choose(rule, products, trainings, args)
-            rule, products = without(rule, removal), products_without(products, removal)
-            log.record(step, numbers)
-            state = {"rule": rule.to_dict(), "products": products, "stages": stages}
-            log.save_checkpoint(step, state)
-            progress.advance(numbers | {"test_accuracy": stages[-1]["test_accuracy_mean"] or 0.0})
+    def __init__(
+        self, rule: PerLayerRule, sizes: Sequence[int], trainings: Trainings, args, warn
+    ) -> None:
+        self.rule, self.sizes, self.trainings = rule, sizes, trainings
+        self.args, self.warn = args, warn
+        self.products: dict[str, Tensor] = {}
+        self.stages: list[dict] = []
+        self.finished = False
+
+    def step(self) -> dict[str, float]:
+        """One term goes; numbers to record."""
+        if not self.stages:
+            self._judge()
+        removal, numbers = choose(self.rule, self.products, self.trainings, self.args)
+        self.rule = without(self.rule, removal)
+        self.products = products_without(self.products, removal)
+        if numbers["terms"] in self.sizes:
+            self._judge_if_finite()
+        self.finished |= numbers["terms"] == self.sizes[-1]
+        return numbers
+
+    def _judge_if_finite(self) -> None:
+        try:
+            self._judge()
+        except FloatingPointError as problem:
+            self.warn(f"{problem}: no shorter rule is looked for")
+            self.finished = True
+
+    def _judge(self) -> None:
+        """Adds a stage, of products measured anew; FloatingPointError where these aren't finite."""
+        self.products = self.trainings.products(self.rule, self.args.trials)
+        effects = term_effects(self.rule, self.products)
+        rows = self.trainings.outcomes(self.rule, EVALUATION, self.args.seeds)
+        rows = [row for row in rows if all(map(math.isfinite, row.values()))]
+        stage = {"terms": len(effects), "rule": self.rule.to_dict(), "term_effects": effects}
+        stage["evaluations"] = rows
+        for name in ("train_accuracy", "test_accuracy"):
+            stage |= mean_and_deviation(name, [row[name] for row in rows])
+        self.stages.append(stage)
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs."""
+        return {
+            "rule": self.rule.to_dict(),
+            "products": self.products,
+            "stages": self.stages,
+            "finished": self.finished,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state_dict` left it."""
+        self.rule = rule_from_dict(state["rule"]).to(self.rule.rules[0].w)
+        self.products, self.stages = state["products"], list(state["stages"])
+        self.finished = state["finished"]
 
 
 def sizes_of(rule: PerLayerRule, wanted: Sequence[int]) -> list[int]:
@@ -262,7 +280,7 @@ def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: 
         log.write_json(f"rule-{stage['terms']}.json", stage["rule"])
     best = shortest(stages, args.tolerance)
     rule = rule_from_dict(best["rule"])
-    log.write_rule(rule, best["term_effects"])
+    write_rule(log, rule, best["term_effects"])
     log.write_json("results.json", {
         "data": source,
         "learned_from": {"run": str(args.run), "config": run.config, "inner_steps": steps},
@@ -282,7 +300,7 @@ def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, read the run, prune, report."""
+    """Data; the run's training; the loop of removals; the report."""
     args = parse(make_parser(), argv)
     save_whole_paths(args, "run")
     device, dtype = set_up(args)
@@ -302,13 +320,14 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=run.config["batch_size"],
         dtype=dtype,
     )
-    entry = learned(run, setting)
-    next(entry.make_batches(seeded_generator(0)))  # refuses a wrong batch size
-    trainings = Trainings(entry, args.inner_steps or run.steps, args.seed)
+    training = learned(run, setting)
+    next(training.batches(seeded_generator(0)))  # refuses a wrong batch size
+    trainings = Trainings(training, args.inner_steps or run.steps, args.seed)
     with open_run(args, "prune_rule", train_data) as log:
         log.say(train_data.source)
-        stages, finished = prune(entry.rule, sizes, trainings, args, log)
-        report(args, log, run, trainings.steps, train_data.source, stages)
+        pruning = Pruning(training.rule, sizes, trainings, args, log.warn)
+        finished = run_steps(log, pruning, "removal", sizes[0] - sizes[-1])
+        report(args, log, run, trainings.steps, train_data.source, pruning.stages)
         log.say(f"everything is in {log.directory}")
     if not finished:
         raise KeyboardInterrupt

@@ -42,8 +42,10 @@ from experiment.command_line import (
     run_command,
     run_parser,
 )
-from experiment.files import json_text, write_whole
-from experiment.run_log import RunLog, finish_on_interrupt, plain, read_config
+from experiment.files import json_text, plain, write_whole
+from experiment.loop import finish_on_interrupt
+from experiment.run_log import RunLog
+from experiment.run_reader import read_config
 from sweeps.report import (
     AFTER_FLAGS,
     BEFORE_FLAGS,

@@ -1,4 +1,10 @@
-"""Applies a learning rule many times, with a graph through all updates or without.
+"""What a training consists of, and the training itself: a learning rule applied many times.
+
+    training = Training(model, rule, initializer, batches, outer_loss)
+    draw = Draw((seed, metastep, task), steps=250)
+    numbers, params = evaluate_training(training, draw)
+
+    params = train(model, params, batches, rule, steps)     # differentiable through all updates
 
 Under a graph the steps fall into segments of equal length. The last one is kept for the backward
 pass; of those before, only the first parameters are, and each runs again when the backward pass
@@ -10,19 +16,141 @@ arrives there. The memory policy is the length of the segments:
     recompute  one: memory of the parameters of all steps and of one step's graph
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from experiment.errors import NonFiniteError
+from experiment.seeds import seeded_generator
 from learning_rules import LearningRule
 from models_fully_local import Params
 
 MEMORY = ("fit", "keep", "segments", "recompute")
 MEMORY_LIMIT = 5 * 2**29  # peak below 4 GB with the networks of main.py
+START, BATCHES, OUTER, METHOD, HORIZON = range(5)  # what a draw's random numbers are for
+WITH_HYPERPARAMETERS = ("rule", "initializer", "batches")
+
+
+class OuterLoss(Protocol):
+    """What a training is judged by; raises FloatingPointError where it cannot be evaluated."""
+
+    metrics: tuple[str, ...]  # the names of the numbers that come with the loss
+
+    def __call__(
+        self, model: nn.Module, params: Params, generator: Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """A scalar loss attached to params, and the numbers to record beside it."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One draw of a training: which initial parameters, which batches, how many updates.
+
+    key: non-negative integers, such as (seed, meta-step, task): each purpose of random numbers has
+        a generator of its own, made from them, so that nothing depends on what was drawn before.
+    steps: updates that the outer loss is differentiated through.
+    ungraded_steps: before them, where the initializer draws the start; not differentiated.
+    start: parameters to go on from; else the initializer draws them.
+    """
+
+    key: tuple[int, ...]
+    steps: int
+    ungraded_steps: int = 0
+    start: Params | None = None
+
+    def generator(self, purpose: int) -> Generator:
+        """A new one, the same at each call: of START, BATCHES, OUTER, METHOD or HORIZON."""
+        return seeded_generator(*self.key, purpose)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training consists of: for meta-learning, evaluation and comparison alike.
+
+    model: called as model(x, params); has no parameters of its own.
+    rule: updates params.
+    initializer: (model, generator) -> params.
+    batches: (generator) -> iterator of what the rule's update takes.
+    outer_loss: judges the parameters.
+    The nn.Parameters of the rule, and of the initializer and the batches where these are modules,
+    are the hyperparameters.
+    """
+
+    model: nn.Module
+    rule: LearningRule
+    initializer: Callable[[nn.Module, Generator], Params]
+    batches: Callable[[Generator], Iterator]
+    outer_loss: OuterLoss
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Those that may hold hyperparameters, by name: "rule", "initializer", "batches"."""
+        parts = {name: getattr(self, name) for name in WITH_HYPERPARAMETERS}
+        return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+    @property
+    def hyperparameters(self) -> dict[str, nn.Parameter]:
+        """Those that are trained, named "rule. ...", "initializer. ..." and "batches. ..."."""
+        return {
+            f"{kind}.{name}": p
+            for kind, module in self.modules.items()
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
+
+    def begin(self, draw: Draw) -> tuple[Params, Iterator]:
+        """The parameters before the graded updates, attached to the initializer, and the batches.
+
+        Raises NonFiniteError where ungraded updates have made them so.
+        """
+        batches = self.batches(draw.generator(BATCHES))
+        if draw.start is not None:
+            return draw.start, batches
+        params = self.initializer(self.model, draw.generator(START))
+        if draw.ungraded_steps:
+            params = self.advance(params, batches, draw.ungraded_steps)
+        return params, batches
+
+    def advance(self, params: Params, batches: Iterator, steps: int) -> Params:
+        """The parameters after so many updates more, without a graph. Raises NonFiniteError."""
+        params = train(self.model, params, batches, self.rule, steps, grad=False)
+        check_finite(params, f"parameters after {steps} inner steps")
+        return params
+
+    def checked_outer_loss(self, params: Params, draw: Draw) -> tuple[Tensor, dict[str, float]]:
+        """The outer loss attached to params; as "meta_loss" it heads the numbers beside it.
+
+        Raises NonFiniteError for parameters or a loss that are not finite.
+        """
+        check_finite(params, f"parameters after {draw.steps} inner steps")
+        loss, numbers = self.outer_loss(self.model, params, draw.generator(OUTER))
+        check_finite(loss, "outer loss")
+        return loss, {"meta_loss": loss.item(), **numbers}
+
+
+def evaluate_training(training: Training, draw: Draw) -> tuple[dict[str, float], Params]:
+    """The outer loss and its numbers after draw.steps updates, and the parameters.
+
+    Raises FloatingPointError where they are not finite.
+    """
+    return next(evaluate_on_the_way(training, draw, [draw.steps]))
+
+
+def evaluate_on_the_way(
+    training: Training, draw: Draw, steps: Sequence[int]
+) -> Iterator[tuple[dict[str, float], Params]]:
+    """What `evaluate_training` gives after each of `steps` (rising) of one training."""
+    params, batches = training.begin(draw)
+    for done, until in itertools.pairwise([0, *steps]):
+        params = training.advance(params, batches, until - done)
+        yield training.checked_outer_loss(params, draw)[1], params
 
 
 def train(
@@ -65,6 +193,13 @@ def train(
 def detached(params: Params) -> Params:
     """The same parameters without their graph."""
     return [{name: tensor.detach() for name, tensor in layer.items()} for layer in params]
+
+
+def check_finite(value: Tensor | Params, what: str) -> None:
+    """Raises NonFiniteError where a tensor, or one of the parameters, is not finite."""
+    tensors = [value] if isinstance(value, Tensor) else [t for d in value for t in d.values()]
+    if not all(torch.isfinite(t).all() for t in tensors):
+        raise NonFiniteError(f"{what}: not finite")
 
 
 def _run(model: nn.Module, params: Params, batches: Sequence, rule: LearningRule) -> Params:

@@ -11,8 +11,6 @@ learns by competition alone; what the classifier gets from its features says wha
 """
 
 import argparse
-import itertools
-import math
 from dataclasses import asdict, fields, replace
 
 from experiment.command_line import (
@@ -30,7 +28,8 @@ from experiment.command_line import (
     run_command,
     set_up,
 )
-from experiment.run_log import RunLog, run_to_end
+from experiment.loop import run_steps
+from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
 from figures.competition import draw_competition_run
 from krotov_hopfield import (
@@ -141,7 +140,13 @@ def refuse_flags_without_effect(args, parser: argparse.ArgumentParser, recipe: R
     ])  # fmt: skip
 
 
-def make_training(args, recipe: Recipe, data, classes: int, dtype) -> LayerwiseTraining:
+class SteppedTraining(LayerwiseTraining):
+    """A step of the loop is a round; see `run_steps`."""
+
+    step = LayerwiseTraining.train_round
+
+
+def make_training(args, recipe: Recipe, data, classes: int, dtype) -> SteppedTraining:
     """The untrained network with its images; refuses what does not fit together."""
     depth = len(recipe.layers)
     after = sorted(set(args.classify_after or [depth]))
@@ -149,7 +154,7 @@ def make_training(args, recipe: Recipe, data, classes: int, dtype) -> LayerwiseT
         raise UserError(f"--classify_after {after[-1]}: the network has {depth} layers")
     train_data, validation = split_validation((data.images, data.labels), args.validation)
     network = HebbianNetwork(data.shape, recipe, seeded_generator(args.seed), dtype=dtype)
-    return LayerwiseTraining(
+    return SteppedTraining(
         network.to(data.images.device),
         train_data,
         validation,
@@ -160,24 +165,6 @@ def make_training(args, recipe: Recipe, data, classes: int, dtype) -> LayerwiseT
         round_batches=args.round_batches,
         cache_bytes=int(args.cache * 2**30),
     )
-
-
-def train(training: LayerwiseTraining, log: RunLog) -> bool:
-    """All stages, a row and a checkpoint after each round; False where Ctrl-C ended them."""
-    saved = log.load_checkpoint()
-    done = 0
-    if saved is not None:
-        done = saved[0]
-        training.load_state_dict(saved[1])
-        log.say(f"going on from stage {training.stage + 1} of {len(training.stages)}")
-
-    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
-        row = training.train_round()
-        return row, {name: v for name, v in row.items() if math.isfinite(v)}
-
-    left = itertools.takewhile(lambda _: not training.finished, itertools.count(done + 1))
-    with log.progress(training.rounds, done, "round") as progress:
-        return run_to_end(log, progress, left, step, training.state_dict)
 
 
 def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) -> None:
@@ -206,7 +193,7 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, train, report."""
+    """Data; network and its training; the loop over rounds; the report."""
     parser = make_parser()
     args = parse(parser, argv)
     recipe = make_recipe(args)
@@ -217,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     training = make_training(args, recipe, used, data.classes, dtype)
     with open_run(args, "train_krotov_hopfield", used) as log:
         log.say(data.source)
-        finished = train(training, log)
+        finished = run_steps(log, training, "round", training.rounds)
         report(training, recipe, test_data, log)
         log.say(f"everything is in {log.directory}")
     if not finished:

@@ -15,6 +15,7 @@ import hashlib
 import io
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ from experiment.command_line import (
     set_up,
 )
 from experiment.files import write_whole
-from experiment.run_log import RunLog, read_config, run_to_end
+from experiment.loop import run_steps
+from experiment.run_log import RunLog
+from experiment.run_reader import read_config
 from experiment.yaml_settings import (
     Key,
     add_settings,
@@ -148,7 +151,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, train, report."""
+    """Data; objective and settings; the loop over records; the report."""
     args = parse_settings(make_parser(), KEYS, argv, RUN_FLAGS, OF_ONE_RUN)
     fill_in(args)
     device, dtype = set_up(args)
@@ -167,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     name_directory(args)  # makes it: only now that nothing can be refused any more
     with open_run(args, "tune_one_pass", problem) as log:
         log.say(f"{problem.source}; {args.draws} runs of {args.steps:,} steps")
-        columns, finished = train(args, problem, tuning, log)
+        columns, finished = train_draws(args, problem, tuning, log)
         report(args, problem, columns, log)
         if args.save_state is not None:
             save_state(args.save_state, tuning)
@@ -375,31 +378,55 @@ def generators(args: argparse.Namespace, purpose: int) -> list[Generator]:
 # ---- training ----
 
 
-def train(
+class RecordedTuning:
+    """Trains and tunes all draws from one record to the next: see `run_steps`.
+
+    records: the weight steps at which every draw is evaluated, rising, from 0.
+    columns: what was seen then, kept in draws.npz.
+    """
+
+    def __init__(
+        self, problem: Problem, tuning: Tuning, records: Sequence[int], log: RunLog
+    ) -> None:
+        self.problem, self.tuning, self.log = problem, tuning, log
+        self.records, self.columns = list(records), Columns()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last record is made."""
+        return not self.records
+
+    def step(self) -> dict[str, float]:
+        """The medians over the draws at the next record."""
+        number, started = self.records.pop(0), time.perf_counter()
+        if number == 0:
+            return record(self.problem, self.tuning, self.columns, self.log, seconds=0.0)
+        self.tuning.advance(number - self.tuning.state.step)
+        seconds = self.columns.last("seconds") + time.perf_counter() - started
+        return record(self.problem, self.tuning, self.columns, self.log, seconds)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs."""
+        return checkpoint(self.tuning, self.columns)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up the run where `state_dict` left it."""
+        self.columns = Columns(state["columns"])
+        load_tuning(self.tuning, state)
+        self.records = [number for number in self.records if number > self.tuning.state.step]
+
+
+def train_draws(
     args: argparse.Namespace, problem: Problem, tuning: Tuning, log: RunLog
 ) -> tuple[Columns, bool]:
     """Train, a record and a checkpoint every `log_every` steps; False where Ctrl-C ended it."""
-    columns = Columns()
-    saved = log.load_checkpoint()
-    if saved is not None:
-        columns = Columns(saved[1]["columns"])
-        load_tuning(tuning, saved[1])
-    else:
-        log.record(0, record(problem, tuning, columns, log, seconds=0.0))
-
-    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
-        started = time.perf_counter()
-        tuning.advance(number - tuning.state.step)
-        seconds = columns.last("seconds") + time.perf_counter() - started
-        row = record(problem, tuning, columns, log, seconds)
-        return row, {"validation": row["Loss/Validation"]}
-
-    records = [*range(args.log_every, args.steps, args.log_every), args.steps]
-    left = [number for number in records if number > tuning.state.step]
+    records = [*range(0, args.steps, args.log_every), args.steps]
+    recorded = RecordedTuning(problem, tuning, records, log)
     compile_loops(tuning)
-    with log.progress(len(records), len(records) - len(left), "record") as progress:
-        finished = run_to_end(log, progress, left, step, lambda: checkpoint(tuning, columns))
-    return columns, finished
+    finished = run_steps(
+        log, recorded, "record", len(records), numbers=records, shown=["Loss/Validation"]
+    )
+    return recorded.columns, finished
 
 
 def compile_loops(tuning: Tuning) -> None:

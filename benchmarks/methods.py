@@ -33,6 +33,7 @@ from linear_probe import ProbeLoss
 from meta_gradients import Implicit, LookBack, Reverse, Strategies, Truncated
 from mnist_datasets import batches, load_images
 from models_fully_local import Activation, lateral_mlp
+from train import Training
 
 METHODS = {
     "reverse, keep": Reverse("keep"),
@@ -49,7 +50,7 @@ METHODS = {
 def descend(method, arguments) -> list[float]:
     """The test accuracies of all meta-steps that the time allows."""
     data = load_images("mnist", arguments.data_dir)
-    mode = TRAINABLE if method.reaches_start else FIXED
+    mode = TRAINABLE if "initializer" in method.reaches else FIXED
     settings = MetaSettings(
         lr=arguments.lr,
         warmup_steps=20,
@@ -57,15 +58,14 @@ def descend(method, arguments) -> list[float]:
         inner_steps=arguments.steps,
         method=method,
     )
-    descent = HypergradientDescent(
-        lambda: lateral_mlp(784, [32], Activation("sigmoid", 4.0), inh_factor=0.2),
+    training = Training(
+        lateral_mlp(784, [32], Activation("sigmoid", 4.0), inh_factor=0.2),
         PerLayerRule([PolynomialRule.of_degree(3, bound="tanh", forward_weight_bound=1.0)]),
         GaussianInitializer({"b": mode, "m": mode}, {"w": mode}),
         lambda generator: batches(data[0], 256, generator),
         ProbeLoss(*data, 1000.0, outer_images=4096),
-        settings,
-        warn=lambda text: None,
     )
+    descent = HypergradientDescent(training, settings, warn=lambda text: None)
     accuracies, begin = [], time.perf_counter()
     while time.perf_counter() - begin < arguments.seconds:
         accuracies.append(descent.step()["test_accuracy"])

@@ -32,15 +32,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from comparison.rule_comparison import Entry, Setting, learned, load_run
+from comparison.learned_run import load_run
+from comparison.rule_comparison import Setting, learned
 from experiment.command_line import keep_freed_memory
 from experiment.precision import Products
-from experiment.seeds import seeded_generator
 from initializers import GaussianInitializer
 from learning_rules import PerLayerRule, classical_rule
 from mnist_datasets import batches, load_images
 from models_fully_local import Activation, lateral_network
-from train import detached, train
+from train import Draw, Training, detached, train
 
 KINDS = ("float64", "float32", "tf32", "bfloat16")
 aten = torch.ops.aten
@@ -76,33 +76,29 @@ def as_told(kind: str):
     return Products("float32" if kind == "float64" else kind)
 
 
-def oja(setting: Setting) -> Entry:
+def oja(setting: Setting) -> Training:
     """Units that inhibit each other, trained by Oja's rule."""
-    return Entry(
+    return Training(
         lateral_network(setting.train.shape, setting.layers, Activation("sigmoid", 4.0)),
+        PerLayerRule([classical_rule("oja", 1e-3)]).to(setting.dtype),
         GaussianInitializer.with_values({"spread_w": 1.0, "mean_b": 0.0, "mean_m": 0.0}).to(
             setting.dtype
         ),
-        setting.probe((setting.train, setting.test)),
-        PerLayerRule([classical_rule("oja", 1e-3)]).to(setting.dtype),
         lambda generator: batches(setting.train, setting.batch_size, generator, setting.dtype),
+        setting.probe((setting.train, setting.test)),
     )
 
 
-def measure(entry: Entry, kind: str, steps: int, draw: int) -> tuple[Tensor, float, float]:
+def measure(training: Training, kind: str, steps: int, number: int) -> tuple[Tensor, float, float]:
     """The hypergradient as a vector, the loss, seconds of the updates and their backward pass."""
-    trained = [*entry.rule.parameters(), *entry.initializer.parameters()]
-    trained = [p for p in trained if p.requires_grad]
-    start, order = (seeded_generator(draw, k) for k in range(2))
+    trained, draw = list(training.hyperparameters.values()), Draw((number,), steps)
     begin = time.perf_counter()
     with as_told(kind):
-        theta = train(
-            entry.model, entry.initializer(entry.model, start), entry.make_batches(order),
-            entry.rule, steps,
-        )  # fmt: skip
+        params, stream = training.begin(draw)
+        theta = train(training.model, params, stream, training.rule, steps)
     forward = time.perf_counter() - begin
     leaves = [{n: t.requires_grad_() for n, t in layer.items()} for layer in detached(theta)]
-    loss, _ = entry.outer_loss(entry.model, leaves, seeded_generator(draw, 2))
+    loss, _ = training.checked_outer_loss(leaves, draw)
     adjoint = torch.autograd.grad(loss, [t for layer in leaves for t in layer.values()])
     begin = time.perf_counter()
     with as_told(kind):
@@ -119,8 +115,8 @@ def rows(arguments, setting: Setting, steps: int) -> None:
     for kind in KINDS:
         dtype = torch.float64 if kind == "float64" else torch.float32
         own = replace(setting, dtype=dtype)
-        entry = learned(load_run(arguments.run), own) if arguments.run else oja(own)
-        found[kind] = [measure(entry, kind, steps, draw) for draw in range(arguments.draws)]
+        training = learned(load_run(arguments.run), own) if arguments.run else oja(own)
+        found[kind] = [measure(training, kind, steps, draw) for draw in range(arguments.draws)]
     exact = [vector for vector, _, _ in found["float64"]]
     norm = statistics.mean(vector.norm().item() for vector in exact)
     between = torch.pdist(torch.stack(exact)).mean().item() / norm

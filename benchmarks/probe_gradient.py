@@ -30,41 +30,39 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from comparison.rule_comparison import Entry, Setting, learned, load_run
+from comparison.learned_run import load_run
+from comparison.rule_comparison import Setting, learned
 from experiment.command_line import keep_freed_memory
-from experiment.seeds import seeded_generator
 from initializers import GaussianInitializer
 from learning_rules import PerLayerRule, classical_rule
 from linear_probe import PROBE_GRADIENTS, ProbeLoss
 from mnist_datasets import batches, load_images
 from models_fully_local import Activation, lateral_network
-from train import detached, train
+from train import OUTER, Draw, Training, detached, train
 
 
-def oja(setting: Setting) -> Entry:
+def oja(setting: Setting) -> Training:
     """Units that do not see each other, trained by Oja's rule."""
     options = {"inhibition": "none"}
-    return Entry(
+    return Training(
         lateral_network(setting.train.shape, setting.layers, Activation("sigmoid", 4.0), **options),
-        GaussianInitializer.with_values({"spread_w": 1.0, "mean_b": 0.0}).to(setting.dtype),
-        setting.probe((setting.train, setting.test)),
         PerLayerRule([classical_rule("oja", 1e-3)]).to(setting.dtype),
+        GaussianInitializer.with_values({"spread_w": 1.0, "mean_b": 0.0}).to(setting.dtype),
         lambda generator: batches(setting.train, setting.batch_size, generator, setting.dtype),
+        setting.probe((setting.train, setting.test)),
     )
 
 
-def measure(entry: Entry, setting: Setting, steps: int, draw: int) -> dict[str, tuple]:
+def measure(training: Training, setting: Setting, steps: int, number: int) -> dict[str, tuple]:
     """For each way: the loss, the hypergradient as a vector, seconds of the loss, seconds of all.
 
     Both ways share the updates; each has its own backward pass through them.
     """
-    start, order = (seeded_generator(draw, k) for k in range(2))
-    begin = time.perf_counter()
-    stream = entry.make_batches(order)
-    theta = train(entry.model, entry.initializer(entry.model, start), stream, entry.rule, steps)
+    draw, begin = Draw((number,), steps), time.perf_counter()
+    params, stream = training.begin(draw)
+    theta = train(training.model, params, stream, training.rule, steps)
     unrolled = time.perf_counter() - begin
-    trained = [*entry.rule.parameters(), *entry.initializer.parameters()]
-    trained = [p for p in trained if p.requires_grad]
+    trained = list(training.hyperparameters.values())
     ends = [t for layer in theta for t in layer.values()]
     found = {}
     for way in PROBE_GRADIENTS:
@@ -74,7 +72,7 @@ def measure(entry: Entry, setting: Setting, steps: int, draw: int) -> dict[str, 
         )  # fmt: skip
         begin = time.perf_counter()
         leaves = [{n: t.requires_grad_() for n, t in d.items()} for d in detached(theta)]
-        loss, _ = loss_of(entry.model, leaves, seeded_generator(draw, 2))
+        loss, _ = loss_of(training.model, leaves, draw.generator(OUTER))
         flat = [t for layer in leaves for t in layer.values()]
         adjoint = torch.autograd.grad(loss, flat)
         outer = time.perf_counter() - begin
@@ -117,8 +115,8 @@ def main() -> None:
         "mnist", *load_images("mnist", arguments.data_dir), layers=(32,), C=arguments.C,
         outer_images=arguments.outer_images, batch_size=256,
     )  # fmt: skip
-    entry = learned(load_run(arguments.run), setting) if arguments.run else oja(setting)
-    draws = [measure(entry, setting, arguments.steps, draw) for draw in range(arguments.draws)]
+    training = learned(load_run(arguments.run), setting) if arguments.run else oja(setting)
+    draws = [measure(training, setting, arguments.steps, draw) for draw in range(arguments.draws)]
     means = {way: torch.stack([d[way][1] for d in draws]).mean(0) for way in PROBE_GRADIENTS}
     print(f"{setting.train.source}; {arguments.draws} draws of {arguments.steps} steps, "
           f"{arguments.outer_images} outer images, C = {arguments.C:g}, "

@@ -30,7 +30,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from experiment.processes import Team
-from experiment.run_log import read_metrics
+from experiment.run_reader import read_metrics
 from hypgraddesc import TaskOutcome
 from learning_rules import PerLayerRule, PolynomialRule
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_sets.image_data import ImageData
-from experiment.run_log import Interrupt
+from experiment.loop import Interrupt
 from experiment.seeds import TEST, TUNING, seeded_generator
 from learned_optimizer import (
     CoordinateNetwork,

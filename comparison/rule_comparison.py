@@ -1,9 +1,9 @@
 """Learned rules, classical rules and references side by side, on any images and layer sizes.
 
-A method says what it would train in a setting (images, layer sizes, a probe): a network, its
-initial parameters, a rule, batches. Each such entry is trained from several draws, and the probe
-judges it after each of several numbers of steps on the way. What a method needs beyond its setting
-(the rate of a classical rule) is chosen on training images alone.
+A method says what it would train in a setting (images, layer sizes, a probe): a Training, of a
+network, a rule, initial parameters, batches. It is trained from several draws, and the probe judges
+it after each of several numbers of steps on the way. What a method needs beyond its setting (the
+rate of a classical rule) is chosen on training images alone.
 
     rule of layer k, in a network of any depth = learned rule of layer min(k, depth when learned)
 """
@@ -11,33 +11,28 @@ judges it after each of several numbers of steps on the way. What a method needs
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from comparison.learned_run import LearnedRun
 from comparison.principal_components import principal_components, projection
 from comparison.vicreg import VICReg
-from experiment.run_log import (
-    RunLog,
-    RunLogError,
-    finish_on_interrupt,
-    read_config,
-    read_results,
-)
-from experiment.seeds import EVALUATION, SELECTION, seeded_generator
-from hypgraddesc import OuterLoss, last_inner_steps
+from experiment.loop import finish_on_interrupt
+from experiment.run_log import RunLog
+from experiment.seeds import EVALUATION, SELECTION
 from initializers import GaussianInitializer
-from learning_rules import LearningRule, PerLayerRule, SangerRule, classical_rule, load_rule
+from learning_rules import LearningRule, PerLayerRule, SangerRule, classical_rule
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, augment, batches, normalize_pixels, pair_batches
 from models_fully_local import Activation, Params, lateral_network, network_of_flags
 from rules.competing_units import KrotovHopfieldRule
-from train import detached, train
+from train import Draw, Training, detached, evaluate_on_the_way
 
 RATES = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))  # of the classical rules
 HELD_OUT = 6  # one of so many training images is held out to choose a rate
@@ -82,111 +77,22 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What a method trains in a setting; the parts are those of `hypgraddesc.evaluate`.
+class Method:
+    """enter(setting) -> training, or enter(setting, rate) where there are rates to choose from.
 
-    model: called as model(x, params).
-    initializer: (model, generator) -> params.
-    outer_loss: judges them.
-    rule, make_batches: what trains them, (generator) -> iterator. Without a rule the initial
-        parameters are judged.
+    has_steps: whether the rule trains; else the initial parameters are judged.
     """
 
-    model: nn.Module
-    initializer: Callable[[nn.Module, torch.Generator], Params]
-    outer_loss: OuterLoss
-    rule: LearningRule | None = None
-    make_batches: Callable[[torch.Generator], Iterator] = lambda generator: iter(())
-
-
-@dataclass(frozen=True)
-class Method:
-    """enter(setting) -> entry, or enter(setting, rate) where there are rates to choose from."""
-
-    enter: Callable[..., Entry]
+    enter: Callable[..., Training]
     rates: tuple[float, ...] = ()
+    has_steps: bool = True
 
 
 # ---- learned rules ----
 
 
-@dataclass(frozen=True)
-class LearnedRun:
-    """What a run of main.py learned, or what prune_rule.py has left of it.
-
-    config: main.py's flags; start: the initial distribution, as in GaussianInitializer.effective;
-    steps: how many updates its last meta-step made.
-    """
-
-    name: str
-    config: dict[str, Any]
-    rule: PerLayerRule
-    start: dict[str, float]
-    steps: int
-
-
-def load_run(directory: str | Path) -> LearnedRun:
-    """The rule in a run's directory; RunLogError or RuleError where there is none."""
-    directory = Path(directory).resolve()
-    config = read_config(directory)
-    command = config.get("command", "another program")
-    if command not in ("main", "prune_rule"):
-        raise RunLogError(f"{directory} is a run of {command}, expected one of main.py")
-    for name in ("rule.json", "results.json"):
-        if not (directory / name).exists():
-            raise RunLogError(
-                f"{directory} holds no {name}: it is not finished; "
-                f"end it with {command}.py --resume {directory}"
-            )
-    rule = load_rule(directory / "rule.json")
-    if not isinstance(rule, PerLayerRule):
-        raise RunLogError(f"{directory}/rule.json is one rule, expected one for each layer")
-    results = read_results(directory)
-    try:
-        start = dict(results["initializer"])
-        _check_all(start, math.isfinite, "must be a number")
-        GaussianInitializer.with_values(start)
-        if command == "prune_rule":
-            config, steps = (results["learned_from"][key] for key in ("config", "inner_steps"))
-        else:
-            steps = last_inner_steps(directory, config["initial_inner_steps"])
-        _check_flags(config, steps)
-        run = LearnedRun(directory.name, config, rule, start, steps)
-        shape = (3, 32, 32) if config["dataset"] == "cifar10" else (1, 28, 28)
-        network_of_flags(config, shape, config["layers"])
-    except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
-        raise RunLogError(
-            f"{directory} is not a whole run of {command}.py: {problem!r}"
-        ) from problem
-    return run
-
-
-def _check_flags(config: Mapping[str, Any], steps: int) -> None:
-    """KeyError or ValueError where what a comparison needs is not there, or not as main.py saves.
-
-    What `lateral_network` needs is left to it.
-    """
-    whole = {name: config[name] for name in ("batch_size", "outer_images")} | {"inner_steps": steps}
-    whole |= {f"layers {k}": units for k, units in enumerate(config["layers"], 1)}
-    _check_all(whole, lambda n: type(n) is int and n > 0, "must be a whole number of at least 1")
-    _check_all({"C": config["C"]}, lambda C: math.isfinite(C) and C > 0, "must be a number above 0")
-    dynamics = {name: config[name] for name in ("inh_steps", "inh_factor")}
-    _check_all(dynamics, lambda value: 0 <= value < math.inf, "must be a number of at least 0")
-    switches = ("pixelwise_normalization", "forbid_self_inhibition", "forbid_excitation")
-    _check_all({name: config[name] for name in switches}, lambda value: type(value) is bool,
-               "must be true or false")  # fmt: skip
-    if not config["layers"] and not config.get("conv"):
-        raise ValueError("the network has no layer")
-
-
-def _check_all(values: Mapping[str, Any], right: Callable[[Any], bool], expected: str) -> None:
-    for name, value in values.items():
-        if not right(value):
-            raise ValueError(f"{name} {expected}, not {value!r}")
-
-
-def learned(run: LearnedRun, setting: Setting) -> Entry:
-    """The run's rule, network, initial distribution, normalisation and batches."""
+def learned(run: LearnedRun, setting: Setting) -> Training:
+    """Of the run's rule, network, initial distribution, normalisation and batches."""
     images = setting.train, setting.test
     if run.config["pixelwise_normalization"]:
         images = normalize_pixels(*images)
@@ -194,14 +100,14 @@ def learned(run: LearnedRun, setting: Setting) -> Entry:
     plastic = sum(bool(layer.parameter_shapes()) for layer in model.layers)
     rules = [run.rule.rules[min(k, len(run.rule.rules) - 1)] for k in range(plastic)]
     draw_batches = pair_batches if rules[0].views == 2 else batches
-    return Entry(
+    return Training(
         model,
-        _initializer(run.start, setting),
-        setting.probe(images),
         PerLayerRule(rules).to(images[0].images.device, setting.dtype),
+        _initializer(run.start, setting),
         lambda generator: draw_batches(
             images[0], run.config["batch_size"], generator, setting.dtype
         ),
+        setting.probe(images),
     )
 
 
@@ -246,20 +152,20 @@ CLASSICAL = {
 }
 
 
-def classical(name: str, setting: Setting, rate: float) -> Entry:
-    """A classical rule in its own network, on pixel-centred images.
+def classical(name: str, setting: Setting, rate: float) -> Training:
+    """Of a classical rule in its own network, on pixel-centred images.
 
     On images that are not centred every unit with positive weights is always active: instar and
     Foldiak's rule then end where all units respond alike.
     """
-    parts = CLASSICAL[name]
+    chosen = CLASSICAL[name]
     images = normalize_pixels(setting.train, setting.test, unit_variance=False)
-    return Entry(
-        lateral_network(setting.train.shape, setting.layers, **parts.network),
-        _initializer(parts.start, setting),
-        setting.probe(images),
-        parts.make_rule(rate).to(images[0].images.device, setting.dtype),
+    return Training(
+        lateral_network(setting.train.shape, setting.layers, **chosen.network),
+        chosen.make_rule(rate).to(images[0].images.device, setting.dtype),
+        _initializer(chosen.start, setting),
         lambda generator: batches(images[0], setting.batch_size, generator, setting.dtype),
+        setting.probe(images),
     )
 
 
@@ -272,22 +178,21 @@ REFERENCES = ("random", "pca", "vicreg")
 def reference_methods(run: LearnedRun) -> dict[str, Method]:
     """What a rule is measured against; random features are those of the run's initial draw."""
     return {
-        "random": Method(lambda setting: replace(learned(run, setting), rule=None)),
-        "pca": Method(pca),
-        "vicreg": Method(vicreg),
+        "random": Method(partial(learned, run), has_steps=False),
+        "pca": Method(pca_features, has_steps=False),
+        "vicreg": Method(vicreg_features, has_steps=False),
     }
 
 
-def pca(setting: Setting) -> Entry:
+def pca_features(setting: Setting) -> Training:
     """As many principal components as the last layer has units (as there are pixels, at most)."""
     principal = principal_components(setting.train)
     count = min(setting.layers[-1], len(principal.components))
     model, params = projection(principal, count, setting.dtype)
-    images = setting.train, setting.test
-    return Entry(model, lambda model, generator: params, setting.probe(images))
+    return _without_steps(model, lambda model, generator: params, setting)
 
 
-def vicreg(setting: Setting) -> Entry:
+def vicreg_features(setting: Setting) -> Training:
     """Sigmoid units trained by backpropagation on pairs, all epochs; its steps are its own."""
 
     def trained(model: nn.Module, generator: torch.Generator) -> Params:
@@ -300,7 +205,14 @@ def vicreg(setting: Setting) -> Entry:
     model = lateral_network(
         setting.train.shape, setting.layers, Activation("sigmoid"), inhibition="none"
     )
-    return Entry(model, trained, setting.probe((setting.train, setting.test)))
+    return _without_steps(model, trained, setting)
+
+
+def _without_steps(
+    model: nn.Module, initial: Callable[[nn.Module, torch.Generator], Params], setting: Setting
+) -> Training:
+    probe = setting.probe((setting.train, setting.test))
+    return Training(model, LearningRule(), initial, lambda generator: iter(()), probe)
 
 
 # ---- images ----
@@ -320,26 +232,19 @@ def rotated(data: ImageData, generator: torch.Generator, degrees: float = ROTATI
 # ---- training and judging ----
 
 
-def trajectory(entry: Entry, steps: Sequence[int], draw: tuple[int, ...]) -> list[dict[str, float]]:
+def trajectory(
+    training: Training, steps: Sequence[int], key: tuple[int, ...]
+) -> list[dict[str, float]]:
     """The outer loss and its numbers after each of `steps` (rising) of one training.
 
-    They are those that `hypgraddesc.evaluate` gives for the same draw and as many steps; NaN from
-    where on the parameters or the loss are not finite.
+    They are those that `evaluate_training` gives for the same key and as many steps; NaN from where
+    on the parameters or the loss are not finite.
     """
-    start, order = (seeded_generator(*draw, k) for k in range(2))
-    stream, rows = entry.make_batches(order), []
-    try:
-        params = entry.initializer(entry.model, start)
-        for done, until in itertools.pairwise([0, *steps]):
-            params = train(entry.model, params, stream, entry.rule, until - done, grad=False)
-            if not all(tensor.isfinite().all() for layer in params for tensor in layer.values()):
-                break
-            outer = seeded_generator(*draw, 2)
-            loss, numbers = entry.outer_loss(entry.model, params, outer)
-            rows.append({"meta_loss": loss.item(), **numbers})
-    except FloatingPointError:
-        pass  # what is missing in the rows says it
-    nothing = dict.fromkeys(("meta_loss", *entry.outer_loss.metrics), math.nan)
+    rows = []
+    with suppress(FloatingPointError):  # what is missing in the rows says it
+        for numbers, _ in evaluate_on_the_way(training, Draw(key, steps[-1]), steps):
+            rows.append(numbers)
+    nothing = dict.fromkeys(("meta_loss", *training.outer_loss.metrics), math.nan)
     return rows + [nothing] * (len(steps) - len(rows))
 
 
@@ -392,7 +297,7 @@ class Comparison:
     def _train(
         self, name: str, setting: Setting, rate: float | None, draw: int
     ) -> Iterator[list[Row]]:
-        training = {
+        place = {
             "method": name,
             "dataset": setting.dataset,
             "layers": layers_text(setting.layers),
@@ -400,17 +305,16 @@ class Comparison:
             "rate": rate,
             "draw": draw,
         }
-        if any(_name(row) == training for row in self.rows):
+        if any(_name(row) == place for row in self.rows):
             return
-        enter = self.methods[name].enter
-        entry = enter(setting) if rate is None else enter(setting, rate)
-        steps = [0] if entry.rule is None else self.steps
-        kind = EVALUATION
+        method = self.methods[name]
+        training = method.enter(setting) if rate is None else method.enter(setting, rate)
+        steps, kind = self.steps if method.has_steps else [0], EVALUATION
         if setting.held_out:
             steps, kind = steps[-1:], SELECTION
-        numbers = trajectory(entry, steps, (self.seed, kind, draw))
+        numbers = trajectory(training, steps, (self.seed, kind, draw))
         new = [
-            {**training, "inner_steps": count, **row}
+            {**place, "inner_steps": count, **row}
             for count, row in zip(steps, numbers, strict=True)
         ]
         self.rows += new

@@ -38,7 +38,9 @@ from experiment.command_line import (
     run_command,
     set_up,
 )
-from experiment.run_log import RunLog, read_metrics, run_to_end
+from experiment.loop import run_steps
+from experiment.run_log import RunLog
+from experiment.run_reader import read_metrics
 from figures.examples import NETWORKS, draw_equilibrium_run
 from hypergradients import (
     CG_normaleq,
@@ -240,25 +242,33 @@ def train_epoch(
     return row
 
 
-def train_networks(
-    args, networks: Mapping[str, Network], train: Pairs, test: Pairs, log: RunLog
-) -> bool:
-    """All epochs, a row of metrics and a checkpoint after each; False where Ctrl-C ended them."""
-    done = 0
-    if (saved := log.load_checkpoint()) is not None:
-        done = saved[0]
-        for name, network in networks.items():
-            network.load_state_dict(saved[1][name])
+class BothNetworks:
+    """Epochs of all networks side by side: see `run_steps`."""
 
-    def step(epoch: int) -> tuple[dict[str, float], dict[str, float]]:
-        row = train_epoch(args, networks, train, test, epoch)
-        return row, {name: row[f"{name}/test_accuracy"] for name in networks}
+    def __init__(self, args, networks: Mapping[str, Network], train: Pairs, test: Pairs) -> None:
+        self.args, self.networks, self.train, self.test = args, networks, train, test
+        self.done = 0
 
-    def state_dict() -> dict:
-        return {name: network.state_dict() for name, network in networks.items()}
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.done >= self.args.epochs
 
-    with log.progress(args.epochs, done, "epoch") as progress:
-        return run_to_end(log, progress, range(done + 1, args.epochs + 1), step, state_dict)
+    def step(self) -> dict[str, float]:
+        """One epoch."""
+        self.done += 1
+        return train_epoch(self.args, self.networks, self.train, self.test, self.done)
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs."""
+        states = {name: network.state_dict() for name, network in self.networks.items()}
+        return {"done": self.done, "networks": states}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state_dict` left it."""
+        self.done = state["done"]
+        for name, network in self.networks.items():
+            network.load_state_dict(state["networks"][name])
 
 
 def report(args, log: RunLog, source: str) -> None:
@@ -295,7 +305,9 @@ def main(argv: list[str] | None = None) -> None:
         source = f"{len(train_data):,} images for training; {train_data.source}"
         log.say(source)
         sets = flat(train_data, dtype), flat(test_data, dtype)
-        finished = train_networks(args, networks, *sets, log)
+        shown = [f"{name}/test_accuracy" for name in networks]
+        both = BothNetworks(args, networks, *sets)
+        finished = run_steps(log, both, "epoch", args.epochs, shown=shown)
         report(args, log, source)
     if not finished:
         raise KeyboardInterrupt

@@ -47,7 +47,8 @@ from experiment.command_line import (
     run_command,
     set_up,
 )
-from experiment.run_log import RunLog, run_to_end
+from experiment.loop import run_steps
+from experiment.run_log import RunLog
 from figures.examples import draw_imaml_run
 from hypergradients import (
     ConjugateGradient,
@@ -287,25 +288,34 @@ def generator(args, *stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
 
-def meta_learn(args, tasks: Tasks, hparams: list[Tensor], log: RunLog) -> bool:
-    """A row of metrics and a checkpoint per meta-step; False where Ctrl-C ended it."""
-    optimizer = torch.optim.Adam(hparams, lr=args.lr)
-    done = 0
-    if (saved := log.load_checkpoint()) is not None:
-        done = saved[0]
-        for h, value in zip(hparams, saved[1]["theta"], strict=True):
+class MetaLearning:
+    """Adam on the meta-parameters: see `run_steps`."""
+
+    def __init__(self, args, tasks: Tasks, hparams: list[Tensor]) -> None:
+        self.args, self.tasks, self.hparams = args, tasks, hparams
+        self.optimizer, self.done = torch.optim.Adam(hparams, lr=args.lr), 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all meta-steps are made."""
+        return self.done >= self.args.metasteps
+
+    def step(self) -> dict[str, float]:
+        """One meta-step."""
+        self.done += 1
+        return meta_step(self.args, self.tasks, self.hparams, self.optimizer, self.done)
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs."""
+        theta = [h.detach() for h in self.hparams]
+        return {"done": self.done, "theta": theta, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state_dict` left it."""
+        self.done = state["done"]
+        for h, value in zip(self.hparams, state["theta"], strict=True):
             h.data.copy_(value)
-        optimizer.load_state_dict(saved[1]["optimizer"])
-
-    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
-        row = meta_step(args, tasks, hparams, optimizer, number)
-        return row, {name: row[name] for name in ("meta_loss", "score")}
-
-    def state_dict() -> dict:
-        return {"theta": [h.detach() for h in hparams], "optimizer": optimizer.state_dict()}
-
-    with log.progress(args.metasteps, done, "meta-step") as progress:
-        return run_to_end(log, progress, range(done + 1, args.metasteps + 1), step, state_dict)
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def test(args, tasks: Tasks, hparams: list[Tensor]) -> np.ndarray:
@@ -463,7 +473,10 @@ def main(argv: list[str] | None = None) -> None:
     hparams = [t.clone().requires_grad_() for t in initial]
     with open_run(args, "imaml", data) as log:
         log.say(data.source)
-        finished = meta_learn(args, tasks, hparams, log)
+        learning = MetaLearning(args, tasks, hparams)
+        finished = run_steps(
+            log, learning, "meta-step", args.metasteps, shown=("meta_loss", "score")
+        )
         starts = {"initial": [t.requires_grad_() for t in initial], "learned": hparams}
         scores = {name: test(args, test_tasks, theta) for name, theta in starts.items()}
         report(args, tasks, log, data.source, scores)

@@ -48,7 +48,9 @@ from experiment.command_line import (
     run_command,
     set_up,
 )
-from experiment.run_log import RunLog, read_metrics, run_to_end
+from experiment.loop import run_steps
+from experiment.run_log import RunLog
+from experiment.run_reader import read_metrics
 from figures.examples import draw_logistic_run
 from hypergradients import (
     CG,
@@ -302,26 +304,35 @@ def compare_methods(problem: Problem, log: RunLog) -> None:
 # ---- optimisation of the L2 weights ----
 
 
-def optimise(args, problem: Problem, log: RunLog) -> bool:
-    """A row of metrics per outer step, checkpoints; False where Ctrl-C ended it."""
-    hparams = problem.all_ones()
-    optimizer = torch.optim.SGD(hparams, lr=args.lr, momentum=args.momentum)
-    done = 0
-    if (saved := log.load_checkpoint()) is not None:
-        done = saved[0] + 1
-        hparams[0].data.copy_(saved[1]["l2"])
-        optimizer.load_state_dict(saved[1]["optimizer"])
+class OuterSteps:
+    """SGD with momentum on the L2 weights: see `run_steps`."""
 
-    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
-        row = outer_step(args, problem, hparams, optimizer)
-        return row, row
+    def __init__(self, args, problem: Problem) -> None:
+        self.args, self.problem, self.done = args, problem, 0
+        self.hparams = problem.all_ones()
+        self.optimizer = torch.optim.SGD(self.hparams, lr=args.lr, momentum=args.momentum)
 
-    def state_dict() -> dict:
-        return {"l2": hparams[0].detach(), "optimizer": optimizer.state_dict()}
+    @property
+    def finished(self) -> bool:
+        """Whether all outer steps are made."""
+        return self.done >= self.args.outer_steps
 
-    left = range(done, args.outer_steps)
-    with log.progress(args.outer_steps, done, "outer step") as progress:
-        return run_to_end(log, progress, left, step, state_dict, checkpoint_every=SAVE_EVERY)
+    def step(self) -> dict[str, float]:
+        """One outer step."""
+        row = outer_step(self.args, self.problem, self.hparams, self.optimizer)
+        self.done += 1
+        return row
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs."""
+        l2 = self.hparams[0].detach()
+        return {"done": self.done, "l2": l2, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state_dict` left it."""
+        self.done = state["done"]
+        self.hparams[0].data.copy_(state["l2"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def outer_step(args, problem: Problem, hparams: list[Tensor], optimizer) -> dict[str, float]:
@@ -423,7 +434,10 @@ def main(argv: list[str] | None = None) -> None:
     with open_run(args, "logistic_regression", data) as log:
         log.say(source)
         compare_methods(problem, log)
-        finished = optimise(args, problem.to(dtype), log)
+        finished = run_steps(
+            log, OuterSteps(args, problem.to(dtype)), "outer step", args.outer_steps,
+            numbers=range(args.outer_steps), checkpoint_every=SAVE_EVERY,
+        )  # fmt: skip
         report(args, log, source)
     if not finished:
         raise KeyboardInterrupt

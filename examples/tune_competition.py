@@ -22,6 +22,7 @@ import math
 import sys
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,18 +42,20 @@ from experiment.command_line import (
     run_command,
     set_up,
 )
-from experiment.run_log import RunLog, run_to_end
+from experiment.loop import run_steps
+from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
 from figures.competition import WAYS, draw_searches_run
 from hypergradients import HypergradientError
-from hypgraddesc import HypergradientDescent, MetaSettings, evaluate
+from hypgraddesc import HypergradientDescent, MetaSettings
 from initializers import FIXED, GaussianInitializer
 from krotov_hopfield import ACTING, GATES, Competition, CompetitionError
-from learning_rules import PerLayerRule
+from learning_rules import LearningRule, PerLayerRule
 from linear_probe import ProbeLoss
 from mnist_datasets import batches, load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
 from rules.competing_units import KrotovHopfieldRule
+from train import Draw, Training, evaluate_training
 
 RANGES = {
     "rate": FloatDistribution(1e-3, 1, log=True),
@@ -119,7 +122,7 @@ def tpe_draws(args, search: int) -> Draws:
         study.tell(trial, (yield first | trial.params))
 
 
-def by_hypergradients(args, search: int, parts: dict, dtype) -> tuple[PerLayerRule, float]:
+def by_hypergradients(args, search: int, training: Training, dtype) -> tuple[PerLayerRule, float]:
     """The rule that hypergradient descent ends with, and the processor time that it took."""
     begin = time.process_time()
     rule = make_rule(args, first_draw(args, search), dtype)
@@ -127,14 +130,14 @@ def by_hypergradients(args, search: int, parts: dict, dtype) -> tuple[PerLayerRu
         args.metasteps, args.lr, decay="cosine", inner_steps=args.inner_steps,
         seed=args.seed + 1000 * search,
     )  # fmt: skip
-    descent = HypergradientDescent(rule=rule, settings=settings, **parts)
+    descent = HypergradientDescent(replace(training, rule=rule), settings)
     for _ in range(args.metasteps):
         descent.step()
     return rule, time.process_time() - begin
 
 
 def by_trials(
-    args, search: int, parts: dict, dtype, draws: Draws, seconds: float
+    args, search: int, training: Training, dtype, draws: Draws, seconds: float
 ) -> tuple[PerLayerRule, int]:
     """The best rule of --trials draws, else of those that can be tried in the time; how many."""
     begin, best, lowest, losses = time.process_time(), None, math.inf, [None]
@@ -143,59 +146,76 @@ def by_trials(
     ):
         rule = make_rule(args, draws.send(losses[-1]), dtype)
         key = (args.seed, TRIAL, search, len(losses) - 1)
-        losses.append(trained(args, rule, parts, key)["meta_loss"])
+        losses.append(trained(args, rule, training, key)["meta_loss"])
         if best is None or losses[-1] < lowest:
             best, lowest = rule, losses[-1]
     return best, len(losses) - 1
 
 
-def trained(args, rule: PerLayerRule, parts: dict, key: tuple[int, ...]) -> dict[str, float]:
+def trained(args, rule: PerLayerRule, training: Training, key: tuple[int, ...]) -> dict[str, float]:
     """Loss and accuracy behind a training from the draw of this name; inf, NaN if it diverges."""
     try:
-        return evaluate(rule=rule, steps=args.inner_steps, draw=key, **parts)[0]
+        draw = Draw(key, args.inner_steps)
+        return evaluate_training(replace(training, rule=rule), draw)[0]
     except FloatingPointError:
         return {"meta_loss": math.inf, "test_accuracy": math.nan}
 
 
-def judged(args, rule: PerLayerRule, parts: dict) -> dict[str, float]:
+def judged(args, rule: PerLayerRule, training: Training) -> dict[str, float]:
     """Means over trainings from new draws, the same for every rule."""
-    rows = [trained(args, rule, parts, (args.seed, EVALUATION, k)) for k in range(args.evaluations)]
+    rows = [
+        trained(args, rule, training, (args.seed, EVALUATION, k)) for k in range(args.evaluations)
+    ]
     return {n: float(np.mean([row[n] for row in rows])) for n in ("meta_loss", "test_accuracy")}
 
 
-def searched(args, search: int, parts: dict, dtype) -> dict[str, float]:
+def searched(args, search: int, training: Training, dtype) -> dict[str, float]:
     """One search in all ways: hyperparameters, losses and accuracies, and what it cost."""
-    tuned, seconds = by_hypergradients(args, search, parts, dtype)
+    tuned, seconds = by_hypergradients(args, search, training, dtype)
     rules = {"start": make_rule(args, first_draw(args, search), dtype), "hypergradients": tuned}
     row = {"processor_seconds": seconds}
     for way, draws in (("random", random_draws), ("tpe", tpe_draws)):
-        found = by_trials(args, search, parts, dtype, draws(args, search), seconds)
+        found = by_trials(args, search, training, dtype, draws(args, search), seconds)
         rules[way], row[f"{way}/trials"] = found
     for way, rule in rules.items():
         row |= {f"{way}/{n.split('/')[-1]}": v for n, v in rule.coefficients().items()}
-        row |= {f"{way}/{name}": v for name, v in judged(args, rule, parts).items()}
+        row |= {f"{way}/{name}": v for name, v in judged(args, rule, training).items()}
     return row
 
 
-def warm_up(args, parts: dict, dtype) -> None:
+def warm_up(args, training: Training, dtype) -> None:
     """A meta-step that counts for nothing: what is compiled at first use is no search's cost."""
-    by_hypergradients(argparse.Namespace(**vars(args) | {"metasteps": 1}), 0, parts, dtype)
+    by_hypergradients(argparse.Namespace(**vars(args) | {"metasteps": 1}), 0, training, dtype)
 
 
-def search(args, parts: dict, dtype, log: RunLog) -> tuple[list[dict[str, float]], bool]:
-    """The rows of all searches, recorded one by one; False beside them where Ctrl-C ended it."""
-    saved = log.load_checkpoint()
-    rows = saved[1]["rows"] if saved else []
+class Searches:
+    """One search after the other, in all ways: see `run_steps`."""
 
-    def step(number: int) -> tuple[dict[str, float], dict[str, float]]:
-        rows.append(searched(args, number - 1, parts, dtype))
-        return rows[-1], rows[-1]
+    def __init__(self, args, training: Training, dtype) -> None:
+        self.args, self.training, self.dtype = args, training, dtype
+        self.rows: list[dict[str, float]] = []
+        self._warm = False
 
-    left = range(len(rows) + 1, args.searches + 1)
-    if left:
-        warm_up(args, parts, dtype)
-    with log.progress(args.searches, len(rows), "search") as progress:
-        return rows, run_to_end(log, progress, left, step, lambda: {"rows": rows})
+    @property
+    def finished(self) -> bool:
+        """Whether all searches are made."""
+        return len(self.rows) >= self.args.searches
+
+    def step(self) -> dict[str, float]:
+        """The next search."""
+        if not self._warm:
+            warm_up(self.args, self.training, self.dtype)
+            self._warm = True
+        self.rows.append(searched(self.args, len(self.rows), self.training, self.dtype))
+        return self.rows[-1]
+
+    def state_dict(self) -> dict:
+        """What was found so far."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state_dict` left it."""
+        self.rows = list(state["rows"])
 
 
 def report(rows: list[dict[str, float]], source: str, log: RunLog) -> None:
@@ -219,26 +239,28 @@ def report(rows: list[dict[str, float]], source: str, log: RunLog) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, build, search, report."""
+    """Data; the training; the loop over searches; the report."""
     args = parse(make_parser(), argv)
     Competition(args.gate).check(args.units)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     device, dtype = set_up(args)
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
     train_data, test_data = normalize_pixels(train_data, test_data, unit_variance=False)
-    parts = {
-        "make_model": lambda: lateral_mlp(
+    training = Training(
+        lateral_mlp(
             math.prod(train_data.shape), [args.units], Activation("relu"), inhibition="none"
         ),
-        "initializer": GaussianInitializer({}, {"w": FIXED}).to(device, dtype),
-        "make_batches": lambda g: batches(train_data, args.batch_size, g, dtype),
-        "outer_loss": ProbeLoss(train_data, test_data, 1000.0),
-    }  # fmt: skip
-    next(parts["make_batches"](seeded_generator(0)))  # refuses a wrong batch size
+        LearningRule(),  # each search puts its own in its place
+        GaussianInitializer({}, {"w": FIXED}).to(device, dtype),
+        lambda generator: batches(train_data, args.batch_size, generator, dtype),
+        ProbeLoss(train_data, test_data, 1000.0),
+    )
+    next(training.batches(seeded_generator(0)))  # refuses a wrong batch size
     with open_run(args, "tune_competition", train_data) as log:
         log.say(train_data.source)
-        rows, finished = search(args, parts, dtype, log)
-        report(rows, train_data.source, log)
+        searches = Searches(args, training, dtype)
+        finished = run_steps(log, searches, "search", args.searches)
+        report(searches.rows, train_data.source, log)
     if not finished:
         raise KeyboardInterrupt
 

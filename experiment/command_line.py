@@ -29,10 +29,12 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from experiment.errors import WrongInputError
+from experiment.errors import RunLogError, WrongInputError
+from experiment.files import plain
 from experiment.precision import set_tensor_cores
 from experiment.processes import ALONE, Team
-from experiment.run_log import RunLog, RunLogError, SilentLog, plain, read_config
+from experiment.run_log import RunLog, SilentLog
+from experiment.run_reader import read_config
 
 DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

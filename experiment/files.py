@@ -59,3 +59,8 @@ def sync(path: Path) -> None:
 def json_text(value: Any) -> str:
     """The text of a JSON file; what JSON doesn't know goes in as `str`."""
     return json.dumps(value, indent=2, default=str) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """`value` as it reads back from JSON: tuples as lists, what JSON doesn't know as strings."""
+    return json.loads(json.dumps(value, default=str))

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.ticker import ScalarFormatter
 
 from comparison.vicreg import TERMS
-from experiment.run_log import read_config, read_metrics
+from experiment.run_reader import read_config, read_metrics
 from figures.meta_learning import ACCURACIES, draw_run
 from figures.style import COLOURS, add_legend, label_axes, one_panel, percent_axis, save_figure
 

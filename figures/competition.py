@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiment.run_log import read_arrays, read_metrics, read_results
+from experiment.run_reader import read_arrays, read_metrics, read_results
 from figures.meta_learning import draw_features
 from figures.style import (
     COLOURS,

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from experiment.run_log import read_results
+from experiment.run_reader import read_results
 from figures.style import FONT, colours, label_axes, new_figure, percent_axis, save_figure
 
 Row = Mapping[str, Any]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiment.run_log import read_arrays, read_json, read_metrics, read_results
+from experiment.run_reader import read_arrays, read_json, read_metrics, read_results
 from figures.style import (
     COLOURS,
     GREY,
@@ -55,10 +55,7 @@ def draw_equilibrium_run(directory: str | Path) -> list[Path]:
 def draw_logistic_run(directory: str | Path) -> list[Path]:
     """The error of each method, and the validation loss over outer steps beside published ones."""
     directory = Path(directory)
-    table, rates = (
-        read_arrays(directory / "errors.npz"),
-        read_json(directory / "rates.json"),
-    )
+    table, rates = read_arrays(directory / "errors.npz"), read_json(directory / "rates.json")
     ks, place = table.pop("k"), directory / "figures"
     draw_errors(ks, table, rates, place / "errors.png")
     published = {int(step): loss for step, loss in read_results(directory)["published"].items()}

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.lib.stride_tricks import sliding_window_view
 
-from experiment.run_log import read_arrays, read_metrics, read_results
+from experiment.run_reader import read_arrays, read_metrics, read_results
 from figures.style import (
     COLOURS,
     DIVERGING,

@@ -23,7 +23,8 @@ from matplotlib.ticker import AutoLocator, MaxNLocator
 from matplotlib.tri import Triangulation
 from torch import Tensor
 
-from experiment.run_log import RunLogError, read_arrays, read_config, run_names
+from experiment.errors import RunLogError
+from experiment.run_reader import read_arrays, read_config, run_names
 from experiment.tables import markdown
 from figures.style import (
     FAINT,

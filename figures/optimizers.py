@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator
 
-from experiment.run_log import RunLogError, read_arrays, read_config, read_metrics, read_results
+from experiment.errors import RunLogError
+from experiment.run_reader import read_arrays, read_config, read_metrics, read_results
 from figures.meta_learning import draw_meta_loss
 from figures.style import (
     COLOURS,

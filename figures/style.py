@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from experiment.errors import RunLogError
 from experiment.files import in_place
-from experiment.run_log import RunLogError
 
 # Okabe and Ito's colours, told apart also by the colour-blind; their yellow is darkened for paper
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b8a900")

@@ -194,7 +194,7 @@ class KrotovHopfieldRule(LearningRule):
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict:
-        """A plain description of the rule, for JSON; `rule_from_dict` reads it."""
+        """A plain description of the rule, for JSON; rules/families.py reads it."""
         numbers = {name: parameter.item() for name, parameter in self.named_parameters()}
         return {"kind": type(self).__name__, **self.options(), **numbers}
 

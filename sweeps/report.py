@@ -22,8 +22,9 @@ from matplotlib.axes import Axes
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
+from experiment.errors import RunLogError
 from experiment.files import in_place, json_text, write_whole
-from experiment.run_log import RunLogError, read_config
+from experiment.run_reader import read_config
 from figures.style import add_legend, colours, label_axes, new_figure, one_panel, save_figure
 from sweeps.space import SearchedFlag, searched_flag
 from sweeps.study import STATES, counted_trials, state_of

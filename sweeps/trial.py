@@ -25,7 +25,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import Trial
 
 from experiment.command_line import UserError
-from experiment.run_log import RunLogError, read_json, read_metrics
+from experiment.errors import RunLogError
+from experiment.run_reader import read_json, read_metrics
 from sweeps.study import Outcome
 
 GRACE = 60.0  # seconds from SIGTERM, which ends a command cleanly, to SIGKILL

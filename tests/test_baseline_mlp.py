@@ -75,17 +75,17 @@ def test_the_hypergradient_is_that_of_the_penalised_loss_with_the_probe_fitted_a
     """
     flags = ["5", "--probe_images", "120", "--outer_images", "120", "--C", "0.5"]
     args = parse(baseline_mlp.make_parser(), flags)
-    parts = baseline_mlp.make_parts(args, *digits)
+    training = baseline_mlp.make_training(args, *digits)
     start = {"mean_w": 0.3, "mean_b": -0.2, "spread_w": 2.0, "spread_b": 0.8}
-    initializer = with_numbers(parts["initializer"].double(), **start)
-    model, data = parts["make_model"](), digits[0].subset(slice(120))
+    initializer = with_numbers(training.initializer.double(), **start)
+    model, data = training.model, digits[0].subset(slice(120))
 
     def minimum() -> float:
         features = extract_features(model, initializer(model, seeded()), data)
         fit = fit_logistic(features, data.labels, data.classes, args.C, tolerance=1e-15)
         return fit.objective / (args.C * len(data))
 
-    loss, _ = parts["outer_loss"](model, initializer(model, seeded()), seeded(1))
+    loss, _ = training.outer_loss(model, initializer(model, seeded()), seeded(1))
     loss.backward()
     h = 1e-3
     for name, value in start.items():
@@ -163,7 +163,7 @@ def test_unless_told_a_meta_step_sees_fewer_images_the_more_features_there_are(
     digits, features, images
 ):
     args = parse(baseline_mlp.make_parser(), [str(features)])
-    seen, _ = baseline_mlp.make_parts(args, *digits)["outer_loss"].data
+    seen, _ = baseline_mlp.make_training(args, *digits).outer_loss.data
     assert len(seen) == images
 
 

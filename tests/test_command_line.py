@@ -29,7 +29,7 @@ from experiment.command_line import (
     run_parser,
     set_up,
 )
-from experiment.run_log import RunLogError
+from experiment.errors import RunLogError
 from kernels.logistic_regression import ProbeError
 
 IMAGES = ImageData(

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 
 import tune_one_pass
 from data_sets import cifar10
-from experiment.errors import WrongInputError
-from experiment.run_log import RunLog, RunLogError, read_arrays, read_config, read_metrics
+from experiment.errors import RunLogError, WrongInputError
+from experiment.run_log import RunLog
+from experiment.run_reader import read_arrays, read_config, read_metrics
 from experiment.yaml_settings import add_settings, parse_settings
 from learned_optimizer import CoordinateLSTM, OptimizerError, load_network, network_to_dict
-from learning_rules import PerLayerRule, classical_rule, load_rule, rule_from_dict
+from learning_rules import PerLayerRule, classical_rule
 from mnist_datasets import parse_idx, read_idx
+from rules import load_rule, rule_from_dict
 
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -14,7 +14,7 @@ def test_every_block_of_the_guide_runs(tmp_path, monkeypatch):
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     assert len((tmp_path / "runs/own_rule/metrics.csv").read_text().splitlines()) == 4
-    assert not torch.equal(names["rule"].rates, torch.tensor([1e-3, 1e-3]))
+    assert not torch.equal(names["training"].rule.rates, torch.tensor([1e-3, 1e-3]))
 
 
 def test_every_block_is_shorter_than_twenty_lines():

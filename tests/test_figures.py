@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiment.run_log import RunLog, RunLogError
+from experiment.errors import RunLogError
+from experiment.run_log import RunLog
 from figures.meta_learning import (
     cosines,
     draw_accuracy,

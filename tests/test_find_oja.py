@@ -10,9 +10,9 @@ from commands import redraw
 
 import find_oja
 from comparison.principal_components import principal_components
-from hypgraddesc import evaluate
 from learning_rules import PerLayerRule, classical_rule
 from mnist_datasets import batches, load_images, normalize_pixels
+from train import Draw, Training, evaluate_training
 
 TINY = [
     "--dataset", "mnist5k", "--metasteps", "3", "--inner_steps", "4", "--pairs", "1",
@@ -58,15 +58,14 @@ def test_starts_come_in_opposite_pairs():
 
 
 def test_ojas_own_rule_reaches_the_principal_direction(digits):
-    cosine, params = evaluate(
-        lambda: find_oja.make_neurons(784, 3),
+    training = Training(
+        find_oja.make_neurons(784, 3),
         PerLayerRule([classical_rule("oja", 0.03)]),
         find_oja.OppositeStarts(),
         lambda generator: batches(digits, 1024, generator),
         find_oja.DirectionLoss(principal_components(digits).components[0].float()),
-        300,
-        (0,),
     )
+    cosine, params = evaluate_training(training, Draw((0,), 300))
     assert cosine["cosine"] > 0.99
     assert ((params[-1]["w"].norm(dim=1) - 1).abs() < 0.1).all()
 

@@ -18,24 +18,23 @@ from oracles import DOUBLE
 from torch import nn
 
 from experiment.errors import NonFiniteError
-from experiment.run_log import RunLog, read_metrics
+from experiment.run_log import RunLog
+from experiment.run_reader import read_metrics
+from experiment.statistics import accuracy_text, mean_and_deviation
 from hypgraddesc import (
     OPTIMIZERS,
     HypergradientDescent,
     MetaError,
     MetaSettings,
-    accuracy_text,
-    evaluate,
     evaluate_draws,
     hypgraddesc,
-    mean_and_deviation,
     rising_steps,
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, PolynomialRule
-from meta_gradients import Reverse
+from meta_gradients import Forward, Reverse
 from models_fully_local import Activation, lateral_mlp
-from train import MEMORY
+from train import MEMORY, Draw, Training, evaluate_training
 
 
 def double(*values) -> torch.Tensor:
@@ -109,10 +108,18 @@ def descent(psi, loss, *, start=None, spread=0.0, trainable=False, batches=ones,
     """A meta-run of one inner step and a constant rate, where nothing else is asked for."""
     start = start or [0.0] * len(psi)
     options = {"metasteps": 1000, "lr": 0.01, "inner_steps": 1, **settings}
-    return HypergradientDescent(
-        nn.Identity, Drift(psi), Start(start, spread, trainable), batches, Outer(loss),
-        MetaSettings(**options), warn=Said(),
-    )  # fmt: skip
+    training = Training(
+        nn.Identity(), Drift(psi), Start(start, spread, trainable), batches, Outer(loss)
+    )
+    return HypergradientDescent(training, MetaSettings(**options), Said())
+
+
+def initializer_of(run):
+    return run.trainings[0].initializer
+
+
+def outer_loss_of(run):
+    return run.trainings[0].outer_loss
 
 
 class Said(list):
@@ -185,8 +192,23 @@ def test_a_run_uses_the_rate_of_each_meta_step():
 
 def test_inner_steps_rise_and_are_capped():
     schedule = rising_steps(10, 5, 100, 22)
-    assert [schedule(k) for k in (0, 99, 100, 199, 200, 1000)] == [10, 10, 15, 15, 20, 22]
-    assert rising_steps(250, 0, 100, 250)(10**6) == 250
+    steps = [schedule(k, None) for k in (0, 99, 100, 199, 200, 1000)]
+    assert steps == [10, 10, 15, 15, 20, 22]
+    assert rising_steps(250, 0, 100, 250)(10**6, None) == 250
+
+
+def test_every_task_may_draw_its_own_number_of_inner_steps():
+    def horizon(metastep, generator):
+        return int(torch.randint(1, 9, (), generator=generator))
+
+    runs = [descent([0.5], distance(0.0), tasks=4, inner_steps=horizon, seed=k) for k in (0, 0, 1)]
+    drawn = []
+    for run in runs:
+        rows = [run.step() for _ in range(3)]
+        drawn.append((torch.cat(outer_loss_of(run).seen), [row["inner_steps"] for row in rows]))
+    ends = drawn[0][0][:4]
+    assert len(ends.unique()) > 1 and drawn[0][1][0] == ends.mean() / 0.5
+    assert torch.equal(drawn[0][0], drawn[1][0]) and not torch.equal(drawn[0][0], drawn[2][0])
 
 
 def test_inner_steps_may_follow_a_schedule():
@@ -233,20 +255,18 @@ def test_the_initializer_is_trained_too():
     for _ in range(20):
         run.step()
     moved = run.rule.psi.item() - 0.5
-    assert moved > 0.1 and run.initializer.start.item() == pytest.approx(1.0 + moved)
+    assert moved > 0.1 and initializer_of(run).start.item() == pytest.approx(1.0 + moved)
 
 
 def test_what_is_fixed_stays():
     run = descent([0.5], distance(3.0), start=[1.0])
     run.step()
-    assert run.initializer.start.item() == 1.0
+    assert initializer_of(run).start.item() == 1.0
     run = descent([0.5], distance(3.0), start=[1.0], trainable=True)
     run.rule.psi.requires_grad_(False)
-    run = HypergradientDescent(
-        nn.Identity, run.rule, run.initializer, ones, Outer(distance(3.0)), run.settings
-    )
+    run = HypergradientDescent(run.trainings[0], run.settings)
     run.step()
-    assert run.rule.psi.item() == 0.5 and run.initializer.start.item() != 1.0
+    assert run.rule.psi.item() == 0.5 and initializer_of(run).start.item() != 1.0
 
 
 def test_tasks_are_different_draws_and_their_hypergradients_are_averaged():
@@ -256,7 +276,7 @@ def test_tasks_are_different_draws_and_their_hypergradients_are_averaged():
     stepper = torch.optim.Adam([expected], 0.01)
     for k in range(5):
         row = run.step()
-        starts = torch.stack(run.initializer.drawn[4 * k :]).flatten()
+        starts = torch.stack(initializer_of(run).drawn[4 * k :]).flatten()
         assert len(starts.unique()) == 4
         ends = starts + 2 * psi
         expected.grad = (4 * (ends - 1)).mean().reshape(1)
@@ -265,7 +285,7 @@ def test_tasks_are_different_draws_and_their_hypergradients_are_averaged():
         stepper.step()
         assert_close(run.rule.psi.detach(), expected.detach())
         psi = run.rule.psi.item()
-    assert len(torch.cat(run.initializer.drawn).unique()) == 20
+    assert len(torch.cat(initializer_of(run).drawn).unique()) == 20
 
 
 def test_every_draw_of_batches_has_a_generator_of_its_own():
@@ -280,7 +300,7 @@ def test_every_draw_of_batches_has_a_generator_of_its_own():
         )
         for _ in range(3):
             run.step()
-        ends.append(torch.cat(run.outer_loss.seen))
+        ends.append(torch.cat(outer_loss_of(run).seen))
         assert len(ends[-1].unique()) == 6
     assert torch.equal(ends[0], ends[1]) and not torch.isin(ends[0], ends[2]).any()
 
@@ -300,9 +320,9 @@ def test_the_start_the_batches_and_the_outer_loss_share_no_noise():
     run = descent(
         [1.0], distance(0.0), spread=1.0, batches=lambda generator: iter(noise(generator))
     )
-    run.outer_loss = Noisy(distance(0.0))
+    run.trainings = [replace(run.trainings[0], outer_loss=Noisy(distance(0.0)))]
     run.step()
-    numbers = torch.cat([*run.initializer.drawn, *drawn])
+    numbers = torch.cat([*initializer_of(run).drawn, *drawn])
     assert len(numbers) == 7 and len(numbers.unique()) == 7
 
 
@@ -313,6 +333,59 @@ def test_every_memory_policy_gives_the_same_run(memory):
         run = descent([0.1], distance(1.0), spread=1.0, inner_steps=5, method=Reverse(policy))
         rows.append([without_seconds(run.step()) for _ in range(3)])
     assert rows[0] == rows[1]
+
+
+# ---- several trainings ----
+
+
+def test_tasks_take_turns_in_several_trainings_that_share_their_hyperparameters():
+    rule, start = Drift([0.25]), Start([0.0])
+    outer_losses = [Outer(distance(target)) for target in (1.0, 3.0)]
+    trainings = [Training(nn.Identity(), rule, start, ones, loss) for loss in outer_losses]
+    run = HypergradientDescent(trainings, MetaSettings(inner_steps=2, tasks=3, lr=0.01))
+    row = run.step()
+    assert [len(loss.seen) for loss in outer_losses] == [2, 1]
+    distances = [0.5 - target for target in (1.0, 3.0, 1.0)]
+    assert row["meta_loss"] == pytest.approx(sum(d**2 for d in distances) / 3)
+    (expected,) = by_hand([0.25], [(sum(4 * d for d in distances) / 3,)])
+    assert_close(rule.psi.detach(), expected)
+
+
+def test_trainings_with_hyperparameters_of_their_own_are_refused_in_one_line():
+    trainings = [
+        Training(nn.Identity(), Drift([0.1]), Start([0.0]), ones, Outer(distance(1.0)))
+        for _ in range(2)
+    ]
+    with pytest.raises(MetaError, match="give all of them the same rule") as error:
+        HypergradientDescent(trainings, MetaSettings())
+    assert "\n" not in str(error.value)
+
+
+class Strength(nn.Module):
+    """Batches of one learned number."""
+
+    def __init__(self):
+        super().__init__()
+        self.level = nn.Parameter(double(1.0))
+
+    def forward(self, generator):
+        return itertools.repeat(self.level.sum())
+
+
+def test_the_parameters_of_batches_are_hyperparameters_too():
+    batches = Strength()
+    training = Training(nn.Identity(), Drift([0.5]), Start([0.0]), batches, Outer(distance(3.0)))
+    assert list(training.hyperparameters) == ["rule.psi", "batches.level"]
+    run = HypergradientDescent(training, MetaSettings(inner_steps=2, lr=0.01))
+    row = run.step()  # the end is 2 psi level
+    assert row["hypergradient_norm"] == pytest.approx(math.hypot(4 * -2.0, 2 * -2.0))
+    assert batches.level.item() == pytest.approx(1.01)
+    fresh = replace(training, rule=Drift([0.0]), batches=Strength())
+    again = HypergradientDescent(fresh, run.settings)
+    again.load_state_dict(stored(run.state_dict()))
+    assert_same_bits(without_seconds(again.step()), without_seconds(run.step()))
+    with pytest.raises(MetaError, match="does not reach the parameters of the batches"):
+        HypergradientDescent(training, MetaSettings(method=Forward()))
 
 
 # ---- clipping and penalties ----
@@ -355,7 +428,7 @@ def test_l2_is_added_to_the_hypergradient_of_the_rule_alone():
         expected[0].grad, expected[1].grad = slope + 0.5 * expected[0].detach(), slope
         stepper.step()
         assert_close(run.rule.psi.detach(), expected[0].detach())
-        assert_close(run.initializer.start.detach(), expected[1].detach())
+        assert_close(initializer_of(run).start.detach(), expected[1].detach())
 
 
 def test_l1_brings_a_useless_coefficient_to_rest_at_zero():
@@ -427,13 +500,13 @@ def test_between_reinitialisations_training_goes_on_from_detached_parameters():
     for k in range(10):
         run.step()
         if k % 4 == 0:
-            w = torch.cat(run.initializer.drawn[-2:])
+            w = torch.cat(initializer_of(run).drawn[-2:])
         w = w + 3 * expected.item()
-        assert_close(torch.cat(run.outer_loss.seen[-2:]), w)
+        assert_close(torch.cat(outer_loss_of(run).seen[-2:]), w)
         expected.grad = (6 * (w - 5)).mean().reshape(1)  # of these three steps alone
         stepper.step()
         assert_close(run.rule.psi.detach(), expected.detach())
-    assert len(run.initializer.drawn) == 3 * 2
+    assert len(initializer_of(run).drawn) == 3 * 2
 
 
 def test_ungraded_steps_come_first_and_have_no_gradient():
@@ -452,7 +525,7 @@ def test_ungraded_steps_come_once_after_each_reinitialisation():
         run.rule.psi.fill_(1.0)
     for _ in range(6):
         run.step()
-    assert torch.cat(run.outer_loss.seen).tolist() == [5.0, 7.0, 9.0, 5.0, 7.0, 9.0]
+    assert torch.cat(outer_loss_of(run).seen).tolist() == [5.0, 7.0, 9.0, 5.0, 7.0, 9.0]
 
 
 def test_ungraded_steps_come_also_where_a_failure_made_training_start_anew():
@@ -462,7 +535,7 @@ def test_ungraded_steps_come_also_where_a_failure_made_training_start_anew():
     run = descent([1.0], loss, inner_steps=2, ungraded_steps=3, reinitialize_every=4)
     for _ in range(4):
         run.step()
-    assert torch.cat(run.outer_loss.seen).tolist() == [5.0, 7.0, 5.0, 7.0]
+    assert torch.cat(outer_loss_of(run).seen).tolist() == [5.0, 7.0, 5.0, 7.0]
 
 
 # ---- sparsification ----
@@ -527,7 +600,7 @@ def test_only_the_rule_is_sparsified():
     run = descent([0.5], distance(-3.0), start=[0.005], trainable=True, sparsify_from=0)
     for _ in range(3):
         run.step()
-    assert run.initializer.start.item() < 0 and len(run.rule.psi) == 1
+    assert initializer_of(run).start.item() < 0 and len(run.rule.psi) == 1
 
 
 # ---- what is not finite ----
@@ -590,7 +663,7 @@ def test_the_other_tasks_of_a_meta_step_still_count(how):
     run = descent([0.5], failing({1}, how), tasks=3, spread=1.0)
     row = run.step()
     assert row["skipped_tasks"] == 1
-    ends = torch.cat(run.initializer.drawn)[[0, 2]] + 0.5
+    ends = torch.cat(initializer_of(run).drawn)[[0, 2]] + 0.5
     assert row["meta_loss"] == pytest.approx((ends - 2).square().mean().item())
     assert row["hypergradient_norm"] < math.inf
     (expected,) = by_hand([0.5], [(2 * (ends - 2).mean().item(),)])
@@ -615,7 +688,7 @@ def test_inner_parameters_that_are_not_finite_are_never_judged():
 
     run = descent([0.5], distance(1.0), batches=exploding, inner_steps=2)
     assert run.step()["skipped_tasks"] == 1
-    assert run.outer_loss.seen == [] and run.rule.psi.item() == 0.5
+    assert outer_loss_of(run).seen == [] and run.rule.psi.item() == 0.5
     stopping = descent([0.5], distance(1.0), batches=exploding, inner_steps=2, nonfinite="stop")
     with pytest.raises(NonFiniteError, match="meta-step 1, task 0, parameters after 2 inner steps"):
         stopping.step()
@@ -625,7 +698,7 @@ def test_after_a_skip_training_starts_anew_instead_of_going_on():
     run = descent([0.0], failing({1}, nan_loss), spread=1.0, reinitialize_every=10, inner_steps=1)
     for _ in range(4):
         run.step()
-    assert len(run.initializer.drawn) == 2  # at the start, and after the failure
+    assert len(initializer_of(run).drawn) == 2  # at the start, and after the failure
 
 
 def test_a_skip_leaves_the_moments_of_the_optimizer_alone():
@@ -696,9 +769,9 @@ def test_the_average_includes_the_initializer():
     run = descent([0.0], distance(1.0), trainable=True, average=0.5)
     for _ in range(5):
         run.step()
-    last = run.initializer.start.item()
+    last = initializer_of(run).start.item()
     run.use_average()
-    assert 0 < run.initializer.start.item() < last
+    assert 0 < initializer_of(run).start.item() < last
 
 
 # ---- refusals ----
@@ -735,7 +808,8 @@ def test_accuracies_are_told_by_mean_and_the_populations_deviation():
 def evaluation(seed, psi=(0.5,), steps=3):
     rule, outer = Drift(psi), Outer(distance(2.0))
     initializer = Start([1.0], spread=1.0, trainable=True)
-    row, params = evaluate(nn.Identity, rule, initializer, ones, outer, steps, seed)
+    training = Training(nn.Identity(), rule, initializer, ones, outer)
+    row, params = evaluate_training(training, Draw(seed, steps))
     return row, params, initializer
 
 
@@ -756,17 +830,19 @@ def test_the_same_draw_gives_the_same_evaluation():
 def test_evaluations_that_are_not_finite_are_left_out_and_ctrl_c_ends_after_a_draw(
     tmp_path, capsys, interrupted_in, made
 ):
-    def judge(draw):
-        if draw == interrupted_in:
+    def loss(w, call):
+        if call == interrupted_in:
             signal.raise_signal(signal.SIGINT)
-        if draw == 0:
+        if call == 0:
             raise FloatingPointError("too large")
-        return {"meta_loss": float(draw)}, [{"w": double(draw)}]
+        return w.sum() * 0 + call
 
+    training = Training(nn.Identity(), Drift([0.0]), Start([2.0]), ones, Outer(loss))
+    draws = [Draw((0, k), 1) for k in range(3)]
     with RunLog.create(tmp_path / "run", {}, quiet=True) as log:
-        rows, params, finished = evaluate_draws(log, 3, judge)
+        rows, params, finished = evaluate_draws(log, training, draws)
     assert [row["meta_loss"] for row in rows] == [*range(1, made)]
-    assert params[0]["w"].item() == made - 1 and finished == (made == 3)
+    assert params[0]["w"].item() == 2 and finished == (made == 3)
     assert "evaluation 1, too large; left out" in capsys.readouterr().err
 
 
@@ -786,7 +862,7 @@ def polynomial_run(rule=None, **settings):
         while True:
             yield torch.randn(5, 3, generator=generator)
 
-    class Judge:
+    class Activity:
         metrics = ("activity",)
 
         def __call__(self, model, params, generator):
@@ -795,7 +871,7 @@ def polynomial_run(rule=None, **settings):
 
     options = {"metasteps": 20, "lr": 1e-3, "inner_steps": 3, "warmup_steps": 3, **settings}
     return HypergradientDescent(
-        lambda: model, rule, initializer, batches, Judge(), MetaSettings(**options)
+        Training(model, rule, initializer, batches, Activity()), MetaSettings(**options)
     )
 
 
@@ -810,7 +886,7 @@ def stored(state: dict) -> dict:
 def everything(run) -> dict:
     return copy.deepcopy({
         "rule": run.rule.state_dict(),
-        "initializer": run.initializer.state_dict(),
+        "initializer": initializer_of(run).state_dict(),
         "average": run.average,
         "coefficients": run.rule.coefficients(),
     })  # fmt: skip
@@ -894,11 +970,10 @@ def test_a_run_resumed_within_a_window_ends_it_as_the_uninterrupted_one_if_its_l
 def test_a_run_on_a_gpu_resumes_from_a_checkpoint_read_to_the_cpu():
     def on_gpu():
         run = descent([0.1], distance(1.0), average=0.9, accumulate=True, reinitialize_every=2)
-        rule, initializer = run.rule.cuda(), run.initializer.cuda()
-        rule.places = rule.places.cuda()
-        return HypergradientDescent(
-            nn.Identity, rule, initializer, ones, run.outer_loss, run.settings
-        )
+        run.rule.cuda()
+        run.rule.places = run.rule.places.cuda()
+        initializer_of(run).cuda()
+        return HypergradientDescent(run.trainings[0], run.settings)
 
     whole = on_gpu()
     whole.step()
@@ -923,16 +998,18 @@ def run_loop(log, *, before_call=lambda call: None, checkpoint_every=3, **settin
     run = polynomial_run(**settings)
     calls = itertools.count()
 
+    (training,) = run.trainings
+
     class Watched:
-        metrics = run.outer_loss.metrics
+        metrics = training.outer_loss.metrics
 
         def __call__(self, *arguments):
             before_call(next(calls))
-            return run.outer_loss(*arguments)
+            return training.outer_loss(*arguments)
 
     finished = hypgraddesc(
-        run.make_model, run.rule, run.initializer, run.make_batches, Watched(), run.settings, log,
-        hyperparameters=lambda: run.rule.coefficients() | run.initializer.effective(),
+        replace(training, outer_loss=Watched()), run.settings, log,
+        hyperparameters=lambda: run.rule.coefficients() | training.initializer.effective(),
         checkpoint_every=checkpoint_every,
     )  # fmt: skip
     return finished, run
@@ -984,7 +1061,7 @@ def test_the_loop_records_a_row_for_each_meta_step_with_its_hyperparameters(tmp_
     assert finished and columns["step"].tolist() == [1, 2, 3, 4, 5, 6, 7]
     by_step = polynomial_run(**settings)
     for k in range(7):
-        seen = by_step.rule.coefficients() | by_step.initializer.effective()
+        seen = by_step.rule.coefficients() | initializer_of(by_step).effective()
         row = without_seconds(by_step.step()) | seen
         assert {name: columns[name][k] for name in row} == row
     assert_same_bits(everything(run)["coefficients"], by_step.rule.coefficients())
@@ -999,7 +1076,7 @@ def test_the_loop_ends_with_the_average(tmp_path):
         by_step.step()
     by_step.use_average()
     assert_same_bits(run.rule.coefficients(), by_step.rule.coefficients())
-    assert_same_bits(run.initializer.state_dict(), by_step.initializer.state_dict())
+    assert_same_bits(initializer_of(run).state_dict(), initializer_of(by_step).state_dict())
 
 
 @pytest.mark.parametrize("name", ["plain", "sparsified", "everything"])
@@ -1017,7 +1094,7 @@ def test_a_killed_and_resumed_loop_leaves_the_same_metrics(
     assert finished
     assert lines_without_seconds(directory) == rows
     assert_same_bits(run.rule.coefficients(), results["coefficients"])
-    assert_same_bits(run.initializer.state_dict(), results["initializer"])
+    assert_same_bits(initializer_of(run).state_dict(), results["initializer"])
 
 
 def test_a_loop_killed_many_times_leaves_the_same_metrics(uninterrupted, tmp_path):
@@ -1083,10 +1160,8 @@ def failing_loop(log, nonfinite):
 
     settings = MetaSettings(metasteps=4, inner_steps=1, lr=0.01, nonfinite=nonfinite)
     rule = Drift([0.5])
-    hypgraddesc(
-        nn.Identity, rule, Start([0.0]), ones, Failing(), settings, log,
-        hyperparameters=rule.coefficients,
-    )  # fmt: skip
+    training = Training(nn.Identity(), rule, Start([0.0]), ones, Failing())
+    hypgraddesc(training, settings, log, hyperparameters=rule.coefficients)
 
 
 def test_a_loop_that_is_to_stop_at_what_is_not_finite_stops(tmp_path):

@@ -6,20 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import outcome, refused, rows
+from commands import outcome, refused, rows, start
 
 import evaluate
 import main
 import prune_rule
 from experiment.command_line import run_command
-from experiment.seeds import seeded_generator
 from initializers import FIXED, GaussianInitializer
 from krotov_hopfield import BioConv2d, BioLinear
-from learning_rules import PerLayerRule, RuleError, load_rule, rule_from_dict, save_rule
-from meta_gradients import METHODS, Forward, LookBack, Reverse, Task, Truncated
+from learning_rules import PerLayerRule, RuleError
+from meta_gradients import METHODS, Forward, LookBack, Reverse, Truncated
 from models_fully_local import Activation, LateralConv2d, lateral_mlp, lateral_network
+from rules import load_rule, rule_from_dict, save_rule
 from rules.competing_units import KrotovHopfieldRule
-from train import MEMORY, train
+from train import MEMORY, Draw, Training, train
 
 GATES = ("ranked", "losers", "soft", "winner")
 LINEAR = Activation("identity")
@@ -135,12 +135,14 @@ def test_other_methods_take_the_rule_and_those_that_are_exact_agree(method):
     initializer = GaussianInitializer({}, {"w": FIXED}).double()
 
     def gradient(way) -> list[torch.Tensor]:
-        rule = PerLayerRule([rule_with("ranked")])
-        batches = iter([noise(5, 6, seed=seed) for seed in range(4)])
-        judge = lambda params: (params[1]["w"].square().sum(), {})  # noqa: E731
-        draw = lambda: seeded_generator(1)  # noqa: E731
-        task = Task(model, rule, initializer, batches, 4, judge, draw, seeded_generator(2))
-        return way(task)[0]
+        training = Training(
+            model,
+            PerLayerRule([rule_with("ranked")]),
+            initializer,
+            lambda generator: iter([noise(5, 6, seed=seed) for seed in range(4)]),
+            lambda model, params, generator: (params[1]["w"].square().sum(), {}),
+        )
+        return way(training, Draw((1,), 4)).gradient
 
     found = gradient(method)
     assert all(g.isfinite().all() for g in found)
@@ -279,6 +281,12 @@ def test_evaluate_compares_with_the_rule_and_judges_a_learned_one(learned, tmp_p
     summary = json.loads((out / "results.json").read_text())["summary"]
     assert {row["method"] for row in summary} == {"run", "krotov_hopfield", "oja"}
     assert all(row["finite"] == 1 for row in summary)
+
+
+def test_plot_shows_such_a_rule_beside_a_classical_one(learned, tmp_path):
+    out = tmp_path / "rules.png"
+    process = start("plot.py", "rules", learned, "--classical", "oja", "--quiet", "--out", out)
+    assert process.wait(120) == 0 and out.stat().st_size > 1000  # alone: nothing else imports it
 
 
 def test_pruning_such_a_run_is_refused(capsys, learned, tmp_path):

@@ -24,10 +24,7 @@ from learning_rules import (
     RuleError,
     SangerRule,
     classical_rule,
-    load_rule,
     polynomial_exponents,
-    rule_from_dict,
-    save_rule,
     term_effects,
     term_products,
     without_swapped_views,
@@ -39,6 +36,7 @@ from models_fully_local import (
     Sequential,
     lateral_mlp,
 )
+from rules import load_rule, rule_from_dict, save_rule
 
 KINDS = (PolynomialRule, PolynomialPairRule)
 hypothesis_settings = settings(deadline=None, max_examples=50, derandomize=True)

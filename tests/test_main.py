@@ -12,8 +12,8 @@ import torch
 from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
 
 import main
-from learning_rules import load_rule
 from mnist_datasets import load_images
+from rules import load_rule
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -146,7 +146,7 @@ def test_a_start_that_does_not_fit_is_refused_in_one_line(capsys, tmp_path, plai
     assert "degree" in refused(capsys, main.main, *start, "--degree", 2, *out)
     assert "views" in refused(capsys, main.main, *start, "--pair_inputs", *out)
     nowhere = ["--start_from", tmp_path / "none", *out]
-    assert "rule.json" in refused(capsys, main.main, 4, *TINY, *nowhere)
+    assert "config.json" in refused(capsys, main.main, 4, *TINY, *nowhere)
     assert not (tmp_path / "run").exists()
 
 

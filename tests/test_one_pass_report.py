@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import plot
-from experiment.run_log import RunLogError
+from experiment.errors import RunLogError
 from figures import one_pass_report
 from figures.one_pass_report import (
     Columns,

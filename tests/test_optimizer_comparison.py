@@ -22,7 +22,7 @@ from comparison.optimizer_comparison import (
     train_all,
 )
 from data_sets.image_data import ImageData
-from experiment.run_log import Interrupt
+from experiment.loop import Interrupt
 from experiment.seeds import seeded_generator
 from learned_optimizer import find_symmetries, make_network, make_task
 from learned_optimizer.window_gradients import roll_out, start

@@ -7,7 +7,7 @@ import pytest
 from commands import refused
 
 import plot
-from experiment.run_log import RunLogError
+from experiment.errors import RunLogError
 from figures.optimizers import (
     draw_loss_grid,
     draw_optimizer_run,

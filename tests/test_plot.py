@@ -9,12 +9,13 @@ import plot
 from experiment.command_line import run_command
 from experiment.run_log import RunLog
 from learning_rules import PerLayerRule, PolynomialRule, classical_rule
+from rules import write_rule
 
 
 def run_of(directory, *rules, effects=None, command="main"):
     """A run's directory with a rule and, if given, the effects of its terms."""
     with RunLog.create(directory, {"command": command}, quiet=True) as log:
-        log.write_rule(PerLayerRule(rules))
+        write_rule(log, PerLayerRule(rules))
         if effects is not None:
             log.write_json("results.json", {"term_effects": effects})
     return directory

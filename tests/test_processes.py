@@ -12,7 +12,7 @@ import torch
 
 from experiment.command_line import UserError, _run_before_the_restart
 from experiment.processes import ALONE, Team
-from experiment.run_log import read_json, read_metrics
+from experiment.run_reader import read_json, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = [
@@ -29,6 +29,7 @@ from initializers import FIXED, GaussianInitializer
 from learning_rules import PolynomialRule
 from models_fully_local import Activation, lateral_mlp
 from experiment.processes import join_team
+from train import Training
 
 class Loss:
     metrics = ("draw",)
@@ -42,12 +43,12 @@ def batches(generator):
     return (torch.rand(5, 4, generator=generator) for _ in itertools.count())
 
 team = join_team()
-descent = HypergradientDescent(
-    lambda: lateral_mlp(4, [3], Activation()), PolynomialRule.of_degree(2),
+training = Training(
+    lateral_mlp(4, [3], Activation()), PolynomialRule.of_degree(2),
     GaussianInitializer({"b": FIXED}, {"w": FIXED}), batches, Loss(),
-    MetaSettings(inner_steps=2, tasks=5, reinitialize_every=3, lr=1e-2, clip_norm=1.0),
-    warn=lambda text: None, team=team,
 )
+settings = MetaSettings(inner_steps=2, tasks=5, reinitialize_every=3, lr=1e-2, clip_norm=1.0)
+descent = HypergradientDescent(training, settings, warn=lambda text: None, team=team)
 rows = [{k: v for k, v in descent.step().items() if k != "seconds"} for _ in range(7)]
 state = descent.state_dict()
 torch.save((rows, state), f"{sys.argv[1]}/{team.count}-{team.rank}.pt")

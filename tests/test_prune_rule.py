@@ -10,10 +10,12 @@ from oracles import DOUBLE, normal
 
 import main
 import prune_rule
-from comparison.rule_comparison import load_run
-from experiment.run_log import RunLog, read_config
-from learning_rules import PerLayerRule, PolynomialRule, load_rule, term_products
+from comparison.learned_run import load_run
+from experiment.run_log import RunLog
+from experiment.run_reader import read_config
+from learning_rules import PerLayerRule, PolynomialRule, term_products
 from models_fully_local import Activation, lateral_mlp
+from rules import load_rule
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = [

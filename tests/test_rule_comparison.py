@@ -1,4 +1,4 @@
-"""Trainings are those of hypgraddesc.evaluate; a rate is chosen on training images alone."""
+"""Trainings are those of evaluate_training; a rate is chosen on training images alone."""
 
 import json
 import math
@@ -11,29 +11,28 @@ from oracles import DOUBLE
 
 import main
 from comparison import rule_comparison
+from comparison.learned_run import LearnedRun, load_run
 from comparison.principal_components import principal_components
 from comparison.rule_comparison import (
     CLASSICAL,
     Comparison,
-    LearnedRun,
     Method,
     Setting,
     classical,
     learned,
-    load_run,
-    pca,
+    pca_features,
     reference_methods,
     rotated,
     trajectory,
-    vicreg,
+    vicreg_features,
 )
-from experiment.run_log import RunLogError
+from experiment.errors import RunLogError
 from experiment.seeds import EVALUATION, seeded_generator
-from hypgraddesc import evaluate
 from initializers import GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
 from linear_probe import extract_features
 from mnist_datasets import load_images
+from train import Draw, evaluate_training
 
 CONFIG = {
     "layers": [6, 5], "inhibition": "lateral", "inh_steps": 3, "inh_factor": 0.2,
@@ -76,28 +75,25 @@ def a_run(kind=PolynomialRule, layers: int = 2) -> LearnedRun:
 
 @pytest.mark.parametrize("kind", [PolynomialRule, PolynomialPairRule])
 def test_numbers_on_the_way_are_exactly_those_of_separate_evaluations(setting, kind):
-    entry = learned(a_run(kind), setting)
+    training = learned(a_run(kind), setting)
     steps = [1, 4, 6]
-    rows = trajectory(entry, steps, DRAW)
+    rows = trajectory(training, steps, DRAW)
     for count, row in zip(steps, rows, strict=True):
-        alone, _ = evaluate(
-            lambda: entry.model, entry.rule, entry.initializer, entry.make_batches,
-            entry.outer_loss, count, DRAW,
-        )  # fmt: skip
+        alone, _ = evaluate_training(training, Draw(DRAW, count))
         assert row == alone
     assert len({row["meta_loss"] for row in rows}) == 3
 
 
 def test_a_training_that_diverges_leaves_numbers_up_to_there_and_nan_after(setting):
-    entry = classical("oja", setting, 1e3)
-    before, *after = trajectory(entry, [1, 50, 60], DRAW)
+    training = classical("oja", setting, 1e3)
+    before, *after = trajectory(training, [1, 50, 60], DRAW)
     assert math.isfinite(before["test_accuracy"])
     assert len(after) == 2 and all(math.isnan(value) for row in after for value in row.values())
 
 
 def test_features_that_overflow_are_no_error(setting):
-    entry = classical("sanger", setting, 1e30)
-    assert math.isnan(trajectory(entry, [1], DRAW)[0]["test_accuracy"])
+    training = classical("sanger", setting, 1e30)
+    assert math.isnan(trajectory(training, [1], DRAW)[0]["test_accuracy"])
 
 
 # ---- learned rules in other networks ----
@@ -108,22 +104,22 @@ def test_features_that_overflow_are_no_error(setting):
 )
 def test_layers_beyond_those_learned_use_the_last_rule(setting, layers, expected):
     run = a_run()
-    entry = learned(run, replace(setting, layers=layers))
+    training = learned(run, replace(setting, layers=layers))
     assert [run.rule.rules[k].to_dict() for k in expected] == [
-        rule.to_dict() for rule in entry.rule.rules
+        rule.to_dict() for rule in training.rule.rules
     ]
-    params = entry.initializer(entry.model, seeded_generator(0))
+    params = training.initializer(training.model, seeded_generator(0))
     assert [len(layer["b"]) for layer in params[1:]] == list(layers)
-    (row,) = trajectory(entry, [2], DRAW)
+    (row,) = trajectory(training, [2], DRAW)
     assert 0 < row["test_accuracy"] <= 1
 
 
 def test_a_convolution_of_the_run_comes_before_other_layers(setting):
     run = a_run()
     run = replace(run, config=run.config | {"conv": [[3, 5]], "pool": 2})
-    entry = learned(run, replace(setting, layers=(4, 3)))
-    assert len(entry.rule.rules) == 3
-    (row,) = trajectory(entry, [1], DRAW)
+    training = learned(run, replace(setting, layers=(4, 3)))
+    assert len(training.rule.rules) == 3
+    (row,) = trajectory(training, [1], DRAW)
     assert 0 < row["test_accuracy"] <= 1
 
 
@@ -205,8 +201,8 @@ def test_a_directory_without_a_finished_run_of_main_is_refused(trained, tmp_path
 
 @pytest.mark.parametrize("name", CLASSICAL)
 def test_classical_rules_see_centred_images_in_the_network_they_belong_to(setting, name):
-    entry = classical(name, setting, 0.01)
-    layer = entry.model.layers[-1]
+    training = classical(name, setting, 0.01)
+    layer = training.model.layers[-1]
     bases = {"oja": "identity", "sanger": "identity", "krotov_hopfield": "relu"}
     assert layer.activation.base == bases.get(name, "sigmoid")
     assert layer.inhibition == ("none" if name in bases else "lateral")
@@ -214,20 +210,20 @@ def test_classical_rules_see_centred_images_in_the_network_they_belong_to(settin
         assert layer.forbid_self_inhibition
         assert layer.forbid_excitation == (name == "foldiak")
     everything = replace(setting, batch_size=len(setting.train))
-    batch = next(classical(name, everything, 0.01).make_batches(seeded_generator(0)))
+    batch = next(classical(name, everything, 0.01).batches(seeded_generator(0)))
     assert batch.mean(0).abs().max() < 1e-5
-    (row,) = trajectory(entry, [3], DRAW)
+    (row,) = trajectory(training, [3], DRAW)
     assert 0 < row["test_accuracy"] <= 1
 
 
 def test_sanger_comes_near_the_principal_components(setting):
     wide = replace(setting, layers=(3,), dtype=DOUBLE, batch_size=300)
-    entry = classical("sanger", wide, 0.05)
-    params = entry.initializer(entry.model, seeded_generator(0))
-    batches = entry.make_batches(seeded_generator(1))
+    training = classical("sanger", wide, 0.05)
+    params = training.initializer(training.model, seeded_generator(0))
+    batches = training.batches(seeded_generator(1))
     with torch.no_grad():
         for _ in range(600):
-            params = entry.rule.update(entry.model, params, next(batches))
+            params = training.rule.update(training.model, params, next(batches))
     w = params[1]["w"]
     cosines = (w * principal_components(setting.train).components[:3]).sum(1) / w.norm(dim=1)
     assert cosines.abs().min() > 0.9
@@ -235,29 +231,29 @@ def test_sanger_comes_near_the_principal_components(setting):
 
 def test_random_features_are_those_of_the_learned_network_before_any_step(setting):
     run = a_run()
-    entry = reference_methods(run)["random"].enter(setting)
-    assert entry.rule is None
-    assert trajectory(entry, [0], DRAW) == trajectory(learned(run, setting), [0], DRAW)
+    random = reference_methods(run)["random"]
+    training = random.enter(setting)
+    assert not random.has_steps
+    assert trajectory(training, [0], DRAW) == trajectory(learned(run, setting), [0], DRAW)
 
 
 def test_the_features_of_pca_are_the_first_components(setting):
-    entry = pca(replace(setting, dtype=DOUBLE))
-    params = entry.initializer(entry.model, seeded_generator(0))
+    training = pca_features(replace(setting, dtype=DOUBLE))
+    params = training.initializer(training.model, seeded_generator(0))
     mean, components, _ = principal_components(setting.train)
     x = setting.test.floats(dtype=DOUBLE).flatten(1)
     expected = (x - mean) @ components[:5].T
-    assert torch.allclose(extract_features(entry.model, params, setting.test), expected)
-    assert entry.rule is None
-    wide = pca(replace(setting, layers=(1000,)))
+    assert torch.allclose(extract_features(training.model, params, setting.test), expected)
+    wide = pca_features(replace(setting, layers=(1000,)))
     assert len(wide.initializer(wide.model, seeded_generator(0))[1]["b"]) == 784
 
 
 def test_vicreg_is_trained_anew_for_each_draw(setting, monkeypatch):
     monkeypatch.setattr(rule_comparison, "VICREG_EPOCHS", 1)
     monkeypatch.setattr(rule_comparison, "VICReg", partial(rule_comparison.VICReg, batch_size=100))
-    entry = vicreg(setting)
-    first, again = (trajectory(entry, [0], DRAW) for _ in range(2))
-    other = trajectory(entry, [0], (3, EVALUATION, 2))
+    training = vicreg_features(setting)
+    first, again = (trajectory(training, [0], DRAW) for _ in range(2))
+    other = trajectory(training, [0], (3, EVALUATION, 2))
     assert first == again != other
 
 
@@ -369,6 +365,6 @@ def _comparable(rows) -> list[str]:
 
 
 def test_learned_starts_are_those_of_the_run(setting):
-    entry = learned(a_run(), setting)
-    assert isinstance(entry.initializer, GaussianInitializer)
-    assert entry.initializer.effective() == pytest.approx(START)
+    training = learned(a_run(), setting)
+    assert isinstance(training.initializer, GaussianInitializer)
+    assert training.initializer.effective() == pytest.approx(START)

@@ -22,17 +22,10 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiment import tensorboard_events
-from experiment.run_log import (
-    RunLog,
-    RunLogError,
-    finish_on_interrupt,
-    plain,
-    read_arrays,
-    read_config,
-    read_metrics,
-    read_results,
-    run_to_end,
-)
+from experiment.errors import RunLogError
+from experiment.files import plain
+from experiment.run_log import RunLog
+from experiment.run_reader import read_arrays, read_config, read_metrics, read_results
 
 
 class Killed(BaseException):
@@ -474,52 +467,6 @@ def test_progress_is_silent_when_quiet(tmp_path, capsys):
     with new_run(tmp_path) as log, log.progress(10) as bar:
         bar.advance()
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_interrupt_only_asks_and_the_second_stops(number):
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(KeyboardInterrupt), finish_on_interrupt() as interrupt:
-        assert not interrupt.requested
-        signal.raise_signal(number)
-        assert interrupt.requested
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-def steps_saved(log: RunLog, interrupted_in: int | None, **settings) -> tuple[bool, list[int]]:
-    """Whether a loop of steps 1 to 7 has finished, and which of them have saved a checkpoint."""
-    saved = []
-
-    def step(number: int) -> tuple[dict, dict]:
-        if number == interrupted_in:
-            signal.raise_signal(signal.SIGINT)
-        return {"x": number / 7}, {}
-
-    def state_dict() -> dict:
-        saved.append(log._last_step)
-        return {}
-
-    last, _ = log.load_checkpoint() or (0, None)
-    with log.progress(7, last) as progress:
-        left = range(last + 1, 8)
-        return run_to_end(log, progress, left, step, state_dict, **settings), saved
-
-
-def test_a_loop_saves_every_so_many_steps_of_the_run_and_at_its_end(tmp_path):
-    with new_run(tmp_path) as log:
-        assert steps_saved(log, 4, checkpoint_every=3) == (False, [3, 4])
-    with RunLog.reopen(log.directory, quiet=True) as log:
-        assert steps_saved(log, None, checkpoint_every=3) == (True, [6, 7])
-    with RunLog.reopen(log.directory, quiet=True) as log:
-        assert steps_saved(log, None) == (True, [])
-    assert read_metrics(log.directory)["step"].tolist() == [1, 2, 3, 4, 5, 6, 7]
-
-
-def test_a_loop_interrupted_within_its_last_step_has_finished(tmp_path):
-    with new_run(tmp_path) as log:
-        assert steps_saved(log, 7) == (True, [1, 2, 3, 4, 5, 6, 7])
 
 
 def test_a_file_of_what_is_no_number_is_not_loaded_and_nobody_is_told_how(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from commands import ROOT, interrupt_at_row, kill_at_row, outcome, redraw, refused, rows
 
 import tune_one_pass
-from experiment.run_log import read_config, read_json
+from experiment.run_reader import read_config, read_json
 from experiment.yaml_settings import parse_settings, read_settings
 from figures.one_pass_report import read_run
 

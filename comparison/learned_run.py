@@ -1,0 +1,98 @@
+"""What a run has learned, built from the files of its directory.
+
+run = load_run("runs/main-...")
+run.rule, run.start, run.steps
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiment.errors import RunLogError
+from experiment.run_reader import read_config, read_metrics, read_results
+from initializers import GaussianInitializer
+from learning_rules import PerLayerRule
+from models_fully_local import network_of_flags
+from rules import load_rule
+
+
+@dataclass(frozen=True)
+class LearnedRun:
+    """What a run of main.py learned, or what prune_rule.py has left of it.
+
+    config: main.py's flags; start: the initial distribution, as in GaussianInitializer.effective;
+    steps: how many updates its last meta-step made.
+    """
+
+    name: str
+    config: dict[str, Any]
+    rule: PerLayerRule
+    start: dict[str, float]
+    steps: int
+
+
+def load_run(directory: str | Path) -> LearnedRun:
+    """The rule in a run's directory; RunLogError or RuleError where there is none."""
+    directory = Path(directory).resolve()
+    config = read_config(directory)
+    command = config.get("command", "another program")
+    if command not in ("main", "prune_rule"):
+        raise RunLogError(f"{directory} is a run of {command}, expected one of main.py")
+    for name in ("rule.json", "results.json"):
+        if not (directory / name).exists():
+            raise RunLogError(
+                f"{directory} holds no {name}: it is not finished; "
+                f"end it with {command}.py --resume {directory}"
+            )
+    rule = load_rule(directory / "rule.json")
+    if not isinstance(rule, PerLayerRule):
+        raise RunLogError(f"{directory}/rule.json is one rule, expected one for each layer")
+    results = read_results(directory)
+    try:
+        start = dict(results["initializer"])
+        _check_all(start, math.isfinite, "must be a number")
+        GaussianInitializer.with_values(start)
+        if command == "prune_rule":
+            config, steps = (results["learned_from"][key] for key in ("config", "inner_steps"))
+        else:
+            steps = last_inner_steps(directory, config["initial_inner_steps"])
+        _check_flags(config, steps)
+        run = LearnedRun(directory.name, config, rule, start, steps)
+        shape = (3, 32, 32) if config["dataset"] == "cifar10" else (1, 28, 28)
+        network_of_flags(config, shape, config["layers"])
+    except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
+        raise RunLogError(
+            f"{directory} is not a whole run of {command}.py: {problem!r}"
+        ) from problem
+    return run
+
+
+def _check_flags(config: Mapping[str, Any], steps: int) -> None:
+    """KeyError or ValueError where what a comparison needs is not there, or not as main.py saves.
+
+    What `lateral_network` needs is left to it.
+    """
+    whole = {name: config[name] for name in ("batch_size", "outer_images")} | {"inner_steps": steps}
+    whole |= {f"layers {k}": units for k, units in enumerate(config["layers"], 1)}
+    _check_all(whole, lambda n: type(n) is int and n > 0, "must be a whole number of at least 1")
+    _check_all({"C": config["C"]}, lambda C: math.isfinite(C) and C > 0, "must be a number above 0")
+    dynamics = {name: config[name] for name in ("inh_steps", "inh_factor")}
+    _check_all(dynamics, lambda value: 0 <= value < math.inf, "must be a number of at least 0")
+    switches = ("pixelwise_normalization", "forbid_self_inhibition", "forbid_excitation")
+    _check_all({name: config[name] for name in switches}, lambda value: type(value) is bool,
+               "must be true or false")  # fmt: skip
+    if not config["layers"] and not config.get("conv"):
+        raise ValueError("the network has no layer")
+
+
+def _check_all(values: Mapping[str, Any], right: Callable[[Any], bool], expected: str) -> None:
+    for name, value in values.items():
+        if not right(value):
+            raise ValueError(f"{name} {expected}, not {value!r}")
+
+
+def last_inner_steps(directory: str | Path, otherwise: int) -> int:
+    """The inner steps of a run's last meta-step, `otherwise` where it has made none."""
+    return int(read_metrics(directory).get("inner_steps", [otherwise])[-1])

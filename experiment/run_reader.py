@@ -1,0 +1,122 @@
+"""Reads the raw files of a run's directory, also of one that is being written.
+
+What isn't there, or can't be read, or is damaged is a `RunLogError` of one line.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiment.errors import RunLogError, disk_errors
+
+
+def read_metrics(directory: str | Path) -> dict[str, np.ndarray]:
+    """The columns of a run's metrics.csv as float64 arrays, "step" as int64; {} where it has none.
+
+    Also of a run that is being written: a half-written last line is left out.
+    """
+    path = Path(directory) / "metrics.csv"
+    header, rows = metrics_rows(path)
+    try:
+        columns = {
+            name: np.array([float(row[i]) for row in rows], dtype=np.float64)
+            for i, name in enumerate(header)
+        }
+        if "step" in columns:
+            steps = [int(row[header.index("step")]) for row in rows]
+            columns["step"] = np.array(steps, dtype=np.int64)
+    except (ValueError, OverflowError) as error:
+        raise RunLogError(f"{path} is damaged: {error}") from error
+    return columns
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file; RunLogError where it can't be read."""
+    with disk_errors(f"can't read {path}"):
+        text = Path(path).read_bytes()
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunLogError(f"{path} is damaged: not JSON ({error})") from error
+
+
+def read_results(directory: str | Path) -> dict[str, Any]:
+    """The table in a run's results.json, {} where there is none; RunLogError where it is none."""
+    path = Path(directory) / "results.json"
+    results = read_json(path) if path.exists() else {}
+    if not isinstance(results, dict):
+        raise RunLogError(f"{path} is damaged: not a table of results")
+    return results
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, {} where there is none; RunLogError where it is damaged."""
+    path = Path(path)
+    if not path.exists():
+        return {}
+    with disk_errors(f"can't read {path}"):
+        content = path.read_bytes()
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # of zipfile, zlib or numpy, whichever meets the damage first
+        # not what numpy says, which advises to load what is no array
+        reason = f"not a file of arrays of numbers ({type(error).__name__})"
+        raise RunLogError(f"{path} is damaged: {reason}") from error
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The configuration of a run; RunLogError where `directory` isn't a run's directory."""
+    path = Path(directory) / "config.json"
+    if not path.exists():
+        raise RunLogError(f"{directory} is not a run's directory: it holds no config.json")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise RunLogError(f"{path} is damaged: not a table of flags")
+    return config
+
+
+def run_names(directories: Sequence[str | Path]) -> list[str]:
+    """What runs are called beside each other: their last names, or paths where two names agree."""
+    names = [Path(directory).resolve().name for directory in directories]
+    return [
+        name if names.count(name) == 1 else str(directory)
+        for name, directory in zip(names, directories, strict=True)
+    ]
+
+
+# ---- the lines of metrics.csv ----
+
+
+def metrics_rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a metrics file; both empty where there is none."""
+    if not path.exists():
+        return [], []
+    with disk_errors(f"can't read {path}"):
+        lines = complete_lines(path.read_bytes())
+    try:
+        table = list(csv.reader(line.decode() for line in lines))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RunLogError(f"{path} is damaged: {error}") from error
+    header, rows = (table[0], table[1:]) if table else ([], [])
+    if any(len(row) != len(header) for row in rows) or (table and not header):
+        raise RunLogError(f"{path} is damaged: its rows are not all as long as its header")
+    return header, rows
+
+
+def step_of(cell: str | bytes, path: Path) -> int:
+    """The step in the first cell of a row."""
+    try:
+        return int(cell)
+    except ValueError as error:
+        raise RunLogError(f"{path} is damaged: {error}") from error
+
+
+def complete_lines(text: bytes) -> list[bytes]:
+    """The lines of `text`, each with its newline, without a last one that lacks it."""
+    return [line + b"\n" for line in text.split(b"\n")[:-1]]

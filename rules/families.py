@@ -1,0 +1,56 @@
+"""The families of rules that can be saved, and their files: rule.json, rule.txt, rule.tex.
+
+    rule = load_rule("runs/main-.../rule.json")
+
+A saved rule names its kind; only the module of that kind is imported. A family of your own has
+to_dict, which holds "kind", and from_dict; it is known once it stands in FAMILIES.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+
+from experiment.files import write_whole
+from experiment.run_log import RunLog
+from learning_rules import LearningRule, PerLayerRule, RuleError
+
+FAMILIES = {  # a rule's kind, its class, to the module that has it
+    "PolynomialRule": "learning_rules",
+    "PolynomialPairRule": "learning_rules",
+    "KrotovHopfieldRule": "rules.competing_units",
+}
+
+
+def rule_from_dict(description: dict) -> LearningRule:
+    """The rule that its to_dict described, in float64; raises RuleError for anything else."""
+    try:
+        kind = description["kind"]
+        if kind == PerLayerRule.__name__:
+            return PerLayerRule.from_dict(description, rule_from_dict)
+        return getattr(import_module(FAMILIES[kind]), kind).from_dict(description)
+    except (LookupError, TypeError, RuntimeError, ValueError, OverflowError) as problem:
+        raise RuleError(f"not the description of a learning rule: {problem!r}") from problem
+
+
+def load_rule(path: Path | str) -> LearningRule:
+    """Reads a rule that `save_rule` wrote; coefficients in float64. Raises RuleError."""
+    try:
+        return rule_from_dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise RuleError(f"cannot read a learning rule from {path}: {problem}") from problem
+
+
+def save_rule(rule: LearningRule, path: Path | str) -> None:
+    """Writes a rule as JSON, coefficients exact."""
+    write_whole(path, json.dumps(rule.to_dict(), indent=1) + "\n")
+
+
+def write_rule(log: RunLog, rule: LearningRule, effects: Mapping[str, float] | None = None) -> None:
+    """Writes a run's rule as rule.json, rule.txt and rule.tex, each atomically.
+
+    With the effects of its terms, as `term_effects` gives them, the latter are sorted by them.
+    """
+    log.write_json("rule.json", rule.to_dict())
+    log.write_text("rule.txt", f"{rule.formula(effects)}\n")
+    log.write_text("rule.tex", f"{rule.tex(effects)}\n")
