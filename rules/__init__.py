@@ -1,6 +1,8 @@
 """Families of learning rules beyond the polynomial one, and the files of all of them.
 
-from rules import load_rule
+    from rules import load_rule
+
+Each name is loaded on first use.
 """
 
 from importlib import import_module
