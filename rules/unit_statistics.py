@@ -30,20 +30,24 @@ views); Metz et al. 2019, Confavreux et al. 2020 (learned rules of such terms).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from kernels.local_polynomial import samples
 from kernels.unit_statistics import (
+    FLOOR,
+    GatedTerms,
     correlate,
     currents,
     gain,
     gated_currents,
+    gated_update,
     moments,
     rms_step,
 )
+from kernels.unit_statistics import LATERAL as LATERAL_CURRENTS
 from learning_rules import LearningRule, RuleError, update_layers
 from models_fully_local import Params
 from rules.unit_statistics_terms import LATERAL, Linear, Term, parse_term, split_linear
@@ -51,7 +55,6 @@ from rules.unit_statistics_terms import LATERAL, Linear, Term, parse_term, split
 GROUPS = ("w", "b", "m")
 STEPS = ("rms", "plain")
 RUNNING = ("mean", "square", "var", "cov", "corr", "cross")
-FLOOR = 1e-4  # of variances
 UNITS, FAN_IN = 32, 784  # at which exponents of width and fan-in change nothing
 STRIDE = 0.3  # a learned number is its start times exp(STRIDE u), so that one rate suits all
 GATED = (("gain", 1),)
@@ -108,7 +111,7 @@ class UnitStatisticsRule(LearningRule):
                 raise RuleError(f"the terms of {group} repeat themselves")
             self.terms[group] = parsed
             values = torch.tensor([float(v) for v in terms.get(group, {}).values()])
-            setattr(self, group, nn.Parameter(values))
+            setattr(self, group, nn.Parameter(values, requires_grad=bool(len(values))))
         self.start = {"eta": eta, "eps": eps, "tau": tau, "decay": decay}
         self.start |= {f"rho_{name}": 1.0 for name in RUNNING}
         self.start |= {f"rho_{name}": value for name, value in (rho or {}).items()}
@@ -121,7 +124,7 @@ class UnitStatisticsRule(LearningRule):
             sizes = {group: (len(self.terms[group]),) for group in GROUPS}
             for name, size in (sizes | {"units": (), "fan_in": ()}).items():
                 self.exponents[name] = nn.Parameter(torch.zeros(size))
-        self._plans: dict[str, list[_Sum]] = {}
+        self._forget_plans()
 
     @classmethod
     def of_terms(
@@ -155,18 +158,39 @@ class UnitStatisticsRule(LearningRule):
 
         Of a convolutional layer x [batch, in, H, W], s and y [batch, out, H', W'].
         """
-        units = _Units(self, layer, old, x, s, y)
-        delta = self._changes(units, {group: getattr(self, group) for group in GROUPS})
-        rate = self._rate(old)
-        new = old | units.state
+        gated, rate = self._gated_plan(), self._rate(old)
+        if gated is not None and layer.inhibition == "none":
+            new = old | self._updated_at_once(gated, layer, old, rate, x, s, y)
+        else:
+            new = self._updated_in_parts(layer, old, rate, x, s, y)
+        if self.start["decay"]:
+            decayed = rate * self.number("decay")
+            for name in ("w", "m") if self.terms["m"] and "m" in old else ("w",):
+                new[name] = new[name] - decayed * old[name]
+        if "m" in new and self.terms["m"]:
+            new["m"] = layer.constrain(new["m"])
         if math.isfinite(self.start["tau"]):
             new["updates"] = _updates(old) + 1
-        of_b = delta.get("b")
-        w, b = self._stepped(old["w"].flatten(1), delta.get("w"), rate, old["b"], of_b)
-        new |= {"w": w.view_as(old["w"]), "b": b}
+        return new
+
+    def _updated_at_once(self, gated: "_Gated", layer, old, rate, x, s, y) -> dict[str, Tensor]:
+        s, y = [samples(t) for t in s], [samples(t) for t in y]
+        psi = self._scaled_to_width(self.w, "w", len(old["b"]))
+        weights = gated.placed(psi, layer.activation.slope / len(y[0])) @ psi
+        rate, eps = (_scalar(number, psi) for number in (rate, self.number("eps")))
+        w, b = gated_update(
+            gated.terms, weights, old["w"].flatten(1), old["b"], rate, eps, x, s, y,
+            layer.activation, layer.windows,
+        )  # fmt: skip
+        return {"w": w.view_as(old["w"]), "b": b}
+
+    def _updated_in_parts(self, layer, old, rate, x, s, y) -> dict[str, Tensor]:
+        units = _Units(self, layer, old, x, s, y)
+        delta = self._changes(units, {group: getattr(self, group) for group in GROUPS})
+        w, b = self._stepped(old["w"].flatten(1), delta.get("w"), rate, old["b"], delta.get("b"))
+        new = old | units.state | {"w": w.view_as(old["w"]), "b": b}
         if "m" in delta:
-            m, _ = self._stepped(old["m"], delta["m"], rate)
-            new["m"] = layer.constrain(m)
+            new["m"], _ = self._stepped(old["m"], delta["m"], rate)
         return new
 
     def changes(
@@ -192,6 +216,19 @@ class UnitStatisticsRule(LearningRule):
             if group == "w" and self.bias_like_w:
                 delta["b"] = bias
         return delta
+
+    def _forget_plans(self) -> None:
+        self._plans: dict[str, list[_Sum]] = {}
+        self._gated: _Gated | None = None
+
+    def _gated_plan(self) -> "_Gated | None":
+        """How to do the whole update in one step, None where the rule is of another form."""
+        running = any(self.start[f"rho_{name}"] < 1 for name in RUNNING)
+        if running or self.step != "rms" or not self.bias_like_w or self.terms["m"]:
+            return None
+        if self._gated is None:
+            self._gated = _planned_gated(self._plan("w"), self.views, len(self.terms["w"]))
+        return self._gated if self._gated.terms else None
 
     def _plan(self, group: str) -> list["_Sum"]:
         if group not in self._plans:
@@ -232,18 +269,15 @@ class UnitStatisticsRule(LearningRule):
         old_bias: Tensor | None = None,
         of_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Weights [units, fan_in] and biases [units] after the step."""
-        start = old
-        if self.start["decay"]:
-            start = old * (1 - rate * self.number("decay"))
+        """Weights [units, fan_in] and biases [units] after the step, without decay."""
         if self.step == "plain":
-            new = start if delta is None else start + rate * delta
+            new = old if delta is None else old + rate * delta
             return new, old_bias if of_bias is None else old_bias + rate * of_bias
         delta = torch.zeros_like(old) if delta is None else delta
         bias = old.new_zeros(len(old)) if old_bias is None else old_bias
         of_bias = torch.zeros_like(bias) if of_bias is None else of_bias
         rate, eps = (_scalar(number, old) for number in (rate, self.number("eps")))
-        return rms_step(start, bias, delta, of_bias, rate, eps)
+        return rms_step(old, bias, delta, of_bias, rate, eps)
 
     # ---- what it says of itself ----
 
@@ -408,7 +442,7 @@ class UnitStatisticsRule(LearningRule):
                 setattr(holder, name, kept)
             terms = zip(self.terms[group], mask.tolist(), strict=True)
             self.terms[group] = [term for term, stays in terms if stays]
-        self._plans.clear()
+        self._forget_plans()
 
     def start_from(self, other: LearningRule) -> None:
         """Takes another such rule's coefficients and numbers; terms that it lacks get 0.
@@ -563,6 +597,71 @@ def _view_weights(linear: Linear, views: int) -> list[float]:
         return [0.0, 1.0] if linear.primed else [1.0, 0.0]
     other = linear.primed != (linear.kind == "r_cross")  # r_cross adds up the other view's z
     return [0.5, -0.5] if other else [0.5, 0.5]
+
+
+@dataclass(frozen=True)
+class _Gated:
+    """The terms of w for `gated_update`, where they are of its form.
+
+    Attributes:
+        terms: how weights are laid out; None where they are not.
+        place: [weights, terms], the weights by coefficient.
+        fixed: how many weights at the end are no mean over the batch.
+    """
+
+    terms: GatedTerms | None
+    place: Tensor
+    fixed: int
+    scaled: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def placed(self, psi: Tensor, scale: float) -> Tensor:
+        """`place` for these coefficients, means over the batch multiplied by `scale`."""
+        key = (scale, psi.dtype, psi.device)
+        if key not in self.scaled:
+            place = self.place.to(psi, copy=True)
+            place[: len(place) - self.fixed] *= scale
+            self.scaled[key] = place
+        return self.scaled[key]
+
+
+# The powers of statistics that `gated_update` knows, by its names.
+_GATED_FACTORS = {
+    (): "1",
+    (("mean", 1),): "mean",
+    (("var", -0.5),): "d",
+    (("var", -1),): "d2",
+}
+
+
+def _planned_gated(sums: Sequence[_Sum], views: int, count: int) -> _Gated:
+    """The terms of w in one vector of weights, if all are the gain times a current, or w."""
+    refused = _Gated(None, torch.zeros(0, count), 0)
+    currents, of_w = None, None
+    for part in sums:
+        if (part.sending, part.own) == ((("x", 1),), 0) and len(part.currents) == 1:
+            (currents,) = part.currents
+        elif (part.sending, part.own) == ((), 1) and part.statistics == [()] and not part.currents:
+            of_w = part.place
+        else:
+            return refused
+    if currents is None or currents.prefactor != GATED:
+        return refused
+    keys = {key for columns in currents.columns.values() for key in columns}
+    if not keys <= set(_GATED_FACTORS) or currents.columns.get("s", [()]) != [()]:
+        return refused
+    factors = [key for key in _GATED_FACTORS if key in keys]
+    rows = [kind for kind in ("c", *LATERAL_CURRENTS, "1") if kind in currents.columns]
+    place = []
+    for kind in rows:
+        of_kind = torch.zeros(1 if kind == "1" else views, len(factors), count)
+        for column, key in enumerate(currents.columns[kind]):
+            of_kind[:, factors.index(key)] = currents.place[kind][: len(of_kind), column]
+        place.append(of_kind.flatten(0, 1))
+    place += [currents.place["s"][:, 0]] if "s" in currents.columns else []
+    place += [of_w] if of_w is not None else []
+    names = tuple(_GATED_FACTORS[key] for key in factors)
+    terms = GatedTerms(tuple(rows), names, "s" in currents.columns, of_w is not None)
+    return _Gated(terms, torch.cat(place), int(of_w is not None))
 
 
 # ---- one layer's units in one update ----
