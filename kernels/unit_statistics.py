@@ -502,9 +502,7 @@ class _Mixing:
     k: Tensor
 
     @classmethod
-    def of_moments(
-        cls, terms: GatedTerms, rows: Tensor, mean: Tensor, second: Tensor
-    ) -> "_Mixing":
+    def of_moments(cls, terms: GatedTerms, rows: Tensor, mean: Tensor, second: Tensor) -> "_Mixing":
         views, lateral = len(second), terms.level == "gram"
         cov, d, across = mean, mean, None
         if terms.level != "mean":

@@ -35,6 +35,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from initializers import STRIDE
 from kernels.local_polynomial import samples
 from kernels.unit_statistics import (
     FLOOR,
@@ -48,7 +49,7 @@ from kernels.unit_statistics import (
     rms_step,
 )
 from kernels.unit_statistics import LATERAL as LATERAL_CURRENTS
-from learning_rules import LearningRule, RuleError, update_layers
+from learning_rules import LearningRule, RuleError, changes_by_term, update_layers
 from models_fully_local import Params
 from rules.unit_statistics_terms import LATERAL, Linear, Term, parse_term, split_linear
 
@@ -56,7 +57,6 @@ GROUPS = ("w", "b", "m")
 STEPS = ("rms", "plain")
 RUNNING = ("mean", "square", "var", "cov", "corr", "cross")
 UNITS, FAN_IN = 32, 784  # at which exponents of width and fan-in change nothing
-STRIDE = 0.3  # a learned number is its start times exp(STRIDE u), so that one rate suits all
 GATED = (("gain", 1),)
 
 Signal = Callable[[Sequence[Tensor]], Tensor]
@@ -203,11 +203,16 @@ class UnitStatisticsRule(LearningRule):
         delta = self._changes(_Units(self, layer, old, x, s, y), psi)
         return {group: d.view_as(old[group]) for group, d in delta.items()}
 
+    def term_changes(self, layer: nn.Module, old: dict[str, Tensor], x, s, y) -> dict[str, Tensor]:
+        """What each term would change alone before the step, [terms, *shape] per parameter."""
+        psi = {group: getattr(self, group) for group in GROUPS if self.terms[group]}
+        return changes_by_term(self, psi, layer, old, x, s, y)
+
     def _changes(self, units: "_Units", psi: dict[str, Tensor]) -> dict[str, Tensor]:
         """As `changes`, of w and m as matrices."""
         old, delta = units.old, {}
         for group in GROUPS:
-            if not self.terms[group] or group not in old:
+            if not self.terms[group] or group not in old or group not in psi:
                 continue
             parameter = old[group].flatten(1) if group != "b" else old[group].unsqueeze(1)
             scaled = self._scaled_to_width(psi[group], group, len(parameter))

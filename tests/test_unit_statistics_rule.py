@@ -12,7 +12,15 @@ from matplotlib.mathtext import MathTextParser
 from oracles import DOUBLE, assert_near, gradients, normal, weighted_sum
 from torch import Tensor
 
-from learning_rules import RuleError, classical_rule, load_rule, rule_from_dict, save_rule
+from learning_rules import (
+    RuleError,
+    classical_rule,
+    load_rule,
+    rule_from_dict,
+    save_rule,
+    term_effects,
+    term_products,
+)
 from models_fully_local import Activation, LateralConv2d, LateralLinear, lateral_mlp
 from rules.unit_statistics import (
     DEFAULT,
@@ -409,6 +417,21 @@ def test_what_is_not_finite_is_not_hidden():
 
 
 # ---- what it says of itself ----
+
+
+def test_terms_change_together_what_they_change_alone():
+    rule, model = learned_rule(), network(inhibition="lateral")
+    params, batch = parameters_of(model), batch_for(rule)
+    layer, old = model.layers[1], params[1]
+    s, y = zip(*(layer.respond(x, old) for x in batch), strict=True)
+    alone = rule.term_changes(layer, old, batch, s, y)
+    psi = {g: getattr(rule, g) for g in alone}
+    for group, whole in rule.changes(layer, old, batch, s, y, psi).items():
+        if group in alone:  # b has no terms of its own
+            assert_near(alone[group].sum(0), whole)
+    effects = term_effects(rule, term_products(rule, model, params, iter([batch])))
+    assert list(effects) == list(rule.term_coefficients())
+    assert all(effects.values())
 
 
 def test_a_saved_rule_is_the_same_rule(tmp_path):
