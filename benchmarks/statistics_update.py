@@ -9,7 +9,7 @@ limit: nothing but the products with the inputs x, which no formulation can avoi
     batches: forward x w^T and h^T x, backward both once more; x needs no gradient.
 with_units: these and the products between units that the statistics take: moments c^T c, lateral
     currents c K, backward one for the moments and two for the currents.
-All take turns; times and ratios are medians over the repetitions.
+All take turns; processor times, and medians over the repetitions.
 """
 
 import argparse
@@ -109,10 +109,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    print(f"ms per step, {INPUTS} inputs, terms of the default form, {args.threads} thread(s), "
-          f"median of {args.repeat}")  # fmt: skip
-    print(f"{'kind':>6} {'units':>6} {'batch':>6} {'obvious':>9} {'ours':>8} {'limit':>8} "
-          f"{'with_units':>11} {'obvious/ours':>13} {'ours/limit':>11} {'ours/with_units':>16}")  # fmt: skip
+    print(
+        f"ms of processor time per step, {INPUTS} inputs, terms of the default form, "
+        f"{args.threads} thread(s), median of {args.repeat}"
+    )
+    print(
+        f"{'kind':>6} {'units':>6} {'batch':>6} {'obvious':>9} {'ours':>8} {'limit':>8} "
+        f"{'with_units':>11} {'obvious/ours':>13} {'ours/limit':>11} {'ours/with_units':>16}"
+    )
     for kind, units, size in itertools.product(args.kinds, args.units, args.batch):
         timed = ways(kind, units, size)
         for run in timed.values():

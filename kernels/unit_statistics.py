@@ -33,7 +33,7 @@ from kernels.local_polynomial import ROWS, Rows, Windows
 FLOOR = 1e-4  # added to variances
 # What may multiply a column of `gated_update`: 1, <y>, v^-1/2, v^-1.
 FACTORS = ("1", "mean", "d", "d2")
-LATERAL = ("r", "r_cov", "r_cross")
+LATERAL_CURRENTS = ("r", "r_cov", "r_cross")
 
 
 class Activation(Protocol):
@@ -389,7 +389,7 @@ class GatedTerms:
     @property
     def lateral(self) -> tuple[str, ...]:
         """The kinds of lateral currents."""
-        return tuple(kind for kind in self.rows if kind in LATERAL)
+        return tuple(kind for kind in self.rows if kind in LATERAL_CURRENTS)
 
     def split(self, weights: Tensor, views: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[rows, factors], of s [views, 1] or None, of w [1] or None."""

@@ -11,10 +11,10 @@ The terms are those of rules/unit_statistics_terms.py. Where no quantity of a te
 sample to sample, as in "w", it counts once. By default b has the terms of w that contain x, with
 x = 1, w = b and the same coefficients: it is the weight of a constant input.
 
-All terms are local: with what the receiving unit i knows held (s, y and its view, lateral currents,
-statistics), the change dw_ij depends on no input but x_j and on no weight but w_ij. The step divides
-it by one number per unit, which does depend on the unit's whole dw_i; b_i has the divisor of w_i,
-and m_i one of its own, from mean_k dm_ik^2. The plain step divides by nothing.
+All terms are local: with what the receiving unit i knows held (s and y of both views, lateral
+currents, statistics), the change dw_ij depends on no input but x_j and on no weight but w_ij. The
+step divides it by one number per unit, which does depend on the unit's whole dw_i; b_i has the
+divisor of w_i, and m_i one of its own, from mean_k dm_ik^2. The plain step divides by nothing.
 
 Statistics are those of the batch, over all its views, or where their time constant rho is below 1
 running ones, old + rho (batch - old), that this update takes part in. They lie in the layer's
@@ -30,36 +30,49 @@ views); Metz et al. 2019, Confavreux et al. 2020 (learned rules of such terms).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from initializers import STRIDE
 from kernels.local_polynomial import samples
-from kernels.unit_statistics import (
-    FLOOR,
-    GatedTerms,
-    correlate,
-    currents,
-    gain,
-    gated_currents,
-    gated_update,
-    moments,
-    rms_step,
-)
-from kernels.unit_statistics import LATERAL as LATERAL_CURRENTS
+from kernels.unit_statistics import gated_update, rms_step
 from learning_rules import LearningRule, RuleError, changes_by_term, update_layers
 from models_fully_local import Params
-from rules.unit_statistics_terms import LATERAL, Linear, Term, parse_term, split_linear
+from rules.unit_statistics_sums import (
+    GatedPlan,
+    Signal,
+    TermSum,
+    Units,
+    planned_gated,
+    planned_sums,
+    wanted_statistics,
+)
+from rules.unit_statistics_terms import Term, parse_term
 
 GROUPS = ("w", "b", "m")
 STEPS = ("rms", "plain")
 RUNNING = ("mean", "square", "var", "cov", "corr", "cross")
 UNITS, FAN_IN = 32, 784  # at which exponents of width and fan-in change nothing
-GATED = (("gain", 1),)
 
-Signal = Callable[[Sequence[Tensor]], Tensor]
+# Of the step, as text and in LaTeX: the change, its divisor, the falling rate, the decay, where to.
+STEP_TEXTS = (
+    ("Δw_ij", " / sqrt(mean_j Δw_ij^2 + eps^2)", "eta / (1 + t / tau)", "decay w_ij", "w_ij +="),
+    (
+        r"\Delta w_{ij}",
+        r" / \sqrt{\langle \Delta w_{ij}^2 \rangle_j + \epsilon^2}",
+        r"\frac{\eta}{1 + t / \tau}",
+        r"\lambda w_{ij}",
+        r"w_{ij} \leftarrow w_{ij} +",
+    ),
+)
+SYMBOLS = {
+    "eta": ("eta", r"\eta"),
+    "eps": ("eps", r"\epsilon"),
+    "tau": ("tau", r"\tau"),
+    "decay": ("decay", r"\lambda"),
+    **{f"rho_{name}": (f"rho_{name}", rf"\rho_{{\mathrm{{{name}}}}}") for name in RUNNING},
+}
 
 
 class UnitStatisticsRule(LearningRule):
@@ -173,7 +186,7 @@ class UnitStatisticsRule(LearningRule):
             new["updates"] = _updates(old) + 1
         return new
 
-    def _updated_at_once(self, gated: "_Gated", layer, old, rate, x, s, y) -> dict[str, Tensor]:
+    def _updated_at_once(self, gated: GatedPlan, layer, old, rate, x, s, y) -> dict[str, Tensor]:
         s, y = [samples(t) for t in s], [samples(t) for t in y]
         psi = self._scaled_to_width(self.w, "w", len(old["b"]))
         weights = gated.placed(psi, layer.activation.slope / len(y[0])) @ psi
@@ -185,7 +198,7 @@ class UnitStatisticsRule(LearningRule):
         return {"w": w.view_as(old["w"]), "b": b}
 
     def _updated_in_parts(self, layer, old, rate, x, s, y) -> dict[str, Tensor]:
-        units = _Units(self, layer, old, x, s, y)
+        units = self._units(layer, old, x, s, y)
         delta = self._changes(units, {group: getattr(self, group) for group in GROUPS})
         w, b = self._stepped(old["w"].flatten(1), delta.get("w"), rate, old["b"], delta.get("b"))
         new = old | units.state | {"w": w.view_as(old["w"]), "b": b}
@@ -200,7 +213,7 @@ class UnitStatisticsRule(LearningRule):
 
         layer, old, x, s, y as in `update_layer`; a parameter without terms is left out.
         """
-        delta = self._changes(_Units(self, layer, old, x, s, y), psi)
+        delta = self._changes(self._units(layer, old, x, s, y), psi)
         return {group: d.view_as(old[group]) for group, d in delta.items()}
 
     def term_changes(self, layer: nn.Module, old: dict[str, Tensor], x, s, y) -> dict[str, Tensor]:
@@ -208,7 +221,12 @@ class UnitStatisticsRule(LearningRule):
         psi = {group: getattr(self, group) for group in GROUPS if self.terms[group]}
         return changes_by_term(self, psi, layer, old, x, s, y)
 
-    def _changes(self, units: "_Units", psi: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _units(self, layer, old, x, s, y) -> Units:
+        running = [name for name in RUNNING if self.start[f"rho_{name}"] < 1]
+        rho = {name: self.number(f"rho_{name}") for name in running}
+        return Units(layer, old, x, s, y, wanted_statistics(self.terms.values()), rho, self.signal)
+
+    def _changes(self, units: Units, psi: dict[str, Tensor]) -> dict[str, Tensor]:
         """As `changes`, of w and m as matrices."""
         old, delta = units.old, {}
         for group in GROUPS:
@@ -223,21 +241,21 @@ class UnitStatisticsRule(LearningRule):
         return delta
 
     def _forget_plans(self) -> None:
-        self._plans: dict[str, list[_Sum]] = {}
-        self._gated: _Gated | None = None
+        self._plans: dict[str, list[TermSum]] = {}
+        self._gated: GatedPlan | None = None
 
-    def _gated_plan(self) -> "_Gated | None":
+    def _gated_plan(self) -> GatedPlan | None:
         """How to do the whole update in one step, None where the rule is of another form."""
         running = any(self.start[f"rho_{name}"] < 1 for name in RUNNING)
         if running or self.step != "rms" or not self.bias_like_w or self.terms["m"]:
             return None
         if self._gated is None:
-            self._gated = _planned_gated(self._plan("w"), self.views, len(self.terms["w"]))
+            self._gated = planned_gated(self._plan("w"), self.views, len(self.terms["w"]))
         return self._gated if self._gated.terms else None
 
-    def _plan(self, group: str) -> list["_Sum"]:
+    def _plan(self, group: str) -> list[TermSum]:
         if group not in self._plans:
-            self._plans[group] = _planned(self.terms[group], self.views)
+            self._plans[group] = planned_sums(self.terms[group], self.views)
         return self._plans[group]
 
     def _scaled_to_width(self, psi: Tensor, group: str, units: int) -> Tensor:
@@ -330,7 +348,7 @@ class UnitStatisticsRule(LearningRule):
         latex: bool = False,
         max_terms: int | None = None,
     ) -> str:
-        """The rule as text or LaTeX: a line per parameter, largest coefficients first, and the step.
+        """The rule as text or LaTeX: a line per parameter, largest terms first, and the step.
 
         With the effects that `term_effects` found, the largest effects come first, each in brackets
         behind its term.
@@ -376,20 +394,13 @@ class UnitStatisticsRule(LearningRule):
 
     def _step_text(self, latex: bool) -> str:
         numbers = {name: self._value(name) for name in self._acting()}
-        if latex:
-            divisor = r" / \sqrt{\langle \Delta w_{ij}^2 \rangle_j + \epsilon^2}"
-            values = r", \; ".join(
-                rf"\mathrm{{{n.replace('_', chr(92) + '_')}}} = {v:.4g}" for n, v in numbers.items()
-            )
-            schedule = r"\frac{\eta}{1 + t / \tau}" if "tau" in numbers else r"\eta"
-            divisor = divisor if self.step == "rms" else ""
-            return rf"w_{{ij}} \leftarrow w_{{ij}} + {schedule} \, \Delta w_{{ij}}{divisor}, \; {values}"
-        schedule = "eta / (1 + t / tau)" if "tau" in numbers else "eta"
-        divisor = " / sqrt(mean_j Δw_ij^2 + eps^2)" if self.step == "rms" else ""
-        decay = " - decay w_ij" if "decay" in numbers else ""
-        change = f"(Δw_ij{divisor}{decay})" if decay else f"Δw_ij{divisor}"
-        values = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-        return f"w_ij += {schedule} {change};  {values}"
+        change, divisor, slower, decay, arrow = STEP_TEXTS[latex]
+        change += divisor if self.step == "rms" else ""
+        if "decay" in numbers:
+            change = f"({change} - {decay})"
+        rate = slower if "tau" in numbers else SYMBOLS["eta"][latex]
+        values = ", ".join(f"{SYMBOLS[n][latex]} = {value:.4g}" for n, value in numbers.items())
+        return f"{arrow} {rate} {change};  {values}"
 
     # ---- files, shorter and longer rules ----
 
@@ -510,405 +521,6 @@ def _signed(term: Term, value: float, latex: bool) -> str:
     sign = "-" if value < 0 else "+"
     name = term.tex() if latex else str(term)
     return f"{sign} {abs(value):.3g} {name if name != '1' else ''}".rstrip()
-
-
-# ---- terms laid out for few products ----
-
-
-@dataclass(frozen=True)
-class _Currents:
-    """Terms with one prefactor, as columns whose weights are linear in the coefficients.
-
-    Attributes:
-        prefactor: powers of quantities of the receiving unit.
-        columns: by kind (see `Linear`), the powers of statistics of each.
-        place: of kind, [views, columns, terms]: the weights for sum and difference of the views (of
-            s, for its own and the other view) by coefficient.
-    """
-
-    prefactor: tuple[tuple[str, int], ...]
-    columns: dict[str, list[tuple[tuple[str, float], ...]]]
-    place: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Sum:
-    """Terms with the same powers of what is sent and of the parameter.
-
-    Attributes:
-        sending: powers of the sending unit's quantities, possibly none.
-        own: power of the parameter.
-        currents: of terms that differ from sample to sample.
-        statistics: of the others, the powers of statistics of each column.
-        place: [columns, terms], the weights of these columns.
-    """
-
-    sending: tuple[tuple[str, int], ...]
-    own: int
-    currents: list[_Currents]
-    statistics: list[tuple[tuple[str, float], ...]]
-    place: Tensor
-
-
-def _planned(terms: Sequence[Term], views: int) -> list[_Sum]:
-    keys = dict.fromkeys((t.sending(), t.power(t.group)) for t in terms)
-    return [_planned_sum(terms, views, sending, own) for sending, own in keys]
-
-
-def _planned_sum(terms: Sequence[Term], views: int, sending, own: int) -> _Sum:
-    parts: dict[tuple, list[tuple[int, Linear, dict[str, float]]]] = {}
-    constant: dict[tuple, list[int]] = {}
-    for index, term in enumerate(terms):
-        if (term.sending(), term.power(term.group)) != (sending, own):
-            continue
-        if not sending and not term.varying():
-            constant.setdefault(tuple(term.statistics().items()), []).append(index)
-            continue
-        prefactor, linears = split_linear(term.varying())
-        for linear in linears:
-            powers = dict(term.statistics())
-            for name, power in linear.statistics.items():
-                powers[name] = powers.get(name, 0) + power
-            parts.setdefault(prefactor, []).append((index, linear, powers))
-    place = torch.zeros(len(constant), len(terms))
-    for column, indices in enumerate(constant.values()):
-        place[column, indices] = 1.0
-    laid_out = [_laid_out(p, linears, views, len(terms)) for p, linears in parts.items()]
-    return _Sum(sending, own, laid_out, list(constant), place)
-
-
-def _laid_out(prefactor, linears, views: int, count: int) -> _Currents:
-    columns: dict[str, list] = {}
-    for _, linear, powers in linears:
-        of_kind = columns.setdefault(linear.kind, [])
-        key = tuple(sorted((n, p) for n, p in powers.items() if p))
-        if key not in of_kind:
-            of_kind.append(key)
-    place = {kind: torch.zeros(views, len(keys), count) for kind, keys in columns.items()}
-    for index, linear, powers in linears:
-        key = tuple(sorted((n, p) for n, p in powers.items() if p))
-        column = place[linear.kind][:, columns[linear.kind].index(key), index]
-        column += linear.sign * torch.tensor(_view_weights(linear, views))
-    return _Currents(prefactor, columns, place)
-
-
-def _view_weights(linear: Linear, views: int) -> list[float]:
-    """Of sum and difference of the views; of s for its own and the other view."""
-    if views == 1:
-        return [1.0]
-    if linear.kind == "1":
-        return [1.0, 0.0]
-    if linear.kind == "s":
-        return [0.0, 1.0] if linear.primed else [1.0, 0.0]
-    other = linear.primed != (linear.kind == "r_cross")  # r_cross adds up the other view's z
-    return [0.5, -0.5] if other else [0.5, 0.5]
-
-
-@dataclass(frozen=True)
-class _Gated:
-    """The terms of w for `gated_update`, where they are of its form.
-
-    Attributes:
-        terms: how weights are laid out; None where they are not.
-        place: [weights, terms], the weights by coefficient.
-        fixed: how many weights at the end are no mean over the batch.
-    """
-
-    terms: GatedTerms | None
-    place: Tensor
-    fixed: int
-    scaled: dict[tuple, Tensor] = field(default_factory=dict)
-
-    def placed(self, psi: Tensor, scale: float) -> Tensor:
-        """`place` for these coefficients, means over the batch multiplied by `scale`."""
-        key = (scale, psi.dtype, psi.device)
-        if key not in self.scaled:
-            place = self.place.to(psi, copy=True)
-            place[: len(place) - self.fixed] *= scale
-            self.scaled[key] = place
-        return self.scaled[key]
-
-
-# The powers of statistics that `gated_update` knows, by its names.
-_GATED_FACTORS = {
-    (): "1",
-    (("mean", 1),): "mean",
-    (("var", -0.5),): "d",
-    (("var", -1),): "d2",
-}
-
-
-def _planned_gated(sums: Sequence[_Sum], views: int, count: int) -> _Gated:
-    """The terms of w in one vector of weights, if all are the gain times a current, or w."""
-    refused = _Gated(None, torch.zeros(0, count), 0)
-    currents, of_w = None, None
-    for part in sums:
-        if (part.sending, part.own) == ((("x", 1),), 0) and len(part.currents) == 1:
-            (currents,) = part.currents
-        elif (part.sending, part.own) == ((), 1) and part.statistics == [()] and not part.currents:
-            of_w = part.place
-        else:
-            return refused
-    if currents is None or currents.prefactor != GATED:
-        return refused
-    keys = {key for columns in currents.columns.values() for key in columns}
-    if not keys <= set(_GATED_FACTORS) or currents.columns.get("s", [()]) != [()]:
-        return refused
-    factors = [key for key in _GATED_FACTORS if key in keys]
-    rows = [kind for kind in ("c", *LATERAL_CURRENTS, "1") if kind in currents.columns]
-    place = []
-    for kind in rows:
-        of_kind = torch.zeros(1 if kind == "1" else views, len(factors), count)
-        for column, key in enumerate(currents.columns[kind]):
-            of_kind[:, factors.index(key)] = currents.place[kind][: len(of_kind), column]
-        place.append(of_kind.flatten(0, 1))
-    place += [currents.place["s"][:, 0]] if "s" in currents.columns else []
-    place += [of_w] if of_w is not None else []
-    names = tuple(_GATED_FACTORS[key] for key in factors)
-    terms = GatedTerms(tuple(rows), names, "s" in currents.columns, of_w is not None)
-    return _Gated(terms, torch.cat(place), int(of_w is not None))
-
-
-# ---- one layer's units in one update ----
-
-
-class _Units:
-    """What the units of one layer know in one update: quantities by name, and sums of terms.
-
-    Attributes:
-        state: the running statistics after this update.
-    """
-
-    def __init__(self, rule: UnitStatisticsRule, layer, old, x, s, y) -> None:
-        self.rule, self.layer, self.old, self.x = rule, layer, old, x
-        self.s, self.y = [samples(t) for t in s], [samples(t) for t in y]
-        self.views, (self.samples, self.units) = len(s), self.y[0].shape
-        self.state: dict[str, Tensor] = {}
-        self._values: dict = {}
-        self.wanted = _wanted(rule.terms.values())
-        level = "gram" if self.wanted & {"cov", "corr", "cross"} else "variance"
-        level = level if self.wanted & {"var", "square"} or level == "gram" else "mean"
-        self.c, batch_mean, self.second = moments(self.y, level)
-        self._take_statistics(batch_mean, level)
-
-    def _take_statistics(self, batch_mean: Tensor, level: str) -> None:
-        """Statistics by name in `_values`, by the time constants of the rule."""
-        values = self._values
-        values["mean"] = self._running("mean", batch_mean)
-        self.shift = None  # of the mean, from that of the batch
-        if self.rule.start["rho_mean"] < 1:
-            self.shift = batch_mean - values["mean"]
-        if level == "mean":
-            return
-        pooled = self.second.sum(0)
-        variance = pooled.diagonal() if level == "gram" else pooled
-        if "square" in self.wanted:
-            values["square"] = self._running("square", variance + batch_mean.square())
-        if self.shift is not None:
-            variance = variance + self.shift.square()
-        values["var"] = self._running("var", variance) + FLOOR
-        values["d"] = values["var"].rsqrt()
-        if level == "gram":
-            self._take_correlations(pooled)
-
-    def _take_correlations(self, pooled: Tensor) -> None:
-        others = 1 - torch.eye(self.units, dtype=pooled.dtype, device=pooled.device)
-        scale = self._values["d"].unsqueeze(1) * self._values["d"] * others
-        shifted = 0 if self.shift is None else torch.outer(self.shift, self.shift)
-        if "cov" in self.wanted:
-            self._values["cov"] = self._running("cov", (pooled + shifted) * others)
-        if "corr" in self.wanted:
-            self._values["corr"] = self._running("corr", (pooled + shifted) * scale)
-        if "cross" in self.wanted:
-            across = self.second[0] - self.second[1] + shifted
-            self._values["cross"] = self._running("cross", across * scale)
-
-    def _running(self, name: str, batch: Tensor) -> Tensor:
-        if self.rule.start[f"rho_{name}"] == 1 or name not in self.wanted:
-            return batch
-        if name in self.old:
-            past = self.old[name]
-            batch = past + self.rule.number(f"rho_{name}") * (batch - past)
-        self.state[name] = batch
-        return batch
-
-    # ---- quantities ----
-
-    def statistic(self, name: str) -> Tensor:
-        """One number per unit."""
-        if name == "rz" and name not in self._values:
-            self._values[name] = self._values["corr"].square().sum(1)
-        return self._values[name]
-
-    def factor(self, powers: tuple[tuple[str, float], ...]) -> Tensor | None:
-        """A product of powers of statistics [units]; None for 1."""
-        result = None
-        for name, power in powers:
-            if name == "var" and power == -0.5:
-                value = self._values["d"]
-            else:
-                value = self.statistic(name)
-                value = value if power == 1 else value**power
-            result = value if result is None else result * value
-        return result
-
-    def quantity(self, name: str, view: int) -> Tensor:
-        """A quantity of the receiving or sending unit, [samples, units], as one view has it."""
-        if name == "signal":
-            return self._signal()
-        if name.endswith("'"):
-            return self.quantity(name[:-1], 1 - view)
-        if name in ("s", "y"):
-            return getattr(self, name)[view]
-        key = (name.removesuffix("_j"), view)
-        if key not in self._values:
-            self._values[key] = self._computed(key[0], view)
-        return self._values[key]
-
-    def _computed(self, name: str, view: int) -> Tensor:
-        if name == "y":
-            return self.y[view]
-        if name == "gain":
-            return gain(self.sigma(view), self.layer.activation)
-        if name == "c":
-            return self.y[view] - self._values["mean"]
-        if name == "z":
-            return self.quantity("c", view) * self._values["d"]
-        if name == "r_exact":
-            r, z = (self.quantity(n, view) for n in ("r", "z"))
-            return (r - z * self.statistic("rz")) * self._values["d"]
-        if name == "r_cov":
-            return self.quantity("c", view) @ self._values["cov"]
-        if name == "r_cross":
-            return self.quantity("z", 1 - view) @ self._values["cross"]
-        return self.quantity("z", view) @ self._values["corr"]
-
-    def sigma(self, view: int) -> Tensor:
-        """sigma(s), which is y where nothing inhibits."""
-        if self.layer.inhibition == "none":
-            return self.y[view]
-        key = ("sigma", view)
-        if key not in self._values:
-            activation = self.layer.activation
-            self._values[key] = activation.of_scaled_(activation.slope * self.s[view])
-        return self._values[key]
-
-    def _signal(self) -> Tensor:
-        if self.rule.signal is None:
-            raise RuleError(
-                "a term of the rule has the signal: set rule.signal to what computes it"
-            )
-        signal = self.rule.signal(self.x).to(self.y[0])
-        if signal.dim():
-            signal = signal.repeat_interleave(self.samples // len(signal)).unsqueeze(1)
-        return signal
-
-    # ---- sums of terms ----
-
-    def total(self, plan: list[_Sum], psi: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-        """The change of a parameter `old` [units, inputs], and with 1 sent in place of x, [units]."""
-        change, alone = None, None
-        for part in plan:
-            matrix, per_unit = self._sum(part, psi)
-            matrix = per_unit.unsqueeze(1) if matrix is None else matrix
-            matrix = matrix if part.own == 0 else matrix * old**part.own
-            change = matrix if change is None else change + matrix
-            if part.sending and self.rule.bias_like_w:
-                of_bias = per_unit if part.own == 0 else per_unit * self.old["b"] ** part.own
-                alone = of_bias if alone is None else alone + of_bias
-        alone = torch.zeros_like(self.old["b"]) if alone is None else alone
-        return change.expand_as(old), alone
-
-    def _sum(self, part: _Sum, psi: Tensor) -> tuple[Tensor | None, Tensor]:
-        """[units, inputs] or None without any, and the sum [units] that has 1 in place of them."""
-        per_unit = None
-        if part.statistics:
-            weights = part.place.to(psi) @ psi
-            factors = [self.factor(powers) for powers in part.statistics]
-            ones = self.old["b"].new_ones(self.units)
-            per_unit = weights @ torch.stack([ones if f is None else f for f in factors])
-        matrix = None
-        if part.currents:
-            h = [self._received(c, psi) for c in part.currents]
-            h = sum(h[1:], start=h[0])
-            if part.sending:
-                sent, windows = self._sent(part.sending)
-                matrix, summed = correlate(h, sent, windows)
-            else:
-                summed = h.sum((0, 1))
-            per_unit = summed if per_unit is None else per_unit + summed
-        return matrix, per_unit
-
-    def _sent(self, powers) -> tuple[list[Tensor], object]:
-        """Products of what is sent, per view, and how windows lie in them."""
-        if powers[0][0] == "x":
-            power = powers[0][1]
-            return [x if power == 1 else x**power for x in self.x], self.layer.windows
-        sent = []
-        for view in range(self.views):
-            factors = [self.quantity(name, view) ** power for name, power in powers]
-            sent.append(math.prod(factors[1:], start=factors[0]))
-        return sent, None
-
-    def _received(self, part: _Currents, psi: Tensor) -> Tensor:
-        """What multiplies what is sent: [views, samples, units], over the number of samples."""
-        gated = part.prefactor == GATED
-        scale = (self.layer.activation.slope if gated else 1.0) / self.samples
-        psi = psi * scale
-        k, const, of_s = self._matrices(part, psi)
-        if gated:
-            sigma = [self.sigma(view) for view in range(self.views)]
-            return gated_currents(self.c, k, const, self.s, of_s, sigma, self.layer.activation)
-        h = currents(self.c, k, const, self.s, of_s)
-        if part.prefactor:
-            h = h * torch.stack([self._prefactor(part.prefactor, v) for v in range(self.views)])
-        return h
-
-    def _prefactor(self, powers, view: int) -> Tensor:
-        factors = [
-            self.quantity(n, view) if p == 1 else self.quantity(n, view) ** p for n, p in powers
-        ]
-        return math.prod(factors[1:], start=factors[0])
-
-    def _matrices(
-        self, part: _Currents, psi: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """K_+- or its diagonal, the constant, S and S'; see kernels/unit_statistics.py."""
-        weights = {kind: self._weights(part, kind, psi) for kind in part.columns}
-        lateral = [
-            self._lateral(kind) * weights[kind].unsqueeze(1) for kind in LATERAL if kind in weights
-        ]
-        diagonal = weights.get("c", self.c.new_zeros(self.views, 1)).expand(-1, self.units)
-        k = sum(lateral, start=torch.diag_embed(diagonal)) if lateral else diagonal
-        const = weights["1"][0].expand(self.units) if "1" in weights else None
-        if self.shift is not None:
-            shifted = self.shift @ k[0] if lateral else self.shift * k[0]
-            const = self.views * shifted + (0 if const is None else const)
-        return k, const, weights.get("s")
-
-    def _weights(self, part: _Currents, kind: str, psi: Tensor) -> Tensor:
-        """[views, units or 1], the columns of a kind added up."""
-        weights = part.place[kind].to(psi) @ psi
-        factors = [self.factor(powers) for powers in part.columns[kind]]
-        if factors == [None]:
-            return weights
-        ones = self.c.new_ones(self.units)
-        return weights @ torch.stack([ones if f is None else f for f in factors])
-
-    def _lateral(self, kind: str) -> Tensor:
-        """What centred activities are multiplied by to give a lateral current."""
-        matrix = self._values[LATERAL[kind]]
-        return matrix if kind == "r_cov" else matrix * self._values["d"].unsqueeze(1)
-
-
-def _wanted(groups) -> set[str]:
-    """The statistics that the terms of these groups need."""
-    names = {name.rstrip("'") for terms in groups for t in terms for name, _ in t.powers}
-    wanted = {"mean"} | (names & {"square", "var"})
-    wanted |= {LATERAL[name] for name in names if name in LATERAL}
-    if names & {"z", "z_j", "r", "r_exact", "r_cross"}:
-        wanted.add("var")
-    return wanted
 
 
 # ---- named points ----

@@ -123,9 +123,9 @@ def _power(text: str | None, name: str, term: str) -> float:
 
 
 def _power_text(power: float) -> str:
-    if float(2 * power).is_integer() and not float(power).is_integer():
-        return f"{int(2 * power)}/2"
-    return repr(power)
+    if float(power).is_integer():
+        return str(int(power))
+    return f"{int(2 * power)}/2" if float(2 * power).is_integer() else repr(power)
 
 
 def _tex_factor(name: str, power: float) -> str:
@@ -174,8 +174,11 @@ def split_linear(varying: Mapping[str, int]) -> tuple[tuple[tuple[str, int], ...
     parts = {
         "y": [Linear("c", primed, {}), Linear("1", primed, {"mean": 1})],
         "z": [Linear("c", primed, {"var": -0.5})],
-        "r_exact": [Linear("r", primed, {"var": -0.5}), Linear("c", primed, {"var": -1, "rz": 1}, -1)],
-    }  # fmt: skip
+        "r_exact": [
+            Linear("r", primed, {"var": -0.5}),
+            Linear("c", primed, {"var": -1, "rz": 1}, sign=-1),
+        ],
+    }
     return _sorted(rest), parts.get(kind, [Linear(kind, primed, {})])
 
 

@@ -465,7 +465,7 @@ def test_formula_names_the_largest_terms_first():
     assert rule.formula() == (
         "Δw = 2 x gain z' - 0.5 x gain y\nΔb = the terms of w with x, x = 1\nΔm = 1 y_j y_i\n"
         "w_ij += eta / (1 + t / tau) Δw_ij / sqrt(mean_j Δw_ij^2 + eps^2);  "
-        "eta 0.0054, eps 0.1, tau 20"
+        "eta = 0.0054, eps = 0.1, tau = 20"
     )
     effects = {"w/x gain y": 0.9, "w/x gain z'": 0.5, "w/w": 0.0, "m/y_j y_i": 1.0}
     line = rule.formula(effects, max_terms=1).splitlines()[0]
