@@ -35,8 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from initializers import STRIDE
+from kernels.gated_update import gated_update
 from kernels.local_polynomial import samples
-from kernels.unit_statistics import gated_update, rms_step
+from kernels.unit_statistics import rms_step
 from learning_rules import LearningRule, RuleError, changes_by_term, update_layers
 from models_fully_local import Params
 from rules.unit_statistics_sums import (

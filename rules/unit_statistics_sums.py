@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from kernels.gated_update import LATERAL_CURRENTS, GatedTerms
 from kernels.local_polynomial import samples
 from kernels.unit_statistics import (
     FLOOR,
-    LATERAL_CURRENTS,
-    GatedTerms,
     correlate,
     currents,
     gain,

@@ -5,13 +5,12 @@ import torch
 from oracles import DOUBLE, assert_near, gradients, normal, weighted_sum
 from torch.autograd import gradcheck
 
+from kernels.gated_update import GatedTerms, gated_update
 from kernels.unit_statistics import (
-    GatedTerms,
     correlate,
     currents,
     gain,
     gated_currents,
-    gated_update,
     moments,
     rms_step,
 )
