@@ -176,7 +176,7 @@ class _GatedUpdate(torch.autograd.Function):
 
 
 class _CompiledUpdate(torch.autograd.Function):
-    """_GatedUpdate with lateral currents, its parts as compiled loops; they fill the last arrays."""
+    """_GatedUpdate with lateral currents; its parts are compiled loops, which fill arrays."""
 
     @staticmethod
     def forward(ctx, terms, activation, windows, views, weights, w, b, rate, eps, *tensors):

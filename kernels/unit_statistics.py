@@ -15,8 +15,8 @@ The moments are c_+^T c_+ and c_-^T c_-; covariance and cross-view covariance ar
 difference. Tensors [views, samples, units] hold first the sum, then the difference; with one view
 there is the first only.
 
-Each function comes as a step of autograd, and as a forward and a backward pass of which longer steps
-are made (gated_update.py).
+Each function comes as a step of autograd, and as a forward and a backward pass of which a longer
+step is made (gated_update.py).
 """
 
 from collections.abc import Sequence

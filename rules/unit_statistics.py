@@ -173,7 +173,7 @@ class UnitStatisticsRule(LearningRule):
         Of a convolutional layer x [batch, in, H, W], s and y [batch, out, H', W'].
         """
         gated, rate = self._gated_plan(), self._rate(old)
-        if gated is not None and layer.inhibition == "none":
+        if gated.terms is not None and layer.inhibition == "none":
             new = old | self._updated_at_once(gated, layer, old, rate, x, s, y)
         else:
             new = self._updated_in_parts(layer, old, rate, x, s, y)
@@ -245,14 +245,17 @@ class UnitStatisticsRule(LearningRule):
         self._plans: dict[str, list[TermSum]] = {}
         self._gated: GatedPlan | None = None
 
-    def _gated_plan(self) -> GatedPlan | None:
-        """How to do the whole update in one step, None where the rule is of another form."""
-        running = any(self.start[f"rho_{name}"] < 1 for name in RUNNING)
-        if running or self.step != "rms" or not self.bias_like_w or self.terms["m"]:
-            return None
+    def _gated_plan(self) -> GatedPlan:
+        """How to do the whole update in one step; without terms where the rule is of no such form.
+
+        Time constants, step and terms do not change but by `keep` and `start_from`.
+        """
         if self._gated is None:
-            self._gated = planned_gated(self._plan("w"), self.views, len(self.terms["w"]))
-        return self._gated if self._gated.terms else None
+            running = any(self.start[f"rho_{name}"] < 1 for name in RUNNING)
+            apart = running or self.step != "rms" or not self.bias_like_w or self.terms["m"]
+            sums = [] if apart else self._plan("w")
+            self._gated = planned_gated(sums, self.views, len(self.terms["w"]))
+        return self._gated
 
     def _plan(self, group: str) -> list[TermSum]:
         if group not in self._plans:
@@ -283,7 +286,7 @@ class UnitStatisticsRule(LearningRule):
             return start
         if name.startswith("rho_"):
             return torch.sigmoid(math.log(start / (1 - start)) + STRIDE * self.moved[name])
-        return start * (STRIDE * self.moved[name]).exp()
+        return start * torch.pow(math.exp(STRIDE), self.moved[name])
 
     def _stepped(
         self,
@@ -483,6 +486,7 @@ class UnitStatisticsRule(LearningRule):
             for u in self.moved.values():
                 u.zero_()
         self.start = {name: other._value(name) for name in other.start}
+        self._forget_plans()
 
 
 def _check(terms: Mapping[str, Mapping[str, float]], views: int, step: str) -> None:
