@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from oracles import DOUBLE, assert_near, gradients, normal, weighted_sum
+from oracles import DOUBLE, assert_near, normal
 from torch.autograd import gradcheck
 
-from kernels.gated_update import GatedTerms, gated_update
 from kernels.unit_statistics import (
     correlate,
     currents,
@@ -88,39 +87,3 @@ def test_products_and_steps_have_the_gradients_of_finite_differences(views):
     assert_near(new[0], w + rate * dw / root[:, None])
     assert_near(new[1], b + rate * db / root)
     assert gradcheck(rms_step, arguments)
-
-
-ROWS = [("c", "r", "1"), ("r_cov",), ("c", "r", "r_cov", "1"), ("c", "1"), ("c",), ("1",)]
-
-
-@pytest.mark.parametrize("views, rows", [
-    *((1, rows) for rows in ROWS), *((2, rows) for rows in ROWS),
-    (2, ("c", "r", "r_cov", "r_cross", "1")), (2, ("r_cross",)),
-])  # fmt: skip
-@pytest.mark.parametrize("factors", [("1", "mean", "d", "d2"), ("1",), ("mean",)])
-@pytest.mark.parametrize("more", [True, False])
-def test_an_update_at_once_has_the_gradients_of_finite_differences(views, rows, factors, more):
-    terms = GatedTerms(rows, factors, of_s=more, of_w=more)
-    count = sum(1 if kind == "1" else views for kind in rows) * len(factors)
-    weights = normal(0, count + more * (views + 1))
-    w, b = normal(1, UNITS, INPUTS), normal(2, UNITS)
-    rate, eps = (torch.tensor(n, dtype=DOUBLE).requires_grad_() for n in (0.3, 0.2))
-    x, s = per_view(views, INPUTS, 10), per_view(views, UNITS, 20)
-    activation = Activation("sigmoid", 2.0)
-
-    def function(weights, w, b, rate, eps, *tensors):
-        x, s = tensors[:views], tensors[views:]
-        y = [torch.sigmoid(2 * v) for v in s]
-        return gated_update(terms, weights, w, b, rate, eps, x, s, y, activation)
-
-    assert gradcheck(function, [weights, w, b, rate, eps, *x, *s], atol=1e-6)
-
-
-def test_inputs_that_need_no_gradient_get_none():
-    terms = GatedTerms(("c", "r", "1"), ("1",), of_s=False, of_w=False)
-    x = [v.detach() for v in per_view(2, INPUTS, 10)]
-    s, weights = per_view(2, UNITS, 20), normal(0, 5)
-    w, b = normal(1, UNITS, INPUTS), normal(2, UNITS)
-    rate, eps = (torch.tensor(n, dtype=DOUBLE) for n in (0.3, 0.2))
-    new = gated_update(terms, weights, w, b, rate, eps, x, s, s, Activation("identity"))
-    assert all(grad.any() for grad in gradients(weighted_sum(new), [weights, w, b, *s]))
