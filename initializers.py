@@ -2,7 +2,10 @@
 
     w = W (mu_w + sd_w N(0,1)) / sqrt(fan_in);   b = S (mu_b + sd_b N(0,1));   m likewise
 
-The fixed scalers W = 1000, S = 100 act as larger learning rates for these few numbers.
+The fixed scalers W = 1000, S = 100 act as larger learning rates for these few numbers. Or, for
+rules whose learned numbers are logarithms, with a spread that stays positive:
+
+    w = exp(log spread_0 + 0.3 u) N(0,1) / sqrt(fan_in);   b = 0;   m = 0
 """
 
 import math
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from models_fully_local import Params
 
 SCALERS = {"w": 1000.0, "b": 100.0, "m": 100.0}
+STRIDE = 0.3  # of logarithms: a number is its start times exp(STRIDE u), and one rate suits all
 TRAINABLE, FIXED, ABSENT = "trainable", "fixed", "absent"
 
 
@@ -110,3 +114,56 @@ class GaussianInitializer(nn.Module):
     def effective(self) -> dict[str, float]:
         """Each mean and spread, scaler included (of w: before the division by sqrt(fan_in))."""
         return {n: p.item() * self.scalers[n[-1]] for n, p in self.named_parameters()}
+
+
+class SpreadInitializer(nn.Module):
+    """Draws weights around 0 with one spread; biases and lateral weights start at 0.
+
+    Attributes:
+        start: the spread where training it begins, of w before the division by sqrt(fan_in).
+        moved: u above, an nn.Parameter that starts at 0 and needs no gradient where it is fixed.
+    Raises ValueError for a spread that is not positive.
+    """
+
+    def __init__(self, spread: float = 0.167, *, trainable: bool = True) -> None:
+        super().__init__()
+        if not 0 < spread < math.inf:
+            raise ValueError(f"the spread of w must be > 0 and finite: {spread}")
+        self.start = float(spread)
+        self.moved = nn.Parameter(torch.zeros(()), trainable)
+
+    @classmethod
+    def with_values(cls, effective: Mapping[str, float]) -> "SpreadInitializer":
+        """The fixed spread that `effective` gave, in float64."""
+        return cls(effective["spread_w"], trainable=False).double()
+
+    def set_values(self, effective: Mapping[str, float]) -> None:
+        """Takes the spread that `effective` gave as its start."""
+        self.start = float(effective["spread_w"])
+        with torch.no_grad():
+            self.moved.zero_()
+
+    def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
+        """One draw: a dict of tensors per layer, of the shapes that the layer asks for.
+
+        The noise comes from a CPU generator and in float64, so that every device and dtype sees
+        the same draw.
+        """
+        params = []
+        for layer in model.layers:
+            shapes = layer.parameter_shapes()
+            drawn = {name: self.moved.detach().new_zeros(shape) for name, shape in shapes.items()}
+            if shapes:
+                noise = torch.randn(shapes["w"], generator=generator, dtype=torch.float64)
+                fan_in = math.prod(shapes["w"][1:])
+                drawn["w"] = self.spread() / math.sqrt(fan_in) * noise.to(self.moved)
+            params.append(drawn)
+        return params
+
+    def spread(self) -> Tensor:
+        """As it acts, a scalar."""
+        return self.start * (STRIDE * self.moved).exp()
+
+    def effective(self) -> dict[str, float]:
+        """The spread of w, before the division by sqrt(fan_in)."""
+        return {"spread_w": self.spread().item()}

@@ -74,9 +74,20 @@ class LearningRule(nn.Module):
         return self.update(model, params, batch)
 
     def keep(self, masks: dict[str, Tensor]) -> None:
-        """Removes, for good, the hyperparameters whose mask is False; masks are named as these.
+        """Removes, for good, the terms whose mask is False; masks are named as hyperparameters.
 
         Only a rule that is sparsified needs it.
+        """
+        raise NotImplementedError
+
+    def term_coefficients(self) -> dict[str, float]:
+        """Those of `coefficients` that belong to one term each: all, where nothing else is said."""
+        return self.coefficients()
+
+    def term_changes(self, layer: nn.Module, old: dict[str, Tensor], x, s, y) -> dict[str, Tensor]:
+        """What each term would change alone, [terms, *shape] per parameter.
+
+        Arguments as of PolynomialRule.update_layer. Only a rule that is pruned needs it.
         """
         raise NotImplementedError
 
@@ -225,6 +236,15 @@ class PolynomialRule(LearningRule):
         sums = self._sums("m" in old, self.w.device)
         deltas = sums([psi[g] for g in groups], weights, tensors, layer.windows)
         return {g: d.view_as(old[g]) for g, d in zip(groups, deltas, strict=True)}
+
+    def term_changes(self, layer: nn.Module, old: dict[str, Tensor], x, s, y) -> dict[str, Tensor]:
+        """What each term would change alone, [terms, *shape] per parameter; see `changes`."""
+        psi = {group: getattr(self, group) for group in VARIABLES}
+        changes = changes_by_term(self, psi, layer, old, x, s, y)
+        if "m" in old:
+            unit = torch.eye(len(old["b"])).to(old["m"])
+            changes["m"] = torch.cat([changes["m"], self.diagonal[:, None, None] * unit])
+        return changes
 
     def _stepped(self, old: Tensor, delta: Tensor, limit: float = float("inf")) -> Tensor:
         return _BoundedStep.apply(old, delta, self.bound, self.bound_size, self.l2, limit)
@@ -382,6 +402,14 @@ class PerLayerRule(LearningRule):
             for name, value in rule.coefficients().items()
         }
 
+    def term_coefficients(self) -> dict[str, float]:
+        """Those of terms, named as `coefficients` names them."""
+        return {
+            f"{number}/{name}": value
+            for number, rule in enumerate(self.rules, 1)
+            for name, value in rule.term_coefficients().items()
+        }
+
     def formula(
         self,
         effects: Mapping[str, float] | None = None,
@@ -432,8 +460,9 @@ def term_products(
 
     They are summed over the synapses, at `points` evenly spaced ones of `steps` updates from
     params, each on the next of the batches. Per parameter ("1/w", or "w" of a rule that all layers
-    share) a float64 matrix [terms, terms] in the order of `rule.coefficients()`. The sum of all its
-    entries is the square of the whole change, before bound, decay and what a layer forbids.
+    share) a float64 matrix [terms, terms] in the order of `rule.term_coefficients()`. The sum of
+    all its entries is the square of the whole change, before what a rule divides it by, bound,
+    decay and what a layer forbids.
     """
     products: dict[str, Tensor] = {}
     if isinstance(rule, PerLayerRule):
@@ -456,9 +485,9 @@ def term_effects(rule: LearningRule, products: Mapping[str, Tensor]) -> dict[str
 
     The root mean squares run over the synapses and steps that `term_products` saw. Terms may cancel
     each other, such as a constant and y^2 at convergence: effects can exceed 1, and do not add up
-    to 1. Named as `rule.coefficients()`; 0 for parameters that the model lacks.
+    to 1. Named as `rule.term_coefficients()`; 0 for parameters that the model lacks.
     """
-    effects = dict.fromkeys(rule.coefficients(), 0.0)
+    effects = dict.fromkeys(rule.term_coefficients(), 0.0)
     for parameter, matrix in products.items():
         names = [name for name in effects if name.startswith(f"{parameter}/")]
         whole = matrix.sum()
@@ -470,33 +499,37 @@ def term_effects(rule: LearningRule, products: Mapping[str, Tensor]) -> dict[str
 class _TermMeter:
     """Takes a rule's place in an update: adds up `products` of what its terms would change."""
 
-    def __init__(self, rule: PolynomialRule, prefix: str, products: dict[str, Tensor]) -> None:
+    def __init__(self, rule: LearningRule, prefix: str, products: dict[str, Tensor]) -> None:
         self.rule, self.views = rule, rule.views
         self.prefix, self.products = prefix, products
 
     def update_layer(self, layer, old, x, s, y) -> dict[str, Tensor]:
-        for group, changes in self._changes(layer, old, x, s, y).items():
+        for group, changes in self.rule.term_changes(layer, old, x, s, y).items():
             name, flat = self.prefix + group, changes.flatten(1).double()
             self.products[name] = self.products.get(name, 0) + flat @ flat.t()
         return old
 
-    def _changes(self, layer, old, x, s, y) -> dict[str, Tensor]:
-        """What each term would change alone, [terms, *shape] per parameter."""
-        alone = {group: getattr(self.rule, group).diag() for group in VARIABLES}
-        most = max(1, *map(len, alone.values()))
-        rows = {g: nn.functional.pad(psi, (0, 0, 0, most - len(psi))) for g, psi in alone.items()}
-        by_term = [
-            self.rule.changes(layer, old, x, s, y, {g: psi[k] for g, psi in rows.items()})
-            for k in range(most)
-        ]
-        changes = {
-            group: torch.stack([change[group] for change in by_term])[: len(alone[group])]
-            for group in by_term[0]
-        }
-        if "m" in old:
-            unit = torch.eye(len(old["b"])).to(old["m"])
-            changes["m"] = torch.cat([changes["m"], self.rule.diagonal[:, None, None] * unit])
-        return changes
+
+def changes_by_term(
+    rule: LearningRule, psi: Mapping[str, Tensor], layer, old, x, s, y
+) -> dict[str, Tensor]:
+    """What each term would change alone, [terms, *shape] per parameter with coefficients psi.
+
+    The rule's `changes` must be linear in coefficients that it is given; one call for each term of
+    the parameter that has the most of them.
+    """
+    alone = {group: values.diag() for group, values in psi.items()}
+    most = max(1, *map(len, alone.values()))
+    rows = {g: nn.functional.pad(psi, (0, 0, 0, most - len(psi))) for g, psi in alone.items()}
+    by_term = [
+        rule.changes(layer, old, x, s, y, {g: row[k] for g, row in rows.items()})
+        for k in range(most)
+    ]
+    return {
+        group: torch.stack([change[group] for change in by_term])[: len(alone[group])]
+        for group in by_term[0]
+        if group in alone
+    }
 
 
 def update_layers(model: nn.Module, params: Params, batch, rules: list) -> Params:

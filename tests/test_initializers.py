@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near
 
-from initializers import ABSENT, FIXED, SCALERS, TRAINABLE, GaussianInitializer
+from initializers import ABSENT, FIXED, SCALERS, TRAINABLE, GaussianInitializer, SpreadInitializer
 from models_fully_local import Activation, lateral_mlp
 
 MODES = (TRAINABLE, FIXED, ABSENT)
@@ -194,3 +194,29 @@ def test_an_initializer_is_rebuilt_exactly_from_its_effective_numbers(numbers):
 def test_numbers_of_other_names_are_refused(name):
     with pytest.raises(ValueError, match="mean"):
         GaussianInitializer.with_values({name: 1.0})
+
+
+def test_a_spread_moves_on_a_logarithmic_scale_and_all_else_starts_at_0():
+    initializer = set_to(SpreadInitializer(0.2).double(), moved=-1.5)
+    (drawn,) = initializer(fake_model(w=(4, 3, 3), b=(4,), m=(4, 4)), seeded(5))
+    spread = 0.2 * math.exp(-0.45)
+    noise = torch.randn(4, 3, 3, generator=seeded(5), dtype=DOUBLE)
+    assert_near(drawn["w"], spread / 3 * noise, 1e-14)
+    assert not drawn["b"].any() and not drawn["m"].any()
+    assert initializer.effective() == {"spread_w": pytest.approx(spread)}
+    (gradient,) = torch.autograd.grad(drawn["w"].sum(), [initializer.moved])
+    assert_near(gradient, 0.3 * drawn["w"].sum().detach(), 1e-12)
+
+
+def test_a_spread_that_was_written_down_draws_the_same_again():
+    model = lateral_mlp(5, [3, 2], Activation())
+    initializer = set_to(SpreadInitializer(0.2), moved=0.7)
+    read = SpreadInitializer.with_values(initializer.effective()).float()
+    other = SpreadInitializer()
+    other.set_values(initializer.effective())
+    assert not list(filter(lambda p: p.requires_grad, read.parameters()))
+    for drawn in (read(model, seeded(3)), other(model, seeded(3))):
+        for layer, expected in zip(drawn, initializer(model, seeded(3)), strict=True):
+            assert all(torch.equal(layer[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="must be > 0"):
+        SpreadInitializer(0.0)

@@ -1,0 +1,321 @@
+"""The parts of a whole update, but its products, as compiled loops for the CPU.
+
+An update of few units is ten products and more than a hundred small operations, each of which costs
+more to call than to compute. Here they are eight calls. Formulas, names and shapes are those of
+kernels/gated_update.py; sums over samples and inputs are kept in float64. One thread.
+
+    slope_of: (p0, p1, p2, p3, 2 p2) with base'(u) = p0 + p1 y + p2 y^2 + p3 [y > 0], y = base(u)
+    at: where the rows of c, r, r_cov, r_cross and 1 begin, -1 where there are none
+    codes: factors, as places in FACTORS
+    of_s, of_w, const: of length 0 where there are none
+    s0, s1, y0, y1: of the first and the last view
+
+What a function is told comes first, what it fills or changes last.
+"""
+
+import numpy as np
+from numba import njit
+
+# Sums may be reordered and divisions by a common factor shared; NaN stays NaN.
+LOOSE = {"reassoc", "contract", "nsz", "arcp"}
+compiled = njit(cache=True, nogil=True, fastmath=LOOSE, error_model="numpy")
+
+
+@compiled
+def centre(y0, y1, c, mean):
+    """Sum and difference of the centred views, c [views, samples, units], and the mean [units]."""
+    views, samples, units = c.shape
+    total = np.zeros(units)
+    for n in range(samples):
+        for i in range(units):
+            total[i] += y0[n, i] + y1[n, i] if views == 2 else y0[n, i]
+    for i in range(units):
+        mean[i] = total[i] / (samples * views)
+    for n in range(samples):
+        if views == 2:
+            for i in range(units):
+                c[0, n, i] = (y0[n, i] - mean[i]) + (y1[n, i] - mean[i])
+                c[1, n, i] = y0[n, i] - y1[n, i]
+        else:
+            for i in range(units):
+                c[0, n, i] = y0[n, i] - mean[i]
+
+
+@compiled
+def mix(inverse_count, floor, codes, at, gram, mean, rows, factors, a, d, cov, across, k):
+    """Everything from `factors` on, from c^T c, its inverse_count-th part the moments."""
+    views, units, _ = gram.shape
+    for j in range(units):
+        for i in range(units):
+            both = gram[0, j, i] + gram[1, j, i] if views == 2 else gram[0, j, i]
+            cov[j, i] = both * inverse_count
+        if at[3] >= 0:
+            for i in range(units):
+                across[j, i] = (gram[0, j, i] - gram[1, j, i]) * inverse_count
+    for i in range(units):
+        d[i] = 1 / np.sqrt(cov[i, i] + floor)
+        for f in range(len(codes)):
+            code = codes[f]
+            factors[f, i] = 1 if code == 0 else mean[i] if code == 1 else d[i]
+            if code == 3:
+                factors[f, i] *= d[i]
+    a[:] = 0
+    for row in range(len(a)):
+        for f in range(len(codes)):
+            for i in range(units):
+                a[row, i] += rows[row, f] * factors[f, i]
+    scaled, plain, other = np.zeros_like(d), np.zeros_like(d), np.zeros_like(d)
+    for v in range(views):
+        for i in range(units):
+            scaled[i] = d[i] * a[at[1] + v, i] if at[1] >= 0 else 0
+            plain[i] = a[at[2] + v, i] if at[2] >= 0 else 0
+            other[i] = d[i] * a[at[3] + v, i] if at[3] >= 0 else 0
+        for j in range(units):
+            e = d[j] * d[j]
+            for i in range(units):
+                k[v, j, i] = cov[j, i] * (e * scaled[i] + plain[i])
+            if at[3] >= 0:
+                for i in range(units):
+                    k[v, j, i] += across[j, i] * e * other[i]
+            k[v, j, j] = a[at[0] + v, j] if at[0] >= 0 else 0
+
+
+@compiled
+def gate(slope_of, const, of_s, s0, s1, y0, y1, total, h, summed):
+    """c K in `total` becomes l in its place; h = base' l, and its sum [units]."""
+    views, samples, units = total.shape
+    p0, p1, p2, p3, _ = slope_of
+    sums, shift = np.zeros(units), np.zeros_like(summed)
+    shift[: len(const)] = const
+    zero = p0 - p0
+    own = of_s[0] if len(of_s) else zero
+    cross = of_s[1] if len(of_s) > 1 else zero
+    for n in range(samples):
+        for i in range(units):
+            total[0, n, i] += shift[i]
+        if views == 2:
+            for i in range(units):
+                first, second = total[0, n, i], total[1, n, i]
+                total[0, n, i], total[1, n, i] = first + second, first - second
+        if len(of_s):
+            for i in range(units):
+                total[0, n, i] += own * s0[n, i]
+        if len(of_s) > 1:
+            for i in range(units):
+                total[0, n, i] += cross * s1[n, i]
+                total[1, n, i] += own * s1[n, i] + cross * s0[n, i]
+        for i in range(units):
+            y = y0[n, i]
+            slope = p0 + y * (p1 + p2 * y) + (p3 if y > 0 else zero)
+            h[0, n, i] = total[0, n, i] * slope
+            sums[i] += h[0, n, i]
+        if views == 2:
+            for i in range(units):
+                y = y1[n, i]
+                slope = p0 + y * (p1 + p2 * y) + (p3 if y > 0 else zero)
+                h[1, n, i] = total[1, n, i] * slope
+                sums[i] += h[1, n, i]
+    for i in range(units):
+        summed[i] = sums[i]
+
+
+@compiled
+def step(of_w, w, b, db, rate, eps, dw, new_w, new_b, root, factor):
+    """dw += of_w w in its place, then the step."""
+    units, inputs = w.shape
+    for i in range(units):
+        square = 0.0
+        if len(of_w):
+            weight = of_w[0]
+            for j in range(inputs):
+                dw[i, j] += weight * w[i, j]
+        for j in range(inputs):
+            square += dw[i, j] * dw[i, j]
+        root[i] = 1 / np.sqrt(square / inputs + eps.item() * eps.item())
+        factor[i] = rate.item() * root[i]
+        scale = factor[i]
+        for j in range(inputs):
+            new_w[i, j] = w[i, j] + scale * dw[i, j]
+        new_b[i] = b[i] + scale * db[i]
+
+
+@compiled
+def through_step(
+    of_w, grad_w, grad_b, w, dw, db, eps, root, factor, grad_dw, grad_db, grad_old, grad_numbers
+):
+    """Gradients of dw, db, the old w, and of rate, eps, of_w in grad_numbers [3]."""
+    units, inputs = w.shape
+    of_rate, of_eps, of_term = 0.0, 0.0, 0.0
+    for i in range(units):
+        of_factor = 0.0
+        for j in range(inputs):
+            of_factor += grad_w[i, j] * dw[i, j]
+        of_factor += grad_b[i] * db[i]
+        shrink = of_factor * factor[i] * root[i] * root[i]
+        of_rate += of_factor * root[i]
+        of_eps -= shrink * eps.item()
+        scale = factor[i]
+        grad_numbers[0] = shrink / inputs
+        back = grad_numbers[0]
+        for j in range(inputs):
+            grad_dw[i, j] = grad_w[i, j] * scale - dw[i, j] * back
+        if len(of_w):
+            weight = of_w[0]
+            for j in range(inputs):
+                of_term += grad_dw[i, j] * w[i, j]
+            for j in range(inputs):
+                grad_old[i, j] = grad_w[i, j] + weight * grad_dw[i, j]
+        else:
+            for j in range(inputs):
+                grad_old[i, j] = grad_w[i, j]
+        grad_db[i] = grad_b[i] * scale
+    grad_numbers[0], grad_numbers[1], grad_numbers[2] = of_rate, of_eps, of_term
+
+
+@compiled
+def through_gate(
+    slope_of, of_s, s0, s1, y0, y1, grad_sum, total, grad, grad_y, grad_s, grad_of_s, grad_const
+):
+    """From the gradient of h in `grad`: in its place that of c K, of y through the gain, of s, of_s
+    and the constant.
+    """
+    views, samples, units = total.shape
+    p0, p1, p2, p3, curve = slope_of
+    zero = p0 - p0
+    sums, of_own, of_cross = np.zeros(units), np.zeros(units), np.zeros(units)
+    own = of_s[0] if len(of_s) else zero
+    cross = of_s[1] if len(of_s) > 1 else zero
+    for n in range(samples):
+        for v in range(views):
+            y_of_view = y0 if v == 0 else y1
+            for i in range(units):
+                y, g = y_of_view[n, i], grad[v, n, i] + grad_sum[i]
+                slope = p0 + y * (p1 + p2 * y) + (p3 if y > 0 else zero)
+                grad_y[v, n, i] = g * total[v, n, i] * (p1 + curve * y)
+                grad[v, n, i] = g * slope
+        if len(of_s) == 1:
+            for i in range(units):
+                grad_s[0, n, i] = own * grad[0, n, i]
+                of_own[i] += grad[0, n, i] * s0[n, i]
+        if len(of_s) > 1:
+            for i in range(units):
+                first, second = grad[0, n, i], grad[1, n, i]
+                grad_s[0, n, i] = own * first + cross * second
+                grad_s[1, n, i] = own * second + cross * first
+                of_own[i] += first * s0[n, i] + second * s1[n, i]
+                of_cross[i] += first * s1[n, i] + second * s0[n, i]
+        if views == 2:
+            for i in range(units):
+                first, second = grad[0, n, i], grad[1, n, i]
+                grad[0, n, i], grad[1, n, i] = first + second, first - second
+        for i in range(units):
+            sums[i] += grad[0, n, i]
+    for i in range(units):
+        grad_const[i] = sums[i]
+    if len(of_s):
+        grad_of_s[0] = of_own.sum()
+    if len(of_s) > 1:
+        grad_of_s[1] = of_cross.sum()
+
+
+@compiled
+def through_mix(
+    inverse_count, codes, at, grad_const, rows, factors, a, d, cov, across, grad_k, grad_rows,
+    grad_mean, both,
+):  # fmt: skip
+    """Gradients of rows and mean, and in `both` what c is multiplied by for its gradient through
+    its moments.
+    """
+    views, units, _ = grad_k.shape
+    grad_a, grad_d = np.zeros_like(a), np.zeros(units)
+    grad_cov = np.zeros_like(cov)
+    grad_across = np.zeros_like(across)
+    scaled, plain, other = np.zeros_like(d), np.zeros_like(d), np.zeros_like(d)
+    of_r, of_cov, of_cross = np.zeros_like(d), np.zeros_like(d), np.zeros_like(d)
+    for v in range(views):
+        for i in range(units):
+            scaled[i] = d[i] * a[at[1] + v, i] if at[1] >= 0 else 0
+            plain[i] = a[at[2] + v, i] if at[2] >= 0 else 0
+            other[i] = d[i] * a[at[3] + v, i] if at[3] >= 0 else 0
+        of_r[:] = 0
+        of_cov[:] = 0
+        of_cross[:] = 0
+        for j in range(units):
+            if at[0] >= 0:
+                grad_a[at[0] + v, j] = grad_k[v, j, j]
+            grad_k[v, j, j] = 0
+            e, of_e = d[j] * d[j], 0.0
+            for i in range(units):
+                g = grad_k[v, j, i]
+                of_r[i] += g * cov[j, i] * e
+                of_cov[i] += g * cov[j, i]
+                of_e += g * cov[j, i] * scaled[i]
+                grad_cov[j, i] += g * (e * scaled[i] + plain[i])
+            if at[3] >= 0:
+                for i in range(units):
+                    g = grad_k[v, j, i]
+                    of_cross[i] += g * across[j, i] * e
+                    of_e += g * across[j, i] * other[i]
+                    grad_across[j, i] += g * e * other[i]
+            grad_d[j] += 2 * d[j] * of_e
+        for i in range(units):
+            if at[1] >= 0:
+                grad_a[at[1] + v, i] = of_r[i] * d[i]
+                grad_d[i] += of_r[i] * a[at[1] + v, i]
+            if at[2] >= 0:
+                grad_a[at[2] + v, i] = of_cov[i]
+            if at[3] >= 0:
+                grad_a[at[3] + v, i] = of_cross[i] * d[i]
+                grad_d[i] += of_cross[i] * a[at[3] + v, i]
+    if at[4] >= 0:
+        grad_a[at[4]] = grad_const
+    grad_mean[:] = 0
+    for f in range(len(codes)):
+        for row in range(len(a)):
+            total = 0.0
+            for i in range(units):
+                total += grad_a[row, i] * factors[f, i]
+            grad_rows[row, f] = total
+        for i in range(units):
+            of_factor = 0.0
+            for row in range(len(a)):
+                of_factor += rows[row, f] * grad_a[row, i]
+            if codes[f] == 1:
+                grad_mean[i] += of_factor
+            if codes[f] == 2:
+                grad_d[i] += of_factor
+            if codes[f] == 3:
+                grad_d[i] += 2 * d[i] * of_factor
+    for i in range(units):
+        grad_cov[i, i] -= grad_d[i] * d[i] * d[i] * d[i] / 2
+    for j in range(units):
+        for i in range(units):
+            both[0, j, i] = (grad_cov[j, i] + grad_cov[i, j]) * inverse_count
+            if views == 2:
+                both[1, j, i] = both[0, j, i]
+            if at[3] >= 0:
+                difference = (grad_across[j, i] + grad_across[i, j]) * inverse_count
+                both[0, j, i] += difference
+                both[1, j, i] -= difference
+
+
+@compiled
+def through_centre(grad, grad_mean, grad_y):
+    """Adds the gradient of y through c and the mean to grad_y [views, samples, units]."""
+    views, samples, units = grad.shape
+    total = np.zeros(units)
+    for n in range(samples):
+        for i in range(units):
+            total[i] += grad[0, n, i]
+    shift = np.zeros_like(grad_mean)
+    for i in range(units):
+        shift[i] = (grad_mean[i] / views - total[i]) / samples
+    for n in range(samples):
+        if views == 2:
+            for i in range(units):
+                first = grad[0, n, i] + shift[i]
+                grad_y[0, n, i] += first + grad[1, n, i]
+                grad_y[1, n, i] += first - grad[1, n, i]
+        else:
+            for i in range(units):
+                grad_y[0, n, i] += grad[0, n, i] + shift[i]

@@ -1,0 +1,607 @@
+"""Local rules whose terms know the statistics of their unit, the other view, lateral currents.
+
+    rule = UnitStatisticsRule.of_terms(["x gain z'", "x gain r", "w"])     # from 0, to be learned
+    rule = preset("latent-predictive", eta=0.0054)                         # or a named point
+    params = train(model, params, pairs, rule, steps)
+
+    dw_ij = sum_k psi_k mean_b( term_k + term_k with the views exchanged )
+    w_ij += eta / (1 + t / tau) ( dw_ij / sqrt(mean_j dw_ij^2 + eps^2) - decay w_ij )
+
+The terms are those of rules/unit_statistics_terms.py. Where no quantity of a term differs from
+sample to sample, as in "w", it counts once. By default b has the terms of w that contain x, with
+x = 1, w = b and the same coefficients: it is the weight of a constant input.
+
+All terms are local: with what the receiving unit i knows held (s and y of both views, lateral
+currents, statistics), the change dw_ij depends on no input but x_j and on no weight but w_ij. The
+step divides it by one number per unit, which does depend on the unit's whole dw_i; b_i has the
+divisor of w_i, and m_i one of its own, from mean_k dm_ik^2. The plain step divides by nothing.
+
+Statistics are those of the batch, over all its views, or where their time constant rho is below 1
+running ones, old + rho (batch - old), that this update takes part in. They lie in the layer's
+parameters as "mean", "square", "var" (without 1e-4), "cov", "corr", "cross" (without their
+diagonals); so does the number of updates, "updates", where tau is finite. They begin with the first
+update. Numbers that are not finite go through the update as torch's own functions have it; from
+finite ones none arise, also where units are dead, views equal, or the batch is one image.
+
+Sources: Halvagal, Zenke 2023 (latent predictive learning); Bienenstock, Cooper, Munro 1982 and
+Intrator, Cooper 1992 (BCM); Oja 1982; Foldiak 1990; Zbontar et al. 2021 (decorrelation across
+views); Metz et al. 2019, Confavreux et al. 2020 (learned rules of such terms).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from initializers import STRIDE
+from kernels.gated_update import gated_update
+from kernels.local_polynomial import samples
+from kernels.unit_statistics import rms_step
+from learning_rules import LearningRule, RuleError, changes_by_term, update_layers
+from models_fully_local import Params
+from rules.unit_statistics_sums import (
+    GatedPlan,
+    Signal,
+    TermSum,
+    Units,
+    planned_gated,
+    planned_sums,
+    wanted_statistics,
+)
+from rules.unit_statistics_terms import Term, parse_term
+
+GROUPS = ("w", "b", "m")
+STEPS = ("rms", "plain")
+RUNNING = ("mean", "square", "var", "cov", "corr", "cross")
+UNITS, FAN_IN = 32, 784  # at which exponents of width and fan-in change nothing
+
+# Of the step, as text and in LaTeX: the change, its divisor, the falling rate, the decay, where to.
+STEP_TEXTS = (
+    ("Δw_ij", " / sqrt(mean_j Δw_ij^2 + eps^2)", "eta / (1 + t / tau)", "decay w_ij", "w_ij +="),
+    (
+        r"\Delta w_{ij}",
+        r" / \sqrt{\langle \Delta w_{ij}^2 \rangle_j + \epsilon^2}",
+        r"\frac{\eta}{1 + t / \tau}",
+        r"\lambda w_{ij}",
+        r"w_{ij} \leftarrow w_{ij} +",
+    ),
+)
+SYMBOLS = {
+    "eta": ("eta", r"\eta"),
+    "eps": ("eps", r"\epsilon"),
+    "tau": ("tau", r"\tau"),
+    "decay": ("decay", r"\lambda"),
+    **{f"rho_{name}": (f"rho_{name}", rf"\rho_{{\mathrm{{{name}}}}}") for name in RUNNING},
+}
+
+
+class UnitStatisticsRule(LearningRule):
+    """A rule of the family above, the same for every layer that it is given.
+
+    Attributes:
+        views: 2 for pairs, 1 for single inputs.
+        terms: {"w": [Term, ...], "b": [...], "m": [...]}.
+        w, b, m: the coefficients psi of these terms, nn.Parameters of the same lengths.
+        bias_like_w: whether b has w's terms in place of a group of its own.
+        step: "rms" or "plain".
+        start: eta, eps, tau, decay and the time constants "rho_mean", ...: where they start.
+        moved: nn.Parameters u of those that are learned: the number is start exp(0.3 u), of a time
+            constant logistic(logit(start) + 0.3 u).
+        exponents: with learned exponents, nn.Parameters "w", "b", "m" [terms]: a coefficient is
+            multiplied by (units / 32)^exponent; "units", "fan_in": eta is multiplied by
+            (units / 32)^units (fan_in / 784)^fan_in.
+        signal: from the layer's inputs, one tensor per view, to the third factor, [batch] or a
+            scalar; it is no part of to_dict.
+    """
+
+    def __init__(
+        self,
+        terms: Mapping[str, Mapping[str, float]],
+        *,
+        views: int = 2,
+        step: str = "rms",
+        eta: float = 0.0054,
+        eps: float = 0.1,
+        tau: float = math.inf,
+        decay: float = 0.0,
+        rho: Mapping[str, float] | None = None,
+        learn: Sequence[str] = ("eta",),
+        signal: Signal | None = None,
+    ) -> None:
+        """terms: {"w": {"x gain z'": coefficient}, ...}; without "b", b has the terms of w.
+
+        learn: of "eta", "eps", "tau", "decay", "rho_mean" and so on, and "exponents".
+        Raises RuleError for a term or an option that there is not.
+        """
+        super().__init__()
+        _check(terms, views, step)
+        self.views, self.step, self.signal = views, step, signal
+        self.bias_like_w = "b" not in terms
+        self.terms: dict[str, list[Term]] = {}
+        for group in GROUPS:
+            parsed = [parse_term(text, group, views) for text in terms.get(group, {})]
+            if len(set(parsed)) != len(parsed):
+                raise RuleError(f"the terms of {group} repeat themselves")
+            self.terms[group] = parsed
+            values = torch.tensor([float(v) for v in terms.get(group, {}).values()])
+            setattr(self, group, nn.Parameter(values, requires_grad=bool(len(values))))
+        self.start = {"eta": eta, "eps": eps, "tau": tau, "decay": decay}
+        self.start |= {f"rho_{name}": 1.0 for name in RUNNING}
+        self.start |= {f"rho_{name}": value for name, value in (rho or {}).items()}
+        _check_numbers(self.start, learn)
+        self.moved = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(())) for name in learn if name != "exponents"}
+        )
+        self.exponents = nn.ParameterDict()
+        if "exponents" in learn:
+            sizes = {group: (len(self.terms[group]),) for group in GROUPS}
+            for name, size in (sizes | {"units": (), "fan_in": ()}).items():
+                self.exponents[name] = nn.Parameter(torch.zeros(size))
+        self._forget_plans()
+
+    @classmethod
+    def of_terms(
+        cls,
+        w: Sequence[str],
+        *,
+        b: Sequence[str] | None = None,
+        m: Sequence[str] = (),
+        **options,
+    ) -> "UnitStatisticsRule":
+        """The rule of these terms, all coefficients 0; options as of the class."""
+        groups = {"w": w, "m": m} if b is None else {"w": w, "b": b, "m": m}
+        return cls({g: dict.fromkeys(texts, 0.0) for g, texts in groups.items()}, **options)
+
+    # ---- the update ----
+
+    def update(self, model: nn.Module, params: Params, batch) -> Params:
+        """New parameters after one batch [batch, ...], a pair of batches where views is 2."""
+        plastic = sum(bool(layer_params) for layer_params in params)
+        return update_layers(model, params, batch, [self] * plastic)
+
+    def update_layer(
+        self,
+        layer: nn.Module,
+        old: dict[str, Tensor],
+        x: Sequence[Tensor],
+        s: Sequence[Tensor],
+        y: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """New parameters of one layer; x [batch, in], s and y [batch, out], one per view.
+
+        Of a convolutional layer x [batch, in, H, W], s and y [batch, out, H', W'].
+        """
+        gated, rate = self._gated_plan(), self._rate(old)
+        if gated.terms is not None and layer.inhibition == "none":
+            new = old | self._updated_at_once(gated, layer, old, rate, x, s, y)
+        else:
+            new = self._updated_in_parts(layer, old, rate, x, s, y)
+        if self.start["decay"]:
+            decayed = rate * self.number("decay")
+            for name in ("w", "m") if self.terms["m"] and "m" in old else ("w",):
+                new[name] = new[name] - decayed * old[name]
+        if "m" in new and self.terms["m"]:
+            new["m"] = layer.constrain(new["m"])
+        if math.isfinite(self.start["tau"]):
+            new["updates"] = _updates(old) + 1
+        return new
+
+    def _updated_at_once(self, gated: GatedPlan, layer, old, rate, x, s, y) -> dict[str, Tensor]:
+        s, y = [samples(t) for t in s], [samples(t) for t in y]
+        psi = self._scaled_to_width(self.w, "w", len(old["b"]))
+        weights = gated.placed(psi, layer.activation.slope / len(y[0])) @ psi
+        rate, eps = (_scalar(number, psi) for number in (rate, self.number("eps")))
+        w, b = gated_update(
+            gated.terms, weights, old["w"].flatten(1), old["b"], rate, eps, x, s, y,
+            layer.activation, layer.windows,
+        )  # fmt: skip
+        return {"w": w.view_as(old["w"]), "b": b}
+
+    def _updated_in_parts(self, layer, old, rate, x, s, y) -> dict[str, Tensor]:
+        units = self._units(layer, old, x, s, y)
+        delta = self._changes(units, {group: getattr(self, group) for group in GROUPS})
+        w, b = self._stepped(old["w"].flatten(1), delta.get("w"), rate, old["b"], delta.get("b"))
+        new = old | units.state | {"w": w.view_as(old["w"]), "b": b}
+        if "m" in delta:
+            new["m"], _ = self._stepped(old["m"], delta["m"], rate)
+        return new
+
+    def changes(
+        self, layer: nn.Module, old: dict[str, Tensor], x, s, y, psi: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What coefficients psi [terms] change before the step, of the shape of the parameters.
+
+        layer, old, x, s, y as in `update_layer`; a parameter without terms is left out.
+        """
+        delta = self._changes(self._units(layer, old, x, s, y), psi)
+        return {group: d.view_as(old[group]) for group, d in delta.items()}
+
+    def term_changes(self, layer: nn.Module, old: dict[str, Tensor], x, s, y) -> dict[str, Tensor]:
+        """What each term would change alone before the step, [terms, *shape] per parameter."""
+        psi = {group: getattr(self, group) for group in GROUPS if self.terms[group]}
+        return changes_by_term(self, psi, layer, old, x, s, y)
+
+    def _units(self, layer, old, x, s, y) -> Units:
+        running = [name for name in RUNNING if self.start[f"rho_{name}"] < 1]
+        rho = {name: self.number(f"rho_{name}") for name in running}
+        return Units(layer, old, x, s, y, wanted_statistics(self.terms.values()), rho, self.signal)
+
+    def _changes(self, units: Units, psi: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `changes`, of w and m as matrices."""
+        old, delta = units.old, {}
+        for group in GROUPS:
+            if not self.terms[group] or group not in old or group not in psi:
+                continue
+            parameter = old[group].flatten(1) if group != "b" else old[group].unsqueeze(1)
+            scaled = self._scaled_to_width(psi[group], group, len(parameter))
+            matrix, bias = units.total(self._plan(group), scaled, parameter)
+            delta[group] = matrix if group != "b" else matrix.squeeze(1)
+            if group == "w" and self.bias_like_w:
+                delta["b"] = bias
+        return delta
+
+    def _forget_plans(self) -> None:
+        self._plans: dict[str, list[TermSum]] = {}
+        self._gated: GatedPlan | None = None
+
+    def _gated_plan(self) -> GatedPlan:
+        """How to do the whole update in one step; without terms where the rule is of no such form.
+
+        Time constants, step and terms do not change but by `keep` and `start_from`.
+        """
+        if self._gated is None:
+            running = any(self.start[f"rho_{name}"] < 1 for name in RUNNING)
+            apart = running or self.step != "rms" or not self.bias_like_w or self.terms["m"]
+            sums = [] if apart else self._plan("w")
+            self._gated = planned_gated(sums, self.views, len(self.terms["w"]))
+        return self._gated
+
+    def _plan(self, group: str) -> list[TermSum]:
+        if group not in self._plans:
+            self._plans[group] = planned_sums(self.terms[group], self.views)
+        return self._plans[group]
+
+    def _scaled_to_width(self, psi: Tensor, group: str, units: int) -> Tensor:
+        if group not in self.exponents:
+            return psi
+        return psi * (self.exponents[group] * math.log(units / UNITS)).exp()
+
+    def _rate(self, old: dict[str, Tensor]) -> Tensor | float:
+        """eta of this update, for this width."""
+        rate = self.number("eta")
+        if math.isfinite(self.start["tau"]):
+            rate = rate / (1 + _updates(old) / self.number("tau"))
+        if self.exponents:
+            units, fan_in = len(old["w"]), old["w"][0].numel()
+            power = self.exponents["units"] * math.log(units / UNITS)
+            power = power + self.exponents["fan_in"] * math.log(fan_in / FAN_IN)
+            rate = rate * power.exp()
+        return rate
+
+    def number(self, name: str) -> Tensor | float:
+        """eta, eps, tau, decay or a time constant "rho_mean", ..., as it acts."""
+        start = self.start[name]
+        if name not in self.moved:
+            return start
+        if name.startswith("rho_"):
+            return torch.sigmoid(math.log(start / (1 - start)) + STRIDE * self.moved[name])
+        return start * torch.pow(math.exp(STRIDE), self.moved[name])
+
+    def _stepped(
+        self,
+        old: Tensor,
+        delta: Tensor | None,
+        rate: Tensor | float,
+        old_bias: Tensor | None = None,
+        of_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Weights [units, fan_in] and biases [units] after the step, without decay."""
+        if self.step == "plain":
+            new = old if delta is None else old + rate * delta
+            return new, old_bias if of_bias is None else old_bias + rate * of_bias
+        delta = torch.zeros_like(old) if delta is None else delta
+        bias = old.new_zeros(len(old)) if old_bias is None else old_bias
+        of_bias = torch.zeros_like(bias) if of_bias is None else of_bias
+        rate, eps = (_scalar(number, old) for number in (rate, self.number("eps")))
+        return rms_step(old, bias, delta, of_bias, rate, eps)
+
+    # ---- what it says of itself ----
+
+    def coefficients(self) -> dict[str, float]:
+        """Each coefficient by name, "w/x gain z'", and the step's numbers, "step/eta".
+
+        Learned exponents are called "exponent/w/x gain z'", "exponent/eta units"; time constants
+        "step/rho_mean".
+        """
+        named = self.term_coefficients()
+        for name in self._acting():
+            named[f"step/{name}"] = self._value(name)
+        for group, exponents in self.exponents.items():
+            if group in GROUPS:
+                for term, value in zip(self.terms[group], exponents.tolist(), strict=True):
+                    named[f"exponent/{group}/{term}"] = value
+            else:
+                named[f"exponent/eta {group}"] = exponents.item()
+        return named
+
+    def term_coefficients(self) -> dict[str, float]:
+        """Those of the terms alone."""
+        return {
+            f"{group}/{term}": value
+            for group, terms in self.terms.items()
+            for term, value in zip(terms, getattr(self, group).tolist(), strict=True)
+        }
+
+    def _value(self, name: str) -> float:
+        number = self.number(name)
+        return number.item() if isinstance(number, Tensor) else number
+
+    def _acting(self) -> list[str]:
+        """The numbers of the step that change anything."""
+        eps = ["eps"] if self.step == "rms" else []
+        tau = ["tau"] if math.isfinite(self.start["tau"]) else []
+        decay = ["decay"] if self.start["decay"] else []
+        running = [name for name in self.start if name[:4] == "rho_" and self.start[name] < 1]
+        return ["eta", *eps, *tau, *decay, *running]
+
+    def formula(
+        self,
+        effects: Mapping[str, float] | None = None,
+        *,
+        latex: bool = False,
+        max_terms: int | None = None,
+    ) -> str:
+        """The rule as text or LaTeX: a line per parameter, largest terms first, and the step.
+
+        With the effects that `term_effects` found, the largest effects come first, each in brackets
+        behind its term.
+        """
+        lines = []
+        for group in GROUPS:
+            texts = self._term_texts(group, effects, latex)
+            shown = texts[:max_terms]
+            left = len(texts) - len(shown)
+            shown += [f"+ ... ({left} smaller terms)"] if left else []
+            symbol = rf"\Delta {group}" if latex else f"Δ{group}"
+            lines.append(f"{symbol} = {self._sum_text(group, shown, latex)}")
+        return "\n".join([*lines, self._step_text(latex)])
+
+    def tex(self, effects: Mapping[str, float] | None = None) -> str:
+        """The whole formula as an align* environment, to be pasted; needs LaTeX's amsmath."""
+        rows = []
+        for group in GROUPS:
+            texts = self._term_texts(group, effects, latex=True)
+            lines = [texts[k : k + 3] for k in range(0, len(texts), 3)] or [[]]
+            written = [self._sum_text(group, lines[0], latex=True), *map(" ".join, lines[1:])]
+            rows.append(rf"\Delta {group} ={{}}& " + " \\\\\n  & {} ".join(written))
+        rows.append("& " + self._step_text(latex=True))
+        return "\\begin{align*}\n" + " \\\\\n".join(rows) + "\n\\end{align*}"
+
+    def _sum_text(self, group: str, texts: Sequence[str], latex: bool) -> str:
+        if group == "b" and self.bias_like_w:
+            return r"\Delta w \text{ with } x = 1" if latex else "the terms of w with x, x = 1"
+        return " ".join(texts).removeprefix("+ ") or "0"
+
+    def _term_texts(
+        self, group: str, effects: Mapping[str, float] | None, latex: bool
+    ) -> list[str]:
+        """The terms of a group that are not 0, each with its sign, the largest first."""
+        terms = zip(self.terms[group], getattr(self, group).tolist(), strict=True)
+        terms = [(term, value, f"{group}/{term}") for term, value in terms if value]
+        terms.sort(key=lambda t: -(abs(t[1]) if effects is None else effects[t[2]]))
+        space = r" \;" if latex else " "
+        return [
+            _signed(term, value, latex) + (f"{space}[{effects[name]:.2g}]" if effects else "")
+            for term, value, name in terms
+        ]
+
+    def _step_text(self, latex: bool) -> str:
+        numbers = {name: self._value(name) for name in self._acting()}
+        change, divisor, slower, decay, arrow = STEP_TEXTS[latex]
+        change += divisor if self.step == "rms" else ""
+        if "decay" in numbers:
+            change = f"({change} - {decay})"
+        rate = slower if "tau" in numbers else SYMBOLS["eta"][latex]
+        values = ", ".join(f"{SYMBOLS[n][latex]} = {value:.4g}" for n, value in numbers.items())
+        return f"{arrow} {rate} {change};  {values}"
+
+    # ---- files, shorter and longer rules ----
+
+    def to_dict(self) -> dict:
+        """A plain description of the rule, for JSON; `rule_from_dict` reads it."""
+        groups = [g for g in GROUPS if not (g == "b" and self.bias_like_w)]
+        return {
+            "kind": type(self).__name__,
+            "views": self.views,
+            "step": self.step,
+            "terms": {
+                g: dict(zip(map(str, self.terms[g]), getattr(self, g).tolist(), strict=True))
+                for g in groups
+            },
+            "start": {n: v if math.isfinite(v) else None for n, v in self.start.items()},
+            "moved": {name: u.item() for name, u in self.moved.items()},
+            "exponents": {name: p.tolist() for name, p in self.exponents.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, description: dict) -> "UnitStatisticsRule":
+        """The rule that `to_dict` described, in float64; a signal is to be set."""
+        start = {n: math.inf if v is None else v for n, v in description["start"].items()}
+        learned = [*description["moved"], *(["exponents"] if description["exponents"] else [])]
+        rule = cls(
+            description["terms"],
+            views=description["views"],
+            step=description["step"],
+            **{name: start[name] for name in ("eta", "eps", "tau", "decay")},
+            rho={name: start[f"rho_{name}"] for name in RUNNING},
+            learn=learned,
+        ).double()
+        exact = {g: list(values.values()) for g, values in description["terms"].items()}
+        exact |= {f"moved.{name}": u for name, u in description["moved"].items()}
+        exact |= {f"exponents.{name}": p for name, p in description["exponents"].items()}
+        for name, value in exact.items():
+            target = rule.get_parameter(name)
+            target.data = torch.tensor(value, dtype=torch.double).view_as(target)
+        return rule
+
+    def keep(self, masks: dict[str, Tensor]) -> None:
+        """Removes, for good, the terms whose mask is False; masks are named as the parameters.
+
+        Those of numbers that are no terms' coefficients are not looked at.
+        """
+        for group in GROUPS:
+            if group not in masks:
+                continue
+            mask = masks[group]
+            holders = [(self, group)]
+            holders += [(self.exponents, group)] if group in self.exponents else []
+            for holder, name in holders:
+                parameter = getattr(holder, name)
+                kept = nn.Parameter(parameter.detach()[mask].clone(), parameter.requires_grad)
+                setattr(holder, name, kept)
+            terms = zip(self.terms[group], mask.tolist(), strict=True)
+            self.terms[group] = [term for term, stays in terms if stays]
+        self._forget_plans()
+
+    def start_from(self, other: LearningRule) -> None:
+        """Takes another such rule's coefficients and numbers; terms that it lacks get 0.
+
+        Exponents stay. Raises RuleError where it has terms that this rule lacks, another step, or
+        takes other inputs.
+        """
+        if not isinstance(other, UnitStatisticsRule) or other.views != self.views:
+            raise RuleError(f"the rule is not one of unit statistics with {self.views} views")
+        if (other.step, other.bias_like_w) != (self.step, self.bias_like_w):
+            raise RuleError(f"the rule does not have the {self.step} step and biases of this one")
+        values, terms = other.term_coefficients(), self.term_coefficients()
+        missing = [name for name, value in values.items() if value and name not in terms]
+        if missing:
+            raise RuleError(f"the rule has a term {missing[0]} that this one lacks")
+        with torch.no_grad():
+            for group in GROUPS:
+                names = [f"{group}/{term}" for term in self.terms[group]]
+                taken = [values.get(name, 0.0) for name in names]
+                getattr(self, group).copy_(torch.tensor(taken, dtype=torch.double))
+            for u in self.moved.values():
+                u.zero_()
+        self.start = {name: other._value(name) for name in other.start}
+        self._forget_plans()
+
+
+def _check(terms: Mapping[str, Mapping[str, float]], views: int, step: str) -> None:
+    if unknown := set(terms) - set(GROUPS):
+        raise RuleError(f"terms of {sorted(unknown)}: parameters are {', '.join(GROUPS)}")
+    if views not in (1, 2):
+        raise RuleError(f"a rule takes 1 or 2 views of each input, not {views}")
+    if step not in STEPS:
+        raise RuleError(f"step {step!r} is unknown; choose from {', '.join(STEPS)}")
+
+
+def _check_numbers(start: Mapping[str, float], learn: Sequence[str]) -> None:
+    known = [*start, "exponents"]
+    if unknown := [name for name in learn if name not in known]:
+        raise RuleError(f"{unknown[0]!r} cannot be learned; choose from {', '.join(known)}")
+    for name, value in start.items():
+        if name.startswith("rho_"):
+            if name.removeprefix("rho_") not in RUNNING:
+                raise RuleError(f"time constants are of {', '.join(RUNNING)}, not of {name[4:]!r}")
+            if not 0 < value <= 1 or (name in learn and value == 1):
+                raise RuleError(f"{name} must be within (0, 1], below 1 to be learned: {value}")
+        elif not (value > 0 or (name == "decay" and value == 0)):
+            raise RuleError(f"{name} must be > 0: {value}")
+        elif name in learn and not 0 < value < math.inf:
+            raise RuleError(f"{name} must be > 0 and finite to be learned: {value}")
+
+
+def _updates(old: dict[str, Tensor]) -> Tensor:
+    return old["updates"] if "updates" in old else old["w"].new_zeros(())
+
+
+def _scalar(number: Tensor | float, like: Tensor) -> Tensor:
+    return number.to(like) if isinstance(number, Tensor) else like.new_tensor(number)
+
+
+def _signed(term: Term, value: float, latex: bool) -> str:
+    sign = "-" if value < 0 else "+"
+    name = term.tex() if latex else str(term)
+    return f"{sign} {abs(value):.3g} {name if name != '1' else ''}".rstrip()
+
+
+# ---- named points ----
+
+DEFAULT = ("x gain", "x gain y", "x gain y'", "x gain z", "x gain z'", "x gain r", "x gain r'",
+           "x gain s", "w")  # fmt: skip
+
+
+def default_rule(**options) -> UnitStatisticsRule:
+    """The form to be learned from zero coefficients; options as of UnitStatisticsRule."""
+    return UnitStatisticsRule.of_terms(DEFAULT, **{"eps": 0.1, **options})
+
+
+def latent_predictive(a: float = 33.0, d: float = 21.4, **options) -> UnitStatisticsRule:
+    """Latent predictive learning (Halvagal, Zenke 2023) in closed local form, inputs centred.
+
+    G = gain (-a (y - y') + 2 c / var - 4 d r_cov) x: predict the other view, keep the variance,
+    decorrelate. With statistics of the batch, dw is minus the gradient of
+    sum_i [a/2 <(y - y')^2> - 2 log var_i] + 2 d sum_{i != k} Cov_ik^2.
+    """
+    terms = {"x gain y": -a, "x gain y'": a, "x gain c var^-1": 2.0, "x gain r_cov": -4 * d}
+    return UnitStatisticsRule({"w": terms}, **{"eps": 0.2, "tau": 274.0, **options})
+
+
+def cross_view_decorrelation(strength: float = 0.1, **options) -> UnitStatisticsRule:
+    """Units that agree with themselves across views, and with no other unit (Zbontar et al. 2021).
+
+    dw is minus the gradient of -sum_i X_ii + strength / 2 sum_{i != k} X_ik^2, X the correlation
+    across views, at variances that stay as they are.
+    """
+    terms = {"x gain z' var^-1/2": 1.0, "x gain r_cross var^-1/2": -strength}
+    return UnitStatisticsRule({"w": terms}, **options)
+
+
+def bcm(rate: float = 0.01, *, gain: bool = False, **options) -> UnitStatisticsRule:
+    """dw = rate y (y - <y^2>) x, a threshold that slides with the unit's activity.
+
+    gain: times sigma'(s), as it follows from an objective. Sources: Bienenstock, Cooper, Munro 1982
+    (Journal of Neuroscience); Intrator, Cooper 1992 (Neural Networks).
+    """
+    factor = "x gain" if gain else "x"
+    terms = {f"{factor} y^2": 1.0, f"{factor} y square": -1.0}
+    return UnitStatisticsRule({"w": terms}, **{"views": 1, "step": "plain", "eta": rate, **options})
+
+
+def oja(rate: float = 0.01, **options) -> UnitStatisticsRule:
+    """dw = rate (x y - y^2 w); biases stay (Oja 1982)."""
+    groups = {"w": {"x y": 1.0, "y^2 w": -1.0}, "b": {}}
+    return UnitStatisticsRule(groups, **{"views": 1, "step": "plain", "eta": rate, **options})
+
+
+def foldiak(rate: float = 0.01, *, target: float = 0.1, **options) -> UnitStatisticsRule:
+    """Foldiak 1990 without his clipping: units decorrelate and aim at a mean activity.
+
+    dw = rate (x y - y w), db = rate (target - y), dm = -rate (y_i y_j - target^2).
+    """
+    groups = {
+        "w": {"x y": 1.0, "y w": -1.0},
+        "b": {"1": target, "y": -1.0},
+        "m": {"1": target**2, "y_j y_i": -1.0},
+    }
+    return UnitStatisticsRule(groups, **{"views": 1, "step": "plain", "eta": rate, **options})
+
+
+PRESETS: dict[str, Callable[..., UnitStatisticsRule]] = {
+    "default": default_rule,
+    "latent-predictive": latent_predictive,
+    "cross-view": cross_view_decorrelation,
+    "bcm": bcm,
+    "oja": oja,
+    "foldiak": foldiak,
+}
+
+
+def preset(name: str, **numbers) -> UnitStatisticsRule:
+    """A named rule; its numbers and the options of UnitStatisticsRule may be given."""
+    if name not in PRESETS:
+        raise RuleError(f"no such rule is called {name!r}; choose from {', '.join(PRESETS)}")
+    return PRESETS[name](**numbers)

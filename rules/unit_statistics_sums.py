@@ -1,0 +1,440 @@
+"""Terms of rules with unit statistics, laid out for few products, and their sums in one update.
+
+The layout of a rule's terms is made once; see kernels/unit_statistics.py for what is computed.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kernels.gated_update import LATERAL_CURRENTS, GatedTerms
+from kernels.local_polynomial import samples
+from kernels.unit_statistics import (
+    FLOOR,
+    correlate,
+    currents,
+    gain,
+    gated_currents,
+    moments,
+)
+from learning_rules import RuleError
+from rules.unit_statistics_terms import LATERAL, Linear, Term, split_linear
+
+Signal = Callable[[Sequence[Tensor]], Tensor]
+GATED = (("gain", 1),)  # the prefactor that kernels/unit_statistics.py has a way of its own for
+
+
+# ---- terms laid out for few products ----
+
+
+@dataclass(frozen=True)
+class Currents:
+    """Terms with one prefactor, as columns whose weights are linear in the coefficients.
+
+    Attributes:
+        prefactor: powers of quantities of the receiving unit.
+        columns: by kind (see `Linear`), the powers of statistics of each.
+        place: of kind, [views, columns, terms]: the weights for sum and difference of the views (of
+            s, for its own and the other view) by coefficient.
+    """
+
+    prefactor: tuple[tuple[str, int], ...]
+    columns: dict[str, list[tuple[tuple[str, float], ...]]]
+    place: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TermSum:
+    """Terms with the same powers of what is sent and of the parameter.
+
+    Attributes:
+        sending: powers of the sending unit's quantities, possibly none.
+        own: power of the parameter.
+        currents: of terms that differ from sample to sample.
+        statistics: of the others, the powers of statistics of each column.
+        place: [columns, terms], the weights of these columns.
+    """
+
+    sending: tuple[tuple[str, int], ...]
+    own: int
+    currents: list[Currents]
+    statistics: list[tuple[tuple[str, float], ...]]
+    place: Tensor
+
+
+def planned_sums(terms: Sequence[Term], views: int) -> list[TermSum]:
+    keys = dict.fromkeys((t.sending(), t.power(t.group)) for t in terms)
+    return [_planned_sum(terms, views, sending, own) for sending, own in keys]
+
+
+def _planned_sum(terms: Sequence[Term], views: int, sending, own: int) -> TermSum:
+    parts: dict[tuple, list[tuple[int, Linear, dict[str, float]]]] = {}
+    constant: dict[tuple, list[int]] = {}
+    for index, term in enumerate(terms):
+        if (term.sending(), term.power(term.group)) != (sending, own):
+            continue
+        if not sending and not term.varying():
+            constant.setdefault(tuple(term.statistics().items()), []).append(index)
+            continue
+        prefactor, linears = split_linear(term.varying())
+        for linear in linears:
+            powers = dict(term.statistics())
+            for name, power in linear.statistics.items():
+                powers[name] = powers.get(name, 0) + power
+            parts.setdefault(prefactor, []).append((index, linear, powers))
+    place = torch.zeros(len(constant), len(terms))
+    for column, indices in enumerate(constant.values()):
+        place[column, indices] = 1.0
+    laid_out = [_laid_out(p, linears, views, len(terms)) for p, linears in parts.items()]
+    return TermSum(sending, own, laid_out, list(constant), place)
+
+
+def _laid_out(prefactor, linears, views: int, count: int) -> Currents:
+    columns: dict[str, list] = {}
+    for _, linear, powers in linears:
+        of_kind = columns.setdefault(linear.kind, [])
+        key = tuple(sorted((n, p) for n, p in powers.items() if p))
+        if key not in of_kind:
+            of_kind.append(key)
+    place = {kind: torch.zeros(views, len(keys), count) for kind, keys in columns.items()}
+    for index, linear, powers in linears:
+        key = tuple(sorted((n, p) for n, p in powers.items() if p))
+        column = place[linear.kind][:, columns[linear.kind].index(key), index]
+        column += linear.sign * torch.tensor(_view_weights(linear, views))
+    return Currents(prefactor, columns, place)
+
+
+def _view_weights(linear: Linear, views: int) -> list[float]:
+    """Of sum and difference of the views; of s for its own and the other view."""
+    if views == 1:
+        return [1.0]
+    if linear.kind == "1":
+        return [1.0, 0.0]
+    if linear.kind == "s":
+        return [0.0, 1.0] if linear.primed else [1.0, 0.0]
+    other = linear.primed != (linear.kind == "r_cross")  # r_cross adds up the other view's z
+    return [0.5, -0.5] if other else [0.5, 0.5]
+
+
+@dataclass(frozen=True)
+class GatedPlan:
+    """The terms of w for `gated_update`, where they are of its form.
+
+    Attributes:
+        terms: how weights are laid out; None where they are not.
+        place: [weights, terms], the weights by coefficient.
+        fixed: how many weights at the end are no mean over the batch.
+    """
+
+    terms: GatedTerms | None
+    place: Tensor
+    fixed: int
+    scaled: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def placed(self, psi: Tensor, scale: float) -> Tensor:
+        """`place` for these coefficients, means over the batch multiplied by `scale`."""
+        key = (scale, psi.dtype, psi.device)
+        if key not in self.scaled:
+            place = self.place.to(psi, copy=True)
+            place[: len(place) - self.fixed] *= scale
+            self.scaled[key] = place
+        return self.scaled[key]
+
+
+# The powers of statistics that `gated_update` knows, by its names.
+_GATED_FACTORS = {
+    (): "1",
+    (("mean", 1),): "mean",
+    (("var", -0.5),): "d",
+    (("var", -1),): "d2",
+}
+
+
+def planned_gated(sums: Sequence[TermSum], views: int, count: int) -> GatedPlan:
+    """The terms of w in one vector of weights, if all are the gain times a current, or w."""
+    refused = GatedPlan(None, torch.zeros(0, count), 0)
+    currents, of_w = None, None
+    for part in sums:
+        if (part.sending, part.own) == ((("x", 1),), 0) and len(part.currents) == 1:
+            (currents,) = part.currents
+        elif (part.sending, part.own) == ((), 1) and part.statistics == [()] and not part.currents:
+            of_w = part.place
+        else:
+            return refused
+    if currents is None or currents.prefactor != GATED:
+        return refused
+    keys = {key for columns in currents.columns.values() for key in columns}
+    if not keys <= set(_GATED_FACTORS) or currents.columns.get("s", [()]) != [()]:
+        return refused
+    factors = [key for key in _GATED_FACTORS if key in keys]
+    rows = [kind for kind in ("c", *LATERAL_CURRENTS, "1") if kind in currents.columns]
+    place = []
+    for kind in rows:
+        of_kind = torch.zeros(1 if kind == "1" else views, len(factors), count)
+        for column, key in enumerate(currents.columns[kind]):
+            of_kind[:, factors.index(key)] = currents.place[kind][: len(of_kind), column]
+        place.append(of_kind.flatten(0, 1))
+    place += [currents.place["s"][:, 0]] if "s" in currents.columns else []
+    place += [of_w] if of_w is not None else []
+    names = tuple(_GATED_FACTORS[key] for key in factors)
+    terms = GatedTerms(tuple(rows), names, "s" in currents.columns, of_w is not None)
+    return GatedPlan(terms, torch.cat(place), int(of_w is not None))
+
+
+# ---- one layer's units in one update ----
+
+
+class Units:
+    """What the units of one layer know in one update: quantities by name, and sums of terms.
+
+    layer, old, x, s, y: as of UnitStatisticsRule.update_layer.
+    wanted: the statistics that are needed; rho: the time constants of those that are running ones.
+    signal: from the layer's inputs to the third factor, or None.
+
+    Attributes:
+        state: the running statistics after this update.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        old: Mapping[str, Tensor],
+        x: Sequence[Tensor],
+        s: Sequence[Tensor],
+        y: Sequence[Tensor],
+        wanted: Set[str],
+        rho: Mapping[str, Tensor | float],
+        signal: Signal | None,
+    ) -> None:
+        self.layer, self.old, self.x = layer, old, x
+        self.wanted, self.rho, self.signal = wanted, rho, signal
+        self.s, self.y = [samples(t) for t in s], [samples(t) for t in y]
+        self.views, (self.samples, self.units) = len(s), self.y[0].shape
+        self.state: dict[str, Tensor] = {}
+        self._values: dict = {}
+        level = "gram" if self.wanted & {"cov", "corr", "cross"} else "variance"
+        level = level if self.wanted & {"var", "square"} or level == "gram" else "mean"
+        self.c, batch_mean, self.second = moments(self.y, level)
+        self._take_statistics(batch_mean, level)
+
+    def _take_statistics(self, batch_mean: Tensor, level: str) -> None:
+        """Statistics by name in `_values`, with their time constants."""
+        values = self._values
+        values["mean"] = self._running("mean", batch_mean)
+        self.shift = None  # of the mean, from that of the batch
+        if "mean" in self.rho:
+            self.shift = batch_mean - values["mean"]
+        if level == "mean":
+            return
+        pooled = self.second.sum(0)
+        variance = pooled.diagonal() if level == "gram" else pooled
+        if "square" in self.wanted:
+            values["square"] = self._running("square", variance + batch_mean.square())
+        if self.shift is not None:
+            variance = variance + self.shift.square()
+        values["var"] = self._running("var", variance) + FLOOR
+        values["d"] = values["var"].rsqrt()
+        if level == "gram":
+            self._take_correlations(pooled)
+
+    def _take_correlations(self, pooled: Tensor) -> None:
+        others = 1 - torch.eye(self.units, dtype=pooled.dtype, device=pooled.device)
+        scale = self._values["d"].unsqueeze(1) * self._values["d"] * others
+        shifted = 0 if self.shift is None else torch.outer(self.shift, self.shift)
+        if "cov" in self.wanted:
+            self._values["cov"] = self._running("cov", (pooled + shifted) * others)
+        if "corr" in self.wanted:
+            self._values["corr"] = self._running("corr", (pooled + shifted) * scale)
+        if "cross" in self.wanted:
+            across = self.second[0] - self.second[1] + shifted
+            self._values["cross"] = self._running("cross", across * scale)
+
+    def _running(self, name: str, batch: Tensor) -> Tensor:
+        if name not in self.rho or name not in self.wanted:
+            return batch
+        if name in self.old:
+            past = self.old[name]
+            batch = past + self.rho[name] * (batch - past)
+        self.state[name] = batch
+        return batch
+
+    # ---- quantities ----
+
+    def statistic(self, name: str) -> Tensor:
+        """One number per unit."""
+        if name == "rz" and name not in self._values:
+            self._values[name] = self._values["corr"].square().sum(1)
+        return self._values[name]
+
+    def factor(self, powers: tuple[tuple[str, float], ...]) -> Tensor | None:
+        """A product of powers of statistics [units]; None for 1."""
+        result = None
+        for name, power in powers:
+            if name == "var" and power == -0.5:
+                value = self._values["d"]
+            else:
+                value = self.statistic(name)
+                value = value if power == 1 else value**power
+            result = value if result is None else result * value
+        return result
+
+    def quantity(self, name: str, view: int) -> Tensor:
+        """A quantity of the receiving or sending unit, [samples, units], as one view has it."""
+        if name == "signal":
+            return self._signal()
+        if name.endswith("'"):
+            return self.quantity(name[:-1], 1 - view)
+        if name in ("s", "y"):
+            return getattr(self, name)[view]
+        key = (name.removesuffix("_j"), view)
+        if key not in self._values:
+            self._values[key] = self._computed(key[0], view)
+        return self._values[key]
+
+    def _computed(self, name: str, view: int) -> Tensor:
+        if name == "y":
+            return self.y[view]
+        if name == "gain":
+            return gain(self.sigma(view), self.layer.activation)
+        if name == "c":
+            return self.y[view] - self._values["mean"]
+        if name == "z":
+            return self.quantity("c", view) * self._values["d"]
+        if name == "r_exact":
+            r, z = (self.quantity(n, view) for n in ("r", "z"))
+            return (r - z * self.statistic("rz")) * self._values["d"]
+        if name == "r_cov":
+            return self.quantity("c", view) @ self._values["cov"]
+        if name == "r_cross":
+            return self.quantity("z", 1 - view) @ self._values["cross"]
+        return self.quantity("z", view) @ self._values["corr"]
+
+    def sigma(self, view: int) -> Tensor:
+        """sigma(s), which is y where nothing inhibits."""
+        if self.layer.inhibition == "none":
+            return self.y[view]
+        key = ("sigma", view)
+        if key not in self._values:
+            activation = self.layer.activation
+            self._values[key] = activation.of_scaled_(activation.slope * self.s[view])
+        return self._values[key]
+
+    def _signal(self) -> Tensor:
+        if self.signal is None:
+            raise RuleError(
+                "a term of the rule has the signal: set rule.signal to what computes it"
+            )
+        signal = self.signal(self.x).to(self.y[0])
+        if signal.dim():
+            signal = signal.repeat_interleave(self.samples // len(signal)).unsqueeze(1)
+        return signal
+
+    # ---- sums of terms ----
+
+    def total(self, plan: list[TermSum], psi: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+        """The change of a parameter `old` [units, inputs], and that of b by the terms that send
+        anything, with 1 in its place, [units].
+        """
+        change, alone = None, None
+        for part in plan:
+            matrix, per_unit = self._sum(part, psi)
+            matrix = per_unit.unsqueeze(1) if matrix is None else matrix
+            matrix = matrix if part.own == 0 else matrix * old**part.own
+            change = matrix if change is None else change + matrix
+            if part.sending:
+                of_bias = per_unit if part.own == 0 else per_unit * self.old["b"] ** part.own
+                alone = of_bias if alone is None else alone + of_bias
+        alone = torch.zeros_like(self.old["b"]) if alone is None else alone
+        return change.expand_as(old), alone
+
+    def _sum(self, part: TermSum, psi: Tensor) -> tuple[Tensor | None, Tensor]:
+        """[units, inputs] or None without any, and the sum [units] that has 1 in place of them."""
+        per_unit = None
+        if part.statistics:
+            weights = part.place.to(psi) @ psi
+            factors = [self.factor(powers) for powers in part.statistics]
+            ones = self.old["b"].new_ones(self.units)
+            per_unit = weights @ torch.stack([ones if f is None else f for f in factors])
+        matrix = None
+        if part.currents:
+            h = [self._received(c, psi) for c in part.currents]
+            h = sum(h[1:], start=h[0])
+            if part.sending:
+                sent, windows = self._sent(part.sending)
+                matrix, summed = correlate(h, sent, windows)
+            else:
+                summed = h.sum((0, 1))
+            per_unit = summed if per_unit is None else per_unit + summed
+        return matrix, per_unit
+
+    def _sent(self, powers) -> tuple[list[Tensor], object]:
+        """Products of what is sent, per view, and how windows lie in them."""
+        if powers[0][0] == "x":
+            power = powers[0][1]
+            return [x if power == 1 else x**power for x in self.x], self.layer.windows
+        sent = []
+        for view in range(self.views):
+            factors = [self.quantity(name, view) ** power for name, power in powers]
+            sent.append(math.prod(factors[1:], start=factors[0]))
+        return sent, None
+
+    def _received(self, part: Currents, psi: Tensor) -> Tensor:
+        """What multiplies what is sent: [views, samples, units], over the number of samples."""
+        gated = part.prefactor == GATED
+        scale = (self.layer.activation.slope if gated else 1.0) / self.samples
+        psi = psi * scale
+        k, const, of_s = self._matrices(part, psi)
+        if gated:
+            sigma = [self.sigma(view) for view in range(self.views)]
+            return gated_currents(self.c, k, const, self.s, of_s, sigma, self.layer.activation)
+        h = currents(self.c, k, const, self.s, of_s)
+        if part.prefactor:
+            h = h * torch.stack([self._prefactor(part.prefactor, v) for v in range(self.views)])
+        return h
+
+    def _prefactor(self, powers, view: int) -> Tensor:
+        factors = [
+            self.quantity(n, view) if p == 1 else self.quantity(n, view) ** p for n, p in powers
+        ]
+        return math.prod(factors[1:], start=factors[0])
+
+    def _matrices(self, part: Currents, psi: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """K_+- or its diagonal, the constant, S and S'; see kernels/unit_statistics.py."""
+        weights = {kind: self._weights(part, kind, psi) for kind in part.columns}
+        lateral = [
+            self._lateral(kind) * weights[kind].unsqueeze(1) for kind in LATERAL if kind in weights
+        ]
+        diagonal = weights.get("c", self.c.new_zeros(self.views, 1)).expand(-1, self.units)
+        k = sum(lateral, start=torch.diag_embed(diagonal)) if lateral else diagonal
+        const = weights["1"][0].expand(self.units) if "1" in weights else None
+        if self.shift is not None:
+            shifted = self.shift @ k[0] if lateral else self.shift * k[0]
+            const = self.views * shifted + (0 if const is None else const)
+        return k, const, weights.get("s")
+
+    def _weights(self, part: Currents, kind: str, psi: Tensor) -> Tensor:
+        """[views, units or 1], the columns of a kind added up."""
+        weights = part.place[kind].to(psi) @ psi
+        factors = [self.factor(powers) for powers in part.columns[kind]]
+        if factors == [None]:
+            return weights
+        ones = self.c.new_ones(self.units)
+        return weights @ torch.stack([ones if f is None else f for f in factors])
+
+    def _lateral(self, kind: str) -> Tensor:
+        """What centred activities are multiplied by to give a lateral current."""
+        matrix = self._values[LATERAL[kind]]
+        return matrix if kind == "r_cov" else matrix * self._values["d"].unsqueeze(1)
+
+
+def wanted_statistics(groups) -> set[str]:
+    """The statistics that the terms of these groups need."""
+    names = {name.rstrip("'") for terms in groups for t in terms for name, _ in t.powers}
+    wanted = {"mean"} | (names & {"square", "var"})
+    wanted |= {LATERAL[name] for name in names if name in LATERAL}
+    if names & {"z", "z_j", "r", "r_exact", "r_cross"}:
+        wanted.add("var")
+    return wanted

@@ -1,0 +1,78 @@
+"""A whole update in one step: its loops and its tensor operations, against finite differences."""
+
+import pytest
+import torch
+from oracles import DOUBLE, assert_near, gradients, normal, weighted_sum
+from torch.autograd import gradcheck
+
+from kernels import gated_update as module
+from kernels.gated_update import GatedTerms, gated_update
+from models_fully_local import Activation
+
+SAMPLES, UNITS, INPUTS = 5, 3, 4
+
+
+def per_view(views: int, width: int, seed: int) -> list[torch.Tensor]:
+    return [normal(seed + v, SAMPLES, width) for v in range(views)]
+
+
+class Problem:
+    """Terms and everything else that an update needs; its y follow from s."""
+
+    def __init__(self, views, rows, factors=("1",), more=False, base="sigmoid") -> None:
+        self.views, self.activation = views, Activation(base, 2.0)
+        self.terms = GatedTerms(rows, factors, of_s=more, of_w=more)
+        count = sum(1 if kind == "1" else views for kind in rows) * len(factors)
+        numbers = [torch.tensor(n, dtype=DOUBLE).requires_grad_() for n in (0.3, 0.2)]
+        self.leaves = [
+            normal(0, count + more * (views + 1)), normal(1, UNITS, INPUTS), normal(2, UNITS),
+            *numbers, *per_view(views, INPUTS, 10), *per_view(views, UNITS, 20),
+        ]  # fmt: skip
+
+    def __call__(self, *leaves):
+        x, s = leaves[5 : 5 + self.views], leaves[5 + self.views :]
+        activation = self.activation
+        y = [activation.of_scaled_(activation.slope * v) for v in s]
+        return gated_update(self.terms, *leaves[:5], x, s, y, activation)
+
+
+def without_loops(monkeypatch) -> None:
+    monkeypatch.setattr(module, "NUMPY_TYPES", {})
+
+
+ROWS = [("c", "r", "1"), ("r_cov",), ("c", "r", "r_cov", "1"), ("c", "1"), ("c",), ("1",)]
+
+
+@pytest.mark.parametrize("views, rows", [
+    *((1, rows) for rows in ROWS), *((2, rows) for rows in ROWS),
+    (2, ("c", "r", "r_cov", "r_cross", "1")), (2, ("r_cross",)),
+])  # fmt: skip
+@pytest.mark.parametrize("factors", [("1", "mean", "d", "d2"), ("1",), ("mean",)])
+@pytest.mark.parametrize("more", [True, False])
+@pytest.mark.parametrize("loops", [True, False])
+def test_gradients_are_finite_differences(views, rows, factors, more, loops, monkeypatch):
+    if not loops:
+        without_loops(monkeypatch)
+    problem = Problem(views, rows, factors, more)
+    assert gradcheck(problem, problem.leaves, atol=1e-6)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("base", ["sigmoid", "tanh", "relu", "identity"])
+def test_loops_and_tensor_operations_agree(views, base, monkeypatch):
+    rows = ("c", "r", "r_cov", *(("r_cross",) if views == 2 else ()), "1")
+    problem = Problem(views, rows, ("1", "mean", "d", "d2"), True, base)
+    results = []
+    for _ in range(2):
+        new = problem(*problem.leaves)
+        results.append([*new, *gradients(weighted_sum(new), problem.leaves)])
+        without_loops(monkeypatch)
+    for actual, expected in zip(*results, strict=True):
+        assert_near(actual, expected, 1e-12)
+
+
+def test_what_needs_no_gradient_gets_none():
+    problem = Problem(2, ("c", "r", "1"))
+    fixed = [leaf.detach() if k in (3, 4, 5, 6) else leaf for k, leaf in enumerate(problem.leaves)]
+    needing = [leaf for leaf in fixed if leaf.requires_grad]
+    assert all(grad.any() for grad in gradients(weighted_sum(problem(*fixed)), needing))
