@@ -168,7 +168,7 @@ class Views(nn.Module):
 
     def effective(self) -> dict[str, float]:
         """The learned strengths, as they act."""
-        return {name: float(self.strength(name)) for name in self.moved}
+        return {name: self.strength(name).item() for name in self.moved}
 
 
 def kept_pixels(shape: Sequence[int], share: tuple[float, float], generator: Generator) -> Tensor:
