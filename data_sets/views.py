@@ -18,6 +18,7 @@ are 0 wherever there are any; these stay as they are.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -161,6 +162,15 @@ class Views(nn.Module):
         if name not in self.moved:
             return start
         return start * (STRIDE * self.moved[name].to("cpu", torch.float64)).exp()
+
+    @torch.no_grad()
+    def set_values(self, strengths: ViewStrengths) -> None:
+        """Moves the learned strengths to those given; ViewError where one of these is 0."""
+        for name, u in self.moved.items():
+            value = getattr(strengths, name)
+            if not value > 0:
+                raise ViewError(f"{name} is {value}: to be learned it must be above 0")
+            u.fill_(math.log(value / getattr(self.start, name)) / STRIDE)
 
     def strengths(self) -> ViewStrengths:
         """As they act, to be saved."""
