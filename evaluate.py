@@ -151,7 +151,8 @@ def what_was_found(runs: Sequence[LearnedRun], settings: Sequence[Setting]) -> d
     images = {setting.dataset: setting.train for setting in settings}
     found = {name: data.fingerprint() for name, data in images.items()}
     for run in runs:
-        content = json.dumps([run.rule.to_dict(), run.start]).encode()
+        views = run.views and run.views.to_dict()
+        content = json.dumps([run.rule.to_dict(), run.start, views]).encode()
         found[run.name] = f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
     return found
 

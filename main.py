@@ -3,6 +3,7 @@
     python main.py 32                        one layer of 32 units
     python main.py 256 32                    two layers, each with a rule of its own
     python main.py 32 --pair_inputs          a rule for pairs of augmented views
+    python main.py 32 --views mixed --mask 0 0.7 --learn_views degrees      views by their strengths
     python main.py 32 --rule krotov_hopfield --lr 0.02      competing units' rate and delta
     python main.py --conv 16x5 32x3          convolutional layers, each position a sample
     python main.py 256 32 --start_from RUN   from the rule that another run has learned
@@ -25,6 +26,7 @@ import torch
 from torch import Generator, nn
 
 from comparison.learned_run import LearnedRun, last_inner_steps, load_run
+from data_sets.views import Views
 from experiment.checkpoints import has_checkpoint
 from experiment.command_line import (
     UserError,
@@ -46,6 +48,7 @@ from experiment.processes import Team, join_team
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, seeded_generator
 from experiment.statistics import accuracy_text, mean_and_deviation
+from experiment.view_flags import add_views, view_needs, views_of_flags
 from figures.meta_learning import draw_run
 from hypergradients import HypergradientError
 from hypgraddesc import OPTIMIZERS, MetaSettings, evaluate_draws, hypgraddesc, rising_steps
@@ -60,7 +63,7 @@ from learning_rules import (
 )
 from linear_probe import PROBE_GRADIENTS, ProbeLoss, extract_features
 from meta_gradients import METHODS, Forward, MetaGradient, Reverse, Strategies, Truncated
-from mnist_datasets import ImageData, batches, load_images, normalize_pixels, pair_batches
+from mnist_datasets import ImageData, batches, load_images, normalize_pixels
 from models_fully_local import INHIBITION, WITH_LATERAL_WEIGHTS, network_of_flags
 from rules import write_rule
 from rules.competing_units import KrotovHopfieldRule
@@ -77,6 +80,7 @@ def make_parser():
     for add_flags in (
         add_meta_learning,
         add_inner_training,
+        add_views,
         add_network_and_rule,
         add_competing_units,
         add_probe,
@@ -133,7 +137,6 @@ def add_inner_training(parser) -> None:
         help="how matrix products multiply, in float32 training")  # fmt: skip
     add("--memory", choices=MEMORY, default="fit", help="what is kept for the backward pass")
     add("--memory_limit", type=positive_float, default=2.5, metavar="GB", help="for --memory fit")
-    add("--pair_inputs", action="store_true", help="learn from pairs of augmented views")
     add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
 
 
@@ -223,11 +226,14 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("inh_steps inh_factor", args.inhibition == "lateral", "--inhibition lateral"),
         ("forbid_self_inhibition forbid_excitation", lateral,
          "--inhibition lateral, or equilibrium"),
-        ("pair_inputs l1_reg l2_coefficients sparsify compile l2_reg degree bound", polynomial,
+        ("pair_inputs views", polynomial, "--rule polynomial"),
+        ("l1_reg l2_coefficients sparsify compile l2_reg degree bound", polynomial,
          "--rule polynomial"),
         ("gate ranking_param lebesgue_p normalization rate delta inverse_temperature",
          not polynomial, "--rule krotov_hopfield"),
         *gate_needs(args.gate),
+        ("center", not args.pixelwise_normalization, "no --pixelwise_normalization, which centres"),
+        *view_needs(args),
     ])  # fmt: skip
 
 
@@ -238,8 +244,8 @@ def make_data(args, team: Team, device: torch.device) -> tuple[ImageData, ImageD
     """Training and test images."""
     data = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
     train_data, test_data = (part.to(device) for part in data)
-    if args.pixelwise_normalization:
-        return normalize_pixels(train_data, test_data)
+    if args.pixelwise_normalization or args.center:
+        return normalize_pixels(train_data, test_data, unit_variance=not args.center)
     return train_data, test_data
 
 
@@ -255,7 +261,7 @@ def make_rule(args) -> PerLayerRule:
     """One rule per layer: polynomials with all coefficients 0, or competition as the flags say."""
     if args.rule == "krotov_hopfield":
         return PerLayerRule([make_competing_rule(args) for _ in (*args.conv, *args.layers)])
-    kind = PolynomialPairRule if args.pair_inputs else PolynomialRule
+    kind = PolynomialPairRule if views_of_flags(args) else PolynomialRule
     bound = "tanh" if args.bound else "none"
     return PerLayerRule([
         kind.of_degree(
@@ -285,8 +291,10 @@ def make_initializer(args) -> GaussianInitializer:
     return GaussianInitializer(dict.fromkeys(names, mode), {"w": mode})
 
 
-def begin_with(run: LearnedRun, rule: PerLayerRule, initializer: GaussianInitializer) -> None:
-    """Takes the coefficients and the initial distribution that a run has ended with.
+def begin_with(
+    run: LearnedRun, rule: PerLayerRule, initializer: GaussianInitializer, batches: Callable
+) -> None:
+    """Takes the coefficients, initial distribution and learned views that a run has ended with.
 
     Layers beyond that run's take the rule of its last one.
     """
@@ -298,6 +306,8 @@ def begin_with(run: LearnedRun, rule: PerLayerRule, initializer: GaussianInitial
     except KeyError as missing:
         raise UserError(f"{run.name} has learned with another inhibition: it lacks the initial "
                         f"{missing}") from missing  # fmt: skip
+    if isinstance(batches, Views) and run.views is not None:
+        batches.set_values(run.views)
 
 
 def make_outer_loss(args, train_data: ImageData, test_data: ImageData) -> ProbeLoss:
@@ -319,9 +329,14 @@ def images_to_fit(args, model: nn.Module, initializer, data: ImageData) -> int:
 
 def make_batches(args, data: ImageData, dtype: torch.dtype) -> Callable[[Generator], Iterator]:
     """Batches or pairs of batches, in an order that a generator draws."""
-    draw = pair_batches if args.pair_inputs else batches
-    next(draw(data, args.batch_size, seeded_generator(0), dtype))  # refuses a wrong batch size
-    return lambda generator: draw(data, args.batch_size, generator, dtype)
+    strengths = views_of_flags(args)
+    if strengths is None:
+        draw = partial(batches, data, args.batch_size, dtype=dtype)
+    else:
+        draw = Views(data, args.batch_size, strengths, learn=args.learn_views, dtype=dtype)
+        draw.to(data.images.device, dtype)
+    next(draw(seeded_generator(0)))  # refuses a wrong batch size
+    return draw
 
 
 def compile_update(training: Training) -> None:
@@ -384,12 +399,13 @@ def make_method(args) -> MetaGradient:
 
 
 def hyperparameters(training: Training) -> dict[str, float]:
-    """Coefficients and initial distribution, as columns of metrics.csv."""
-    coefficients = training.rule.coefficients().items()
-    initial = training.initializer.effective().items()
-    return {f"coefficient/{n}": v for n, v in coefficients} | {
-        f"initial/{n}": v for n, v in initial
+    """Coefficients, initial distribution and learned views, as columns of metrics.csv."""
+    groups = {
+        "coefficient": training.rule.coefficients(),
+        "initial": training.initializer.effective(),
+        "views": training.batches.effective() if isinstance(training.batches, Views) else {},
     }
+    return {f"{group}/{n}": v for group, values in groups.items() for n, v in values.items()}
 
 
 # ---- report ----
@@ -428,12 +444,14 @@ def report(
     log.say("the rule; in brackets, the size of a term relative to the whole change")
     log.say(training.rule.formula(effects or None, max_terms=6))
     log.write_parameters(params, data.shape)
+    views = training.batches
     accuracies = mean_and_deviation("test_accuracy", [row["test_accuracy"] for row in rows])
     log.write_json("results.json", {
         "data": data.source,
         "evaluations": rows,
         **accuracies,
         "initializer": training.initializer.effective(),
+        "views": views.strengths().to_dict() if isinstance(views, Views) else None,
         "term_effects": effects,
     })  # fmt: skip
     if rows:
@@ -459,13 +477,12 @@ def main(argv: list[str] | None = None) -> None:
     model = make_model(args, data[0].shape)
     rule = make_rule(args).to(device, dtype)
     initializer = make_initializer(args).to(device, dtype)
+    stream = make_batches(args, data[0], dtype)
     if args.start_from and not (args.resume and has_checkpoint(args.resume)):
-        begin_with(load_run(args.start_from), rule, initializer)
+        begin_with(load_run(args.start_from), rule, initializer, stream)
     count = images_to_fit(args, model, initializer, data[0])
     some = [images.subset(slice(count)) for images in data]  # the probe's, in a meta-step
-    training = Training(
-        model, rule, initializer, make_batches(args, data[0], dtype), make_outer_loss(args, *some)
-    )
+    training = Training(model, rule, initializer, stream, make_outer_loss(args, *some))
     settings = make_settings(args)
     settings.check(training)
     if args.compile:

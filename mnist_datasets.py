@@ -32,11 +32,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample
 
+from data_sets.augmentation import augment
 from data_sets.cifar10 import load_cifar10
 from data_sets.fetching import import_torchvision, one_line, run_silently, run_with_torchvision
-from data_sets.image_data import DataError, ImageData, working_dtype
+from data_sets.image_data import DataError, ImageData, batch_indices, pixel_sums
+from data_sets.views import Views
 from experiment.files import write_whole
 
 __all__ = [
@@ -121,13 +122,7 @@ def normalize_pixels(
     if train.shape != test.shape:
         raise DataError(f"training images are {train.shape}, test images {test.shape}: must agree")
     n = len(train)
-    total = torch.zeros(train.shape, dtype=torch.int64, device=train.images.device)
-    total_of_squares = total.clone()
-    for chunk in train.images.split(2048):
-        x = chunk.to(torch.int32)
-        total += x.sum(0)
-        total_of_squares += x.square_().sum(0)
-    total, total_of_squares = total.cpu(), total_of_squares.cpu()
+    total, total_of_squares = pixel_sums(train.images)
     shift = (total.double() / (255 * n)).float()
     scale = None
     if unit_variance:
@@ -151,7 +146,7 @@ def batches(
     The same tensors come again in every epoch, so that a long unrolled graph holds each only once.
     `generator` is on the CPU. What is left at the end of an epoch, less than a batch, is dropped.
     """
-    indices = _batch_indices(data, batch_size, generator)
+    indices = batch_indices(data, batch_size, generator)
     return itertools.cycle(data.floats(index, dtype) for index in indices)
 
 
@@ -160,168 +155,10 @@ def pair_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless pairs of batches: two views of each image, drawn afresh each time (see `augment`).
 
-    Every epoch has an order of its own. The data's shift and scale are applied to the views.
+    Every epoch has an order of its own. The data's shift and scale are applied to the views. Views
+    of other kinds and strengths: data_sets/views.py.
     """
-
-    def two_views(index: Tensor) -> tuple[Tensor, Tensor]:
-        images = data.images.index_select(0, index)
-        views = (augment(images, generator, dtype=working_dtype(dtype)) for _ in range(2))
-        return tuple(data.normalize(view).to(dtype) for view in views)
-
-    first = _batch_indices(data, batch_size, generator)
-    later = (_batch_indices(data, batch_size, generator) for _ in itertools.count())
-    return map(two_views, itertools.chain.from_iterable(itertools.chain([first], later)))
-
-
-def _batch_indices(data: ImageData, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    if not 1 <= batch_size <= len(data):
-        raise DataError(f"batch size {batch_size} must be from 1 to {len(data)}, the data's")
-    order = torch.randperm(len(data), generator=generator).to(data.images.device)
-    return [index for index in order.split(batch_size) if len(index) == batch_size]
-
-
-def augment(
-    images: Tensor,
-    generator: torch.Generator,
-    *,
-    padding: int = 2,
-    degrees: float = 25.0,
-    scale: tuple[float, float] = (0.7, 1.0),
-    ratio: tuple[float, float] = (0.75, 1.3333),
-    brightness: float = 0.5,
-    contrast: float = 0.5,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Random views: uint8 [B, C, H, W] -> float [B, C, H, W] in [0, 1], on the images' device.
-
-    Each image is zero-padded, rotated by up to +-`degrees`, cropped to a random part (share of the
-    area in `scale`, width / height in `ratio`) that is stretched to the original size, and its
-    brightness and contrast are changed by factors from 1 -+ the argument, in either order. Random
-    numbers follow torchvision's Pad, RandomRotation, RandomResizedCrop (with its ten attempts) and
-    ColorJitter, but the geometric steps are one bilinear interpolation, and nothing is rounded to
-    bytes in between. All of them are drawn from `generator`, on the CPU: B rows of 26.
-    """
-    if images.dtype != torch.uint8 or images.dim() != 4:
-        raise DataError(
-            f"images must be uint8 [B, C, H, W], not {images.dtype} {list(images.shape)}"
-        )
-    count, _, height, width = images.shape
-    device, work = images.device, working_dtype(dtype)
-    # Columns: angle, position (2), brightness, contrast, order, then ten areas and ten ratios.
-    draws = torch.rand(count, 26, generator=generator, dtype=torch.float64)
-    box = _random_boxes(
-        draws[:, 6:16], draws[:, 16:], draws[:, 1:3], height, width, padding, scale, ratio
-    )
-    angle = (2 * draws[:, 0] - 1) * math.radians(degrees)
-    grid = _crop_grid(box, angle, height, width, padding, device, work)
-    x = grid_sample(images.to(work).div_(255), grid, align_corners=False)
-
-    b = _between(draws[:, 3], max(0.0, 1 - brightness), 1 + brightness)
-    c = _between(draws[:, 4], max(0.0, 1 - contrast), 1 + contrast)
-    jitter = torch.stack([b, c, (draws[:, 5] < 0.5).double()]).to(device, work)
-    return _jitter(x, *jitter.view(3, -1, 1, 1, 1)).to(dtype)
-
-
-# Augmentation, in pieces -------------------------------------------------------------------------
-
-
-def _random_boxes(
-    area_draws: Tensor,
-    ratio_draws: Tensor,
-    position_draws: Tensor,
-    height: int,
-    width: int,
-    padding: int,
-    scale: Sequence[float],
-    ratio: Sequence[float],
-) -> Tensor:
-    """Crops (top, left, height, width) [B, 4] of the padded image, as RandomResizedCrop draws them.
-
-    Draws are uniform in [0, 1): [B, attempts] twice, [B, 2]. The first attempt that fits is taken;
-    where none does, the largest centred crop whose ratio is allowed.
-    """
-    padded_height, padded_width = height + 2 * padding, width + 2 * padding
-    area = padded_height * padded_width * _between(area_draws, *scale)
-    aspect = _between(ratio_draws, math.log(ratio[0]), math.log(ratio[1])).exp()
-    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (w > 0) & (w <= padded_width) & (h > 0) & (h <= padded_height)
-
-    first = fits.to(torch.uint8).argmax(1, keepdim=True)
-    w, h = w.gather(1, first).squeeze(1), h.gather(1, first).squeeze(1)
-    top = (position_draws[:, 0] * (padded_height - h + 1)).floor()
-    left = (position_draws[:, 1] * (padded_width - w + 1)).floor()
-
-    whole = padded_width / padded_height
-    fallback_w = round(padded_height * ratio[1]) if whole > ratio[1] else padded_width
-    fallback_h = round(padded_width / ratio[0]) if whole < ratio[0] else padded_height
-    fallback = area.new_tensor(
-        [
-            (padded_height - fallback_h) // 2,
-            (padded_width - fallback_w) // 2,
-            fallback_h,
-            fallback_w,
-        ]
-    )
-    return torch.where(fits.any(1, keepdim=True), torch.stack([top, left, h, w], 1), fallback)
-
-
-def _crop_grid(
-    box: Tensor,
-    angle: Tensor,
-    height: int,
-    width: int,
-    padding: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Where each pixel of the crop comes from in the unpadded, unrotated image: [B, H, W, 2].
-
-    With u in [-1, 1]^2 the place in the crop, p = centre of the box + u * half its sides is the
-    place in the rotated image, relative to its centre, and R(angle)^-1 p that in the image itself.
-    R turns counter-clockwise as one sees it (rows count downwards). Padding only gives room to the
-    box: what lies outside the image is zero anyway.
-
-    The map is affine, so the grid is a sum of a column and a row; F.affine_grid gives the same, but
-    takes several times as long as the interpolation itself.
-    """
-    top, left, h, w = box.unbind(1)
-    cos, sin = angle.cos(), angle.sin()
-    x, y = left + w / 2 - (width / 2 + padding), top + h / 2 - (height / 2 + padding)
-    half = torch.tensor([2 / width, 2 / height], dtype=torch.float64)  # to grid_sample's [-1, 1]
-    matrix = torch.stack(
-        [cos * w / 2, -sin * h / 2, cos * x - sin * y, sin * w / 2, cos * h / 2, sin * x + cos * y],
-        1,
-    ).view(-1, 2, 3) * half.view(1, 2, 1)
-    a, b, c = matrix.to(device, dtype).unsqueeze(-2).unbind(-1)  # each [B, 2, 1]
-    across = (torch.arange(width, device=device, dtype=dtype) * 2 + 1) / width - 1
-    down = (torch.arange(height, device=device, dtype=dtype) * 2 + 1) / height - 1
-    grid = (a * across + c).unsqueeze(2) + (b * down).unsqueeze(3)  # [B, 2, H, W]
-    return grid.permute(0, 2, 3, 1)
-
-
-def _jitter(x: Tensor, b: Tensor, c: Tensor, brightness_first: Tensor) -> Tensor:
-    """Brightness x -> b x and contrast x -> c x + (1 - c) grey mean, clamped to [0, 1] after each.
-
-    x: float [B, C, H, W], changed in place; b, c, brightness_first (0 or 1): [B, 1, 1, 1].
-    Brightness is a contrast towards black: two steps of one form, in the order of each image.
-    """
-    for now_brightness in (brightness_first, 1 - brightness_first):
-        factor = torch.lerp(c, b, now_brightness)
-        towards = (1 - now_brightness) * (1 - c) * _grey_mean(x)
-        x.mul_(factor).add_(towards).clamp_(0, 1)
-    return x
-
-
-def _grey_mean(x: Tensor) -> Tensor:
-    """Mean grey value of each image [B, 1, 1, 1]; for three channels the ITU-R 601 luma."""
-    means = x.mean((2, 3), keepdim=True)
-    if x.shape[1] == 3:
-        means = means * means.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * 3
-    return means.mean(1, keepdim=True)
-
-
-def _between(draw: Tensor, low: float, high: float) -> Tensor:
-    return low + (high - low) * draw
+    return Views(data, batch_size, dtype=dtype)(generator)
 
 
 # Files -------------------------------------------------------------------------------------------

@@ -285,6 +285,7 @@ def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: 
         "data": source,
         "learned_from": {"run": str(args.run), "config": run.config, "inner_steps": steps},
         "initializer": run.start,
+        "views": run.views and run.views.to_dict(),
         "shortest": best["terms"],
         "term_effects": best["term_effects"],
         "pruning": stages,

@@ -12,6 +12,7 @@ from typing import Any
 
 from experiment.errors import RunLogError
 from experiment.run_reader import read_config, read_metrics, read_results
+from experiment.view_strengths import ViewStrengths
 from initializers import GaussianInitializer
 from learning_rules import PerLayerRule
 from models_fully_local import network_of_flags
@@ -23,7 +24,8 @@ class LearnedRun:
     """What a run of main.py learned, or what prune_rule.py has left of it.
 
     config: main.py's flags; start: the initial distribution, as in GaussianInitializer.effective;
-    steps: how many updates its last meta-step made.
+    steps: how many updates its last meta-step made; views: how its pairs are made, None where its
+    inputs are single.
     """
 
     name: str
@@ -31,6 +33,7 @@ class LearnedRun:
     rule: PerLayerRule
     start: dict[str, float]
     steps: int
+    views: ViewStrengths | None
 
 
 def load_run(directory: str | Path) -> LearnedRun:
@@ -59,7 +62,8 @@ def load_run(directory: str | Path) -> LearnedRun:
         else:
             steps = last_inner_steps(directory, config["initial_inner_steps"])
         _check_flags(config, steps)
-        run = LearnedRun(directory.name, config, rule, start, steps)
+        views = _views(results, rule)
+        run = LearnedRun(directory.name, config, rule, start, steps, views)
         shape = (3, 32, 32) if config["dataset"] == "cifar10" else (1, 28, 28)
         network_of_flags(config, shape, config["layers"])
     except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
@@ -67,6 +71,20 @@ def load_run(directory: str | Path) -> LearnedRun:
             f"{directory} is not a whole run of {command}.py: {problem!r}"
         ) from problem
     return run
+
+
+def _views(results: Mapping[str, Any], rule: PerLayerRule) -> ViewStrengths | None:
+    """Those that a run has ended with; the default ones in a run from before there were others.
+
+    ValueError where they do not go with the rule.
+    """
+    takes = rule.rules[0].views
+    if "views" not in results:
+        return ViewStrengths() if takes == 2 else None
+    views = results["views"] and ViewStrengths.from_dict(results["views"])
+    if (2 if views else 1) != takes:
+        raise ValueError(f"views are {views}, of a rule that takes {takes} of each input")
+    return views
 
 
 def _check_flags(config: Mapping[str, Any], steps: int) -> None:
@@ -81,8 +99,8 @@ def _check_flags(config: Mapping[str, Any], steps: int) -> None:
     dynamics = {name: config[name] for name in ("inh_steps", "inh_factor")}
     _check_all(dynamics, lambda value: 0 <= value < math.inf, "must be a number of at least 0")
     switches = ("pixelwise_normalization", "forbid_self_inhibition", "forbid_excitation")
-    _check_all({name: config[name] for name in switches}, lambda value: type(value) is bool,
-               "must be true or false")  # fmt: skip
+    flags = {name: config[name] for name in switches} | {"center": config.get("center", False)}
+    _check_all(flags, lambda value: type(value) is bool, "must be true or false")
     if not config["layers"] and not config.get("conv"):
         raise ValueError("the network has no layer")
 

@@ -23,13 +23,14 @@ from torch import nn
 from comparison.learned_run import LearnedRun
 from comparison.principal_components import principal_components, projection
 from comparison.vicreg import VICReg
+from data_sets.views import Views
 from experiment.loop import finish_on_interrupt
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, SELECTION
 from initializers import GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, SangerRule, classical_rule
 from linear_probe import ProbeLoss
-from mnist_datasets import ImageData, augment, batches, normalize_pixels, pair_batches
+from mnist_datasets import ImageData, augment, batches, normalize_pixels
 from models_fully_local import Activation, Params, lateral_network, network_of_flags
 from rules.competing_units import KrotovHopfieldRule
 from train import Draw, Training, detached, evaluate_on_the_way
@@ -94,19 +95,21 @@ class Method:
 def learned(run: LearnedRun, setting: Setting) -> Training:
     """Of the run's rule, network, initial distribution, normalisation and batches."""
     images = setting.train, setting.test
-    if run.config["pixelwise_normalization"]:
-        images = normalize_pixels(*images)
+    if run.config["pixelwise_normalization"] or run.config.get("center"):
+        images = normalize_pixels(*images, unit_variance=run.config["pixelwise_normalization"])
     model = network_of_flags(run.config, setting.train.shape, setting.layers)
     plastic = sum(bool(layer.parameter_shapes()) for layer in model.layers)
     rules = [run.rule.rules[min(k, len(run.rule.rules) - 1)] for k in range(plastic)]
-    draw_batches = pair_batches if rules[0].views == 2 else batches
+    batch_size, dtype = run.config["batch_size"], setting.dtype
+    if run.views is None:
+        draw_batches = partial(batches, images[0], batch_size, dtype=dtype)
+    else:
+        draw_batches = Views(images[0], batch_size, run.views, dtype=dtype)
     return Training(
         model,
         PerLayerRule(rules).to(images[0].images.device, setting.dtype),
         _initializer(run.start, setting),
-        lambda generator: draw_batches(
-            images[0], run.config["batch_size"], generator, setting.dtype
-        ),
+        draw_batches,
         setting.probe(images),
     )
 

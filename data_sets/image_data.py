@@ -99,6 +99,31 @@ class ImageData:
         )
 
 
+def pixel_sums(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of each pixel and of its square over uint8 images, int64 [C, H, W] on the CPU; exact."""
+    total = torch.zeros(images.shape[1:], dtype=torch.int64, device=images.device)
+    total_of_squares = total.clone()
+    for chunk in images.split(2048):
+        x = chunk.to(torch.int32)
+        total += x.sum(0)
+        total_of_squares += x.square_().sum(0)
+    return total.cpu(), total_of_squares.cpu()
+
+
+def batch_indices(
+    data: ImageData | Tensor, batch_size: int, generator: torch.Generator
+) -> list[Tensor]:
+    """One epoch in an order drawn from `generator`, on the CPU: rows of whole batches.
+
+    Raises DataError where there is not one whole batch.
+    """
+    if not 1 <= batch_size <= len(data):
+        raise DataError(f"batch size {batch_size} must be from 1 to {len(data)}, the data's")
+    device = data.device if isinstance(data, Tensor) else data.images.device
+    order = torch.randperm(len(data), generator=generator).to(device)
+    return [index for index in order.split(batch_size) if len(index) == batch_size]
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 at least: below it, eight bits of a pixel would not survive the arithmetic."""
     if not dtype.is_floating_point:

@@ -18,7 +18,7 @@ COMMON = ["--threads", "1", "--quiet"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with two runs, one of them on pairs."""
+    """A folder with three runs: on single inputs, on pairs, on views of which one is learned."""
     place = tmp_path_factory.mktemp("runs")
     tiny = [
         "--dataset", "mnist5k", "--metasteps", "2", "--initial_inner_steps", "2", "--lr", "1e-3",
@@ -26,6 +26,8 @@ def runs(tmp_path_factory) -> Path:
     ]  # fmt: skip
     main.main(["5", *tiny, "--out", str(place / "single")])
     main.main(["5", *tiny, "--pair_inputs", "--inhibition", "none", "--out", str(place / "pairs")])
+    views = ["--views", "mixed", "--mask", "0", "0.5", "--center", "--learn_views", "contrast"]
+    main.main(["5", *tiny, *views, "--lr", "1e-2", "--out", str(place / "views")])
     return place
 
 
@@ -37,12 +39,13 @@ def results(directory: Path) -> dict:
     return json.loads((directory / "results.json").read_text())
 
 
-def test_without_flags_a_run_is_judged_as_it_was_trained(runs, tmp_path):
-    run(runs / "single", "--evaluations", 2, "--out", tmp_path / "out")
+@pytest.mark.parametrize("name", ["single", "pairs", "views"])
+def test_without_flags_a_run_is_judged_as_it_was_trained(runs, tmp_path, name):
+    run(runs / name, "--evaluations", 2, "--out", tmp_path / "out")
     trainings = results(tmp_path / "out")["trainings"]
     names = ("inner_steps", "meta_loss", "train_accuracy", "test_accuracy")
-    own = results(runs / "single")["evaluations"]
-    assert [{name: row[name] for name in names} for row in trainings] == own
+    own = results(runs / name)["evaluations"]
+    assert [{key: row[key] for key in names} for row in trainings] == own
     assert {(row["dataset"], row["layers"]) for row in trainings} == {("mnist5k", "5")}
 
 

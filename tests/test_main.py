@@ -69,6 +69,8 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
     "flags",
     [
         ["--pair_inputs"],
+        ["--views", "masks", "--mask", "0.1", "0.5"],
+        ["--center"],
         ["--conv", "3x5", "2x3"],
         ["--conv", "3x5", "--pool", "4"],
         ["--pixelwise_normalization"],
@@ -111,6 +113,43 @@ def test_every_flag_changes_the_course_of_a_run(tmp_path, plain, flags):
     run(4, *TINY, *flags, "--out", tmp_path / "run")
     before, after = outcome(plain), outcome(tmp_path / "run")
     assert (before == after) == (flags[0] == "--memory")
+
+
+def test_learned_views_are_recorded_saved_gone_on_with_and_the_same_when_resumed(tmp_path):
+    flags = [*TINY, "--views", "mixed", "--noise", "0.1", "--center", "--lr", "0.1"]
+    learn = ["--learn_views", "degrees", "noise"]
+    run(4, *flags, *learn, "--out", tmp_path / "run")
+    first, *_, last = rows(tmp_path / "run")
+    assert (float(first["views/degrees"]), float(first["views/noise"])) == (25.0, 0.1)
+    assert float(last["views/noise"]) != 0.1 and float(last["views/degrees"]) != 25.0
+    saved = json.loads((tmp_path / "run" / "results.json").read_text())["views"]
+    assert (saved["kind"], saved["mask"], saved["center"]) == ("mixed", [0.0, 0.7], True)
+    assert saved["noise"] not in (0.1, float(last["views/noise"])) and saved["brightness"] == 0.5
+    again = [4, *flags, *learn, "--start_from", tmp_path / "run", "--metasteps", 1]
+    run(*again, "--out", tmp_path / "next")
+    (going_on,) = rows(tmp_path / "next")
+    assert float(going_on["views/noise"]) == pytest.approx(saved["noise"], rel=1e-6)
+    before = outcome(tmp_path / "next")
+    run("--resume", tmp_path / "next", "--quiet")
+    assert outcome(tmp_path / "next") == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--mask 0 0.5", "--mask needs --views masks or mixed"),
+        ("--views masks --degrees 5", "--degrees needs --views geometric or mixed"),
+        ("--pair_inputs --views masks", "--pair_inputs is --views geometric"),
+        ("--views masks --mask 0.5 0.1", "mask must be LOW HIGH"),
+        ("--views mixed --learn_views noise", "start above 0"),
+        ("--learn_views noise", "--learn_views needs --views"),
+        ("--views mixed --learn_views degrees --method lookback", "does not reach"),
+        ("--rule krotov_hopfield --views masks", "--views needs --rule polynomial"),
+        ("--center --pixelwise_normalization", "--center needs no --pixelwise_normalization"),
+    ],
+)
+def test_views_that_there_are_not_are_refused_in_one_line(capsys, tmp_path, flags, said):
+    assert said in refused(capsys, main.main, 4, *TINY, *flags.split(), "--out", tmp_path / "run")
 
 
 def test_a_run_can_start_from_what_another_has_learned(tmp_path, plain):

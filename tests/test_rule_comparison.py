@@ -28,6 +28,7 @@ from comparison.rule_comparison import (
 )
 from experiment.errors import RunLogError
 from experiment.seeds import EVALUATION, seeded_generator
+from experiment.view_strengths import ViewStrengths
 from initializers import GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
 from linear_probe import extract_features
@@ -67,7 +68,7 @@ def a_run(kind=PolynomialRule, layers: int = 2) -> LearnedRun:
     with torch.no_grad():
         for p in rule.parameters():
             p.copy_(0.003 * torch.randn(p.shape, generator=generator))
-    return LearnedRun("some", CONFIG, rule, START, 5)
+    return LearnedRun("some", CONFIG, rule, START, 5, ViewStrengths() if kind.views == 2 else None)
 
 
 # ---- training ----

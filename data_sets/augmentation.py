@@ -1,0 +1,215 @@
+"""Random views of images: rotated, cropped and stretched, brightness and contrast changed.
+
+    x = augment(images, generator)               # uint8 [B, C, H, W] -> float [B, C, H, W]
+
+    draws = draw_numbers(len(x), generator)      # or in parts, each with the strengths that it has
+    x = warp(x, draws, degrees=25.0, scale=(0.7, 1.0), ratio=(0.75, 1.3333), padding=2)
+    x = jitter(x, draws, brightness=0.5, contrast=0.5)
+
+The geometric steps are one affine warp. Degrees, brightness and contrast may be tensors: views are
+differentiable in them, at the same draws.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from data_sets.image_data import DataError, working_dtype
+
+# Columns of the draws: first what every view takes, then those of crops, with ten attempts, and
+# last those of shifts.
+ANGLE, POSITION, BRIGHTNESS, CONTRAST, ORDER = 0, slice(1, 3), 3, 4, 5
+AREAS, RATIOS, SHIFT = slice(6, 16), slice(16, 26), slice(-2, None)
+
+
+def augment(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    padding: int = 2,
+    degrees: float = 25.0,
+    scale: tuple[float, float] = (0.7, 1.0),
+    ratio: tuple[float, float] = (0.75, 1.3333),
+    brightness: float = 0.5,
+    contrast: float = 0.5,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Random views: uint8 [B, C, H, W] -> float [B, C, H, W] in [0, 1], on the images' device.
+
+    Each image is zero-padded, rotated by up to +-`degrees`, cropped to a random part (share of the
+    area in `scale`, width / height in `ratio`) that is stretched to the original size, and its
+    brightness and contrast are changed by factors from 1 -+ the argument, in either order. Random
+    numbers follow torchvision's Pad, RandomRotation, RandomResizedCrop (with its ten attempts) and
+    ColorJitter, but the geometric steps are one bilinear interpolation, and nothing is rounded to
+    bytes in between. All of them are drawn from `generator`, on the CPU: B rows of 26.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4:
+        raise DataError(
+            f"images must be uint8 [B, C, H, W], not {images.dtype} {list(images.shape)}"
+        )
+    draws = draw_numbers(len(images), generator)
+    x = images.to(working_dtype(dtype)).div_(255)
+    x = warp(x, draws, degrees=degrees, scale=scale, ratio=ratio, padding=padding)
+    return jitter(x, draws, brightness, contrast).to(dtype)
+
+
+def draw_numbers(
+    count: int, generator: torch.Generator, *, crops: bool = True, shifts: bool = False
+) -> Tensor:
+    """Uniform in [0, 1), float64 [count, columns], on the CPU: all that a view takes."""
+    columns = 6 + 20 * crops + 2 * shifts
+    return torch.rand(count, columns, generator=generator, dtype=torch.float64)
+
+
+def warp(
+    x: Tensor,
+    draws: Tensor,
+    *,
+    degrees: float | Tensor,
+    scale: tuple[float, float] | None,
+    ratio: tuple[float, float] = (1.0, 1.0),
+    padding: int = 0,
+    shift: float = 0.0,
+) -> Tensor:
+    """Each image of x [B, C, H, W] rotated, cropped, shifted, by one bilinear interpolation.
+
+    draws: from `draw_numbers`, with the columns of crops and shifts where there are any. scale
+    None: no crops. shift: in pixels of the view, uniform to either side, each way. What comes from
+    outside the image is 0.
+    """
+    count, _, height, width = x.shape
+    if scale is None:
+        box = draws.new_tensor([0, 0, height, width]).expand(count, 4)
+    else:
+        box = _random_boxes(
+            draws[:, AREAS], draws[:, RATIOS], draws[:, POSITION],
+            height, width, padding, scale, ratio,
+        )  # fmt: skip
+    if shift:
+        sides = box[:, 2:] / box.new_tensor([height, width])  # of a pixel of the view
+        moved = (2 * draws[:, SHIFT] - 1) * shift * sides
+        box = torch.cat([box[:, :2] + moved, box[:, 2:]], 1)
+    angle = (2 * draws[:, ANGLE] - 1) * (degrees * (math.pi / 180))
+    grid = _crop_grid(box, angle, height, width, padding, x.device, x.dtype)
+    return grid_sample(x, grid, align_corners=False)
+
+
+def jitter(
+    x: Tensor, draws: Tensor, brightness: float | Tensor, contrast: float | Tensor
+) -> Tensor:
+    """Brightness and contrast of each image changed by factors from 1 -+ these, in either order.
+
+    x: [B, C, H, W], changed in place; draws: from `draw_numbers`.
+    """
+    b, c = (
+        _between(draws[:, column], _at_least_0(1 - strength), 1 + strength)
+        for column, strength in ((BRIGHTNESS, brightness), (CONTRAST, contrast))
+    )
+    factors = torch.stack([b, c, (draws[:, ORDER] < 0.5).double()]).to(x)
+    return _jitter(x, *factors.view(3, -1, 1, 1, 1))
+
+
+def _random_boxes(
+    area_draws: Tensor,
+    ratio_draws: Tensor,
+    position_draws: Tensor,
+    height: int,
+    width: int,
+    padding: int,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+) -> Tensor:
+    """Crops (top, left, height, width) [B, 4] of the padded image, as RandomResizedCrop draws them.
+
+    Draws are uniform in [0, 1): [B, attempts] twice, [B, 2]. The first attempt that fits is taken;
+    where none does, the largest centred crop whose ratio is allowed.
+    """
+    padded_height, padded_width = height + 2 * padding, width + 2 * padding
+    area = padded_height * padded_width * _between(area_draws, *scale)
+    aspect = _between(ratio_draws, math.log(ratio[0]), math.log(ratio[1])).exp()
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (w > 0) & (w <= padded_width) & (h > 0) & (h <= padded_height)
+
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    w, h = w.gather(1, first).squeeze(1), h.gather(1, first).squeeze(1)
+    top = (position_draws[:, 0] * (padded_height - h + 1)).floor()
+    left = (position_draws[:, 1] * (padded_width - w + 1)).floor()
+
+    whole = padded_width / padded_height
+    fallback_w = round(padded_height * ratio[1]) if whole > ratio[1] else padded_width
+    fallback_h = round(padded_width / ratio[0]) if whole < ratio[0] else padded_height
+    fallback = area.new_tensor(
+        [
+            (padded_height - fallback_h) // 2,
+            (padded_width - fallback_w) // 2,
+            fallback_h,
+            fallback_w,
+        ]
+    )
+    return torch.where(fits.any(1, keepdim=True), torch.stack([top, left, h, w], 1), fallback)
+
+
+def _crop_grid(
+    box: Tensor,
+    angle: Tensor,
+    height: int,
+    width: int,
+    padding: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Where each pixel of the crop comes from in the unpadded, unrotated image: [B, H, W, 2].
+
+    With u in [-1, 1]^2 the place in the crop, p = centre of the box + u * half its sides is the
+    place in the rotated image, relative to its centre, and R(angle)^-1 p that in the image itself.
+    R turns counter-clockwise as one sees it (rows count downwards). Padding only gives room to the
+    box: what lies outside the image is zero anyway.
+
+    The map is affine, so the grid is a sum of a column and a row; F.affine_grid gives the same, but
+    takes several times as long as the interpolation itself.
+    """
+    top, left, h, w = box.unbind(1)
+    cos, sin = angle.cos(), angle.sin()
+    x, y = left + w / 2 - (width / 2 + padding), top + h / 2 - (height / 2 + padding)
+    half = torch.tensor([2 / width, 2 / height], dtype=torch.float64)  # to grid_sample's [-1, 1]
+    matrix = torch.stack(
+        [cos * w / 2, -sin * h / 2, cos * x - sin * y, sin * w / 2, cos * h / 2, sin * x + cos * y],
+        1,
+    ).view(-1, 2, 3) * half.view(1, 2, 1)
+    a, b, c = matrix.to(device, dtype).unsqueeze(-2).unbind(-1)  # each [B, 2, 1]
+    across = (torch.arange(width, device=device, dtype=dtype) * 2 + 1) / width - 1
+    down = (torch.arange(height, device=device, dtype=dtype) * 2 + 1) / height - 1
+    grid = (a * across + c).unsqueeze(2) + (b * down).unsqueeze(3)  # [B, 2, H, W]
+    return grid.permute(0, 2, 3, 1)
+
+
+def _jitter(x: Tensor, b: Tensor, c: Tensor, brightness_first: Tensor) -> Tensor:
+    """Brightness x -> b x and contrast x -> c x + (1 - c) grey mean, clamped to [0, 1] after each.
+
+    x: float [B, C, H, W], changed in place; b, c, brightness_first (0 or 1): [B, 1, 1, 1].
+    Brightness is a contrast towards black: two steps of one form, in the order of each image.
+    """
+    for now_brightness in (brightness_first, 1 - brightness_first):
+        factor = torch.lerp(c, b, now_brightness)
+        towards = (1 - now_brightness) * (1 - c) * _grey_mean(x)
+        x.mul_(factor).add_(towards).clamp_(0, 1)
+    return x
+
+
+def _grey_mean(x: Tensor) -> Tensor:
+    """Mean grey value of each image [B, 1, 1, 1]; for three channels the ITU-R 601 luma."""
+    means = x.mean((2, 3), keepdim=True)
+    if x.shape[1] == 3:
+        means = means * means.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * 3
+    return means.mean(1, keepdim=True)
+
+
+def _between(draw: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+    return low + (high - low) * draw
+
+
+def _at_least_0(value: float | Tensor) -> float | Tensor:
+    return value.clamp(min=0) if isinstance(value, Tensor) else max(0.0, value)

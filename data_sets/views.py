@@ -1,0 +1,197 @@
+"""Pairs of views of each image: what differs between the two says what a rule should ignore.
+
+    views = Views(train_data, 512, ViewStrengths("mixed", mask=(0.0, 0.7)), learn=["degrees"])
+    for x1, x2 in views(generator): ...          # each [512, C, H, W], endless
+
+    geometric   normalize( jitter( warp(image) ) ) - mean + noise
+    masks       (normalize(image) - mean + noise) without some pixels
+
+normalize is the data's own shift and scale. The mean, subtracted where strengths.center says so, is
+that of each pixel over the data, normalised; a lost pixel is there what an average image has, hence
+0 after centring. Each image of each view draws the share p of its pixels that are lost, uniform in
+strengths.mask, and each pixel is lost with probability p, all channels of it together.
+
+A strength that is learned is its start times exp(0.3 u), u an nn.Parameter. Draws do not depend on
+it, so that views are differentiable in u: rotations through the grid of the interpolation, the rest
+directly. A mask's share and a crop's sides act through comparisons and roundings, whose derivatives
+are 0 wherever there are any; these stay as they are.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data_sets.augmentation import draw_numbers, jitter, warp
+from data_sets.image_data import ImageData, batch_indices, pixel_sums, working_dtype
+from experiment.view_strengths import GEOMETRIC, MIXED, ViewError, ViewStrengths
+
+STRIDE = 0.3  # of logarithms, as for an initial distribution: one rate suits all
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Views(nn.Module):
+    """Called with a CPU generator, draws endless pairs of batches; `batches` of a Training.
+
+    Attributes:
+        data: training images, or features [N, D] of no images, for which there are masks and noise.
+        batch_size: images of a pair; what is left at the end of an epoch is dropped.
+        start: how views are made, learned strengths where they start.
+        moved: nn.Parameters u of the learned strengths, by name, 0 at first.
+        dtype: of the views.
+    Raises ViewError for geometric views of features, and for strengths that cannot be learned.
+    """
+
+    def __init__(
+        self,
+        data: ImageData | Tensor,
+        batch_size: int,
+        strengths: ViewStrengths = ViewStrengths(),  # noqa: B008, it is frozen
+        *,
+        learn: Sequence[str] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if isinstance(data, Tensor) and strengths.kind in (GEOMETRIC, MIXED):
+            raise ViewError(f"no {strengths.kind} views of features [N, D]: take masks, or noise")
+        strengths.check_learnable(tuple(learn))
+        self.data, self.batch_size, self.dtype = data, batch_size, dtype
+        self.start = strengths
+        self.moved = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in learn})
+        self.shift, self.lost_value = self._means()
+
+    def _means(self) -> tuple[Tensor | None, Tensor | None]:
+        """What is subtracted from each pixel, and what a lost one becomes then; None: 0."""
+        if not (self.start.center or self.start.masks):
+            return None, None
+        if isinstance(self.data, Tensor):
+            mean = self.data.double().mean(0)
+        else:
+            mean = pixel_sums(self.data.images)[0].double() / (255 * len(self.data))
+            mean = self.data.normalize(mean.float().to(self.data.images.device))
+        if not mean.any():
+            return None, None
+        mean = mean.to(working_dtype(self.dtype))
+        return (mean, None) if self.start.center else (None, mean)
+
+    def forward(self, generator: Generator) -> Iterator[Pair]:
+        """Pairs (x1, x2) of the shape of the data; every epoch has an order of its own.
+
+        The same state of the generator gives the same pairs, on every device. Raises DataError
+        where the data are less than a batch.
+        """
+        draw_order = partial(batch_indices, self.data, self.batch_size, generator)
+        epochs = itertools.chain([draw_order()], (draw_order() for _ in itertools.count()))
+        return map(partial(self._pair, generator), itertools.chain.from_iterable(epochs))
+
+    def _pair(self, generator: Generator, index: Tensor) -> Pair:
+        geometric = self.start.kind == GEOMETRIC
+        if self.start.kind == MIXED:
+            geometric = bool(torch.rand((), generator=generator) < self.start.geometric_share)
+        x = self._rows(index)
+        if not geometric:
+            x = self._normalized(x)
+        make = self._geometric if geometric else self._masked
+        first, second = (make(x, generator).to(self.dtype) for _ in range(2))
+        return first, second
+
+    def _rows(self, index: Tensor) -> Tensor:
+        """The images in [0, 1], or the features, as floats."""
+        work = working_dtype(self.dtype)
+        if isinstance(self.data, Tensor):
+            return self.data.index_select(0, index).to(work)
+        return self.data.images.index_select(0, index).to(work).div_(255)
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        if isinstance(self.data, ImageData):
+            x = self.data.normalize(x)
+        return x if self.shift is None else x - self.shift
+
+    def _geometric(self, x: Tensor, generator: Generator) -> Tensor:
+        """A view of images x in [0, 1]."""
+        if self.start.warps or self.start.jitters:
+            crops, shifts = self.start.crops, self.start.shift > 0
+            draws = draw_numbers(len(x), generator, crops=crops, shifts=shifts)
+            if torch.is_grad_enabled() and any(name != "noise" for name in self.moved):
+                # else the graph of each of many batches would be kept: seven times the view's size
+                x = checkpoint(
+                    self._warped, x, draws, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = self._warped(x, draws)
+        return self._noisy(self._normalized(x), generator)
+
+    def _warped(self, x: Tensor, draws: Tensor) -> Tensor:
+        start = self.start
+        if start.warps:
+            scale, padding = (start.crop, start.crop_padding) if start.crops else (None, 0)
+            x = warp(
+                x, draws, degrees=self.strength("degrees"), scale=scale, ratio=start.crop_ratio,
+                padding=padding, shift=start.shift,
+            )  # fmt: skip
+        if start.jitters:
+            x = x if start.warps else x.clone()
+            x = jitter(x, draws, self.strength("brightness"), self.strength("contrast"))
+        return x
+
+    def _masked(self, x: Tensor, generator: Generator) -> Tensor:
+        """A view of normalised images or features x."""
+        x = self._noisy(x, generator)
+        if not self.start.masks:
+            return x
+        shape = (len(x), 1, *x.shape[2:]) if x.dim() == 4 else x.shape
+        kept = kept_pixels(shape, self.start.mask, generator).to(x.device)
+        return x * kept if self.lost_value is None else torch.where(kept, x, self.lost_value)
+
+    def _noisy(self, x: Tensor, generator: Generator) -> Tensor:
+        if not self.start.noise:
+            return x
+        return x + self.strength("noise") * torch.randn(x.shape, generator=generator).to(x)
+
+    # ---- strengths ----
+
+    def strength(self, name: str) -> float | Tensor:
+        """As it acts; where it is learned, a float64 scalar on the CPU, as the draws are."""
+        start = getattr(self.start, name)
+        if name not in self.moved:
+            return start
+        return start * (STRIDE * self.moved[name].to("cpu", torch.float64)).exp()
+
+    @torch.no_grad()
+    def set_values(self, strengths: ViewStrengths) -> None:
+        """Moves the learned strengths to those given; ViewError where one of these is 0."""
+        for name, u in self.moved.items():
+            value = getattr(strengths, name)
+            if not value > 0:
+                raise ViewError(f"{name} is {value}: to be learned it must be above 0")
+            u.fill_(math.log(value / getattr(self.start, name)) / STRIDE)
+
+    def strengths(self) -> ViewStrengths:
+        """As they act, to be saved."""
+        return replace(self.start, **self.effective())
+
+    def effective(self) -> dict[str, float]:
+        """The learned strengths, as they act."""
+        return {name: self.strength(name).item() for name in self.moved}
+
+
+def kept_pixels(shape: Sequence[int], share: tuple[float, float], generator: Generator) -> Tensor:
+    """False where a pixel is lost, bool of `shape` [B, ...]; of each image with a share of its own.
+
+    The share p is uniform in [low, high]. A pixel costs one byte of randomness: it is lost where
+    that is below 256 p, rounded up or down at random, so that the mean is p exactly (up to p =
+    255 / 256, above which it is that).
+    """
+    low, high = share
+    draws = torch.rand(2, shape[0], generator=generator, dtype=torch.float64)
+    threshold = (256 * (low + (high - low) * draws[0]) + draws[1]).floor().clamp(max=255)
+    words = torch.empty(-(-torch.Size(shape).numel() // 8), dtype=torch.int64)
+    words.random_(-(2**63), None, generator=generator)
+    pixels = words.view(torch.uint8)[: torch.Size(shape).numel()].view(*shape)
+    return pixels >= threshold.byte().view(-1, *[1] * (len(shape) - 1))

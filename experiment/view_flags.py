@@ -1,0 +1,64 @@
+"""The flags that say how the two views of each image are made.
+
+add_views(parser)
+strengths = views_of_flags(args)        # None: single inputs
+refuse_idle_flags(args, parser, view_needs(args))
+"""
+
+import argparse
+from typing import Any
+
+from experiment.command_line import UserError, nonnegative_float, nonnegative_int
+from experiment.view_strengths import FIELDS, GEOMETRIC, KINDS, LEARNABLE, ViewStrengths
+
+WITHOUT_VIEWS = ("kind", "center")  # fields whose flags are of another form, or need no views
+
+
+def add_views(parser: argparse.ArgumentParser) -> None:
+    """A group of a flag for each strength, with its default; --views alone asks for pairs."""
+    add = parser.add_argument_group("views").add_argument
+    add("--views", choices=KINDS, help=f"learn from pairs: {FIELDS['kind'].metadata['help']}")
+    add("--pair_inputs", action="store_true", help="the same as --views geometric")
+    for name, entry in FIELDS.items():
+        if name != "kind":
+            add(f"--{name}", help=entry.metadata["help"], **_form(entry.default))
+    add("--learn_views", nargs="+", choices=LEARNABLE, default=[], metavar="STRENGTH",
+        help=f"strengths to be learned with the rule, of {', '.join(LEARNABLE)}")  # fmt: skip
+
+
+def _form(default: Any) -> dict[str, Any]:
+    """How argparse reads a field of this default."""
+    if isinstance(default, bool):
+        return {"action": "store_true"}
+    if isinstance(default, tuple):  # a list, as argparse gives it, so that the two can be compared
+        form = {"nargs": 2, "metavar": ("LOW", "HIGH"), "default": list(default)}
+        return form | {"type": nonnegative_float}
+    kind = nonnegative_int if isinstance(default, int) else nonnegative_float
+    return {"type": kind, "default": default}
+
+
+def views_of_flags(args: argparse.Namespace) -> ViewStrengths | None:
+    """The strengths that the flags ask for; None where the inputs are single.
+
+    Raises ViewError for values that there are not, and UserError where the flags contradict.
+    """
+    if args.pair_inputs and args.views not in (None, GEOMETRIC):
+        raise UserError(f"--pair_inputs is --views geometric: leave it out with {args.views}")
+    kind = GEOMETRIC if args.pair_inputs else args.views
+    if kind is None:
+        return None
+    values = {name: getattr(args, name) for name in FIELDS if name != "kind"}
+    strengths = ViewStrengths(kind, **values)
+    strengths.check_learnable(tuple(args.learn_views))
+    return strengths
+
+
+def view_needs(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
+    """For `refuse_idle_flags`: which of these flags matter, and what else they need."""
+    strengths = views_of_flags(args)
+    needs = [("learn_views", strengths is not None, "--views")]
+    for name, entry in FIELDS.items():
+        if name not in WITHOUT_VIEWS:
+            matters = strengths is not None and strengths.matters(name)
+            needs.append((name, matters, f"--views {' or '.join(entry.metadata['kinds'])}"))
+    return needs
