@@ -137,6 +137,8 @@ def add_inner_training(parser) -> None:
         help="how matrix products multiply, in float32 training")  # fmt: skip
     add("--memory", choices=MEMORY, default="fit", help="what is kept for the backward pass")
     add("--memory_limit", type=positive_float, default=2.5, metavar="GB", help="for --memory fit")
+    add("--adjoint_limit", type=positive_float, metavar="FACTOR",
+        help="hold each dL/dtheta_t at so many times that of the end")  # fmt: skip
     add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
 
 
@@ -215,7 +217,7 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("K", args.method in ("truncated", "lookback", "implicit"),
          "--method truncated, lookback or implicit"),
         ("sigma pairs", args.method == "es", "--method es"),
-        ("memory compile", unrolls, "--method reverse or truncated"),
+        ("memory compile adjoint_limit", unrolls, "--method reverse or truncated"),
         ("memory_limit", unrolls and args.memory == "fit", "--memory fit"),
         ("clip_norm", args.clip_grads, "--clip_grads"),
         ("sparsify_from", args.sparsify, "--sparsify"),
@@ -390,9 +392,9 @@ def make_method(args) -> MetaGradient:
     limit = int(args.memory_limit * 2**30)
     chosen = METHODS[args.method]
     if chosen is Reverse:
-        return Reverse(args.memory, limit)
+        return Reverse(args.memory, limit, args.adjoint_limit)
     if chosen is Truncated:
-        return Truncated(args.memory, limit, args.K or Truncated.K)
+        return Truncated(args.memory, limit, args.adjoint_limit, K=args.K or Truncated.K)
     if chosen is Strategies:
         return Strategies(args.sigma or Strategies.sigma, args.pairs or Strategies.pairs)
     return chosen() if chosen is Forward else chosen(args.K or chosen.K)

@@ -31,7 +31,7 @@ from hypergradients import (
     neumann_lookback,
 )
 from models_fully_local import Params
-from train import MEMORY_LIMIT, METHOD, START, Draw, Training, train
+from train import MEMORY_LIMIT, METHOD, START, AdjointLimit, Draw, Training, train
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,14 @@ class MetaGradient(Protocol):
 
 @dataclass(frozen=True)
 class Reverse:
-    """Backpropagation through all updates; memory and memory_limit as in `train`."""
+    """Backpropagation through all updates; memory and memory_limit as in `train`.
+
+    adjoint_limit: the factor of an AdjointLimit, which biases the gradient; None: no limit.
+    """
 
     memory: str = "fit"
     memory_limit: int = MEMORY_LIMIT
+    adjoint_limit: float | None = None
     reaches = ("rule", "initializer", "batches")
 
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
@@ -84,6 +88,7 @@ class Reverse:
         params = train(
             training.model, params, batches, training.rule, steps,
             memory=self.memory, memory_limit=self.memory_limit,
+            adjoint_limit=None if self.adjoint_limit is None else AdjointLimit(self.adjoint_limit),
         )  # fmt: skip
         loss, numbers = training.checked_outer_loss(params, draw)
         hparams = list(training.hyperparameters.values())

@@ -14,6 +14,9 @@ arrives there. The memory policy is the length of the segments:
     fit        as many as fit into memory_limit bytes
     segments   sqrt(steps): memory of about 2 sqrt(steps) steps
     recompute  one: memory of the parameters of all steps and of one step's graph
+
+Through many updates of a rule that is no contraction the adjoint dL / d theta_t grows, going back,
+by orders of magnitude, and the hypergradient is noise. `AdjointLimit` holds it.
 """
 
 import itertools
@@ -24,6 +27,7 @@ from typing import Protocol
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -153,6 +157,63 @@ def evaluate_on_the_way(
         yield training.checked_outer_loss(params, draw)[1], params
 
 
+class AdjointLimit:
+    """Holds the adjoints dL / d theta_t of one training, after each of its updates.
+
+        |a_t|  <=  factor |a_N|,     a_t = dL / d theta_t,     t = 1, ..., N
+
+    An adjoint beyond that is scaled down to it, each tensor of params by itself, and what is scaled
+    down goes on to the updates before: clipping inside the unroll (Pascanu, Mikolov, Bengio 2013,
+    "On the difficulty of training recurrent neural networks"). The hypergradient is then biased:
+    early updates count less than they should. Where no adjoint grows beyond the limit it is exact,
+    to the last bit. a_N is the first adjoint that is not 0, going back: of a statistic of the rule,
+    on which L itself does not depend, that before the last update.
+
+    An object is for one training, and one backward pass.
+    """
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+        self._norms_at_end: dict[tuple[int, str], Tensor] = {}
+
+    def __call__(self, params: Params) -> Params:
+        """The same parameters, whose adjoints are held."""
+        return [
+            {
+                name: _HeldAdjoint.apply(tensor, self, (k, name))
+                if tensor.requires_grad
+                else tensor
+                for name, tensor in layer.items()
+            }
+            for k, layer in enumerate(params)
+        ]
+
+    def held(self, adjoint: Tensor, place: tuple[int, str]) -> Tensor:
+        """An adjoint of the tensor of this (layer, name), scaled down where it is too large.
+
+        Without a look at the numbers, for which the CPU would have to wait for a GPU.
+        """
+        norm = torch.linalg.vector_norm(adjoint, dtype=torch.float64)
+        before = self._norms_at_end.get(place, torch.zeros_like(norm))
+        at_end = self._norms_at_end[place] = torch.where(before > 0, before, norm)
+        smallest = torch.finfo(norm.dtype).tiny
+        return adjoint * (self.factor * at_end / norm.clamp_min(smallest)).clamp_max(1.0)
+
+
+class _HeldAdjoint(torch.autograd.Function):
+    """The identity; its gradient is what AdjointLimit makes of it."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, limit: AdjointLimit, place: tuple[int, str]) -> Tensor:
+        ctx.limit, ctx.place = limit, place
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, adjoint: Tensor):
+        return ctx.limit.held(adjoint, ctx.place), None, None
+
+
 def train(
     model: nn.Module,
     params: Params,
@@ -163,12 +224,14 @@ def train(
     grad: bool = True,
     memory: str = "fit",
     memory_limit: int = MEMORY_LIMIT,
+    adjoint_limit: AdjointLimit | None = None,
 ) -> Params:
     """Parameters after `steps` updates of the rule, each on the next of the batches.
 
     With grad, the result is attached to the parameters given and to the rule's hyperparameters;
     without, it is detached. memory and memory_limit (bytes of one unrolled graph, for "fit") never
-    change the result or its gradient. Raises ValueError for an unknown memory policy.
+    change the result or its gradient; adjoint_limit changes the gradient alone. Raises ValueError
+    for an unknown memory policy.
     """
     if memory not in MEMORY:
         raise ValueError(f"memory policy {memory!r} is unknown; choose from {', '.join(MEMORY)}")
@@ -181,10 +244,10 @@ def train(
     length = _segment_length(model, params, used, rule, memory, memory_limit)
     for start, stop in _segments(steps, length):
         if stop == steps:
-            params = _run(model, params, used[start:stop], rule)
+            params = _run(model, params, used[start:stop], rule, adjoint_limit)
         else:
             params = checkpoint(
-                _run, model, params, used[start:stop], rule,
+                _run, model, params, used[start:stop], rule, adjoint_limit,
                 use_reentrant=False, preserve_rng_state=False,
             )  # fmt: skip
     return params
@@ -202,9 +265,17 @@ def check_finite(value: Tensor | Params, what: str) -> None:
         raise NonFiniteError(f"{what}: not finite")
 
 
-def _run(model: nn.Module, params: Params, batches: Sequence, rule: LearningRule) -> Params:
+def _run(
+    model: nn.Module,
+    params: Params,
+    batches: Sequence,
+    rule: LearningRule,
+    adjoint_limit: AdjointLimit | None,
+) -> Params:
     for batch in batches:
         params = rule.update(model, params, batch)
+        if adjoint_limit is not None:
+            params = adjoint_limit(params)
     return params
 
 

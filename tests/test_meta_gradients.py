@@ -114,6 +114,19 @@ def test_truncation_to_all_updates_leaves_out_nothing():
             assert_near(g, e, 1e-12)
 
 
+@pytest.mark.parametrize("method", [Reverse, Truncated])
+def test_limited_adjoints_change_the_gradient_of_an_expanding_training_alone(method):
+    """Going back through w' = 1.5 w - 0.5 goal, each adjoint is 1.5 times the last."""
+    K = {"K": 6} if method is Truncated else {}
+    expanding = follow(6, rate=-0.5, trained_start=False)
+    free = method(**K)(*expanding)
+    same = method(adjoint_limit=8.0, **K)(*expanding)
+    assert torch.equal(same.gradient[0], free.gradient[0])  # the largest is 1.5^5 = 7.6
+    held = method(adjoint_limit=1.0, **K)(*expanding)
+    assert held.numbers == free.numbers
+    assert_near(held.gradient[0], free.gradient[0] * 6 * 0.5 / (1.5**6 - 1))
+
+
 def test_looking_back_and_implicit_methods_take_any_polynomial_rule():
     """One term of the series is the gradient through the last update alone."""
     last = Truncated(K=1)(*lateral(6))

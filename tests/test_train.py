@@ -12,7 +12,7 @@ from torch import nn
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, PolynomialPairRule, PolynomialRule
 from models_fully_local import Activation, lateral_mlp
-from train import MEMORY, graph_bytes, train
+from train import MEMORY, AdjointLimit, graph_bytes, train
 
 STEPS, BATCH, INPUTS, SIZES = 7, 6, 4, (3, 2)
 
@@ -241,6 +241,116 @@ def test_the_graph_of_a_step_is_little_more_than_its_tensors(inh_steps):
     # Besides: x, s and y; for each parameter itself, three correlations, the step and the result.
     allowed = batch * fan_in + activations + 4 * batch * fan_out + 8 * fan_out * (fan_in + fan_out)
     assert graph_bytes(lambda: rule.update(model, params, x)) <= 1.1 * 8 * allowed
+
+
+# ---- limited adjoints ----
+
+
+class Expanding(LearningRule):
+    """w' = gain sin(A w) + goal b, b' = 0.8 b + 0.3 w'^2: chaos, in which adjoints grow."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(2.5, dtype=DOUBLE))
+        self.goal = nn.Parameter(normal(5, 4, scale=0.1).detach())
+
+    def update(self, model, params, batch):
+        w, b = params[1]["w"], params[1]["b"]
+        w = self.gain * torch.sin(batch @ w) + self.goal * b
+        return [{}, {"w": w, "b": 0.8 * b + 0.3 * w.square(), "count": params[1]["count"] + 1}]
+
+
+def expanding(steps: int):
+    """The rule, where it starts, its batches, and a loss of where it ends."""
+    start = [{}, {"w": normal(6, 4, scale=0.02), "b": normal(7, 4, scale=0.02)}]
+    start[1]["count"] = torch.zeros((), dtype=torch.int64)
+    matrices = [normal(300 + t, 4, 4, scale=0.7).detach() for t in range(steps)]
+    return Expanding(), start, matrices
+
+
+def end_loss(params):
+    return params[1]["w"].square().sum() + 0.5 * params[1]["b"].sin().sum()
+
+
+def limited_by_vjps(steps: int, factor: float):
+    """The hypergradient and dL/dtheta_0, one vector-Jacobian product after the other."""
+    rule, start, matrices = expanding(steps)
+    points = [start]
+    for matrix in matrices:
+        points.append(train(None, points[-1], iter([matrix]), rule, 1, grad=False))
+
+    def leaves(params):
+        return {name: params[1][name].detach().requires_grad_() for name in "wb"}
+
+    end, names = leaves(points[-1]), ("w", "b")
+    adjoint = torch.autograd.grad(end_loss([{}, end]), list(end.values()))
+    norms = [a.norm() for a in adjoint]
+    total, acted = [torch.zeros_like(p) for p in rule.parameters()], 0
+    for point, matrix in zip(reversed(points[:-1]), reversed(matrices), strict=True):
+        for a, norm in zip(adjoint, norms, strict=True):
+            if a.norm() > factor * norm:
+                a *= factor * norm / a.norm()
+                acted += 1
+        old = leaves(point)
+        new = rule.update(None, [{}, old | {"count": point[1]["count"]}], matrix)[1]
+        variables = [*old.values(), *rule.parameters()]
+        parts = torch.autograd.grad([new[n] for n in names], variables, list(adjoint))
+        adjoint = list(parts[:2])
+        for sum_, part in zip(total, parts[2:], strict=True):
+            sum_ += part
+    return total, adjoint, acted
+
+
+def limited(steps: int, limit: AdjointLimit | None, **policy):
+    """The hypergradient and dL/dtheta_0 by `train`."""
+    rule, start, matrices = expanding(steps)
+    params = train(None, start, iter(matrices), rule, steps, adjoint_limit=limit, **policy)
+    variables = [*rule.parameters(), start[1]["w"], start[1]["b"]]
+    grads = torch.autograd.grad(end_loss(params), variables)
+    return grads[:2], grads[2:]
+
+
+POLICIES = [{"memory": memory} for memory in MEMORY] + [{"memory": "fit", "memory_limit": 1}]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_limited_adjoints_are_those_of_a_loop_of_vector_jacobian_products(policy):
+    steps = 11
+    for factor in (1.0, 2.0):
+        total, adjoint, acted = limited_by_vjps(steps, factor)
+        assert 3 < acted < 2 * steps, "the limit acts on some adjoints and not on others"
+        hypergradient, at_start = limited(steps, AdjointLimit(factor), **policy)
+        for g, e in zip((*hypergradient, *at_start), (*total, *adjoint), strict=True):
+            assert_near(g, e, 1e-12)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_limit_that_never_acts_changes_no_bit(policy):
+    for found, expected in zip(
+        limited(11, AdjointLimit(1e12), **policy), limited(11, None, **policy), strict=True
+    ):
+        assert all(torch.equal(g, e) for g, e in zip(found, expected, strict=True))
+    problem = Problem(degree=3)
+    _, expected = problem.loss_and_gradient(**policy)
+    _, gradient = problem.loss_and_gradient(adjoint_limit=AdjointLimit(1e12), **policy)
+    assert all(torch.equal(gradient[name], expected[name]) for name in expected)
+
+
+def test_a_limit_keeps_the_gradient_small_where_the_training_expands():
+    (gain, _), (w, _) = limited(60, None)
+    assert gain.abs() > 1e4 and w.norm() > 1e4
+    (gain, _), (w, _) = limited(60, AdjointLimit(1.0))
+    assert gain.abs() < 1e3 and w.norm() < 1e2
+
+
+def test_an_adjoint_of_zero_stays_zero():
+    limit, zeros = AdjointLimit(2.0), torch.zeros(3)
+    assert torch.equal(limit.held(zeros, (0, "b")), zeros)
+    first = torch.tensor([3.0, 0.0, 4.0])  # what is not 0 sets the norm
+    assert torch.equal(limit.held(first, (0, "b")), first)
+    assert torch.equal(limit.held(zeros, (0, "b")), zeros)
+    assert_near(limit.held(10 * first, (0, "b")), 2 * first, 1e-7)
+    assert limit.held(first / 0.0, (0, "b")).isnan().any()  # and is noticed later
 
 
 # ---- what train does ----
