@@ -23,7 +23,7 @@ from experiment.loop import finish_on_interrupt, run_steps
 from experiment.precision import Products
 from experiment.processes import ALONE, Team
 from experiment.run_log import RunLog, SilentLog
-from experiment.seeds import seeded_generator
+from experiment.seeds import log_uniform_integer, seeded_generator
 from meta_gradients import Hypergradient, MetaGradient, Reverse, Strategies
 from models_fully_local import Params
 from train import (
@@ -127,6 +127,11 @@ class MetaSettings:
 def rising_steps(initial: int, raise_by: int, raise_every: int, maximum: int) -> Horizon:
     """The inner steps of each task: `initial`, more by raise_by every raise_every, capped."""
     return lambda metastep, generator: min(maximum, initial + raise_by * (metastep // raise_every))
+
+
+def random_steps(low: int, high: int) -> Horizon:
+    """The inner steps of each task: drawn from low to high, uniformly on a logarithmic scale."""
+    return lambda metastep, generator: log_uniform_integer(low, high, generator)
 
 
 def hypgraddesc(

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Generator, nn
 
-from comparison.learned_run import LearnedRun, last_inner_steps, load_run
+from comparison.learned_run import LearnedRun, load_run, steps_to_judge
 from data_sets.views import Views
 from experiment.checkpoints import has_checkpoint
 from experiment.command_line import (
@@ -51,7 +51,15 @@ from experiment.statistics import accuracy_text, mean_and_deviation
 from experiment.view_flags import add_views, view_needs, views_of_flags
 from figures.meta_learning import draw_run
 from hypergradients import HypergradientError
-from hypgraddesc import OPTIMIZERS, MetaSettings, evaluate_draws, hypgraddesc, rising_steps
+from hypgraddesc import (
+    OPTIMIZERS,
+    Horizon,
+    MetaSettings,
+    evaluate_draws,
+    hypgraddesc,
+    random_steps,
+    rising_steps,
+)
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from krotov_hopfield import GATES, NORMALIZATIONS, gate_needs
 from learning_rules import (
@@ -121,6 +129,10 @@ def add_inner_training(parser) -> None:
     add("--max_inner_steps", type=positive_int, default=250, help="where raising them ends")
     add("--raise_every", type=positive_int, default=100, help="meta-steps between raises")
     add("--raise_by", type=nonnegative_int, default=0, help="inner steps added at each raise")
+    add("--horizon", type=positive_int, nargs=2, metavar=("LOW", "HIGH"),
+        help="in their place, for each task a number of updates drawn log-uniformly")  # fmt: skip
+    add("--loss_times", type=positive_int, default=1, metavar="N",
+        help="mean of the outer loss after 1/N, 2/N, ... of these updates")  # fmt: skip
     add("--ungraded_steps", type=nonnegative_int, default=0,
         help="updates before them, not differentiated")  # fmt: skip
     add("--reinitialize_every", type=positive_int, default=1, metavar="METASTEPS",
@@ -197,12 +209,14 @@ def refuse_flags_without_effect(args, parser) -> None:
     """UserError where a flag would silently do nothing, and where there is no network."""
     if not args.layers and not args.conv:
         raise UserError("the network has no layer: give units, such as 32, or --conv 16x5, or both")
+    if args.horizon and args.horizon[0] >= args.horizon[1]:
+        raise UserError("--horizon takes a smaller and a larger number of updates, such as 50 250")
     first, most = args.initial_inner_steps, args.max_inner_steps
-    if first > most:
+    if first > most and not args.horizon:
         raise UserError(
             f"--initial_inner_steps {first} is above --max_inner_steps {most}: raise it"
         )
-    if args.raise_by and first == most:
+    if args.raise_by and first == most and not args.horizon:
         raise UserError(f"--raise_by needs --initial_inner_steps below --max_inner_steps {most}")
     Products(args.products)  # refuses what is not to be had here
     if args.products != "float32" and (args.compile or args.dtype != "float32"):
@@ -217,7 +231,9 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("K", args.method in ("truncated", "lookback", "implicit"),
          "--method truncated, lookback or implicit"),
         ("sigma pairs", args.method == "es", "--method es"),
-        ("memory compile adjoint_limit", unrolls, "--method reverse or truncated"),
+        ("initial_inner_steps max_inner_steps raise_by raise_every", not args.horizon,
+         "no --horizon, which draws the number of updates"),
+        ("memory compile adjoint_limit loss_times", unrolls, "--method reverse or truncated"),
         ("memory_limit", unrolls and args.memory == "fit", "--memory fit"),
         ("clip_norm", args.clip_grads, "--clip_grads"),
         ("sparsify_from", args.sparsify, "--sparsify"),
@@ -368,9 +384,7 @@ def make_settings(args) -> MetaSettings:
         decay=args.decay,
         finetune_steps=args.finetune_steps,
         finetune_factor=args.finetune_factor,
-        inner_steps=rising_steps(
-            args.initial_inner_steps, args.raise_by, args.raise_every, args.max_inner_steps
-        ),
+        inner_steps=make_horizon(args),
         ungraded_steps=args.ungraded_steps,
         reinitialize_every=args.reinitialize_every,
         accumulate=args.accumulate,
@@ -387,14 +401,24 @@ def make_settings(args) -> MetaSettings:
     )
 
 
+def make_horizon(args) -> Horizon:
+    """How many updates a task makes."""
+    if args.horizon:
+        return random_steps(*args.horizon)
+    return rising_steps(
+        args.initial_inner_steps, args.raise_by, args.raise_every, args.max_inner_steps
+    )
+
+
 def make_method(args) -> MetaGradient:
     """The way to the hypergradient."""
     limit = int(args.memory_limit * 2**30)
     chosen = METHODS[args.method]
     if chosen is Reverse:
-        return Reverse(args.memory, limit, args.adjoint_limit)
+        return Reverse(args.memory, limit, args.adjoint_limit, args.loss_times)
     if chosen is Truncated:
-        return Truncated(args.memory, limit, args.adjoint_limit, K=args.K or Truncated.K)
+        last = args.K or Truncated.K
+        return Truncated(args.memory, limit, args.adjoint_limit, args.loss_times, last)
     if chosen is Strategies:
         return Strategies(args.sigma or Strategies.sigma, args.pairs or Strategies.pairs)
     return chosen() if chosen is Forward else chosen(args.K or chosen.K)
@@ -419,7 +443,7 @@ def evaluate_and_report(args, log: RunLog, training: Training, data, finished: b
     data: training and test images, all of which the probe takes. False where Ctrl-C ended it.
     """
     write_rule(log, training.rule)  # also where no training by it should be finite
-    steps = last_inner_steps(log.directory, args.initial_inner_steps)
+    steps = steps_to_judge(log.directory, vars(args))
     count = args.evaluations if finished else 1
     draws = [Draw((args.seed, EVALUATION, k), steps) for k in range(count)]
     whole = replace(training, outer_loss=make_outer_loss(args, *data))

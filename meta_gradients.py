@@ -15,7 +15,7 @@ hypergradients/methods.py. What a method does not reach has no part in its gradi
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -31,7 +31,7 @@ from hypergradients import (
     neumann_lookback,
 )
 from models_fully_local import Params
-from train import MEMORY_LIMIT, METHOD, START, AdjointLimit, Draw, Training, train
+from train import MEMORY_LIMIT, METHOD, START, AdjointLimit, Draw, Training, train_on_the_way
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,14 @@ class Reverse:
     """Backpropagation through all updates; memory and memory_limit as in `train`.
 
     adjoint_limit: the factor of an AdjointLimit, which biases the gradient; None: no limit.
+    loss_times: k, where the outer loss is the mean of those after 1/k, 2/k, ..., k/k of the updates
+        that are differentiated, all of one training.
     """
 
     memory: str = "fit"
     memory_limit: int = MEMORY_LIMIT
     adjoint_limit: float | None = None
+    loss_times: int = 1
     reaches = ("rule", "initializer", "batches")
 
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
@@ -85,12 +88,18 @@ class Reverse:
         self, training: Training, draw: Draw, params: Params, batches: Iterator, steps: int
     ) -> Hypergradient:
         """The hypergradient through the last so many updates, which begin at params."""
-        params = train(
-            training.model, params, batches, training.rule, steps,
-            memory=self.memory, memory_limit=self.memory_limit,
-            adjoint_limit=None if self.adjoint_limit is None else AdjointLimit(self.adjoint_limit),
+        limit = None if self.adjoint_limit is None else AdjointLimit(self.adjoint_limit)
+        times = _evenly_spaced(steps, self.loss_times)
+        passed = train_on_the_way(
+            training.model, params, batches, training.rule, times,
+            memory=self.memory, memory_limit=self.memory_limit, adjoint_limit=limit,
         )  # fmt: skip
-        loss, numbers = training.checked_outer_loss(params, draw)
+        recorded = _RecordedLoss(training, draw)
+        losses = [
+            recorded.after(draw.steps - steps + done, theta)
+            for done, theta in zip(times, passed, strict=True)
+        ]
+        loss, numbers, params = sum(losses) / len(losses), recorded.mean_numbers(), passed[-1]
         hparams = list(training.hyperparameters.values())
         gradient = torch.autograd.grad(loss, hparams, materialize_grads=True)
         return Hypergradient(list(gradient), params, numbers)
@@ -257,8 +266,13 @@ class _RecordedLoss:
         self._rows: list[dict[str, float]] = []
 
     def __call__(self, params: Params, hparams: object) -> Tensor:
+        return self.after(self.draw.steps, params)
+
+    def after(self, steps: int, params: Params) -> Tensor:
+        """The loss of the parameters after so many updates."""
         self.params = params
-        loss, numbers = self.training.checked_outer_loss(params, self.draw)
+        draw = replace(self.draw, steps=steps)
+        loss, numbers = self.training.checked_outer_loss(params, draw)
         self._rows.append(numbers)
         return loss
 
@@ -266,6 +280,11 @@ class _RecordedLoss:
         """The means of the numbers over all evaluations."""
         count = len(self._rows)
         return {name: sum(row[name] for row in self._rows) / count for name in self._rows[0]}
+
+
+def _evenly_spaced(steps: int, times: int) -> list[int]:
+    """1/times, 2/times, ... of the steps, rounded up; fewer numbers where there are fewer steps."""
+    return sorted({-(-steps * k // times) for k in range(1, times + 1)})
 
 
 def _values(training: Training) -> list[Tensor]:

@@ -233,24 +233,49 @@ def train(
     change the result or its gradient; adjoint_limit changes the gradient alone. Raises ValueError
     for an unknown memory policy.
     """
-    if memory not in MEMORY:
-        raise ValueError(f"memory policy {memory!r} is unknown; choose from {', '.join(MEMORY)}")
+    _check_policy(memory)
     if not grad:
         with torch.no_grad():
             for _ in range(steps):
                 params = rule.update(model, params, next(batches))
         return detached(params)
-    used = [next(batches) for _ in range(steps)]
+    return train_on_the_way(
+        model, params, batches, rule, [steps],
+        memory=memory, memory_limit=memory_limit, adjoint_limit=adjoint_limit,
+    )[-1]  # fmt: skip
+
+
+def train_on_the_way(
+    model: nn.Module,
+    params: Params,
+    batches: Iterator,
+    rule: LearningRule,
+    steps: Sequence[int],
+    *,
+    memory: str = "fit",
+    memory_limit: int = MEMORY_LIMIT,
+    adjoint_limit: AdjointLimit | None = None,
+) -> list[Params]:
+    """What `train` gives after each of `steps` (rising) updates of one training, all of one graph.
+
+    Arguments and errors as of `train`.
+    """
+    _check_policy(memory)
+    total = steps[-1]
+    used = [next(batches) for _ in range(total)]
     length = _segment_length(model, params, used, rule, memory, memory_limit)
-    for start, stop in _segments(steps, length):
-        if stop == steps:
-            params = _run(model, params, used[start:stop], rule, adjoint_limit)
-        else:
-            params = checkpoint(
-                _run, model, params, used[start:stop], rule, adjoint_limit,
-                use_reentrant=False, preserve_rng_state=False,
-            )  # fmt: skip
-    return params
+    passed = []
+    for begin, end in itertools.pairwise([0, *steps]):
+        for start, stop in _segments(begin, end, length):
+            arguments = (model, params, used[start:stop], rule, adjoint_limit)
+            if start >= total - length:
+                params = _run(*arguments)
+            else:
+                params = checkpoint(
+                    _run, *arguments, use_reentrant=False, preserve_rng_state=False
+                )  # fmt: skip
+        passed.append(params)
+    return passed
 
 
 def detached(params: Params) -> Params:
@@ -279,10 +304,15 @@ def _run(
     return params
 
 
-def _segments(steps: int, length: int) -> list[tuple[int, int]]:
+def _check_policy(memory: str) -> None:
+    if memory not in MEMORY:
+        raise ValueError(f"memory policy {memory!r} is unknown; choose from {', '.join(MEMORY)}")
+
+
+def _segments(begin: int, end: int, length: int) -> list[tuple[int, int]]:
     """(start, stop) of segments of `length` steps; the first takes what is left over."""
-    starts = range(steps - length, -length, -length)
-    return [(max(0, start), start + length) for start in reversed(starts)]
+    starts = range(end - length, begin - length, -length)
+    return [(max(begin, start), start + length) for start in reversed(starts)]
 
 
 def _segment_length(model, params, used, rule, memory: str, memory_limit: int) -> int:

@@ -24,8 +24,8 @@ class LearnedRun:
     """What a run of main.py learned, or what prune_rule.py has left of it.
 
     config: main.py's flags; start: the initial distribution, as in GaussianInitializer.effective;
-    steps: how many updates its last meta-step made; views: how its pairs are made, None where its
-    inputs are single.
+    steps: how many updates judge it, see steps_to_judge; views: how its pairs are made, None where
+    its inputs are single.
     """
 
     name: str
@@ -60,7 +60,7 @@ def load_run(directory: str | Path) -> LearnedRun:
         if command == "prune_rule":
             config, steps = (results["learned_from"][key] for key in ("config", "inner_steps"))
         else:
-            steps = last_inner_steps(directory, config["initial_inner_steps"])
+            steps = steps_to_judge(directory, config)
         _check_flags(config, steps)
         views = _views(results, rule)
         run = LearnedRun(directory.name, config, rule, start, steps, views)
@@ -111,6 +111,11 @@ def _check_all(values: Mapping[str, Any], right: Callable[[Any], bool], expected
             raise ValueError(f"{name} {expected}, not {value!r}")
 
 
-def last_inner_steps(directory: str | Path, otherwise: int) -> int:
-    """The inner steps of a run's last meta-step, `otherwise` where it has made none."""
-    return int(read_metrics(directory).get("inner_steps", [otherwise])[-1])
+def steps_to_judge(directory: str | Path, config: Mapping[str, Any]) -> int:
+    """How many updates a training by the rule of a run makes: as many as in its last meta-step.
+
+    Where each task drew a horizon of its own, the longest that it could draw.
+    """
+    if config.get("horizon"):
+        return config["horizon"][1]
+    return int(read_metrics(directory).get("inner_steps", [config["initial_inner_steps"]])[-1])

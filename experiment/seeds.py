@@ -7,6 +7,7 @@ A resumed run needs no generator's state, and no process has to know what others
 """
 
 import hashlib
+import math
 
 import torch
 
@@ -24,3 +25,9 @@ def seeded_generator(*key: int) -> torch.Generator:
     """A CPU generator of its own for each tuple of integers."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+def log_uniform_integer(low: int, high: int, generator: torch.Generator) -> int:
+    """An integer from low >= 1 to high, both included: a log-uniform number, rounded."""
+    drawn = torch.rand((), generator=generator, dtype=torch.float64).item()
+    return min(high, math.floor(low * (high / low) ** drawn + 0.5))

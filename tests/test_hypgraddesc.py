@@ -28,6 +28,7 @@ from hypgraddesc import (
     MetaSettings,
     evaluate_draws,
     hypgraddesc,
+    random_steps,
     rising_steps,
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
@@ -209,6 +210,15 @@ def test_every_task_may_draw_its_own_number_of_inner_steps():
     ends = drawn[0][0][:4]
     assert len(ends.unique()) > 1 and drawn[0][1][0] == ends.mean() / 0.5
     assert torch.equal(drawn[0][0], drawn[1][0]) and not torch.equal(drawn[0][0], drawn[2][0])
+
+
+def test_a_random_horizon_is_drawn_for_each_task_and_recorded_as_the_mean():
+    """w_N = N psi with psi = 1 says which N each task had."""
+    run = descent([1.0], slopes(*[(0.0,)] * 12), tasks=3, inner_steps=random_steps(2, 9))
+    rows = [run.step() for _ in range(4)]
+    horizons = torch.cat(outer_loss_of(run).seen).view(4, 3)
+    assert horizons.unique().numel() > 3 and 2 <= horizons.min() and horizons.max() <= 9
+    assert [row["inner_steps"] for row in rows] == pytest.approx(horizons.mean(1).tolist())
 
 
 def test_inner_steps_may_follow_a_schedule():

@@ -12,6 +12,7 @@ import torch
 from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
 
 import main
+from comparison.learned_run import load_run
 from mnist_datasets import load_images
 from rules import load_rule
 
@@ -104,6 +105,7 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--probe_gradient", "implicit"],
         ["--method", "truncated", "--K", "1"],
         ["--adjoint_limit", "0.5"],
+        ["--loss_times", "2"],
         ["--method", "lookback", "--K", "2"],
         ["--method", "implicit", "--K", "1"],
         ["--method", "es", "--sigma", "1e-3", "--pairs", "1"],
@@ -151,6 +153,15 @@ def test_learned_views_are_recorded_saved_gone_on_with_and_the_same_when_resumed
 )
 def test_views_that_there_are_not_are_refused_in_one_line(capsys, tmp_path, flags, said):
     assert said in refused(capsys, main.main, 4, *TINY, *flags.split(), "--out", tmp_path / "run")
+def test_a_run_of_random_horizons_is_judged_at_the_longest(tmp_path):
+    flags = [flag for flag in TINY if flag not in ("--initial_inner_steps", "--max_inner_steps")]
+    flags = [flag for flag in flags if flag not in ("2", "4")]
+    run(4, *flags, "--horizon", 2, 6, "--tasks", 2, "--out", tmp_path / "run")
+    horizons = [float(row["inner_steps"]) for row in rows(tmp_path / "run")]
+    assert len(set(horizons)) > 1 and all(2 <= n <= 6 for n in horizons)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [row["inner_steps"] for row in results["evaluations"]] == [6]
+    assert load_run(tmp_path / "run").steps == 6
 
 
 def test_a_run_can_start_from_what_another_has_learned(tmp_path, plain):
@@ -269,6 +280,10 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["32", "--accumulate"], "--reinitialize_every"),
         (["32", "--memory_limit", "1", "--memory", "keep"], "--memory fit"),
         (["32", "--adjoint_limit", "2", "--method", "es"], "--method reverse or truncated"),
+        (["32", "--loss_times", "2", "--method", "forward"], "--method reverse or truncated"),
+        (["32", "--horizon", "20", "20"], "a smaller and a larger number"),
+        (["32", "--horizon", "20", "40", "--initial_inner_steps", "30"], "needs no --horizon"),
+        (["32", "--horizon", "20", "40", "--raise_by", "5"], "needs no --horizon"),
         (["32", "--adjoint_limit", "0"], "a number above 0"),
         (["32", "--delta", "0.1"], "--rule krotov_hopfield"),
         (["32", "--rule", "krotov_hopfield", "--degree", "2"], "--rule polynomial"),

@@ -127,6 +127,32 @@ def test_limited_adjoints_change_the_gradient_of_an_expanding_training_alone(met
     assert_near(held.gradient[0], free.gradient[0] * 6 * 0.5 / (1.5**6 - 1))
 
 
+def test_a_loss_at_several_times_is_the_mean_over_trainings_of_these_lengths():
+    results = [Reverse()(*lateral_of(6, steps)) for steps in (2, 4, 6)]
+    several = Reverse(loss_times=3)(*lateral(6))
+    for g, *parts in zip(several.gradient, *(r.gradient for r in results), strict=True):
+        assert_near(g, sum(parts) / 3, 1e-12)
+    for name, value in several.numbers.items():
+        assert value == pytest.approx(sum(r.numbers[name] for r in results) / 3, rel=1e-12)
+    assert torch.equal(several.params[1]["w"], results[-1].params[1]["w"])
+    more_than_steps = Reverse(loss_times=100)(*lateral(6)).numbers["meta_loss"]
+    each = [Reverse()(*lateral_of(6, steps)).numbers["meta_loss"] for steps in range(1, 7)]
+    assert more_than_steps == pytest.approx(sum(each) / 6, rel=1e-12)
+
+
+def test_a_truncated_loss_at_several_times_spreads_them_over_the_last_updates():
+    several = Truncated(loss_times=2, K=4)(*lateral(6))
+    results = [Truncated(K=k)(*lateral_of(6, steps)) for k, steps in ((2, 4), (4, 6))]
+    for g, *parts in zip(several.gradient, *(r.gradient for r in results), strict=True):
+        assert_near(g, sum(parts) / 2, 1e-12)
+
+
+def lateral_of(batches: int, steps: int) -> tuple[Training, Draw]:
+    """`lateral` of so many batches, of which the first steps are used."""
+    training, draw = lateral(batches)
+    return training, replace(draw, steps=steps)
+
+
 def test_looking_back_and_implicit_methods_take_any_polynomial_rule():
     """One term of the series is the gradient through the last update alone."""
     last = Truncated(K=1)(*lateral(6))

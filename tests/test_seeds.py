@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiment.seeds import seeded_generator
+from experiment.seeds import log_uniform_integer, seeded_generator
 
 
 def numbers(*key):
@@ -30,3 +30,13 @@ def test_a_key_may_hold_large_seeds():
 def test_the_numbers_of_a_key_are_those_they_have_always_been():
     assert seeded_generator(0).initial_seed() == 5254295370254170289
     assert seeded_generator(0, 2**31, 1, 2).initial_seed() == 930722151641438861
+
+
+def test_log_uniform_integers_fall_into_each_octave_equally_often_and_reach_both_ends():
+    generator = seeded_generator(3)
+    drawn = [log_uniform_integer(16, 256, generator) for _ in range(4000)]
+    assert (min(drawn), max(drawn)) == (16, 256)
+    for low in (16, 32, 64, 128):
+        share = sum(low <= n < 2 * low for n in drawn) / len(drawn)
+        assert share == pytest.approx(0.25, abs=0.03)
+    assert {log_uniform_integer(5, 5, generator) for _ in range(9)} == {5}

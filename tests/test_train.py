@@ -12,7 +12,7 @@ from torch import nn
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, PolynomialPairRule, PolynomialRule
 from models_fully_local import Activation, lateral_mlp
-from train import MEMORY, AdjointLimit, graph_bytes, train
+from train import MEMORY, AdjointLimit, graph_bytes, train, train_on_the_way
 
 STEPS, BATCH, INPUTS, SIZES = 7, 6, 4, (3, 2)
 
@@ -351,6 +351,43 @@ def test_an_adjoint_of_zero_stays_zero():
     assert torch.equal(limit.held(zeros, (0, "b")), zeros)
     assert_near(limit.held(10 * first, (0, "b")), 2 * first, 1e-7)
     assert limit.held(first / 0.0, (0, "b")).isnan().any()  # and is noticed later
+
+
+# ---- several times of one training ----
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_training_seen_on_the_way_is_that_of_each_number_of_steps(policy):
+    problem, times = Problem(), [2, 3, STEPS]
+    start, batches = problem.start(), problem.batches()
+    passed = train_on_the_way(problem.model, start, batches, problem.rule, times, **policy)
+    loss, expected = sum(map(problem.loss, passed)), 0
+    for steps, params in zip(times, passed, strict=True):
+        alone = train(problem.model, problem.start(), problem.batches(), problem.rule, steps)
+        expected = expected + problem.loss(alone)
+        for layer, other in zip(params, alone, strict=True):
+            assert all(torch.equal(layer[name], other[name]) for name in other)
+    _, hyperparameters = zip(*problem.named_hyperparameters(), strict=True)
+    for g, e in zip(
+        torch.autograd.grad(loss, hyperparameters),
+        torch.autograd.grad(expected, hyperparameters),
+        strict=True,
+    ):
+        assert_near(g, e, 1e-12)
+
+
+def test_a_training_seen_on_the_way_runs_no_update_twice_and_keeps_what_one_graph_keeps():
+    def again(steps, **policy):
+        rule, w = Counting(), normal(0, 1000)
+        batches = (torch.tensor(0.1 * t, dtype=DOUBLE) for t in range(steps[-1]))
+        passed = train_on_the_way(None, [{"w": w}], batches, rule, steps, **policy)
+        before = rule.updates
+        torch.autograd.grad(sum(params[0]["w"].sum() for params in passed), rule.rate)
+        return before, rule.updates - before
+
+    assert again([3, 6, 9], memory="keep") == (9, 0)
+    assert again([3, 6, 9], memory="segments") == (9, 6)
+    assert again([4, 9], memory="recompute") == (9, 8)
 
 
 # ---- what train does ----
