@@ -11,6 +11,14 @@ parameters theta of the model directly, and through the classifier:
     implicit   keeps it, and holds the images of L out of the fit: the exact gradient of a
                held-out loss (implicit function theorem; Bengio 2000, Gradient-based optimization
                of hyperparameters). Costs a backward pass of the model over all training images.
+
+Cheaper judges of a meta-step see training images alone, drawn anew each time: SampledProbeLoss
+fits and judges on the same ones, so that the envelope gradient is exact up to the penalty;
+RidgeLoss fits ridge regression on some and judges it on others, attached through the fit:
+
+    W = argmin |Y - mean Y - (F - mean F) W|^2 + penalty |W|^2,   L = mean |Y' - prediction of Y'|^2
+
+with F, Y the features and one-hot labels of the images of the fit, Y' those of the others.
 """
 
 from dataclasses import dataclass
@@ -27,6 +35,7 @@ from kernels.logistic_regression import (
     solve_hessian,
 )
 
+PROBES = ("logistic", "sampled", "ridge")  # ProbeLoss, SampledProbeLoss, RidgeLoss
 PROBE_GRADIENTS = ("envelope", "implicit")
 ROWS_WITH_GRAPH = 2048  # images whose graph is alive at once in the implicit gradient
 
@@ -109,6 +118,100 @@ class ProbeLoss:
             model, params, *self.data, self.C, generator=generator, **self.options
         )
         return result.loss, {name: getattr(result, name) for name in self.metrics}
+
+
+class SampledProbeLoss:
+    """Cross-entropy of logistic regression on the training images that it is fitted to.
+
+    `images` of them are drawn at each call, all where there are no more; one pass of the model.
+    """
+
+    metrics = ("train_accuracy",)
+
+    def __init__(self, data, C: float, *, images: int = 8192) -> None:
+        self.data, self.C, self.images = data, C, images
+
+    def __call__(
+        self, model, params, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss attached to params, and the accuracy on these images."""
+        index = _draw(len(self.data), self.images, generator)
+        features, labels = _attached_features(model, params, self.data, index)
+        fit = fit_logistic(features.detach(), labels, self.data.classes, self.C)
+        logits = fit.logits(features)
+        loss = torch.nn.functional.cross_entropy(logits, labels).to(_dtype_and_device(params)[0])
+        return loss, {"train_accuracy": _share_of_right(logits, labels)}
+
+
+class RidgeLoss:
+    """Mean squared error of ridge regression on training images that it is not fitted to.
+
+    At each call fit_images and outer_images of them are drawn, all different; one pass of the
+    model. penalty: of the sums over the images of the fit, with the intercept left out. Closed
+    form, in float64 (as meta-loss: Metz, Maheswaranathan, Cheung, Sohl-Dickstein 2019, ICLR).
+    """
+
+    metrics = ("train_accuracy", "held_out_accuracy")
+
+    def __init__(
+        self, data, *, fit_images: int = 2000, outer_images: int = 2000, penalty: float = 0.1
+    ) -> None:
+        if min(fit_images, outer_images) < 1 or fit_images + outer_images > len(data):
+            raise ProbeError(
+                f"ridge regression on {fit_images} images, judged on {outer_images} others: "
+                f"expected at least 1 of each, of {len(data)} training images"
+            )
+        self.data, self.penalty = data, penalty
+        self.sizes = [fit_images, outer_images]
+
+    def __call__(
+        self, model, params, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss attached to params, and the accuracies on the fit's images and on others."""
+        index = torch.randperm(len(self.data), generator=generator)[: sum(self.sizes)]
+        features, labels = _attached_features(model, params, self.data, index)
+        if not bool(torch.isfinite(features).all()):
+            raise NonFiniteFeatures("features are not finite; expected finite features")
+        seen, judged = features.double().split(self.sizes)
+        seen_labels, judged_labels = labels.split(self.sizes)
+        one_hot = torch.nn.functional.one_hot(seen_labels, self.data.classes).double()
+        weight, bias = ridge_regression(seen, one_hot, self.penalty)
+        outputs = judged @ weight + bias
+        targets = torch.nn.functional.one_hot(judged_labels, self.data.classes)
+        loss = (outputs - targets).square().sum(1).mean().to(_dtype_and_device(params)[0])
+        return loss, {
+            "train_accuracy": _share_of_right(seen @ weight + bias, seen_labels),
+            "held_out_accuracy": _share_of_right(outputs, judged_labels),
+        }
+
+
+def ridge_regression(features: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Weight [D, K] and bias [K] of ridge regression, differentiable; see the module's formula.
+
+    features [N, D], targets [N, K]; the matrix that is solved with has the smaller of both sizes.
+    """
+    mean, mean_target = features.mean(0), targets.mean(0)
+    F, Y = features - mean, targets - mean_target
+    N, D = F.shape
+    gram = F.T @ F if D <= N else F @ F.T
+    shifted = gram + penalty * torch.eye(len(gram), dtype=F.dtype, device=F.device)
+    try:
+        W = torch.linalg.solve(shifted, F.T @ Y) if D <= N else F.T @ torch.linalg.solve(shifted, Y)
+    except torch.linalg.LinAlgError as problem:
+        raise NonFiniteFeatures("features are too large for ridge regression") from problem
+    return W, mean_target - mean @ W
+
+
+def _attached_features(model, params, data, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [n, D] of the images of `index`, attached to params, in 32 bits or more; labels."""
+    dtype, device = _dtype_and_device(params)
+    features = model(data.floats(index, dtype=dtype).to(device), params).flatten(1)
+    labels = data.labels[index.to(data.labels.device)].to(device)
+    return features.to(torch.promote_types(features.dtype, torch.float32)), labels
+
+
+def _share_of_right(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(1) == labels).double().mean().item()
 
 
 def _check_gradient(probe_gradient: str, outer_images: int, available: int) -> None:

@@ -17,7 +17,7 @@ all of them, to improve the rule and the initial weights.
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -69,16 +69,25 @@ from learning_rules import (
     term_effects,
     term_products,
 )
-from linear_probe import PROBE_GRADIENTS, ProbeLoss, extract_features
+from linear_probe import (
+    PROBE_GRADIENTS,
+    PROBES,
+    ProbeLoss,
+    RidgeLoss,
+    SampledProbeLoss,
+    extract_features,
+)
 from meta_gradients import METHODS, Forward, MetaGradient, Reverse, Strategies, Truncated
 from mnist_datasets import ImageData, batches, load_images, normalize_pixels
 from models_fully_local import INHIBITION, WITH_LATERAL_WEIGHTS, network_of_flags
 from rules import write_rule
 from rules.competing_units import KrotovHopfieldRule
-from train import MEMORY, Draw, Training
+from train import MEMORY, Draw, OuterLoss, Training
 
 RULES = ("polynomial", "krotov_hopfield")
 NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_images is given
+SAMPLED_IMAGES, RIDGE_IMAGES = 8192, 2000  # --probe_images of the other probes
+OUTER_IMAGES = {"logistic": 1024, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
 
 
 def make_parser():
@@ -187,11 +196,15 @@ def add_probe(parser) -> None:
     """Flags of what judges a training."""
     add = parser.add_argument_group("probe").add_argument
     add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
+    add("--probe", choices=PROBES, default="logistic",
+        help="of a meta-step: logistic regression; the same, fitted to and judged on drawn "
+             "training images; ridge regression, fitted to drawn ones, judged on others")  # fmt: skip
     add("--probe_images", type=positive_int, metavar="N",
-        help="for a meta-step (default: 16 million / features)")  # fmt: skip
+        help="for a meta-step (default: 16 million / features, 8192 or 2000)")  # fmt: skip
     add("--probe_gradient", choices=PROBE_GRADIENTS, default="envelope",
         help="implicit: exact, of images that the probe has not seen")  # fmt: skip
-    add("--outer_images", type=positive_int, default=1024, help="images of the outer loss")
+    add("--outer_images", type=positive_int,
+        help="of the outer loss (default: 1024; with --probe ridge 2000)")  # fmt: skip
     add("--evaluations", type=positive_int, default=5, help="trainings with the final rule")
 
 
@@ -235,6 +248,7 @@ def refuse_flags_without_effect(args, parser) -> None:
          "no --horizon, which draws the number of updates"),
         ("memory compile adjoint_limit loss_times", unrolls, "--method reverse or truncated"),
         ("memory_limit", unrolls and args.memory == "fit", "--memory fit"),
+        ("probe_gradient", args.probe == "logistic", "--probe logistic"),
         ("clip_norm", args.clip_grads, "--clip_grads"),
         ("sparsify_from", args.sparsify, "--sparsify"),
         ("raise_every", args.raise_by, "--raise_by"),
@@ -328,8 +342,21 @@ def begin_with(
         batches.set_values(run.views)
 
 
-def make_outer_loss(args, train_data: ImageData, test_data: ImageData) -> ProbeLoss:
-    """The probe on these images."""
+def make_outer_loss(
+    args, model: nn.Module, initializer: GaussianInitializer, data: Sequence[ImageData]
+) -> OuterLoss:
+    """What judges a training in a meta-step, on training and test images or some of them."""
+    if args.probe == "ridge":
+        fit_images = args.probe_images or RIDGE_IMAGES
+        return RidgeLoss(data[0], fit_images=fit_images, outer_images=args.outer_images)
+    if args.probe == "sampled":
+        return SampledProbeLoss(data[0], args.C, images=args.probe_images or SAMPLED_IMAGES)
+    count = images_to_fit(args, model, initializer, data[0])
+    return make_probe(args, *(images.subset(slice(count)) for images in data))
+
+
+def make_probe(args, train_data: ImageData, test_data: ImageData) -> ProbeLoss:
+    """The logistic probe on these images."""
     return ProbeLoss(
         train_data,
         test_data,
@@ -446,7 +473,7 @@ def evaluate_and_report(args, log: RunLog, training: Training, data, finished: b
     steps = steps_to_judge(log.directory, vars(args))
     count = args.evaluations if finished else 1
     draws = [Draw((args.seed, EVALUATION, k), steps) for k in range(count)]
-    whole = replace(training, outer_loss=make_outer_loss(args, *data))
+    whole = replace(training, outer_loss=make_probe(args, *data))
     rows, params, evaluated = evaluate_draws(log, whole, draws)
     effects = measure_effects(training, draws[0]) if rows and args.rule == "polynomial" else {}
     report(log, training, data[0], [{"inner_steps": steps, **row} for row in rows], params, effects)
@@ -495,6 +522,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(parser, argv)
     save_whole_paths(args, "start_from")
     refuse_flags_without_effect(args, parser)
+    args.outer_images = args.outer_images or OUTER_IMAGES[args.probe]
     device, dtype = set_up(args)
     team = join_team()
     if args.tasks < team.count:
@@ -506,9 +534,8 @@ def main(argv: list[str] | None = None) -> None:
     stream = make_batches(args, data[0], dtype)
     if args.start_from and not (args.resume and has_checkpoint(args.resume)):
         begin_with(load_run(args.start_from), rule, initializer, stream)
-    count = images_to_fit(args, model, initializer, data[0])
-    some = [images.subset(slice(count)) for images in data]  # the probe's, in a meta-step
-    training = Training(model, rule, initializer, stream, make_outer_loss(args, *some))
+    outer_loss = make_outer_loss(args, model, initializer, data)
+    training = Training(model, rule, initializer, stream, outer_loss)
     settings = make_settings(args)
     settings.check(training)
     if args.compile:

@@ -40,6 +40,7 @@ LARGEST_GRID = 64  # units shown as images
 SHOWN_TERMS, SHOWN_FROM = 24, 0.05  # of a parameter, relative to a rule's largest term
 NUMBERED = 12  # rules; above, similarities are colours only
 ACCURACIES = {"train_accuracy": "training images", "test_accuracy": "test images"}
+HELD_OUT = {"held_out_accuracy": "held-out training images"}
 GROUPS = {"w": "forward weights w", "b": "biases b", "m": "lateral weights m"}
 FACTOR = re.compile(r"([a-z])(\d*)_?([ij]?)\^?(\d*)")  # of a monomial: x, y^2, y1_j^2
 
@@ -251,7 +252,8 @@ def _draw_metrics(metrics: Curves, place: Path, x_label: str) -> list[Path]:
         function(metrics["step"], values, place / name, x_label)
         drawn.append(place / name)
 
-    accuracies = {label: metrics[n] for n, label in ACCURACIES.items() if n in metrics}
+    named = ACCURACIES | HELD_OUT
+    accuracies = {label: metrics[n] for n, label in named.items() if n in metrics}
     prefix = "coefficient/"
     coefficients = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
     if "meta_loss" in metrics:

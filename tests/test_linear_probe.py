@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 
 import linear_probe as module
 from kernels.logistic_regression import (
@@ -19,7 +19,14 @@ from kernels.logistic_regression import (
     fit_logistic,
     solve_hessian,
 )
-from linear_probe import ProbeLoss, extract_features, linear_probe
+from linear_probe import (
+    ProbeLoss,
+    RidgeLoss,
+    SampledProbeLoss,
+    extract_features,
+    linear_probe,
+    ridge_regression,
+)
 
 
 def mixture(N=400, D=6, classes=4, spread=1.0, seed=0):
@@ -424,6 +431,113 @@ def test_a_gradient_that_cannot_be_had_is_refused(options):
         linear_probe(sigmoid_layer, sigmoid_params(), train, train, **options)
     with pytest.raises(ProbeError, match="expected"):
         ProbeLoss(train, train, 1.0, **options)
+
+
+# ---- judges that see drawn training images alone ----
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_slopes_are_differences(loss, params, relative, h=1e-5):
+    """The gradient of loss(params), which draws the same images each time, by central ones."""
+    w, b = (params[1][name] for name in "wb")
+    slopes = torch.autograd.grad(loss(params), [w, b])
+    for seed in range(3):
+        dw, db = (torch.randn(a.shape, generator=seeded(seed)).double() for a in (w, b))
+        above, below = (
+            loss([{}, {"w": w.detach() + k * dw, "b": b.detach() + k * db}]).item() for k in (h, -h)
+        )
+        expected = float((slopes[0] * dw).sum() + (slopes[1] * db).sum())
+        assert (above - below) / (2 * h) == pytest.approx(expected, rel=relative)
+
+
+@pytest.mark.parametrize("N, D", [(300, 6), (20, 30), (5, 5)])
+def test_ridge_regression_is_that_of_scikit_learn(N, D):
+    features, labels = mixture(N=N, D=D, classes=3)
+    targets = torch.nn.functional.one_hot(labels, 3).double()
+    weight, bias = ridge_regression(features, targets, 0.7)
+    model = Ridge(alpha=0.7, solver="svd").fit(features.numpy(), targets.numpy())
+    torch.testing.assert_close(weight.T, torch.from_numpy(model.coef_), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(bias, torch.from_numpy(model.intercept_), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("fit_images", [150, 4])  # more than the five features, and fewer
+def test_the_ridge_loss_has_the_gradient_through_the_fit(fit_images):
+    judge = RidgeLoss(images(300, 0), fit_images=fit_images, outer_images=60)
+    assert_slopes_are_differences(
+        lambda params: judge(sigmoid_layer, params, seeded(4))[0], sigmoid_params(), 1e-6
+    )
+
+
+def test_the_ridge_loss_is_judged_on_images_that_it_was_not_fitted_to():
+    data, params = images(300, 0), sigmoid_params()
+    judge = RidgeLoss(data, fit_images=200, outer_images=100, penalty=2.0)
+    loss, numbers = judge(sigmoid_layer, params, seeded(4))
+    index = torch.randperm(300, generator=seeded(4))
+    features = sigmoid_layer(data.floats(dtype=torch.float64), params).detach().numpy()
+    one_hot = torch.nn.functional.one_hot(data.labels, 3).numpy()
+    seen, judged = index[:200], index[200:]
+    model = Ridge(alpha=2.0).fit(features[seen], one_hot[seen])
+    outputs = model.predict(features[judged])
+    expected = ((outputs - one_hot[judged]) ** 2).sum(1).mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    right = (outputs.argmax(1) == data.labels[judged].numpy()).mean()
+    assert set(numbers) == set(judge.metrics)
+    assert numbers["held_out_accuracy"] == pytest.approx(right)
+    assert numbers["train_accuracy"] == pytest.approx(
+        (model.predict(features[seen]).argmax(1) == data.labels[seen].numpy()).mean()
+    )
+
+
+@pytest.mark.parametrize("sizes", [(200, 101), (0, 5), (5, 0)])
+def test_a_ridge_loss_without_enough_images_is_refused(sizes):
+    with pytest.raises(ProbeError, match="of 300 training images"):
+        RidgeLoss(images(300, 0), fit_images=sizes[0], outer_images=sizes[1])
+
+
+def test_the_envelope_gradient_of_a_sampled_probe_is_exact(monkeypatch):
+    exactly = functools.partial(fit_logistic, tolerance=1e-16)
+    monkeypatch.setattr(module, "fit_logistic", exactly)
+    judge = SampledProbeLoss(images(300, 0), 1e6, images=120)
+    assert_slopes_are_differences(
+        lambda params: judge(sigmoid_layer, params, seeded(4))[0], sigmoid_params(), 1e-4, 1e-4
+    )
+
+
+def test_a_sampled_probe_is_fitted_to_and_judged_on_the_same_drawn_images():
+    data, params = images(300, 0), sigmoid_params()
+    seen = []
+
+    def model(x, params):
+        seen.append(x)
+        return sigmoid_layer(x, params)
+
+    judge = SampledProbeLoss(data, 10.0, images=120)
+    loss, numbers = judge(model, params, seeded(4))
+    index = torch.randperm(300, generator=seeded(4))[:120]
+    (x,) = seen
+    assert torch.equal(x, data.floats(index, dtype=torch.float64))
+    alone = Images(data.images[index], data.labels[index], 3)
+    expected = linear_probe(sigmoid_layer, params, alone, alone, 10.0, outer_images=120)
+    assert loss.item() == pytest.approx(expected.loss.item(), rel=1e-12)
+    assert numbers == {"train_accuracy": pytest.approx(expected.train_accuracy)}
+    assert judge(model, params, seeded(5))[0].item() != loss.item()
+    every = SampledProbeLoss(data, 10.0, images=1000)(model, params, seeded(4))
+    whole = linear_probe(sigmoid_layer, params, data, data, 10.0, outer_images=300)
+    assert every[0].item() == pytest.approx(whole.loss.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("judge", [SampledProbeLoss(images(300, 0), 1.0), RidgeLoss(
+    images(300, 0), fit_images=100, outer_images=100)], ids=["sampled", "ridge"])  # fmt: skip
+def test_drawn_images_with_features_that_are_not_finite_raise(judge):
+    params = sigmoid_params()
+    params[1]["b"].data[0] = float("nan")
+    with pytest.raises(NonFiniteFeatures):
+        judge(sigmoid_layer, params, seeded(0))
+    loss, _ = judge(sigmoid_layer, sigmoid_params(torch.float32), seeded(0))
+    assert loss.dtype == torch.float32
 
 
 def test_accuracies_are_those_of_scikit_learn():
