@@ -157,6 +157,8 @@ def test_learned_views_are_recorded_saved_gone_on_with_and_the_same_when_resumed
 )
 def test_views_that_there_are_not_are_refused_in_one_line(capsys, tmp_path, flags, said):
     assert said in refused(capsys, main.main, 4, *TINY, *flags.split(), "--out", tmp_path / "run")
+
+
 def test_a_run_of_random_horizons_is_judged_at_the_longest(tmp_path):
     flags = [flag for flag in TINY if flag not in ("--initial_inner_steps", "--max_inner_steps")]
     flags = [flag for flag in flags if flag not in ("2", "4")]
