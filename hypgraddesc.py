@@ -326,6 +326,10 @@ class HypergradientDescent:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        sizes = {f"rule.{name}": size for name, size in self.rule.step_sizes().items()}
+        for (name, p), start in zip(trained.items(), old, strict=True):
+            if name in sizes:
+                p.data.copy_(start + sizes[name].to(p) * (p.data - start))
         try:
             for name, p in trained.items():
                 check_finite(p.detach(), f"{where}, {name} after a step at rate {rate:g}")

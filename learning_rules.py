@@ -73,6 +73,13 @@ class LearningRule(nn.Module):
         """`update`, as torch.func.functional_call needs it."""
         return self.update(model, params, batch)
 
+    def step_sizes(self) -> dict[str, Tensor]:
+        """By how much a step of an optimiser is multiplied, for hyperparameters of unlike sizes.
+
+        Named and shaped as these; by default all steps are taken as they are.
+        """
+        return {}
+
     def keep(self, masks: dict[str, Tensor]) -> None:
         """Removes, for good, the terms whose mask is False; masks are named as hyperparameters.
 
@@ -446,6 +453,14 @@ class PerLayerRule(LearningRule):
         """The rules as one align* environment per layer, to be pasted; needs LaTeX's amsmath."""
         blocks = [rule.tex(_of_layer(effects, k)) for k, rule in enumerate(self.rules, 1)]
         return "\n".join(f"Layer {k}:\n{block}" for k, block in enumerate(blocks, 1))
+
+    def step_sizes(self) -> dict[str, Tensor]:
+        """Those of each layer's rule."""
+        return {
+            f"rules.{k}.{name}": sizes
+            for k, rule in enumerate(self.rules)
+            for name, sizes in rule.step_sizes().items()
+        }
 
     def keep(self, masks: dict[str, Tensor]) -> None:
         """Removes, for good, the terms whose mask is False; masks are named as the parameters."""

@@ -60,7 +60,7 @@ from hypgraddesc import (
     random_steps,
     rising_steps,
 )
-from initializers import FIXED, TRAINABLE, GaussianInitializer
+from initializers import FIXED, TRAINABLE, GaussianInitializer, SpreadInitializer
 from krotov_hopfield import GATES, NORMALIZATIONS, gate_needs
 from learning_rules import (
     PerLayerRule,
@@ -82,16 +82,42 @@ from mnist_datasets import ImageData, batches, load_images, normalize_pixels
 from models_fully_local import INHIBITION, WITH_LATERAL_WEIGHTS, network_of_flags
 from rules import write_rule
 from rules.competing_units import KrotovHopfieldRule
+from rules.unit_statistics import UnitStatisticsRule
 from train import MEMORY, Draw, OuterLoss, Training
 
-RULES = ("polynomial", "krotov_hopfield")
+# What a flag is where it is not given, by --rule; where nothing stands here, add_... below says it.
+DEFAULTS = {
+    "polynomial": {},
+    "unit_statistics": {
+        "lr": 0.15,
+        "decay": "cosine",
+        "warmup_steps": 10,
+        "metasteps": 150,
+        "tasks": 2,
+        "clip_grads": True,
+        "clip_norm": 1.0,
+        "horizon": [40, 150],
+        "adjoint_limit": 2.0,
+        "batch_size": 256,
+        "inhibition": "none",
+        "views": "geometric",
+        "center": True,
+        "probe": "sampled",
+        "evaluation_steps": 250,
+    },
+    "krotov_hopfield": {},
+}
+RULES = tuple(DEFAULTS)
+TERMS = ("x gain", "x gain y", "x gain y'", "x gain z", "x gain z'", "x gain r", "x gain r'",
+         "x gain s", "x gain r_exact", "x gain z var^-1/2", "w")  # fmt: skip
+LEARNED = ("eta", "eps", "tau", "exponents")
 NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_images is given
 SAMPLED_IMAGES, RIDGE_IMAGES = 8192, 2000  # --probe_images of the other probes
 OUTER_IMAGES = {"logistic": 1024, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
 
 
-def make_parser():
-    """The command's flags; what a meta-step does comes first, then the network, then the rule."""
+def make_parser(rule: str = "polynomial") -> argparse.ArgumentParser:
+    """The command's flags, with the defaults for rules of this family."""
     parser = common_parser("Meta-learn a local learning rule by hypergradient descent.", "main")
     parser.add_argument("layers", type=positive_int, nargs="*", help="units of each layer")
     for add_flags in (
@@ -99,11 +125,23 @@ def make_parser():
         add_inner_training,
         add_views,
         add_network_and_rule,
+        add_unit_statistics,
         add_competing_units,
         add_probe,
     ):
         add_flags(parser)
+    parser.set_defaults(**DEFAULTS[rule])
     return parser
+
+
+def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    """The flags, with the defaults of the family of rules that is among them, and their parser."""
+    parser = make_parser()
+    args = parse(parser, argv)
+    if DEFAULTS[args.rule]:
+        parser = make_parser(args.rule)
+        args = parse(parser, argv)
+    return args, parser
 
 
 def add_meta_learning(parser) -> None:
@@ -118,7 +156,8 @@ def add_meta_learning(parser) -> None:
     add("--decay", choices=("none", "cosine"), default="none", help="how the rate falls again")
     add("--finetune_steps", type=nonnegative_int, default=0, help="more, at a lower rate")
     add("--finetune_factor", type=positive_float, default=0.1, help="times --lr is their rate")
-    add("--clip_grads", action="store_true", help="bound the norm of each task's hypergradient")
+    add("--clip_grads", action=argparse.BooleanOptionalAction, default=False,
+        help="bound the norm of each task's hypergradient")  # fmt: skip
     add("--clip_norm", type=positive_float, default=100.0, metavar="NORM", help="by this")
     add("--tasks", type=positive_int, default=1, help="draws averaged in one hypergradient")
     add("--average", type=fraction, default=0.0, metavar="DECAY",
@@ -180,6 +219,25 @@ def add_network_and_rule(parser) -> None:
     add("--l2_reg", type=fraction, default=0.0, help="decay of the network's parameters")
 
 
+def add_unit_statistics(parser) -> None:
+    """Flags of --rule unit_statistics."""
+    add = parser.add_argument_group("rule of unit statistics (--rule unit_statistics)").add_argument
+    add(
+        "--terms",
+        nargs="+",
+        default=list(TERMS),
+        metavar="TERM",
+        help='what it adds up, such as "x gain y"; rules/unit_statistics_terms.py has the names',
+    )
+    add("--eta", type=positive_float, default=0.0054, help="rate of its steps at first")
+    add("--eps", type=positive_float, default=0.1, help="softness of their normalisation at first")
+    add("--tau", type=positive_float, default=500.0, metavar="UPDATES",
+        help="after so many the rate has fallen by half, at first")  # fmt: skip
+    add("--spread", type=positive_float, default=0.167, help="of the initial weights at first")
+    add("--learn", nargs="*", choices=LEARNED, default=["eta"], metavar="NUMBER",
+        help=f"what is learned beside coefficients and spread, of {', '.join(LEARNED)}")  # fmt: skip
+
+
 def add_competing_units(parser) -> None:
     """Flags of --rule krotov_hopfield."""
     add = parser.add_argument_group("rule of competing units (--rule krotov_hopfield)").add_argument
@@ -196,9 +254,13 @@ def add_probe(parser) -> None:
     """Flags of what judges a training."""
     add = parser.add_argument_group("probe").add_argument
     add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
-    add("--probe", choices=PROBES, default="logistic",
+    add(
+        "--probe",
+        choices=PROBES,
+        default="logistic",
         help="of a meta-step: logistic regression; the same, fitted to and judged on drawn "
-             "training images; ridge regression, fitted to drawn ones, judged on others")  # fmt: skip
+        "training images; ridge regression, fitted to drawn ones, judged on others",
+    )
     add("--probe_images", type=positive_int, metavar="N",
         help="for a meta-step (default: 16 million / features, 8192 or 2000)")  # fmt: skip
     add("--probe_gradient", choices=PROBE_GRADIENTS, default="envelope",
@@ -206,6 +268,8 @@ def add_probe(parser) -> None:
     add("--outer_images", type=positive_int,
         help="of the outer loss (default: 1024; with --probe ridge 2000)")  # fmt: skip
     add("--evaluations", type=positive_int, default=5, help="trainings with the final rule")
+    add("--evaluation_steps", type=positive_int, metavar="UPDATES",
+        help="of each of them (default: as many as a training made at the end)")  # fmt: skip
 
 
 def convolution(text: str) -> tuple[int, int]:
@@ -240,6 +304,7 @@ def refuse_flags_without_effect(args, parser) -> None:
         raise UserError("--compile does not go with --inhibition equilibrium: leave one out")
     unrolls = args.method in ("reverse", "truncated")
     polynomial, lateral = args.rule == "polynomial", args.inhibition in WITH_LATERAL_WEIGHTS
+    competing, statistics = args.rule == "krotov_hopfield", args.rule == "unit_statistics"
     refuse_idle_flags(args, parser, [
         ("K", args.method in ("truncated", "lookback", "implicit"),
          "--method truncated, lookback or implicit"),
@@ -258,11 +323,12 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("inh_steps inh_factor", args.inhibition == "lateral", "--inhibition lateral"),
         ("forbid_self_inhibition forbid_excitation", lateral,
          "--inhibition lateral, or equilibrium"),
-        ("pair_inputs views", polynomial, "--rule polynomial"),
-        ("l1_reg l2_coefficients sparsify compile l2_reg degree bound", polynomial,
-         "--rule polynomial"),
+        ("pair_inputs views l1_reg l2_coefficients sparsify", not competing,
+         "--rule polynomial or unit_statistics"),
+        ("compile l2_reg degree bound", polynomial, "--rule polynomial"),
+        ("terms eta eps tau spread learn", statistics, "--rule unit_statistics"),
         ("gate ranking_param lebesgue_p normalization rate delta inverse_temperature",
-         not polynomial, "--rule krotov_hopfield"),
+         competing, "--rule krotov_hopfield"),
         *gate_needs(args.gate),
         ("center", not args.pixelwise_normalization, "no --pixelwise_normalization, which centres"),
         *view_needs(args),
@@ -290,9 +356,11 @@ def make_model(args, input_shape: tuple[int, int, int]) -> nn.Module:
 
 
 def make_rule(args) -> PerLayerRule:
-    """One rule per layer: polynomials with all coefficients 0, or competition as the flags say."""
+    """One rule per layer: sums of terms with all coefficients 0, or competition as flags say."""
     if args.rule == "krotov_hopfield":
         return PerLayerRule([make_competing_rule(args) for _ in (*args.conv, *args.layers)])
+    if args.rule == "unit_statistics":
+        return PerLayerRule([make_statistics_rule(args) for _ in (*args.conv, *args.layers)])
     kind = PolynomialPairRule if views_of_flags(args) else PolynomialRule
     bound = "tanh" if args.bound else "none"
     return PerLayerRule([
@@ -308,16 +376,33 @@ def make_rule(args) -> PerLayerRule:
     ])  # fmt: skip
 
 
+def make_statistics_rule(args) -> UnitStatisticsRule:
+    """The terms of the flags, their coefficients 0."""
+    return UnitStatisticsRule.of_terms(
+        args.terms,
+        views=2 if views_of_flags(args) else 1,
+        eta=args.eta,
+        eps=args.eps,
+        tau=args.tau,
+        learn=args.learn,
+    )
+
+
 def make_competing_rule(args) -> KrotovHopfieldRule:
     """The rule of competing units at the rate, delta and temperature that it is learned from."""
     names = ("delta", "inverse_temperature", "gate", "ranking_param", "lebesgue_p", "normalization")
     return KrotovHopfieldRule(args.rate, **{name: getattr(args, name) for name in names})
 
 
-def make_initializer(args) -> GaussianInitializer:
-    """Spread of w, means of b and m, which start without spread; trained where it can be."""
+def make_initializer(args) -> GaussianInitializer | SpreadInitializer:
+    """Spread of w, means of b and m, which start without spread; trained where it can be.
+
+    For rules of unit statistics the spread alone, on a logarithmic scale.
+    """
     from_start = args.reinitialize_every == 1 and not args.ungraded_steps
     reached = "initializer" in METHODS[args.method].reaches
+    if args.rule == "unit_statistics":
+        return SpreadInitializer(args.spread, trainable=reached and from_start)
     mode = TRAINABLE if reached and from_start else FIXED
     names = "bm" if args.inhibition in WITH_LATERAL_WEIGHTS else "b"
     return GaussianInitializer(dict.fromkeys(names, mode), {"w": mode})
@@ -519,8 +604,7 @@ def report(
 
 def main(argv: list[str] | None = None) -> None:
     """Data, model, rule, loss; the loop; the report."""
-    parser = make_parser()
-    args = parse(parser, argv)
+    args, parser = parse_flags(argv)
     save_whole_paths(args, "start_from")
     refuse_flags_without_effect(args, parser)
     args.outer_images = args.outer_images or OUTER_IMAGES[args.probe]

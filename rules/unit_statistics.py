@@ -411,6 +411,14 @@ class UnitStatisticsRule(LearningRule):
         values = ", ".join(f"{SYMBOLS[n][latex]} = {value:.4g}" for n, value in numbers.items())
         return f"{arrow} {rate} {change};  {values}"
 
+    def step_sizes(self) -> dict[str, Tensor]:
+        """How far a step of an optimiser takes each coefficient, relative to the other numbers."""
+        return {
+            group: torch.tensor([term.typical_size() for term in terms])
+            for group, terms in self.terms.items()
+            if terms
+        }
+
     # ---- files, shorter and longer rules ----
 
     def to_dict(self) -> dict:

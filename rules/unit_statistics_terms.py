@@ -14,6 +14,7 @@ A term is text such as "x gain z'", "x gain c var^-1", "y^2 w" or "y_j y_i". Of 
     w, b, m              the parameter itself
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ RECEIVING = ("gain", "s", "y", "c", "z", "r", "r_cov", "r_exact", "r_cross")
 VARYING = (*(name + prime for name in RECEIVING for prime in ("", "'")), "signal")
 STATISTICS = ("mean", "square", "var")
 LATERAL = {"r": "corr", "r_cov": "cov", "r_exact": "corr", "r_cross": "cross"}
+
+# Of coefficients where rules of this kind work: activities of two views differ little, currents are
+# sums over many units. Searches over coefficients move in these units; the rule does not need them.
+SIZES = {"y": 10.0, "r": 0.3, "r_cov": 3.0, "r_exact": 0.1, "r_cross": 0.3, "var": 100.0, "w": 0.1}
 
 _FACTOR = re.compile(r"([A-Za-z_]+'?(?:_i)?)(?:\^(-?\d+(?:\.\d+)?(?:/\d+)?))?")
 _TEX = {
@@ -59,6 +64,10 @@ class Term:
     def tex(self) -> str:
         """The product in mathematical type."""
         return r" \, ".join(_tex_factor(name, power) for name, power in self.powers)
+
+    def typical_size(self) -> float:
+        """Of a useful coefficient: the product of the SIZES of what the term multiplies."""
+        return math.prod(SIZES.get(name.rstrip("'"), 1.0) ** power for name, power in self.powers)
 
     def power(self, name: str) -> float:
         """Of a quantity, 0 where it does not occur."""
