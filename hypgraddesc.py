@@ -343,8 +343,9 @@ class HypergradientDescent:
         l1, l2 = (
             s(self.metastep) if callable(s) else s for s in (self.settings.l1, self.settings.l2)
         )
-        for p in self.rule.parameters():
-            if p.requires_grad and (l1 or l2):
+        entries = self.rule.entries_by_term()
+        for name, p in self.rule.named_parameters():
+            if entries.get(name) == name and p.requires_grad and (l1 or l2):
                 psi = p.detach()
                 rounded = (psi.square() + width**2).sqrt().clamp_min(1e-30)
                 p.grad += l1 * psi / rounded + l2 * psi
@@ -355,7 +356,8 @@ class HypergradientDescent:
             self.average[name].lerp_(p.detach(), 1 - decay)
 
     def _remove_terms_that_changed_sign(self, before: dict[str, Tensor]) -> None:
-        keep = {n: before[n] * p.detach() >= 0 for n, p in self.rule.named_parameters()}
+        now, entries = dict(self.rule.named_parameters()), self.rule.entries_by_term()
+        keep = {n: before[owner] * now[owner].detach() >= 0 for n, owner in entries.items()}
         if all(mask.all() for mask in keep.values()):
             return
         names, old = list(self._trained()), self.optimizer.state_dict()
@@ -364,7 +366,7 @@ class HypergradientDescent:
         self._start_optimizer()
         for number, name in enumerate(names):
             kind, _, parameter = name.partition(".")
-            if kind == "rule" and number in old["state"]:
+            if kind == "rule" and parameter in keep and number in old["state"]:
                 mask, state = keep[parameter], old["state"][number]
                 old["state"][number] = {
                     key: v[mask] if v.shape == mask.shape else v for key, v in state.items()

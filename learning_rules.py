@@ -81,8 +81,14 @@ class LearningRule(nn.Module):
         raise NotImplementedError
 
     def term_coefficients(self) -> dict[str, float]:
-        """Those of `coefficients` that belong to one term each: all, where nothing else is said."""
-        return self.coefficients()
+        """Those of its numbers that are coefficients of terms which it adds up, by name."""
+        return {}
+
+    def entries_by_term(self) -> dict[str, str]:
+        """Of each hyperparameter that has an entry for each of some terms, the name of the one that
+        holds their coefficients, such as itself; all are such where nothing else is said.
+        """
+        return {name: name for name, _ in self.named_parameters()}
 
     def term_changes(self, layer: nn.Module, old: dict[str, Tensor], x, s, y) -> dict[str, Tensor]:
         """What each term would change alone, [terms, *shape] per parameter.
@@ -287,6 +293,10 @@ class PolynomialRule(LearningRule):
             named["m/diagonal"] = value
         return named
 
+    def term_coefficients(self) -> dict[str, float]:
+        """All `coefficients`."""
+        return self.coefficients()
+
     def term_name(self, group: str, term: Exponents) -> str:
         """A monomial as text, such as "x y^2"."""
         powers = zip(self.variable_names(group), term, strict=True)
@@ -400,6 +410,14 @@ class PerLayerRule(LearningRule):
             f"{number}/{name}": value
             for number, rule in enumerate(self.rules, 1)
             for name, value in rule.coefficients().items()
+        }
+
+    def entries_by_term(self) -> dict[str, str]:
+        """As each of the rules says."""
+        return {
+            f"rules.{k}.{name}": f"rules.{k}.{owner}"
+            for k, rule in enumerate(self.rules)
+            for name, owner in rule.entries_by_term().items()
         }
 
     def term_coefficients(self) -> dict[str, float]:

@@ -44,7 +44,7 @@ from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
 from experiment.statistics import accuracy_text, mean_and_deviation
 from figures.meta_learning import draw_run
-from learning_rules import PerLayerRule, PolynomialRule, term_effects, term_products
+from learning_rules import PerLayerRule, term_effects, term_products
 from mnist_datasets import load_images
 from rules import rule_from_dict, write_rule
 from train import Draw, Training
@@ -114,7 +114,7 @@ def without(rule: PerLayerRule, removal: Removal) -> PerLayerRule:
     stays = torch.arange(len(removal.factors)) != removal.index
     shorter = copy.deepcopy(rule)
     of_layer = shorter.rules[int(layer) - 1]
-    names = (group, "diagonal") if group == "m" else (group,)
+    names = (group, "diagonal") if group == "m" and hasattr(of_layer, "diagonal") else (group,)
     sizes = [len(getattr(of_layer, name)) for name in names]
     with torch.no_grad():
         for name, factors in zip(names, removal.factors.split(sizes), strict=True):
@@ -154,7 +154,7 @@ class Trainings:
             products = term_products(rule, self.training.model, params, batches, steps=self.steps)
             total = {name: total.get(name, 0) + matrix.cpu() for name, matrix in products.items()}
         if not all(matrix.isfinite().all() for matrix in total.values()):
-            count = len(rule.coefficients())
+            count = len(rule.term_coefficients())
             raise FloatingPointError(f"a training by the rule of {count} terms is not finite")
         return total
 
@@ -249,7 +249,7 @@ class Pruning:
 
 def sizes_of(rule: PerLayerRule, wanted: Sequence[int]) -> list[int]:
     """The whole rule's number of terms and those wanted below it, falling."""
-    whole = len(rule.coefficients())
+    whole = len(rule.term_coefficients())
     sizes = sorted({n for n in wanted if n < whole} | {whole}, reverse=True)
     if len(sizes) == 1:
         raise UserError(f"the rule has {whole} terms: give smaller numbers as --terms")
@@ -307,8 +307,8 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = set_up(args)
     run = load_run(args.run)
     args.dataset = args.dataset or run.config["dataset"]
-    if not all(isinstance(rule, PolynomialRule) for rule in run.rule.rules):
-        raise UserError(f"{args.run} learned no polynomial: there are no terms to remove")
+    if not all(rule.term_coefficients() for rule in run.rule.rules):
+        raise UserError(f"{args.run} learned no sum of terms: there are none to remove")
     sizes = sizes_of(run.rule, args.terms)
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
     setting = Setting(

@@ -12,6 +12,7 @@ _NAMES = {  # the public face by module, each name of which is loaded on first u
     "competing_units": "KrotovHopfieldRule",
     "families": "FAMILIES load_rule rule_from_dict save_rule write_rule",
     "learned_optimizer_rule": "LearnedRule",
+    "unit_statistics": "UnitStatisticsRule preset",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:  # the same names for type checkers
     from rules.families import save_rule as save_rule
     from rules.families import write_rule as write_rule
     from rules.learned_optimizer_rule import LearnedRule as LearnedRule
+    from rules.unit_statistics import UnitStatisticsRule as UnitStatisticsRule
+    from rules.unit_statistics import preset as preset
 else:
 
     def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ FAMILIES = {  # a rule's kind, its class, to the module that has it
     "PolynomialRule": "learning_rules",
     "PolynomialPairRule": "learning_rules",
     "KrotovHopfieldRule": "rules.competing_units",
+    "UnitStatisticsRule": "rules.unit_statistics",
 }
 
 

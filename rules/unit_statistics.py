@@ -333,6 +333,11 @@ class UnitStatisticsRule(LearningRule):
             for term, value in zip(terms, getattr(self, group).tolist(), strict=True)
         }
 
+    def entries_by_term(self) -> dict[str, str]:
+        """The coefficients of each parameter, and their exponents."""
+        names = {group: group for group in GROUPS}
+        return names | {f"exponents.{g}": g for g in GROUPS if g in self.exponents}
+
     def _value(self, name: str) -> float:
         number = self.number(name)
         return number.item() if isinstance(number, Tensor) else number

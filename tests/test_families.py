@@ -11,13 +11,21 @@ from commands import ROOT
 import rules
 from experiment.run_log import RunLog
 from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
-from rules import KrotovHopfieldRule, load_rule, rule_from_dict, save_rule, write_rule
+from rules import (
+    KrotovHopfieldRule,
+    load_rule,
+    preset,
+    rule_from_dict,
+    save_rule,
+    write_rule,
+)
 from rules.families import FAMILIES
 
 EXAMPLES = {
     "PolynomialRule": lambda: PolynomialRule({"w": [(1, 0, 1, 0)]}),
     "PolynomialPairRule": lambda: PolynomialPairRule({"b": [(1, 0, 0)]}),
     "KrotovHopfieldRule": lambda: KrotovHopfieldRule(0.1),
+    "UnitStatisticsRule": lambda: preset("latent-predictive", learn=("eta", "exponents")),
 }
 
 

@@ -12,16 +12,9 @@ from matplotlib.mathtext import MathTextParser
 from oracles import DOUBLE, assert_near, gradients, normal, weighted_sum
 from torch import Tensor
 
-from learning_rules import (
-    RuleError,
-    classical_rule,
-    load_rule,
-    rule_from_dict,
-    save_rule,
-    term_effects,
-    term_products,
-)
+from learning_rules import RuleError, classical_rule, term_effects, term_products
 from models_fully_local import Activation, LateralConv2d, LateralLinear, lateral_mlp
+from rules import load_rule, rule_from_dict, save_rule
 from rules.unit_statistics import (
     DEFAULT,
     PRESETS,
