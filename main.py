@@ -475,13 +475,14 @@ def evaluate_and_report(args, log: RunLog, training: Training, data, finished: b
     draws = [Draw((args.seed, EVALUATION, k), steps) for k in range(count)]
     whole = replace(training, outer_loss=make_probe(args, *data))
     rows, params, evaluated = evaluate_draws(log, whole, draws)
-    effects = measure_effects(training, draws[0]) if rows and args.rule == "polynomial" else {}
+    has_terms = training.rule.term_coefficients()
+    effects = measure_effects(training, draws[0]) if rows and has_terms else {}
     report(log, training, data[0], [{"inner_steps": steps, **row} for row in rows], params, effects)
     return evaluated
 
 
 def measure_effects(training: Training, draw: Draw) -> dict[str, float]:
-    """The effects of a polynomial's terms in a training with the final rule."""
+    """The effects of the rule's terms in a training with the final rule."""
     rule, (params, stream) = training.rule, training.begin(draw)
     return term_effects(rule, term_products(rule, training.model, params, stream, steps=draw.steps))
 

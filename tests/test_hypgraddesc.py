@@ -35,6 +35,7 @@ from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, PolynomialRule
 from meta_gradients import Forward, Reverse
 from models_fully_local import Activation, lateral_mlp
+from rules.unit_statistics import UnitStatisticsRule
 from train import MEMORY, Draw, Training, evaluate_training
 
 
@@ -604,6 +605,21 @@ def test_a_polynomial_rule_loses_the_terms_that_change_sign():
         run.step()
     left = run.rule.coefficients()
     assert set(left) < names and len(left) == sum(len(p) for p in run.rule.parameters())
+
+
+def test_only_coefficients_are_removed_and_exponents_go_with_theirs():
+    texts = ["x gain", "x gain y", "x gain z", "x gain r", "x gain s", "w"]
+    learn = ("eta", "eps", "exponents")
+    rules = [UnitStatisticsRule.of_terms(texts, views=1, learn=learn) for _ in range(2)]
+    with torch.no_grad():
+        for rule in rules:
+            rule.w.copy_(torch.linspace(-0.1, 1.0, len(rule.w)))
+    run = polynomial_run(PerLayerRule(rules), sparsify_from=1, lr=0.05, l1=0.1, metasteps=30)
+    for _ in range(6):
+        run.step()
+    for rule in rules:
+        assert 0 < len(rule.w) == len(rule.exponents["w"]) < 6
+        assert rule.moved["eta"].shape == () and rule.moved["eta"] != 0
 
 
 def test_only_the_rule_is_sparsified():

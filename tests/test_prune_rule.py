@@ -16,6 +16,7 @@ from experiment.run_reader import read_config
 from learning_rules import PerLayerRule, PolynomialRule, term_products
 from models_fully_local import Activation, lateral_mlp
 from rules import load_rule
+from rules.unit_statistics import UnitStatisticsRule
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = [
@@ -138,6 +139,24 @@ def test_the_diagonal_of_the_lateral_weights_can_go():
     assert "1/m/diagonal" not in shorter.coefficients()
     for name, value in shorter.coefficients().items():
         assert value == rule.coefficients()[name] * (2 if name.startswith("1/m") else 1)
+
+
+def test_a_rule_with_unit_statistics_is_shortened_alike():
+    texts = ["x gain", "x gain y", "x gain s", "x gain r", "w"]
+    rule = UnitStatisticsRule.of_terms(texts, views=1, step="plain", learn=("exponents",)).double()
+    with torch.no_grad():
+        rule.w.copy_(normal(0, len(rule.w)))
+    rule, model = PerLayerRule([rule]), lateral_mlp(7, [5], Activation("sigmoid", 2.0))
+    shapes = model.layers[1].parameter_shapes()
+    params = [{}, {n: normal(k, *shape).detach() for k, (n, shape) in enumerate(shapes.items())}]
+    x = normal(99, 30, 7).detach()
+    products = term_products(rule, model, params, iter([x]))
+    for removal in prune_rule.removals(products):
+        shorter = prune_rule.without(rule, removal)
+        assert len(shorter.term_coefficients()) == 4 == len(shorter.rules[0].exponents["w"])
+        whole, left = (r.update(model, params, x)[1]["w"] for r in (rule, shorter))
+        error = (left - whole).square().sum() / (whole - params[1]["w"]).square().sum()
+        assert error.item() == pytest.approx(removal.unexplained, rel=1e-4, abs=1e-9)
 
 
 # ---- the command ----
