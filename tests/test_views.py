@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
+import initializers
 from data_sets.augmentation import augment
 from data_sets.image_data import DataError, ImageData
-from data_sets.views import Views, kept_pixels
+from data_sets.views import STRIDE, Views, kept_pixels
 from experiment.view_strengths import KINDS, LEARNABLE, ViewError, ViewStrengths
 from initializers import GaussianInitializer
 from learning_rules import PolynomialPairRule
 from mnist_datasets import normalize_pixels, pair_batches
 from models_fully_local import Activation, lateral_network
+from rules.unit_statistics import default_rule
 from train import train
 
 STILL = {"degrees": 0, "crop": (1, 1), "crop_ratio": (1, 1), "brightness": 0, "contrast": 0}
@@ -284,14 +286,18 @@ def test_derivatives_of_views_are_those_of_finite_differences(kind):
         assert_close(gradient, slope(loss, u), rtol=1e-4, atol=1e-6)
 
 
-def test_a_training_on_learned_views_has_the_hypergradient_of_finite_differences():
+@pytest.mark.parametrize("family", ["polynomial", "unit statistics"])
+def test_a_training_on_learned_views_has_the_hypergradient_of_finite_differences(family):
     strengths = ViewStrengths(noise=0.05)
     views = Views(smooth_data(), 6, strengths, learn=LEARNABLE, dtype=torch.float64).double()
-    rule = PolynomialPairRule.of_degree(2).double()
+    polynomial = family == "polynomial"
+    rule = (PolynomialPairRule.of_degree(2) if polynomial else default_rule()).double()
     with torch.no_grad():
         for p in rule.parameters():
             p.copy_(0.1 * torch.randn(p.shape, generator=seeded(2)))
-    model = lateral_network((1, 12, 12), [5, 3], Activation("sigmoid", 4.0))
+    inhibition = "lateral" if polynomial else "none"
+    activation = Activation("sigmoid", 4.0)
+    model = lateral_network((1, 12, 12), [5, 3], activation, inhibition=inhibition)
     params = GaussianInitializer({}, {"w": "fixed"}).double()(model, seeded(3))
 
     def loss() -> Tensor:
@@ -306,7 +312,7 @@ def test_a_training_on_learned_views_has_the_hypergradient_of_finite_differences
 
 def test_a_learned_strength_is_its_start_times_an_exponential():
     views = Views(random_data(), 5, ViewStrengths(noise=0.2), learn=["noise", "degrees"])
-    assert views.strengths() == views.start
+    assert views.strengths() == views.start and STRIDE == initializers.STRIDE
     with torch.no_grad():
         views.moved["noise"].fill_(2.0)
     expected = 0.2 * torch.tensor(0.6).double().exp().item()
