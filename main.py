@@ -235,7 +235,7 @@ def add_unit_statistics(parser) -> None:
         help="after so many the rate has fallen by half, at first")  # fmt: skip
     add("--spread", type=positive_float, default=0.167, help="of the initial weights at first")
     add("--learn", nargs="*", choices=LEARNED, default=["eta"], metavar="NUMBER",
-        help=f"what is learned beside coefficients and spread, of {', '.join(LEARNED)}")  # fmt: skip
+        help=f"learned beside coefficients and spread: some of {', '.join(LEARNED)}")  # fmt: skip
 
 
 def add_competing_units(parser) -> None:
