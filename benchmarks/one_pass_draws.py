@@ -1,27 +1,21 @@
 """Times one-pass tuning: many draws at once beside one by one, and its cost beside plain SGD.
 
-    python benchmarks/one_pass.py                  # one thread, under a minute
-    python benchmarks/one_pass.py --draws 200 --steps 100
+    python benchmarks/one_pass_draws.py            # one thread, under a minute
+    python benchmarks/one_pass_draws.py --draws 200 --steps 100
 
-First table, Energy's 8-50-1 network on 614 random rows, full batches, learning rate, weight decay
-and momentum tuned (T 10, i 5): a draw's weight step, when all draws are one batched computation
-here, when they run here one by one, and when each is a loop of torch.optim.SGD with autograd.
+A draw's weight step: Energy's 8-50-1 network on 614 random rows, full batches, learning rate,
+weight decay and momentum tuned (T 10, i 5), when all draws are one batched computation and when
+they run one by one; obvious: a loop of torch.optim.SGD with autograd for each.
 
-Second table, 784-50-10 on batches of 50 random images: one run of fixed hyperparameters, the same
-run tuned, and what their parts take. The limit counts matrix products alone: a gradient has two
-with the first layer and three with the second, a product with the Hessian two and six.
-The ways take turns; times are medians, ratios medians of those within each turn.
+A run's step: 784-50-10 on batches of 50 random images, one run of fixed hyperparameters, the same
+run tuned, and what their parts take. The tuned one's limit is the fixed one's time, with as many
+matrix products more as tuning needs: a gradient has two with the first layer and three with the
+second, a product with the Hessian two and six.
 """
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads
-
-import argparse
-import statistics
+import itertools
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
+from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
 from comparison.one_pass_problems import FullBatches, ShuffledBatches
-from experiment.command_line import keep_freed_memory
+from experiment.command_line import positive_int, run_command
 from one_pass.compiled_mlp import CompiledMLPObjective
 from one_pass.objectives import MLPObjective, Objective
 from one_pass.tuning import NAMES, Settings, Tuning, initial_hyperparameters, initial_state
@@ -44,14 +39,19 @@ def generators(runs: int) -> list[torch.Generator]:
 
 
 def make_tuning(
-    objective: Objective, samples: list, runs: int, method: str = "look_back"
+    objective: Objective,
+    samples: list,
+    runs: int,
+    device: torch.device,
+    method: str = "look_back",
 ) -> Tuning:
     """Runs at their start, with small learning rates."""
     settings = Settings(method, optimised=NAMES, every=EVERY, look_back=LOOK_BACK)
     drawn = initial_hyperparameters(generators(runs))
     drawn["lr"].clamp_(max=1e-2)
+    drawn = {name: values.to(device) for name, values in drawn.items()}
     weights, buffers = objective.initial(generators(runs))
-    state = initial_state(weights.float(), buffers, drawn, settings)
+    state = initial_state(weights.to(device, torch.float32), buffers, drawn, settings)
     return Tuning(objective, *samples, settings, state)
 
 
@@ -59,11 +59,12 @@ class AutogradLoop:
     """The obvious way to train one run: nn.Module, torch.optim.SGD, double backward."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, held_out: tuple[Tensor, Tensor]) -> None:
-        self.network = nn.Sequential(nn.Linear(inputs.shape[1], 50), nn.ReLU(), nn.Linear(50, 1))
+        network = nn.Sequential(nn.Linear(inputs.shape[1], 50), nn.ReLU(), nn.Linear(50, 1))
+        self.network = network.to(inputs.device)
         self.parameters = list(self.network.parameters())
         self.data, self.held_out = (inputs, targets), held_out
         self.optimizer = torch.optim.SGD(self.parameters, 1e-2, momentum=0.5, weight_decay=1e-5)
-        self.raw = torch.tensor([-2.0, -5.0, 0.0])
+        self.raw = torch.tensor([-2.0, -5.0, 0.0], device=inputs.device)
         self.adam = torch.optim.Adam([self.raw], 0.05)
 
     def advance(self, steps: int) -> None:
@@ -92,95 +93,82 @@ class AutogradLoop:
         return nn.functional.mse_loss(self.network(inputs), targets)
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
+def per_step(times: list[float], steps: int) -> list[float]:
+    """What each of so many takes."""
+    return [t / steps for t in times]
 
 
-def alternately(ways: dict[str, Callable[[], object]], repeat: int) -> dict[str, list[float]]:
-    """Times of each way, in turns, after one call to warm up."""
-    for way in ways.values():
-        way()
-    turns = [{name: seconds(way) for name, way in ways.items()} for _ in range(repeat)]
-    return {name: [turn[name] for turn in turns] for name in ways}
-
-
-def report(times: dict[str, list[float]], unit: float, divisors: dict[str, int]) -> None:
-    """A line for each way; the ratio is to the first."""
-    first = next(iter(times))
-    for name, values in times.items():
-        each = [value / divisors[name] for value in values]
-        ratios = [
-            a / divisors[name] / (b / divisors[first])
-            for a, b in zip(values, times[first], strict=True)
-        ]
-        middle, ratio = statistics.median(each) * unit, statistics.median(ratios)
-        print(f"{name:<38}{middle:>12.1f}{ratio:>10.2f}")
-
-
-def many_draws(draws: int, steps: int, repeat: int) -> None:
-    """The first table."""
-    data = torch.randn(614, 8), torch.randn(614, 1)
-    held_out = torch.randn(78, 8), torch.randn(78, 1)
+def many_draws(draws: int, steps: int, repeat: int, clock: Clock) -> Iterator[Row]:
+    """A draw's weight step, of all draws at once and of one."""
+    device = clock.device
+    data = torch.randn(614, 8).to(device), torch.randn(614, 1).to(device)
+    held_out = torch.randn(78, 8).to(device), torch.randn(78, 1).to(device)
     samples = [FullBatches(*data), FullBatches(*held_out)]
     objective = CompiledMLPObjective((8, 50, 1), "mse")
-    together = make_tuning(objective, samples, draws)
-    alone = make_tuning(objective, samples, 1)
+    together = make_tuning(objective, samples, draws, device)
+    alone = make_tuning(objective, samples, 1, device)
     loop = AutogradLoop(*data, held_out)
     ways = {
-        f"here, {draws} draws at once": lambda: together.advance(steps),
-        "here, one draw": lambda: alone.advance(steps),
-        "torch.optim.SGD and autograd, one draw": lambda: loop.advance(steps),
+        "together": lambda: together.advance(steps),
+        "alone": lambda: alone.advance(steps),
+        "loop": lambda: loop.advance(steps),
     }
-    divisors = dict(zip(ways, (draws * steps, steps, steps), strict=True))
-    print(f"\n{'weight step of a draw, tuned':<38}{'us':>12}{'ratio':>10}")
-    report(alternately(ways, repeat), 1e6, divisors)
+    times = clock.in_turns(ways, repeat)
+    obvious, sizes = per_step(times["loop"], steps), "8-50-1, 614 rows"
+    yield Row(f"{draws} draws at once", sizes, per_step(times["together"], draws * steps), obvious)
+    yield Row("one draw", sizes, per_step(times["alone"], steps), obvious)
 
 
-def cost_of_tuning(steps: int, repeat: int) -> None:
-    """The second table."""
-    data = torch.randn(5000, 784), torch.randint(10, (5000,))
+def cost_of_tuning(steps: int, repeat: int, clock: Clock) -> Iterator[Row]:
+    """A run's step, of fixed hyperparameters and tuned, and its parts."""
+    device = clock.device
+    data = torch.randn(5000, 784).to(device), torch.randint(10, (5000,)).to(device)
     samples = [ShuffledBatches(*data, 50, generators(1)) for _ in range(2)]
     objective = MLPObjective((784, 50, 10), "cross_entropy")
-    fixed = make_tuning(objective, samples, 1, "fixed")
-    tuned = make_tuning(objective, samples, 1)
+    fixed = make_tuning(objective, samples, 1, device, "fixed")
+    tuned = make_tuning(objective, samples, 1, device)
     batch, state = samples[0].next(), fixed.state
-    found = objective.linearize(state.weights, state.buffers, batch)
-    vectors = torch.randn_like(found.gradient)
+    linearization = objective.linearize(state.weights, state.buffers, batch)
+    vectors = torch.randn_like(linearization.gradient)
+
+    def repeated(part: Callable[[], object]) -> Callable[[], object]:
+        return lambda: [part() for _ in range(steps)]
+
     ways = {
-        "fixed hyperparameters, a step": lambda: fixed.advance(steps),
-        "tuned, a step": lambda: tuned.advance(steps),
-        "  a batch": lambda: [samples[0].next() for _ in range(steps)],
-        "  a gradient": lambda: [
-            objective.linearize(state.weights, state.buffers, batch) for _ in range(steps)
-        ],
-        "  a product with the Hessian": lambda: [
-            found.hessian_product(vectors) for _ in range(steps)
-        ],
+        "fixed": lambda: fixed.advance(steps),
+        "tuned": lambda: tuned.advance(steps),
+        "a batch": repeated(samples[0].next),
+        "a gradient": repeated(lambda: objective.linearize(state.weights, state.buffers, batch)),
+        "a Hessian product": repeated(lambda: linearization.hessian_product(vectors)),
     }
-    print(f"\n{'one run, 784-50-10, batch 50':<38}{'us':>12}{'ratio':>10}")
-    report(alternately(ways, repeat), 1e6, dict.fromkeys(ways, steps))
+    times = {n: per_step(t, steps) for n, t in clock.in_turns(ways, repeat).items()}
+    limits = {"tuned": [products_of_tuning() * t for t in times["fixed"]]}
+    for name, each in times.items():
+        yield Row(name, "784-50-10, batch 50", each, limit=limits.get(name))
+
+
+def products_of_tuning() -> float:
+    """Multiplications in the matrix products of a tuned run, relative to those of a fixed one."""
     wide, narrow = 784 * 50, 50 * 10
     gradient = 2 * wide + 3 * narrow
-    product = 2 * wide + 6 * narrow
-    limit = (EVERY * gradient + gradient + (LOOK_BACK - 1) * product) / (EVERY * gradient)
-    print(f"{'limit of tuned to fixed, by products':<38}{'':>12}{limit:>10.2f}")
+    hessian_product = 2 * wide + 6 * narrow
+    return 1 + (gradient + (LOOK_BACK - 1) * hessian_product) / (EVERY * gradient)
 
 
-def main() -> None:
-    """Both tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draws", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=20, help="weight steps of a turn")
-    parser.add_argument("--repeat", type=int, default=7)
-    args = parser.parse_args()
-    keep_freed_memory()
+def main(argv: list[str] | None = None) -> None:
+    """Prints the rows of a draw's weight step, then those of a run's step."""
+    parser = benchmark_parser(__doc__, repeat=7)
+    parser.add_argument("--draws", type=positive_int, default=200)
+    parser.add_argument("--steps", type=positive_int, default=20, help="weight steps of a turn")
+    arguments = parser.parse_args(argv)
+    clock = set_up(arguments)
     torch.manual_seed(0)
-    many_draws(args.draws, args.steps, args.repeat)
-    cost_of_tuning(10 * args.steps, args.repeat)
+    lines = itertools.chain(
+        many_draws(arguments.draws, arguments.steps, arguments.repeat, clock),
+        cost_of_tuning(10 * arguments.steps, arguments.repeat, clock),
+    )
+    print_table(lines, clock, f"T {EVERY}, i {LOOK_BACK}; a step each")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
