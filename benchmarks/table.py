@@ -19,6 +19,8 @@ other processes disturb less than the wall clock; elsewhere they are the wall cl
 import argparse
 import math
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,6 +163,18 @@ def set_up(
     threadpool_limits(arguments.threads)  # those of numpy and scipy
     keep_freed_memory()
     return Clock(device, arguments.threads, wall)
+
+
+def numbers_of_process(script: str, flags: Sequence[str]) -> list[float]:
+    """What a script prints in a process of its own, as numbers.
+
+    Of a process that ends with an error, its own words and exit status end this one too.
+    """
+    command = [sys.executable, script, *flags]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return [float(word) for word in process.stdout.split()]
 
 
 def print_table(rows: Iterable[Row], clock: Clock, common: str) -> None:
