@@ -30,7 +30,7 @@ from experiment.command_line import (
     positive_int,
     run_command,
 )
-from krotov_hopfield.layers import BioConv2d, BioLinear
+from krotov_hopfield import BioConv2d, BioLinear, CompetitionError
 
 LAYERS = ((3, 96, 5, 32), (96, 128, 3, 14), (128, 192, 3, 12), (192, 256, 3, 5))
 INPUTS, UNITS, BATCH, IMAGES, RATE = 784, 2000, 100, 64, 1e-3
@@ -124,4 +124,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, wrong_input=(CompetitionError,))

@@ -13,7 +13,6 @@ sized inputs, 784 -> 256 -> 32.
 
 import argparse
 import itertools
-import resource
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.table import Clock, Row, benchmark_parser, numbers_of_process, print_table, set_up
+from benchmarks.table import Clock, Row, benchmark_parser, numbers_of_process, peak_gigabytes, print_table, set_up
 from experiment.command_line import positive_int, run_command
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule
@@ -53,13 +52,6 @@ def unroll(policy: str, steps: int, layers: list[int], clock: Clock) -> None:
         loss.backward()
 
     print(0.0 if policy == "none" else clock.milliseconds(run), peak_gigabytes(clock.device))
-
-
-def peak_gigabytes(device: torch.device) -> float:
-    """Of this process's memory so far, or of its tensors on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def rows(arguments: argparse.Namespace, flags: Sequence[str]) -> Iterator[Row]:

@@ -23,12 +23,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.memory import peak_gigabytes
 from benchmarks.table import (
     Clock,
     Row,
     benchmark_parser,
     numbers_of_process,
+    peak_gigabytes,
     print_table,
     set_up,
 )

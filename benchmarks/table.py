@@ -1,4 +1,4 @@
-"""What all benchmarks share: three flags, timing in turns, and the columns of their table.
+"""What all benchmarks share: three flags, timing in turns, peak memory, and the table's columns.
 
     parser = benchmark_parser(__doc__, repeat=9)
     arguments = parser.parse_args(argv)
@@ -18,6 +18,7 @@ other processes disturb less than the wall clock; elsewhere they are the wall cl
 
 import argparse
 import math
+import resource
 import statistics
 import subprocess
 import sys
@@ -163,6 +164,13 @@ def set_up(
     threadpool_limits(arguments.threads)  # those of numpy and scipy
     keep_freed_memory()
     return Clock(device, arguments.threads, wall)
+
+
+def peak_gigabytes(device: torch.device) -> float:
+    """Of this process's memory so far, or of its tensors on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def numbers_of_process(script: str, flags: Sequence[str]) -> list[float]:
