@@ -22,7 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.table import Clock, Row, benchmark_parser, numbers_of_process, peak_gigabytes, print_table, set_up
+from benchmarks.table import (
+    Clock,
+    Row,
+    benchmark_parser,
+    numbers_of_process,
+    peak_gigabytes,
+    print_table,
+    set_up,
+)
 from experiment.command_line import positive_int, run_command
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule

@@ -58,8 +58,7 @@ OBVIOUS = "reverse, keep"
 def descend(method, arguments: argparse.Namespace, clock: Clock) -> tuple[list[float], float]:
     """The test accuracies of all meta-steps that the time allows, and how many ms it took."""
     data = [d.to(clock.device) for d in load_images("mnist", arguments.data_dir)]
-    mode = TRAINABLE if method.reaches_start else FIXED
-    rules = [PolynomialRule.of_degree(3, bound="tanh", forward_weight_bound=1.0)]
+    mode = TRAINABLE if "initializer" in method.reaches else FIXED
     settings = MetaSettings(
         lr=arguments.lr,
         warmup_steps=20,
@@ -67,13 +66,16 @@ def descend(method, arguments: argparse.Namespace, clock: Clock) -> tuple[list[f
         inner_steps=arguments.steps,
         method=method,
     )
-    descent = HypergradientDescent(
-        lambda: lateral_mlp(784, [32], Activation("sigmoid", 4.0), inh_factor=0.2),
-        PerLayerRule(rules).to(clock.device),
-        GaussianInitializer({"b": mode, "m": mode}, {"w": mode}).to(clock.device),
+    training = Training(
+        lateral_mlp(784, [32], Activation("sigmoid", 4.0), inh_factor=0.2),
+        PerLayerRule([PolynomialRule.of_degree(3, bound="tanh", forward_weight_bound=1.0)]),
+        GaussianInitializer({"b": mode, "m": mode}, {"w": mode}),
         lambda generator: batches(data[0], 256, generator),
         ProbeLoss(*data, 1000.0, outer_images=4096),
     )
+    for module in training.modules.values():
+        module.to(clock.device)
+    descent = HypergradientDescent(training, settings, warn=lambda text: None)
     accuracies, begin = [], clock.now()
     while clock.now() - begin < 1e3 * arguments.seconds:
         accuracies.append(descent.step()["test_accuracy"])

@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
-from comparison.rule_comparison import Entry, Setting, learned, load_run
+from comparison.learned_run import load_run
+from comparison.rule_comparison import Setting, learned
 from experiment.command_line import positive_int, run_command
 from experiment.precision import Products
 from initializers import GaussianInitializer
@@ -77,27 +78,22 @@ def oja(setting: Setting) -> Training:
     """Units that inhibit each other, trained by Oja's rule."""
     return Training(
         lateral_network(setting.train.shape, setting.layers, Activation("sigmoid", 4.0)),
-        GaussianInitializer.with_values({"spread_w": 1.0, "mean_b": 0.0, "mean_m": 0.0}),
-        setting.probe((setting.train, setting.test)),
         PerLayerRule([classical_rule("oja", 1e-3)]),
+        GaussianInitializer.with_values({"spread_w": 1.0, "mean_b": 0.0, "mean_m": 0.0}),
         lambda generator: batches(setting.train, setting.batch_size, generator, setting.dtype),
         setting.probe((setting.train, setting.test)),
     )
 
 
 def measure(
-    entry: Entry, kind: str, steps: int, draw: int, clock: Clock
+    training: Training, kind: str, steps: int, number: int, clock: Clock
 ) -> tuple[Tensor, float, float]:
     """The hypergradient as a vector, the loss, ms of the updates and their backward pass."""
-    trained = [*entry.rule.parameters(), *entry.initializer.parameters()]
-    trained = [p for p in trained if p.requires_grad]
-    start, order = (seeded_generator(draw, k) for k in range(2))
+    trained, draw = list(training.hyperparameters.values()), Draw((number,), steps)
     begin = clock.now()
     with as_told(kind, clock.device):
-        theta = train(
-            entry.model, entry.initializer(entry.model, start), entry.make_batches(order),
-            entry.rule, steps,
-        )  # fmt: skip
+        params, stream = training.begin(draw)
+        theta = train(training.model, params, stream, training.rule, steps)
     forward = clock.now() - begin
     leaves = [{n: t.requires_grad_() for n, t in layer.items()} for layer in detached(theta)]
     loss, _ = training.checked_outer_loss(leaves, draw)
@@ -111,18 +107,17 @@ def measure(
     return vector, loss.item(), milliseconds
 
 
-def entries(arguments: argparse.Namespace, setting: Setting, device: torch.device) -> dict:
-    """What is trained with products of each kind."""
+def trainings(
+    arguments: argparse.Namespace, setting: Setting, device: torch.device
+) -> dict[str, Training]:
+    """One for products of each kind."""
     made = {}
     for kind in KINDS:
         dtype = torch.float64 if kind == "float64" else torch.float32
         typed = replace(setting, dtype=dtype)
-        entry = learned(load_run(arguments.run), typed) if arguments.run else oja(typed)
-        made[kind] = replace(
-            entry,
-            rule=entry.rule.to(device, dtype),
-            initializer=entry.initializer.to(device, dtype),
-        )
+        made[kind] = learned(load_run(arguments.run), typed) if arguments.run else oja(typed)
+        for module in made[kind].modules.values():
+            module.to(device, dtype)
     return made
 
 
@@ -130,10 +125,10 @@ def rows(
     arguments: argparse.Namespace, setting: Setting, steps: int, clock: Clock
 ) -> Iterator[Row]:
     """One for each kind of products, all after so many steps."""
-    made = entries(arguments, setting, clock.device)
+    made = trainings(arguments, setting, clock.device)
     turns = [
-        {kind: measure(entry, kind, steps, draw, clock) for kind, entry in made.items()}
-        for draw in range(arguments.repeat)
+        {kind: measure(training, kind, steps, number, clock) for kind, training in made.items()}
+        for number in range(arguments.repeat)
     ]
     exact = [turn["float64"] for turn in turns]
     obvious = [turn["float32"][2] for turn in turns]

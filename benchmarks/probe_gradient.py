@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.table import Clock, Row, benchmark_parser, median_text, print_table, set_up
-from comparison.rule_comparison import Entry, Setting, learned, load_run
+from comparison.learned_run import load_run
+from comparison.rule_comparison import Setting, learned
 from experiment.command_line import positive_float, positive_int, run_command
-from experiment.seeds import seeded_generator
 from initializers import GaussianInitializer
 from learning_rules import PerLayerRule, classical_rule
 from linear_probe import PROBE_GRADIENTS, ProbeLoss
@@ -39,7 +39,7 @@ from models_fully_local import Activation, lateral_network
 from train import OUTER, Draw, Training, detached, train
 
 
-class Draw(NamedTuple):
+class Outcome(NamedTuple):
     """What one way made of one draw; outer and total in milliseconds."""
 
     loss: float
@@ -48,30 +48,29 @@ class Draw(NamedTuple):
     total: float
 
 
-def oja(setting: Setting) -> Entry:
+def oja(setting: Setting) -> Training:
     """Units that do not see each other, trained by Oja's rule."""
     options = {"inhibition": "none"}
     return Training(
         lateral_network(setting.train.shape, setting.layers, Activation("sigmoid", 4.0), **options),
-        GaussianInitializer.with_values({"spread_w": 1.0, "mean_b": 0.0}),
-        setting.probe((setting.train, setting.test)),
         PerLayerRule([classical_rule("oja", 1e-3)]),
+        GaussianInitializer.with_values({"spread_w": 1.0, "mean_b": 0.0}),
         lambda generator: batches(setting.train, setting.batch_size, generator, setting.dtype),
         setting.probe((setting.train, setting.test)),
     )
 
 
-def measure(entry: Entry, setting: Setting, steps: int, draw: int, clock: Clock) -> dict[str, Draw]:
+def measure(
+    training: Training, setting: Setting, steps: int, number: int, clock: Clock
+) -> dict[str, Outcome]:
     """Both ways, which share the updates; each has its own backward pass through them."""
-    start, order = (seeded_generator(draw, k) for k in range(2))
-    begin = clock.now()
-    stream = entry.make_batches(order)
-    theta = train(entry.model, entry.initializer(entry.model, start), stream, entry.rule, steps)
+    draw, begin = Draw((number,), steps), clock.now()
+    params, stream = training.begin(draw)
+    theta = train(training.model, params, stream, training.rule, steps)
     unrolled = clock.now() - begin
-    trained = [*entry.rule.parameters(), *entry.initializer.parameters()]
-    trained = [p for p in trained if p.requires_grad]
+    trained = list(training.hyperparameters.values())
     ends = [t for layer in theta for t in layer.values()]
-    draws = {}
+    outcomes = {}
     for way in PROBE_GRADIENTS:
         loss_of = ProbeLoss(
             setting.train, setting.test, setting.C,
@@ -88,11 +87,11 @@ def measure(entry: Entry, setting: Setting, steps: int, draw: int, clock: Clock)
         )
         total = unrolled + clock.now() - begin
         vector = torch.cat([g.flatten() for g in gradient if g is not None])
-        draws[way] = Draw(loss.item(), vector.double(), outer, total)
-    return draws
+        outcomes[way] = Outcome(loss.item(), vector.double(), outer, total)
+    return outcomes
 
 
-def row(way: str, sizes: str, draws: list[Draw], other: Tensor) -> Row:
+def row(way: str, sizes: str, draws: list[Outcome], other: Tensor) -> Row:
     """A line of the table; other: the mean hypergradient of the other way."""
     losses, vectors, outer, total = zip(*draws, strict=True)
     vectors = torch.stack(vectors)
@@ -111,11 +110,12 @@ def row(way: str, sizes: str, draws: list[Draw], other: Tensor) -> Row:
 
 
 def rows(
-    arguments: argparse.Namespace, entry: Entry, setting: Setting, clock: Clock
+    arguments: argparse.Namespace, training: Training, setting: Setting, clock: Clock
 ) -> Iterator[Row]:
     """One for each way."""
     turns = [
-        measure(entry, setting, arguments.steps, draw, clock) for draw in range(arguments.repeat)
+        measure(training, setting, arguments.steps, number, clock)
+        for number in range(arguments.repeat)
     ]
     draws = {way: [turn[way] for turn in turns] for way in PROBE_GRADIENTS}
     means = {w: torch.stack([d.hypergradient for d in draws[w]]).mean(0) for w in PROBE_GRADIENTS}
@@ -138,12 +138,12 @@ def main(argv: list[str] | None = None) -> None:
         "mnist", *images, layers=(32,), C=arguments.C, outer_images=arguments.outer_images,
         batch_size=256,
     )  # fmt: skip
-    entry = learned(load_run(arguments.run), setting) if arguments.run else oja(setting)
-    entry.rule.to(clock.device, setting.dtype)
-    entry.initializer.to(clock.device, setting.dtype)
+    training = learned(load_run(arguments.run), setting) if arguments.run else oja(setting)
+    for module in training.modules.values():
+        module.to(clock.device, setting.dtype)
     common = (f"{setting.train.source}; {arguments.outer_images} outer images, "
               f"C = {arguments.C:g}")  # fmt: skip
-    print_table(rows(arguments, entry, setting, clock), clock, common)
+    print_table(rows(arguments, training, setting, clock), clock, common)
 
 
 if __name__ == "__main__":
