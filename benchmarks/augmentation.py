@@ -2,16 +2,15 @@
 
     python benchmarks/augmentation.py                 # one thread, some seconds
 
-Both pad, rotate, crop and stretch, and change brightness and contrast, with the same settings. The
-ways take turns; medians over the repetitions.
+Both pad, rotate, crop and stretch, and change brightness and contrast, with the same settings.
 tests/test_mnist_datasets.py compares the distributions of their results.
+
+    images/s     of ours
 """
 
-import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
+from experiment.command_line import positive_int, run_command
 from mnist_datasets import augment, import_torchvision
 
-LIMIT = 256  # images of one repetition of the slow way
+AT_MOST = 256  # images in a turn of the slow way; its time is scaled up to the batch
 
 
 def per_image() -> Callable[[Tensor], Tensor]:
@@ -40,36 +41,31 @@ def per_image() -> Callable[[Tensor], Tensor]:
     return lambda images: torch.stack([pipeline(image) for image in images])
 
 
-def rate(way: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """Images per CPU second."""
-    begin = time.process_time()
-    way(images)
-    return len(images) / (time.process_time() - begin)
-
-
-def main() -> None:
-    """Prints one row per batch size."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def rows(batches: list[int], repeat: int, clock: Clock) -> Iterator[Row]:
+    """One for each size of a batch."""
     generator, slow = torch.Generator().manual_seed(0), per_image()
-    print(f"28 x 28 images, {arguments.threads} thread(s), torch {torch.__version__}")
-    print(f"{'batch':>6} {'per image, images/s':>20} {'batch, images/s':>16} {'ratio':>6}")
-    for batch in arguments.batches:
+    for batch in batches:
         shape = batch, 1, 28, 28
         images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
-        augment(images, generator)
-        rounds = [
-            (rate(slow, images[:LIMIT]), rate(lambda x: augment(x, generator), images))
-            for _ in range(arguments.repeat)
-        ]
-        theirs, ours = (statistics.median(column) for column in zip(*rounds, strict=True))
-        ratio = statistics.median(b / a for a, b in rounds)
-        print(f"{batch:6d} {theirs:20.0f} {ours:16.0f} {ratio:6.1f}")
+        few, moved = images[:AT_MOST], images.to(clock.device)
+        ways = {
+            "obvious": lambda few=few: slow(few),
+            "ours": lambda moved=moved: augment(moved, generator),
+        }
+        times = clock.in_turns(ways, repeat)
+        times["obvious"] = [t * batch / len(few) for t in times["obvious"]]
+        rate = 1e3 * batch / statistics.median(times["ours"])
+        yield Row("augmented batch", str(batch), **times, more={"images/s": f"{rate:.0f}"})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints one row per batch size."""
+    parser = benchmark_parser(__doc__, repeat=9)
+    parser.add_argument("--batches", type=positive_int, nargs="+", default=[256, 1024])
+    arguments = parser.parse_args(argv)
+    clock = set_up(arguments)
+    print_table(rows(arguments.batches, arguments.repeat, clock), clock, "28 x 28 images")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,25 +6,17 @@
 Preactivations s are random. Lateral weights m resemble those that main.py learns: units inhibit
 each other by the correlation of eight random patterns, apart from a tenth of noise that is neither
 symmetric nor inhibition; their spectral norm, there 2 to 13, is --strength. Sigmoid of slope 4,
-steps of 0.2. The ways take turns; ratios are medians over the repetitions of those within each.
+steps of 0.2. Times are those of y and of its gradients by s and m.
 
-    ms          CPU time of y and of its gradients by s and m
-    of 10       this time relative to that of 10 unrolled steps, and so on
+    obvious     100 unrolled steps, which come about as near to the limit as the equilibrium 1e-5
     kept KB     bytes that the graph keeps for the backward pass
     from limit  the largest distance of an activation from the limit, solved in float64
     gradient    distance of m's gradient from the limit's, relative
 """
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads
-
-import argparse
 import itertools
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -33,21 +25,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from experiment.command_line import keep_freed_memory
+from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
+from experiment.command_line import positive_float, positive_int, run_command
 from kernels.equilibrium import equilibrium
 from models_fully_local import Activation, lateral_dynamics
 from train import graph_bytes
 
 SIGMA, FACTOR = Activation("sigmoid", 4.0), 0.2
 STEPS, TOLERANCES = (10, 30, 100), (1e-3, 1e-5)
+OBVIOUS = "100 steps"
 
 
 class Problem:
     """Preactivations and lateral weights, and a gradient to pull back."""
 
-    def __init__(self, batch: int, units: int, strength: float) -> None:
+    def __init__(self, batch: int, units: int, strength: float, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
-        normal = partial(torch.randn, generator=generator)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device)
+
         patterns = normal(units, 8)
         m = of_norm(1.0, -patterns @ patterns.T) + of_norm(0.1, normal(units, units))
         m = of_norm(strength, m)
@@ -78,48 +75,43 @@ class Problem:
         (y, grad), (limit, limit_grad) = self.solved(way), self.limit
         return float((y - limit).abs().max()), float((grad - limit_grad).norm() / limit_grad.norm())
 
-    def milliseconds(self, way: Callable[[], Tensor]) -> float:
-        begin = time.process_time()
-        self.solved(way)
-        return 1e3 * (time.process_time() - begin)
-
 
 def of_norm(size: float, matrix: Tensor) -> Tensor:
     return size * matrix / torch.linalg.matrix_norm(matrix, 2)
 
 
-def table(problem: Problem, repeat: int) -> None:
-    """Prints a row per way."""
+def rows(problem: Problem, sizes: str, repeat: int, clock: Clock) -> Iterator[Row]:
+    """One for each way."""
     ways = problem.ways()
-    errors = {name: problem.errors(way) for name, way in ways.items()}
-    rounds = [{n: problem.milliseconds(w) for n, w in ways.items()} for _ in range(repeat)]
+    times = clock.in_turns({n: partial(problem.solved, way) for n, way in ways.items()}, repeat)
     for name, way in ways.items():
-        median = statistics.median(r[name] for r in rounds)
-        ratios = [statistics.median(r[name] / r[f"{k} steps"] for r in rounds) for k in STEPS]
-        print(f"{name:>17} {median:8.2f} " + " ".join(f"{ratio:7.2f}" for ratio in ratios)
-              + f" {graph_bytes(way) / 1e3:8.0f} {errors[name][0]:11.0e} "
-              f"{errors[name][1]:9.0e}")  # fmt: skip
+        activation, gradient = problem.errors(way)
+        more = {
+            "kept KB": f"{graph_bytes(way) / 1e3:.0f}",
+            "from limit": f"{activation:.0e}",
+            "gradient": f"{gradient:.0e}",
+        }
+        yield Row(name, sizes, times[name], obvious=times[OBVIOUS], more=more)
 
 
-def main() -> None:
-    """Prints a table per size."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--units", type=int, nargs="+", default=[32, 256])
-    parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--strength", type=float, default=3.0)
-    parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
-    print(f"strength {arguments.strength:g}, {arguments.threads} thread(s), median of "
-          f"{arguments.repeat}, torch {torch.__version__}")  # fmt: skip
-    for units, batch in itertools.product(arguments.units, arguments.batches):
-        print(f"{f'{units} units x {batch}':>17} {'ms':>8} "
-              + " ".join(f"{f'of {k}':>7}" for k in STEPS)
-              + f" {'kept KB':>8} {'from limit':>11} {'gradient':>9}")  # fmt: skip
-        table(Problem(batch, units, arguments.strength), arguments.repeat)
+def main(argv: list[str] | None = None) -> None:
+    """Prints a row for each size and way."""
+    parser = benchmark_parser(__doc__, repeat=9)
+    parser.add_argument("--units", type=positive_int, nargs="+", default=[32, 256])
+    parser.add_argument("--batches", type=positive_int, nargs="+", default=[256, 1024])
+    parser.add_argument("--strength", type=positive_float, default=3.0)
+    arguments = parser.parse_args(argv)
+    clock = set_up(arguments)
+    lines = (
+        rows(
+            Problem(batch, units, arguments.strength, clock.device),
+            f"{units} units x {batch}", arguments.repeat, clock,
+        )
+        for units, batch in itertools.product(arguments.units, arguments.batches)
+    )  # fmt: skip
+    common = f"lateral strength {arguments.strength:g}"
+    print_table(itertools.chain.from_iterable(lines), clock, common)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -4,71 +4,95 @@
     python benchmarks/memory.py --steps 250         # the sizes of `main.py 256 32`, some minutes
 
 Each policy runs in a process of its own: forward and backward through all steps, batch 1024, MNIST
-sized inputs, 784 -> 256 -> 32. Peak memory is the process's largest resident size, of which the
-interpreter and torch alone take what the first row shows.
+sized inputs, 784 -> 256 -> 32.
+
+    obvious     keeps all that the backward pass needs
+    peak GB     the process's largest resident size, of which the interpreter and torch alone take
+                what the first row shows; on a GPU the most that its tensors took
 """
 
 import argparse
 import itertools
-import resource
-import subprocess
+import statistics
 import sys
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from experiment.command_line import keep_freed_memory
+from benchmarks.table import (
+    Clock,
+    Row,
+    benchmark_parser,
+    numbers_of_process,
+    peak_gigabytes,
+    print_table,
+    set_up,
+)
+from experiment.command_line import positive_int, run_command
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule
 from models_fully_local import Activation, lateral_mlp
 from train import MEMORY, train
 
 BATCH, BATCHES = 1024, 58  # as many as an epoch of MNIST has
+POLICIES = ("none", *MEMORY)
 
 
-def run(policy: str, steps: int, layers: list[int], threads: int) -> None:
-    """One forward and backward pass; prints its seconds and the process's peak memory."""
-    torch.set_num_threads(threads)
-    keep_freed_memory()
+def unroll(policy: str, steps: int, layers: list[int], clock: Clock) -> None:
+    """One forward and backward pass; prints its milliseconds and the peak memory in GB."""
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.rand(BATCH, 784, generator=generator) for _ in range(min(BATCHES, steps))]
+    batches = [
+        torch.rand(BATCH, 784, generator=generator).to(clock.device)
+        for _ in range(min(BATCHES, steps))
+    ]
     model = lateral_mlp(784, layers, Activation("sigmoid", 4.0), inh_factor=0.2)
-    rule = PerLayerRule([PolynomialRule.of_degree(3, bound="tanh") for _ in layers])
+    rules = [PolynomialRule.of_degree(3, bound="tanh") for _ in layers]
     initializer = GaussianInitializer({"b": TRAINABLE, "m": TRAINABLE}, {"w": TRAINABLE})
-    begin = time.perf_counter()
-    if policy != "none":
+    rule, initializer = PerLayerRule(rules).to(clock.device), initializer.to(clock.device)
+
+    def run() -> None:
         start = initializer(model, generator)
         params = train(model, start, itertools.cycle(batches), rule, steps, memory=policy)
         loss = sum(p.square().sum() for layer in params for p in layer.values())
         loss.backward()
-    seconds = time.perf_counter() - begin
-    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+    print(0.0 if policy == "none" else clock.milliseconds(run), peak_gigabytes(clock.device))
 
 
-def main() -> None:
+def rows(arguments: argparse.Namespace, flags: Sequence[str]) -> Iterator[Row]:
+    """One for each policy."""
+    turns = [
+        {p: numbers_of_process(__file__, [*flags, "--policy", p]) for p in POLICIES}
+        for _ in range(arguments.repeat)
+    ]
+    obvious = [turn["keep"][0] for turn in turns]
+    for policy in POLICIES:
+        milliseconds, gigabytes = zip(*(turn[policy] for turn in turns), strict=True)
+        more = {"peak GB": f"{statistics.median(gigabytes):.2f}"}
+        if policy == "none":
+            yield Row("nothing but imports", "-", None, more=more)
+        else:
+            yield Row(policy, f"{arguments.steps} steps", milliseconds, obvious, more=more)
+
+
+def main(argv: list[str] | None = None) -> None:
     """Prints one row per policy."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--layers", type=int, nargs="+", default=[256, 32])
-    parser.add_argument("--threads", type=int, default=1)
+    flags = sys.argv[1:] if argv is None else argv
+    parser = benchmark_parser(__doc__, repeat=1)
+    parser.add_argument("--steps", type=positive_int, default=50)
+    parser.add_argument("--layers", type=positive_int, nargs="+", default=[256, 32])
     parser.add_argument("--policy", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.policy:
-        run(args.policy, args.steps, args.layers, args.threads)
+    arguments = parser.parse_args(flags)
+    clock = set_up(arguments)
+    if arguments.policy:
+        unroll(arguments.policy, arguments.steps, arguments.layers, clock)
         return
-    print(f"784 -> {' -> '.join(map(str, args.layers))}, {args.steps} steps, batch {BATCH}, "
-          f"{args.threads} thread(s)")  # fmt: skip
-    print(f"{'policy':>10} {'seconds':>8} {'peak GB':>8}")
-    for policy in ("none", *MEMORY):
-        command = [sys.executable, __file__, "--policy", policy, *sys.argv[1:]]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        seconds, peak = map(float, output.split())
-        print(f"{policy:>10} {seconds:8.1f} {peak:8.2f}", flush=True)
+    layers = " -> ".join(map(str, arguments.layers))
+    print_table(rows(arguments, flags), clock, f"784 -> {layers}, batch {BATCH}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,11 +1,11 @@
 """Does a command's memory grow while it runs? Its resident size, watched from outside.
 
-    python benchmarks/memory_slope.py                    # four commands, under two minutes
+    python benchmarks/memory_slope.py                    # four commands, about a minute
     python benchmarks/memory_slope.py --seconds 600      # what is left of a slope after longer
 
 Each command runs on small settings, so that it makes as many steps as one on real ones in a long
 time, and is ended after so many seconds. The first third, in which allocator and caches fill, is
-left out; the slope is a least-squares line through the rest.
+left out; the slope is a least-squares line through the rest. Times are those of a step, the mean.
 
     steps      rows recorded in that time
     MB         resident size, mean
@@ -16,15 +16,22 @@ import argparse
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.table import Row, benchmark_parser, print_table, set_up
+from experiment.command_line import UserError, positive_float, run_command
+
 SAMPLE_EVERY = 0.1  # seconds
 ENDLESS = 10**6
 COMMANDS = {
@@ -38,23 +45,25 @@ COMMANDS = {
 }
 
 
-def watch(script: str, flags: str, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+def watch(script: str, arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """Rows recorded and resident bytes, at many moments of a run."""
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "run"
-        command = [sys.executable, script, *flags.split(), "--threads", "1", "--quiet",
-                   "--out", str(out)]  # fmt: skip
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "run"
+        command = [
+            sys.executable, script, *COMMANDS[script].split(), "--device", arguments.device,
+            "--threads", str(arguments.threads), "--quiet", "--out", str(out),
+        ]  # fmt: skip
+        process = subprocess.Popen(command, cwd=ROOT)
         samples, metrics = [], out / "metrics.csv"
         while not metrics.exists() and process.poll() is None:
             time.sleep(SAMPLE_EVERY)
         begin = time.monotonic()
-        while time.monotonic() < begin + seconds and process.poll() is None:
+        while time.monotonic() < begin + arguments.seconds and process.poll() is None:
             resident = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
             samples.append((metrics.read_bytes().count(b"\n"), resident))
             time.sleep(SAMPLE_EVERY)
         if process.poll() is not None:
-            raise SystemExit(f"{script} ended by itself")
+            raise UserError(f"{script} ended by itself, exit status {process.returncode}")
         process.send_signal(signal.SIGKILL)
         process.wait()
     rows, pages = np.array(samples, dtype=float).T
@@ -64,25 +73,38 @@ def watch(script: str, flags: str, seconds: float) -> tuple[np.ndarray, np.ndarr
 def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """Of the least-squares line, and its standard error."""
     x = x - x.mean()
-    found = (x @ y) / (x @ x)
-    rest = y - y.mean() - found * x
-    return found, math.sqrt(rest @ rest / (len(x) - 2) / (x @ x))
+    steepness = (x @ y) / (x @ x)
+    rest = y - y.mean() - steepness * x
+    return steepness, math.sqrt(rest @ rest / (len(x) - 2) / (x @ x))
 
 
-def main() -> None:
-    """Prints a row for each command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each command")
-    parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
-    arguments = parser.parse_args()
-    print(f"{'command':>25} {'steps':>7} {'MB':>8} {'kB / step':>20}")
+def rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """One for each command."""
     for script in arguments.commands:
-        rows, resident = watch(script, COMMANDS[script], arguments.seconds)
-        late = slice(len(rows) // 3, None)
-        found, error = slope(rows[late], resident[late])
-        print(f"{script:>25} {int(rows[-1] - rows[0]):7} {resident[late].mean() / 1e6:8.1f} "
-              f"{found / 1e3:11.3f} +- {error / 1e3:5.3f}", flush=True)  # fmt: skip
+        turns = []
+        for _ in range(arguments.repeat):
+            recorded, resident = watch(script, arguments)
+            late = slice(len(recorded) // 3, None)
+            steps = recorded[-1] - recorded[0]
+            turns.append((steps, resident[late].mean(), *slope(recorded[late], resident[late])))
+        steps, mean, steepness, error = map(statistics.median, zip(*turns, strict=True))
+        more = {
+            "steps": f"{steps:.0f}",
+            "MB": f"{mean / 1e6:.1f}",
+            "kB / step": f"{steepness / 1e3:.3f} +- {error / 1e3:.3f}",
+        }
+        yield Row(script, "small", [1e3 * arguments.seconds / turn[0] for turn in turns], more=more)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints a row for each command."""
+    parser = benchmark_parser(__doc__, repeat=1)
+    parser.add_argument("--seconds", type=positive_float, default=8.0, help="of each command")
+    parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
+    arguments = parser.parse_args(argv)
+    clock = set_up(arguments, wall=True)
+    print_table(rows(arguments), clock, f"{arguments.seconds:g} s each")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

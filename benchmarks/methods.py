@@ -1,31 +1,38 @@
 """What each way to the hypergradient reaches on the main job in equal time, and its memory.
 
-    python benchmarks/methods.py                     # 5 seconds of meta-learning each
+    python benchmarks/methods.py                     # 2 seconds of meta-learning each
     python benchmarks/methods.py --seconds 300       # a comparison worth the name, half an hour
 
 Every method learns a rule for 32 lateral-inhibitory units on MNIST from nothing, with the same
 settings (Adam, clipped, batches of 256), for so many seconds, in a process of its own. Methods that
-do not reach the initial distribution leave it as it is at the start.
+do not reach the initial distribution leave it as it is at the start. Times are those of a
+meta-step, its mean within a process; obvious: reverse mode, all updates kept.
 
     meta-steps   made in that time
     accuracy     of the probe on test images: mean of the last quarter of the meta-steps; the best
-    peak GB      the process's largest resident size; torch and images alone take the first row's
+    peak GB      the process's largest resident size; torch and images alone take the first row's;
+                 on a GPU the most that its tensors took
 """
 
 import argparse
 import math
-import resource
 import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
-from experiment.command_line import keep_freed_memory
+from benchmarks.table import (
+    Clock,
+    Row,
+    benchmark_parser,
+    numbers_of_process,
+    peak_gigabytes,
+    print_table,
+    set_up,
+)
+from experiment.command_line import positive_float, positive_int, run_command
 from hypgraddesc import HypergradientDescent, MetaSettings
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule
@@ -45,11 +52,12 @@ METHODS = {
     "implicit, K = 20": Implicit(20),
     "es, 4 pairs": Strategies(1e-4, 4),
 }
+OBVIOUS = "reverse, keep"
 
 
-def descend(method, arguments) -> list[float]:
-    """The test accuracies of all meta-steps that the time allows."""
-    data = load_images("mnist", arguments.data_dir)
+def descend(method, arguments: argparse.Namespace, clock: Clock) -> tuple[list[float], float]:
+    """The test accuracies of all meta-steps that the time allows, and how many ms it took."""
+    data = [d.to(clock.device) for d in load_images("mnist", arguments.data_dir)]
     mode = TRAINABLE if "initializer" in method.reaches else FIXED
     settings = MetaSettings(
         lr=arguments.lr,
@@ -65,48 +73,67 @@ def descend(method, arguments) -> list[float]:
         lambda generator: batches(data[0], 256, generator),
         ProbeLoss(*data, 1000.0, outer_images=4096),
     )
+    for module in training.modules.values():
+        module.to(clock.device)
     descent = HypergradientDescent(training, settings, warn=lambda text: None)
-    accuracies, begin = [], time.perf_counter()
-    while time.perf_counter() - begin < arguments.seconds:
+    accuracies, begin = [], clock.now()
+    while clock.now() - begin < 1e3 * arguments.seconds:
         accuracies.append(descent.step()["test_accuracy"])
-    return accuracies
+    return accuracies, clock.now() - begin
 
 
-def run(name: str, arguments) -> None:
-    """One method; prints its numbers, then the process's peak memory."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
+def measure(name: str, arguments: argparse.Namespace, clock: Clock) -> None:
+    """Of one method; prints its numbers, then the process's peak memory."""
     if name == "none":
-        accuracies = []
         load_images("mnist", arguments.data_dir)
+        accuracies, milliseconds = [], 0.0
     else:
-        accuracies = [a for a in descend(METHODS[name], arguments) if not math.isnan(a)]
-    last = accuracies[-max(1, len(accuracies) // 4) :] or [0.0]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(len(accuracies), statistics.mean(last), max(accuracies, default=0.0), peak)
+        accuracies, milliseconds = descend(METHODS[name], arguments, clock)
+    sound = [a for a in accuracies if not math.isnan(a)]
+    last = sound[-max(1, len(sound) // 4) :] or [0.0]
+    print(milliseconds / max(1, len(accuracies)), len(sound), statistics.mean(last),
+          max(sound, default=0.0), peak_gigabytes(clock.device))  # fmt: skip
 
 
-def main() -> None:
+def rows(arguments: argparse.Namespace, flags: Sequence[str]) -> Iterator[Row]:
+    """One for each method."""
+    names = ("none", *METHODS)
+    turns = [
+        {name: numbers_of_process(__file__, [*flags, "--method", name]) for name in names}
+        for _ in range(arguments.repeat)
+    ]
+    obvious = [turn[OBVIOUS][0] for turn in turns]
+    for name in names:
+        milliseconds, *others = zip(*(turn[name] for turn in turns), strict=True)
+        count, last, best, peak = map(statistics.median, others)
+        more = {
+            "meta-steps": f"{count:.0f}",
+            "accuracy": f"{last:.2%}",
+            "best": f"{best:.2%}",
+            "peak GB": f"{peak:.2f}",
+        }
+        if name == "none":
+            yield Row("nothing but images", "-", None, more=more)
+        else:
+            yield Row(name, f"{arguments.steps} inner steps", milliseconds, obvious, more=more)
+
+
+def main(argv: list[str] | None = None) -> None:
     """Prints one row per method."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--steps", type=int, default=50, help="updates of each training")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    flags = sys.argv[1:] if argv is None else argv
+    parser = benchmark_parser(__doc__, repeat=1)
+    parser.add_argument("--seconds", type=positive_float, default=2.0)
+    parser.add_argument("--steps", type=positive_int, default=50, help="updates of each training")
+    parser.add_argument("--lr", type=positive_float, default=1e-4)
     parser.add_argument("--data-dir", default="./data")
     parser.add_argument("--method", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(flags)
+    clock = set_up(arguments, wall=True)
     if arguments.method:
-        run(arguments.method, arguments)
+        measure(arguments.method, arguments, clock)
         return
-    print(f"{arguments.seconds:g} s each, {arguments.steps} inner steps, one thread, "
-          f"torch {torch.__version__}")  # fmt: skip
-    print(f"{'method':>19} {'meta-steps':>11} {'accuracy':>9} {'best':>7} {'peak GB':>8}")
-    for name in ("none", *METHODS):
-        command = [sys.executable, __file__, "--method", name, *sys.argv[1:]]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        count, last, best, peak = map(float, output.split())
-        print(f"{name:>19} {count:11.0f} {last:9.2%} {best:7.2%} {peak:8.2f}", flush=True)
+    print_table(rows(arguments, flags), clock, f"784-32, {arguments.seconds:g} s each")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,44 +1,36 @@
-"""Times the linear probe's solver against scikit-learn's lbfgs, on the same features in one thread.
+"""Times the linear probe's solver against scikit-learn's lbfgs, on the same features.
 
-    python benchmarks/probe.py                    # under a minute
+    python benchmarks/probe.py                    # one thread, under a minute
     python benchmarks/probe.py --full             # also 256 features; minutes of scikit-learn
     python benchmarks/probe.py --data-dir ./data --repeat 5
 
 Features are sigmoid(4 x w), x the images and w random directions of length one, new ones in every
-repetition. The two solvers take turns; times, ratios and differences are medians over repetitions.
-difference: (our objective - scikit-learn's) / scikit-learn's; negative where ours is lower.
+turn. obvious: scikit-learn, on the CPU.
+
+    difference   (our objective - scikit-learn's) / scikit-learn's; negative where ours is lower
+    theirs, our steps   of the solvers
 """
-
-from __future__ import annotations
-
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before numpy starts its threads
 
 import argparse
 import statistics
 import sys
-import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from sklearn.linear_model import LogisticRegression
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
+from experiment.command_line import positive_float, run_command
 from kernels.logistic_regression import LogisticFit, fit_logistic
 from mnist_datasets import load_images
 
 # rows, features, dtype
 QUICK = [(10_000, 32, torch.float32), (60_000, 32, torch.float32), (60_000, 32, torch.float64)]
 FULL = [*QUICK, (60_000, 256, torch.float32)]
-
-
-def images_and_labels(data_dir: str) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Images [N, pixels] and labels [N] of MNIST, and where they come from."""
-    train, _ = load_images("mnist", data_dir)
-    return train.floats().flatten(1), train.labels, train.source
 
 
 def random_features(images: torch.Tensor, width: int, seed: int) -> torch.Tensor:
@@ -64,66 +56,60 @@ def objective(fit: LogisticFit, features: torch.Tensor, labels: torch.Tensor, C:
     return float(C * loss + 0.5 * fit.weight.square().sum())
 
 
-def seconds(solve) -> tuple[float, LogisticFit]:
-    start = time.perf_counter()
-    fit = solve()
-    return time.perf_counter() - start, fit
-
-
-def compare(images, labels, width: int, dtype: torch.dtype, arguments) -> str:
-    """One row of the table."""
-    runs = []
+def compare(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    width: int,
+    dtype: torch.dtype,
+    arguments: argparse.Namespace,
+    clock: Clock,
+) -> Row:
+    """Both solvers, in turns, on new features each time."""
+    C, turns = arguments.C, []
     for seed in range(arguments.repeat):
         features = random_features(images, width, seed).to(dtype)
-        ours, fit = seconds(lambda x=features: fit_logistic(x, labels, 10, arguments.C))
-        theirs, oracle = seconds(
-            lambda x=features: scikit_learn(x, labels, arguments.C, arguments.tol)
-        )
-        best = objective(oracle, features, labels, arguments.C)
-        difference = objective(fit, features, labels, arguments.C) / best - 1
-        runs.append((theirs, ours, theirs / ours, difference, oracle.iterations, fit.iterations))
-    theirs, ours, ratio, difference, their_iterations, iterations = (
-        statistics.median(column) for column in zip(*runs, strict=True)
-    )
-    size = f"{len(images)} x {width}"
-    return (
-        f"{size:>12} {str(dtype)[6:]:>8} {theirs:>15.2f} {ours:>9.3f} {ratio:>7.1f} "
-        f"{difference:>11.1e} {their_iterations:>12g} {iterations:>12g}"
-    )
+        fits: dict[str, LogisticFit] = {}
+        moved, moved_labels = features.to(clock.device), labels.to(clock.device)
+
+        def ours(fits=fits, moved=moved, labels=moved_labels) -> None:
+            fits["ours"] = fit_logistic(moved, labels, 10, C)
+
+        def theirs(fits=fits, features=features) -> None:
+            fits["theirs"] = scikit_learn(features, labels, C, arguments.tol)
+
+        times = clock.milliseconds(theirs), clock.milliseconds(ours)
+        best = objective(fits["theirs"], features, labels, C)
+        difference = objective(fits["ours"], moved, moved_labels, C) / best - 1
+        turns.append((*times, difference, fits["theirs"].iterations, fits["ours"].iterations))
+    obvious, ours_ms, *others = zip(*turns, strict=True)
+    difference, their_steps, our_steps = map(statistics.median, others)
+    more = {
+        "difference": f"{difference:.1e}",
+        "their steps": f"{their_steps:g}",
+        "our steps": f"{our_steps:g}",
+    }
+    return Row("probe", f"{len(images)} x {width} {str(dtype)[6:]}", ours_ms, obvious, more=more)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data-dir", default="./data", help="where the images are (./data)")
-    parser.add_argument("--repeat", type=int, default=3, help="repetitions of each size (3)")
-    parser.add_argument("--full", action="store_true", help="also 256 and 784 features")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (1)")
-    parser.add_argument("--C", type=float, default=1000.0, help="inverse penalty (1000)")
-    parser.add_argument("--tol", type=float, default=1e-6, help="of scikit-learn (1e-6)")
-    arguments = parser.parse_args(argv)
-    if arguments.repeat < 1 or arguments.threads < 1:
-        parser.error("--repeat and --threads must be at least 1")
-    return arguments
+def rows(arguments: argparse.Namespace, data, clock: Clock) -> Iterator[Row]:
+    """One for each size."""
+    images, labels = data.floats().flatten(1), data.labels
+    for count, width, dtype in FULL if arguments.full else QUICK:
+        yield compare(images[:count], labels[:count], width, dtype, arguments, clock)
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments = parse(argv)
-    torch.set_num_threads(arguments.threads)
-    images, labels, source = images_and_labels(arguments.data_dir)
-    print(
-        f"{source}; C = {arguments.C:g}; {arguments.threads} thread(s); torch {torch.__version__}"
-    )
-    print(f"medians of {arguments.repeat} paired repetitions")
-    print(
-        f"{'size':>12} {'dtype':>8} {'scikit-learn s':>15} {'ours s':>9} {'ratio':>7} "
-        f"{'difference':>11} {'their steps':>12} {'our steps':>12}"
-    )
-    for rows, width, dtype in FULL if arguments.full else QUICK:
-        rows = min(rows, len(images))
-        print(compare(images[:rows], labels[:rows], width, dtype, arguments), flush=True)
+    """Prints a row for each size."""
+    parser = benchmark_parser(__doc__, repeat=3)
+    parser.add_argument("--data-dir", default="./data", help="where the images are")
+    parser.add_argument("--full", action="store_true", help="also 256 features")
+    parser.add_argument("--C", type=positive_float, default=1000.0, help="inverse penalty")
+    parser.add_argument("--tol", type=positive_float, default=1e-6, help="of scikit-learn")
+    arguments = parser.parse_args(argv)
+    clock = set_up(arguments)
+    train, _ = load_images("mnist", arguments.data_dir)
+    print_table(rows(arguments, train, clock), clock, f"{train.source}; C = {arguments.C:g}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

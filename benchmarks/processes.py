@@ -1,16 +1,18 @@
 """Meta-steps by several processes: efficiency here, and what a meta-step would cost on many.
 
-    python benchmarks/processes.py                       # under two minutes, nothing else running
-    python benchmarks/processes.py --processes 1 2 4 --tasks 4 --metasteps 20
+    python benchmarks/processes.py                       # about a minute, nothing else running
+    python benchmarks/processes.py --processes 1 2 4 --tasks 4 --repeat 20
 
-measured   `torchrun --nproc_per_node P main.py 32 --tasks T`, one thread each: median seconds of a
-           meta-step (of learn_to_optimize.py: of a run of T trainings); efficiency: those of one
-           process, divided by P times those of P
+commands   `torchrun --nproc_per_node P main.py 32 --tasks T`, one thread each: a meta-step (of
+           learn_to_optimize.py: a run of T trainings); obvious: one process; limit: its time,
+           divided by P. --repeat are the meta-steps that are counted
 gather     all hypergradients and numbers to all processes of this machine, without the rest;
            bytes: that a process receives in a meta-step
-modelled   R ranks with a task each: seconds of a task, plus a gather of two rounds (sizes, then
-           contents) in a ring, 2 (R - 1) latencies and R messages over the bandwidth; latency and
-           bandwidth of the network are assumptions, set by flags
+modelled   R ranks with a task each: a task, plus a gather of two rounds (sizes, then contents) in a
+           ring, 2 (R - 1) latencies and R messages over the bandwidth; latency and bandwidth of the
+           network are assumptions, set by flags; limit: the task
+
+    efficiency   limit/ours
 """
 
 import argparse
@@ -20,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +31,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch import distributed, multiprocessing
 
+from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
+from experiment.command_line import positive_float, positive_int, run_command
 from experiment.processes import Team
 from experiment.run_reader import read_metrics
 from hypgraddesc import TaskOutcome
@@ -49,29 +53,30 @@ def commands(arguments) -> dict[str, list]:
     """The meta-learning commands, with so many steps (or runs) of a second or so."""
     return {
         "main.py": [
-            "main.py", *arguments.layers, "--metasteps", arguments.metasteps,
+            "main.py", *arguments.layers, "--metasteps", arguments.repeat + 1,
             "--initial_inner_steps", arguments.steps, "--max_inner_steps", arguments.steps,
             "--batch_size", 256, "--evaluations", 1,
         ],
         "learn_to_optimize.py": [
             "learn_to_optimize.py", "relu20", "--network", "mlp", "--compare", "--epochs", 1,
-            "--runs_per_epoch", arguments.metasteps, "--inner_steps", 2 * arguments.steps,
+            "--runs_per_epoch", arguments.repeat + 1, "--inner_steps", 2 * arguments.steps,
             "--unroll", arguments.steps, "--coordinates", 2000, "--validation_runs", 1,
         ],
     }  # fmt: skip
 
 
-def seconds_of_a_step(command: list, arguments, processes: int) -> float:
-    """Median over the rows of a run, without its first."""
-    with tempfile.TemporaryDirectory() as place:
-        out = Path(place) / "run"
+def times_of_a_step(command: list, arguments, processes: int) -> list[float]:
+    """Milliseconds of each row of a run, without its first."""
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "run"
         start = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc_per_node", processes, *command, "--tasks", arguments.tasks, "--threads", 1,
-            "--quiet", "--out", out, "--data-dir", Path(arguments.data_dir).resolve(),
+            "--nproc_per_node", processes, *command, "--tasks", arguments.tasks,
+            "--threads", arguments.threads, "--device", "cpu", "--quiet", "--out", out,
+            "--data-dir", Path(arguments.data_dir).resolve(),
         ]  # fmt: skip
         subprocess.run([*map(str, start)], cwd=ROOT, env=ENVIRONMENT, check=True)
-        return statistics.median(read_metrics(out)["seconds"][1:].tolist())
+        return [1e3 * seconds for seconds in read_metrics(out)["seconds"][1:].tolist()]
 
 
 def gather(rank: int, count: int, port: int, layers: int, answer) -> None:
@@ -80,19 +85,16 @@ def gather(rank: int, count: int, port: int, layers: int, answer) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count
     )
-    team, own = Team(rank, count), [outcome(layers)]
-    times = []
-    for _ in range(GATHERS):
-        begin = time.perf_counter()
-        team.gathered(own)
-        times.append(time.perf_counter() - begin)
+    team, share = Team(rank, count), [outcome(layers)]
+    clock = Clock(torch.device("cpu"), wall=True)
+    times = [clock.milliseconds(lambda: team.gathered(share)) for _ in range(GATHERS)]
     if rank == 0:
-        answer.put(statistics.median(times))
+        answer.put(times)
     distributed.destroy_process_group()
 
 
-def seconds_of_a_gather(count: int, layers: int) -> float:
-    """Among `count` processes of this machine."""
+def times_of_a_gather(count: int, layers: int) -> list[float]:
+    """Milliseconds of each, among `count` processes of this machine."""
     context = multiprocessing.get_context("spawn")
     answer, port = context.Queue(), 29600 + count
     team = [
@@ -101,49 +103,78 @@ def seconds_of_a_gather(count: int, layers: int) -> float:
     ]
     for process in team:
         process.start()
-    seconds = answer.get()
+    times = answer.get()
     for process in team:
         process.join()
-    return seconds
+    return times
 
 
-def main() -> None:
-    """Prints the three tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, nargs="+", default=[32])
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--tasks", type=int, default=2)
-    parser.add_argument("--metasteps", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=50, help="inner steps")
-    parser.add_argument("--latency", type=float, default=50.0, help="of the network, microseconds")
-    parser.add_argument("--bandwidth", type=float, default=1.0, help="of the network, GB/s")
-    parser.add_argument("--data-dir", default="./data")
-    arguments = parser.parse_args()
+def measured(name: str, command: list, arguments: argparse.Namespace) -> Iterator[Row]:
+    """A command's meta-step, by each number of processes."""
+    times = {count: times_of_a_step(command, arguments, count) for count in arguments.processes}
+    first = arguments.processes[0]
+    for count, each in times.items():
+        limit = [first * t / count for t in times[first]]
+        yield row(name, f"{count} processes", each, times[first], limit)
+
+
+def gathered(layers: int, size: int) -> Iterator[Row]:
+    """What telling each other takes on this machine."""
+    for count in (2, 4, 8):
+        times = times_of_a_gather(count, layers)
+        yield row("gather", f"{count} processes", times, bytes_received=count * size)
+
+
+def modelled(task: float, size: int, arguments: argparse.Namespace) -> Iterator[Row]:
+    """What a meta-step would take on many machines, one task of so many milliseconds each."""
+    for ranks in (8, 32, 128, 512):
+        latency = 2 * (ranks - 1) * arguments.latency * 1e-3
+        milliseconds = latency + ranks * size / (arguments.bandwidth * 1e6)
+        sizes = f"{ranks} ranks"
+        yield row("modelled", sizes, [task + milliseconds], None, [task], ranks * size)
+
+
+def row(what, sizes, ours, obvious=None, limit=None, bytes_received: int | None = None) -> Row:
+    """A row with this benchmark's own columns."""
+    efficiency = "-"
+    if limit is not None:
+        efficiency = f"{statistics.median(limit) / statistics.median(ours):.1%}"
+    received = "-" if bytes_received is None else str(bytes_received)
+    return Row(what, sizes, ours, obvious, limit, {"efficiency": efficiency, "bytes": received})
+
+
+def rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """Measured, gathered, modelled."""
     layers = len(arguments.layers)
     size = len(pickle.dumps([outcome(layers)]))
-    print(f"units {arguments.layers}, {arguments.steps} steps of 256 images, {arguments.tasks} "
-          f"tasks, {os.cpu_count()} cores, torch {torch.__version__}")  # fmt: skip
-    print(f"{'command':>22} {'processes':>10} {'s / step':>9} {'efficiency':>11}")
-    work = {}  # seconds times processes, of a step by the smallest team
+    tasks = []
     for name, command in commands(arguments).items():
-        for count in arguments.processes:
-            seconds = seconds_of_a_step(command, arguments, count)
-            work.setdefault(name, count * seconds)
-            efficiency = work[name] / (count * seconds)
-            print(f"{name:>22} {count:10} {seconds:9.3f} {efficiency:11.1%}", flush=True)
-    print(f"\n{'gather':>10} {'ms':>14} {'bytes':>11}")
-    for count in (2, 4, 8):
-        seconds = seconds_of_a_gather(count, layers)
-        print(f"{count:10} {1e3 * seconds:14.2f} {count * size:11}", flush=True)
-    task = work["main.py"] / arguments.tasks
-    print(f"\nmodelled: a task {task:.2f} s, latency {arguments.latency:g} us, "
-          f"{arguments.bandwidth:g} GB/s")  # fmt: skip
-    print(f"{'ranks':>10} {'bytes':>14} {'gather ms':>11} {'efficiency':>11}")
-    for ranks in (8, 32, 128, 512):
-        latency = 2 * (ranks - 1) * arguments.latency * 1e-6
-        seconds = latency + ranks * size / (arguments.bandwidth * 1e9)
-        print(f"{ranks:10} {ranks * size:14} {1e3 * seconds:11.2f} {task / (task + seconds):11.1%}")
+        alone, *others = measured(name, command, arguments)
+        yield from (alone, *others)
+        tasks.append(arguments.processes[0] * statistics.median(alone.ours) / arguments.tasks)
+    yield from gathered(layers, size)
+    yield from modelled(tasks[0], size, arguments)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints a row for each command and team, gather, and team that is only modelled."""
+    parser = benchmark_parser(__doc__, repeat=6)
+    add = parser.add_argument
+    add("--layers", type=positive_int, nargs="+", default=[32])
+    add("--processes", type=positive_int, nargs="+", default=[1, 2])
+    add("--tasks", type=positive_int, default=2)
+    add("--steps", type=positive_int, default=50, help="inner steps")
+    add("--latency", type=positive_float, default=50.0, help="of the network, microseconds")
+    add("--bandwidth", type=positive_float, default=1.0, help="of the network, GB/s")
+    add("--data-dir", default="./data")
+    arguments = parser.parse_args(argv)
+    clock = set_up(
+        arguments, wall=True, only_on_cpu="the teams share the cores of a CPU and talk over gloo"
+    )
+    common = (f"units {arguments.layers}, {arguments.steps} steps of 256 images, "
+              f"{arguments.tasks} tasks, {os.cpu_count()} cores")  # fmt: skip
+    print_table(rows(arguments), clock, common)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

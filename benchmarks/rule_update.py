@@ -8,14 +8,11 @@ limit: nothing but the matrix products that no formulation can avoid, on the sam
     forward  x w^T, one product with the x of each group of terms (those with the same powers of x
     and of w; 3 of them, 4 for pairs), J of y m^T, one product with the y of each group of lateral
     terms; backward twice those of m and y, and as many as forward with x, which needs no gradient.
-The three take turns; times and ratios are medians over the repetitions.
 """
 
-import argparse
 import itertools
-import statistics
 import sys
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import oracles
 
-from experiment.command_line import keep_freed_memory
+from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
+from experiment.command_line import positive_int, run_command
 from learning_rules import PolynomialPairRule, PolynomialRule
 from models_fully_local import Activation, lateral_mlp
 
@@ -51,10 +49,10 @@ def unrolled(update, start, batches, rule, recompute: bool):
     return run
 
 
-def products_alone(units: int, rule: PolynomialRule, batches):
+def products_alone(units: int, rule: PolynomialRule, batches, device: torch.device):
     """The matrix products of `len(batches)` steps and no more."""
-    w, m = torch.rand(units, INPUTS), torch.rand(units, units)
-    t = torch.rand(BATCH, units)
+    shapes = (units, INPUTS), (units, units), (BATCH, units)
+    w, m, t = (torch.rand(shape, device=device) for shape in shapes)
     groups = {"w": set(), "m": set()}
     for name, sending in (("w", 1), ("m", 1)):
         for term in rule.exponents[name]:
@@ -79,21 +77,24 @@ def products_alone(units: int, rule: PolynomialRule, batches):
     return run
 
 
-def ways(kind: str, units: int) -> dict:
+def ways(kind: str, units: int, device: torch.device) -> dict:
     """The three things to time, by name."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=1.0):
-        return (scale * torch.randn(shape, generator=generator)).requires_grad_()
+        return (scale * torch.randn(shape, generator=generator)).to(device).requires_grad_()
 
     def batch():
-        views = tuple(torch.rand(BATCH, INPUTS, generator=generator) for _ in range(rule.views))
+        views = tuple(
+            torch.rand(BATCH, INPUTS, generator=generator).to(device) for _ in range(rule.views)
+        )
         return views if rule.views == 2 else views[0]
 
     model = lateral_mlp(INPUTS, [units], Activation("sigmoid", 4.0), inh_factor=0.2)
     rule = KINDS[kind].of_degree(3, bound="tanh", forward_weight_bound=1.0)
     for psi in rule.parameters():
         torch.nn.init.normal_(psi, std=1e-4, generator=generator)
+    rule.to(device)
     layer = {"w": normal(units, INPUTS, scale=INPUTS**-0.5), "b": normal(units, scale=0.1)}
     start = [{}, layer | {"m": normal(units, units, scale=0.01)}]
     batches = [batch() for _ in range(max(STEPS.values()))]
@@ -108,42 +109,28 @@ def ways(kind: str, units: int) -> dict:
     return {
         "obvious": unrolled(obvious, start, some["obvious"], rule, recompute=True),
         "ours": unrolled(ours, start, some["ours"], rule, recompute=False),
-        "limit": products_alone(units, rule, some["limit"]),
+        "limit": products_alone(units, rule, some["limit"], device),
     }
 
 
-def main() -> None:
-    """Prints one row per layer size."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--units", type=int, nargs="+", default=[32, 256])
+def rows(kinds: Sequence[str], units: Sequence[int], repeat: int, clock: Clock) -> Iterator[Row]:
+    """One for each kind of rule and layer size."""
+    for kind, count in itertools.product(kinds, units):
+        times = clock.in_turns(ways(kind, count, clock.device), repeat)
+        each = {name: [t / STEPS[name] for t in values] for name, values in times.items()}
+        yield Row(f"update, {kind}", f"{count} units", **each)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints one row per kind and layer size."""
+    parser = benchmark_parser(__doc__, repeat=5)
+    parser.add_argument("--units", type=positive_int, nargs="+", default=[32, 256])
     parser.add_argument("--kinds", choices=list(KINDS), nargs="+", default=list(KINDS))
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    print(f"ms per step, {INPUTS} inputs, batch {BATCH}, degree 3, {args.threads} thread(s), "
-          f"median of {args.repeat}")  # fmt: skip
-    print(f"{'kind':>6} {'units':>6} {'obvious':>9} {'ours':>8} {'limit':>8} {'obvious/ours':>13} "
-          f"{'ours/limit':>11}")  # fmt: skip
-    for kind, units in itertools.product(args.kinds, args.units):
-        timed = ways(kind, units)
-        for run in timed.values():
-            run()
-        rows = [{n: _milliseconds(run) / STEPS[n] for n, run in timed.items()}
-                for _ in range(args.repeat)]  # fmt: skip
-        obvious, ours, limit = (statistics.median(r[n] for r in rows) for n in STEPS)
-        faster = statistics.median(r["obvious"] / r["ours"] for r in rows)
-        above = statistics.median(r["ours"] / r["limit"] for r in rows)
-        print(f"{kind:>6} {units:6} {obvious:9.1f} {ours:8.2f} {limit:8.2f} {faster:13.1f} "
-              f"{above:11.2f}")  # fmt: skip
-
-
-def _milliseconds(run) -> float:
-    begin = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - begin)
+    arguments = parser.parse_args(argv)
+    clock = set_up(arguments)
+    lines = rows(arguments.kinds, arguments.units, arguments.repeat, clock)
+    print_table(lines, clock, f"a step each, {INPUTS} inputs, batch {BATCH}, degree 3")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,22 +1,21 @@
 """Times one update of a rule with unit statistics, forward and backward, per inner step.
 
-    python benchmarks/statistics_update.py                  # one thread, about two minutes
+    python benchmarks/statistics_update.py                  # one thread, about a minute
     python benchmarks/statistics_update.py --threads 2 --repeat 9 --units 32 --kinds pairs
 
 obvious: one product per term, every quantity as it is written, plain autograd
     (tests/unit_statistics_oracle.py).
 limit: nothing but the products with the inputs x, which no formulation can avoid, on the same
     batches: forward x w^T and h^T x, backward both once more; x needs no gradient.
-with_units: these and the products between units that the statistics take: moments c^T c, lateral
-    currents c K, backward one for the moments and two for the currents.
-All take turns; processor times, and medians over the repetitions.
+
+    with units     ms of these and the products between units that the statistics take: moments
+                   c^T c, lateral currents c K, backward one for the moments, two for the currents
+    ours/those     how far ours is from them
 """
 
-import argparse
 import itertools
-import statistics
 import sys
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +25,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import unit_statistics_oracle
 
-from experiment.command_line import keep_freed_memory
+from benchmarks.table import (
+    Clock,
+    Row,
+    benchmark_parser,
+    median_text,
+    print_table,
+    ratio_text,
+    set_up,
+)
+from experiment.command_line import positive_int, run_command
 from models_fully_local import Activation, lateral_mlp
 from rules.unit_statistics import DEFAULT, UnitStatisticsRule
 
@@ -50,10 +58,10 @@ def unrolled(update, start, batches, rule):
     return run
 
 
-def products_alone(units: int, batches, lateral: bool):
+def products_alone(units: int, batches, lateral: bool, device: torch.device):
     """The matrix products of `len(batches)` steps and no more."""
-    w, k = torch.rand(units, INPUTS), torch.rand(units, units)
-    h = torch.rand(len(batches[0][0]), units)
+    shapes = (units, INPUTS), (units, units), (len(batches[0][0]), units)
+    w, k, h = (torch.rand(shape, device=device) for shape in shapes)
 
     def run() -> None:
         for batch in batches:
@@ -70,17 +78,19 @@ def products_alone(units: int, batches, lateral: bool):
     return run
 
 
-def ways(kind: str, units: int, size: int) -> dict:
+def ways(kind: str, units: int, size: int, device: torch.device) -> dict:
     """The things to time, by name."""
     views, generator = VIEWS[kind], torch.Generator().manual_seed(0)
     model = lateral_mlp(INPUTS, [units], Activation("sigmoid", 4.0), inhibition="none")
     terms = [text for text in DEFAULT if views == 2 or "'" not in text]
     rule = UnitStatisticsRule.of_terms(terms, views=views, learn=("eta", "eps"))
     torch.nn.init.normal_(rule.w, generator=generator)
+    rule.to(device)
     w = torch.randn(units, INPUTS, generator=generator) * 0.167 / INPUTS**0.5
-    start = [{}, {"w": w.requires_grad_(), "b": torch.zeros(units).requires_grad_()}]
+    layer = {"w": w.to(device), "b": torch.zeros(units, device=device)}
+    start = [{}, {name: tensor.requires_grad_() for name, tensor in layer.items()}]
     batches = [
-        tuple(torch.randn(size, INPUTS, generator=generator) for _ in range(views))
+        tuple(torch.randn(size, INPUTS, generator=generator).to(device) for _ in range(views))
         for _ in range(max(STEPS.values()))
     ]
 
@@ -93,51 +103,37 @@ def ways(kind: str, units: int, size: int) -> dict:
     return {
         "obvious": unrolled(obvious, start, batches[: STEPS["obvious"]], rule),
         "ours": unrolled(ours, start, batches, rule),
-        "limit": products_alone(units, batches, lateral=False),
-        "with_units": products_alone(units, batches, lateral=True),
+        "limit": products_alone(units, batches, False, device),
+        "with_units": products_alone(units, batches, True, device),
     }
 
 
-def main() -> None:
+def rows(
+    kinds: Sequence[str], units: Sequence[int], batches: Sequence[int], repeat: int, clock: Clock
+) -> Iterator[Row]:
+    """One for each kind of input, layer size and batch."""
+    for kind, count, size in itertools.product(kinds, units, batches):
+        times = clock.in_turns(ways(kind, count, size, clock.device), repeat)
+        each = {name: [t / STEPS[name] for t in values] for name, values in times.items()}
+        with_units = each.pop("with_units")
+        more = {
+            "with units": median_text(with_units),
+            "ours/those": ratio_text(each["ours"], with_units),
+        }
+        yield Row(f"update, {kind}", f"{count} units x {size}", **each, more=more)
+
+
+def main(argv: list[str] | None = None) -> None:
     """Prints one row per kind of input, layer size and batch."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--units", type=int, nargs="+", default=[32, 256])
-    parser.add_argument("--batch", type=int, nargs="+", default=[256, 1024])
+    parser = benchmark_parser(__doc__, repeat=3)
+    parser.add_argument("--units", type=positive_int, nargs="+", default=[32, 256])
+    parser.add_argument("--batch", type=positive_int, nargs="+", default=[256, 1024])
     parser.add_argument("--kinds", choices=list(VIEWS), nargs="+", default=list(VIEWS))
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    print(
-        f"ms of processor time per step, {INPUTS} inputs, terms of the default form, "
-        f"{args.threads} thread(s), median of {args.repeat}"
-    )
-    print(
-        f"{'kind':>6} {'units':>6} {'batch':>6} {'obvious':>9} {'ours':>8} {'limit':>8} "
-        f"{'with_units':>11} {'obvious/ours':>13} {'ours/limit':>11} {'ours/with_units':>16}"
-    )
-    for kind, units, size in itertools.product(args.kinds, args.units, args.batch):
-        timed = ways(kind, units, size)
-        for run in timed.values():
-            run()
-        rows = [{n: _milliseconds(run) / STEPS[n] for n, run in timed.items()}
-                for _ in range(args.repeat)]  # fmt: skip
-        middle = {n: statistics.median(row[n] for row in rows) for n in STEPS}
-        ratios = [
-            statistics.median(row[a] / row[b] for row in rows)
-            for a, b in (("obvious", "ours"), ("ours", "limit"), ("ours", "with_units"))
-        ]
-        print(f"{kind:>6} {units:6} {size:6} {middle['obvious']:9.1f} {middle['ours']:8.2f} "
-              f"{middle['limit']:8.2f} {middle['with_units']:11.2f} {ratios[0]:13.1f} "
-              f"{ratios[1]:11.2f} {ratios[2]:16.2f}")  # fmt: skip
-
-
-def _milliseconds(run) -> float:
-    begin = time.process_time()
-    run()
-    return 1e3 * (time.process_time() - begin)
+    arguments = parser.parse_args(argv)
+    clock = set_up(arguments)
+    lines = rows(arguments.kinds, arguments.units, arguments.batch, arguments.repeat, clock)
+    print_table(lines, clock, f"a step each, {INPUTS} inputs, terms of the default form")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,18 +7,16 @@ One update of the polynomial rule, forward and backward, of several tasks, each 
 batches of its own and the same coefficients. Batched means that nothing could be written by hand:
 the update must be plain operations (as below: terms factored as in kernels/local_polynomial.py).
 
-    plain    the plain update, task by task
-    vmap     the same, all tasks at once
-    ours     learning_rules.py, task by task: what `--tasks T` does
+    vmap beside plain   ours is the plain update, all tasks at once; obvious: task by task
+    ours beside vmap    ours is learning_rules.py, task by task, as `--tasks T`; obvious: vmap
 
-The three take turns; times are milliseconds of all tasks, ratios medians over the repetitions.
+Times are those of all tasks.
 """
 
-import argparse
-import statistics
+import itertools
 import sys
-import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from experiment.command_line import keep_freed_memory
+from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
+from experiment.command_line import positive_int, run_command
 from learning_rules import PolynomialRule
 from models_fully_local import Activation, lateral_mlp
 
@@ -63,24 +62,25 @@ def plain_update(rule: PolynomialRule, psi: dict[str, Tensor], w, b, m, x) -> tu
         factored_sum(rule.exponents["w"], psi["w"], x, (s, y), w),
         factored_sum(of_b, psi["b"], ones, (y,), b[:, None])[:, 0],
         factored_sum(rule.exponents["m"], psi["m"], y, (y,), m)
-        + psi["diagonal"] * torch.eye(len(m)),
+        + psi["diagonal"] * torch.eye(len(m), device=m.device),
     )
     size = rule.bound_size
     return tuple(t + size * torch.tanh(d / size) for t, d in zip((w, b, m), changes, strict=True))
 
 
-def ways(tasks: int, units: int, batch: int) -> dict:
+def ways(tasks: int, units: int, batch: int, device: torch.device) -> dict:
     """The three things to time, by name; each returns its new parameters."""
     generator = torch.Generator().manual_seed(0)
     rule = PolynomialRule.of_degree(3, bound="tanh")
     for p in rule.parameters():
         torch.nn.init.normal_(p, std=1e-4, generator=generator)
+    rule.to(device)
     shapes = {"w": (units, INPUTS), "b": (units,), "m": (units, units)}
     start = {
-        n: (0.05 * torch.randn(tasks, *s, generator=generator)).requires_grad_()
+        n: (0.05 * torch.randn(tasks, *s, generator=generator)).to(device).requires_grad_()
         for n, s in shapes.items()
     }
-    x = torch.rand(tasks, batch, INPUTS, generator=generator)
+    x = torch.rand(tasks, batch, INPUTS, generator=generator).to(device)
     psi = dict(rule.named_parameters())
     model = lateral_mlp(
         INPUTS, [units], Activation("sigmoid", SLOPE), inh_steps=INH_STEPS, inh_factor=INH_FACTOR
@@ -116,43 +116,39 @@ def ways(tasks: int, units: int, batch: int) -> dict:
             "ours": with_gradient(ours)}  # fmt: skip
 
 
-def milliseconds(run) -> float:
-    """Of one call."""
-    begin = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - begin)
+def refuse_differences(timed: dict) -> None:
+    """AssertionError where the ways do not come to the same."""
+    expected = timed["ours"]()
+    for run in timed.values():
+        for ours, theirs in zip(expected, run(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def main() -> None:
-    """Prints one row per size."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", type=int, default=4)
-    parser.add_argument("--units", type=int, nargs="+", default=[8, 32, 256])
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--repeat", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
-    print(f"{arguments.tasks} tasks, {INPUTS} inputs, degree 3, {arguments.threads} thread(s), "
-          f"median of {arguments.repeat}, torch {torch.__version__}")  # fmt: skip
-    print(f"{'units':>6} {'batch':>6} {'plain':>8} {'vmap':>8} {'ours':>8} {'plain/vmap':>11} "
-          f"{'vmap/ours':>10}")  # fmt: skip
-    for units in arguments.units:
-        for batch in arguments.batch_sizes:
-            timed = ways(arguments.tasks, units, batch)
-            expected = timed["ours"]()
-            for run in timed.values():
-                for ours, theirs in zip(expected, run(), strict=True):
-                    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-            rows = [{n: milliseconds(run) for n, run in timed.items()}
-                    for _ in range(arguments.repeat)]  # fmt: skip
-            times = {n: statistics.median(row[n] for row in rows) for n in timed}
-            gain = statistics.median(row["plain"] / row["vmap"] for row in rows)
-            ahead = statistics.median(row["vmap"] / row["ours"] for row in rows)
-            print(f"{units:6} {batch:6} " + " ".join(f"{t:8.2f}" for t in times.values())
-                  + f" {gain:11.2f} {ahead:10.2f}", flush=True)  # fmt: skip
+def rows(tasks: int, units: int, batch: int, repeat: int, clock: Clock) -> Iterator[Row]:
+    """Both comparisons at one size."""
+    timed = ways(tasks, units, batch, clock.device)
+    refuse_differences(timed)
+    times = clock.in_turns(timed, repeat)
+    sizes = f"{units} units x {batch}"
+    yield Row("vmap beside plain", sizes, times["vmap"], times["plain"])
+    yield Row("ours beside vmap", sizes, times["ours"], times["vmap"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints two rows per size."""
+    parser = benchmark_parser(__doc__, repeat=5)
+    parser.add_argument("--tasks", type=positive_int, default=4)
+    parser.add_argument("--units", type=positive_int, nargs="+", default=[8, 32, 256])
+    parser.add_argument("--batch-sizes", type=positive_int, nargs="+", default=[64, 256])
+    arguments = parser.parse_args(argv)
+    clock = set_up(arguments)
+    lines = (
+        rows(arguments.tasks, units, batch, arguments.repeat, clock)
+        for units, batch in itertools.product(arguments.units, arguments.batch_sizes)
+    )
+    common = f"{arguments.tasks} tasks, {INPUTS} inputs, degree 3"
+    print_table(itertools.chain.from_iterable(lines), clock, common)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,5 +1,21 @@
-"""One thread for all tests: their tensors are small, and a busy second core slows two threads."""
+"""What makes all tests quick: one thread, no waiting for the disk, digits that are read once."""
 
+import functools
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts its threads
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # their tensors are small, the second core is busy
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # numba's would become torch's number too
+
+import pytest
+
+import mnist_datasets
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick():
+    """Nothing here is meant to outlive a loss of power; tests of a full disk patch fsync again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        digits = functools.cache(mnist_datasets._embedded_digits)
+        patch.setattr(mnist_datasets, "_embedded_digits", digits)
+        yield

@@ -1,9 +1,7 @@
 """Both layers against an update spelled out patch by patch, unit by unit."""
 
 import copy
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks import competing_layers
 from krotov_hopfield import (
     BioConv2d,
     BioLinear,
@@ -483,11 +482,7 @@ def test_inputs_of_another_shape_are_refused_with_the_shape_expected():
     ],
 )
 def test_the_benchmark_refuses_wrong_input_in_one_line(capsys, flags, message):
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / "krotov_hopfield.py"
-    spec = importlib.util.spec_from_file_location("benchmark", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    assert message in refused(capsys, benchmark.main, *flags)
+    assert message in refused(capsys, competing_layers.main, *flags)
 
 
 # ---- activation and rate ----

@@ -437,6 +437,7 @@ def test_importing_the_module_does_not_import_torchvision():
 
 def test_the_embedded_subset_is_the_same_every_time(digits):
     train, test = digits
+    m._embedded_digits.cache_clear()
     again, _ = m.load_images("mnist5k")
     assert torch.equal(train.images, again.images) and torch.equal(train.labels, again.labels)
     assert (train.classes, test.classes, train.shape) == (10, 10, (1, 28, 28))

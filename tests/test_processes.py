@@ -5,16 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, Command, start_team
 
+import learn_to_optimize
+import main
 from experiment.command_line import UserError, _run_before_the_restart
 from experiment.processes import ALONE, Team
 from experiment.run_reader import read_json, read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 RUN = [
     "main.py", "3", "--dataset", "mnist5k", "--initial_inner_steps", "2", "--max_inner_steps", "2",
     "--batch_size", "32", "--evaluations", "1", "--warmup_steps", "1", "--lr", "1e-3",
@@ -70,22 +73,25 @@ assert join_team().gathered(3) == [3, 3]
 """
 
 
-def launch(processes: int, *command, **options) -> subprocess.Popen:
-    """Python, or torchrun with several processes."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        start += options.pop("launcher", [])
+def torchrun(*command, options: Sequence[str] = (), **streams) -> subprocess.Popen:
+    """A script in two processes that torchrun starts and watches."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*start, *map(str, command)], cwd=ROOT, env=environment, text=True,
-        **{"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | options,
+        **{"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | streams,
     )  # fmt: skip
 
 
-def wait_for_rows(directory: Path, count: int, process: subprocess.Popen) -> None:
+def all_done(team: list[Command], folder: Path) -> None:
+    """Waits for every process of a team; all have ended well."""
+    statuses = [process.wait(180) for process in team]
+    assert statuses == [0] * len(team), [path.read_text() for path in folder.glob("?.txt")]
+
+
+def wait_for_rows(directory: Path, count: int, running: Callable[[], bool]) -> None:
     while len(read_metrics(directory).get("step", ())) < count:
-        assert process.poll() is None, process.stderr.read()
+        assert running(), f"ended before row {count}"
         time.sleep(0.05)
 
 
@@ -116,7 +122,7 @@ def test_every_task_belongs_to_one_process():
 def test_a_process_leaves_its_team_before_the_interpreter_ends(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(BRIEF_RUN)
-    process = launch(2, script, stdout=subprocess.PIPE)
+    process = torchrun(script, stdout=subprocess.PIPE)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert output.split() == ["left", "left"]
@@ -126,8 +132,7 @@ def test_two_processes_end_in_the_state_of_one_also_with_tasks_that_fail_or_go_o
     script = tmp_path / "run.py"
     script.write_text(META_RUN)
     for count in (1, 2):
-        process = launch(count, script, tmp_path)
-        assert process.wait(120) == 0, process.stderr.read()
+        all_done(start_team(count, script, tmp_path, folder=tmp_path), tmp_path)
     rows, state = torch.load(tmp_path / "1-0.pt", weights_only=True)
     assert any(row["skipped_tasks"] for row in rows)
     for rank in range(2):
@@ -137,12 +142,11 @@ def test_two_processes_end_in_the_state_of_one_also_with_tasks_that_fail_or_go_o
 
 
 def test_torchrun_gives_the_numbers_of_one_process_and_survives_the_loss_of_a_worker(tmp_path):
-    alone = launch(1, *RUN, "--metasteps", "40", "--out", tmp_path / "alone")
-    assert alone.wait(180) == 0, alone.stderr.read()
-    team = launch(
-        2, *RUN, "--metasteps", "40", "--out", tmp_path / "team", launcher=["--max-restarts", "1"]
-    )
-    wait_for_rows(tmp_path / "team", 15, team)
+    steps = ["--metasteps", "24", "--no_figures"]
+    main.main([*RUN[1:], *steps, "--out", str(tmp_path / "alone")])
+    restart = ["--max-restarts", "1"]
+    team = torchrun(*RUN, *steps, "--out", tmp_path / "team", options=restart)
+    wait_for_rows(tmp_path / "team", 8, lambda: team.poll() is None)
     os.kill(children(team.pid)[1], signal.SIGKILL)
     assert team.wait(180) == 0, team.stderr.read()
     assert numbers(tmp_path / "team") == numbers(tmp_path / "alone")
@@ -163,42 +167,48 @@ def assert_same_optimizer(directory: Path, other: Path) -> None:
         torch.testing.assert_close(theirs, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_torchrun_learns_the_optimiser_that_one_process_learns(tmp_path):
-    extra = ["--epochs", "1", "--log_loss", "--penalty", "0.1"]
-    for count in (1, 2):
-        process = launch(count, *LEARN, *extra, "--out", tmp_path / str(count))
-        assert process.wait(180) == 0, process.stderr.read()
-    assert_same_optimizer(tmp_path / "1", tmp_path / "2")
+def test_two_processes_learn_the_optimiser_that_one_learns(tmp_path):
+    flags = [*LEARN[1:], "--epochs", "1", "--log_loss", "--penalty", "0.1"]
+    learn_to_optimize.main([*flags, "--no_figures", "--out", str(tmp_path / "alone")])
+    team = start_team(2, LEARN[0], *flags, "--out", tmp_path / "team", folder=tmp_path)
+    all_done(team, tmp_path)
+    assert_same_optimizer(tmp_path / "alone", tmp_path / "team")
 
 
 def test_a_team_that_learns_an_optimiser_survives_the_loss_of_a_worker(tmp_path):
-    runs = ["--epochs", "20"]
-    alone = launch(1, *LEARN, *runs, "--out", tmp_path / "alone")
-    assert alone.wait(180) == 0, alone.stderr.read()
-    restart = ["--max-restarts", "1"]
-    team = launch(2, *LEARN, *runs, "--out", tmp_path / "team", launcher=restart)
-    wait_for_rows(tmp_path / "team", 12, team)
-    os.kill(children(team.pid)[1], signal.SIGKILL)
-    assert team.wait(180) == 0, team.stderr.read()
-    assert len(read_metrics(tmp_path / "team")["step"]) == 40
+    flags = [*LEARN[1:], "--epochs", "10", "--no_figures"]
+    learn_to_optimize.main([*flags, "--out", str(tmp_path / "alone")])
+    flags += ["--out", tmp_path / "team"]
+    team = start_team(2, LEARN[0], *flags, folder=tmp_path)
+    wait_for_rows(tmp_path / "team", 6, lambda: team[0].poll() is None)
+    team[1].send_signal(signal.SIGKILL)
+    assert team[0].wait(120) != 0, "it misses the other"
+    again = {"TORCHELASTIC_RESTART_COUNT": "1"}  # as torchrun starts a team for the second time
+    all_done(start_team(2, LEARN[0], *flags, folder=tmp_path, environment=again), tmp_path)
+    assert len(read_metrics(tmp_path / "team")["step"]) == 20
     assert_same_optimizer(tmp_path / "alone", tmp_path / "team")
 
 
 def test_a_team_that_is_interrupted_ends_together_with_figures(tmp_path):
-    team = launch(2, *RUN, "--metasteps", "5000", "--out", tmp_path / "run")
-    wait_for_rows(tmp_path / "run", 2, team)
-    for child in children(team.pid):
-        os.kill(child, signal.SIGTERM)
-    team.wait(120)
+    flags = [*RUN[1:], "--metasteps", "5000", "--out", tmp_path / "run"]
+    team = start_team(2, RUN[0], *flags, folder=tmp_path)
+    wait_for_rows(tmp_path / "run", 2, lambda: team[0].poll() is None)
+    for process in team:
+        process.send_signal(signal.SIGTERM)
+    for process in team:
+        process.wait(120)
     assert (tmp_path / "run" / "figures" / "meta_loss.png").exists()
     assert (tmp_path / "run" / "results.json").exists()
 
 
 def test_fewer_tasks_than_processes_are_refused_once(tmp_path):
-    team = launch(2, *RUN, "--tasks", "1", "--out", tmp_path / "run")
-    assert team.wait(120) != 0
-    lines = [line for line in team.stderr.read().splitlines() if line.startswith("error:")]
-    assert lines == ["error: 2 processes need --tasks 2 or more, one for each"]
+    flags = [*RUN[1:], "--tasks", "1", "--out", tmp_path / "run"]
+    team = start_team(2, RUN[0], *flags, folder=tmp_path)
+    assert [process.wait(120) for process in team] == [2, 2]
+    said = "".join((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert [line for line in said.splitlines() if line.startswith("error:")] == [
+        "error: 2 processes need --tasks 2 or more, one for each"
+    ]
     assert not (tmp_path / "run").exists()
 
 

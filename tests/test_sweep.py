@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, redraw, refused, start
+from commands import ROOT, Command, redraw, refused
 
 import sweep
 from sweeps.space import draw, searched_flag
@@ -72,7 +72,7 @@ def results(directory: Path) -> dict:
     return json.loads((directory / "results.json").read_text())
 
 
-def wait_for(condition, process: subprocess.Popen) -> None:
+def wait_for(condition, process: Command) -> None:
     for _ in range(600):
         assert process.poll() is None, "the sweep ended too early"
         if condition():
@@ -215,7 +215,7 @@ def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_values(tmp_path, comma
     out = tmp_path / "sweep"
     flags = [*METRIC, "--search", "x=0:1", "--trials", 4, "--workers", 2]
     arguments = ["--quiet", "--out", out, *flags, "--", command, "--steps", 6, "--pause", 0.1]
-    process = start("sweep.py", *arguments)
+    process = Command("sweep.py", *arguments)
     wait_for(lambda: (out / "trial-00003" / "metrics.csv").exists(), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -232,7 +232,7 @@ def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_values(tmp_path, comma
 def test_an_interrupted_sweep_ends_its_trials_cleanly_and_goes_on(tmp_path, command):
     out = tmp_path / "sweep"
     flags = [*METRIC, "--search", "x=0:1", "--trials", 3, "--workers", 2, "--out", out, "--quiet"]
-    process = start("sweep.py", *flags, "--", command, "--steps", 10, "--pause", 0.1)
+    process = Command("sweep.py", *flags, "--", command, "--steps", 10, "--pause", 0.1)
     wait_for(lambda: (out / "trial-00001" / "metrics.csv").exists(), process)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
@@ -247,7 +247,7 @@ def test_sweeps_that_share_a_directory_run_every_draw_once(tmp_path, command):
     out = tmp_path / "sweep"
     flags = [*METRIC, "--search", "x=0:1", "--trials", 8, "--out", out, "--quiet"]
     arguments = [*flags, "--", command, "--pause", 0.2]
-    processes = [start("sweep.py", *arguments) for _ in range(2)]
+    processes = [Command("sweep.py", *arguments) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
     run("--resume", out)  # whoever reported last may not have seen the other's last trial
     assert [row["state"] for row in table(out)] == ["done"] * 8

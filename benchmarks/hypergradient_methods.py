@@ -1,41 +1,39 @@
 """Times hypergradients of an unrolled SGD and of a fixed point, and measures their memory.
 
-    python benchmarks/hypergradients.py                   # one thread, under a minute
-    python benchmarks/hypergradients.py --steps 200 --repeat 9
+    python benchmarks/hypergradient_methods.py            # one thread, under a minute
+    python benchmarks/hypergradient_methods.py --steps 200 --repeat 9
     pip install --no-deps -r benchmarks/requirements.txt  # adds the rows of torchopt
 
 Unrolled: 100 steps on a 784-256-10 network, batches of 256, hyperparameters the step size and an L2
 weight. Fixed point: multinomial logistic regression with an L2 weight for each pixel, 20 products.
-The ways take turns in one process; times are CPU seconds, ratios medians over the repetitions of
-ratios within each. MB: the most bytes in tensors alive at once, as torch.profiler counts them.
 
-    inner run       the steps alone, with no graph: the unit of the first table
-    limit           of a step, four of its large matrix products, 2 forward and 2 backward, of which
-                    the inner run has 2; every way without the graph's memory needs one more or two
+    obvious     reverse_unroll, and at the fixed point CG
+    limit       the inner run alone, with no graph: of a step's four large matrix products, 2
+                forward and 2 backward, it has 2, and every way without the graph's memory needs one
+                more or two; at the fixed point, one graph of the map and as many passes through it
+    MB          the most bytes in tensors alive at once, on a CPU as torch.profiler counts them
+    difference  of the result from that of the obvious way, relative
 """
 
 import os
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: the profiler would announce itself
 
-import argparse
 import importlib.util
 import itertools
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 from torch.profiler import profile
 
-from experiment.command_line import keep_freed_memory
+from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
+from experiment.command_line import positive_int, run_command
 from hypergradients.inner_optimizers import GradientDescent
 from hypergradients.methods import CG, checkpointed_reverse, neumann, reverse, reverse_unroll
 
@@ -44,22 +42,28 @@ PRODUCTS, ROWS = 20, 2000
 HAS_TORCHOPT = importlib.util.find_spec("torchopt") is not None
 
 
+def _labelled(
+    count: int, generator: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Random pixels [count, PIXELS] and labels [count]."""
+    pixels = torch.rand(count, PIXELS, generator=generator)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    return pixels.to(device), labels.to(device)
+
+
 class Unrolled:
     """SGD on a network of one hidden layer; each way returns d outer loss / d (step size, L2)."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
         shapes = [(UNITS, PIXELS), (UNITS,), (CLASSES, UNITS), (CLASSES,)]
-        self.start = [torch.randn(s, generator=generator) * s[-1] ** -0.5 for s in shapes]
-        data = [
-            (
-                torch.rand(BATCH, PIXELS, generator=generator),
-                torch.randint(CLASSES, (BATCH,), generator=generator),
-            )
-            for _ in range(BATCHES)
-        ]
+        start = [torch.randn(s, generator=generator) * s[-1] ** -0.5 for s in shapes]
+        self.start = [t.to(device) for t in start]
+        data = [_labelled(BATCH, generator, device) for _ in range(BATCHES)]
         self.batches = [data[t % BATCHES] for t in range(steps)]
-        self.hparams = [torch.tensor(value).requires_grad_() for value in (0.1, 1e-3)]
+        self.hparams = [
+            torch.tensor(value, device=device).requires_grad_() for value in (0.1, 1e-3)
+        ]
 
     def cross_entropy(self, params: list[Tensor], batch) -> Tensor:
         hidden = torch.relu(linear(batch[0], params[0], params[1]))
@@ -132,25 +136,24 @@ class Unrolled:
 class FixedPoint:
     """Logistic regression; each way returns d outer loss / d L2 after PRODUCTS iterations."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.x, self.x_outer = (torch.rand(ROWS, PIXELS, generator=generator) for _ in range(2))
-        self.y, self.y_outer = (
-            torch.randint(CLASSES, (ROWS,), generator=generator) for _ in range(2)
-        )
-        self.hparams = [torch.full((PIXELS,), 1e-3).requires_grad_()]
+        self.inner, self.outer = (_labelled(ROWS, generator, device) for _ in range(2))
+        self.hparams = [torch.full((PIXELS,), 1e-3, device=device).requires_grad_()]
         self.map = GradientDescent(self.inner_loss, 0.02)
-        params = [torch.zeros(CLASSES, PIXELS)]
+        params = [torch.zeros(CLASSES, PIXELS, device=device)]
         for _ in range(30):
             params = self.map(params, self.hparams, create_graph=False)
         self.params = params
 
     def inner_loss(self, params: list[Tensor], hparams: list[Tensor]) -> Tensor:
         penalty = 0.5 * (hparams[0] * params[0].square()).sum()
-        return cross_entropy(linear(self.x, params[0]), self.y) + penalty
+        x, labels = self.inner
+        return cross_entropy(linear(x, params[0]), labels) + penalty
 
     def outer_loss(self, params: list[Tensor], hparams: list[Tensor]) -> Tensor:
-        return cross_entropy(linear(self.x_outer, params[0]), self.y_outer)
+        x, labels = self.outer
+        return cross_entropy(linear(x, params[0]), labels)
 
     def products(self) -> None:
         """One graph of the map, PRODUCTS + 1 backward passes through it: the least of all."""
@@ -204,14 +207,13 @@ class FixedPoint:
         return ways
 
 
-def timed(run: Callable) -> float:
-    begin = time.process_time()
-    run()
-    return time.process_time() - begin
-
-
-def peak_megabytes(run: Callable) -> float:
+def peak_megabytes(run: Callable, device: torch.device) -> float:
     """The most bytes in tensors that were alive at once, beyond those alive before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
     with profile(profile_memory=True) as profiled:
         run()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -219,46 +221,44 @@ def peak_megabytes(run: Callable) -> float:
     return max(itertools.accumulate(changes), default=0) / 1e6
 
 
-def table(problem: str, ways: dict[str, Callable], repeat: int) -> None:
-    """Prints a row per way: seconds, ratios, memory, and how far its result is from another's."""
+def rows(sizes: str, ways: dict[str, Callable], repeat: int, clock: Clock) -> Iterator[Row]:
+    """One for each way; the first is the limit, the second the obvious one."""
+    limit, obvious = list(ways)[:2]
     results = {name: run() for name, run in ways.items()}
-    rounds = [{n: timed(run) for n, run in ways.items()} for _ in range(repeat)]
-    unit, plain = list(ways)[:2]
-    print(f"{problem:>21} {'seconds':>8} {'of ' + unit:>18} {'of ' + plain:>18} {'MB':>6} "
-          f"{'difference':>11}")  # fmt: skip
+    times = clock.in_turns(ways, repeat)
     for name, run in ways.items():
-        seconds = statistics.median(r[name] for r in rounds)
-        ratios = [statistics.median(r[name] / r[n] for r in rounds) for n in (unit, plain)]
-        of = name.removeprefix("torchopt ")
-        off = difference(results[name], results[of if of in results else plain])
-        print(f"{name:>21} {seconds:8.3f} {ratios[0]:18.2f} {ratios[1]:18.2f} "
-              f"{peak_megabytes(run):6.1f} {off:>11}")  # fmt: skip
+        alike = name.removeprefix("torchopt ")
+        other = results[alike if alike in results else obvious]
+        more = {
+            "MB": f"{peak_megabytes(run, clock.device):.1f}",
+            "difference": difference(results[name], other),
+        }
+        yield Row(name, sizes, times[name], times[obvious], times[limit], more)
 
 
 def difference(result: list[Tensor] | None, other: list[Tensor]) -> str:
     """The largest relative distance of a hyperparameter's gradient from another's."""
     if result is None:
-        return ""
+        return "-"
     pairs = zip(result, other, strict=True)
     return f"{max(float((a - b).norm() / b.norm()) for a, b in pairs):.0e}"
 
 
-def main() -> None:
-    """Prints both tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
-    size = f"{arguments.steps} steps of {PIXELS}-{UNITS}-{CLASSES}, batch {BATCH}"
-    print(f"{size}; {PRODUCTS} products; {arguments.threads} thread(s), median of "
-          f"{arguments.repeat}, torch {torch.__version__}, "
-          f"torchopt {'beside it' if HAS_TORCHOPT else 'is not installed'}")  # fmt: skip
-    table("unrolled", Unrolled(arguments.steps).ways(), arguments.repeat)
-    table("fixed point", FixedPoint().ways(), arguments.repeat)
+def main(argv: list[str] | None = None) -> None:
+    """Prints a row for each way to the unrolled one, then to that of the fixed point."""
+    parser = benchmark_parser(__doc__, repeat=5)
+    parser.add_argument("--steps", type=positive_int, default=100)
+    arguments = parser.parse_args(argv)
+    clock = set_up(arguments)
+    unrolled, fixed_point = Unrolled(arguments.steps, clock.device), FixedPoint(clock.device)
+    lines = itertools.chain(
+        rows(f"{arguments.steps} steps", unrolled.ways(), arguments.repeat, clock),
+        rows(f"{PRODUCTS} products", fixed_point.ways(), arguments.repeat, clock),
+    )
+    beside = "beside it" if HAS_TORCHOPT else "is not installed"
+    common = f"{PIXELS}-{UNITS}-{CLASSES}, batch {BATCH}; torchopt {beside}"
+    print_table(lines, clock, common)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,53 +1,58 @@
 """Times meta-training and meta-testing of the LSTM optimiser on a 784-20-10 network, batch 128.
 
-    python benchmarks/learned_optimizer.py                  # one thread, under a minute
-    python benchmarks/learned_optimizer.py --repeat 9 --units 20 128
+    python benchmarks/lstm_optimizer.py                  # one thread, under a minute
+    python benchmarks/lstm_optimizer.py --repeat 9 --units 20 128
 
 window: 20 steps with their meta-gradient.
-    published: one torch.nn.LSTMCell pair per tensor and step, and at each step loss.backward(),
+    obvious: one torch.nn.LSTMCell pair per tensor and step, and at each step loss.backward(),
         which runs through the graph of all steps before it, as in public implementations.
-    one graph: the same, but each gradient only of the parameters it is of, and one backward pass
-        through all steps at the end.
-    limit: the 20 gradients, and one forward and backward pass of torch.nn.LSTM over the sequence;
-        "own" is the same with this program's pass in the place of torch's.
+    limit: the 20 gradients, and one forward and backward pass of torch.nn.LSTM over the sequence.
+window, one graph: obvious is the same, but each gradient only of the parameters it is of, and one
+    backward pass through all steps at the end; the limit has this program's LSTM pass in the place
+    of torch's.
+window, sampled: 3,000 coordinates; the limit is the 20 gradients alone.
 step: one update under no_grad.
-    obvious: the modules of "published" without a graph. adam: torch.optim.Adam's step, fused.
-    limit: the matrix products of the two layers alone, 80 x 23 and 80 x 41 per parameter.
-All take turns; times and ratios are medians over the repetitions.
+    obvious: the two cells without a graph. limit: the matrix products of the two layers alone,
+        80 x 23 and 80 x 41 per parameter.
+step, Adam: the limit is torch.optim.Adam's step, fused.
 """
 
-import argparse
 import itertools
-import statistics
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-
-from experiment.command_line import keep_freed_memory
+from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
+from experiment.command_line import positive_int, run_command
 from experiment.seeds import seeded_generator
-from learned_optimizer.coordinate_lstm import STEP_CHUNK, Weights, sequence_gradient
+from learned_optimizer.coordinate_lstm import (
+    LARGE_CHUNK,
+    STEP_CHUNK,
+    Weights,
+    sequence_gradient,
+)
 from learned_optimizer.networks import CoordinateLSTM, log_and_sign, make_network
 from learned_optimizer.optimizees import Optimizee, image_optimizee
 from learned_optimizer.optimizer import LearnedOptimizer
 from learned_optimizer.window_gradients import Objective, start, suffix_sum_gradient
 
 STEPS, BATCH = 20, 128
-SAMPLED = 3000  # coordinates of the last row: what meta-training may sample
+SAMPLED = 3000  # coordinates, as meta-training may sample
 
 
 class ObviousOptimizer:
     """Two LSTM cells and a linear layer, called once per tensor."""
 
     def __init__(self, network: CoordinateLSTM, tensors: list) -> None:
-        self.cells = [nn.LSTMCell(2, 20), nn.LSTMCell(20, 20)]
-        for cell, own in zip(self.cells, network.lstm.all_weights, strict=True):
-            cell.load_state_dict(dict(zip(cell.state_dict(), own, strict=True)))
+        device = tensors[0].device
+        self.cells = [nn.LSTMCell(2, 20, device=device), nn.LSTMCell(20, 20, device=device)]
+        for cell, weights in zip(self.cells, network.lstm.all_weights, strict=True):
+            cell.load_state_dict(dict(zip(cell.state_dict(), weights, strict=True)))
         self.output, self.out_mul = network.output, network.out_mul
         self.states: list = [[None, None] for _ in tensors]
 
@@ -69,12 +74,13 @@ class Windows:
 
     def __init__(self, network: CoordinateLSTM, optimizee: Optimizee, batches: list) -> None:
         self.network, self.optimizee, self.batches = network, optimizee, batches
-        self.params = optimizee.initial(seeded_generator(0))
+        device = batches[0][0].device
+        self.params = optimizee.initial(seeded_generator(0), device=device)
         self.theta = optimizee.flat(self.params)[None]
         n = self.theta.numel()
         generator = torch.Generator().manual_seed(0)
-        self.inputs = torch.randn(STEPS, 2, n, generator=generator)
-        self.du = torch.randn(STEPS, n, generator=generator)
+        self.inputs = torch.randn(STEPS, 2, n, generator=generator).to(device)
+        self.du = torch.randn(STEPS, n, generator=generator).to(device)
 
     def published(self) -> None:
         tensors = [t.requires_grad_() for layer in self.params for t in layer.values()]
@@ -127,7 +133,7 @@ class Windows:
         u = self.network.output(outputs)[..., 0]
         torch.autograd.grad((u * self.du).sum(), list(self.network.parameters()))
 
-    def own_limit(self) -> None:
+    def limit_with_our_pass(self) -> None:
         self.gradients_only()
         weights = Weights.of(self.network.lstm, self.network.output)
         state = self.network.memory(self.inputs.shape[2], self.inputs)
@@ -137,20 +143,25 @@ class Windows:
 class Steps:
     """The ways to one update."""
 
-    def __init__(self, network: CoordinateLSTM, optimizee: Optimizee) -> None:
-        params = optimizee.initial(seeded_generator(0))
+    def __init__(self, network: CoordinateLSTM, optimizee: Optimizee, device: torch.device) -> None:
+        params = optimizee.initial(seeded_generator(0), device=device)
         self.tensors = [t.requires_grad_() for layer in params for t in layer.values()]
         generator = torch.Generator().manual_seed(0)
         for t in self.tensors:
-            t.grad = 0.1 * torch.randn(t.shape, generator=generator)
+            t.grad = 0.1 * torch.randn(t.shape, generator=generator).to(device)
         self.learned = LearnedOptimizer(self.tensors, network)
         self.torch_adam = torch.optim.Adam(self.tensors, 1e-3, fused=True)
         self.slow = ObviousOptimizer(network, self.tensors)
-        chunk, n = STEP_CHUNK["cpu"], sum(optimizee.sizes())
+        n = sum(optimizee.sizes())
+        chunk = min(n, STEP_CHUNK.get(device.type, LARGE_CHUNK))
         self.columns = [min(chunk, n - first) for first in range(0, n, chunk)]
         weights = Weights.of(network.lstm, network.output)
         self.products = [
-            (w, torch.randn(w.shape[1], chunk, generator=generator), torch.empty(80, chunk))
+            (
+                w,
+                torch.randn(w.shape[1], chunk, generator=generator).to(device),
+                torch.empty(80, chunk, device=device),
+            )
             for w in (weights.first, weights.second)
         ]
 
@@ -169,79 +180,50 @@ class Steps:
             torch.mm(w, x[:, :count], out=out[:, :count])
 
 
-def ways(units: int) -> tuple[Windows, Steps]:
+def problems(units: int, device: torch.device) -> tuple[Windows, Steps]:
     """Both, for a network of so many hidden units."""
     network, optimizee = make_network("lstm", 0), image_optimizee(f"sigmoid{units}")
+    network, optimizee = network.to(device), optimizee.to(device)
     generator = torch.Generator().manual_seed(1)
     batches = [
-        (torch.rand(BATCH, 1, 28, 28, generator=generator),
-         torch.randint(10, (BATCH,), generator=generator))
-        for _ in range(STEPS + 1)
-    ]  # fmt: skip
-    return Windows(network, optimizee, batches), Steps(network, optimizee)
-
-
-def measure(timed: dict, repeat: int) -> dict[str, list[float]]:
-    """Milliseconds of each, in turns, after one run that is not counted."""
-    for run in timed.values():
-        run()
-    found: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(repeat):
-        for name, run in timed.items():
-            begin = time.perf_counter()
-            run()
-            found[name].append(1e3 * (time.perf_counter() - begin))
-    return found
-
-
-def ratio(found: dict[str, list[float]], above: str, below: str) -> float:
-    """The median of the ratios of paired runs."""
-    pairs = zip(found[above], found[below], strict=True)
-    return statistics.median(a / b for a, b in pairs)
-
-
-def main() -> None:
-    """Prints a table for windows, one for steps."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--units", type=int, nargs="+", default=[20])
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    print(f"ms, {args.threads} thread(s), median of {args.repeat}")
-    for units in args.units:
-        windows, steps = ways(units)
-        names = (
-            "published",
-            "one_graph",
-            "ours",
-            "sampled",
-            "limit",
-            "own_limit",
-            "gradients_only",
+        (
+            torch.rand(BATCH, 1, 28, 28, generator=generator).to(device),
+            torch.randint(10, (BATCH,), generator=generator).to(device),
         )
-        found = measure({name: getattr(windows, name) for name in names}, args.repeat)
-        print(f"window of {STEPS} steps, 784-{units}-10")
-        _print_times(found)
-        print(f"  published/ours {ratio(found, 'published', 'ours'):.1f}, "
-              f"one_graph/ours {ratio(found, 'one_graph', 'ours'):.1f}, "
-              f"ours/limit {ratio(found, 'ours', 'limit'):.2f}, "
-              f"ours/own_limit {ratio(found, 'ours', 'own_limit'):.2f}")  # fmt: skip
-        names = ("obvious", "ours", "adam", "limit")
-        found = measure({name: getattr(steps, name) for name in names}, 10 * args.repeat)
-        print(f"step, 784-{units}-10")
-        _print_times(found)
-        print(f"  obvious/ours {ratio(found, 'obvious', 'ours'):.1f}, "
-              f"ours/limit {ratio(found, 'ours', 'limit'):.2f}, "
-              f"ours/adam {ratio(found, 'ours', 'adam'):.0f}, "
-              f"limit/adam {ratio(found, 'limit', 'adam'):.0f}")  # fmt: skip
+        for _ in range(STEPS + 1)
+    ]
+    return Windows(network, optimizee, batches), Steps(network, optimizee, device)
 
 
-def _print_times(found: dict[str, list[float]]) -> None:
-    for name, times in found.items():
-        print(f"  {name:>15} {statistics.median(times):9.2f}")
+def rows(units: int, repeat: int, clock: Clock) -> Iterator[Row]:
+    """Those of a window, then those of a step, of a network of so many hidden units."""
+    windows, steps = problems(units, clock.device)
+    names = (
+        "published", "one_graph", "ours", "sampled", "limit", "limit_with_our_pass",
+        "gradients_only",
+    )  # fmt: skip
+    times = clock.in_turns({name: getattr(windows, name) for name in names}, repeat)
+    sizes, ours = f"784-{units}-10", times["ours"]
+    yield Row(f"window of {STEPS}", sizes, ours, times["published"], times["limit"])
+    yield Row("window, one graph", sizes, ours, times["one_graph"], times["limit_with_our_pass"])
+    yield Row(
+        "window, sampled", sizes, times["sampled"], times["published"], times["gradients_only"]
+    )
+    names = ("obvious", "ours", "adam", "limit")
+    times = clock.in_turns({name: getattr(steps, name) for name in names}, 10 * repeat)
+    yield Row("step", sizes, times["ours"], times["obvious"], times["limit"])
+    yield Row("step, Adam", sizes, times["ours"], limit=times["adam"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the rows of each network."""
+    parser = benchmark_parser(__doc__, repeat=5)
+    parser.add_argument("--units", type=positive_int, nargs="+", default=[20])
+    arguments = parser.parse_args(argv)
+    clock = set_up(arguments)
+    lines = (rows(units, arguments.repeat, clock) for units in arguments.units)
+    print_table(itertools.chain.from_iterable(lines), clock, f"batch {BATCH}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,0 +1,208 @@
+"""What all benchmarks share: three flags, timing in turns, peak memory, and the table's columns.
+
+    parser = benchmark_parser(__doc__, repeat=9)
+    arguments = parser.parse_args(argv)
+    clock = set_up(arguments)
+    times = clock.in_turns({"obvious": obvious, "ours": ours, "limit": limit}, arguments.repeat)
+    print_table([Row("what", "its sizes", **times)], clock, "what all rows have in common")
+
+    obvious ms     the formulation that anyone would write first; "-" where there is none
+    limit ms       what no formulation can do without; "-" where none is known
+    obvious/ours   how much faster ours is, the median of the ratios within a turn
+    ours/limit     how far ours is from the limit, likewise
+    median of      so many turns
+
+Columns after these are one benchmark's own. In one thread of a CPU times are the processor's, which
+other processes disturb less than the wall clock; elsewhere they are the wall clock's.
+"""
+
+import argparse
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from experiment.command_line import (
+    OneLineParser,
+    UserError,
+    device_name,
+    find_device,
+    keep_freed_memory,
+    positive_int,
+)
+
+HEADINGS = (
+    "what", "sizes", "obvious ms", "ours ms", "limit ms", "obvious/ours", "ours/limit", "median of",
+)  # fmt: skip
+WIDTHS = 26, 24  # of the first two columns; the others are as wide as their headings
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Reads the time when a device has done all that it was told.
+
+    device: to wait for; threads: of torch; wall: whether to read the wall clock in any case, as
+        where other processes do the work.
+    """
+
+    device: torch.device
+    threads: int = 1
+    wall: bool = False
+
+    @property
+    def reads_processor(self) -> bool:
+        """Whether times are the processor's."""
+        return self.device.type == "cpu" and self.threads == 1 and not self.wall
+
+    def now(self) -> float:
+        """Milliseconds since any fixed moment."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return 1e3 * (time.process_time() if self.reads_processor else time.perf_counter())
+
+    def milliseconds(self, run: Callable[[], object]) -> float:
+        """What one call takes."""
+        begin = self.now()
+        run()
+        return self.now() - begin
+
+    def in_turns(
+        self, ways: Mapping[str, Callable[[], object]], repeat: int
+    ) -> dict[str, list[float]]:
+        """Milliseconds of each way in each turn, after one call of each that is not counted."""
+        for run in ways.values():
+            run()
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repeat):
+            for name, run in ways.items():
+                times[name].append(self.milliseconds(run))
+        return times
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    ours, obvious, limit: milliseconds, one for each turn, in the same order; None: there is none.
+    more: the benchmark's own columns, heading to text.
+    """
+
+    what: str
+    sizes: str
+    ours: Sequence[float] | None
+    obvious: Sequence[float] | None = None
+    limit: Sequence[float] | None = None
+    more: Mapping[str, str] = field(default_factory=dict)
+
+    def cells(self) -> list[str]:
+        """The texts of all columns."""
+        return [
+            self.what,
+            self.sizes,
+            *(median_text(times) for times in (self.obvious, self.ours, self.limit)),
+            ratio_text(self.obvious, self.ours),
+            ratio_text(self.ours, self.limit),
+            "-" if self.ours is None else str(len(self.ours)),
+            *self.more.values(),
+        ]
+
+
+def median_text(times: Sequence[float] | None) -> str:
+    """The median with at least three digits, "-" without times."""
+    if times is None:
+        return "-"
+    median = statistics.median(times)
+    digits = 2 - math.floor(math.log10(median)) if median > 0 else 0
+    return f"{median:.{max(0, digits)}f}"
+
+
+def ratio_text(above: Sequence[float] | None, below: Sequence[float] | None) -> str:
+    """The median of the ratios of times of the same turn, "-" where either is missing."""
+    if above is None or below is None:
+        return "-"
+    return f"{statistics.median(a / b for a, b in zip(above, below, strict=True)):.2f}"
+
+
+def benchmark_parser(description: str, repeat: int) -> argparse.ArgumentParser:
+    """A parser with the flags of every benchmark.
+
+    description: the benchmark's docstring, of which the first line is shown; repeat: the default.
+    """
+    parser = OneLineParser(
+        description=description.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    device = "auto, cpu, cuda, cuda:N or mps"
+    add("--device", type=device_name, default="auto", metavar="NAME", help=device)
+    add("--repeat", type=positive_int, default=repeat, metavar="N", help="turns, for the medians")
+    add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads")
+    return parser
+
+
+def set_up(
+    arguments: argparse.Namespace, *, wall: bool = False, only_on_cpu: str | None = None
+) -> Clock:
+    """Sets threads and allocator; the clock of the device that the flags ask for.
+
+    only_on_cpu: why another device makes no sense. UserError where it is asked for all the same.
+    """
+    name = arguments.device
+    if only_on_cpu is not None:
+        if name not in ("auto", "cpu"):
+            raise UserError(f"--device {name}: {only_on_cpu}; only --device cpu makes sense here")
+        name = "cpu"
+    device = find_device(name)
+    torch.set_num_threads(arguments.threads)
+    threadpool_limits(arguments.threads)  # those of numpy and scipy
+    keep_freed_memory()
+    return Clock(device, arguments.threads, wall)
+
+
+def peak_gigabytes(device: torch.device) -> float:
+    """Of this process's memory so far, or of its tensors on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def numbers_of_process(script: str, flags: Sequence[str]) -> list[float]:
+    """What a script prints in a process of its own, as numbers.
+
+    Of a process that ends with an error, its own words and exit status end this one too.
+    """
+    command = [sys.executable, script, *flags]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return [float(word) for word in process.stdout.split()]
+
+
+def print_table(rows: Iterable[Row], clock: Clock, common: str) -> None:
+    """Prints each row as soon as it is there; `common`: what holds for all of them."""
+    kind = "processor time" if clock.reads_processor else "wall clock"
+    print(f"{common}; {_described(clock.device)}, {clock.threads} thread(s), torch "
+          f"{torch.__version__}, {kind}")  # fmt: skip
+    headings: list[str] = []
+    for row in rows:
+        if not headings:
+            headings = [*HEADINGS, *row.more]
+            print(_line(headings, headings))
+        print(_line(row.cells(), headings), flush=True)
+
+
+def _described(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _line(cells: Sequence[str], headings: Sequence[str]) -> str:
+    first = [cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=False)]
+    others = [c.rjust(max(8, len(h))) for c, h in zip(cells[2:], headings[2:], strict=True)]
+    return "  ".join([*first, *others])
