@@ -46,7 +46,7 @@ from experiment.command_line import (
 from experiment.precision import PRODUCTS, Products
 from experiment.processes import Team, join_team
 from experiment.run_log import RunLog
-from experiment.seeds import EVALUATION, seeded_generator
+from experiment.seeds import EVALUATION, log_uniform_integer, seeded_generator
 from experiment.statistics import accuracy_text, mean_and_deviation
 from experiment.view_flags import add_views, view_needs, views_of_flags
 from figures.meta_learning import draw_run
@@ -78,7 +78,7 @@ from linear_probe import (
     extract_features,
 )
 from meta_gradients import METHODS, Forward, MetaGradient, Reverse, Strategies, Truncated
-from mnist_datasets import ImageData, batches, load_images, normalize_pixels
+from mnist_datasets import ImageData, ImageSets, batches, load_images, normalize_pixels
 from models_fully_local import INHIBITION, WITH_LATERAL_WEIGHTS, network_of_flags
 from rules import write_rule
 from rules.competing_units import KrotovHopfieldRule
@@ -92,7 +92,9 @@ OUTER_IMAGES = {"logistic": 1024, "sampled": 1024, "ridge": 2000}  # sampled: of
 
 def make_parser():
     """The command's flags; what a meta-step does comes first, then the network, then the rule."""
-    parser = common_parser("Meta-learn a local learning rule by hypergradient descent.", "main")
+    parser = common_parser(
+        "Meta-learn a local learning rule by hypergradient descent.", "main", several_datasets=True
+    )
     parser.add_argument("layers", type=positive_int, nargs="*", help="units of each layer")
     for add_flags in (
         add_meta_learning,
@@ -168,6 +170,8 @@ def add_network_and_rule(parser) -> None:
     add = parser.add_argument_group("network and rule").add_argument
     add("--conv", type=convolution, nargs="+", default=[], metavar="CHANNELSxKERNEL",
         help="convolutional layers before the others")  # fmt: skip
+    add("--units_range", type=positive_int, nargs=2, metavar=("LOW", "HIGH"),
+        help="of the last layer in meta-steps, drawn log-uniformly for each task")  # fmt: skip
     add("--pool", type=positive_int, default=2, help="side of the squares averaged after each")
     add("--inhibition", choices=INHIBITION, default="lateral", help="how units compete")
     add("--inh_steps", type=nonnegative_int, default=10, help="steps of the lateral dynamics")
@@ -197,8 +201,8 @@ def add_probe(parser) -> None:
     add = parser.add_argument_group("probe").add_argument
     add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
     add("--probe", choices=PROBES, default="logistic",
-        help="of a meta-step: logistic regression; the same, fitted to and judged on drawn "
-             "training images; ridge regression, fitted to drawn ones, judged on others")  # fmt: skip
+        help="of a meta-step: logistic regression; the same, fitted to and judged on "
+             "drawn images; ridge regression, fitted to drawn ones, judged on others")  # fmt: skip
     add("--probe_images", type=positive_int, metavar="N",
         help="for a meta-step (default: 16 million / features, 8192 or 2000)")  # fmt: skip
     add("--probe_gradient", choices=PROBE_GRADIENTS, default="envelope",
@@ -236,6 +240,11 @@ def refuse_flags_without_effect(args, parser) -> None:
         raise UserError("--products needs --dtype float32, and goes without --compile")
     if args.compile and args.sparsify:
         raise UserError("--compile does not go with --sparsify, whose rule changes: leave one out")
+    if args.units_range and args.units_range[0] >= args.units_range[1]:
+        raise UserError("--units_range takes a smaller and a larger number of units, such as 16 64")
+    if args.compile and args.units_range:
+        raise UserError("--compile does not go with --units_range, whose sizes change: "
+                        "leave one out")  # fmt: skip
     if args.compile and args.inhibition == "equilibrium":
         raise UserError("--compile does not go with --inhibition equilibrium: leave one out")
     unrolls = args.method in ("reverse", "truncated")
@@ -254,6 +263,7 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("raise_every", args.raise_by, "--raise_by"),
         ("finetune_factor", args.finetune_steps, "--finetune_steps"),
         ("accumulate", args.reinitialize_every > 1, "--reinitialize_every of at least 2"),
+        ("units_range", args.layers, "a layer of units, such as 32, that evaluations have"),
         ("pool", args.conv, "--conv, whose output it averages"),
         ("inh_steps inh_factor", args.inhibition == "lateral", "--inhibition lateral"),
         ("forbid_self_inhibition forbid_excitation", lateral,
@@ -272,21 +282,40 @@ def refuse_flags_without_effect(args, parser) -> None:
 # ---- data, model, rule, loss ----
 
 
-def make_data(args, team: Team, device: torch.device) -> tuple[ImageData, ImageData]:
-    """Training and test images."""
-    data = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
+def dataset_names(args) -> list[str]:
+    """Those of --dataset."""
+    return args.dataset if isinstance(args.dataset, list) else [args.dataset]
+
+
+def make_data(args, name: str, team: Team, device: torch.device) -> tuple[ImageData, ImageData]:
+    """Training and test images of one data set."""
+    data = team.first_then_others(partial(load_images, name, args.data_dir))
     train_data, test_data = (part.to(device) for part in data)
     if args.pixelwise_normalization or args.center:
         return normalize_pixels(train_data, test_data, unit_variance=not args.center)
     return train_data, test_data
 
 
-def make_model(args, input_shape: tuple[int, int, int]) -> nn.Module:
-    """The network, without parameters; UserError where its convolutions do not fit the images."""
+def make_model(args, input_shape: tuple[int, int, int], last_units: int | None = None) -> nn.Module:
+    """The network, without parameters; UserError where its convolutions do not fit the images.
+
+    last_units: of its last layer, where these are not as the flags say.
+    """
+    layers = args.layers if last_units is None else [*args.layers[:-1], last_units]
     try:
-        return network_of_flags(vars(args), input_shape, args.layers)
+        return network_of_flags(vars(args), input_shape, layers)
     except ValueError as problem:
         raise UserError(f"{problem}: take smaller kernels or squares") from problem
+
+
+def make_models(args, input_shape: tuple[int, int, int]) -> Callable[[Generator], nn.Module] | None:
+    """Draws the network of each task, where --units_range says so."""
+    if not args.units_range:
+        return None
+    low, high = args.units_range
+    return lambda generator: make_model(
+        args, input_shape, log_uniform_integer(low, high, generator)
+    )
 
 
 def make_rule(args) -> PerLayerRule:
@@ -342,16 +371,15 @@ def begin_with(
         batches.set_values(run.views)
 
 
-def make_outer_loss(
-    args, model: nn.Module, initializer: GaussianInitializer, data: Sequence[ImageData]
-) -> OuterLoss:
+def make_outer_loss(args, initializer: GaussianInitializer, data: Sequence[ImageData]) -> OuterLoss:
     """What judges a training in a meta-step, on training and test images or some of them."""
     if args.probe == "ridge":
         fit_images = args.probe_images or RIDGE_IMAGES
         return RidgeLoss(data[0], fit_images=fit_images, outer_images=args.outer_images)
     if args.probe == "sampled":
         return SampledProbeLoss(data[0], args.C, images=args.probe_images or SAMPLED_IMAGES)
-    count = images_to_fit(args, model, initializer, data[0])
+    widest = make_model(args, data[0].shape, args.units_range and args.units_range[1])
+    count = images_to_fit(args, widest, initializer, data[0])
     return make_probe(args, *(images.subset(slice(count)) for images in data))
 
 
@@ -382,6 +410,17 @@ def make_batches(args, data: ImageData, dtype: torch.dtype) -> Callable[[Generat
         draw.to(data.images.device, dtype)
     next(draw(seeded_generator(0)))  # refuses a wrong batch size
     return draw
+
+
+def make_streams(
+    args, sets: Sequence[ImageData], dtype: torch.dtype
+) -> list[Callable[[Generator], Iterator]]:
+    """`make_batches` of each data set; learned strengths of views are the same for all."""
+    streams = [make_batches(args, data, dtype) for data in sets]
+    for stream in streams[1:]:
+        if isinstance(stream, Views):
+            stream.moved = streams[0].moved
+    return streams
 
 
 def compile_update(training: Training) -> None:
@@ -464,19 +503,33 @@ def hyperparameters(training: Training) -> dict[str, float]:
 # ---- report ----
 
 
-def evaluate_and_report(args, log: RunLog, training: Training, data, finished: bool) -> bool:
+def evaluate_and_report(
+    args,
+    log: RunLog,
+    trainings: Sequence[Training],
+    sets: Sequence[tuple[ImageData, ImageData]],
+    finished: bool,
+) -> bool:
     """The rule, what trainings by it come to (one, where meta-training was interrupted), figures.
 
-    data: training and test images, all of which the probe takes. False where Ctrl-C ended it.
+    sets: training and test images of each training, all of which the probe takes. Parameters and
+    effects are those of the first. False where Ctrl-C ended it.
     """
-    write_rule(log, training.rule)  # also where no training by it should be finite
-    steps = steps_to_judge(log.directory, vars(args))
+    first, steps = trainings[0], steps_to_judge(log.directory, vars(args))
+    write_rule(log, first.rule)  # also where no training by it should be finite
     count = args.evaluations if finished else 1
     draws = [Draw((args.seed, EVALUATION, k), steps) for k in range(count)]
-    whole = replace(training, outer_loss=make_probe(args, *data))
-    rows, params, evaluated = evaluate_draws(log, whole, draws)
-    effects = measure_effects(training, draws[0]) if rows and args.rule == "polynomial" else {}
-    report(log, training, data[0], [{"inner_steps": steps, **row} for row in rows], params, effects)
+    rows, params, evaluated = [], [], True
+    for training, data in zip(trainings, sets, strict=True):
+        whole = replace(training, outer_loss=make_probe(args, *data))
+        some, last, evaluated = evaluate_draws(log, whole, draws)
+        place = {"dataset": training.name} if training.name else {}
+        rows += [{"inner_steps": steps, **place, **row} for row in some]
+        params = last if training is first else params
+        if not evaluated:
+            break
+    effects = measure_effects(first, draws[0]) if rows and args.rule == "polynomial" else {}
+    report(log, first, [data[0] for data in sets], rows, params, effects)
     return evaluated
 
 
@@ -487,33 +540,54 @@ def measure_effects(training: Training, draw: Draw) -> dict[str, float]:
 
 
 def report(
-    log: RunLog, training: Training, data: ImageData, rows: list[dict], params, effects: dict
+    log: RunLog,
+    training: Training,
+    data: Sequence[ImageData],
+    rows: list[dict],
+    params,
+    effects: dict,
 ) -> None:
     """Rule, parameters, results and figures as files; the formula and the accuracy on the screen.
 
-    rows, params: of the trainings with the final rule, and the last one's parameters.
+    data: training images of each data set, training and params of the first; rows: of all trainings
+    with the final rule; params: those that the last one of the first data set ended with.
     """
     write_rule(log, training.rule, effects or None)
     log.say("the rule; in brackets, the size of a term relative to the whole change")
     log.say(training.rule.formula(effects or None, max_terms=6))
-    log.write_parameters(params, data.shape)
+    log.write_parameters(params, data[0].shape)
     views = training.batches
-    accuracies = mean_and_deviation("test_accuracy", [row["test_accuracy"] for row in rows])
+    by_dataset = accuracies_by_dataset(rows)
+    # Over the means of the data sets, draw by draw.
+    means = [sum(some) / len(some) for some in zip(*by_dataset.values(), strict=False)]
+    accuracies = mean_and_deviation("test_accuracy", means)
+    each = {name: mean_and_deviation("test_accuracy", v) for name, v in by_dataset.items()}
     log.write_json("results.json", {
-        "data": data.source,
+        "data": "; ".join(images.source for images in data),
         "evaluations": rows,
         **accuracies,
+        **({"by_dataset": each} if training.name else {}),
         "initializer": training.initializer.effective(),
         "views": views.strengths().to_dict() if isinstance(views, Views) else None,
         "term_effects": effects,
     })  # fmt: skip
-    if rows:
+    for name, part in each.items() if training.name else ():
+        log.say(f"{name}: {accuracy_text(part)}")
+    if means:
         log.say(
-            f"{accuracy_text(accuracies)} over {len(rows)} trainings with the final rule, "
+            f"{accuracy_text(accuracies)} over {len(means)} trainings with the final rule, "
             f"{rows[0]['inner_steps']} steps each"
         )
     log.draw(draw_run)
     log.say(f"everything is in {log.directory}")
+
+
+def accuracies_by_dataset(rows: Sequence[dict]) -> dict[str, list[float]]:
+    """Test accuracies by the name of the data set, "" where there is one without a name."""
+    accuracies: dict[str, list[float]] = {}
+    for row in rows:
+        accuracies.setdefault(row.get("dataset", ""), []).append(row["test_accuracy"])
+    return accuracies
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -522,32 +596,39 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(parser, argv)
     save_whole_paths(args, "start_from")
     refuse_flags_without_effect(args, parser)
+    args.dataset = args.dataset or "mnist"
     args.outer_images = args.outer_images or OUTER_IMAGES[args.probe]
     device, dtype = set_up(args)
     team = join_team()
     if args.tasks < team.count:
         raise UserError(f"{team.count} processes need --tasks {team.count} or more, one for each")
-    data = make_data(args, team, device)
-    model = make_model(args, data[0].shape)
+    names = dataset_names(args)
+    sets = [make_data(args, name, team, device) for name in names]
     rule = make_rule(args).to(device, dtype)
     initializer = make_initializer(args).to(device, dtype)
-    stream = make_batches(args, data[0], dtype)
+    streams = make_streams(args, [data[0] for data in sets], dtype)
     if args.start_from and not (args.resume and has_checkpoint(args.resume)):
-        begin_with(load_run(args.start_from), rule, initializer, stream)
-    outer_loss = make_outer_loss(args, model, initializer, data)
-    training = Training(model, rule, initializer, stream, outer_loss)
-    settings = make_settings(args)
-    settings.check(training)
-    if args.compile:
-        compile_update(training)
-    with open_run(args, "main", data[0], team) as log:
-        log.say(data[0].source)
-        finished = hypgraddesc(
-            training, settings, log, hyperparameters=partial(hyperparameters, training), team=team
+        begin_with(load_run(args.start_from), rule, initializer, streams[0])
+    trainings = [
+        Training(
+            make_model(args, data[0].shape), rule, initializer, stream,
+            make_outer_loss(args, initializer, data),
+            name if len(sets) > 1 else "", make_models(args, data[0].shape),
         )
+        for name, data, stream in zip(names, sets, streams, strict=True)
+    ]  # fmt: skip
+    settings = make_settings(args)
+    settings.check(*trainings)
+    if args.compile:
+        compile_update(trainings[0])
+    with open_run(args, "main", ImageSets(tuple(data[0] for data in sets)), team) as log:
+        for data in sets:
+            log.say(data[0].source)
+        recorded = partial(hyperparameters, trainings[0])
+        finished = hypgraddesc(trainings, settings, log, hyperparameters=recorded, team=team)
         if not team.first:
             return
-        evaluated = evaluate_and_report(args, log, training, data, finished)
+        evaluated = evaluate_and_report(args, log, trainings, sets, finished)
     if not (finished and evaluated):
         raise KeyboardInterrupt
 

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--method", "truncated", "--K", "1"],
         ["--adjoint_limit", "0.5"],
         ["--loss_times", "2"],
+        ["--units_range", "3", "9"],
         ["--probe", "sampled"],
         ["--probe", "sampled", "--probe_images", "100"],
         ["--probe", "ridge"],
@@ -166,6 +168,47 @@ def test_a_run_of_random_horizons_is_judged_at_the_longest(tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [row["inner_steps"] for row in results["evaluations"]] == [6]
     assert load_run(tmp_path / "run").steps == 6
+
+
+@pytest.fixture
+def two_sets(monkeypatch):
+    """mnist5k, and under the name of fashion the same images upside down."""
+
+    def load(name, data_dir):
+        data = load_images("mnist5k", data_dir)
+        if name == "fashion":
+            data = [
+                replace(part, images=part.images.flip(2), source="upside down") for part in data
+            ]
+        return data
+
+    monkeypatch.setattr(main, "load_images", load)
+
+
+def test_a_run_on_two_data_sets_reports_each_and_their_mean(tmp_path, two_sets):
+    out = tmp_path / "run"
+    flags = ["--dataset", "mnist5k", "--dataset", "fashion", "--tasks", 2, "--evaluations", 2]
+    run(4, *TINY[2:], *flags, "--out", out)
+    assert json.loads((out / "config.json").read_text())["dataset"] == ["mnist5k", "fashion"]
+    for row in rows(out):
+        for name in ("meta_loss", "train_accuracy", "test_accuracy"):
+            parts = [float(row[f"{name}/{part}"]) for part in ("mnist5k", "fashion")]
+            assert float(row[name]) == pytest.approx(sum(parts) / 2)
+    results = json.loads((out / "results.json").read_text())
+    assert [row["dataset"] for row in results["evaluations"]] == ["mnist5k"] * 2 + ["fashion"] * 2
+    each = [results["by_dataset"][n]["test_accuracy_mean"] for n in ("mnist5k", "fashion")]
+    assert results["test_accuracy_mean"] == pytest.approx(sum(each) / 2)
+    assert "upside down" in results["data"]
+    assert load_run(out).datasets == ["mnist5k", "fashion"]
+    before = outcome(out)
+    run("--resume", out, "--quiet")
+    assert outcome(out) == before
+
+
+def test_two_data_sets_need_two_tasks(capsys, tmp_path, two_sets):
+    flags = [4, *TINY, "--dataset", "fashion", "--out", tmp_path / "run"]
+    assert "2 data sets need 2 tasks" in refused(capsys, main.main, *flags)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_can_start_from_what_another_has_learned(tmp_path, plain):
@@ -290,6 +333,9 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["32", "--horizon", "20", "40", "--raise_by", "5"], "needs no --horizon"),
         (["32", "--probe", "ridge", "--probe_gradient", "implicit"], "--probe logistic"),
         (["32", "--probe", "ridge", "--probe_images", "3000", "--dataset", "mnist5k"], "of 4000"),
+        (["32", "--units_range", "9", "3"], "a smaller and a larger number"),
+        (["--conv", "4x5", "--units_range", "3", "9"], "needs a layer of units"),
+        (["32", "--units_range", "3", "9", "--compile"], "leave one out"),
         (["32", "--adjoint_limit", "0"], "a number above 0"),
         (["32", "--delta", "0.1"], "--rule krotov_hopfield"),
         (["32", "--rule", "krotov_hopfield", "--degree", "2"], "--rule polynomial"),
