@@ -24,7 +24,7 @@ from experiment.precision import Products
 from experiment.processes import ALONE, Team
 from experiment.run_log import RunLog, SilentLog
 from experiment.seeds import log_uniform_integer, seeded_generator
-from meta_gradients import Hypergradient, MetaGradient, Reverse, Strategies
+from meta_gradients import Hypergradient, MetaGradient, Persistent, Reverse, Strategies
 from models_fully_local import Params
 from train import (
     HORIZON,
@@ -41,7 +41,7 @@ Horizon = int | Callable[[int, Generator], int]
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 REACHED_BY = {  # what a module's hyperparameters are of, and which methods have their gradient
-    "initializer": ("the initial distribution", "reverse, forward or es"),
+    "initializer": ("the initial distribution", "reverse, forward, es or pes"),
     "batches": ("the parameters of the batches", "reverse or truncated"),
 }
 
@@ -85,7 +85,9 @@ class MetaSettings:
     def check(self, *trainings: Training) -> None:
         """Raises MetaError where the settings contradict each other or the trainings."""
         trained = {name.split(".")[0] for name in trainings[0].hyperparameters}
-        if "initializer" in trained and (self.reinitialize_every > 1 or self.ungraded_steps):
+        persistent = isinstance(self.method, Persistent)  # sees a training window by window
+        goes_on = self.reinitialize_every > 1 and not persistent
+        if "initializer" in trained and (goes_on or self.ungraded_steps):
             raise MetaError(
                 "training the initializer needs reinitialisation at every meta-step and no "
                 "ungraded steps; fix the initializer or leave both out"
@@ -98,6 +100,8 @@ class MetaSettings:
                 )
         if isinstance(self.method, Strategies) and self.reinitialize_every > 1:
             raise MetaError("es needs reinitialisation at every meta-step: it ends in no training")
+        if persistent and self.sparsify_from is not None:
+            raise MetaError("pes needs rules that keep all coefficients: remove none")
         if self.reinitialize_every > 1 and any(training.models for training in trainings):
             raise MetaError(
                 "drawing the width of each task needs reinitialisation at every meta-step"

@@ -16,6 +16,7 @@ all of them, to improve the rule and the initial weights.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -77,7 +78,15 @@ from linear_probe import (
     SampledProbeLoss,
     extract_features,
 )
-from meta_gradients import METHODS, Forward, MetaGradient, Reverse, Strategies, Truncated
+from meta_gradients import (
+    METHODS,
+    Forward,
+    MetaGradient,
+    Persistent,
+    Reverse,
+    Strategies,
+    Truncated,
+)
 from mnist_datasets import ImageData, ImageSets, batches, load_images, normalize_pixels
 from models_fully_local import INHIBITION, WITH_LATERAL_WEIGHTS, network_of_flags
 from rules import write_rule
@@ -86,6 +95,7 @@ from train import MEMORY, Draw, OuterLoss, Training
 
 RULES = ("polynomial", "krotov_hopfield")
 NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_images is given
+PES_WINDOW = 20  # updates
 SAMPLED_IMAGES, RIDGE_IMAGES = 8192, 2000  # --probe_images of the other probes
 OUTER_IMAGES = {"logistic": 1024, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
 
@@ -152,9 +162,10 @@ def add_inner_training(parser) -> None:
     add("--batch_size", type=positive_int, default=1024, help="images of one update")
     add("--method", choices=list(METHODS), default="reverse", help="way to the hypergradient")
     add("--K", type=positive_int,
-        help="last updates (truncated) or terms (lookback, implicit), default 20")  # fmt: skip
-    add("--sigma", type=positive_float, help="perturbation of the hyperparameters by es (1e-4)")
-    add("--pairs", type=positive_int, help="of perturbed trainings by es (4)")
+        help="last updates (truncated), terms (lookback, implicit), updates of a window (pes), "
+             "default 20")  # fmt: skip
+    add("--sigma", type=positive_float, help="perturbation of hyperparameters by es, pes (1e-4)")
+    add("--pairs", type=positive_int, help="of perturbed trainings by es, pes (4)")
     add("--compile", action="store_true", help="compile the update (needs a C++ compiler)")
     add("--products", choices=PRODUCTS, default="float32",
         help="how matrix products multiply, in float32 training")  # fmt: skip
@@ -250,9 +261,11 @@ def refuse_flags_without_effect(args, parser) -> None:
     unrolls = args.method in ("reverse", "truncated")
     polynomial, lateral = args.rule == "polynomial", args.inhibition in WITH_LATERAL_WEIGHTS
     refuse_idle_flags(args, parser, [
-        ("K", args.method in ("truncated", "lookback", "implicit"),
-         "--method truncated, lookback or implicit"),
-        ("sigma pairs", args.method == "es", "--method es"),
+        ("K", args.method in ("truncated", "lookback", "implicit", "pes"),
+         "--method truncated, lookback, implicit or pes"),
+        ("sigma pairs", args.method in ("es", "pes"), "--method es or pes"),
+        ("horizon raise_by reinitialize_every", args.method != "pes",
+         "another method than pes, whose trainings begin anew after --initial_inner_steps"),
         ("initial_inner_steps max_inner_steps raise_by raise_every", not args.horizon,
          "no --horizon, which draws the number of updates"),
         ("memory compile adjoint_limit loss_times", unrolls, "--method reverse or truncated"),
@@ -262,7 +275,8 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("sparsify_from", args.sparsify, "--sparsify"),
         ("raise_every", args.raise_by, "--raise_by"),
         ("finetune_factor", args.finetune_steps, "--finetune_steps"),
-        ("accumulate", args.reinitialize_every > 1, "--reinitialize_every of at least 2"),
+        ("accumulate", args.reinitialize_every > 1 or args.method == "pes",
+         "--reinitialize_every of at least 2"),
         ("units_range", args.layers, "a layer of units, such as 32, that evaluations have"),
         ("pool", args.conv, "--conv, whose output it averages"),
         ("inh_steps inh_factor", args.inhibition == "lateral", "--inhibition lateral"),
@@ -452,7 +466,7 @@ def make_settings(args) -> MetaSettings:
         finetune_factor=args.finetune_factor,
         inner_steps=make_horizon(args),
         ungraded_steps=args.ungraded_steps,
-        reinitialize_every=args.reinitialize_every,
+        reinitialize_every=windows(args) if args.method == "pes" else args.reinitialize_every,
         accumulate=args.accumulate,
         tasks=args.tasks,
         clip_norm=args.clip_norm if args.clip_grads else None,
@@ -469,11 +483,18 @@ def make_settings(args) -> MetaSettings:
 
 def make_horizon(args) -> Horizon:
     """How many updates a task makes."""
+    if args.method == "pes":
+        return args.K or PES_WINDOW
     if args.horizon:
         return random_steps(*args.horizon)
     return rising_steps(
         args.initial_inner_steps, args.raise_by, args.raise_every, args.max_inner_steps
     )
+
+
+def windows(args) -> int:
+    """Of --method pes: meta-steps of one training, whose length is rounded up to whole windows."""
+    return math.ceil(args.initial_inner_steps / (args.K or PES_WINDOW))
 
 
 def make_method(args) -> MetaGradient:
@@ -485,8 +506,8 @@ def make_method(args) -> MetaGradient:
     if chosen is Truncated:
         last = args.K or Truncated.K
         return Truncated(args.memory, limit, args.adjoint_limit, args.loss_times, last)
-    if chosen is Strategies:
-        return Strategies(args.sigma or Strategies.sigma, args.pairs or Strategies.pairs)
+    if chosen in (Strategies, Persistent):
+        return chosen(args.sigma or chosen.sigma, args.pairs or chosen.pairs)
     return chosen() if chosen is Forward else chosen(args.K or chosen.K)
 
 

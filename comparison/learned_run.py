@@ -124,8 +124,11 @@ def _check_all(values: Mapping[str, Any], right: Callable[[Any], bool], expected
 def steps_to_judge(directory: str | Path, config: Mapping[str, Any]) -> int:
     """How many updates a training by the rule of a run makes: as many as in its last meta-step.
 
-    Where each task drew a horizon of its own, the longest that it could draw.
+    Where each task drew a horizon of its own, the longest that it could draw; where meta-steps were
+    windows of one training, its whole length.
     """
     if config.get("horizon"):
         return config["horizon"][1]
+    if config.get("method") == "pes":
+        return config["initial_inner_steps"]
     return int(read_metrics(directory).get("inner_steps", [config["initial_inner_steps"]])[-1])

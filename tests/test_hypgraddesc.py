@@ -34,7 +34,7 @@ from hypgraddesc import (
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, PolynomialRule
-from meta_gradients import Forward, Reverse
+from meta_gradients import Forward, Persistent, Reverse
 from models_fully_local import Activation, lateral_mlp
 from train import MEMORY, Draw, Training, evaluate_training
 
@@ -597,6 +597,26 @@ def test_between_reinitialisations_training_goes_on_from_detached_parameters():
         stepper.step()
         assert_close(run.rule.psi.detach(), expected.detach())
     assert len(initializer_of(run).drawn) == 3 * 2
+
+
+def test_windows_of_persistent_strategies_go_on_until_the_reinitialisation_and_after_a_resumption():
+    """Losses of w_N = N psi (up to sigma) tell how far each window's trainings have come."""
+    settings = {"inner_steps": 2, "reinitialize_every": 3, "method": Persistent(1e-6, 2)}
+    run = descent([1.0], slopes(*[(1.0,)] * 99), lr=1e-9, trainable=True, **settings)
+    rows, states = [], []
+    for _ in range(7):
+        states.append(stored(run.state_dict()))
+        rows.append(without_seconds(run.step()))
+    assert [row["meta_loss"] for row in rows] == pytest.approx([2, 4, 6, 2, 4, 6, 2], abs=1e-4)
+    for done in (2, 3):
+        again = descent([1.0], slopes(*[(1.0,)] * 99), lr=1e-9, trainable=True, **settings)
+        again.load_state_dict(states[done])
+        assert without_seconds(again.step()) == rows[done]
+
+
+def test_persistent_strategies_refuse_rules_that_lose_coefficients():
+    with pytest.raises(MetaError, match="keep all coefficients"):
+        descent([1.0], distance(1.0), method=Persistent(), sparsify_from=0)
 
 
 def test_ungraded_steps_come_first_and_have_no_gradient():

@@ -115,6 +115,7 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--method", "lookback", "--K", "2"],
         ["--method", "implicit", "--K", "1"],
         ["--method", "es", "--sigma", "1e-3", "--pairs", "1"],
+        ["--method", "pes", "--K", "1", "--sigma", "1e-3", "--pairs", "1"],
     ],
     ids=" ".join,
 )
@@ -205,10 +206,26 @@ def test_a_run_on_two_data_sets_reports_each_and_their_mean(tmp_path, two_sets):
     assert outcome(out) == before
 
 
+def test_learned_views_are_shared_by_two_data_sets(tmp_path, two_sets):
+    flags = ["--dataset", "mnist5k", "--dataset", "fashion", "--tasks", 2, "--lr", 0.1]
+    views = ["--views", "masks", "--noise", 0.1, "--learn_views", "noise"]
+    run(4, *TINY[2:], *flags, *views, "--out", tmp_path / "run")
+    assert float(rows(tmp_path / "run")[-1]["views/noise"]) != 0.1
+
+
 def test_two_data_sets_need_two_tasks(capsys, tmp_path, two_sets):
     flags = [4, *TINY, "--dataset", "fashion", "--out", tmp_path / "run"]
     assert "2 data sets need 2 tasks" in refused(capsys, main.main, *flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_windows_is_judged_at_the_length_of_its_trainings(tmp_path):
+    flags = ["--method", "pes", "--K", 2, "--max_inner_steps", 5, "--initial_inner_steps", 5]
+    run(4, *TINY, *flags, "--metasteps", 4, "--out", tmp_path / "run")
+    assert {row["inner_steps"] for row in rows(tmp_path / "run")} == {"2.0"}
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [row["inner_steps"] for row in results["evaluations"]] == [5]
+    assert load_run(tmp_path / "run").steps == 5
 
 
 def test_a_run_can_start_from_what_another_has_learned(tmp_path, plain):
@@ -302,6 +319,10 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["32", "--pool", "3"], "--conv"),
         (["32", "--K", "3"], "--method truncated"),
         (["32", "--pairs", "3"], "--method es"),
+        (["32", "--method", "pes", "--reinitialize_every", "2"], "another method than pes"),
+        (["32", "--method", "pes", "--horizon", "20", "40"], "another method than pes"),
+        (["32", "--method", "pes", "--sparsify", "--dataset", "mnist5k"], "keep all coefficients"),
+        (["32", "--method", "pes", "--units_range", "3", "9", "--dataset", "mnist5k"], "width"),
         (["32", "--method", "es", "--memory", "keep"], "--method reverse"),
         (["32", "--method", "implicit", "--compile"], "--method reverse"),
         (["32", "--method", "forward", "--dataset", "mnist5k"], "take reverse"),
