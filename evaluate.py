@@ -82,7 +82,7 @@ def make_parser():
 def fill_in(args, runs: Sequence[LearnedRun]) -> None:
     """What the flags leave open is as in the first run; nothing is asked for twice."""
     config = runs[0].config
-    args.datasets = list(dict.fromkeys(args.datasets or [config["dataset"]]))
+    args.datasets = list(dict.fromkeys(args.datasets or runs[0].datasets))
     layers = args.layers or [config["layers"]]
     args.layers = [list(sizes) for sizes in dict.fromkeys(map(tuple, layers))]
     args.steps = sorted(set(args.steps or [runs[0].steps]))

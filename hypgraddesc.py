@@ -24,7 +24,7 @@ from experiment.precision import Products
 from experiment.processes import ALONE, Team
 from experiment.run_log import RunLog, SilentLog
 from experiment.seeds import log_uniform_integer, seeded_generator
-from meta_gradients import Hypergradient, MetaGradient, Reverse, Strategies
+from meta_gradients import Hypergradient, MetaGradient, Persistent, Reverse, Strategies
 from models_fully_local import Params
 from train import (
     HORIZON,
@@ -41,7 +41,7 @@ Horizon = int | Callable[[int, Generator], int]
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 REACHED_BY = {  # what a module's hyperparameters are of, and which methods have their gradient
-    "initializer": ("the initial distribution", "reverse, forward or es"),
+    "initializer": ("the initial distribution", "reverse, forward, es or pes"),
     "batches": ("the parameters of the batches", "reverse or truncated"),
 }
 
@@ -82,10 +82,12 @@ class MetaSettings:
     )
     seed: int = 0
 
-    def check(self, training: Training) -> None:
-        """Raises MetaError where the settings contradict each other or the training."""
-        trained = {name.split(".")[0] for name in training.hyperparameters}
-        if "initializer" in trained and (self.reinitialize_every > 1 or self.ungraded_steps):
+    def check(self, *trainings: Training) -> None:
+        """Raises MetaError where the settings contradict each other or the trainings."""
+        trained = {name.split(".")[0] for name in trainings[0].hyperparameters}
+        persistent = isinstance(self.method, Persistent)  # sees a training window by window
+        goes_on = self.reinitialize_every > 1 and not persistent
+        if "initializer" in trained and (goes_on or self.ungraded_steps):
             raise MetaError(
                 "training the initializer needs reinitialisation at every meta-step and no "
                 "ungraded steps; fix the initializer or leave both out"
@@ -98,6 +100,16 @@ class MetaSettings:
                 )
         if isinstance(self.method, Strategies) and self.reinitialize_every > 1:
             raise MetaError("es needs reinitialisation at every meta-step: it ends in no training")
+        if persistent and self.sparsify_from is not None:
+            raise MetaError("pes needs rules that keep all coefficients: remove none")
+        if self.reinitialize_every > 1 and any(training.models for training in trainings):
+            raise MetaError(
+                "drawing the width of each task needs reinitialisation at every meta-step"
+            )
+        if self.tasks < len(trainings):
+            raise MetaError(
+                f"{len(trainings)} data sets need {len(trainings)} tasks or more, not {self.tasks}"
+            )
         if self.accumulate and self.reinitialize_every == 1:
             raise MetaError("accumulating gradients needs reinitialize_every of at least 2")
         if self.optimizer not in OPTIMIZERS:
@@ -174,7 +186,8 @@ class HypergradientDescent:
     """The state of a meta-run; `step` makes one meta-step and returns its row of numbers.
 
     training: what is learned by; of several, which must share their hyperparameters, task k takes
-        the one of number k modulo how many there are.
+        the one of number k modulo how many there are, and those with a name have their numbers
+        recorded under it too, as in "test_accuracy/fashion".
     warn: told of each task that is left out.
     team: the processes that the tasks are spread over; every one makes the same steps.
     hyperparameters: gives what to record beside the numbers of each meta-step, as it was before the
@@ -192,7 +205,7 @@ class HypergradientDescent:
     ) -> None:
         self.trainings = [training] if isinstance(training, Training) else list(training)
         check_shared(self.trainings)
-        settings.check(self.trainings[0])
+        settings.check(*self.trainings)
         self.settings, self.warn, self.team = settings, warn, team
         self.hyperparameters, self.columns = hyperparameters, list(hyperparameters())
         self.metastep = 0
@@ -230,7 +243,7 @@ class HypergradientDescent:
         """One meta-step; returns the numbers seen before the update. Raises NonFiniteError."""
         seen, settings, begin = self.hyperparameters(), self.settings, time.perf_counter()
         done = self._outcomes_of_all_tasks()
-        row = {name: _mean([outcome.numbers[name] for outcome in done]) for name in self.names}
+        row = self._mean_numbers(done)
         row.update(
             hypergradient_norm=self._collect([outcome.hypergradient for outcome in done]),
             skipped_tasks=settings.tasks - len(done),
@@ -243,6 +256,17 @@ class HypergradientDescent:
         self.metastep += 1
         row["seconds"] = time.perf_counter() - begin
         return row | {name: seen.get(name, 0.0) for name in self.columns}
+
+    def _mean_numbers(self, outcomes: list[TaskOutcome]) -> dict[str, float]:
+        """Over all tasks, then over those of each name."""
+        row = {name: _mean([o.numbers[name] for o in outcomes]) for name in self.names}
+        for part in dict.fromkeys(training.name for training in self.trainings if training.name):
+            theirs = [o for o in outcomes if self._training(o.task).name == part]
+            row |= {f"{n}/{part}": _mean([o.numbers[n] for o in theirs]) for n in self.names}
+        return row
+
+    def _training(self, task: int) -> Training:
+        return self.trainings[task % len(self.trainings)]
 
     def _outcomes_of_all_tasks(self) -> list[TaskOutcome]:
         """Those that came to a finite end, in the order of the tasks. Raises NonFiniteError."""
@@ -268,13 +292,14 @@ class HypergradientDescent:
 
     def _hypergradient(self, task: int) -> Hypergradient:
         """That of one draw of initial parameters and batches."""
-        training, settings = self.trainings[task % len(self.trainings)], self.settings
+        settings = self.settings
         draw = Draw(
             (settings.seed, self.metastep, task),
             self._inner_steps(task),
             settings.ungraded_steps,
             self.carried[task] if self.metastep % settings.reinitialize_every else None,
         )
+        training = self._training(task).with_drawn_model(draw)
         with Products(settings.products) as products:
             exactly = _ExactLoss(training.outer_loss, products)
             result = settings.method(replace(training, outer_loss=exactly), draw)

@@ -16,6 +16,7 @@ all of them, to improve the rule and the initial weights.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -46,7 +47,7 @@ from experiment.command_line import (
 from experiment.precision import PRODUCTS, Products
 from experiment.processes import Team, join_team
 from experiment.run_log import RunLog
-from experiment.seeds import EVALUATION, seeded_generator
+from experiment.seeds import EVALUATION, log_uniform_integer, seeded_generator
 from experiment.statistics import accuracy_text, mean_and_deviation
 from experiment.view_flags import add_views, view_needs, views_of_flags
 from figures.meta_learning import draw_run
@@ -77,8 +78,16 @@ from linear_probe import (
     SampledProbeLoss,
     extract_features,
 )
-from meta_gradients import METHODS, Forward, MetaGradient, Reverse, Strategies, Truncated
-from mnist_datasets import ImageData, batches, load_images, normalize_pixels
+from meta_gradients import (
+    METHODS,
+    Forward,
+    MetaGradient,
+    Persistent,
+    Reverse,
+    Strategies,
+    Truncated,
+)
+from mnist_datasets import ImageData, ImageSets, batches, load_images, normalize_pixels
 from models_fully_local import INHIBITION, WITH_LATERAL_WEIGHTS, network_of_flags
 from rules import write_rule
 from rules.competing_units import KrotovHopfieldRule
@@ -112,13 +121,16 @@ TERMS = ("x gain", "x gain y", "x gain y'", "x gain z", "x gain z'", "x gain r",
          "x gain s", "x gain r_exact", "x gain z var^-1/2", "w")  # fmt: skip
 LEARNED = ("eta", "eps", "tau", "exponents")
 NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_images is given
+PES_WINDOW = 20  # updates
 SAMPLED_IMAGES, RIDGE_IMAGES = 8192, 2000  # --probe_images of the other probes
 OUTER_IMAGES = {"logistic": 1024, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
 
 
 def make_parser(rule: str = "polynomial") -> argparse.ArgumentParser:
     """The command's flags, with the defaults for rules of this family."""
-    parser = common_parser("Meta-learn a local learning rule by hypergradient descent.", "main")
+    parser = common_parser(
+        "Meta-learn a local learning rule by hypergradient descent.", "main", several_datasets=True
+    )
     parser.add_argument("layers", type=positive_int, nargs="*", help="units of each layer")
     for add_flags in (
         add_meta_learning,
@@ -189,9 +201,10 @@ def add_inner_training(parser) -> None:
     add("--batch_size", type=positive_int, default=1024, help="images of one update")
     add("--method", choices=list(METHODS), default="reverse", help="way to the hypergradient")
     add("--K", type=positive_int,
-        help="last updates (truncated) or terms (lookback, implicit), default 20")  # fmt: skip
-    add("--sigma", type=positive_float, help="perturbation of the hyperparameters by es (1e-4)")
-    add("--pairs", type=positive_int, help="of perturbed trainings by es (4)")
+        help="last updates (truncated), terms (lookback, implicit), updates of a window (pes), "
+             "default 20")  # fmt: skip
+    add("--sigma", type=positive_float, help="perturbation of hyperparameters by es, pes (1e-4)")
+    add("--pairs", type=positive_int, help="of perturbed trainings by es, pes (4)")
     add("--compile", action="store_true", help="compile the update (needs a C++ compiler)")
     add("--products", choices=PRODUCTS, default="float32",
         help="how matrix products multiply, in float32 training")  # fmt: skip
@@ -207,6 +220,8 @@ def add_network_and_rule(parser) -> None:
     add = parser.add_argument_group("network and rule").add_argument
     add("--conv", type=convolution, nargs="+", default=[], metavar="CHANNELSxKERNEL",
         help="convolutional layers before the others")  # fmt: skip
+    add("--units_range", type=positive_int, nargs=2, metavar=("LOW", "HIGH"),
+        help="of the last layer in meta-steps, drawn log-uniformly for each task")  # fmt: skip
     add("--pool", type=positive_int, default=2, help="side of the squares averaged after each")
     add("--inhibition", choices=INHIBITION, default="lateral", help="how units compete")
     add("--inh_steps", type=nonnegative_int, default=10, help="steps of the lateral dynamics")
@@ -254,13 +269,9 @@ def add_probe(parser) -> None:
     """Flags of what judges a training."""
     add = parser.add_argument_group("probe").add_argument
     add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
-    add(
-        "--probe",
-        choices=PROBES,
-        default="logistic",
-        help="of a meta-step: logistic regression; the same, fitted to and judged on drawn "
-        "training images; ridge regression, fitted to drawn ones, judged on others",
-    )
+    add("--probe", choices=PROBES, default="logistic",
+        help="of a meta-step: logistic regression; the same, fitted to and judged on "
+             "drawn images; ridge regression, fitted to drawn ones, judged on others")  # fmt: skip
     add("--probe_images", type=positive_int, metavar="N",
         help="for a meta-step (default: 16 million / features, 8192 or 2000)")  # fmt: skip
     add("--probe_gradient", choices=PROBE_GRADIENTS, default="envelope",
@@ -300,15 +311,22 @@ def refuse_flags_without_effect(args, parser) -> None:
         raise UserError("--products needs --dtype float32, and goes without --compile")
     if args.compile and args.sparsify:
         raise UserError("--compile does not go with --sparsify, whose rule changes: leave one out")
+    if args.units_range and args.units_range[0] >= args.units_range[1]:
+        raise UserError("--units_range takes a smaller and a larger number of units, such as 16 64")
+    if args.compile and args.units_range:
+        raise UserError("--compile does not go with --units_range, whose sizes change: "
+                        "leave one out")  # fmt: skip
     if args.compile and args.inhibition == "equilibrium":
         raise UserError("--compile does not go with --inhibition equilibrium: leave one out")
     unrolls = args.method in ("reverse", "truncated")
     polynomial, lateral = args.rule == "polynomial", args.inhibition in WITH_LATERAL_WEIGHTS
     competing, statistics = args.rule == "krotov_hopfield", args.rule == "unit_statistics"
     refuse_idle_flags(args, parser, [
-        ("K", args.method in ("truncated", "lookback", "implicit"),
-         "--method truncated, lookback or implicit"),
-        ("sigma pairs", args.method == "es", "--method es"),
+        ("K", args.method in ("truncated", "lookback", "implicit", "pes"),
+         "--method truncated, lookback, implicit or pes"),
+        ("sigma pairs", args.method in ("es", "pes"), "--method es or pes"),
+        ("horizon raise_by reinitialize_every", args.method != "pes",
+         "another method than pes, whose trainings begin anew after --initial_inner_steps"),
         ("initial_inner_steps max_inner_steps raise_by raise_every", not args.horizon,
          "no --horizon, which draws the number of updates"),
         ("memory compile adjoint_limit loss_times", unrolls, "--method reverse or truncated"),
@@ -318,7 +336,9 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("sparsify_from", args.sparsify, "--sparsify"),
         ("raise_every", args.raise_by, "--raise_by"),
         ("finetune_factor", args.finetune_steps, "--finetune_steps"),
-        ("accumulate", args.reinitialize_every > 1, "--reinitialize_every of at least 2"),
+        ("accumulate", args.reinitialize_every > 1 or args.method == "pes",
+         "--reinitialize_every of at least 2"),
+        ("units_range", args.layers, "a layer of units, such as 32, that evaluations have"),
         ("pool", args.conv, "--conv, whose output it averages"),
         ("inh_steps inh_factor", args.inhibition == "lateral", "--inhibition lateral"),
         ("forbid_self_inhibition forbid_excitation", lateral,
@@ -338,21 +358,40 @@ def refuse_flags_without_effect(args, parser) -> None:
 # ---- data, model, rule, loss ----
 
 
-def make_data(args, team: Team, device: torch.device) -> tuple[ImageData, ImageData]:
-    """Training and test images."""
-    data = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
+def dataset_names(args) -> list[str]:
+    """Those of --dataset."""
+    return args.dataset if isinstance(args.dataset, list) else [args.dataset]
+
+
+def make_data(args, name: str, team: Team, device: torch.device) -> tuple[ImageData, ImageData]:
+    """Training and test images of one data set."""
+    data = team.first_then_others(partial(load_images, name, args.data_dir))
     train_data, test_data = (part.to(device) for part in data)
     if args.pixelwise_normalization or args.center:
         return normalize_pixels(train_data, test_data, unit_variance=not args.center)
     return train_data, test_data
 
 
-def make_model(args, input_shape: tuple[int, int, int]) -> nn.Module:
-    """The network, without parameters; UserError where its convolutions do not fit the images."""
+def make_model(args, input_shape: tuple[int, int, int], last_units: int | None = None) -> nn.Module:
+    """The network, without parameters; UserError where its convolutions do not fit the images.
+
+    last_units: of its last layer, where these are not as the flags say.
+    """
+    layers = args.layers if last_units is None else [*args.layers[:-1], last_units]
     try:
-        return network_of_flags(vars(args), input_shape, args.layers)
+        return network_of_flags(vars(args), input_shape, layers)
     except ValueError as problem:
         raise UserError(f"{problem}: take smaller kernels or squares") from problem
+
+
+def make_models(args, input_shape: tuple[int, int, int]) -> Callable[[Generator], nn.Module] | None:
+    """Draws the network of each task, where --units_range says so."""
+    if not args.units_range:
+        return None
+    low, high = args.units_range
+    return lambda generator: make_model(
+        args, input_shape, log_uniform_integer(low, high, generator)
+    )
 
 
 def make_rule(args) -> PerLayerRule:
@@ -427,16 +466,15 @@ def begin_with(
         batches.set_values(run.views)
 
 
-def make_outer_loss(
-    args, model: nn.Module, initializer: GaussianInitializer, data: Sequence[ImageData]
-) -> OuterLoss:
+def make_outer_loss(args, initializer: GaussianInitializer, data: Sequence[ImageData]) -> OuterLoss:
     """What judges a training in a meta-step, on training and test images or some of them."""
     if args.probe == "ridge":
         fit_images = args.probe_images or RIDGE_IMAGES
         return RidgeLoss(data[0], fit_images=fit_images, outer_images=args.outer_images)
     if args.probe == "sampled":
         return SampledProbeLoss(data[0], args.C, images=args.probe_images or SAMPLED_IMAGES)
-    count = images_to_fit(args, model, initializer, data[0])
+    widest = make_model(args, data[0].shape, args.units_range and args.units_range[1])
+    count = images_to_fit(args, widest, initializer, data[0])
     return make_probe(args, *(images.subset(slice(count)) for images in data))
 
 
@@ -469,6 +507,17 @@ def make_batches(args, data: ImageData, dtype: torch.dtype) -> Callable[[Generat
     return draw
 
 
+def make_streams(
+    args, sets: Sequence[ImageData], dtype: torch.dtype
+) -> list[Callable[[Generator], Iterator]]:
+    """`make_batches` of each data set; learned strengths of views are the same for all."""
+    streams = [make_batches(args, data, dtype) for data in sets]
+    for stream in streams[1:]:
+        if isinstance(stream, Views):
+            stream.moved = streams[0].moved
+    return streams
+
+
 def compile_update(training: Training) -> None:
     """Has the rule's update compiled; about twenty seconds, results the same up to rounding."""
     rule, model = training.rule, training.model
@@ -498,7 +547,7 @@ def make_settings(args) -> MetaSettings:
         finetune_factor=args.finetune_factor,
         inner_steps=make_horizon(args),
         ungraded_steps=args.ungraded_steps,
-        reinitialize_every=args.reinitialize_every,
+        reinitialize_every=windows(args) if args.method == "pes" else args.reinitialize_every,
         accumulate=args.accumulate,
         tasks=args.tasks,
         clip_norm=args.clip_norm if args.clip_grads else None,
@@ -515,11 +564,18 @@ def make_settings(args) -> MetaSettings:
 
 def make_horizon(args) -> Horizon:
     """How many updates a task makes."""
+    if args.method == "pes":
+        return args.K or PES_WINDOW
     if args.horizon:
         return random_steps(*args.horizon)
     return rising_steps(
         args.initial_inner_steps, args.raise_by, args.raise_every, args.max_inner_steps
     )
+
+
+def windows(args) -> int:
+    """Of --method pes: meta-steps of one training, whose length is rounded up to whole windows."""
+    return math.ceil(args.initial_inner_steps / (args.K or PES_WINDOW))
 
 
 def make_method(args) -> MetaGradient:
@@ -531,8 +587,8 @@ def make_method(args) -> MetaGradient:
     if chosen is Truncated:
         last = args.K or Truncated.K
         return Truncated(args.memory, limit, args.adjoint_limit, args.loss_times, last)
-    if chosen is Strategies:
-        return Strategies(args.sigma or Strategies.sigma, args.pairs or Strategies.pairs)
+    if chosen in (Strategies, Persistent):
+        return chosen(args.sigma or chosen.sigma, args.pairs or chosen.pairs)
     return chosen() if chosen is Forward else chosen(args.K or chosen.K)
 
 
@@ -549,20 +605,34 @@ def hyperparameters(training: Training) -> dict[str, float]:
 # ---- report ----
 
 
-def evaluate_and_report(args, log: RunLog, training: Training, data, finished: bool) -> bool:
+def evaluate_and_report(
+    args,
+    log: RunLog,
+    trainings: Sequence[Training],
+    sets: Sequence[tuple[ImageData, ImageData]],
+    finished: bool,
+) -> bool:
     """The rule, what trainings by it come to (one, where meta-training was interrupted), figures.
 
-    data: training and test images, all of which the probe takes. False where Ctrl-C ended it.
+    sets: training and test images of each training, all of which the probe takes. Parameters and
+    effects are those of the first. False where Ctrl-C ended it.
     """
-    write_rule(log, training.rule)  # also where no training by it should be finite
-    steps = steps_to_judge(log.directory, vars(args))
+    first, steps = trainings[0], steps_to_judge(log.directory, vars(args))
+    write_rule(log, first.rule)  # also where no training by it should be finite
     count = args.evaluations if finished else 1
     draws = [Draw((args.seed, EVALUATION, k), steps) for k in range(count)]
-    whole = replace(training, outer_loss=make_probe(args, *data))
-    rows, params, evaluated = evaluate_draws(log, whole, draws)
-    has_terms = training.rule.term_coefficients()
-    effects = measure_effects(training, draws[0]) if rows and has_terms else {}
-    report(log, training, data[0], [{"inner_steps": steps, **row} for row in rows], params, effects)
+    rows, params, evaluated = [], [], True
+    for training, data in zip(trainings, sets, strict=True):
+        whole = replace(training, outer_loss=make_probe(args, *data))
+        some, last, evaluated = evaluate_draws(log, whole, draws)
+        place = {"dataset": training.name} if training.name else {}
+        rows += [{"inner_steps": steps, **place, **row} for row in some]
+        params = last if training is first else params
+        if not evaluated:
+            break
+    has_terms = first.rule.term_coefficients()
+    effects = measure_effects(first, draws[0]) if rows and has_terms else {}
+    report(log, first, [data[0] for data in sets], rows, params, effects)
     return evaluated
 
 
@@ -573,33 +643,54 @@ def measure_effects(training: Training, draw: Draw) -> dict[str, float]:
 
 
 def report(
-    log: RunLog, training: Training, data: ImageData, rows: list[dict], params, effects: dict
+    log: RunLog,
+    training: Training,
+    data: Sequence[ImageData],
+    rows: list[dict],
+    params,
+    effects: dict,
 ) -> None:
     """Rule, parameters, results and figures as files; the formula and the accuracy on the screen.
 
-    rows, params: of the trainings with the final rule, and the last one's parameters.
+    data: training images of each data set, training and params of the first; rows: of all trainings
+    with the final rule; params: those that the last one of the first data set ended with.
     """
     write_rule(log, training.rule, effects or None)
     log.say("the rule; in brackets, the size of a term relative to the whole change")
     log.say(training.rule.formula(effects or None, max_terms=6))
-    log.write_parameters(params, data.shape)
+    log.write_parameters(params, data[0].shape)
     views = training.batches
-    accuracies = mean_and_deviation("test_accuracy", [row["test_accuracy"] for row in rows])
+    by_dataset = accuracies_by_dataset(rows)
+    # Over the means of the data sets, draw by draw.
+    means = [sum(some) / len(some) for some in zip(*by_dataset.values(), strict=False)]
+    accuracies = mean_and_deviation("test_accuracy", means)
+    each = {name: mean_and_deviation("test_accuracy", v) for name, v in by_dataset.items()}
     log.write_json("results.json", {
-        "data": data.source,
+        "data": "; ".join(images.source for images in data),
         "evaluations": rows,
         **accuracies,
+        **({"by_dataset": each} if training.name else {}),
         "initializer": training.initializer.effective(),
         "views": views.strengths().to_dict() if isinstance(views, Views) else None,
         "term_effects": effects,
     })  # fmt: skip
-    if rows:
+    for name, part in each.items() if training.name else ():
+        log.say(f"{name}: {accuracy_text(part)}")
+    if means:
         log.say(
-            f"{accuracy_text(accuracies)} over {len(rows)} trainings with the final rule, "
+            f"{accuracy_text(accuracies)} over {len(means)} trainings with the final rule, "
             f"{rows[0]['inner_steps']} steps each"
         )
     log.draw(draw_run)
     log.say(f"everything is in {log.directory}")
+
+
+def accuracies_by_dataset(rows: Sequence[dict]) -> dict[str, list[float]]:
+    """Test accuracies by the name of the data set, "" where there is one without a name."""
+    accuracies: dict[str, list[float]] = {}
+    for row in rows:
+        accuracies.setdefault(row.get("dataset", ""), []).append(row["test_accuracy"])
+    return accuracies
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -607,32 +698,39 @@ def main(argv: list[str] | None = None) -> None:
     args, parser = parse_flags(argv)
     save_whole_paths(args, "start_from")
     refuse_flags_without_effect(args, parser)
+    args.dataset = args.dataset or "mnist"
     args.outer_images = args.outer_images or OUTER_IMAGES[args.probe]
     device, dtype = set_up(args)
     team = join_team()
     if args.tasks < team.count:
         raise UserError(f"{team.count} processes need --tasks {team.count} or more, one for each")
-    data = make_data(args, team, device)
-    model = make_model(args, data[0].shape)
+    names = dataset_names(args)
+    sets = [make_data(args, name, team, device) for name in names]
     rule = make_rule(args).to(device, dtype)
     initializer = make_initializer(args).to(device, dtype)
-    stream = make_batches(args, data[0], dtype)
+    streams = make_streams(args, [data[0] for data in sets], dtype)
     if args.start_from and not (args.resume and has_checkpoint(args.resume)):
-        begin_with(load_run(args.start_from), rule, initializer, stream)
-    outer_loss = make_outer_loss(args, model, initializer, data)
-    training = Training(model, rule, initializer, stream, outer_loss)
-    settings = make_settings(args)
-    settings.check(training)
-    if args.compile:
-        compile_update(training)
-    with open_run(args, "main", data[0], team) as log:
-        log.say(data[0].source)
-        finished = hypgraddesc(
-            training, settings, log, hyperparameters=partial(hyperparameters, training), team=team
+        begin_with(load_run(args.start_from), rule, initializer, streams[0])
+    trainings = [
+        Training(
+            make_model(args, data[0].shape), rule, initializer, stream,
+            make_outer_loss(args, initializer, data),
+            name if len(sets) > 1 else "", make_models(args, data[0].shape),
         )
+        for name, data, stream in zip(names, sets, streams, strict=True)
+    ]  # fmt: skip
+    settings = make_settings(args)
+    settings.check(*trainings)
+    if args.compile:
+        compile_update(trainings[0])
+    with open_run(args, "main", ImageSets(tuple(data[0] for data in sets)), team) as log:
+        for data in sets:
+            log.say(data[0].source)
+        recorded = partial(hyperparameters, trainings[0])
+        finished = hypgraddesc(trainings, settings, log, hyperparameters=recorded, team=team)
         if not team.first:
             return
-        evaluated = evaluate_and_report(args, log, training, data, finished)
+        evaluated = evaluate_and_report(args, log, trainings, sets, finished)
     if not (finished and evaluated):
         raise KeyboardInterrupt
 

@@ -7,6 +7,7 @@
     Implicit    theta_N, taken for a fixed point of the last update     the rule    one update
     Forward     all updates, a direction for each hyperparameter        no batches  one update
     Strategies  nothing: losses at randomly perturbed hyperparameters   no batches  none
+    Persistent  nothing: likewise, of trainings seen window by window   no batches  none
 
 Whichever way: hyperparameters are those of the rule, of the initial distribution and of the
 batches, and a learning rule with its batches is a list of update maps as in
@@ -24,11 +25,13 @@ from torch.func import functional_call
 
 from hypergradients import (
     FixedPoint,
+    Pairs,
     UpdateMap,
     evolution_strategies,
     forward_mode,
     implicit,
     neumann_lookback,
+    persistent_evolution_strategies,
 )
 from models_fully_local import Params
 from train import MEMORY_LIMIT, METHOD, START, AdjointLimit, Draw, Training, train_on_the_way
@@ -192,17 +195,63 @@ class Strategies:
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
         start, batches = start_map(training, draw)
         maps, hparams = [start, *update_maps(training, batches, draw.steps)], _values(training)
-
-        def whole(params: Params, perturbed: Sequence[Tensor]) -> Params:
-            for update in maps:
-                params = _without_graph(update, params, perturbed)
-            return params
-
         loss, params = _RecordedLoss(training, draw), _without_graph(start, [], hparams)
         gradient = evolution_strategies(
-            params, hparams, [whole], loss, self.sigma, self.pairs, draw.generator(METHOD), False
-        )
+            _with_state(maps, hparams), hparams, [_as_one(maps)], loss, self.sigma, self.pairs,
+            draw.generator(METHOD), False,
+        )  # fmt: skip
         return Hypergradient(gradient, params, loss.mean_numbers())
+
+
+@dataclass(frozen=True)
+class Persistent:
+    """Persistent evolution strategies: a window of draw.steps updates of perturbed trainings.
+
+    `pairs` pairs of trainings go on from where their last windows ended, each window with a
+    perturbation of its own, of width `sigma`; a draw without a start begins them. The gradients of
+    a training's windows add up to that of the sum of its outer losses, one after each window,
+    without the bias of truncation. The params of the result are those of all these trainings.
+    """
+
+    sigma: float = 1e-4
+    pairs: int = 4
+    reaches = ("rule", "initializer")
+
+    def __call__(self, training: Training, draw: Draw) -> Hypergradient:
+        hparams, loss = _values(training), _RecordedLoss(training, draw)
+        start, batches = start_map(training, draw)
+        maps = update_maps(training, batches, draw.steps)
+        if draw.start is None:
+            maps = [start, *maps]
+            pairs = Pairs.start(_with_state(maps, hparams), hparams, self.pairs)
+        else:
+            pairs = _unpacked(draw.start, self.pairs)
+        gradient, pairs = persistent_evolution_strategies(
+            pairs, hparams, [_as_one(maps)], loss, self.sigma, draw.generator(METHOD), False
+        )
+        return Hypergradient(gradient, _packed(pairs), loss.mean_numbers())
+
+
+def _packed(pairs: Pairs) -> Params:
+    """Pairs as params, to be kept, moved and saved like any: per pair, the layers of both, then a
+    dict of the perturbations by their numbers.
+    """
+    packed = []
+    for above, below, noise in zip(pairs.above, pairs.below, pairs.perturbations, strict=True):
+        packed += [*above, *below, {str(k): tensor for k, tensor in enumerate(noise)}]
+    return packed
+
+
+def _unpacked(packed: Params, count: int) -> Pairs:
+    """So many pairs that `_packed` has packed."""
+    size = len(packed) // count
+    each = [packed[k * size : (k + 1) * size] for k in range(count)]
+    layers = size // 2
+    return Pairs(
+        [one[:layers] for one in each],
+        [one[layers:-1] for one in each],
+        [list(one[-1].values()) for one in each],
+    )
 
 
 METHODS = {
@@ -212,6 +261,7 @@ METHODS = {
     "implicit": Implicit,
     "forward": Forward,
     "es": Strategies,
+    "pes": Persistent,
 }
 
 
@@ -252,6 +302,26 @@ def _of_module(training: Training, name: str, hparams: Sequence[Tensor]) -> dict
     """Those of `hparams` that stand for parameters of this module, by their names in it."""
     named = zip(training.hyperparameters, hparams, strict=True)
     return {n.removeprefix(f"{name}."): t for n, t in named if n.startswith(f"{name}.")}
+
+
+def _as_one(maps: Sequence[UpdateMap]) -> UpdateMap:
+    """All of them one after the other, without a graph."""
+
+    def whole(params: Params, hparams: Sequence[Tensor]) -> Params:
+        for update in maps:
+            params = _without_graph(update, params, hparams)
+        return params
+
+    return whole
+
+
+def _with_state(maps: Sequence[UpdateMap], hparams: Sequence[Tensor]) -> Params:
+    """Params with all that a rule remembers, which begins with its first update.
+
+    maps: begin with that to the initial parameters, which takes any params. Maps that are perturbed
+    must give params like those they take.
+    """
+    return _as_one(maps[:2])([], hparams)
 
 
 class _RecordedLoss:

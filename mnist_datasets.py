@@ -36,13 +36,13 @@ from torch import Tensor
 from data_sets.augmentation import augment
 from data_sets.cifar10 import load_cifar10
 from data_sets.fetching import import_torchvision, one_line, run_silently, run_with_torchvision
-from data_sets.image_data import DataError, ImageData, batch_indices, pixel_sums
+from data_sets.image_data import DataError, ImageData, ImageSets, batch_indices, pixel_sums
 from data_sets.views import Views
 from experiment.files import write_whole
 
 __all__ = [
-    "DataError", "ImageData", "augment", "batches", "import_torchvision", "load_images",
-    "normalize_pixels", "pair_batches",
+    "DataError", "ImageData", "ImageSets", "augment", "batches", "import_torchvision",
+    "load_images", "normalize_pixels", "pair_batches",
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ by orders of magnitude, and the hypergradient is noise. `AdjointLimit` holds it.
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -38,7 +38,7 @@ from models_fully_local import Params
 
 MEMORY = ("fit", "keep", "segments", "recompute")
 MEMORY_LIMIT = 5 * 2**29  # peak below 4 GB with the networks of main.py
-START, BATCHES, OUTER, METHOD, HORIZON = range(5)  # what a draw's random numbers are for
+START, BATCHES, OUTER, METHOD, HORIZON, MODEL = range(6)  # what a draw's random numbers are for
 WITH_HYPERPARAMETERS = ("rule", "initializer", "batches")
 
 
@@ -70,7 +70,7 @@ class Draw:
     start: Params | None = None
 
     def generator(self, purpose: int) -> Generator:
-        """A new one, the same at each call: of START, BATCHES, OUTER, METHOD or HORIZON."""
+        """A new one, the same at each call: of START, BATCHES, OUTER, METHOD, HORIZON or MODEL."""
         return seeded_generator(*self.key, purpose)
 
 
@@ -83,6 +83,8 @@ class Training:
     initializer: (model, generator) -> params.
     batches: (generator) -> iterator of what the rule's update takes.
     outer_loss: judges the parameters.
+    name: of its numbers among those of several trainings, such as a data set's.
+    models: (generator) -> model, for meta-steps whose tasks each draw a model, such as its width.
     The nn.Parameters of the rule, and of the initializer and the batches where these are modules,
     are the hyperparameters.
     """
@@ -92,6 +94,14 @@ class Training:
     initializer: Callable[[nn.Module, Generator], Params]
     batches: Callable[[Generator], Iterator]
     outer_loss: OuterLoss
+    name: str = ""
+    models: Callable[[Generator], nn.Module] | None = None
+
+    def with_drawn_model(self, draw: Draw) -> "Training":
+        """This training of the model that the draw gives it; itself where models is None."""
+        if self.models is None:
+            return self
+        return replace(self, model=self.models(draw.generator(MODEL)))
 
     @property
     def modules(self) -> dict[str, nn.Module]:

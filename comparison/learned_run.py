@@ -35,6 +35,11 @@ class LearnedRun:
     steps: int
     views: ViewStrengths | None
 
+    @property
+    def datasets(self) -> list[str]:
+        """What it was learned on."""
+        return _datasets(self.config)
+
 
 def load_run(directory: str | Path) -> LearnedRun:
     """The rule in a run's directory; RunLogError or RuleError where there is none."""
@@ -64,7 +69,7 @@ def load_run(directory: str | Path) -> LearnedRun:
         _check_flags(config, steps)
         views = _views(results, rule)
         run = LearnedRun(directory.name, config, rule, start, steps, views)
-        shape = (3, 32, 32) if config["dataset"] == "cifar10" else (1, 28, 28)
+        shape = (3, 32, 32) if _datasets(config)[0] == "cifar10" else (1, 28, 28)
         network_of_flags(config, shape, config["layers"])
     except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
         raise RunLogError(
@@ -85,6 +90,11 @@ def _views(results: Mapping[str, Any], rule: PerLayerRule) -> ViewStrengths | No
     if (2 if views else 1) != takes:
         raise ValueError(f"views are {views}, of a rule that takes {takes} of each input")
     return views
+
+
+def _datasets(config: Mapping[str, Any]) -> list[str]:
+    names = config["dataset"]
+    return names if isinstance(names, list) else [names]
 
 
 def _check_flags(config: Mapping[str, Any], steps: int) -> None:
@@ -114,11 +124,13 @@ def _check_all(values: Mapping[str, Any], right: Callable[[Any], bool], expected
 def steps_to_judge(directory: str | Path, config: Mapping[str, Any]) -> int:
     """How many updates a training by the rule of a run makes: as many as in its last meta-step.
 
-    Where each task drew a horizon of its own, the longest that it could draw; where the run's flags
-    name a number, that.
+    Where each task drew a horizon of its own, the longest that it could draw; where meta-steps were
+    windows of one training, its whole length; where the run's flags name a number, that.
     """
     if config.get("evaluation_steps"):
         return config["evaluation_steps"]
     if config.get("horizon"):
         return config["horizon"][1]
+    if config.get("method") == "pes":
+        return config["initial_inner_steps"]
     return int(read_metrics(directory).get("inner_steps", [config["initial_inner_steps"]])[-1])

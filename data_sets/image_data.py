@@ -124,6 +124,17 @@ def batch_indices(
     return [index for index in order.split(batch_size) if len(index) == batch_size]
 
 
+@dataclass(frozen=True)
+class ImageSets:
+    """Several data sets of one run."""
+
+    sets: tuple[ImageData, ...]
+
+    def fingerprint(self) -> str:
+        """Those of all of them."""
+        return "; ".join(data.fingerprint() for data in self.sets)
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 at least: below it, eight bits of a pixel would not survive the arithmetic."""
     if not dtype.is_floating_point:

@@ -100,11 +100,36 @@ def computing_parser(description: str, command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def common_parser(description: str, command: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every command on images has."""
+class OneOrMore(argparse.Action):
+    """The value of a flag that is given once; the list of its values where it is given again.
+
+    Its default is to be None, and to be filled in after parsing.
+    """
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        before = getattr(namespace, self.dest, None)
+        if before is not None:
+            before = before if isinstance(before, list) else [before]
+            if values in before:
+                parser.error(f"argument {option_string}: {values} is given twice")
+            values = [*before, values]
+        setattr(namespace, self.dest, values)
+
+
+def common_parser(
+    description: str, command: str, *, several_datasets: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with the flags that every command on images has.
+
+    several_datasets: --dataset may be given again; args.dataset is None where it is not given.
+    """
     parser = computing_parser(description, command)
     add = parser.add_argument_group("images").add_argument
-    add("--dataset", choices=DATASETS, default="mnist", help="images; mnist5k needs no network")
+    if several_datasets:
+        add("--dataset", choices=DATASETS, action=OneOrMore,
+            help="images (default: mnist; mnist5k needs no network); may be repeated")  # fmt: skip
+    else:
+        add("--dataset", choices=DATASETS, default="mnist", help="images; mnist5k needs no network")
     add("--data-dir", "--data_dir", type=Path, default="data", metavar="DIR", help="data sets")
     return parser
 
@@ -391,6 +416,7 @@ def _from_saved(action: argparse.Action, value: Any) -> Any:
         return value
     depth = int(action.nargs is not None and action.nargs != "?")
     depth += type(action) is argparse._AppendAction
+    depth += isinstance(action, OneOrMore) and isinstance(value, list)
     return _converted(action, value, depth)
 
 

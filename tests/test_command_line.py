@@ -96,6 +96,24 @@ def test_a_run_without_images_or_without_tensors_has_fewer_flags():
     assert set(vars(args)) == of_a_run | {"device", "threads", "dtype"} and args.threads == 2
 
 
+def test_a_flag_that_may_be_given_again_is_one_value_or_a_list(tmp_path, capsys):
+    parser = common_parser("d", "demo", several_datasets=True)
+    assert parse(parser, []).dataset is None
+    flags = ["--dataset", "mnist", "--dataset", "fashion", "--dataset", "cifar10"]
+    assert parse(parser, flags[:2]).dataset == "mnist"
+    assert parse(parser, flags).dataset == ["mnist", "fashion", "cifar10"]
+    for values, saved in ((flags, ["mnist", "fashion", "cifar10"]), (flags[:2], "mnist")):
+        out = tmp_path / str(len(values))
+        args = parse(parser, [*values, "--out", str(out)])
+        open_run(args, "demo").close()
+        assert json.loads((out / "config.json").read_text())["dataset"] == saved
+        assert parse(parser, ["--resume", str(out)]).dataset == saved
+    for wrong, said in ((["--dataset", "mnist"], "given twice"), (["--dataset", "x"], "choose")):
+        with pytest.raises(SystemExit):
+            parse(parser, [*flags, *wrong])
+        assert said in capsys.readouterr().err
+
+
 def test_dashes_and_underscores_are_one():
     for flag in ("--data-dir", "--data_dir"):
         assert parse(some_parser(), ["1", flag, "elsewhere"]).data_dir == Path("elsewhere")

@@ -20,6 +20,7 @@ from torch import nn
 from experiment.errors import NonFiniteError
 from experiment.run_log import RunLog
 from experiment.run_reader import read_metrics
+from experiment.seeds import log_uniform_integer
 from experiment.statistics import accuracy_text, mean_and_deviation
 from hypgraddesc import (
     OPTIMIZERS,
@@ -33,7 +34,7 @@ from hypgraddesc import (
 )
 from initializers import FIXED, TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, PolynomialRule
-from meta_gradients import Forward, Reverse
+from meta_gradients import Forward, Persistent, Reverse
 from models_fully_local import Activation, lateral_mlp
 from rules.unit_statistics import UnitStatisticsRule
 from train import MEMORY, Draw, Training, evaluate_training
@@ -362,6 +363,85 @@ def test_tasks_take_turns_in_several_trainings_that_share_their_hyperparameters(
     assert_close(rule.psi.detach(), expected)
 
 
+def test_trainings_with_names_have_their_numbers_recorded_apart():
+    rule, start = Drift([0.25]), Start([0.0])
+    trainings = [
+        Training(nn.Identity(), rule, start, ones, Outer(loss), name=name)
+        for name, loss in {"near": distance(1.0), "far": distance(3.0), "none": nan_loss_of}.items()
+    ]
+    run = HypergradientDescent(
+        trainings, MetaSettings(inner_steps=1, tasks=5, lr=0.01), Said().append
+    )
+    row = run.step()
+    near, far = 0.75**2, 2.75**2
+    assert row["meta_loss"] == pytest.approx((2 * near + 2 * far) / 4)
+    assert row["meta_loss/near"] == pytest.approx(near)
+    assert row["meta_loss/far"] == pytest.approx(far)
+    assert row["first/near"] == row["first/far"] == row["first"] == 0.25
+    assert math.isnan(row["meta_loss/none"]) and row["skipped_tasks"] == 1
+    alone = HypergradientDescent(trainings[0], MetaSettings(inner_steps=1, lr=0.01)).step()
+    assert alone["meta_loss/near"] == alone["meta_loss"]
+    nameless = HypergradientDescent(
+        replace(trainings[0], name=""), MetaSettings(inner_steps=1)
+    ).step()
+    assert "meta_loss/" not in " ".join(nameless)
+
+
+def nan_loss_of(w, call):
+    return w.sum() * math.nan
+
+
+def test_every_one_of_several_trainings_needs_a_task():
+    rule, start = Drift([0.25]), Start([0.0])
+    trainings = [Training(nn.Identity(), rule, start, ones, Outer(distance(1.0)))] * 3
+    with pytest.raises(MetaError, match="3 data sets need 3 tasks or more, not 2"):
+        HypergradientDescent(trainings, MetaSettings(tasks=2))
+
+
+class Wide(nn.Module):
+    """A model that is no more than its width."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+
+
+class FirstOf(nn.Module):
+    """w_0 = zeros of the width of the model."""
+
+    def forward(self, model, generator=None):
+        return [{"w": torch.zeros(model.width, dtype=DOUBLE)}]
+
+
+def test_each_task_draws_its_model_and_the_same_again_after_a_resumption():
+    class Spread(Drift):
+        def update(self, model, params, batch):
+            return [{"w": params[0]["w"] + self.psi * batch}]
+
+    def widths(generator):
+        return Wide(log_uniform_integer(2, 40, generator))
+
+    loss = Outer(lambda w, call: w.sum())
+    training = Training(Wide(7), Spread([0.5]), FirstOf(), ones, loss, models=widths)
+    runs = [
+        HypergradientDescent(training, MetaSettings(inner_steps=1, tasks=3, lr=0.0, seed=4))
+        for _ in range(2)
+    ]
+    rows = [runs[0].step() for _ in range(4)]
+    drawn = [len(w) for w in loss.seen]
+    assert len(set(drawn)) > 4 and all(2 <= n <= 40 for n in drawn)
+    assert rows[1]["hypergradient_norm"] == pytest.approx(sum(drawn[3:6]) / 3)
+    for _ in range(2):
+        runs[1].step()
+    again = HypergradientDescent(training, runs[1].settings)
+    again.load_state_dict(stored(runs[1].state_dict()))
+    assert without_seconds(again.step()) == without_seconds(rows[2])
+    evaluate_training(training, Draw((0,), 1))
+    assert len(loss.seen[-1]) == 7
+    with pytest.raises(MetaError, match="width of each task needs reinitialisation"):
+        HypergradientDescent(training, MetaSettings(reinitialize_every=2))
+
+
 def test_trainings_with_hyperparameters_of_their_own_are_refused_in_one_line():
     trainings = [
         Training(nn.Identity(), Drift([0.1]), Start([0.0]), ones, Outer(distance(1.0)))
@@ -518,6 +598,26 @@ def test_between_reinitialisations_training_goes_on_from_detached_parameters():
         stepper.step()
         assert_close(run.rule.psi.detach(), expected.detach())
     assert len(initializer_of(run).drawn) == 3 * 2
+
+
+def test_windows_of_persistent_strategies_go_on_until_the_reinitialisation_and_after_a_resumption():
+    """Losses of w_N = N psi (up to sigma) tell how far each window's trainings have come."""
+    settings = {"inner_steps": 2, "reinitialize_every": 3, "method": Persistent(1e-6, 2)}
+    run = descent([1.0], slopes(*[(1.0,)] * 99), lr=1e-9, trainable=True, **settings)
+    rows, states = [], []
+    for _ in range(7):
+        states.append(stored(run.state_dict()))
+        rows.append(without_seconds(run.step()))
+    assert [row["meta_loss"] for row in rows] == pytest.approx([2, 4, 6, 2, 4, 6, 2], abs=1e-4)
+    for done in (2, 3):
+        again = descent([1.0], slopes(*[(1.0,)] * 99), lr=1e-9, trainable=True, **settings)
+        again.load_state_dict(states[done])
+        assert without_seconds(again.step()) == rows[done]
+
+
+def test_persistent_strategies_refuse_rules_that_lose_coefficients():
+    with pytest.raises(MetaError, match="keep all coefficients"):
+        descent([1.0], distance(1.0), method=Persistent(), sparsify_from=0)
 
 
 def test_ungraded_steps_come_first_and_have_no_gradient():

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--method", "truncated", "--K", "1"],
         ["--adjoint_limit", "0.5"],
         ["--loss_times", "2"],
+        ["--units_range", "3", "9"],
         ["--probe", "sampled"],
         ["--probe", "sampled", "--probe_images", "100"],
         ["--probe", "ridge"],
@@ -113,6 +115,7 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--method", "lookback", "--K", "2"],
         ["--method", "implicit", "--K", "1"],
         ["--method", "es", "--sigma", "1e-3", "--pairs", "1"],
+        ["--method", "pes", "--K", "1", "--sigma", "1e-3", "--pairs", "1"],
     ],
     ids=" ".join,
 )
@@ -168,6 +171,63 @@ def test_a_run_of_random_horizons_is_judged_at_the_longest(tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [row["inner_steps"] for row in results["evaluations"]] == [6]
     assert load_run(tmp_path / "run").steps == 6
+
+
+@pytest.fixture
+def two_sets(monkeypatch):
+    """mnist5k, and under the name of fashion the same images upside down."""
+
+    def load(name, data_dir):
+        data = load_images("mnist5k", data_dir)
+        if name == "fashion":
+            data = [
+                replace(part, images=part.images.flip(2), source="upside down") for part in data
+            ]
+        return data
+
+    monkeypatch.setattr(main, "load_images", load)
+
+
+def test_a_run_on_two_data_sets_reports_each_and_their_mean(tmp_path, two_sets):
+    out = tmp_path / "run"
+    flags = ["--dataset", "mnist5k", "--dataset", "fashion", "--tasks", 2, "--evaluations", 2]
+    run(4, *TINY[2:], *flags, "--out", out)
+    assert json.loads((out / "config.json").read_text())["dataset"] == ["mnist5k", "fashion"]
+    for row in rows(out):
+        for name in ("meta_loss", "train_accuracy", "test_accuracy"):
+            parts = [float(row[f"{name}/{part}"]) for part in ("mnist5k", "fashion")]
+            assert float(row[name]) == pytest.approx(sum(parts) / 2)
+    results = json.loads((out / "results.json").read_text())
+    assert [row["dataset"] for row in results["evaluations"]] == ["mnist5k"] * 2 + ["fashion"] * 2
+    each = [results["by_dataset"][n]["test_accuracy_mean"] for n in ("mnist5k", "fashion")]
+    assert results["test_accuracy_mean"] == pytest.approx(sum(each) / 2)
+    assert "upside down" in results["data"]
+    assert load_run(out).datasets == ["mnist5k", "fashion"]
+    before = outcome(out)
+    run("--resume", out, "--quiet")
+    assert outcome(out) == before
+
+
+def test_learned_views_are_shared_by_two_data_sets(tmp_path, two_sets):
+    flags = ["--dataset", "mnist5k", "--dataset", "fashion", "--tasks", 2, "--lr", 0.1]
+    views = ["--views", "masks", "--noise", 0.1, "--learn_views", "noise"]
+    run(4, *TINY[2:], *flags, *views, "--out", tmp_path / "run")
+    assert float(rows(tmp_path / "run")[-1]["views/noise"]) != 0.1
+
+
+def test_two_data_sets_need_two_tasks(capsys, tmp_path, two_sets):
+    flags = [4, *TINY, "--dataset", "fashion", "--out", tmp_path / "run"]
+    assert "2 data sets need 2 tasks" in refused(capsys, main.main, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_windows_is_judged_at_the_length_of_its_trainings(tmp_path):
+    flags = ["--method", "pes", "--K", 2, "--max_inner_steps", 5, "--initial_inner_steps", 5]
+    run(4, *TINY, *flags, "--metasteps", 4, "--out", tmp_path / "run")
+    assert {row["inner_steps"] for row in rows(tmp_path / "run")} == {"2.0"}
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [row["inner_steps"] for row in results["evaluations"]] == [5]
+    assert load_run(tmp_path / "run").steps == 5
 
 
 def test_a_run_can_start_from_what_another_has_learned(tmp_path, plain):
@@ -261,6 +321,10 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["32", "--pool", "3"], "--conv"),
         (["32", "--K", "3"], "--method truncated"),
         (["32", "--pairs", "3"], "--method es"),
+        (["32", "--method", "pes", "--reinitialize_every", "2"], "another method than pes"),
+        (["32", "--method", "pes", "--horizon", "20", "40"], "another method than pes"),
+        (["32", "--method", "pes", "--sparsify", "--dataset", "mnist5k"], "keep all coefficients"),
+        (["32", "--method", "pes", "--units_range", "3", "9", "--dataset", "mnist5k"], "width"),
         (["32", "--method", "es", "--memory", "keep"], "--method reverse"),
         (["32", "--method", "implicit", "--compile"], "--method reverse"),
         (["32", "--method", "forward", "--dataset", "mnist5k"], "take reverse"),
@@ -292,6 +356,9 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["32", "--horizon", "20", "40", "--raise_by", "5"], "needs no --horizon"),
         (["32", "--probe", "ridge", "--probe_gradient", "implicit"], "--probe logistic"),
         (["32", "--probe", "ridge", "--probe_images", "3000", "--dataset", "mnist5k"], "of 4000"),
+        (["32", "--units_range", "9", "3"], "a smaller and a larger number"),
+        (["--conv", "4x5", "--units_range", "3", "9"], "needs a layer of units"),
+        (["32", "--units_range", "3", "9", "--compile"], "leave one out"),
         (["32", "--adjoint_limit", "0"], "a number above 0"),
         (["32", "--delta", "0.1"], "--rule krotov_hopfield"),
         (["32", "--rule", "krotov_hopfield", "--degree", "2"], "--rule polynomial"),

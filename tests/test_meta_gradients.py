@@ -13,9 +13,9 @@ from hypergradients import HypergradientError
 from hypgraddesc import MetaError, MetaSettings
 from initializers import FIXED, GaussianInitializer
 from learning_rules import LearningRule, PolynomialRule
-from meta_gradients import Forward, Implicit, LookBack, Reverse, Strategies, Truncated
+from meta_gradients import Forward, Implicit, LookBack, Persistent, Reverse, Strategies, Truncated
 from models_fully_local import Activation, lateral_mlp
-from train import MEMORY, Draw, Training, train
+from train import MEMORY, METHOD, START, Draw, Training, train
 
 
 class Follow(LearningRule):
@@ -180,6 +180,85 @@ def test_strategies_need_no_derivative():
     assert_near(gradient[0], exact(training, draw)[0], 0.2)
 
 
+def windows_of(method, training, draw, count: int):
+    """The results of so many windows of trainings that go on, keys as meta-steps give them."""
+    results, start = [], None
+    for window in range(count):
+        results.append(method(training, replace(draw, key=(1, window), start=start)))
+        start = results[-1].params
+    return results
+
+
+def test_persistent_strategies_are_those_of_a_loop_over_perturbed_trainings():
+    """g = sum xi (L+ - L-) / (2 sigma^2 N), xi the sum of a pair's perturbations so far."""
+    sigma, count = 1e-2, 2
+    training, draw = follow(3)
+    results = windows_of(Persistent(sigma, count), training, draw, 3)
+    hparams = list(training.hyperparameters.values())
+    values, data = [h.detach().clone() for h in hparams], next(training.batches(None))
+    ends, xi = [None] * count, [[torch.zeros_like(v) for v in values] for _ in range(count)]
+    for window, result in enumerate(results):
+        of_window = replace(draw, key=(1, window))
+        generator, expected = of_window.generator(METHOD), [torch.zeros_like(v) for v in values]
+        seen = []
+        for pair in range(count):
+            noise = [
+                sigma * torch.randn(v.shape, generator=generator, dtype=DOUBLE) for v in values
+            ]
+            xi[pair] = [x + e for x, e in zip(xi[pair], noise, strict=True)]
+            ended = []
+            for number, sign in enumerate((1, -1)):
+                with torch.no_grad():
+                    for h, v, e in zip(hparams, values, noise, strict=True):
+                        h.copy_(v + sign * e)
+                    params = ends[pair] and ends[pair][number]
+                    if params is None:
+                        params = training.initializer(None, of_window.generator(START))
+                    for _ in range(3):
+                        params = training.rule.update(None, params, data)
+                ended.append(params)
+                seen.append(squares(None, params, None)[0].item())
+            ends[pair] = ended
+            for g, x in zip(expected, xi[pair], strict=True):
+                g += x * (seen[-2] - seen[-1]) / (2 * sigma**2 * count)
+        with torch.no_grad():
+            for h, v in zip(hparams, values, strict=True):
+                h.copy_(v)
+        for g, e in zip(result.gradient, expected, strict=True):
+            assert_near(g, e, 1e-9)
+        assert result.numbers["meta_loss"] == pytest.approx(sum(seen) / len(seen), rel=1e-12)
+
+
+def test_persistent_strategies_add_up_to_the_gradient_of_the_sum_of_losses():
+    results = windows_of(Persistent(1e-3, 3000), *follow(2), 3)
+    parts = [exact(*follow(steps)) for steps in (2, 4, 6)]
+    for number in range(2):
+        total = sum(result.gradient[number] for result in results)
+        assert_near(total, sum(part[number] for part in parts), 0.15)
+
+
+class Remembering(Follow):
+    """Counts its updates in the parameters, from the first one on, and slows down with them."""
+
+    def update(self, model, params, batch):
+        (_, layer) = super().update(model, params, batch)
+        count = params[1].get("count", torch.zeros((), dtype=DOUBLE))
+        w = params[1]["w"] + (layer["w"] - params[1]["w"]) / (1 + count)
+        return [{}, {"w": w, "count": count + 1}]
+
+
+def test_strategies_take_rules_that_begin_to_remember_with_their_first_update():
+    training, draw = follow(4)
+    training = replace(training, rule=Remembering())
+    expected = exact(training, draw)
+    for method in (Strategies(1e-3, 3000), Persistent(1e-3, 3000)):
+        for g, e in zip(method(training, draw).gradient, expected, strict=True):
+            assert_near(g, e, 0.15)
+    first, second = windows_of(Persistent(1e-3, 2), training, draw, 2)
+    assert [layer["count"].item() for layer in first.params if "count" in layer] == [4] * 4
+    assert [layer["count"].item() for layer in second.params if "count" in layer] == [8] * 4
+
+
 def test_perturbed_trainings_leave_the_hyperparameters_alone():
     training, draw = lateral(3)
     before = {name: p.detach().clone() for name, p in training.hyperparameters.items()}
@@ -234,7 +313,8 @@ def test_an_update_that_is_no_contraction_is_refused_with_the_residual():
 
 
 @pytest.mark.parametrize(
-    "method", [Reverse(), Truncated(K=2), LookBack(2), Implicit(2), Forward(), Strategies()]
+    "method",
+    [Reverse(), Truncated(K=2), LookBack(2), Implicit(2), Forward(), Strategies(), Persistent()],
 )
 def test_what_is_not_finite_is_never_returned(method):
     def broken(model, params, generator):
