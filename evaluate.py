@@ -204,12 +204,13 @@ def table_cells(summary: Sequence[Row], draws: int) -> list[list[str]]:
 
 
 def cell_text(row: Row, draws: int) -> str:
-    """Mean and deviation in percent, and of how many of the draws if not of all."""
+    """Mean and sample deviation in percent, and of how many of the draws if not of all."""
     if not row["finite"]:
         return "not finite"
     mean, deviation = row["test_accuracy_mean"], row["test_accuracy_standard_deviation"]
     some = f" ({row['finite']} of {draws})" if row["finite"] < draws else ""
-    return f"{100 * mean:.2f} ± {100 * deviation:.2f} %{some}"
+    spread = "" if deviation is None else f" ± {100 * deviation:.2f}"
+    return f"{100 * mean:.2f}{spread} %{some}"
 
 
 def report(log: RunLog, comparison: Comparison) -> None:

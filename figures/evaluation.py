@@ -58,9 +58,8 @@ def draw_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
 
 
 def _draw_method(axes: Axes, method: str, rows: Sequence[Row], colour: str) -> None:
-    mean, deviation = (
-        [row[f"test_accuracy_{name}"] for row in rows] for name in ("mean", "standard_deviation")
-    )
+    mean = [row["test_accuracy_mean"] for row in rows]
+    deviation = [row["test_accuracy_standard_deviation"] or 0.0 for row in rows]
     steps = [row["inner_steps"] for row in rows]
     if steps == [0]:
         axes.axhline(mean[0], color=colour, ls="--", lw=1.2, label=method)

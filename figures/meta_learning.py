@@ -292,6 +292,7 @@ def _draw_stages(stages: Sequence[Mapping], place: Path) -> list[Path]:
     rows = [row for row in rows if row[1] is not None]
     if not rows:
         return []
+    rows = [(terms, mean, deviation or 0.0) for terms, mean, deviation in rows]
     terms, mean, deviation = map(np.array, zip(*rows, strict=True))
     draw_pruning(terms, mean, deviation, place / "pruning.png")
     return [place / "pruning.png"]

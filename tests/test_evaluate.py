@@ -191,9 +191,9 @@ def test_a_summary_holds_mean_and_deviation_of_finite_test_accuracies():
     ]
     first, second = evaluate.summarize(rows)
     assert first["test_accuracy_mean"] == pytest.approx(0.6)
-    assert first["test_accuracy_standard_deviation"] == pytest.approx(0.1)
+    assert first["test_accuracy_standard_deviation"] == pytest.approx(0.2 / 2**0.5)
     assert (first["trainings"], first["finite"]) == (3, 2)
-    assert evaluate.cell_text(first, 3) == "60.00 ± 10.00 % (2 of 3)"
+    assert evaluate.cell_text(first, 3) == "60.00 ± 14.14 % (2 of 3)"
     assert second["test_accuracy_mean"] is None
     assert evaluate.cell_text(second, 3) == "not finite"
 

@@ -924,10 +924,13 @@ def test_contradictory_settings_are_refused_in_one_line(settings):
 # ---- evaluation ----
 
 
-def test_accuracies_are_told_by_mean_and_the_populations_deviation():
-    found = mean_and_deviation("test_accuracy", [0.25, 0.75])
-    assert found == {"test_accuracy_mean": 0.5, "test_accuracy_standard_deviation": 0.25}
-    assert accuracy_text(found) == "test accuracy 50.00% +- 25.00%"
+def test_accuracies_are_told_by_mean_and_the_samples_deviation():
+    told = mean_and_deviation("test_accuracy", [0.25, 0.5, 0.75])
+    assert told == {"test_accuracy_mean": 0.5, "test_accuracy_standard_deviation": 0.25}
+    assert accuracy_text(told) == "test accuracy 50.00% +- 25.00%"
+    single = mean_and_deviation("test_accuracy", [0.25])
+    assert single["test_accuracy_standard_deviation"] is None
+    assert accuracy_text(single) == "test accuracy 25.00%"
     assert set(mean_and_deviation("loss", []).values()) == {None}
 
 
