@@ -23,6 +23,7 @@ def runs(tmp_path_factory) -> Path:
     tiny = [
         "--dataset", "mnist5k", "--metasteps", "2", "--initial_inner_steps", "2", "--lr", "1e-3",
         "--max_inner_steps", "2", "--batch_size", "64", "--evaluations", "2", *COMMON,
+        "--no_figures",
     ]  # fmt: skip
     main.main(["5", *tiny, "--out", str(place / "single")])
     main.main(["5", *tiny, "--pair_inputs", "--inhibition", "none", "--out", str(place / "pairs")])
@@ -32,7 +33,8 @@ def runs(tmp_path_factory) -> Path:
 
 
 def run(*flags) -> None:
-    evaluate.main([*map(str, flags), *COMMON])
+    """The command without its figures, which take longer than all the rest."""
+    evaluate.main([*map(str, flags), *COMMON, "--no_figures"])
 
 
 def results(directory: Path) -> dict:

@@ -40,6 +40,11 @@ METHODS = (*example.IMPLICIT, *example.ALONG_ITERATIONS)
 
 
 def run(*flags) -> None:
+    """The command without its figures, which take longer than all the rest."""
+    run_with_figures(*flags, "--no_figures")
+
+
+def run_with_figures(*flags) -> None:
     example.main([*map(str, flags)])
 
 
@@ -109,7 +114,7 @@ def test_the_hidden_states_come_to_rest():
 def plain(tmp_path_factory) -> Path:
     """A run without further flags."""
     out = tmp_path_factory.mktemp("plain") / "run"
-    run(*TINY, "--out", out)
+    run_with_figures(*TINY, "--out", out)
     return out
 
 

@@ -28,6 +28,11 @@ spec.loader.exec_module(example)
 
 
 def run(*flags) -> None:
+    """The command without its figures, which take longer than all the rest."""
+    run_with_figures(*flags, "--no_figures")
+
+
+def run_with_figures(*flags) -> None:
     example.main([*map(str, flags)])
 
 
@@ -177,7 +182,7 @@ def test_omniglot_is_read_where_it_is(tmp_path):
 )
 def test_a_run_compares_learned_with_initial_weights_and_leaves_its_files(tmp_path, flags, score):
     out = tmp_path / "run"
-    run(*flags, "--out", out)
+    run_with_figures(*flags, "--out", out)
     results = json.loads((out / "results.json").read_text())
     assert results["score"] == score
     for name in ("initial", "learned"):

@@ -236,11 +236,13 @@ def test_main_learns_rate_and_delta_and_writes_the_rule(learned):
 
 def test_main_goes_on_with_such_a_run_as_if_never_left_and_starts_from_it(learned, tmp_path):
     short = [flag if flag != "3" else "1" for flag in TINY]
-    main.main([*short, "6", "--out", str(tmp_path / "run")])
+    main.main([*short, "6", "--no_figures", "--out", str(tmp_path / "run")])
     assert rows(tmp_path / "run") == rows(learned)[:1]
-    main.main(["--resume", str(learned), "--quiet"])
+    main.main(["--resume", str(learned), "--quiet", "--no_figures"])
     assert len(outcome(learned)[0]) == 3
-    main.main([*short, "5", "--start_from", str(learned), "--out", str(tmp_path / "next")])
+    main.main(
+        [*short, "5", "--no_figures", "--start_from", str(learned), "--out", str(tmp_path / "next")]
+    )
     started = rows(tmp_path / "next")[0]
     rule = load_rule(learned / "rule.json").rules[0]
     assert float(started["coefficient/1/w/delta"]) == pytest.approx(rule.delta.item())
@@ -249,7 +251,7 @@ def test_main_goes_on_with_such_a_run_as_if_never_left_and_starts_from_it(learne
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"reverse"}))
 def test_main_takes_the_rule_with_every_method(method, tmp_path):
     flags = ["4", "--method", method, "--gate", "soft", "--inhibition", "none"]
-    main.main([*TINY, *flags, "--out", str(tmp_path / "run")])
+    main.main([*TINY, *flags, "--no_figures", "--out", str(tmp_path / "run")])
     values = [float(row["coefficient/1/w/inverse_temperature"]) for row in rows(tmp_path / "run")]
     assert all(map(math.isfinite, values))
 

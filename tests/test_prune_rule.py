@@ -32,12 +32,17 @@ def learned(tmp_path_factory) -> Path:
     main.main([
         "4", "--degree", "1", "--dataset", "mnist5k", "--metasteps", "3", "--initial_inner_steps",
         "3", "--max_inner_steps", "3", "--batch_size", "64", "--evaluations", "1", "--lr", "1e-3",
-        "--warmup_steps", "1", "--threads", "1", "--quiet", "--out", str(out),
+        "--warmup_steps", "1", "--threads", "1", "--quiet", "--no_figures", "--out", str(out),
     ])  # fmt: skip
     return out
 
 
 def run(*flags) -> None:
+    """The command without its figures, which take longer than all the rest."""
+    run_with_figures(*flags, "--no_figures")
+
+
+def run_with_figures(*flags) -> None:
     prune_rule.main([*map(str, flags)])
 
 
@@ -164,7 +169,7 @@ def test_a_rule_with_unit_statistics_is_shortened_alike():
 
 def test_a_run_leaves_rules_a_table_and_a_figure(tmp_path, learned, capsys):
     out = tmp_path / "run"
-    run(learned, *FAST, "--terms", 9, 5, 2, 40, "--try_below", 4, "--out", out)
+    run_with_figures(learned, *FAST, "--terms", 9, 5, 2, 40, "--try_below", 4, "--out", out)
     assert read_config(out)["run"] == str(learned)
     stages = results_of(out)["pruning"]
     assert [stage["terms"] for stage in stages] == [13, 9, 5, 2]

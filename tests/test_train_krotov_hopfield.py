@@ -19,6 +19,11 @@ TINY = [
 
 
 def run(*flags) -> None:
+    """The command without its figures, which take longer than all the rest."""
+    run_with_figures(*flags, "--no_figures")
+
+
+def run_with_figures(*flags) -> None:
     train_krotov_hopfield.main([*map(str, flags)])
 
 
@@ -26,7 +31,7 @@ def run(*flags) -> None:
 def plain(tmp_path_factory) -> Path:
     """A run without further flags."""
     out = tmp_path_factory.mktemp("plain") / "run"
-    run(*TINY, "--classify_after", 1, 2, "--out", out)
+    run_with_figures(*TINY, "--classify_after", 1, 2, "--out", out)
     return out
 
 
@@ -166,7 +171,7 @@ def test_a_run_that_diverges_stops_with_its_layer_and_status_1(capsys, tmp_path)
 
 def test_few_images_that_lack_classes_are_trained_on_like_any(tmp_path):
     flags = ["--train_images", 2, "--batch_size", 1, "--classifier_batch_size", 1]
-    run(*TINY, *flags, "--validation", 0.4, "--no_figures", "--out", tmp_path / "run")
+    run(*TINY, *flags, "--validation", 0.4, "--out", tmp_path / "run")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["test_accuracy"] < 0.5
 
 
