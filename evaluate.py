@@ -9,6 +9,9 @@ Without --datasets, --layers, --steps they are those of the first RUN. One train
 each of the --steps. In a network deeper than the one that a rule was learned on, further layers use
 the rule of its last layer. "rotated" are MNIST's digits, each turned once by up to 45 degrees.
 
+Layers are trained as the run's were, all at once or one after the other; with --layerwise one after
+the other, each by --steps updates.
+
 Classical rules run on networks of their own on pixel-centred images: oja and sanger on linear units
 and krotov_hopfield (p = k = 2, Delta = 0.4) on rectified ones, without inhibition, instar and
 foldiak on sigmoid units that inhibit each other. Their rate is chosen once for each data set and
@@ -72,6 +75,7 @@ def make_parser():
     add("--layers", type=positive_int, nargs="+", action="append", metavar="UNITS",
         help="units of each layer; may come several times")  # fmt: skip
     add("--steps", type=positive_int, nargs="+", help="numbers of updates")
+    add("--layerwise", action="store_true", help="train layers one after the other")
     add("--evaluations", "--seeds", dest="seeds", type=positive_int, default=3, metavar="N",
         help="trainings of each kind")  # fmt: skip
     add("--rules", nargs="+", choices=list(CLASSICAL), help="classical rules")
@@ -140,6 +144,7 @@ def make_settings(args, run: LearnedRun, device, dtype) -> list[Setting]:
                 outer_images=run.config["outer_images"],
                 batch_size=run.config["batch_size"],
                 dtype=dtype,
+                layerwise=args.layerwise,
             )
             for layers in args.layers
         ]

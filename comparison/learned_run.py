@@ -13,7 +13,7 @@ from typing import Any
 from experiment.errors import RunLogError
 from experiment.run_reader import read_config, read_metrics, read_results
 from experiment.view_strengths import ViewStrengths
-from initializers import GaussianInitializer
+from initializers import fixed_initializer
 from learning_rules import PerLayerRule
 from models_fully_local import network_of_flags
 from rules import load_rule
@@ -56,7 +56,7 @@ def load_run(directory: str | Path) -> LearnedRun:
     try:
         start = dict(results["initializer"])
         _check_all(start, math.isfinite, "must be a number")
-        GaussianInitializer.with_values(start)
+        fixed_initializer(start)
         if command == "prune_rule":
             config, steps = (results["learned_from"][key] for key in ("config", "inner_steps"))
         else:
