@@ -172,8 +172,8 @@ def zoo_entry(
     """
     config, path = run.config, Path(path)
     if path.is_file():
-        before = load_zoo(path)
-        return replace(before, name=name, accuracies=tuple(accuracies))
+        return replace(load_zoo(path), name=name, accuracies=tuple(accuracies))
+    first, *_ = read_json(path / "environment.json")  # one for each time that the run was taken up
     standardised, centred = config["pixelwise_normalization"], config.get("center")
     recipe = Recipe(
         run.rule,
@@ -193,7 +193,7 @@ def zoo_entry(
         layerwise=config.get("layerwise", False),
         dataset=config["dataset"],
         data=str(read_results(path).get("data", "")),
-        command=_command_text(read_json(path / "environment.json")["command_line"]),
+        command=_command_text(first["command_line"]),
         accuracies=tuple(accuracies),
     )
 

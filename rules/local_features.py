@@ -131,9 +131,7 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         if reset:
             self.n_features_in_ = int(np.prod(X.shape[1:]))
         elif X.shape[1:] != self.shape_:
-            raise ValueError(
-                f"X has images {X.shape[1:]}, LocalFeatures was fitted on {self.shape_}"
-            )
+            raise ValueError(f"X has images {X.shape[1:]}, expected {self.shape_}, as in fit")
         return X
 
     def _take_scale(self, X: np.ndarray) -> None:
@@ -143,9 +141,7 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         in_range = X.dtype == np.uint8 or (X.min() >= 0 and X.max() <= 1)
         if not in_range:
             if len(self.shape_) == 3:
-                raise ValueError(
-                    f"images are uint8, or floats in 0 to 1: not {X.min()} to {X.max()}"
-                )
+                raise ValueError(f"images are uint8 or within 0 to 1, not {X.min()} to {X.max()}")
             self.shift_, self.scale_ = X.mean(0), X.std(0)
             constant = self.scale_ <= 10 * np.finfo(X.dtype).eps * np.abs(self.shift_)
             self.scale_ = np.where(constant, np.inf, self.scale_) / COLUMN_SPREAD
@@ -194,9 +190,7 @@ def recipe_of(rule: str | Path | LearningRule, rate: float | None = None) -> Rec
         network = {"inhibition": "lateral", **chosen.network}
         return Recipe(PerLayerRule([made]), **network, initial=chosen.start)
     if rate is not None:
-        raise ValueError(
-            f"rate is of a classical rule, one of {', '.join(CLASSICAL)}: not {rule!r}"
-        )
+        raise ValueError(f"rate is of {', '.join(CLASSICAL)}, not of the rule {rule!r}")
     if isinstance(rule, LearningRule):
         layers = rule if isinstance(rule, PerLayerRule) else PerLayerRule([rule])
         return Recipe(layers, initial={"spread_w": 0.167})

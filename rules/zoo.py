@@ -225,6 +225,8 @@ def _recipe(value: dict[str, Any]) -> Recipe:
         "inh_factor": value["inh_factor"], "slope": value["activation"]["slope"], **value["initial"]
     }  # fmt: skip
     _check_numbers(numbers)
+    if not any(name.endswith("spread_w") for name in value["initial"]):
+        raise ValueError("initial lacks spread_w")
     fixed_initializer(value["initial"])
     sizes = {
         "pool": _whole("pool", value["pool"], "pool"),
