@@ -3,11 +3,16 @@
     python evaluate.py runs/main-...                    as it was trained, from new draws
     python evaluate.py runs/main-... --datasets mnist fashion rotated --layers 32 --layers 256 32 \\
         --steps 250 500 1000                            other images, sizes and numbers of steps
+    python evaluate.py latent-predictive                a rule of the zoo, rules/zoo/NAME.json
+    python evaluate.py runs/main-... --datasets mnist fashion --evaluations 10 --to_zoo NAME
     python evaluate.py runs/a runs/b --rules oja sanger instar foldiak --references random pca
 
 Without --datasets, --layers, --steps they are those of the first RUN. One training is probed after
 each of the --steps. In a network deeper than the one that a rule was learned on, further layers use
 the rule of its last layer. "rotated" are MNIST's digits, each turned once by up to 45 degrees.
+
+Layers are trained as the run's were, all at once or one after the other; with --layerwise one after
+the other, each by --steps updates.
 
 Classical rules run on networks of their own on pixel-centred images: oja and sanger on linear units
 and krotov_hopfield (p = k = 2, Delta = 0.4) on rectified ones, without inhibition, instar and
@@ -22,11 +27,14 @@ import argparse
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from comparison.learned_run import LearnedRun, load_run
+import numpy as np
+
+from comparison.learned_run import LearnedRun, load_run, run_path, zoo_entry
 from comparison.rule_comparison import (
     CLASSICAL,
     RATES,
@@ -58,6 +66,8 @@ from experiment.statistics import mean_and_deviation
 from experiment.tables import aligned, markdown
 from figures.evaluation import draw_evaluation_run
 from mnist_datasets import ImageData, batches, load_images
+from rules import save_zoo
+from rules.zoo import zoo_path
 
 ROTATED = "rotated"
 
@@ -65,13 +75,16 @@ ROTATED = "rotated"
 def make_parser():
     """The command's flags; --datasets stands in the place of the common --dataset."""
     parser = common_parser("Judge learned rules beyond their training.", "evaluate")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directories of main.py")
+    parser.add_argument("runs", type=run_path, nargs="+", metavar="RUN",
+                        help="directories of main.py, or names in the zoo")  # fmt: skip
     group = parser.add_argument_group("what is compared", conflict_handler="resolve")
     add = group.add_argument
     add("--datasets", "--dataset", nargs="+", choices=(*DATASETS, ROTATED), help="images")
     add("--layers", type=positive_int, nargs="+", action="append", metavar="UNITS",
         help="units of each layer; may come several times")  # fmt: skip
     add("--steps", type=positive_int, nargs="+", help="numbers of updates")
+    add("--to_zoo", metavar="NAME", help="keep RUN's rule, with what it reaches here, in the zoo")
+    add("--layerwise", action="store_true", help="train layers one after the other")
     add("--evaluations", "--seeds", dest="seeds", type=positive_int, default=3, metavar="N",
         help="trainings of each kind")  # fmt: skip
     add("--rules", nargs="+", choices=list(CLASSICAL), help="classical rules")
@@ -102,6 +115,16 @@ def refuse_what_cannot_be_compared(args, runs: Sequence[LearnedRun]) -> None:
             )
     if [] in args.layers and (args.rules or args.references):
         raise UserError(f"{runs[0].name} has convolutions only: give --layers to compare with it")
+
+
+def refuse_what_is_not_for_the_zoo(args) -> None:
+    """UserError where --to_zoo does not say which rule it is, or by what name."""
+    if args.to_zoo is None:
+        return
+    if len(args.runs) > 1:
+        raise UserError(f"--to_zoo keeps one rule: give one RUN, not {len(args.runs)}")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", args.to_zoo):
+        raise UserError(f"--to_zoo {args.to_zoo!r}: take a name of a-z, 0-9, -, such as mnist32")
 
 
 def make_methods(args, runs: Sequence[LearnedRun]) -> dict[str, Method]:
@@ -140,6 +163,7 @@ def make_settings(args, run: LearnedRun, device, dtype) -> list[Setting]:
                 outer_images=run.config["outer_images"],
                 batch_size=run.config["batch_size"],
                 dtype=dtype,
+                layerwise=args.layerwise,
             )
             for layers in args.layers
         ]
@@ -238,10 +262,40 @@ def report(log: RunLog, comparison: Comparison) -> None:
             log.say(line)
 
 
+def accuracies_of(rows: Sequence[Row], method: str) -> list[Row]:
+    """What a method reaches, for the zoo: mean, deviation of the sample and number of trainings.
+
+    One for each data set, layers and steps. UserError where a training was not finite.
+    """
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        if row["method"] == method and not row["held_out"]:
+            key = tuple(row[name] for name in ("dataset", "layers", "inner_steps"))
+            groups.setdefault(key, []).append(row["test_accuracy"])
+    found = []
+    for (dataset, layers, steps), values in groups.items():
+        if not all(map(math.isfinite, values)):
+            raise UserError(
+                f"trainings on {dataset} by {steps} steps are not finite: not for the zoo"
+            )
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        place = {"dataset": dataset, "layers": layers, "steps": steps}
+        mean = float(np.mean(values))
+        found.append(place | {"mean": mean, "deviation": deviation, "trainings": len(values)})
+    return found
+
+
+def keep_in_zoo(log: RunLog, run: LearnedRun, path: Path, name: str, rows: Sequence[Row]) -> None:
+    """Writes the rule of a run, read from path, with what it has reached, by this name."""
+    save_zoo(zoo_entry(run, path, name, accuracies_of(rows, run.name)), zoo_path(name))
+    log.say(f"{name} is in the zoo: {zoo_path(name)}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """The runs and the data; methods and settings; the loop of trainings; the report."""
     args = parse(make_parser(), argv)
     save_whole_paths(args, "runs")
+    refuse_what_is_not_for_the_zoo(args)
     device, dtype = set_up(args)
     runs = [load_run(directory) for directory in args.runs]
     fill_in(args, runs)
@@ -258,6 +312,8 @@ def main(argv: list[str] | None = None) -> None:
             log.say(source)
         finished = run_comparison(comparison, log)
         report(log, comparison)
+        if args.to_zoo and finished:
+            keep_in_zoo(log, runs[0], args.runs[0], args.to_zoo, comparison.rows)
         log.say(f"everything is in {log.directory}")
     if not finished:
         raise KeyboardInterrupt

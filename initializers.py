@@ -9,12 +9,13 @@ rules whose learned numbers are logarithms, with a spread that stays positive:
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-from models_fully_local import Params
+from models_fully_local import Params, has_weights
 
 SCALERS = {"w": 1000.0, "b": 100.0, "m": 100.0}
 STRIDE = 0.3  # of logarithms: a number is its start times exp(STRIDE u), and one rate suits all
@@ -167,3 +168,62 @@ class SpreadInitializer(nn.Module):
     def effective(self) -> dict[str, float]:
         """The spread of w, before the division by sqrt(fan_in)."""
         return {"spread_w": self.spread().item()}
+
+
+class PerLayerInitializer(nn.Module):
+    """An initializer of its own for each layer that has weights; further layers have the last's.
+
+    Attributes:
+        parts: GaussianInitializer or SpreadInitializer each.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def set_values(self, effective: Mapping[str, float]) -> None:
+        """Takes what `effective` gave, or that of one initializer for all layers.
+
+        Raises KeyError where a number is missing.
+        """
+        for part, values in zip(self.parts, _by_layer(effective, len(self.parts)), strict=True):
+            part.set_values(values)
+
+    def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
+        """One draw: a dict of tensors per layer, of the shapes that the layer asks for."""
+        params, number = [], 0
+        for layer in model.layers:
+            part = self.parts[min(number, len(self.parts) - 1)]
+            params += part(SimpleNamespace(layers=[layer]), generator)
+            number += has_weights(params[-1])
+        return params
+
+    def effective(self) -> dict[str, float]:
+        """The numbers of each layer, such as "1/spread_w"."""
+        return {
+            f"{number}/{name}": value
+            for number, part in enumerate(self.parts, 1)
+            for name, value in part.effective().items()
+        }
+
+
+def fixed_initializer(effective: Mapping[str, float]) -> nn.Module:
+    """The initializer that `effective` describes, its numbers fixed and in float64.
+
+    Raises ValueError for names that no initializer has.
+    """
+    numbers = [int(n.partition("/")[0]) for n in effective if "/" in n]
+    if numbers:
+        layers = _by_layer(effective, max(numbers))
+        return PerLayerInitializer([fixed_initializer(values) for values in layers])
+    kind = SpreadInitializer if set(effective) == {"spread_w"} else GaussianInitializer
+    return kind.with_values(effective)
+
+
+def _by_layer(effective: Mapping[str, float], layers: int) -> list[dict[str, float]]:
+    """The numbers of each layer; those that say no layer for all, the last's for further ones."""
+    by_layer: dict[int, dict[str, float]] = {}
+    for name, value in effective.items():
+        layer, _, of_layer = name.rpartition("/")
+        by_layer.setdefault(int(layer or 1), {})[of_layer] = value
+    return [by_layer.get(min(k, max(by_layer)), {}) for k in range(1, layers + 1)]

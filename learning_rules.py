@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from experiment.errors import WrongInputError
 from kernels.local_polynomial import Exponents, LocalPolynomials, LocalSum, samples
-from models_fully_local import Params
+from models_fully_local import Params, has_weights
 
 BOUNDS = ("none", "tanh", "clamp")
 # What a term multiplies, per view: those of the sending unit j, then those of the receiving unit i.
@@ -210,7 +210,7 @@ class PolynomialRule(LearningRule):
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
         """New parameters after one batch [batch, ...] (a pair of batches for a pair rule)."""
-        plastic = sum(bool(layer_params) for layer_params in params)
+        plastic = sum(map(has_weights, params))
         return update_layers(model, params, batch, [self] * plastic)
 
     def update_layer(
@@ -501,7 +501,7 @@ def term_products(
     if isinstance(rule, PerLayerRule):
         meters = [_TermMeter(r, f"{k}/", products) for k, r in enumerate(rule.rules, 1)]
     else:
-        meters = [_TermMeter(rule, "", products) for layer_params in params if layer_params]
+        meters = [_TermMeter(rule, "", products) for _ in filter(has_weights, params)]
     measured = {k * (steps - 1) // max(1, points - 1) for k in range(points)}
     for step in range(steps):
         batch = next(batches)
@@ -571,16 +571,16 @@ def update_layers(model: nn.Module, params: Params, batch, rules: list) -> Param
     A rule has `views`, how many of each input it takes, and `update_layer`, as PolynomialRule.
     """
     views = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    plastic = sum(bool(layer_params) for layer_params in params)
+    plastic = sum(map(has_weights, params))
     if len(rules) != plastic:
         raise RuleError(f"expected one rule for each of {plastic} layers, got {len(rules)}")
     if any(rule.views != len(views) for rule in rules):
         raise RuleError(f"the rule takes {rules[0].views} views of each input, got {len(views)}")
     rules, new = iter(rules), []
     for layer, old in zip(model.layers, params, strict=True):
-        if not old:
+        if not has_weights(old):
             views = tuple(layer(x, old) for x in views)
-            new.append({})
+            new.append(old)
             continue
         s, y = zip(*(layer.respond(x, old) for x in views), strict=True)
         new.append(next(rules).update_layer(layer, old, views, s, y))
@@ -694,7 +694,8 @@ class SangerRule(LearningRule):
         x, new = batch, []
         for layer, old in zip(model.layers, params, strict=True):
             y = layer(x, old)
-            new.append(old | {"w": old["w"] + self._change(old["w"], x, y)} if old else {})
+            changed = {"w": old["w"] + self._change(old["w"], x, y)} if has_weights(old) else {}
+            new.append(old | changed)
             x = y
         return new
 

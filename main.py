@@ -7,6 +7,7 @@
     python main.py 32 --rule krotov_hopfield --lr 0.02      competing units' rate and delta
     python main.py --conv 16x5 32x3          convolutional layers, each position a sample
     python main.py 256 32 --start_from RUN   from the rule that another run has learned
+    python main.py 256 32 --layerwise --start_from RUN       the second layer's, on a fixed first
     python main.py --resume runs/main-...    go on with a run that was ended
     torchrun --nproc_per_node 2 main.py 32 --tasks 4       tasks spread over processes
 
@@ -21,12 +22,11 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Generator, nn
 
-from comparison.learned_run import LearnedRun, load_run, steps_to_judge
+from comparison.learned_run import LearnedRun, load_run, run_path, steps_to_judge
 from data_sets.views import Views
 from experiment.checkpoints import has_checkpoint
 from experiment.command_line import (
@@ -61,9 +61,16 @@ from hypgraddesc import (
     random_steps,
     rising_steps,
 )
-from initializers import FIXED, TRAINABLE, GaussianInitializer, SpreadInitializer
+from initializers import (
+    FIXED,
+    TRAINABLE,
+    GaussianInitializer,
+    PerLayerInitializer,
+    SpreadInitializer,
+)
 from krotov_hopfield import GATES, NORMALIZATIONS, gate_needs
 from learning_rules import (
+    LearningRule,
     PerLayerRule,
     PolynomialPairRule,
     PolynomialRule,
@@ -91,6 +98,7 @@ from mnist_datasets import ImageData, ImageSets, batches, load_images, normalize
 from models_fully_local import INHIBITION, WITH_LATERAL_WEIGHTS, network_of_flags
 from rules import write_rule
 from rules.competing_units import KrotovHopfieldRule
+from rules.layerwise import Inputs, LayerwiseRule, LayerwiseTraining, image_inputs
 from rules.unit_statistics import UnitStatisticsRule
 from train import MEMORY, Draw, OuterLoss, Training
 
@@ -159,8 +167,8 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Ar
 def add_meta_learning(parser) -> None:
     """Flags of the meta-steps."""
     add = parser.add_argument_group("meta-learning").add_argument
-    add("--start_from", type=Path, metavar="RUN",
-        help="begin with the rule and the initial parameters of this run")  # fmt: skip
+    add("--start_from", type=run_path, metavar="RUN",
+        help="begin with the rule and initial parameters of this run, or zoo name")  # fmt: skip
     add("--metasteps", type=nonnegative_int, default=1000, help="meta-steps before the fine-tuning")
     add("--lr", type=positive_float, default=1e-5, help="learning rate of the coefficients")
     add("--optimizer", choices=list(OPTIMIZERS), default="adam", help="of the coefficients")
@@ -193,6 +201,10 @@ def add_inner_training(parser) -> None:
         help="in their place, for each task a number of updates drawn log-uniformly")  # fmt: skip
     add("--loss_times", type=positive_int, default=1, metavar="N",
         help="mean of the outer loss after 1/N, 2/N, ... of these updates")  # fmt: skip
+    add("--layerwise", action="store_true",
+        help="train layers one after the other, learn the rule of the last")  # fmt: skip
+    add("--steps_below", type=positive_int, nargs="+", default=[], metavar="N",
+        help="updates of each layer before the last (default: as many as the last's)")  # fmt: skip
     add("--ungraded_steps", type=nonnegative_int, default=0,
         help="updates before them, not differentiated")  # fmt: skip
     add("--reinitialize_every", type=positive_int, default=1, metavar="METASTEPS",
@@ -299,6 +311,9 @@ def refuse_flags_without_effect(args, parser) -> None:
         raise UserError("the network has no layer: give units, such as 32, or --conv 16x5, or both")
     if args.horizon and args.horizon[0] >= args.horizon[1]:
         raise UserError("--horizon takes a smaller and a larger number of updates, such as 50 250")
+    below = len(args.conv) + len(args.layers) - 1
+    if len(args.steps_below) not in (0, below):
+        raise UserError(f"--steps_below takes {below} numbers, one for each layer before the last")
     first, most = args.initial_inner_steps, args.max_inner_steps
     if first > most and not args.horizon:
         raise UserError(
@@ -339,6 +354,7 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("accumulate", args.reinitialize_every > 1 or args.method == "pes",
          "--reinitialize_every of at least 2"),
         ("units_range", args.layers, "a layer of units, such as 32, that evaluations have"),
+        ("steps_below", args.layerwise, "--layerwise"),
         ("pool", args.conv, "--conv, whose output it averages"),
         ("inh_steps inh_factor", args.inhibition == "lateral", "--inhibition lateral"),
         ("forbid_self_inhibition forbid_excitation", lateral,
@@ -395,24 +411,26 @@ def make_models(args, input_shape: tuple[int, int, int]) -> Callable[[Generator]
 
 
 def make_rule(args) -> PerLayerRule:
-    """One rule per layer: sums of terms with all coefficients 0, or competition as flags say."""
+    """One rule per layer; with --layerwise the last one's is learned."""
+    per_layer = LayerwiseRule if args.layerwise else PerLayerRule
+    return per_layer([make_layer_rule(args) for _ in (*args.conv, *args.layers)])
+
+
+def make_layer_rule(args) -> LearningRule:
+    """Sums of terms with all coefficients 0, or competition as the flags say."""
     if args.rule == "krotov_hopfield":
-        return PerLayerRule([make_competing_rule(args) for _ in (*args.conv, *args.layers)])
+        return make_competing_rule(args)
     if args.rule == "unit_statistics":
-        return PerLayerRule([make_statistics_rule(args) for _ in (*args.conv, *args.layers)])
+        return make_statistics_rule(args)
     kind = PolynomialPairRule if views_of_flags(args) else PolynomialRule
-    bound = "tanh" if args.bound else "none"
-    return PerLayerRule([
-        kind.of_degree(
-            args.degree,
-            lateral=args.inhibition in WITH_LATERAL_WEIGHTS,
-            bound=bound,
-            bound_size=args.bound or 1.0,
-            l2=args.l2_reg,
-            forward_weight_bound=1.0,
-        )
-        for _ in (*args.conv, *args.layers)
-    ])  # fmt: skip
+    return kind.of_degree(
+        args.degree,
+        lateral=args.inhibition in WITH_LATERAL_WEIGHTS,
+        bound="tanh" if args.bound else "none",
+        bound_size=args.bound or 1.0,
+        l2=args.l2_reg,
+        forward_weight_bound=1.0,
+    )
 
 
 def make_statistics_rule(args) -> UnitStatisticsRule:
@@ -433,22 +451,32 @@ def make_competing_rule(args) -> KrotovHopfieldRule:
     return KrotovHopfieldRule(args.rate, **{name: getattr(args, name) for name in names})
 
 
-def make_initializer(args) -> GaussianInitializer | SpreadInitializer:
-    """Spread of w, means of b and m, which start without spread; trained where it can be.
+def make_initializer(args) -> nn.Module:
+    """The initial distribution, trained where it can be; with --layerwise one for each layer, of
+    which the last one's is.
+    """
+    from_start = args.reinitialize_every == 1 and not args.ungraded_steps
+    trainable = from_start and "initializer" in METHODS[args.method].reaches
+    if not args.layerwise:
+        return make_layer_initializer(args, trainable)
+    below = [make_layer_initializer(args, False) for _ in (*args.conv, *args.layers)][1:]
+    return PerLayerInitializer([*below, make_layer_initializer(args, trainable)])
+
+
+def make_layer_initializer(args, trainable: bool) -> GaussianInitializer | SpreadInitializer:
+    """Spread of w, means of b and m, which start without spread.
 
     For rules of unit statistics the spread alone, on a logarithmic scale.
     """
-    from_start = args.reinitialize_every == 1 and not args.ungraded_steps
-    reached = "initializer" in METHODS[args.method].reaches
     if args.rule == "unit_statistics":
-        return SpreadInitializer(args.spread, trainable=reached and from_start)
-    mode = TRAINABLE if reached and from_start else FIXED
+        return SpreadInitializer(args.spread, trainable=trainable)
+    mode = TRAINABLE if trainable else FIXED
     names = "bm" if args.inhibition in WITH_LATERAL_WEIGHTS else "b"
     return GaussianInitializer(dict.fromkeys(names, mode), {"w": mode})
 
 
 def begin_with(
-    run: LearnedRun, rule: PerLayerRule, initializer: GaussianInitializer, batches: Callable
+    run: LearnedRun, rule: PerLayerRule, initializer: nn.Module, batches: Callable
 ) -> None:
     """Takes the coefficients, initial distribution and learned views that a run has ended with.
 
@@ -466,7 +494,7 @@ def begin_with(
         batches.set_values(run.views)
 
 
-def make_outer_loss(args, initializer: GaussianInitializer, data: Sequence[ImageData]) -> OuterLoss:
+def make_outer_loss(args, initializer: nn.Module, data: Sequence[ImageData]) -> OuterLoss:
     """What judges a training in a meta-step, on training and test images or some of them."""
     if args.probe == "ridge":
         fit_images = args.probe_images or RIDGE_IMAGES
@@ -516,6 +544,13 @@ def make_streams(
         if isinstance(stream, Views):
             stream.moved = streams[0].moved
     return streams
+
+
+def make_training(args, parts: tuple, inputs: Inputs) -> Training:
+    """Of the parts of a Training; of all layers at once, or one after the other."""
+    if args.layerwise:
+        return LayerwiseTraining(*parts, inputs=inputs, steps_below=args.steps_below)
+    return Training(*parts)
 
 
 def compile_update(training: Training) -> None:
@@ -712,10 +747,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.start_from and not (args.resume and has_checkpoint(args.resume)):
         begin_with(load_run(args.start_from), rule, initializer, streams[0])
     trainings = [
-        Training(
-            make_model(args, data[0].shape), rule, initializer, stream,
-            make_outer_loss(args, initializer, data),
-            name if len(sets) > 1 else "", make_models(args, data[0].shape),
+        make_training(
+            args,
+            (
+                make_model(args, data[0].shape), rule, initializer, stream,
+                make_outer_loss(args, initializer, data),
+                name if len(sets) > 1 else "", make_models(args, data[0].shape),
+            ),
+            image_inputs(data[0], dtype),
         )
         for name, data, stream in zip(names, sets, streams, strict=True)
     ]  # fmt: skip

@@ -278,9 +278,10 @@ def start_map(training: Training, draw: Draw) -> tuple[UpdateMap, Iterator]:
         return lambda params, hparams: begun, batches
 
     def initial(params: Params, hparams: Sequence[Tensor]) -> Params:
-        drawn = _of_module(training, "initializer", hparams)
+        numbers = _of_module(training, "initializer", hparams)
         place = (training.model, draw.generator(START))
-        return functional_call(training.initializer, drawn, place)
+        drawn = functional_call(training.initializer, numbers, place)
+        return training.drawn_anew(begun, drawn)
 
     return initial, batches
 

@@ -275,6 +275,23 @@ class Flatten(nn.Module):
         return x.flatten(1)
 
 
+class Centre(nn.Module):
+    """Its inputs minus "input_mean" of its parameters, of the shape of one input; without it, as
+    they are. No rule changes it: rules/layerwise.py sets it to their mean.
+    """
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def forward(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
+        return x - params["input_mean"] if params else x
+
+
+def has_weights(params: dict[str, Tensor]) -> bool:
+    """Whether the parameters of a layer are for a rule to change."""
+    return "w" in params
+
+
 class Sequential(nn.Module):
     """Layers in order; params holds one dict per layer ({} for those without parameters)."""
 
@@ -309,12 +326,16 @@ def lateral_network(
     *,
     convolutions: Sequence[tuple[int, int]] = (),
     pool: int = 2,
+    centred_inputs: bool = False,
+    centred_layers: bool = False,
     **options,
 ) -> Sequential:
     """A network for images of input_shape [C, H, W].
 
     First one LateralConv2d per (channels, kernel size) in `convolutions`, each followed by an
     average over squares of `pool` pixels, then `lateral_mlp` of layer_sizes, which may be empty.
+    centred_inputs, centred_layers: with a Centre in front of all, and in front of every further
+        layer that has weights.
     Raises ValueError where the images become smaller than a kernel or a square.
     """
     channels, height, width = input_shape
@@ -330,19 +351,37 @@ def lateral_network(
         layers += [AveragePool2d(pool)] if pool > 1 else []
         channels = out_channels
     dense = lateral_mlp(channels * height * width, layer_sizes, activation, **options)
-    return Sequential([*layers, *dense.layers])
+    layers += dense.layers
+    if centred_layers:
+        layers = with_centres(layers)
+    return Sequential([Centre(), *layers] if centred_inputs else layers)
+
+
+def with_centres(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """The layers, with a Centre in front of each that has weights, but for the first such."""
+    new, first = [], True
+    for layer in layers:
+        if has_weights(layer.parameter_shapes()):
+            new += [] if first else [Centre()]
+            first = False
+        new.append(layer)
+    return new
 
 
 def network_of_flags(
     flags: Mapping[str, Any], input_shape: Sequence[int], layer_sizes: Sequence[int]
 ) -> Sequential:
-    """The network of a run of main.py with these flags, with layers of these sizes."""
+    """The network of a run of main.py with these flags, with layers of these sizes.
+
+    Its units are sigmoid(4 s), where there is no "activation" that says otherwise.
+    """
     same = ("inhibition", "inh_steps", "inh_factor", "forbid_self_inhibition", "forbid_excitation")
     return lateral_network(
         input_shape,
         layer_sizes,
-        Activation("sigmoid", 4.0),
+        Activation(**flags.get("activation", {"base": "sigmoid", "slope": 4.0})),
         convolutions=flags.get("conv", ()),
         pool=flags.get("pool", 2),
+        centred_layers=flags.get("layerwise", False),
         **{name: flags[name] for name in same},
     )

@@ -19,13 +19,12 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from comparison.learned_run import LearnedRun, load_run
+from comparison.learned_run import LearnedRun, load_run, run_path
 from comparison.rule_comparison import Setting, learned, trajectory
 from experiment.command_line import (
     UserError,
@@ -58,7 +57,8 @@ def make_parser():
     """The command's flags."""
     parser = common_parser("Shorten a learned rule, term by term.", "prune_rule")
     parser.set_defaults(dataset=None)  # that of RUN
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of main.py")
+    parser.add_argument("run", type=run_path, metavar="RUN",
+                        help="directory of main.py, or a name in the zoo")  # fmt: skip
     add = parser.add_argument_group("pruning").add_argument
     add("--terms", type=positive_int, nargs="+", default=TERMS, help="how many terms to judge")
     add("--try_below", type=nonnegative_int, default=20, metavar="TERMS",

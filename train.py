@@ -127,10 +127,18 @@ class Training:
         batches = self.batches(draw.generator(BATCHES))
         if draw.start is not None:
             return draw.start, batches
-        params = self.initializer(self.model, draw.generator(START))
+        params = self.initial(draw, batches)
         if draw.ungraded_steps:
             params = self.advance(params, batches, draw.ungraded_steps)
         return params, batches
+
+    def initial(self, draw: Draw, batches: Iterator) -> Params:
+        """The parameters before the rule's first update, as the initializer draws them."""
+        return self.initializer(self.model, draw.generator(START))
+
+    def drawn_anew(self, begun: Params, drawn: Params) -> Params:
+        """What `initial` gave, begun, had the initializer drawn what is in drawn."""
+        return drawn
 
     def advance(self, params: Params, batches: Iterator, steps: int) -> Params:
         """The parameters after so many updates more, without a graph. Raises NonFiniteError."""

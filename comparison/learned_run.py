@@ -1,22 +1,29 @@
-"""What a run has learned, built from the files of its directory.
+"""What a run has learned, built from the files of its directory, or a rule of the zoo.
 
 run = load_run("runs/main-...")
 run.rule, run.start, run.steps
+save_zoo(zoo_entry(run, "runs/main-...", "mnist32", accuracies), "rules/zoo/mnist32.json")
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from experiment.errors import RunLogError
-from experiment.run_reader import read_config, read_metrics, read_results
+from experiment.run_reader import read_config, read_json, read_metrics, read_results
 from experiment.view_strengths import ViewStrengths
-from initializers import GaussianInitializer
+from initializers import fixed_initializer
 from learning_rules import PerLayerRule
 from models_fully_local import network_of_flags
 from rules import load_rule
+from rules.zoo import Recipe, ZooEntry, load_zoo, names, zoo_path
+
+PROBE = {"C": 1000.0, "outer_images": 1024}  # that judges rules of the zoo
+OF_UNITS = ("inhibition", "inh_steps", "inh_factor", "forbid_self_inhibition", "forbid_excitation")
+LEFT_OUT = ("--out", "--data-dir", "--resume")  # of a command: where, not what
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,20 @@ class LearnedRun:
         return _datasets(self.config)
 
 
+def run_path(text: str) -> Path:
+    """A run's directory, or else the file of the zoo's rule of this name; for argparse."""
+    path = Path(text)
+    return zoo_path(text) if not path.exists() and text in names() else path
+
+
 def load_run(directory: str | Path) -> LearnedRun:
-    """The rule in a run's directory; RunLogError or RuleError where there is none."""
+    """The rule in a run's directory, or in a file of the zoo.
+
+    Raises RunLogError or RuleError where there is none.
+    """
     directory = Path(directory).resolve()
+    if directory.is_file():
+        return _of_zoo(load_zoo(directory))
     config = read_config(directory)
     command = config.get("command", "another program")
     if command not in ("main", "prune_rule"):
@@ -61,7 +79,7 @@ def load_run(directory: str | Path) -> LearnedRun:
     try:
         start = dict(results["initializer"])
         _check_all(start, math.isfinite, "must be a number")
-        GaussianInitializer.with_values(start)
+        fixed_initializer(start)
         if command == "prune_rule":
             config, steps = (results["learned_from"][key] for key in ("config", "inner_steps"))
         else:
@@ -134,3 +152,69 @@ def steps_to_judge(directory: str | Path, config: Mapping[str, Any]) -> int:
     if config.get("method") == "pes":
         return config["initial_inner_steps"]
     return int(read_metrics(directory).get("inner_steps", [config["initial_inner_steps"]])[-1])
+
+
+# ---- to the zoo and from it ----
+
+
+def _of_zoo(entry: ZooEntry) -> LearnedRun:
+    """As a run of main.py whose flags are those of the entry."""
+    recipe = entry.recipe
+    config = {
+        **{name: getattr(recipe, name) for name in (*OF_UNITS, "conv", "pool", "batch_size")},
+        **PROBE,
+        "activation": {"base": recipe.activation.base, "slope": recipe.activation.slope},
+        "pixelwise_normalization": recipe.centring == "standardised",
+        "center": recipe.centring == "mean",
+        "layers": list(entry.layers),
+        "dataset": entry.dataset,
+        "layerwise": entry.layerwise,
+        "steps_below": [],
+    }
+    start = dict(recipe.initial)
+    return LearnedRun(entry.name, config, recipe.rule, start, entry.steps, recipe.views)
+
+
+def zoo_entry(
+    run: LearnedRun, path: str | Path, name: str, accuracies: Sequence[Mapping[str, Any]]
+) -> ZooEntry:
+    """What a run has learned as an entry of the zoo of this name.
+
+    path: where `load_run` read it; accuracies: as of ZooEntry. Raises RunLogError or RuleError.
+    """
+    config, path = run.config, Path(path)
+    if path.is_file():
+        return replace(load_zoo(path), name=name, accuracies=tuple(accuracies))
+    first, *_ = read_json(path / "environment.json")  # one for each time that the run was taken up
+    standardised, centred = config["pixelwise_normalization"], config.get("center")
+    recipe = Recipe(
+        run.rule,
+        **{name: config[name] for name in OF_UNITS},
+        conv=tuple(map(tuple, config.get("conv", ()))),
+        pool=config.get("pool", 2),
+        initial=run.start,
+        centring="standardised" if standardised else "mean" if centred else "none",
+        views=run.views,
+        batch_size=config["batch_size"],
+    )
+    return ZooEntry(
+        name=name,
+        recipe=recipe,
+        layers=tuple(config["layers"]),
+        steps=run.steps,
+        layerwise=config.get("layerwise", False),
+        dataset=config["dataset"],
+        data=str(read_results(path).get("data", "")),
+        command=_command_text(first["command_line"]),
+        accuracies=tuple(accuracies),
+    )
+
+
+def _command_text(command_line: Sequence[str]) -> str:
+    """A command as it is typed, without the flags that say where things are."""
+    program, *words = command_line
+    kept = []
+    for before, word in zip(["", *words], words, strict=False):
+        if word not in LEFT_OUT and before not in LEFT_OUT:
+            kept.append(Path(word).name if word.startswith("/") else word)
+    return shlex.join(["python", Path(program).name, *kept])

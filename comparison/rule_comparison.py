@@ -27,12 +27,13 @@ from data_sets.views import Views
 from experiment.loop import finish_on_interrupt
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, SELECTION
-from initializers import GaussianInitializer
-from learning_rules import LearningRule, PerLayerRule, SangerRule, classical_rule
+from initializers import GaussianInitializer, fixed_initializer
+from learning_rules import LearningRule, PerLayerRule
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, augment, batches, normalize_pixels
-from models_fully_local import Activation, Params, lateral_network, network_of_flags
-from rules.competing_units import KrotovHopfieldRule
+from models_fully_local import Activation, Params, has_weights, lateral_network, network_of_flags
+from rules.classical import CLASSICAL
+from rules.layerwise import LayerwiseRule, LayerwiseTraining, image_inputs
 from train import Draw, Training, detached, evaluate_on_the_way
 
 RATES = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))  # of the classical rules
@@ -53,6 +54,8 @@ class Setting:
     train, test: without normalisation; each method has its own.
     C, outer_images: as in `linear_probe`.
     batch_size: of methods that have none of their own.
+    layerwise: whether layers are trained one after the other, each by all steps; else as a rule was
+        learned.
     held_out: whether the test images are training images, held out to choose a rate.
     """
 
@@ -64,6 +67,7 @@ class Setting:
     outer_images: int
     batch_size: int
     dtype: torch.dtype = torch.float32
+    layerwise: bool = False
     held_out: bool = False
 
     def within_training(self) -> "Setting":
@@ -97,79 +101,59 @@ def learned(run: LearnedRun, setting: Setting) -> Training:
     images = setting.train, setting.test
     if run.config["pixelwise_normalization"] or run.config.get("center"):
         images = normalize_pixels(*images, unit_variance=run.config["pixelwise_normalization"])
-    model = network_of_flags(run.config, setting.train.shape, setting.layers)
-    plastic = sum(bool(layer.parameter_shapes()) for layer in model.layers)
+    layerwise = setting.layerwise or run.config.get("layerwise", False)
+    flags = run.config | {"layerwise": layerwise}
+    model = network_of_flags(flags, setting.train.shape, setting.layers)
+    plastic = sum(has_weights(layer.parameter_shapes()) for layer in model.layers)
     rules = [run.rule.rules[min(k, len(run.rule.rules) - 1)] for k in range(plastic)]
     batch_size, dtype = run.config["batch_size"], setting.dtype
     if run.views is None:
         draw_batches = partial(batches, images[0], batch_size, dtype=dtype)
     else:
         draw_batches = Views(images[0], batch_size, run.views, dtype=dtype)
-    return Training(
-        model,
-        PerLayerRule(rules).to(images[0].images.device, setting.dtype),
-        _initializer(run.start, setting),
-        draw_batches,
-        setting.probe(images),
-    )
+    initializer = fixed_initializer(run.start)
+    if not layerwise:
+        rule = PerLayerRule(rules)
+        return _training(model, rule, initializer, draw_batches, setting, images)
+    below = () if setting.layerwise else run.config["steps_below"]
+    below = below if len(below) == plastic - 1 else ()
+    rule = LayerwiseRule(rules)
+    return _training(model, rule, initializer, draw_batches, setting, images, below)
 
 
-def _initializer(effective: Mapping[str, float], setting: Setting) -> GaussianInitializer:
-    initializer = GaussianInitializer.with_values(effective)
-    return initializer.to(setting.train.images.device, setting.dtype)
+def _training(
+    model: nn.Module,
+    rule: LearningRule,
+    initializer: nn.Module,
+    draw_batches: Callable[[torch.Generator], Iterator],
+    setting: Setting,
+    images: tuple[ImageData, ImageData],
+    steps_below: Sequence[int] = (),
+) -> Training:
+    """On images that were normalised; layer by layer where the rule is a LayerwiseRule."""
+    place = (images[0].images.device, setting.dtype)
+    parts = (model, rule.to(*place), initializer.to(*place), draw_batches, setting.probe(images))
+    if not isinstance(rule, LayerwiseRule):
+        return Training(*parts)
+    inputs = image_inputs(images[0], setting.dtype)
+    return LayerwiseTraining(*parts, inputs=inputs, steps_below=steps_below)
 
 
 # ---- classical rules ----
 
 
-@dataclass(frozen=True)
-class Classical:
-    """A rule at a rate, the options of the network that it belongs to, and how that starts."""
-
-    make_rule: Callable[[float], LearningRule]
-    network: dict[str, Any]
-    start: dict[str, float]
-
-
-LINEAR = {"activation": Activation("identity"), "inhibition": "none"}
-RECTIFIED = {"activation": Activation("relu"), "inhibition": "none"}
-COMPETING = {
-    "activation": Activation("sigmoid", 4.0),
-    "inh_factor": 0.2,
-    "forbid_self_inhibition": True,
-}
-CLASSICAL = {
-    "oja": Classical(partial(classical_rule, "oja"), LINEAR, {"spread_w": 1.0}),
-    "sanger": Classical(SangerRule, LINEAR, {"spread_w": 1.0}),
-    "instar": Classical(
-        partial(classical_rule, "instar"), COMPETING, {"spread_w": 1.0, "mean_m": -0.5}
-    ),
-    "krotov_hopfield": Classical(
-        partial(KrotovHopfieldRule, delta=0.4), RECTIFIED, {"spread_w": 1.0}
-    ),
-    "foldiak": Classical(
-        partial(classical_rule, "foldiak"),
-        COMPETING | {"forbid_excitation": True},
-        {"spread_w": 1.0},
-    ),
-}
-
-
 def classical(name: str, setting: Setting, rate: float) -> Training:
-    """Of a classical rule in its own network, on pixel-centred images.
-
-    On images that are not centred every unit with positive weights is always active: instar and
-    Foldiak's rule then end where all units respond alike.
-    """
+    """Of a classical rule in its own network, on pixel-centred images."""
     chosen = CLASSICAL[name]
     images = normalize_pixels(setting.train, setting.test, unit_variance=False)
-    return Training(
-        lateral_network(setting.train.shape, setting.layers, **chosen.network),
-        chosen.make_rule(rate).to(images[0].images.device, setting.dtype),
-        _initializer(chosen.start, setting),
-        lambda generator: batches(images[0], setting.batch_size, generator, setting.dtype),
-        setting.probe(images),
-    )
+    options = chosen.network | {"centred_layers": setting.layerwise}
+    model = lateral_network(setting.train.shape, setting.layers, **options)
+    rule = chosen.make_rule(rate)
+    if setting.layerwise:
+        rule = LayerwiseRule([rule] * len(setting.layers))
+    initializer = GaussianInitializer.with_values(chosen.start)
+    draw_batches = partial(batches, images[0], setting.batch_size, dtype=setting.dtype)
+    return _training(model, rule, initializer, draw_batches, setting, images)
 
 
 # ---- references ----
@@ -241,12 +225,15 @@ def trajectory(
     """The outer loss and its numbers after each of `steps` (rising) of one training.
 
     They are those that `evaluate_training` gives for the same key and as many steps; NaN from where
-    on the parameters or the loss are not finite.
+    on the parameters or the loss are not finite. Where layers below the last make as many steps as
+    it does, each number of steps is a training of its own.
     """
     rows = []
+    below = isinstance(training, LayerwiseTraining) and training.follows_the_draw
     with suppress(FloatingPointError):  # what is missing in the rows says it
-        for numbers, _ in evaluate_on_the_way(training, Draw(key, steps[-1]), steps):
-            rows.append(numbers)
+        for together in [[count] for count in steps] if below else [steps]:
+            for numbers, _ in evaluate_on_the_way(training, Draw(key, together[-1]), together):
+                rows.append(numbers)
     nothing = dict.fromkeys(("meta_loss", *training.outer_loss.metrics), math.nan)
     return rows + [nothing] * (len(steps) - len(rows))
 

@@ -134,12 +134,15 @@ class RunLog:
     def write_parameters(
         self, params: Iterable[Mapping[str, torch.Tensor]], input_shape: Sequence[int]
     ) -> None:
-        """Write parameters.npz: "1.w" is w of the first layer that has any; the inputs' shape."""
-        arrays = {
-            f"{number}.{name}": tensor.numpy(force=True)
-            for number, layer in enumerate((layer for layer in params if layer), 1)
-            for name, tensor in layer.items()
-        }
+        """Write parameters.npz: "1.w" is w of the first layer that has any; the inputs' shape.
+
+        "1.input_mean" is what is subtracted from the inputs of that layer.
+        """
+        arrays, number = {}, 1
+        for layer in params:
+            for name, tensor in layer.items():
+                arrays[f"{number}.{name}"] = tensor.numpy(force=True)
+            number += bool(layer.keys() - {"input_mean"})
         self.write_arrays("parameters.npz", arrays | {"input_shape": np.array(input_shape)})
 
     # ---- metrics ----

@@ -13,6 +13,8 @@ _NAMES = {  # the public face by module, each name of which is loaded on first u
     "families": "FAMILIES load_rule rule_from_dict save_rule write_rule",
     "learned_optimizer_rule": "LearnedRule",
     "unit_statistics": "UnitStatisticsRule preset",
+    "local_features": "LocalFeatures",
+    "zoo": "load_zoo names save_zoo",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -26,8 +28,12 @@ if TYPE_CHECKING:  # the same names for type checkers
     from rules.families import save_rule as save_rule
     from rules.families import write_rule as write_rule
     from rules.learned_optimizer_rule import LearnedRule as LearnedRule
+    from rules.local_features import LocalFeatures as LocalFeatures
     from rules.unit_statistics import UnitStatisticsRule as UnitStatisticsRule
     from rules.unit_statistics import preset as preset
+    from rules.zoo import load_zoo as load_zoo
+    from rules.zoo import names as names
+    from rules.zoo import save_zoo as save_zoo
 else:
 
     def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from kernels.local_polynomial import ROWS, samples
 from krotov_hopfield import ACTING, Competition, CompetitionError
 from krotov_hopfield.competition import check_number, check_options, scaled_changes, signed_power
 from learning_rules import LearningRule, RuleError, update_layers
-from models_fully_local import Params
+from models_fully_local import Params, has_weights
 
 SCALES = {  # what D is divided by, as text and in LaTeX
     "matrix": ("(max_oi |D_oi| + 1e-5)", r"(\max_{oi} |D_{oi}| + 10^{-5})"),
@@ -96,7 +96,7 @@ class KrotovHopfieldRule(LearningRule):
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
         """New parameters after one batch [batch, ...]; see `update_layers`."""
-        plastic = sum(bool(layer_params) for layer_params in params)
+        plastic = sum(map(has_weights, params))
         return update_layers(model, params, batch, [self] * plastic)
 
     def update_layer(
@@ -146,9 +146,9 @@ class KrotovHopfieldRule(LearningRule):
     def coefficients(self) -> dict[str, float]:
         """The hyperparameters that the gate depends on, as they act."""
         acting = {"w/rate": self.log_rate.exp().item()}
-        if self.delta.requires_grad:
+        if "delta" in ACTING[self.gate]:
             acting["w/delta"] = self.delta.item()
-        if self.log_inverse_temperature.requires_grad:
+        if "inverse_temperature" in ACTING[self.gate]:
             acting["w/inverse_temperature"] = self.log_inverse_temperature.exp().item()
         return acting
 

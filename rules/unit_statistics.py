@@ -39,7 +39,7 @@ from kernels.gated_update import gated_update
 from kernels.local_polynomial import samples
 from kernels.unit_statistics import rms_step
 from learning_rules import LearningRule, RuleError, changes_by_term, update_layers
-from models_fully_local import Params
+from models_fully_local import Params, has_weights
 from rules.unit_statistics_sums import (
     GatedPlan,
     Signal,
@@ -157,7 +157,7 @@ class UnitStatisticsRule(LearningRule):
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
         """New parameters after one batch [batch, ...], a pair of batches where views is 2."""
-        plastic = sum(bool(layer_params) for layer_params in params)
+        plastic = sum(map(has_weights, params))
         return update_layers(model, params, batch, [self] * plastic)
 
     def update_layer(

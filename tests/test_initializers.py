@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near
 
-from initializers import ABSENT, FIXED, SCALERS, TRAINABLE, GaussianInitializer, SpreadInitializer
+from initializers import (
+    ABSENT,
+    FIXED,
+    SCALERS,
+    TRAINABLE,
+    GaussianInitializer,
+    PerLayerInitializer,
+    SpreadInitializer,
+    fixed_initializer,
+)
 from models_fully_local import Activation, lateral_mlp
 
 MODES = (TRAINABLE, FIXED, ABSENT)
@@ -220,3 +229,31 @@ def test_a_spread_that_was_written_down_draws_the_same_again():
             assert all(torch.equal(layer[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match="must be > 0"):
         SpreadInitializer(0.0)
+
+
+def test_each_layer_has_an_initializer_of_its_own_and_further_ones_the_last():
+    model = lateral_mlp(5, [3, 2, 4], Activation())
+    parts = [SpreadInitializer(0.2), GaussianInitializer({}, {"w": TRAINABLE})]
+    initializer = PerLayerInitializer(parts)
+    initializer.set_values({"spread_w": 0.3})
+    assert initializer.effective() == pytest.approx({"1/spread_w": 0.3, "2/spread_w": 0.3})
+    initializer.set_values({"1/spread_w": 0.3, "2/spread_w": 0.1})
+    drawn, generator = initializer(model, seeded(4)), seeded(4)
+    assert [set(layer) for layer in drawn] == [set(), *[{"w", "b", "m"}] * 3]
+    for layer, fan_in, spread in zip(drawn[1:], (5, 3, 2), (0.3, 0.1, 0.1), strict=True):
+        noise = torch.randn(layer["w"].shape, generator=generator, dtype=torch.float64)
+        assert_near(layer["w"].detach().double(), spread / fan_in**0.5 * noise, 1e-6)
+
+
+def test_fixed_numbers_are_read_for_all_layers_or_for_each():
+    model = lateral_mlp(5, [3, 2], Activation())
+    for part in (SpreadInitializer(0.2), GaussianInitializer({"b": TRAINABLE}, {"w": TRAINABLE})):
+        for initializer in (part, PerLayerInitializer([SpreadInitializer(0.4), part])):
+            read = fixed_initializer(initializer.effective()).float()
+            assert not list(filter(lambda p: p.requires_grad, read.parameters()))
+            for layer, expected in zip(
+                read(model, seeded(3)), initializer(model, seeded(3)), strict=True
+            ):
+                assert all(torch.equal(layer[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="parameters are w, b, m"):
+        fixed_initializer({"1/spread_v": 1.0})

@@ -22,11 +22,13 @@ from learning_rules import PolynomialRule
 from models_fully_local import (
     INHIBITION,
     Activation,
+    Centre,
     Flatten,
     LateralLinear,
     Sequential,
     lateral_dynamics,
     lateral_mlp,
+    lateral_network,
 )
 
 STEPWISE = [kind for kind in INHIBITION if kind != "equilibrium"]
@@ -318,3 +320,14 @@ def test_an_equilibrium_layer_is_the_limit_of_the_lateral_one():
     steps = LateralLinear(7, 5, Activation(), inh_steps=300)
     assert limit.parameter_shapes() == steps.parameter_shapes()
     torch.testing.assert_close(limit(x, params), steps(x, params), rtol=0, atol=1e-4)
+
+
+def test_a_centre_takes_away_the_mean_that_it_is_given():
+    x = torch.rand(3, 2, 4, 4)
+    assert Centre()(x, {}) is x
+    assert torch.equal(Centre()(x, {"input_mean": x.mean(0)}), x - x.mean(0))
+    options = {"inhibition": "none", "convolutions": [(2, 3)], "centred_inputs": True}
+    layers = lateral_network((1, 8, 8), [4], Activation(), centred_layers=True, **options).layers
+    assert [type(layer).__name__ for layer in layers] == [
+        "Centre", "LateralConv2d", "AveragePool2d", "Flatten", "Centre", "LateralLinear"
+    ]  # fmt: skip

@@ -481,9 +481,10 @@ def test_arrays_are_written_whole(tmp_path):
         log.write_json("results.json", {"accuracy": 0.5, "where": Path("x")})
         with np.load(log.path("parameters.npz")) as arrays:
             assert arrays["1.w"].tolist() == [[1, 0], [0, 1]]
-        log.write_parameters([{}, {"w": torch.eye(2)}, {"b": torch.ones(1)}], (1, 2))
+        mean = {"input_mean": torch.zeros(2)}
+        log.write_parameters([{}, {"w": torch.eye(2)}, mean, {"b": torch.ones(1)}], (1, 2))
         with np.load(log.path("parameters.npz")) as arrays:
-            assert [*arrays] == ["1.w", "2.b", "input_shape"]
+            assert [*arrays] == ["1.w", "2.input_mean", "2.b", "input_shape"]
             assert arrays["1.w"].tolist() == [[1, 0], [0, 1]]
             assert arrays["input_shape"].tolist() == [1, 2]
         assert json.loads(log.path("results.json").read_text()) == {"accuracy": 0.5, "where": "x"}

@@ -1,0 +1,171 @@
+"""Layers that are trained one after the other, each on the centred output of those before it.
+
+    params = train_layerwise(model, params, batches, rules, [250, 250], inputs)
+
+Layer 1 is trained to its end, by as many updates as it is given; then it is fixed, and a Centre
+behind it takes away the mean of its output over the training images; then layer 2, and so on. A
+Centre in front of the first layer does the same to the images. Views go through the fixed layers.
+
+    training = LayerwiseTraining(
+        model, LayerwiseRule(rules), initializer, batches, outer_loss, inputs=inputs
+    )
+
+learns the rule of the last layer: each draw trains the layers below anew, without a graph.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from learning_rules import LearningRule, PerLayerRule, RuleError
+from models_fully_local import Centre, Params, Sequential, has_weights
+from train import Draw, Training, check_finite, train
+
+Inputs = Callable[[], Iterable[Tensor]]  # the training images, [n, ...] at a time
+
+
+class LayerwiseRule(PerLayerRule):
+    """One rule per layer; an update changes the last layer and leaves the others as they are.
+
+    Attributes:
+        rules: as of PerLayerRule; those before the last are copies that are not learned.
+    """
+
+    def __init__(self, rules: Sequence[LearningRule]) -> None:
+        below = [copy.deepcopy(rule).requires_grad_(False) for rule in rules[:-1]]
+        super().__init__([*below, *rules[-1:]])
+
+    def update(self, model: nn.Module, params: Params, batch) -> Params:
+        """New parameters; RuleError where there is not one rule for each layer with weights."""
+        layers = _with_weights(params)
+        if len(layers) != len(self.rules):
+            raise RuleError(
+                f"expected one rule for each of {len(layers)} layers, got {len(self.rules)}"
+            )
+        return _LayerRule(self.rules[-1], layers[-1]).update(model, params, batch)
+
+    def to_dict(self) -> dict:
+        """That of the rules alone: the way that layers are trained is the run's."""
+        return super().to_dict() | {"kind": PerLayerRule.__name__}
+
+
+class _LayerRule(LearningRule):
+    """A rule for the layer of this number alone, on what those before it make of the inputs."""
+
+    def __init__(self, rule: LearningRule, number: int) -> None:
+        super().__init__()
+        self.rule, self.number = rule, number
+
+    def update(self, model: nn.Module, params: Params, batch) -> Params:
+        k, alone = self.number, Sequential([model.layers[self.number]])
+        if isinstance(batch, tuple | list):
+            seen = tuple(_output(model, params[:k], x) for x in batch)
+        else:
+            seen = _output(model, params[:k], batch)
+        new = self.rule.update(alone, [params[k]], seen)
+        return [*params[:k], *new, *params[k + 1 :]]
+
+
+def train_layerwise(
+    model: nn.Module,
+    params: Params,
+    batches: Iterator,
+    rules: Sequence[LearningRule],
+    steps: Sequence[int],
+    inputs: Inputs,
+) -> Params:
+    """Parameters whose first layers were trained one after the other, without a graph.
+
+    rules, steps: of the layers with weights, from the first on; those for which there are none stay
+        as they are, with any graph they have.
+    inputs: what means are over. Every Centre up to the first layer that stays is set.
+    Raises RuleError for more rules than layers, and NonFiniteError.
+    """
+    layers = len(_with_weights(params))
+    if len(rules) > layers:
+        raise RuleError(f"expected a rule for each of {layers} layers at most, got {len(rules)}")
+    new, todo = list(params), list(zip(rules, steps, strict=True))
+    for k, layer in enumerate(model.layers):
+        if isinstance(layer, Centre):
+            new[k] = {"input_mean": mean_output(model, new[:k], inputs()).to(_like(new))}
+        elif has_weights(new[k]):
+            if not todo:
+                break
+            rule, count = todo.pop(0)
+            of_layer = _LayerRule(rule, k)
+            new[k] = train(model, new, batches, of_layer, count, grad=False)[k]
+            check_finite([new[k]], f"layer {len(rules) - len(todo)} after {count} updates")
+    return new
+
+
+@torch.no_grad()
+def mean_output(model: nn.Module, params: Params, inputs: Iterable[Tensor]) -> Tensor:
+    """The mean of what the model's first layers, those of params, make of all inputs; in float64.
+
+    Its shape is that of one output.
+    """
+    total, count = torch.zeros(()), 0
+    for x in inputs:
+        y = _output(model, params, x)
+        total, count = total.to(y.device) + y.sum(0, dtype=torch.float64), count + len(y)
+    return total / count
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerwiseTraining(Training):
+    """A Training of the last layer, on layers that are trained before it in each draw.
+
+    The model has a Centre in front of each layer (`lateral_network` with centred_layers).
+
+    rule: a LayerwiseRule.
+    inputs: as of `train_layerwise`.
+    steps_below: updates of each of the layers before the last; () for as many as the draw has.
+    """
+
+    inputs: Inputs
+    steps_below: Sequence[int] = field(default=())
+
+    def initial(self, draw: Draw, batches: Iterator) -> Params:
+        """The last layer as the initializer draws it, those below trained.
+
+        Raises NonFiniteError.
+        """
+        below = self.rule.rules[:-1]
+        steps = self.steps_below or [draw.steps] * len(below)
+        drawn = super().initial(draw, batches)
+        return train_layerwise(self.model, drawn, batches, below, steps, self.inputs)
+
+    @property
+    def follows_the_draw(self) -> bool:
+        """Whether layers below the last train by as many updates as the draw has."""
+        return len(self.rule.rules) > 1 and not self.steps_below
+
+    def drawn_anew(self, begun: Params, drawn: Params) -> Params:
+        """As of Training; what is below the last layer does not depend on the hyperparameters."""
+        last = _with_weights(begun)[-1]
+        return [*begun[:last], drawn[last], *begun[last + 1 :]]
+
+
+def image_inputs(data, dtype: torch.dtype, at_once: int = 4096) -> Inputs:
+    """The images of an ImageData, normalised as it says, as `inputs`."""
+    starts = range(0, len(data), at_once)
+    return lambda: (data.floats(slice(k, k + at_once), dtype) for k in starts)
+
+
+def _output(model: nn.Module, params: Params, x: Tensor) -> Tensor:
+    """Of the first layers, those that params are of."""
+    for layer, of_layer in zip(model.layers, params, strict=False):
+        x = layer(x, of_layer)
+    return x
+
+
+def _with_weights(params: Params) -> list[int]:
+    """The numbers of the layers that have weights."""
+    return [k for k, of_layer in enumerate(params) if has_weights(of_layer)]
+
+
+def _like(params: Params) -> Tensor:
+    return next(of_layer["w"] for of_layer in params if has_weights(of_layer))

@@ -1,0 +1,222 @@
+"""Features that a local rule learns without labels, as a scikit-learn transformer.
+
+    from rules import LocalFeatures
+    features = LocalFeatures(rule="latent-predictive", units=32, steps=250).fit(X).transform(X)
+
+X is [n, features], or images [n, H, W] or [n, C, H, W]. Bytes are divided by 255; floats of images
+are in 0 to 1, and so may those of tables be. A table of other floats is standardised: each column
+minus its mean, over its standard deviation, times 0.25, about the spread of a pixel, since rules
+are learned on images. A rule for pairs gets views of images as its file says; rows of a table lose
+values (the file's share of them, or up to half, which become means) and get noise.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Generator, Tensor
+
+from data_sets.image_data import ImageData, batch_indices
+from data_sets.views import Views
+from experiment.seeds import seeded_generator
+from experiment.view_strengths import MASKS, NONE, ViewStrengths
+from initializers import fixed_initializer
+from learning_rules import LearningRule, PerLayerRule
+from rules.classical import CLASSICAL
+from rules.layerwise import train_layerwise
+from rules.zoo import Recipe, load_zoo
+
+AT_ONCE = 4096  # rows whose features are computed together
+COLUMN_SPREAD = 0.25  # of a standardised column: about that of a pixel
+ROW_MASK, ROW_NOISE = (0.0, 0.5), 0.1  # of tables, where a rule's file has no masks
+DTYPES = (np.float64, np.float32, np.uint8)
+START, BATCHES = range(2)  # what random numbers are for
+
+
+class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """The activities of units that a local rule has trained, layer after layer.
+
+    Parameters:
+        rule: a name in the zoo; the path of such a file; a classical rule: "oja", "sanger",
+            "instar", "foldiak" or "krotov_hopfield" (competing units), each in the network that it
+            belongs to; or a LearningRule, for units sigmoid(4 s) with weights of spread 0.167.
+        units: of the layer, or a tuple: of layers that are trained one after the other.
+        steps: updates of each layer.
+        batch_size: rows of each update; None for the rule's own. At most all rows.
+        rate: of a classical rule; None for one that suits images of digits.
+        image_shape: (H, W) or (C, H, W) of the images that are the rows of X; None for tables.
+        random_state: an int gives the same features each time.
+    Attributes:
+        recipe_: what the rule's file says; model_, params_: the network; shape_: of one input.
+    """
+
+    def __init__(
+        self,
+        rule: str | Path | LearningRule = "latent-predictive",
+        units: int | tuple[int, ...] = 32,
+        *,
+        steps: int = 250,
+        batch_size: int | None = None,
+        rate: float | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        random_state: int | np.random.RandomState | None = 0,
+    ) -> None:
+        self.rule = rule
+        self.units = units
+        self.steps = steps
+        self.batch_size = batch_size
+        self.rate = rate
+        self.image_shape = image_shape
+        self.random_state = random_state
+
+    def fit(self, X, y=None) -> "LocalFeatures":
+        """Trains the units on X; y is not looked at.
+
+        Raises ValueError for wrong input and parameters, and FloatingPointError (NonFiniteError)
+        where the rule does not stay finite.
+        """
+        units = _whole_numbers("units", self.units)
+        (steps,) = _whole_numbers("steps", self.steps)
+        self.recipe_ = recipe_of(self.rule, self.rate)
+        X = self._checked(X, reset=True)
+        self._take_scale(X)
+        x = self._scaled(X)
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        channels = (1,) * (3 - len(self.shape_)) + self.shape_
+        self.model_ = self.recipe_.network(channels, units)
+        layers = len(self.recipe_.conv) + len(units)
+        rules = [copy.deepcopy(rule).to(x.dtype) for rule in self.recipe_.rules(layers)]
+        initializer = fixed_initializer(self.recipe_.initial).to(x.dtype)
+        self.params_ = train_layerwise(
+            self.model_,
+            initializer(self.model_, seeded_generator(seed, START)),
+            self._batches(X, x, seeded_generator(seed, BATCHES)),
+            rules,
+            [steps] * layers,
+            lambda: x.split(AT_ONCE),
+        )
+        self._n_features_out = units[-1]
+        return self
+
+    @torch.no_grad()
+    def transform(self, X) -> np.ndarray:
+        """The features of X, [n, units of the last layer]."""
+        check_is_fitted(self)
+        X = self._checked(X, reset=False)
+        x = self._scaled(X)
+        y = torch.cat([self.model_(part, self.params_).flatten(1) for part in x.split(AT_ONCE)])
+        return y.numpy().astype(X.dtype if X.dtype == np.float64 else np.float32, copy=False)
+
+    # ---- inputs ----
+
+    def _checked(self, X, *, reset: bool) -> np.ndarray:
+        """X as an array of one of DTYPES, [n, features] or images [n, C, H, W]."""
+        if getattr(X, "ndim", 2) <= 2:
+            X = validate_data(self, X, dtype=DTYPES, reset=reset)
+            shape = self.image_shape
+            if shape is None and not reset and len(self.shape_) == 3:
+                shape = self.shape_
+            return X if shape is None else _as_images(X, (len(X), *shape))
+        X = check_array(X, dtype=DTYPES, ensure_2d=False, allow_nd=True, estimator=self)
+        X = _as_images(X, X.shape)
+        if reset:
+            self.n_features_in_ = int(np.prod(X.shape[1:]))
+        elif X.shape[1:] != self.shape_:
+            raise ValueError(f"X has images {X.shape[1:]}, expected {self.shape_}, as in fit")
+        return X
+
+    def _take_scale(self, X: np.ndarray) -> None:
+        """The shape of one input, and what it is to be shifted by and divided by."""
+        self.shape_ = X.shape[1:]
+        self.shift_, self.scale_ = np.zeros(()), np.ones(())
+        in_range = X.dtype == np.uint8 or (X.min() >= 0 and X.max() <= 1)
+        if not in_range:
+            if len(self.shape_) == 3:
+                raise ValueError(f"images are uint8 or within 0 to 1, not {X.min()} to {X.max()}")
+            self.shift_, self.scale_ = X.mean(0), X.std(0)
+            constant = self.scale_ <= 10 * np.finfo(X.dtype).eps * np.abs(self.shift_)
+            self.scale_ = np.where(constant, np.inf, self.scale_) / COLUMN_SPREAD
+        elif self.recipe_.centring == "standardised":
+            unit = 255 if X.dtype == np.uint8 else 1
+            self.shift_, self.scale_ = X.mean(0) / unit, X.std(0) / unit
+            self.scale_ = np.where(self.scale_ == 0, 1, self.scale_)
+
+    def _scaled(self, X: np.ndarray) -> Tensor:
+        """float32 [n, ...]."""
+        X = X / 255.0 if X.dtype == np.uint8 else X
+        return torch.from_numpy(np.asarray((X - self.shift_) / self.scale_, dtype=np.float32))
+
+    # ---- what the rule sees ----
+
+    def _batches(self, X: np.ndarray, x: Tensor, generator: Generator) -> Iterator:
+        """Endless batches of x, which is X scaled, or pairs of views of them."""
+        (batch_size,) = _whole_numbers("batch_size", self.batch_size or self.recipe_.batch_size)
+        batch_size = min(batch_size, len(x))
+        if getattr(self.recipe_.rule.rules[0], "views", 1) == 1:
+            epochs = (batch_indices(x, batch_size, generator) for _ in itertools.count())
+            return (x[index] for index in itertools.chain.from_iterable(epochs))
+        strengths = replace(self.recipe_.views or ViewStrengths(), center=False)
+        if x.dim() == 2:
+            return Views(x, batch_size, for_rows(strengths))(generator)
+        pixels = X if X.dtype == np.uint8 else (255 * X).round().astype(np.uint8)
+        images = ImageData(
+            torch.from_numpy(np.ascontiguousarray(pixels)),
+            torch.zeros(len(X), dtype=torch.int64),
+            "an array",
+            *(torch.tensor(t, dtype=torch.float32) for t in (self.shift_, self.scale_)),
+        )
+        return Views(images, batch_size, strengths)(generator)
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float64", "float32"]
+        return tags
+
+
+def recipe_of(rule: str | Path | LearningRule, rate: float | None = None) -> Recipe:
+    """What LocalFeatures does with a `rule` and a `rate`. Raises ValueError for others."""
+    if isinstance(rule, str) and rule in CLASSICAL:
+        chosen = CLASSICAL[rule]
+        made = chosen.make_rule(chosen.rate if rate is None else rate)
+        network = {"inhibition": "lateral", **chosen.network}
+        return Recipe(PerLayerRule([made]), **network, initial=chosen.start)
+    if rate is not None:
+        raise ValueError(f"rate is of {', '.join(CLASSICAL)}, not of the rule {rule!r}")
+    if isinstance(rule, LearningRule):
+        layers = rule if isinstance(rule, PerLayerRule) else PerLayerRule([rule])
+        return Recipe(layers, initial={"spread_w": 0.167})
+    return load_zoo(rule).recipe
+
+
+def for_rows(strengths: ViewStrengths) -> ViewStrengths:
+    """The views of rows of a table that stand in the place of those of images."""
+    if strengths.kind in (MASKS, NONE):
+        return strengths
+    mask = strengths.mask if strengths.masks else ROW_MASK
+    return replace(strengths, kind=MASKS, mask=mask, noise=strengths.noise or ROW_NOISE)
+
+
+def _as_images(X: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """X as [n, C, H, W]; shape [n, H, W] or [n, C, H, W]."""
+    shape = tuple(shape)
+    if len(shape) not in (3, 4) or min(shape) < 1 or int(np.prod(shape)) != X.size:
+        raise ValueError(f"X of shape {X.shape} is no table and no images {shape}, [n, (C,) H, W]")
+    return X.reshape(shape if len(shape) == 4 else (shape[0], 1, *shape[1:]))
+
+
+def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:
+    """One or several, each at least 1."""
+    values = tuple(value) if isinstance(value, tuple | list) else (value,)
+    for number in values:
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{name} is {value!r}, expected whole numbers of at least 1")
+    return tuple(map(int, values))

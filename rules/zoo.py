@@ -1,0 +1,293 @@
+"""Rules that are worth having, each a file with all that it takes to use it.
+
+    entry = load_zoo("latent-predictive")        # or the path of such a file
+    entry.recipe.rule, entry.recipe.views, entry.accuracies
+    save_zoo(entry, "rules/zoo/mnist32.json")
+
+The files are rules/zoo/NAME.json, some kB of JSON: `format` 1, and the fields of a ZooEntry and of
+its Recipe. They are read strictly: what is missing, unknown, not finite or beyond reason is a
+RuleError of one line.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from experiment.files import write_whole
+from experiment.view_strengths import ViewStrengths
+from initializers import fixed_initializer
+from learning_rules import LearningRule, PerLayerRule, RuleError
+from models_fully_local import INHIBITION, Activation, Sequential, lateral_network
+from rules.families import rule_from_dict
+
+FORMAT = 1
+FOLDER = Path(__file__).parent / "zoo"
+CENTRINGS = ("none", "mean", "standardised")  # of each pixel over the training images
+LARGEST = {  # what a file may ask for
+    "bytes": 2**18, "layers": 8, "units": 2**16, "kernel": 64, "pool": 64, "inh_steps": 1000,
+    "steps": 10**7, "batch_size": 2**20, "power": 16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What features are made by: a rule, the units that it trains, how they start, what they see.
+
+    Attributes:
+        rule: PerLayerRule; further layers have the last one's.
+        activation, inhibition, inh_steps, inh_factor, forbid_self_inhibition, forbid_excitation: of
+            the units, as in models_fully_local.py.
+        conv, pool: convolutions before the layers of units, (channels, kernel) each.
+        initial: the initial distribution, as `fixed_initializer` reads it.
+        centring: "none", "mean" or "standardised": of each pixel, over the training images.
+        views: how pairs are made; None where the rule takes single inputs.
+        batch_size: of each update.
+    """
+
+    rule: PerLayerRule
+    activation: Activation = field(default_factory=lambda: Activation("sigmoid", 4.0))
+    inhibition: str = "none"
+    inh_steps: int = 10
+    inh_factor: float = 0.2
+    forbid_self_inhibition: bool = False
+    forbid_excitation: bool = False
+    conv: tuple[tuple[int, int], ...] = ()
+    pool: int = 2
+    initial: Mapping[str, float] = field(default_factory=lambda: {"spread_w": 1.0})
+    centring: str = "mean"
+    views: ViewStrengths | None = None
+    batch_size: int = 512
+
+    def network(self, input_shape: Sequence[int], units: Sequence[int]) -> Sequential:
+        """For inputs [C, H, W] as they are, layers one after the other; it centres them itself.
+
+        Raises ValueError where its convolutions do not fit.
+        """
+        return lateral_network(
+            input_shape,
+            units,
+            self.activation,
+            convolutions=self.conv,
+            pool=self.pool,
+            centred_inputs=self.centring != "none",
+            centred_layers=True,
+            **{name: getattr(self, name) for name in _OF_UNITS},
+        )
+
+    def rules(self, layers: int) -> list[LearningRule]:
+        """One for each of so many layers."""
+        known = self.rule.rules
+        return [known[min(k, len(known) - 1)] for k in range(layers)]
+
+
+_OF_UNITS = ("inhibition", "inh_steps", "inh_factor", "forbid_self_inhibition", "forbid_excitation")
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """A rule in the zoo.
+
+    Attributes:
+        layers: the units of the layers that it was made for, after the recipe's convolutions.
+        steps: updates that it was made for.
+        layerwise: whether these layers are trained one after the other.
+        dataset, data: what it was learned on: its name, and where that came from.
+        command: that made it.
+        accuracies: of a probe on test images, with dataset, layers, steps, mean, deviation (of the
+            sample; None for one training), trainings.
+        about: one line for readers.
+    """
+
+    name: str
+    recipe: Recipe
+    layers: tuple[int, ...]
+    steps: int
+    layerwise: bool
+    dataset: str
+    data: str
+    command: str
+    accuracies: tuple[Mapping[str, Any], ...] = ()
+    about: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        recipe = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe)}
+        recipe["rule"] = self.recipe.rule.to_dict()
+        recipe["activation"] = {
+            "base": self.recipe.activation.base, "slope": self.recipe.activation.slope
+        }  # fmt: skip
+        recipe["views"] = self.recipe.views and self.recipe.views.to_dict()
+        whole = {f.name: getattr(self, f.name) for f in fields(ZooEntry)}
+        del whole["name"]
+        about = whole.pop("about")
+        return {"format": FORMAT, "about": about, **whole, "recipe": recipe}
+
+
+def names() -> list[str]:
+    """Those of the rules in the zoo."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def zoo_path(name: str) -> Path:
+    """Where the file of a rule of this name is, or is to be."""
+    return FOLDER / f"{name}.json"
+
+
+def load_zoo(name: str | Path) -> ZooEntry:
+    """The rule of this name, or in the file of this path. Raises RuleError."""
+    path = zoo_path(str(name)) if str(name) in names() else Path(name)
+    if not path.is_file():
+        raise RuleError(f"no rule is called {str(name)!r}; choose from {', '.join(names())}")
+    try:
+        with path.open("rb") as file:
+            text = file.read(LARGEST["bytes"] + 1)
+    except OSError as problem:
+        raise RuleError(f"cannot read {path}: {problem.strerror}") from problem
+    try:
+        return _entry(path.stem, _parsed(text))
+    except RecursionError:
+        raise RuleError(f"{path} is no rule of the zoo: nested too deeply") from None
+    except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
+        raise RuleError(f"{path} is no rule of the zoo: {_one_line(problem)}") from problem
+
+
+def save_zoo(entry: ZooEntry, path: str | Path) -> None:
+    """Writes an entry's file; RuleError where `load_zoo` would not read it."""
+    text = json.dumps(entry.to_dict(), indent=1) + "\n"
+    try:
+        _entry(entry.name, _parsed(text.encode()))
+    except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
+        raise RuleError(f"not to be kept in the zoo: {_one_line(problem)}") from problem
+    write_whole(path, text)
+
+
+# ---- reading ----
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    if len(text) > LARGEST["bytes"]:
+        raise ValueError(f"it is larger than {LARGEST['bytes']} bytes")
+    value = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    if not isinstance(value, dict):
+        raise ValueError("it holds no table")
+    if value.get("format") != FORMAT:
+        raise ValueError(f"its format is {value.get('format')!r}, expected {FORMAT}")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return float(text)
+
+
+def _entry(name: str, value: dict[str, Any]) -> ZooEntry:
+    expected = {"format", *(f.name for f in fields(ZooEntry))} - {"name"}
+    _check_names("the file", value, expected)
+    recipe = _recipe(value["recipe"])
+    layers = _whole_numbers("layers", value["layers"], "units")
+    depth = len(recipe.conv) + len(layers)
+    if not 1 <= depth <= LARGEST["layers"]:
+        raise ValueError(f"it has {depth} layers, expected 1 to {LARGEST['layers']}")
+    for text in ("dataset", "data", "command", "about"):
+        if not isinstance(value[text], str):
+            raise ValueError(f"{text} is {value[text]!r}, expected text")
+    if type(value["layerwise"]) is not bool:
+        raise ValueError(f"layerwise is {value['layerwise']!r}, expected true or false")
+    return ZooEntry(
+        name=name,
+        recipe=recipe,
+        layers=layers,
+        steps=_whole("steps", value["steps"], "steps"),
+        accuracies=tuple(map(_accuracy, value["accuracies"])),
+        **{key: value[key] for key in ("layerwise", "dataset", "data", "command", "about")},
+    )
+
+
+def _recipe(value: dict[str, Any]) -> Recipe:
+    _check_names("recipe", value, {f.name for f in fields(Recipe)})
+    _check_powers(value["rule"])
+    rule = rule_from_dict(value["rule"])
+    if not isinstance(rule, PerLayerRule) or not 1 <= len(rule.rules) <= LARGEST["layers"]:
+        raise ValueError(f"its rule is not one for each of 1 to {LARGEST['layers']} layers")
+    if value["inhibition"] not in INHIBITION or value["centring"] not in CENTRINGS:
+        raise ValueError(f"inhibition or centring is none of {(*INHIBITION, *CENTRINGS)}")
+    views = None if value["views"] is None else ViewStrengths.from_dict(value["views"])
+    if any(of_layer.views != (1 if views is None else 2) for of_layer in rule.rules):
+        raise ValueError("views do not go with its rule")
+    for flag in ("forbid_self_inhibition", "forbid_excitation"):
+        if type(value[flag]) is not bool:
+            raise ValueError(f"{flag} is {value[flag]!r}, expected true or false")
+    numbers = {
+        "inh_factor": value["inh_factor"], "slope": value["activation"]["slope"], **value["initial"]
+    }  # fmt: skip
+    _check_numbers(numbers)
+    if not any(name.endswith("spread_w") for name in value["initial"]):
+        raise ValueError("initial lacks spread_w")
+    fixed_initializer(value["initial"])
+    sizes = {
+        "pool": _whole("pool", value["pool"], "pool"),
+        "batch_size": _whole("batch_size", value["batch_size"], "batch_size"),
+        "inh_steps": _whole("inh_steps", value["inh_steps"], "inh_steps", least=0),
+        "conv": tuple(
+            (_whole("conv", channels, "units"), _whole("conv", kernel, "kernel"))
+            for channels, kernel in value["conv"]
+        ),
+    }
+    made = {"rule": rule, "views": views, "activation": Activation(**value["activation"])}
+    return Recipe(**{**value, **sizes, **made})
+
+
+def _accuracy(value: dict[str, Any]) -> dict[str, Any]:
+    _check_names(
+        "accuracies", value, {"dataset", "layers", "steps", "mean", "deviation", "trainings"}
+    )
+    _check_numbers({"mean": value["mean"], "deviation": value["deviation"] or 0.0})
+    return value
+
+
+def _check_names(what: str, value: Any, expected: set[str]) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} holds no table")
+    if missing := sorted(expected - value.keys()):
+        raise ValueError(f"{what} lacks {missing[0]}")
+    if unknown := sorted(value.keys() - expected):
+        raise ValueError(f"{what} has {unknown[0]}, which format {FORMAT} does not know")
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}, expected a number")
+
+
+def _check_powers(rule: Any) -> None:
+    """ValueError for powers of a polynomial that are beyond reason."""
+    if isinstance(rule, dict):
+        for power in rule.get("exponents", ()) if isinstance(rule.get("exponents"), list) else ():
+            if type(power) is int and power > LARGEST["power"]:
+                raise ValueError(f"a power is {power}, expected at most {LARGEST['power']}")
+    for part in rule.values() if isinstance(rule, dict) else rule if isinstance(rule, list) else ():
+        _check_powers(part)
+
+
+def _whole(name: str, value: Any, kind: str, least: int = 1) -> int:
+    if type(value) is not int or not least <= value <= LARGEST[kind]:
+        raise ValueError(
+            f"{name} is {value!r}, expected a whole number from {least} to {LARGEST[kind]}"
+        )
+    return value
+
+
+def _whole_numbers(name: str, values: Any, kind: str) -> tuple[int, ...]:
+    if not isinstance(values, list):
+        raise ValueError(f"{name} is {values!r}, expected a list of whole numbers")
+    return tuple(_whole(name, value, kind) for value in values)
+
+
+def _one_line(problem: Exception) -> str:
+    text = str(problem) if isinstance(problem, ValueError) else repr(problem)
+    return " ".join(text.split())[:300]
