@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hypergradients.errors import HypergradientError
 from hypergradients.linear_solvers import Vector
-from hypergradients.update_maps import Tree, attached_scalar, products
+from hypergradients.update_maps import Tree, attached_scalar, vjp
 
 Setting = float | Tensor | Callable[[Tree], float | Tensor]  # a number or a function of hparams
 
@@ -121,7 +121,7 @@ class InnerOptimizer:
             leaves, spec = tree_flatten(hparams)
             return list(_MixedGradient.apply(loss, spec, len(w), *w, *leaves))
         value = attached_scalar(loss(w, hparams), "the inner loss")
-        return products([value], w, [None], create_graph=create_graph)
+        return vjp([value], w, [None], create_graph=create_graph)
 
 
 class GradientDescent(InnerOptimizer):
@@ -234,7 +234,7 @@ class _MixedGradient(torch.autograd.Function):
         hparams = tree_unflatten([t.detach() for t in leaves[count:]], spec)
         with torch.enable_grad():
             value = attached_scalar(loss(w, hparams), "the inner loss")
-            return tuple(products([value], w, [None]))
+            return tuple(vjp([value], w, [None]))
 
     @staticmethod
     @once_differentiable
@@ -244,8 +244,8 @@ class _MixedGradient(torch.autograd.Function):
         with torch.enable_grad(), forward_ad.dual_level():
             duals = [forward_ad.make_dual(t, d) for t, d in zip(w, u, strict=True)]
             value = ctx.loss(duals, tree_unflatten(hparams, ctx.spec))
-            found = torch.autograd.grad(value, [*duals, *hparams], allow_unused=True)
-            tangents = [None if t is None else forward_ad.unpack_dual(t).tangent for t in found]
+            gradients = torch.autograd.grad(value, [*duals, *hparams], allow_unused=True)
+            tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
         return None, None, None, *tangents
 
 

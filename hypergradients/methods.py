@@ -41,7 +41,7 @@ from hypergradients.linear_solvers import (
     norm,
 )
 from hypergradients.update_maps import (
-    MapSystem,
+    MapJacobian,
     OuterLoss,
     Point,
     Tree,
@@ -50,7 +50,7 @@ from hypergradients.update_maps import (
     attached_scalar,
     delivered,
     hyperparameters,
-    products,
+    vjp,
 )
 
 # ---- along a trajectory ----
@@ -65,12 +65,13 @@ def reverse_unroll(
     """
     leaves, spec = hyperparameters(hparams)
     loss = attached_scalar(outer_loss(params, hparams), "outer_loss")
-    found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-    if all(g is None for g in found):
+    gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    if all(g is None for g in gradients):
         raise HypergradientError(
             "outer_loss depends on no hyperparameter; params must be attached to them"
         )
-    gradient = [torch.zeros_like(h) if g is None else g for h, g in zip(leaves, found, strict=True)]
+    pairs = zip(leaves, gradients, strict=True)
+    gradient = [torch.zeros_like(h) if g is None else g for h, g in pairs]
     return delivered(gradient, leaves, spec, set_grad)
 
 
@@ -96,7 +97,7 @@ def reverse(
     states, updates = params_history[:-1], update_map_history[-steps:]
     for state, update in zip(reversed(states), reversed(updates), strict=True):
         point = Point(state, hparams)
-        adjoint, indirect = point.pulled_back(point.apply(update), adjoint)
+        adjoint, indirect = point.vjp(point.apply(update), adjoint)
         gradient = torch._foreach_add(gradient, indirect)
     return point.delivered(gradient, set_grad)
 
@@ -175,9 +176,9 @@ def neumann_lookback(
     for j in range(K - 1):
         if j and len(update_maps) > 1:
             mapped = point.apply(update_maps[-1 - j])
-        term = products(mapped, point.params, term, retain_graph=True)
+        term = vjp(mapped, point.params, term, retain_graph=True)
         total = torch._foreach_add(total, term)
-    gradient = torch._foreach_add(gradient, products(last, point.hparams, total))
+    gradient = torch._foreach_add(gradient, vjp(last, point.hparams, total))
     return point.delivered(gradient, set_grad)
 
 
@@ -281,9 +282,9 @@ def implicit(
     _check_count("K", solver.iterations)
     point = Point(params, hparams)
     b, direct = _mean([point.loss_gradients(outer_loss) for _ in range(outer_draws)])
-    system = MapSystem(point, fp_map, stochastic)
-    v, residuals = solver.solve(system, b)
-    transposed, indirect = _mean([system.pulled_back(v) for _ in range(map_draws)])
+    jacobian = MapJacobian(point, fp_map, stochastic)
+    v, residuals = solver.solve(jacobian.vjp, b, jacobian.jvp)
+    transposed, indirect = _mean([jacobian.vjp_by_both(v) for _ in range(map_draws)])
     rest = [g - t + p for g, t, p in zip(b, v, transposed, strict=True)]
     residuals = (*residuals, norm(rest))
     start = max(norm(b), residuals[0])
@@ -454,7 +455,7 @@ def differentiable_by(
             solution = [t.detach() for t in leaves]
             start = params if "update_maps" in options else tree_unflatten(solution, spec)
 
-            def pull_back(cotangents: Sequence[Tensor]) -> list[Tensor]:
+            def adjoint(cotangents: Sequence[Tensor]) -> list[Tensor]:
                 def outer_loss(w: Tree, _: Tree) -> Tensor:
                     pairs = zip(tree_flatten(w)[0], cotangents, strict=True)
                     return sum((t * c).sum() for t, c in pairs)
@@ -464,7 +465,7 @@ def differentiable_by(
                 )
                 return tree_flatten(gradient)[0]
 
-            attached = _Attached.apply(pull_back, solution, *tree_flatten(hparams)[0])
+            attached = _Attached.apply(adjoint, solution, *tree_flatten(hparams)[0])
             return tree_unflatten(attached, spec)
 
         return solve
@@ -473,11 +474,11 @@ def differentiable_by(
 
 
 class _Attached(torch.autograd.Function):
-    """A solution with pull_back(cotangents) for the gradients of the hyperparameters."""
+    """A solution with adjoint(cotangents) for the gradients of the hyperparameters."""
 
     @staticmethod
-    def forward(ctx, pull_back, solution, *hparams):
-        ctx.pull_back = pull_back
+    def forward(ctx, adjoint, solution, *hparams):
+        ctx.adjoint = adjoint
         ctx.save_for_backward(*hparams)
         return tuple(t.detach() for t in solution)
 
@@ -485,7 +486,7 @@ class _Attached(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *cotangents):
         _ = ctx.saved_tensors  # raises where a hyperparameter was changed in place since
-        return None, None, *ctx.pull_back(cotangents)
+        return None, None, *ctx.adjoint(cotangents)
 
 
 # ---- helpers ----
@@ -522,7 +523,7 @@ def _trajectory(params: Tree, hparams: Tree, segments: Sequence[Sequence[UpdateM
 
 def _gradient_step(loss: OuterLoss, params: Tree, hparams: Tree) -> Tree:
     leaves, spec = tree_flatten(params)
-    gradient = products([loss(params, hparams)], leaves, [None], create_graph=True)
+    gradient = vjp([loss(params, hparams)], leaves, [None], create_graph=True)
     return tree_unflatten(torch._foreach_sub(leaves, gradient), spec)
 
 
@@ -542,7 +543,7 @@ def _pushed_one_by_one(
             moved = [forward_ad.unpack_dual(t) for t in point.matching(result, "the map's result")]
             new = [primal.detach() for primal, _ in moved]
             pushed.append([torch.zeros_like(p) if z is None else z.detach() for p, z in moved])
-    return new, [torch.stack(of_one) for of_one in zip(*pushed, strict=True)]
+    return new, [torch.stack(columns) for columns in zip(*pushed, strict=True)]
 
 
 def _pushed_at_once(

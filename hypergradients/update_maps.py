@@ -1,9 +1,9 @@
-"""Update maps and outer losses at one point: their checks, and products with their derivatives.
+"""Update maps and outer losses at one point: their checks, and their vjp and jvp.
 
-    mapped = Phi(params, hparams);   J^T v = (d mapped / d params)^T v;   J v
+    mapped = Phi(params, hparams);   vjp J^T v,   jvp J v,   J = d mapped / d params
 
-Params and hparams are any pytrees of tensors to the outside, flat lists of tensors inside. A
-product sums over all outputs, and is zero where an output does not depend on an input.
+Params and hparams are any pytrees of tensors to the outside, flat lists of tensors inside. A vjp
+sums over all outputs, and is zero where an output does not depend on an input.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,14 +79,14 @@ class Point:
         with torch.enable_grad():
             value = outer_loss(self.tree(self.params), self._hparams)
         loss = attached_scalar(value, "outer_loss")
-        return self._divided(products([loss], [*self.params, *self.hparams], [None]))
+        return self._divided(vjp([loss], [*self.params, *self.hparams], [None]))
 
-    def pulled_back(
+    def vjp(
         self, mapped: Sequence[Tensor], v: Sequence[Tensor], retain_graph: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(dPhi/dw)^T v and (dPhi/dlambda)^T v of a result of `apply`, of one backward pass."""
         inputs = [*self.params, *self.hparams]
-        return self._divided(products(mapped, inputs, v, retain_graph=retain_graph))
+        return self._divided(vjp(mapped, inputs, v, retain_graph=retain_graph))
 
     def _divided(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return tensors[: len(self.params)], tensors[len(self.params) :]
@@ -104,8 +104,11 @@ def advance(params: Tree, hparams: Tree, update_maps: Sequence[UpdateMap]) -> Tr
     return params
 
 
-class MapSystem:
-    """Products with the Jacobian J of a map at a point, from one graph of the map."""
+class MapJacobian:
+    """The Jacobian J of a map at a point, by its products with vectors, from one graph of the map.
+
+    stochastic: the map is drawn anew for each product.
+    """
 
     def __init__(self, point: Point, fp_map: UpdateMap, stochastic: bool) -> None:
         self._point, self._map, self._stochastic = point, fp_map, stochastic
@@ -115,24 +118,24 @@ class MapSystem:
     def _mapped(self) -> list[Tensor]:
         return self._point.apply(self._map) if self._stochastic else self._kept
 
-    def transposed(self, v: Sequence[Tensor]) -> list[Tensor]:
+    def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """J^T v."""
-        return products(self._mapped(), self._point.params, v, retain_graph=True)
+        return vjp(self._mapped(), self._point.params, v, retain_graph=True)
 
-    def jacobian(self, v: Sequence[Tensor]) -> list[Tensor]:
+    def jvp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """J v, the derivative of u -> J^T u."""
         if self._linear is None:
             u = [torch.zeros_like(t, requires_grad=True) for t in v]
-            self._linear = u, products(self._kept, self._point.params, u, create_graph=True)
+            self._linear = u, vjp(self._kept, self._point.params, u, create_graph=True)
         u, product = self._linear
-        return products(product, u, v, retain_graph=True)
+        return vjp(product, u, v, retain_graph=True)
 
-    def pulled_back(self, v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def vjp_by_both(self, v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """J^T v and (dPhi/dlambda)^T v."""
-        return self._point.pulled_back(self._mapped(), v, retain_graph=True)
+        return self._point.vjp(self._mapped(), v, retain_graph=True)
 
 
-def products(
+def vjp(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
@@ -143,8 +146,9 @@ def products(
     if not attached:
         return [torch.zeros_like(t) for t in inputs]
     outputs, cotangents = zip(*attached, strict=True)
-    found = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, **options)
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+    gradients = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, **options)
+    pairs = zip(gradients, inputs, strict=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in pairs]
 
 
 def _tensors(tree: Tree, what: str) -> tuple[list[Tensor], Any]:

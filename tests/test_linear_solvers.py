@@ -33,20 +33,23 @@ def flat(vector):
 
 
 class Dense:
-    """J as a matrix; counts its products."""
+    """M as a matrix; counts its products."""
 
     def __init__(self, matrix):
         self.matrix, self.products = matrix, 0
 
-    def transposed(self, v):
+    def matvec(self, x):
         self.products += 1
-        return shaped(self.matrix.T @ flat(v))
+        return shaped(self.matrix @ flat(x))
 
-    def jacobian(self, v):
-        return shaped(self.matrix @ flat(v))
+    def adjoint(self, x):
+        return shaped(self.matrix.T @ flat(x))
 
     def solution(self, b):
-        return torch.linalg.solve(torch.eye(SIZE, dtype=DOUBLE) - self.matrix.T, flat(b))
+        return torch.linalg.solve(torch.eye(SIZE, dtype=DOUBLE) - self.matrix, flat(b))
+
+    def solved(self, solver, b):
+        return solver.solve(self.matvec, b, self.adjoint)
 
 
 def with_eigenvalues(values, seed=0):
@@ -74,7 +77,7 @@ def adam(v):
 ])  # fmt: skip
 def test_every_solver_solves_a_symmetric_contraction(solver, tolerance):
     system, b = Dense(with_eigenvalues(torch.linspace(-0.5, 0.8, SIZE))), right_side()
-    v, residuals = solver.solve(system, b)
+    v, residuals = system.solved(solver, b)
     assert [t.shape for t in v] == [t.shape for t in b]
     assert_near(flat(v), system.solution(b), tolerance)
     assert not solver.diverges([*residuals, 1e-12], norm(b))
@@ -85,7 +88,7 @@ def test_every_solver_solves_a_symmetric_contraction(solver, tolerance):
 def test_normal_equations_solve_any_regular_system_with_falling_residuals(seed, scale):
     system, b = Dense(scale * normal(seed, SIZE, SIZE).detach() / SIZE**0.5), right_side(seed + 1)
     identity = torch.eye(SIZE, dtype=DOUBLE)
-    v, residuals = NormalEquations(8 * SIZE).solve(system, b)
+    v, residuals = system.solved(NormalEquations(8 * SIZE), b)
     condition = torch.linalg.cond(identity - system.matrix)
     assert all(b <= a * (1 + 1e-9) for a, b in itertools.pairwise(residuals))
     if condition < 100:
@@ -95,7 +98,7 @@ def test_normal_equations_solve_any_regular_system_with_falling_residuals(seed, 
 def test_conjugate_gradients_need_as_many_products_as_there_are_eigenvalues():
     values = [0.9, 0.5, -0.5] + [0.2] * (SIZE - 3)
     system, b = Dense(with_eigenvalues(values)), right_side()
-    v, _ = ConjugateGradient(4).solve(system, b)
+    v, _ = system.solved(ConjugateGradient(4), b)
     assert system.products == 4
     assert_near(flat(v), system.solution(b), 1e-10)
 
@@ -107,7 +110,7 @@ def test_a_nystrom_approximation_of_the_large_eigenvalues_leaves_the_small_ones(
     def error(solver, products):
         system = Dense(with_eigenvalues(values))
         solution = system.solution(b)
-        v, _ = solver.solve(system, b)
+        v, _ = system.solved(solver, b)
         assert system.products == products
         return float((flat(v) - solution).norm() / solution.norm())
 
@@ -121,7 +124,7 @@ def test_the_test_matrix_comes_from_the_generator():
 
     def solved(seed):
         generator = torch.Generator().manual_seed(seed)
-        return flat(NystromConjugateGradient(2, rank=3, generator=generator).solve(system, b)[0])
+        return flat(system.solved(NystromConjugateGradient(2, rank=3, generator=generator), b)[0])
 
     assert torch.equal(solved(1), solved(1)) and not torch.equal(solved(1), solved(2))
 
@@ -129,7 +132,7 @@ def test_the_test_matrix_comes_from_the_generator():
 def test_a_right_side_of_zero_is_solved_by_zero():
     system, b = Dense(with_eigenvalues([0.5] * SIZE)), shaped(torch.zeros(SIZE, dtype=DOUBLE))
     for solver in (FixedPoint(5, 0.0), ConjugateGradient(5, 0.0), NormalEquations(5, 0.0)):
-        v, residuals = solver.solve(system, b)
+        v, residuals = system.solved(solver, b)
         assert flat(v).abs().max() == 0
         assert not solver.diverges([*residuals, 0.0], 0.0)
 
@@ -139,7 +142,7 @@ def test_single_precision_ends_at_its_rounding_error():
     b = [t.float() for t in b]
     for solver in (ConjugateGradient(1000), NormalEquations(1000)):
         system = Dense(matrix)
-        v, _ = solver.solve(system, b)
+        v, _ = system.solved(solver, b)
         assert system.products < 60 and v[0].dtype == torch.float32
         assert_near(flat(v), Dense(matrix.double()).solution([t.double() for t in b]).float(), 1e-5)
 
@@ -148,22 +151,22 @@ def test_an_indefinite_or_singular_system_is_refused_with_the_residual():
     b = right_side()
     indefinite = Dense(with_eigenvalues([3.0] * 5 + [0.5] * (SIZE - 5)))
     with pytest.raises(DivergenceError, match=r"curvature -.* residual .* at the start"):
-        ConjugateGradient(20).solve(indefinite, b)
+        indefinite.solved(ConjugateGradient(20), b)
     with pytest.raises(DivergenceError, match="Nystrom approximation needs"):
-        NystromConjugateGradient(20, rank=8).solve(indefinite, b)
+        indefinite.solved(NystromConjugateGradient(20, rank=8), b)
     with pytest.raises(DivergenceError, match="curvature 0"):
-        ConjugateGradient(20).solve(Dense(torch.eye(SIZE, dtype=DOUBLE)), b)
+        Dense(torch.eye(SIZE, dtype=DOUBLE)).solved(ConjugateGradient(20), b)
 
 
 def test_products_that_contradict_each_other_are_refused():
     system = Dense(with_eigenvalues(torch.linspace(-0.5, 0.8, SIZE)))
-    system.jacobian = lambda v: [torch.zeros_like(t) for t in v]
+    system.adjoint = lambda v: [torch.zeros_like(t) for t in v]
     with pytest.raises(HypergradientError, match="differentiated twice"):
-        NormalEquations(5).solve(system, right_side())
+        system.solved(NormalEquations(5), right_side())
 
 
 def residuals_of(matrix, b, iterations):
-    """|b - (I - J^T) v_k| = |(J^T)^k b|."""
+    """|b - (I - M) x_k| = |M^k b| with M = matrix^T."""
     norms, term = [], flat(b)
     for _ in range(iterations + 1):
         norms.append(float(term.norm()))
