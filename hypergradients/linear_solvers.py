@@ -82,13 +82,20 @@ class ConjugateGradient:
 
     iterations: at most so many.
     tol: ends when the residual is less, or at the rounding error of b.
-    precondition(r): about (I - M)^-1 r, symmetric positive definite too; r itself by default.
-    Raises DivergenceError where I - M is seen not to be positive definite.
+    precondition(r): about (I - M)^-1 r, symmetric positive definite too; r itself by default. Only
+        <b, precondition(b)> > 0 is looked at.
+    assume_symmetric: True for products that are drawn anew each time, or rounded more than b is,
+        which no test can tell from those of a matrix that is not symmetric.
+    Raises HypergradientError where I - M is seen not to be symmetric, from <(I - M) p, x> and
+    <p, (I - M) x> of each direction p and the iterate x before it: from the second iteration on, at
+    the cost of a few inner products. Raises DivergenceError where it is seen not to be positive
+    definite.
     """
 
     iterations: int
     tol: float = 1e-10
     precondition: Matvec | None = None
+    assume_symmetric: bool = False
 
     def solve(
         self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
@@ -96,10 +103,15 @@ class ConjugateGradient:
         precondition = self.precondition or (lambda r: r)
         x, r = [torch.zeros_like(t) for t in b], b
         z = p = precondition(r)
-        rz, residuals = dot(r, z), [norm(b)]
+        rz, residuals, largest = dot(r, z), [norm(b)], 1.0
+        if rz <= 0 < residuals[0]:
+            raise HypergradientError(f"<b, precondition(b)> is {rz:.3g}: it must be above 0")
         enough = max(self.tol, rounding_error(b))
         while len(residuals) <= self.iterations and residuals[-1] > enough:
             q = torch._foreach_sub(p, matvec(p))
+            if not self.assume_symmetric:
+                largest = max(largest, norm(q) / norm(p))
+                _check_symmetric((p, q), (x, torch._foreach_sub(b, r)), largest)
             curvature = dot(p, q)
             if not curvature > 0:
                 raise DivergenceError(
@@ -134,7 +146,8 @@ class NystromConjugateGradient:
     iterations, tol: as in ConjugateGradient.
     rank: of the approximation; at most the number of parameters counts.
     generator: of its random test matrix, on the device of b; a fixed seed without one.
-    Raises DivergenceError where I - M is seen not to be positive definite.
+    Raises HypergradientError where I - M is seen not to be symmetric, DivergenceError where it is
+    seen not to be positive definite.
     """
 
     iterations: int
@@ -168,6 +181,9 @@ class NystromConjugateGradient:
         shift = torch.finfo(flat.dtype).eps * sketch.norm()
         sketch = sketch + shift * test
         core = test.T @ sketch
+        asymmetry = float((core - core.T).norm())
+        if asymmetry > _asymmetry_of_rounding(flat.dtype, float(core.norm()), float(sketch.norm())):
+            raise HypergradientError(_ASYMMETRIC.format(asymmetry / float(core.norm())))
         factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
         if failed or not sketch.isfinite().all():
             raise DivergenceError(
@@ -190,6 +206,8 @@ class NormalEquations:
 
     iterations: at most so many.
     tol: ends when the residual of the normal equations is less, or at the rounding error of b.
+    Raises DivergenceError where I - M is seen to be singular: a residual r stays on which
+    (I - M^T) r vanishes.
     """
 
     iterations: int
@@ -218,6 +236,7 @@ class NormalEquations:
             s = torch._foreach_sub(r, adjoint(r))
             ss, before = dot(s, s), ss
             p = axpy(ss / before, p, s)
+        _check_regular(math.sqrt(ss), residuals[-1], residuals[0], b)
         return x, residuals[:-1]
 
     def diverges(self, residuals: Sequence[float], start: float) -> bool:
@@ -290,11 +309,54 @@ def rounding_error(b: Vector) -> float:
     return max(torch.finfo(t.dtype).eps for t in b) * norm(b)
 
 
+_ASYMMETRIC = (
+    "conjugate gradients need I - M symmetric, but <(I - M) p, x> and <p, (I - M) x> differ by "
+    "{:.2g} of their size; take CG_normaleq, or fixed_point for a contraction"
+)
+
+
+def _check_symmetric(
+    one: tuple[Vector, Vector], other: tuple[Vector, Vector], largest: float
+) -> None:
+    """HypergradientError where <A p, x> is not <p, A x>, of pairs (p, A p) and (x, A x).
+
+    largest: of what A is known to do to the length of a vector.
+    """
+    (p, moved_p), (x, moved_x) = one, other
+    difference = abs(dot(moved_p, x) - dot(p, moved_x))
+    size = norm(moved_p) * norm(x) + norm(p) * norm(moved_x)
+    dtype = max((t.dtype for t in p), key=lambda dtype: torch.finfo(dtype).eps)
+    if difference > _asymmetry_of_rounding(dtype, size, largest * norm(p) * norm(x)):
+        raise HypergradientError(_ASYMMETRIC.format(difference / size))
+
+
+def _asymmetry_of_rounding(dtype: torch.dtype, size: float, largest: float) -> float:
+    """What <A p, x> and <p, A x> may differ by where A is symmetric.
+
+    size: of the two; largest: the bound of them, which the rounding of A's products goes with.
+    """
+    eps = torch.finfo(dtype).eps
+    return math.sqrt(eps) * size + 1e3 * eps * largest
+
+
 def _check_adjoint(one: float, other: float, size: float) -> None:
     if abs(one - other) > 1e-2 * max(abs(one), abs(other)) and abs(one - other) > 1e-4 * size:
         raise HypergradientError(
             "products with M and its adjoint contradict each other: a step of the map cannot be "
             "differentiated twice (once_differentiable?); take fixed_point"
+        )
+
+
+def _check_regular(gradient: float, residual: float, start: float, b: Vector) -> None:
+    """DivergenceError where only a residual is left that I - M^T takes to nothing.
+
+    gradient: the length of (I - M^T) r; residual: that of r; start: that of b.
+    """
+    precision = math.sqrt(max(torch.finfo(t.dtype).eps for t in b))
+    if residual > precision * start and gradient <= precision * residual:
+        raise DivergenceError(
+            f"I - M is singular, or too nearly so: the residual stays at {residual:.3g}, "
+            f"{start:.3g} at the start"
         )
 
 

@@ -345,7 +345,7 @@ def CG(  # noqa: N802 - HyperTorch's name
 
     I - J must be symmetric positive definite, as for a gradient step on a convex loss.
     """
-    solver = ConjugateGradient(K, tol)
+    solver = ConjugateGradient(K, tol, assume_symmetric=stochastic)
     return implicit(params, hparams, fp_map, outer_loss, solver, set_grad, stochastic)[0]
 
 

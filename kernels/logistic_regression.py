@@ -151,7 +151,7 @@ def solve_hessian(
 
     g = problem.pull_back(weight[present], bias[present])
     tolerance = HESSIAN_TOLERANCE[features.dtype] * float(g.norm())
-    solver = ConjugateGradient(MOST_PRODUCTS, tolerance, precondition)
+    solver = ConjugateGradient(MOST_PRODUCTS, tolerance, precondition, assume_symmetric=True)
     (v,), _ = solver.solve(_hessian_complement(problem, V), [g - g.mean(0)])
     solved = problem.unwhiten(v)
     centred = weight[present] - bias[present][:, None] * problem.mean

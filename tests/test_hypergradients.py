@@ -589,6 +589,47 @@ def test_conjugate_gradients_refuse_a_system_that_is_not_positive_definite():
             at_fixed_point(method, K=5)(problem)
 
 
+class Asymmetric:
+    """p = W p + h u with W of norm .9, outer loss |p|^2: d / dh = 2 h |(I - W)^-1 u|^2."""
+
+    def __init__(self, size=30):
+        W = normal(31, size, size).detach()
+        self.W, self.u = 0.9 * W / torch.linalg.matrix_norm(W, 2), normal(32, size).detach()
+        self.hparams = [torch.tensor(1.0, dtype=DOUBLE, requires_grad=True)]
+        self.solution = [torch.linalg.solve(torch.eye(size, dtype=DOUBLE) - self.W, self.u)]
+
+    def map(self, params, hparams):
+        return [self.W @ params[0] + hparams[0] * self.u]
+
+    def outer_loss(self, params, hparams):
+        return params[0].square().sum()
+
+    def hypergradient(self):
+        return 2 * self.solution[0] @ self.solution[0]
+
+
+@pytest.mark.parametrize("method, options", [
+    (CG, {}), (nystrom, {}), (implicit, {"solver": ConjugateGradient(20)}),
+])  # fmt: skip
+def test_conjugate_gradients_refuse_a_map_that_is_not_symmetric(method, options):
+    problem = Asymmetric()
+    options = options or {"K": 20}
+    with pytest.raises(HypergradientError, match=r"symmetric.* take CG_normaleq, or fixed_point"):
+        at_fixed_point(method, **options)(problem)
+    solve = differentiable_by(method, fp_map=problem.map, **options)(lambda p, h: problem.solution)
+    with pytest.raises(HypergradientError, match="symmetric"):
+        problem.outer_loss(solve(problem.solution, problem.hparams), None).backward()
+    momentum = Ridge()
+    momentum.map = HeavyBall(momentum.inner_loss, momentum.rate, 0.5)
+    momentum.solution = momentum.map.get_opt_params(momentum.solution)
+    outer_loss = momentum.outer_loss
+    momentum.outer_loss = lambda params, hparams: outer_loss(params[:1], hparams)
+    with pytest.raises(HypergradientError, match="symmetric"):
+        at_fixed_point(method, **options)(momentum)
+    for right, K in ((fixed_point, 400), (CG_normaleq, 200)):
+        assert_near(at_fixed_point(right, K=K)(problem)[0], problem.hypergradient(), 1e-8)
+
+
 def test_nan_is_reported_as_divergence():
     problem = Ridge()
     problem.solution = [problem.solution[0] * torch.nan]

@@ -1,5 +1,6 @@
 """Linear solvers on dense matrices that are known, in vectors of several tensors."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -104,7 +105,7 @@ def test_conjugate_gradients_need_as_many_products_as_there_are_eigenvalues():
 
 
 def test_a_nystrom_approximation_of_the_large_eigenvalues_leaves_the_small_ones():
-    values = [-900.0, -500.0, -100.0] + [0.5] * (SIZE - 3)  # of J; 901, 501, 101, .5 of I - J
+    values = [-900.0, -500.0, -100.0] + [0.5] * (SIZE - 3)  # of M; 901, 501, 101, .5 of I - J
     b = right_side()
 
     def error(solver, products):
@@ -156,6 +157,66 @@ def test_an_indefinite_or_singular_system_is_refused_with_the_residual():
         indefinite.solved(NystromConjugateGradient(20, rank=8), b)
     with pytest.raises(DivergenceError, match="curvature 0"):
         Dense(torch.eye(SIZE, dtype=DOUBLE)).solved(ConjugateGradient(20), b)
+
+
+def asymmetric(share, seed=0):
+    """A contraction of norm .9, its skew part by `share` of that of a random matrix."""
+    matrix = normal(seed, SIZE, SIZE).detach()
+    matrix = (matrix + matrix.T) / 2 + share * (matrix - matrix.T) / 2
+    return 0.9 * matrix / torch.linalg.matrix_norm(matrix, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(share=st.sampled_from([1.0, 0.3, 0.1]), seed=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_a_system_that_is_not_symmetric_is_refused_by_conjugate_gradients(dtype, share, seed):
+    system, b = Dense(asymmetric(share, seed).to(dtype)), [t.to(dtype) for t in right_side(seed)]
+    for solver in (ConjugateGradient(SIZE), NystromConjugateGradient(SIZE, rank=4)):
+        with pytest.raises(HypergradientError, match=r"symmetric.* take CG_normaleq"):
+            system.solved(solver, b)
+
+
+def test_a_skew_part_that_only_distant_directions_see_is_noticed():
+    matrix = torch.diag(torch.linspace(-0.5, 0.8, SIZE, dtype=DOUBLE))
+    matrix[0, -1], matrix[-1, 0] = 0.3, -0.3
+    with pytest.raises(HypergradientError, match="symmetric"):
+        Dense(matrix).solved(ConjugateGradient(SIZE), right_side())
+
+
+def test_symmetry_is_taken_for_granted_on_request():
+    system, b = Dense(asymmetric(1.0)), right_side()
+    solver = ConjugateGradient(2, assume_symmetric=True)
+    assert len(system.solved(solver, b)[1]) == 2
+
+
+@given(exponent=st.floats(0, 6), seed=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_no_symmetric_system_is_refused_however_it_is_conditioned(exponent, seed):
+    values = 1 - torch.logspace(-exponent, 1, SIZE, dtype=DOUBLE)  # of M
+    for dtype in (torch.float32, torch.float64):
+        matrix = with_eigenvalues(values, seed).to(dtype)
+        system, b = Dense((matrix + matrix.T) / 2), [t.to(dtype) for t in right_side(seed)]
+        with contextlib.suppress(DivergenceError):  # rounded, it may be indefinite
+            system.solved(ConjugateGradient(3 * SIZE), b)
+
+
+def test_a_preconditioner_that_is_not_positive_definite_is_refused():
+    system = Dense(with_eigenvalues([0.5] * SIZE))
+    solver = ConjugateGradient(5, precondition=lambda r: [-t for t in r])
+    with pytest.raises(HypergradientError, match="must be above 0"):
+        system.solved(solver, right_side())
+
+
+def test_normal_equations_refuse_a_singular_system_unless_b_is_in_its_range():
+    matrix = with_eigenvalues([1.0, *torch.linspace(-0.5, 0.8, SIZE - 1).tolist()])
+    b = right_side()
+    with pytest.raises(DivergenceError, match="singular"):
+        Dense(matrix).solved(NormalEquations(5 * SIZE), b)
+    in_range = shaped(flat(b) - matrix @ flat(b))
+    x = flat(Dense(matrix).solved(NormalEquations(5 * SIZE), in_range)[0])
+    assert_near(x - matrix @ x, flat(in_range), 1e-9)
+    with pytest.raises(HypergradientError, match="need the adjoint"):
+        NormalEquations(5).solve(Dense(matrix).matvec, b)
 
 
 def test_products_that_contradict_each_other_are_refused():
