@@ -11,7 +11,7 @@ optimiser remembers stands in the same list, after the parameters: start with
 optimizer.get_opt_params(params). Names and arguments of the first three are HyperTorch's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hypergradients.errors import HypergradientError
 from hypergradients.linear_solvers import Vector
-from hypergradients.update_maps import Tree, attached_scalar, products
+from hypergradients.replays import Moment
+from hypergradients.update_maps import Tree, attached_scalar, frozen, other_leaves, vjp
 
 Setting = float | Tensor | Callable[[Tree], float | Tensor]  # a number or a function of hparams
 
@@ -34,16 +35,22 @@ class InnerOptimizer:
     """What the optimisers share.
 
     loss_f(params, hparams), or loss_f(params, hparams, data) where data are given: a scalar.
-    data_or_iter: the data of every step, or an iterator over those of each. (Methods that run a map
-    again need the same data again: give them one optimiser per batch, not an iterator.)
+    data_or_iter: the data of every step, or an iterator over those of each. Methods that run a map
+        again need the same data again, and refuse others: give them one optimiser per batch.
     gradient: how g gets its own derivative.
         graph  torch.autograd.grad with create_graph: fast where a step is multiplied many times
         mixed  forward over reverse mode when the backward pass arrives: between the passes only
-               params and hparams are kept, each product costs a step in both modes; the loss must
-               use no other tensor that wants a gradient (MixFlow; Kemaev 2025, arXiv 2505.00793)
+               params and hparams are kept, each product costs a step in both modes. The loss runs
+               again, with the same random numbers of torch's global generators; HypergradientError
+               where its value is another one, and for other tensors in it that want a gradient.
+               (MixFlow; Kemaev 2025, arXiv 2505.00793)
         func   torch.func.grad, for maps inside torch.func transforms
     settings: numbers, or functions of hparams to numbers, such as step_size.
     curr_loss: the loss at the params of the last call, detached; None with func.
+
+    A frozen parameter, an nn.Parameter with requires_grad=False among params that are not all of
+    this kind, stays as it is. Raises HypergradientError for a loss that is no attached scalar, for
+    params that do not begin with get_opt_params, and where an iterator's data have ended.
     """
 
     copies = 1  # of the parameters in the list: themselves, and what is remembered of each
@@ -69,33 +76,52 @@ class InnerOptimizer:
         return [*params, *zeros * (self.copies - 1)]
 
     def __call__(self, params: Tree, hparams: Tree, create_graph: bool = True) -> list:
-        """The list after one step; without create_graph it is detached."""
-        w, memory, spec = self._divided(params)
-        data = () if self.data_iterator is None else (next(self.data_iterator),)
+        """The list after one step.
+
+        It is detached without create_graph, and where nothing in the step wants a gradient.
+        """
+        copies, extra, spec = self._divided(params)
+        fixed = frozen(copies[0])
+        w, *memory = ([t for t, f in zip(c, fixed, strict=True) if not f] for c in copies)
+        data = self._next_data()
 
         def loss(leaves: list[Tensor], hparams: Tree) -> Tensor:
-            value = self.loss_f(tree_unflatten(leaves, spec), hparams, *data)
+            tree = tree_unflatten(_merged(leaves, copies[0], fixed), spec)
+            value = self.loss_f(tree, hparams, *data)
             self.curr_loss = None if self.gradient == "func" else value.detach()
             return value
 
+        wanted = _want_gradient((params, hparams, list(self.settings.values())))
         if not create_graph:
             w = [t.detach() for t in w]
         if self.gradient != "func":
             w = [t if t.requires_grad else t.detach().requires_grad_() for t in w]
         with torch.enable_grad():
-            g = self._differentiated(loss, w, hparams, create_graph)
-        with torch.set_grad_enabled(create_graph):
+            g, attached = self._differentiated(loss, w, hparams, create_graph, wanted)
+        with torch.set_grad_enabled(attached):
             values = {n: s(hparams) if callable(s) else s for n, s in self.settings.items()}
-            new = self.update(w, g, *memory, **values)
-        copies, extra = new[: self.copies], new[self.copies :]
-        return [entry for leaves in copies for entry in tree_unflatten(leaves, spec)] + extra
+            new = self.update(w, g, *memory, *extra, **values)
+        pairs = zip(new[: self.copies], copies, strict=True)
+        trees = [tree_unflatten(_merged(leaves, old, fixed), spec) for leaves, old in pairs]
+        return [entry for tree in trees for entry in tree] + new[self.copies :]
 
     def update(self, w: Vector, g: Vector, *memory, **settings: float | Tensor) -> list:
         """New parameters and memory from the old and the gradient, as flat lists of tensors."""
         raise NotImplementedError
 
-    def _divided(self, params: Tree) -> tuple[Vector, list, Any]:
-        """Parameters and memory as flat lists, and the structure of a list of parameters."""
+    def _next_data(self) -> tuple:
+        """What the loss takes besides params and hparams."""
+        if self.data_iterator is None:
+            return ()
+        try:
+            return (next(self.data_iterator),)
+        except StopIteration:
+            raise HypergradientError(
+                "the iterator's data have ended; give an entry for each step"
+            ) from None
+
+    def _divided(self, params: Tree) -> tuple[list[Vector], list, Any]:
+        """Parameters and memory as flat lists, what is after them, the structure of the first."""
         count, rest = divmod(len(params) - self.extra, self.copies)
         if rest or count < 1:
             raise HypergradientError(
@@ -110,18 +136,23 @@ class InnerOptimizer:
                 "what is remembered has not the shapes of the parameters; "
                 "start with get_opt_params(params)"
             )
-        return w, [*memory, *params[self.copies * count :]], spec
+        return [w, *memory], list(params[self.copies * count :]), spec
 
     def _differentiated(
-        self, loss: Callable, w: Vector, hparams: Tree, create_graph: bool
-    ) -> Vector:
+        self, loss: Callable, w: Vector, hparams: Tree, create_graph: bool, wanted: bool
+    ) -> tuple[Vector, bool]:
+        """The gradient of the loss, and whether it is attached.
+
+        wanted: whether an argument of the step wants a gradient.
+        """
         if self.gradient == "func":
-            return torch.func.grad(loss)(w, hparams)
-        if self.gradient == "mixed" and create_graph:
+            return torch.func.grad(loss)(w, hparams), create_graph
+        if self.gradient == "mixed" and create_graph and wanted:
             leaves, spec = tree_flatten(hparams)
-            return list(_MixedGradient.apply(loss, spec, len(w), *w, *leaves))
+            return list(_MixedGradient.apply(loss, spec, len(w), *w, *leaves)), True
         value = attached_scalar(loss(w, hparams), "the inner loss")
-        return products([value], w, [None], create_graph=create_graph)
+        attached = create_graph and (wanted or bool(other_leaves(value, w)))
+        return vjp([value], w, [None], create_graph=attached), attached
 
 
 class GradientDescent(InnerOptimizer):
@@ -230,23 +261,51 @@ class _MixedGradient(torch.autograd.Function):
     def forward(ctx, loss, spec, count, *leaves):
         ctx.loss, ctx.spec, ctx.count = loss, spec, count
         ctx.save_for_backward(*leaves)
+        ctx.moment = Moment(leaves)
         w = [t.detach().requires_grad_() for t in leaves[:count]]
         hparams = tree_unflatten([t.detach() for t in leaves[count:]], spec)
         with torch.enable_grad():
             value = attached_scalar(loss(w, hparams), "the inner loss")
-            return tuple(products([value], w, [None]))
+            others = other_leaves(value, w)
+            if others:
+                raise HypergradientError(
+                    f"the inner loss uses a tensor {tuple(others[0].shape)} that wants a gradient "
+                    "and is not in hparams: give it there, or take gradient='graph'"
+                )
+            ctx.value = value.detach()
+            return tuple(vjp([value], w, [None]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *u):
         leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
         w, hparams = leaves[: ctx.count], leaves[ctx.count :]
-        with torch.enable_grad(), forward_ad.dual_level():
+        with ctx.moment.repeated(), torch.enable_grad(), forward_ad.dual_level():
             duals = [forward_ad.make_dual(t, d) for t, d in zip(w, u, strict=True)]
             value = ctx.loss(duals, tree_unflatten(hparams, ctx.spec))
-            found = torch.autograd.grad(value, [*duals, *hparams], allow_unused=True)
-            tangents = [None if t is None else forward_ad.unpack_dual(t).tangent for t in found]
+            _check_repeated(forward_ad.unpack_dual(value).primal.detach(), ctx.value)
+            gradients = torch.autograd.grad(value, [*duals, *hparams], allow_unused=True)
+            tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
         return None, None, None, *tangents
+
+
+def _check_repeated(value: Tensor, first: Tensor) -> None:
+    """HypergradientError where a loss that ran again has another value than rounding explains."""
+    if bool((value - first).abs() > 1e3 * torch.finfo(first.dtype).eps * first.abs()):
+        raise HypergradientError(
+            f"the inner loss is {value:.6g} the second time, {first:.6g} the first: it must not "
+            "draw random numbers but from torch's global generators; else take gradient='graph'"
+        )
+
+
+def _merged(moved: Vector, old: Vector, fixed: Sequence[bool]) -> list[Tensor]:
+    """The old tensors where they are fixed, the moved ones in all other places."""
+    rest = iter(moved)
+    return [t if f else next(rest) for t, f in zip(old, fixed, strict=True)]
+
+
+def _want_gradient(tree: Tree) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tree_flatten(tree)[0])
 
 
 def _moved(w: Vector, direction: Vector, step: float | Tensor) -> list[Tensor]:

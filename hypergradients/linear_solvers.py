@@ -1,10 +1,10 @@
-"""Solvers of (I - J^T) v = b for which J^T is only known by its products with vectors.
+"""Solvers of (I - M) x = b, of which M is known by matvec(x) = M x alone.
 
-Vectors are lists of tensors of any shapes. A system offers `transposed(v)` = J^T v and, for the
-normal equations, `jacobian(v)` = J v. A solver is a small dataclass; `solve(system, b)` returns v
-and the residuals |b - (I - J^T) v_k| of its iterates v_0, v_1, ... but for the last, which nobody
-has multiplied yet. Each iteration costs one product with J^T, but for the first of FixedPoint, and
-in NormalEquations one with J besides.
+Vectors are lists of tensors of any shapes. In an implicit hypergradient M is J^T, J the Jacobian of
+a map, so that matvec is its vjp and `adjoint` its jvp. A solver is a small dataclass;
+`solve(matvec, b)` returns x and the residuals |b - (I - M) x_k| of its iterates x_0, x_1, ... but
+for the last, which nobody has multiplied yet. Each iteration costs one product with M, but for the
+first of FixedPoint, and in NormalEquations one with its adjoint besides.
 """
 
 import itertools
@@ -19,56 +19,55 @@ from torch import Tensor
 from hypergradients.errors import DivergenceError, HypergradientError
 
 Vector = Sequence[Tensor]
-# No solution: so many times the residual of v = 0. CG's residual may rise to the square root of the
+Matvec = Callable[[Vector], Vector]
+# No solution: so many times the residual of x = 0. CG's residual may rise to the square root of the
 # condition number before it falls, that of a map with momentum to about 1 / (1 - momentum).
 DIVERGED = 1e3
 
 
-class System(Protocol):
-    """The products with J that solvers need."""
-
-    def transposed(self, v: Vector) -> Vector:
-        """J^T v."""
-
-    def jacobian(self, v: Vector) -> Vector:
-        """J v."""
-
-
 class Solver(Protocol):
-    """One way to solve the system, in at most so many iterations."""
+    """One way to solve (I - M) x = b, in at most so many iterations."""
 
     iterations: int
 
-    def solve(self, system: System, b: Vector) -> tuple[Vector, list[float]]:
-        """v and the residuals of all iterates before v. Raises DivergenceError."""
+    def solve(
+        self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
+    ) -> tuple[Vector, list[float]]:
+        """x and the residuals of all iterates before x.
+
+        matvec: x -> M x. b: the right side. adjoint: x -> M^T x, for the solvers that need it.
+        Raises DivergenceError where there is no solution to be had.
+        """
 
     def diverges(self, residuals: Sequence[float], start: float) -> bool:
-        """Whether residuals of the iterates, of which v = 0 has `start`, show divergence."""
+        """Whether residuals of the iterates, of which x = 0 has `start`, show divergence."""
 
 
 @dataclass(frozen=True)
 class FixedPoint:
-    """v_{k+1} = J^T v_k + b from v_0 = 0: the Neumann series; the error falls as the powers of J.
+    """x_{k+1} = M x_k + b from x_0 = 0: the Neumann series; the error falls as the powers of M.
 
-    iterations: at most so many; as many terms of the series. The first is v_1 = b, no product.
-    tol: ends when |v_{k+1} - v_k| is less, which is the residual of v_k.
+    iterations: at most so many; as many terms of the series. The first is x_1 = b, no product.
+    tol: ends when |x_{k+1} - x_k| is less, which is the residual of x_k.
     """
 
     iterations: int
     tol: float = 1e-10
 
-    def solve(self, system: System, b: Vector) -> tuple[Vector, list[float]]:
-        v, residuals = b, [norm(b)]
+    def solve(
+        self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
+    ) -> tuple[Vector, list[float]]:
+        x, residuals = b, [norm(b)]
         while len(residuals) < self.iterations and residuals[-1] >= self.tol:
-            new = torch._foreach_add(system.transposed(v), b)
-            residuals.append(norm(torch._foreach_sub(new, v)))
-            v = new
-        return v, residuals
+            new = torch._foreach_add(matvec(x), b)
+            residuals.append(norm(torch._foreach_sub(new, x)))
+            x = new
+        return x, residuals
 
     def diverges(self, residuals: Sequence[float], start: float) -> bool:
-        """Worse than v = 0, and the growth of the largest residual so far does not slow down.
+        """Worse than x = 0, and the growth of the largest residual so far does not slow down.
 
-        The residuals of a normal J are log-convex in k: once they grow, they go on. Where J is not
+        The residuals of a normal M are log-convex in k: once they grow, they go on. Where M is not
         normal they may grow for a while although its powers vanish, slower and slower.
         """
         n, largest = len(residuals), list(itertools.accumulate(residuals, max))
@@ -79,40 +78,55 @@ class FixedPoint:
 
 @dataclass(frozen=True)
 class ConjugateGradient:
-    """Hestenes and Stiefel 1952; I - J symmetric positive definite. Error ~ (1 - 2 / sqrt(cond))^k.
+    """Hestenes and Stiefel 1952; I - M symmetric positive definite. Error ~ (1 - 2 / sqrt(cond))^k.
 
+    iterations: at most so many.
     tol: ends when the residual is less, or at the rounding error of b.
-    precondition(r): about (I - J)^-1 r, symmetric positive definite too; r itself by default.
-    Raises DivergenceError where I - J is seen not to be positive definite.
+    precondition(r): about (I - M)^-1 r, symmetric positive definite too; r itself by default. Only
+        <b, precondition(b)> > 0 is looked at.
+    assume_symmetric: True for products that are drawn anew each time, or rounded more than b is,
+        which no test can tell from those of a matrix that is not symmetric.
+    Raises HypergradientError where I - M is seen not to be symmetric, from <(I - M) p, x> and
+    <p, (I - M) x> of each direction p and the iterate x before it: from the second iteration on, at
+    the cost of a few inner products. Raises DivergenceError where it is seen not to be positive
+    definite.
     """
 
     iterations: int
     tol: float = 1e-10
-    precondition: Callable[[Vector], Vector] | None = None
+    precondition: Matvec | None = None
+    assume_symmetric: bool = False
 
-    def solve(self, system: System, b: Vector) -> tuple[Vector, list[float]]:
+    def solve(
+        self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
+    ) -> tuple[Vector, list[float]]:
         precondition = self.precondition or (lambda r: r)
-        v, r = [torch.zeros_like(t) for t in b], b
+        x, r = [torch.zeros_like(t) for t in b], b
         z = p = precondition(r)
-        rz, residuals = dot(r, z), [norm(b)]
+        rz, residuals, largest = dot(r, z), [norm(b)], 1.0
+        if rz <= 0 < residuals[0]:
+            raise HypergradientError(f"<b, precondition(b)> is {rz:.3g}: it must be above 0")
         enough = max(self.tol, rounding_error(b))
         while len(residuals) <= self.iterations and residuals[-1] > enough:
-            q = torch._foreach_sub(p, system.transposed(p))
+            q = torch._foreach_sub(p, matvec(p))
+            if not self.assume_symmetric:
+                largest = max(largest, norm(q) / norm(p))
+                _check_symmetric((p, q), (x, torch._foreach_sub(b, r)), largest)
             curvature = dot(p, q)
             if not curvature > 0:
                 raise DivergenceError(
-                    f"conjugate gradients need I - J symmetric positive definite, but met the "
+                    f"conjugate gradients need I - M symmetric positive definite, but met the "
                     f"curvature {curvature:.3g} at iteration {len(residuals)}, residual "
                     f"{residuals[-1]:.3g}, {residuals[0]:.3g} at the start; "
                     f"take CG_normaleq or fixed_point"
                 )
-            v = axpy(rz / curvature, p, v)
+            x = axpy(rz / curvature, p, x)
             r = axpy(-rz / curvature, q, r)
             residuals.append(norm(r))
             z = precondition(r)
             rz, before = dot(r, z), rz
             p = axpy(rz / before, p, z)
-        return v, residuals[:-1]
+        return x, residuals[:-1]
 
     def diverges(self, residuals: Sequence[float], start: float) -> bool:
         return hopeless(residuals[-1], start)
@@ -120,17 +134,20 @@ class ConjugateGradient:
 
 @dataclass(frozen=True)
 class NystromConjugateGradient:
-    """Conjugate gradients preconditioned by a randomised Nystrom approximation U L U^T of I - J.
+    """Conjugate gradients preconditioned by a randomised Nystrom approximation U L U^T of I - M.
 
         P^-1 = l_rank U L^-1 U^T + (I - U U^T)
 
-    Assumes I - J symmetric positive definite, and gains where few of its eigenvalues are large:
+    Needs I - M symmetric positive definite, and gains where few of its eigenvalues are large:
     the condition number falls to about l_rank / l_min. Costs `rank` products more, and as many
     vectors of memory. (Frangella, Tropp, Udell 2021, arXiv 2110.02820, algorithms 2.1 and 5.1;
     as an approximate inverse for hypergradients: Hataya and Yamada 2023, arXiv 2302.09726.)
 
-    rank: of the approximation, at most the number of parameters.
-    generator: of its random test matrix; a fixed seed without one.
+    iterations, tol: as in ConjugateGradient.
+    rank: of the approximation; at most the number of parameters counts.
+    generator: of its random test matrix, on the device of b; a fixed seed without one.
+    Raises HypergradientError where I - M is seen not to be symmetric, DivergenceError where it is
+    seen not to be positive definite.
     """
 
     iterations: int
@@ -138,34 +155,39 @@ class NystromConjugateGradient:
     rank: int = 10
     generator: torch.Generator | None = None
 
-    def solve(self, system: System, b: Vector) -> tuple[Vector, list[float]]:
-        basis, eigenvalues = self._approximate(system, b)
+    def solve(
+        self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
+    ) -> tuple[Vector, list[float]]:
+        basis, eigenvalues = self._approximate(matvec, b)
         gain = eigenvalues[-1] / eigenvalues - 1
 
         def precondition(r: Vector) -> Vector:
             flat = _flat(r)
             return _shaped(flat + basis @ (gain * (basis.T @ flat)), b)
 
-        return ConjugateGradient(self.iterations, self.tol, precondition).solve(system, b)
+        return ConjugateGradient(self.iterations, self.tol, precondition).solve(matvec, b)
 
     diverges = ConjugateGradient.diverges
 
-    def _approximate(self, system: System, b: Vector) -> tuple[Tensor, Tensor]:
+    def _approximate(self, matvec: Matvec, b: Vector) -> tuple[Tensor, Tensor]:
         """U [parameters, rank] and the eigenvalues [rank], largest first."""
         flat = _flat(b)
         rank = min(self.rank, len(flat))
         generator = self.generator or torch.Generator(flat.device).manual_seed(0)
         options = {"dtype": flat.dtype, "device": flat.device, "generator": generator}
         test = torch.linalg.qr(torch.randn(len(flat), rank, **options))[0]
-        columns = [c - _flat(system.transposed(_shaped(c, b))) for c in test.T]
+        columns = [c - _flat(matvec(_shaped(c, b))) for c in test.T]
         sketch = torch.stack(columns, dim=1)
         shift = torch.finfo(flat.dtype).eps * sketch.norm()
         sketch = sketch + shift * test
         core = test.T @ sketch
+        asymmetry = float((core - core.T).norm())
+        if asymmetry > _asymmetry_of_rounding(flat.dtype, float(core.norm()), float(sketch.norm())):
+            raise HypergradientError(_ASYMMETRIC.format(asymmetry / float(core.norm())))
         factor, failed = torch.linalg.cholesky_ex((core + core.T) / 2)
         if failed or not sketch.isfinite().all():
             raise DivergenceError(
-                "the Nystrom approximation needs I - J symmetric positive definite; "
+                "the Nystrom approximation needs I - M symmetric positive definite; "
                 "take CG_normaleq or fixed_point"
             )
         root = torch.linalg.solve_triangular(factor.T, sketch, upper=True, left=False)
@@ -175,38 +197,47 @@ class NystromConjugateGradient:
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """Conjugate gradients on (I - J)(I - J^T) v = (I - J) b, for any J with I - J regular.
+    """Conjugate gradients on (I - M^T)(I - M) x = (I - M^T) b, for any M with I - M regular.
 
     The residual never grows; the error falls as (1 - 2 / cond)^k. (CGLS; Bjorck 1996, Numerical
-    methods for least squares problems, 7.4.) Products with J come from differentiating those with
-    J^T once more, which the map has to allow: HypergradientError where it does not.
+    methods for least squares problems, 7.4.) In a hypergradient products with the adjoint come from
+    differentiating those with M once more, which the map has to allow: HypergradientError where it
+    does not.
 
+    iterations: at most so many.
     tol: ends when the residual of the normal equations is less, or at the rounding error of b.
+    Raises DivergenceError where I - M is seen to be singular: a residual r stays on which
+    (I - M^T) r vanishes.
     """
 
     iterations: int
     tol: float = 1e-10
 
-    def solve(self, system: System, b: Vector) -> tuple[Vector, list[float]]:
-        v, r = [torch.zeros_like(t) for t in b], b
-        s = p = torch._foreach_sub(b, system.jacobian(b))
+    def solve(
+        self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
+    ) -> tuple[Vector, list[float]]:
+        if adjoint is None:
+            raise HypergradientError("the normal equations need the adjoint, x -> M^T x, too")
+        x, r = [torch.zeros_like(t) for t in b], b
+        s = p = torch._foreach_sub(b, adjoint(b))
         ss, residuals = dot(s, s), [norm(b)]
         enough = max(self.tol, rounding_error(b))
         while len(residuals) <= self.iterations and math.sqrt(ss) > enough:
-            transposed = system.transposed(p)
+            product = matvec(p)
             if len(residuals) == 1:
-                _check_adjoint(dot(transposed, b), dot(p, b) - dot(p, s), norm(p) * norm(b))
-            q = torch._foreach_sub(p, transposed)
+                _check_adjoint(dot(product, b), dot(p, b) - dot(p, s), norm(p) * norm(b))
+            q = torch._foreach_sub(p, product)
             qq = dot(q, q)
             if qq == 0:
-                raise DivergenceError(f"I - J is singular; residual {residuals[-1]:.3g}")
+                raise DivergenceError(f"I - M is singular; residual {residuals[-1]:.3g}")
             step = ss / qq
-            v, r = axpy(step, p, v), axpy(-step, q, r)
+            x, r = axpy(step, p, x), axpy(-step, q, r)
             residuals.append(norm(r))
-            s = torch._foreach_sub(r, system.jacobian(r))
+            s = torch._foreach_sub(r, adjoint(r))
             ss, before = dot(s, s), ss
             p = axpy(ss / before, p, s)
-        return v, residuals[:-1]
+        _check_regular(math.sqrt(ss), residuals[-1], residuals[0], b)
+        return x, residuals[:-1]
 
     def diverges(self, residuals: Sequence[float], start: float) -> bool:
         return hopeless(residuals[-1], start)
@@ -214,10 +245,11 @@ class NormalEquations:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Steps of any torch optimiser along v - J^T v - b. (Grazzi et al. 2022, arXiv 2202.03397.)
+    """Steps of any torch optimiser along x - M x - b. (Grazzi et al. 2022, arXiv 2202.03397.)
 
-    build(v, **options) -> (optimiser, scheduler or None); without it SGD of rate 1.
-    start: where v begins; without it at b.
+    iterations: so many steps.
+    build(x, **options) -> (optimiser, scheduler or None); without it SGD of rate 1.
+    start: where x begins; without it at b.
     progress(k, residual) is called before each step.
     """
 
@@ -227,30 +259,32 @@ class Optimizer:
     start: Vector | None = None
     progress: Callable[[int, float], None] | None = None
 
-    def solve(self, system: System, b: Vector) -> tuple[Vector, list[float]]:
-        v = [t.detach().clone() for t in (b if self.start is None else self.start)]
-        build = self.build or (lambda v: (torch.optim.SGD(v, lr=1.0), None))
-        optimizer, scheduler = build(v, **self.options)
+    def solve(
+        self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
+    ) -> tuple[Vector, list[float]]:
+        x = [t.detach().clone() for t in (b if self.start is None else self.start)]
+        build = self.build or (lambda x: (torch.optim.SGD(x, lr=1.0), None))
+        optimizer, scheduler = build(x, **self.options)
         residuals = []
         for k in range(self.iterations):
-            transposed = system.transposed(v)
-            for t, product, target in zip(v, transposed, b, strict=True):
-                t.grad = t - product - target
-            residuals.append(norm([t.grad for t in v]))
+            product = matvec(x)
+            for t, moved, target in zip(x, product, b, strict=True):
+                t.grad = t - moved - target
+            residuals.append(norm([t.grad for t in x]))
             if self.progress is not None:
                 self.progress(k, residuals[-1])
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()
-        for t in v:
+        for t in x:
             t.grad = None
-        return v, residuals
+        return x, residuals
 
     diverges = FixedPoint.diverges
 
 
 def hopeless(residual: float, start: float) -> bool:
-    """Whether a residual is not finite or far above that of v = 0."""
+    """Whether a residual is not finite or far above that of x = 0."""
     return not residual <= DIVERGED * start
 
 
@@ -275,11 +309,54 @@ def rounding_error(b: Vector) -> float:
     return max(torch.finfo(t.dtype).eps for t in b) * norm(b)
 
 
+_ASYMMETRIC = (
+    "conjugate gradients need I - M symmetric, but <(I - M) p, x> and <p, (I - M) x> differ by "
+    "{:.2g} of their size; take CG_normaleq, or fixed_point for a contraction"
+)
+
+
+def _check_symmetric(
+    one: tuple[Vector, Vector], other: tuple[Vector, Vector], largest: float
+) -> None:
+    """HypergradientError where <A p, x> is not <p, A x>, of pairs (p, A p) and (x, A x).
+
+    largest: of what A is known to do to the length of a vector.
+    """
+    (p, moved_p), (x, moved_x) = one, other
+    difference = abs(dot(moved_p, x) - dot(p, moved_x))
+    size = norm(moved_p) * norm(x) + norm(p) * norm(moved_x)
+    dtype = max((t.dtype for t in p), key=lambda dtype: torch.finfo(dtype).eps)
+    if difference > _asymmetry_of_rounding(dtype, size, largest * norm(p) * norm(x)):
+        raise HypergradientError(_ASYMMETRIC.format(difference / size))
+
+
+def _asymmetry_of_rounding(dtype: torch.dtype, size: float, largest: float) -> float:
+    """What <A p, x> and <p, A x> may differ by where A is symmetric.
+
+    size: of the two; largest: the bound of them, which the rounding of A's products goes with.
+    """
+    eps = torch.finfo(dtype).eps
+    return math.sqrt(eps) * size + 1e3 * eps * largest
+
+
 def _check_adjoint(one: float, other: float, size: float) -> None:
     if abs(one - other) > 1e-2 * max(abs(one), abs(other)) and abs(one - other) > 1e-4 * size:
         raise HypergradientError(
-            "products with J and J^T contradict each other: a step of the map cannot be "
+            "products with M and its adjoint contradict each other: a step of the map cannot be "
             "differentiated twice (once_differentiable?); take fixed_point"
+        )
+
+
+def _check_regular(gradient: float, residual: float, start: float, b: Vector) -> None:
+    """DivergenceError where only a residual is left that I - M^T takes to nothing.
+
+    gradient: the length of (I - M^T) r; residual: that of r; start: that of b.
+    """
+    precision = math.sqrt(max(torch.finfo(t.dtype).eps for t in b))
+    if residual > precision * start and gradient <= precision * residual:
+        raise DivergenceError(
+            f"I - M is singular, or too nearly so: the residual stays at {residual:.3g}, "
+            f"{start:.3g} at the start"
         )
 
 

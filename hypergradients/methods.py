@@ -17,6 +17,7 @@ The equations' solvers are in linear_solvers.py, methods without derivatives in
 strategies.py, differentiable inner optimisers in inner_optimizers.py.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hypergradients.errors import DivergenceError, HypergradientError
 from hypergradients.linear_solvers import (
@@ -40,8 +41,9 @@ from hypergradients.linear_solvers import (
     hopeless,
     norm,
 )
+from hypergradients.replays import Moment
 from hypergradients.update_maps import (
-    MapSystem,
+    MapJacobian,
     OuterLoss,
     Point,
     Tree,
@@ -50,7 +52,8 @@ from hypergradients.update_maps import (
     attached_scalar,
     delivered,
     hyperparameters,
-    products,
+    require_dependence,
+    vjp,
 )
 
 # ---- along a trajectory ----
@@ -65,12 +68,13 @@ def reverse_unroll(
     """
     leaves, spec = hyperparameters(hparams)
     loss = attached_scalar(outer_loss(params, hparams), "outer_loss")
-    found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-    if all(g is None for g in found):
+    gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    if all(g is None for g in gradients):
         raise HypergradientError(
             "outer_loss depends on no hyperparameter; params must be attached to them"
         )
-    gradient = [torch.zeros_like(h) if g is None else g for h, g in zip(leaves, found, strict=True)]
+    pairs = zip(leaves, gradients, strict=True)
+    gradient = [torch.zeros_like(h) if g is None else g for h, g in pairs]
     return delivered(gradient, leaves, spec, set_grad)
 
 
@@ -85,6 +89,8 @@ def reverse(
 
     params_history: w_0, ..., w_T, or only the last k + 1 of them: truncated reverse, which leaves
     out what hparams did to w_{T-k}. update_map_history: Phi_0, ..., Phi_{T-1}; the last k are used.
+    Raises HypergradientError where a map does not lead from its state to the next, as one that
+    draws new random numbers or batches at each call, unless all states are one and the same.
     """
     steps = len(params_history) - 1
     if steps < 1 or len(update_map_history) < steps:
@@ -93,11 +99,16 @@ def reverse(
             f"there are {len(update_map_history)}; give w_0 to w_T and Phi_0 to Phi_(T-1)"
         )
     adjoint, gradient = Point(params_history[-1], hparams).loss_gradients(outer_loss)
-    states, updates = params_history[:-1], update_map_history[-steps:]
-    for state, update in zip(reversed(states), reversed(updates), strict=True):
-        point = Point(state, hparams)
-        adjoint, indirect = point.pulled_back(point.apply(update), adjoint)
+    updates, depends, elsewhere = update_map_history[-steps:], False, []
+    for t in reversed(range(steps)):
+        point = Point(params_history[t], hparams)
+        mapped = point.apply(updates[t])
+        elsewhere.append(point.leads_elsewhere(mapped, params_history[t + 1]))
+        depends = depends or point.depends_on_hparams(mapped)
+        adjoint, indirect = point.vjp(mapped, adjoint)
         gradient = torch._foreach_add(gradient, indirect)
+    require_dependence(depends)
+    _check_repeated(elsewhere[::-1])
     return point.delivered(gradient, set_grad)
 
 
@@ -111,16 +122,16 @@ def checkpointed_reverse(
 ) -> Tree:
     """Reverse mode from w_0 = params that keeps one state per segment of the update maps.
 
-    The maps run twice: forward, then segment by segment under a graph. Memory: a state for each
-    segment and the graph of one; sqrt(T) updates by default. (Griewank and Walther 2008, ch. 12.)
+    The maps run twice: forward, then segment by segment under a graph, with the same random numbers
+    of torch's global generators. Memory: a state for each segment and the graph of one; sqrt(T)
+    updates by default. (Griewank and Walther 2008, ch. 12.) Raises HypergradientError where a
+    segment leads elsewhere the second time, as with batches from an iterator.
     """
     _check_count("the number of update_maps", len(update_maps))
     length = math.isqrt(len(update_maps) - 1) + 1 if segment_length is None else segment_length
     _check_count("segment_length", length)
     segments = [update_maps[k : k + length] for k in range(0, len(update_maps), length)]
-    history = _trajectory(params, hparams, segments)
-    chains = [functools.partial(_chain, segment) for segment in segments]
-    return reverse(history, hparams, chains, outer_loss, set_grad)
+    return reverse(*_trajectory(params, hparams, segments), outer_loss, set_grad)
 
 
 def truncated_reverse(
@@ -133,15 +144,16 @@ def truncated_reverse(
 ) -> Tree:
     """Reverse mode through the last K update maps only; the error is that of J's K-th power.
 
-    Memory: K states and the graph of one update. (Shaban et al. 2019, arXiv 1810.10667.)
+    Memory: K states and the graph of one update; these K run twice, as in checkpointed_reverse.
+    (Shaban et al. 2019, arXiv 1810.10667.)
     """
     _check_count("K", K)
     if len(update_maps) < K:
         raise HypergradientError(f"K = {K} needs as many update_maps, got {len(update_maps)}")
     start = advance(params, hparams, update_maps[: len(update_maps) - K])
     last = update_maps[len(update_maps) - K :]
-    history = _trajectory(start, hparams, [[update] for update in last])
-    return reverse(history, hparams, last, outer_loss, set_grad)
+    trajectory = _trajectory(start, hparams, [[update] for update in last])
+    return reverse(*trajectory, outer_loss, set_grad)
 
 
 def neumann_lookback(
@@ -160,7 +172,7 @@ def neumann_lookback(
     Truncated reverse mode as though nothing had moved for K steps: no state is kept but params,
     w_{T-1}. update_maps: the last K - 1 maps or more, oldest first, or the last one alone, which
     then stands for all. A sum of so many terms, not a solved system: nothing is refused as
-    divergent. (Clarke et al. 2022, arXiv 2110.10461.)
+    divergent. Maps that draw random numbers draw new ones. (Clarke et al. 2022, arXiv 2110.10461.)
     """
     _check_count("K", K)
     if not update_maps or 1 < len(update_maps) < K - 1:
@@ -170,14 +182,15 @@ def neumann_lookback(
         )
     point = Point(params, hparams)
     last = point.apply(update_maps[-1])
+    require_dependence(point.depends_on_hparams(last))
     term, gradient = Point(point.tree(last), hparams).loss_gradients(outer_loss)
     total, mapped = term, last
     for j in range(K - 1):
         if j and len(update_maps) > 1:
             mapped = point.apply(update_maps[-1 - j])
-        term = products(mapped, point.params, term, retain_graph=True)
+        term = vjp(mapped, point.params, term, retain_graph=True)
         total = torch._foreach_add(total, term)
-    gradient = torch._foreach_add(gradient, products(last, point.hparams, total))
+    gradient = torch._foreach_add(gradient, vjp(last, point.hparams, total))
     return point.delivered(gradient, set_grad)
 
 
@@ -192,9 +205,11 @@ def forward_mode(
     """Forward mode from w_0 = params: memory of one update however many there are.
 
     Time and memory grow with the number n of single hyperparameters: Z is n times the parameters.
-    The maps must use the hparams they are given, and every function in them must support forward
-    mode. With vectorize all n directions go through torch.func.jvp at once, which takes maps whose
-    inner gradients are torch.func.grad, not torch.autograd.grad; without, n runs of each map.
+    The maps must use the hparams they are given (HypergradientError where no derivative by these
+    arrives), and every function in them must support forward mode. With vectorize all n directions
+    go through torch.func.jvp at once, which takes maps whose inner gradients are torch.func.grad,
+    not torch.autograd.grad; without, n runs of each map, with the same random numbers of torch's
+    global generators, and refused where their results differ.
     (Franceschi et al. 2017, arXiv 1703.01785.)
     """
     _check_count("the number of update_maps", len(update_maps))
@@ -205,7 +220,7 @@ def forward_mode(
         columns.reshape(-1, *t.shape).to(t)
         for columns, t in zip(unit.split(sizes, dim=1), point.hparams, strict=True)
     ]
-    tangents = [p.new_zeros(len(unit), *p.shape) for p in point.params]
+    tangents = None  # none before the first map that depends on a hyperparameter
     push = _pushed_at_once if vectorize else _pushed_one_by_one
     for update in update_maps:
         try:
@@ -217,11 +232,13 @@ def forward_mode(
                 f"({str(problem).splitlines()[0]})"
             ) from problem
         point = Point(point.tree(new), hparams)
+    require_dependence(tangents is not None)
     grad_params, gradient = point.loss_gradients(outer_loss)
     total = sum(
         z.reshape(len(z), -1) @ g.reshape(-1) for z, g in zip(tangents, grad_params, strict=True)
     )
-    indirect = [t.view_as(h) for t, h in zip(total.split(sizes), point.hparams, strict=True)]
+    pairs = zip(total.split(sizes), point.hparams, strict=True)
+    indirect = [t.view_as(h).to(h) for t, h in pairs]
     return point.delivered(torch._foreach_add(gradient, indirect), set_grad)
 
 
@@ -276,14 +293,23 @@ def implicit(
     differentiated once per iteration and once at the end, for the hyperparameters and the residual.
     stochastic: fp_map is drawn anew for every product. outer_draws and map_draws: the outer
     gradients and the last product are means of so many draws.
-    Raises DivergenceError where the solution is worse than v = 0 and getting worse.
+    How far params are from a fixed point is not judged: the error grows with |fp_map(w) - w|.
+    Raises DivergenceError where the solution is worse than v = 0 and getting worse, or where
+    I - J^T vanishes on it, HypergradientError where the map depends on no hyperparameter, and what
+    the solver raises.
     """
     _check_count("K", solver.iterations)
     point = Point(params, hparams)
     b, direct = _mean([point.loss_gradients(outer_loss) for _ in range(outer_draws)])
-    system = MapSystem(point, fp_map, stochastic)
-    v, residuals = solver.solve(system, b)
-    transposed, indirect = _mean([system.pulled_back(v) for _ in range(map_draws)])
+    jacobian = MapJacobian(point, fp_map, stochastic)
+    v, residuals = solver.solve(jacobian.vjp, b, jacobian.jvp)
+    transposed, indirect = _mean([jacobian.vjp_by_both(v) for _ in range(map_draws)])
+    require_dependence(jacobian.depends_on_hparams)
+    if len(residuals) > 1 and all(map(torch.equal, v, transposed)) and norm(v) > 0:
+        raise DivergenceError(
+            "the map's Jacobian is 1 along the solution, so that I - J^T vanishes; are its inner "
+            "gradients made with create_graph=True?"
+        )
     rest = [g - t + p for g, t, p in zip(b, v, transposed, strict=True)]
     residuals = (*residuals, norm(rest))
     start = max(norm(b), residuals[0])
@@ -344,7 +370,7 @@ def CG(  # noqa: N802 - HyperTorch's name
 
     I - J must be symmetric positive definite, as for a gradient step on a convex loss.
     """
-    solver = ConjugateGradient(K, tol)
+    solver = ConjugateGradient(K, tol, assume_symmetric=stochastic)
     return implicit(params, hparams, fp_map, outer_loss, solver, set_grad, stochastic)[0]
 
 
@@ -441,30 +467,42 @@ def differentiable_by(
         @differentiable_by(CG, K=20, fp_map=phi)
         def solve(params, hparams): ...
 
-    The solver runs without a graph, however it works. The backward pass is any method of this
-    module, with its options: those with update_maps start again from the solver's params, all
-    others take its result for the fixed point. The start gets no gradient, and nothing a second.
+    The solver may work in any way: it gets params and hparams detached, params as leaves that want
+    a gradient if they did, and its result is detached. No graph leads to hparams; inner optimisers
+    make none at all where params want no gradient or create_graph is False. The backward
+    pass is any method of this module, with its options: those with update_maps start again from the
+    solver's params, with the same random numbers of torch's global generators; all others take its
+    result for the fixed point. The start gets no gradient, and nothing a second.
+    Raises HypergradientError, in the backward pass, where update_maps lead elsewhere than the
+    solver did, and whatever the method raises.
     """
 
     def decorate(solver: Callable[[Tree, Tree], Tree]) -> Callable[[Tree, Tree], Tree]:
         @functools.wraps(solver)
         def solve(params: Tree, hparams: Tree) -> Tree:
+            moment = Moment([t for t in tree_flatten(params)[0] if isinstance(t, Tensor)])
             with torch.enable_grad():
-                leaves, spec = tree_flatten(solver(params, hparams))
-            solution = [t.detach() for t in leaves]
-            start = params if "update_maps" in options else tree_unflatten(solution, spec)
+                result = solver(tree_map(_leaf, params), tree_map(_detached, hparams))
+            leaves, spec = tree_flatten(result)
+            solution = [t.detach() if t.requires_grad else t for t in leaves]
+            again = "update_maps" in options
+            start = params if again else tree_unflatten(solution, spec)
 
-            def pull_back(cotangents: Sequence[Tensor]) -> list[Tensor]:
+            def adjoint(cotangents: Sequence[Tensor]) -> list[Tensor]:
                 def outer_loss(w: Tree, _: Tree) -> Tensor:
-                    pairs = zip(tree_flatten(w)[0], cotangents, strict=True)
-                    return sum((t * c).sum() for t, c in pairs)
+                    leaves = tree_flatten(w)[0]
+                    if again:
+                        _check_same_end(tree_flatten(start)[0], leaves, solution)
+                    return sum((t * c).sum() for t, c in zip(leaves, cotangents, strict=True))
 
-                gradient = method(
-                    params=start, hparams=hparams, outer_loss=outer_loss, set_grad=False, **options
-                )
+                with moment.repeated() if again else contextlib.nullcontext():
+                    gradient = method(
+                        params=start, hparams=hparams, outer_loss=outer_loss, set_grad=False,
+                        **options,
+                    )  # fmt: skip
                 return tree_flatten(gradient)[0]
 
-            attached = _Attached.apply(pull_back, solution, *tree_flatten(hparams)[0])
+            attached = _Attached.apply(adjoint, solution, *tree_flatten(hparams)[0])
             return tree_unflatten(attached, spec)
 
         return solve
@@ -472,12 +510,35 @@ def differentiable_by(
     return decorate
 
 
+def _detached(entry: Any) -> Any:
+    return entry.detach() if isinstance(entry, Tensor) else entry
+
+
+def _leaf(entry: Any) -> Any:
+    """The same without its graph; a tensor wants a gradient if it did."""
+    wants = isinstance(entry, Tensor) and entry.requires_grad
+    return entry.detach().requires_grad_() if wants else entry
+
+
+def _check_same_end(
+    start: Sequence[Tensor], end: Sequence[Tensor], solution: Sequence[Tensor]
+) -> None:
+    """HypergradientError where the params that update_maps end at are not the solver's result."""
+    for before, after, solved in zip(start, end, solution, strict=True):
+        rounding = 100 * torch.finfo(solved.dtype).eps * solved.norm()
+        if (after.detach() - solved).norm() > 1e-2 * (solved - before.detach()).norm() + rounding:
+            raise HypergradientError(
+                "update_maps lead elsewhere than the solver did: they must be its own steps, "
+                "beginning at its params, each with its batch"
+            )
+
+
 class _Attached(torch.autograd.Function):
-    """A solution with pull_back(cotangents) for the gradients of the hyperparameters."""
+    """A solution with adjoint(cotangents) for the gradients of the hyperparameters."""
 
     @staticmethod
-    def forward(ctx, pull_back, solution, *hparams):
-        ctx.pull_back = pull_back
+    def forward(ctx, adjoint, solution, *hparams):
+        ctx.adjoint = adjoint
         ctx.save_for_backward(*hparams)
         return tuple(t.detach() for t in solution)
 
@@ -485,7 +546,7 @@ class _Attached(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *cotangents):
         _ = ctx.saved_tensors  # raises where a hyperparameter was changed in place since
-        return None, None, *ctx.pull_back(cotangents)
+        return None, None, *ctx.adjoint(cotangents)
 
 
 # ---- helpers ----
@@ -506,56 +567,97 @@ def _mean(draws: list[tuple[list[Tensor], list[Tensor]]]) -> list[list[Tensor]]:
     ]
 
 
-def _chain(update_maps: Sequence[UpdateMap], params: Tree, hparams: Tree) -> Tree:
-    for update in update_maps:
-        params = update(params, hparams)
+def _trajectory(
+    params: Tree, hparams: Tree, segments: Sequence[Sequence[UpdateMap]]
+) -> tuple[list[Tree], Tree, list[UpdateMap]]:
+    """The params at the start and after each segment, hparams, and each segment as one map."""
+    history, chains = [params], []
+    for segment in segments:
+        moment = Moment(Point(params, hparams).params)
+        chains.append(functools.partial(_repeated, segment, moment))
+        history.append(advance(history[-1], hparams, segment))
+    return history, hparams, chains
+
+
+def _repeated(
+    update_maps: Sequence[UpdateMap], moment: Moment, params: Tree, hparams: Tree
+) -> Tree:
+    """The params after these updates, which run as they did at that moment."""
+    with moment.repeated():
+        for update in update_maps:
+            params = update(params, hparams)
     return params
 
 
-def _trajectory(params: Tree, hparams: Tree, segments: Sequence[Sequence[UpdateMap]]) -> list[Tree]:
-    """The params at the start and after each segment of updates."""
-    history = [params]
-    for segment in segments:
-        history.append(advance(history[-1], hparams, segment))
-    return history
+def _check_repeated(elsewhere: Sequence[Tensor]) -> None:
+    """HypergradientError where any update, of those in order, has led elsewhere."""
+    steps = torch.stack([step.cpu() for step in elsewhere]).nonzero()
+    if len(steps):
+        raise HypergradientError(
+            f"update {int(steps[0])} leads from its state to another than the next one: what runs "
+            "again must do the same, each map with its batch, not an iterator, and without random "
+            "numbers of its own"
+        )
 
 
 def _gradient_step(loss: OuterLoss, params: Tree, hparams: Tree) -> Tree:
     leaves, spec = tree_flatten(params)
-    gradient = products([loss(params, hparams)], leaves, [None], create_graph=True)
+    gradient = vjp([loss(params, hparams)], leaves, [None], create_graph=True)
     return tree_unflatten(torch._foreach_sub(leaves, gradient), spec)
 
 
 def _pushed_one_by_one(
-    point: Point, update: UpdateMap, tangents: list[Tensor], directions: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The update's result and its derivatives along [n, ...] directions, by dual numbers."""
-    pushed = []
+    point: Point, update: UpdateMap, tangents: list[Tensor] | None, directions: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """The update's result and its derivatives along [n, ...] directions, by dual numbers.
+
+    tangents: of params, [n, ...] each; None where they depend on no hyperparameter.
+    """
+    moment, results, pushed = Moment(point.params), [], []
     for k in range(len(directions[0])):
-        with forward_ad.dual_level(), torch.enable_grad():
-            pairs = (point.params, tangents), ([h.detach() for h in point.hparams], directions)
-            duals = [
-                [forward_ad.make_dual(t, d[k]) for t, d in zip(leaves, along, strict=True)]
-                for leaves, along in pairs
-            ]
-            result = update(point.tree(duals[0]), point.hparams_tree(duals[1]))
+        again = moment.repeated() if results else contextlib.nullcontext()
+        with again, forward_ad.dual_level(), torch.enable_grad():
+            params, hparams = point.params, [h.detach() for h in point.hparams]
+            if tangents is not None:
+                params = point.with_frozen(_duals(params, tangents, k))
+            result = update(point.tree(params), point.hparams_tree(_duals(hparams, directions, k)))
             moved = [forward_ad.unpack_dual(t) for t in point.matching(result, "the map's result")]
-            new = [primal.detach() for primal, _ in moved]
-            pushed.append([torch.zeros_like(p) if z is None else z.detach() for p, z in moved])
-    return new, [torch.stack(of_one) for of_one in zip(*pushed, strict=True)]
+            results.append(point.detached([primal for primal, _ in moved]))
+            pushed.append([None if z is None else z.detach() for _, z in moved])
+    _check_repeated([point.leads_elsewhere(results[-1], point.tree(results[0]))])
+    if all(z is None for along in pushed for z in along):
+        return results[0], None
+    columns = [
+        torch.stack([torch.zeros_like(p) if z is None else z for z in column])
+        for p, column in zip(results[0], zip(*pushed, strict=True), strict=True)
+    ]
+    return results[0], columns
+
+
+def _duals(leaves: Sequence[Tensor], tangents: Sequence[Tensor], k: int) -> list[Tensor]:
+    pairs = zip(leaves, tangents, strict=True)
+    return [forward_ad.make_dual(t, tangent[k]) for t, tangent in pairs]
 
 
 def _pushed_at_once(
-    point: Point, update: UpdateMap, tangents: list[Tensor], directions: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+    point: Point, update: UpdateMap, tangents: list[Tensor] | None, directions: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor] | None]:
     """The same, by a vectorised torch.func.jvp."""
     primals = [t.detach() for t in point.params], [t.detach() for t in point.hparams]
+    zeros = [p.new_zeros(len(directions[0]), *p.shape) for p in point.params]
 
     def function(params: list[Tensor], hparams: list[Tensor]) -> list[Tensor]:
-        result = update(point.tree(params), point.hparams_tree(hparams))
+        result = update(point.tree(point.with_frozen(params)), point.hparams_tree(hparams))
         return point.matching(result, "the map's result")
 
     push = torch.func.vmap(
-        lambda z, d: torch.func.jvp(function, primals, (z, d)), out_dims=(None, 0)
+        lambda z, d: torch.func.jvp(function, primals, (z, d)),
+        out_dims=(None, 0),
+        randomness="same",
     )
-    return push(tangents, directions)
+    new, pushed = push(zeros if tangents is None else tangents, directions)
+    if tangents is None and not any(bool(z.any()) for z in pushed):  # by chance, or for good
+        one = [d[:1] for d in directions]
+        if _pushed_one_by_one(point, update, None, one)[1] is None:
+            return point.detached(new), None
+    return point.detached(new), pushed

@@ -7,6 +7,9 @@ In antithetic evolution strategies xi_i = e_i: the gradient of E smoothed over a
 persistent ones (Vicol, Metz, Sohl-Dickstein 2021, arXiv 2112.13835) each pair goes on from where
 its last unroll ended and xi_i is the sum of its e_i so far: unrolls as short as one likes, and no
 truncation bias. Update maps need not be differentiable. Arguments are those of methods.py.
+
+Both trajectories of a pair see the same random numbers of torch's global generators, so that their
+losses differ by the perturbation alone, and none leaves traces in the buffers of modules.
 """
 
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hypergradients.errors import HypergradientError
+from hypergradients.replays import Moment, buffers_kept
 from hypergradients.update_maps import OuterLoss, Point, Tree, UpdateMap, advance
 
 
@@ -84,13 +88,16 @@ def persistent_evolution_strategies(
     ):
         noise = [_normal(h, sigma, generator) for h in point.hparams]
         sums.append(torch._foreach_add(before, noise))
-        ends, losses = [], []
-        for start, sign in ((start_above, 1), (start_below, -1)):
+        ends, losses, moment = [], [], Moment(point.params)
+        for start, sign, same in (
+            (start_above, 1, buffers_kept()), (start_below, -1, moment.repeated()),
+        ):  # fmt: skip
             shifted = torch._foreach_add([h.detach() for h in point.hparams], noise, alpha=sign)
             moved = point.hparams_tree([h.requires_grad_() for h in shifted])
-            ends.append(advance(start, moved, update_maps))
-            with torch.no_grad():
-                losses.append(float(outer_loss(ends[-1], moved)))
+            with same:
+                ends.append(advance(start, moved, update_maps))
+                with torch.no_grad():
+                    losses.append(float(outer_loss(ends[-1], moved)))
         above.append(ends[0])
         below.append(ends[1])
         total = torch._foreach_add(total, sums[-1], alpha=losses[0] - losses[1])

@@ -1,19 +1,21 @@
-"""Update maps and outer losses at one point: their checks, and products with their derivatives.
+"""Update maps and outer losses at one point: their checks, and their vjp and jvp.
 
-    mapped = Phi(params, hparams);   J^T v = (d mapped / d params)^T v;   J v
+    mapped = Phi(params, hparams);   vjp J^T v,   jvp J v,   J = d mapped / d params
 
-Params and hparams are any pytrees of tensors to the outside, flat lists of tensors inside. A
-product sums over all outputs, and is zero where an output does not depend on an input.
+Params and hparams are any pytrees of tensors to the outside, flat lists of tensors inside. A vjp
+sums over all outputs, and is zero where an output does not depend on an input.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hypergradients.errors import HypergradientError
+from hypergradients.replays import buffers_kept
 
 Tree = Any  # a list, or any other pytree, of tensors
 UpdateMap = Callable[[Tree, Tree], Tree]
@@ -23,13 +25,16 @@ OuterLoss = Callable[[Tree, Tree], Tensor]
 class Point:
     """Detached params, and hparams, as flat lists: where maps and losses are differentiated.
 
+    Frozen params, see `frozen`, are constants: nothing is differentiated by them.
     Raises HypergradientError where they are not trees of floating point tensors, or where a
-    hyperparameter has no requires_grad.
+    hyperparameter has no requires_grad or is there twice.
     """
 
     def __init__(self, params: Tree, hparams: Tree) -> None:
         leaves, self._spec = _tensors(params, "params")
-        self.params = [t.detach().requires_grad_() for t in leaves]
+        self._frozen = frozen(leaves)
+        pairs = zip(leaves, self._frozen, strict=True)
+        self.params = [t if fixed else t.detach().requires_grad_() for t, fixed in pairs]
         self.hparams, self._hparams_spec = hyperparameters(hparams)
         self._hparams = hparams
 
@@ -62,11 +67,32 @@ class Point:
         """The update's result, attached or not."""
         with torch.enable_grad():
             result = update(self.tree(self.params), self._hparams)
-        return self.matching(result, "the map's result")
+        leaves = self.matching(result, "the map's result")
+        for number, (leaf, fixed) in enumerate(zip(leaves, self._frozen, strict=True)):
+            if fixed and leaf.requires_grad:
+                raise HypergradientError(
+                    f"the map moves tensor {number} of params, a frozen nn.Parameter; call "
+                    "requires_grad_() on it, or let the map return it as it is"
+                )
+        return leaves
+
+    def detached(self, mapped: Sequence[Tensor]) -> list[Tensor]:
+        """A result without its graph; frozen params stay themselves."""
+        triples = zip(mapped, self.params, self._frozen, strict=True)
+        return [p if fixed else t.detach() for t, p, fixed in triples]
+
+    def with_frozen(self, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """These leaves, but the frozen params for those in their places."""
+        triples = zip(leaves, self.params, self._frozen, strict=True)
+        return [p if fixed else t for t, p, fixed in triples]
 
     def apply(self, update: UpdateMap) -> list[Tensor]:
-        """The update's result, attached to params or hparams."""
-        leaves = self.mapped(update)
+        """The update's result, attached to params or hparams.
+
+        It is there to be differentiated, not a step of a training: modules keep their buffers.
+        """
+        with buffers_kept():
+            leaves = self.mapped(update)
         if not any(leaf.requires_grad for leaf in leaves):
             raise HypergradientError(
                 "the map's result is detached; compute it from the params and hparams it is given, "
@@ -74,19 +100,41 @@ class Point:
             )
         return leaves
 
+    def leads_elsewhere(self, mapped: Sequence[Tensor], following: Tree) -> Tensor:
+        """Whether a result is another than the params that follow these, a scalar tensor.
+
+        Differences of rounding do not count, nor do params that follow themselves, as where a
+        fixed point stands for a history.
+        """
+        after = [t.detach() for t in self.matching(following, "the history")]
+        moved = torch._foreach_sub(after, [p.detach() for p in self.params])
+        lengths = torch._foreach_norm(moved)
+        error = torch._foreach_norm(torch._foreach_sub([t.detach() for t in mapped], after))
+        allowed = [
+            eps**0.5 * length + 100 * eps * t.norm()
+            for t, length in zip(after, lengths, strict=True)
+            for eps in [torch.finfo(t.dtype).eps]
+        ]
+        wrong = [e.to(a) > a for e, a in zip(error, allowed, strict=True)]
+        return torch.stack(wrong).any() & (torch.stack(lengths) > 0).any()
+
     def loss_gradients(self, outer_loss: OuterLoss) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients of the outer loss by params and by hparams, of one backward pass."""
         with torch.enable_grad():
             value = outer_loss(self.tree(self.params), self._hparams)
         loss = attached_scalar(value, "outer_loss")
-        return self._divided(products([loss], [*self.params, *self.hparams], [None]))
+        return self._divided(vjp([loss], [*self.params, *self.hparams], [None]))
 
-    def pulled_back(
+    def vjp(
         self, mapped: Sequence[Tensor], v: Sequence[Tensor], retain_graph: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
         """(dPhi/dw)^T v and (dPhi/dlambda)^T v of a result of `apply`, of one backward pass."""
         inputs = [*self.params, *self.hparams]
-        return self._divided(products(mapped, inputs, v, retain_graph=retain_graph))
+        return self._divided(vjp(mapped, inputs, v, retain_graph=retain_graph))
+
+    def depends_on_hparams(self, mapped: Sequence[Tensor]) -> bool:
+        """Whether the graph of a result leads to any hyperparameter."""
+        return depends(mapped, self.hparams)
 
     def _divided(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return tensors[: len(self.params)], tensors[len(self.params) :]
@@ -100,39 +148,50 @@ def advance(params: Tree, hparams: Tree, update_maps: Sequence[UpdateMap]) -> Tr
     """The params after these updates, without a graph."""
     for update in update_maps:
         point = Point(params, hparams)
-        params = point.tree([t.detach() for t in point.mapped(update)])
+        params = point.tree(point.detached(point.mapped(update)))
     return params
 
 
-class MapSystem:
-    """Products with the Jacobian J of a map at a point, from one graph of the map."""
+class MapJacobian:
+    """The Jacobian J of a map at a point, by its products with vectors, from one graph of the map.
+
+    stochastic: the map is drawn anew for each product.
+    """
 
     def __init__(self, point: Point, fp_map: UpdateMap, stochastic: bool) -> None:
         self._point, self._map, self._stochastic = point, fp_map, stochastic
-        self._kept = None if stochastic else point.apply(fp_map)
         self._linear = None  # J^T u as a function of u
+        self.depends_on_hparams = False  # whether any draw does
+        if not stochastic:
+            self._kept = self._drawn()
+            require_dependence(self.depends_on_hparams)
+
+    def _drawn(self) -> list[Tensor]:
+        mapped = self._point.apply(self._map)
+        self.depends_on_hparams = self.depends_on_hparams or self._point.depends_on_hparams(mapped)
+        return mapped
 
     def _mapped(self) -> list[Tensor]:
-        return self._point.apply(self._map) if self._stochastic else self._kept
+        return self._drawn() if self._stochastic else self._kept
 
-    def transposed(self, v: Sequence[Tensor]) -> list[Tensor]:
+    def vjp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """J^T v."""
-        return products(self._mapped(), self._point.params, v, retain_graph=True)
+        return vjp(self._mapped(), self._point.params, v, retain_graph=True)
 
-    def jacobian(self, v: Sequence[Tensor]) -> list[Tensor]:
+    def jvp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """J v, the derivative of u -> J^T u."""
         if self._linear is None:
             u = [torch.zeros_like(t, requires_grad=True) for t in v]
-            self._linear = u, products(self._kept, self._point.params, u, create_graph=True)
+            self._linear = u, vjp(self._kept, self._point.params, u, create_graph=True)
         u, product = self._linear
-        return products(product, u, v, retain_graph=True)
+        return vjp(product, u, v, retain_graph=True)
 
-    def pulled_back(self, v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def vjp_by_both(self, v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """J^T v and (dPhi/dlambda)^T v."""
-        return self._point.pulled_back(self._mapped(), v, retain_graph=True)
+        return self._point.vjp(self._mapped(), v, retain_graph=True)
 
 
-def products(
+def vjp(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
@@ -140,11 +199,59 @@ def products(
 ) -> list[Tensor]:
     """sum (d output / d input)^T cotangent for each input, zero where nothing depends on it."""
     attached = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
-    if not attached:
-        return [torch.zeros_like(t) for t in inputs]
-    outputs, cotangents = zip(*attached, strict=True)
-    found = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, **options)
-    return [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
+    by = [t for t in inputs if t.requires_grad]
+    gradients = [None] * len(by)
+    if attached and by:
+        outputs, cotangents = zip(*attached, strict=True)
+        gradients = torch.autograd.grad(outputs, by, cotangents, allow_unused=True, **options)
+    each = iter(gradients)
+    gradients = [next(each) if t.requires_grad else None for t in inputs]
+    pairs = zip(gradients, inputs, strict=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in pairs]
+
+
+def frozen(leaves: Sequence[Tensor]) -> list[bool]:
+    """Which of some params stay as they are: each nn.Parameter that wants no gradient.
+
+    Other tensors are values to start from, whether they want one or not; and so are all, where
+    every one is such a parameter.
+    """
+    fixed = [isinstance(t, nn.Parameter) and not t.requires_grad for t in leaves]
+    return [False] * len(fixed) if all(fixed) else fixed
+
+
+def depends(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether the graph of any output leads to any of the inputs."""
+    wanted = {get_gradient_edge(t).node for t in inputs}
+    return any(node in wanted for node in _nodes(outputs))
+
+
+def other_leaves(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves other than the inputs that the graph of an output leads to."""
+    known = {id(t) for t in inputs}
+    leaves = (getattr(node, "variable", None) for node in _nodes([output]))
+    return [t for t in leaves if t is not None and id(t) not in known]
+
+
+def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
+    """All nodes of the outputs' graph, each once."""
+    nodes = [get_gradient_edge(t).node for t in outputs if t.requires_grad]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        yield node
+        new = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= new
+        nodes.extend(new)
+
+
+def require_dependence(depends: bool) -> None:
+    """HypergradientError where no map depends on a hyperparameter: the gradient would be 0."""
+    if not depends:
+        raise HypergradientError(
+            "the map's result depends on no hyperparameter; compute it from the hparams it is "
+            "given, inner gradients with create_graph=True"
+        )
 
 
 def _tensors(tree: Tree, what: str) -> tuple[list[Tensor], Any]:
@@ -161,12 +268,17 @@ def _tensors(tree: Tree, what: str) -> tuple[list[Tensor], Any]:
 
 
 def hyperparameters(hparams: Tree) -> tuple[list[Tensor], Any]:
-    """The tensors of a tree, all with requires_grad, and its structure."""
+    """The tensors of a tree, all different and with requires_grad, and its structure."""
     leaves, spec = _tensors(hparams, "hparams")
+    first: dict[int, int] = {}
     for number, leaf in enumerate(leaves):
         if not leaf.requires_grad:
             raise HypergradientError(
                 f"hyperparameter {number} has requires_grad=False; call requires_grad_() on it"
+            )
+        if first.setdefault(id(leaf), number) != number:
+            raise HypergradientError(
+                f"hyperparameter {number} is hyperparameter {first[id(leaf)]} again; give each once"
             )
     return leaves, spec
 

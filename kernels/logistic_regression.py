@@ -27,7 +27,7 @@ from torch import Tensor
 
 from experiment.errors import WrongInputError
 from hypergradients import ConjugateGradient
-from hypergradients.linear_solvers import Vector
+from hypergradients.linear_solvers import Matvec, Vector
 
 NUMBERS_AT_ONCE = 2**19  # of features in a chunk; bounds the float64 copies
 WHITEN_UP_TO = 2048  # features; above, each column is only scaled
@@ -151,8 +151,8 @@ def solve_hessian(
 
     g = problem.pull_back(weight[present], bias[present])
     tolerance = HESSIAN_TOLERANCE[features.dtype] * float(g.norm())
-    solver = ConjugateGradient(MOST_PRODUCTS, tolerance, precondition)
-    (v,), _ = solver.solve(_Hessian(problem, V), [g - g.mean(0)])
+    solver = ConjugateGradient(MOST_PRODUCTS, tolerance, precondition, assume_symmetric=True)
+    (v,), _ = solver.solve(_hessian_complement(problem, V), [g - g.mean(0)])
     solved = problem.unwhiten(v)
     centred = weight[present] - bias[present][:, None] * problem.mean
     rest = problem.outside(centred) / problem.ridge  # there, H is that of the penalty alone
@@ -284,20 +284,18 @@ class LogisticProblem:
         return None if bool(failed.any()) else factors
 
 
-class _Hessian:
-    """Products with the Hessian of a problem at V, as a system I - J for `linear_solvers`."""
+def _hessian_complement(problem: LogisticProblem, V: Tensor) -> Matvec:
+    """v -> v - H v, H the Hessian of a problem at V: what a solver of (I - M) v = b takes for M."""
+    P = torch.softmax(V.to(problem.Z.dtype) @ problem.Z.T, 0)
 
-    def __init__(self, problem: LogisticProblem, V: Tensor) -> None:
-        self.problem = problem
-        self.P = torch.softmax(V.to(problem.Z.dtype) @ problem.Z.T, 0)
-
-    def transposed(self, v: Vector) -> Vector:
-        """v - H v."""
-        problem, (direction,) = self.problem, v
-        A = self.P * (direction.to(problem.Z.dtype) @ problem.Z.T)
-        A -= self.P * A.sum(0)
+    def matvec(v: Vector) -> Vector:
+        (direction,) = v
+        A = P * (direction.to(problem.Z.dtype) @ problem.Z.T)
+        A -= P * A.sum(0)
         product = (A @ problem.Z).double() / len(problem.Z) + direction * problem.penalty
         return [direction - product]
+
+    return matvec
 
 
 def _lbfgs(

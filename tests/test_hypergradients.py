@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
+from torch.func import functional_call
 
 from hypergradients import (
     CG,
+    Adam,
     CG_normaleq,
     ConjugateGradient,
     DivergenceError,
@@ -589,6 +591,47 @@ def test_conjugate_gradients_refuse_a_system_that_is_not_positive_definite():
             at_fixed_point(method, K=5)(problem)
 
 
+class Asymmetric:
+    """p = W p + h u with W of norm .9, outer loss |p|^2: d / dh = 2 h |(I - W)^-1 u|^2."""
+
+    def __init__(self, size=30):
+        W = normal(31, size, size).detach()
+        self.W, self.u = 0.9 * W / torch.linalg.matrix_norm(W, 2), normal(32, size).detach()
+        self.hparams = [torch.tensor(1.0, dtype=DOUBLE, requires_grad=True)]
+        self.solution = [torch.linalg.solve(torch.eye(size, dtype=DOUBLE) - self.W, self.u)]
+
+    def map(self, params, hparams):
+        return [self.W @ params[0] + hparams[0] * self.u]
+
+    def outer_loss(self, params, hparams):
+        return params[0].square().sum()
+
+    def hypergradient(self):
+        return 2 * self.solution[0] @ self.solution[0]
+
+
+@pytest.mark.parametrize("method, options", [
+    (CG, {}), (nystrom, {}), (implicit, {"solver": ConjugateGradient(20)}),
+])  # fmt: skip
+def test_conjugate_gradients_refuse_a_map_that_is_not_symmetric(method, options):
+    problem = Asymmetric()
+    options = options or {"K": 20}
+    with pytest.raises(HypergradientError, match=r"symmetric.* take CG_normaleq, or fixed_point"):
+        at_fixed_point(method, **options)(problem)
+    solve = differentiable_by(method, fp_map=problem.map, **options)(lambda p, h: problem.solution)
+    with pytest.raises(HypergradientError, match="symmetric"):
+        problem.outer_loss(solve(problem.solution, problem.hparams), None).backward()
+    momentum = Ridge()
+    momentum.map = HeavyBall(momentum.inner_loss, momentum.rate, 0.5)
+    momentum.solution = momentum.map.get_opt_params(momentum.solution)
+    outer_loss = momentum.outer_loss
+    momentum.outer_loss = lambda params, hparams: outer_loss(params[:1], hparams)
+    with pytest.raises(HypergradientError, match="symmetric"):
+        at_fixed_point(method, **options)(momentum)
+    for right, K in ((fixed_point, 400), (CG_normaleq, 200)):
+        assert_near(at_fixed_point(right, K=K)(problem)[0], problem.hypergradient(), 1e-8)
+
+
 def test_nan_is_reported_as_divergence():
     problem = Ridge()
     problem.solution = [problem.solution[0] * torch.nan]
@@ -609,6 +652,132 @@ def test_the_passing_growth_of_a_map_with_momentum_is_not_taken_for_divergence(m
     found = at_fixed_point(fixed_point, K=4000, tol=1e-13)(problem)
     for a, b in zip(found, problem.hypergradient(), strict=True):
         assert_near(a, b, 1e-9)
+
+
+# ---- maps that depend on no hyperparameter, hyperparameters given twice ----
+
+
+def without_create_graph(params, hparams, rate=0.1):
+    """A gradient step whose gradient nothing can be differentiated through."""
+    w = [p.detach().requires_grad_() for p in params]
+    loss = noisy_outer_loss(w, hparams) + hparams[0] * w[0].square().sum()
+    gradients = torch.autograd.grad(loss, w)
+    return [p - rate * g for p, g in zip(params, gradients, strict=True)]
+
+
+AT_A_POINT = {
+    "fixed_point": fixed_point, "neumann": neumann, "CG": CG, "CG_normaleq": CG_normaleq,
+    "nystrom": nystrom, "stoch_AID": functools.partial(stoch_AID, verbose=False),
+    "stochastic": functools.partial(fixed_point, stochastic=True),
+}  # fmt: skip
+ALONG_MAPS = {
+    "checkpointed_reverse": checkpointed_reverse,
+    "truncated_reverse": functools.partial(truncated_reverse, K=3),
+    "neumann_lookback": functools.partial(neumann_lookback, K=3),
+}
+
+
+@pytest.mark.parametrize("name", [*AT_A_POINT, *ALONG_MAPS, "reverse"])
+def test_a_map_that_depends_on_no_hyperparameter_is_refused(name):
+    hparams = [torch.tensor(0.1, dtype=DOUBLE, requires_grad=True)]
+    arguments = {"hparams": hparams, "outer_loss": noisy_outer_loss}
+    history = [noisy_start()]
+    for _ in range(4):
+        history.append([p.detach() for p in without_create_graph(history[-1], hparams)])
+    with pytest.raises(
+        HypergradientError, match=r"depends on no hyperparameter.*create_graph=True"
+    ):
+        if name == "reverse":
+            reverse(history, update_map_history=[without_create_graph] * 4, **arguments)
+        elif name in ALONG_MAPS:
+            maps = [without_create_graph] * 4
+            ALONG_MAPS[name](params=noisy_start(), update_maps=maps, **arguments)
+        else:
+            AT_A_POINT[name](params=noisy_start(), K=5, fp_map=without_create_graph, **arguments)
+
+
+def test_forward_mode_refuses_maps_that_ignore_the_hyperparameters_they_are_given():
+    problem = Ridge()
+    closed = lambda params, _: problem.map(params, problem.hparams)  # noqa: E731
+    functional = GradientDescent(problem.inner_loss, problem.rate, gradient="func")
+    for vectorize, maps in (
+        (False, [closed]),
+        (True, [lambda p, _: functional(p, problem.hparams)]),
+    ):
+        with pytest.raises(HypergradientError, match="depends on no hyperparameter"):
+            forward_mode(
+                problem.solution, problem.hparams, maps * 3, problem.outer_loss, vectorize=vectorize
+            )
+
+
+def test_forward_mode_takes_derivatives_that_happen_to_be_zero():
+    def still(params, hparams):
+        return [params[0] + 0 * hparams[0]]
+
+    h = [torch.tensor(2.0, dtype=DOUBLE, requires_grad=True)]
+    for vectorize in (False, True):
+        gradient = forward_mode(
+            [torch.ones(2, dtype=DOUBLE)], h, [still] * 2, lambda p, h: p[0].sum() + h[0] ** 2,
+            set_grad=False, vectorize=vectorize,
+        )  # fmt: skip
+        assert gradient[0] == 4
+
+
+def test_one_map_that_depends_on_the_hyperparameters_is_enough():
+    h = [torch.tensor(2.0, dtype=DOUBLE, requires_grad=True)]
+    maps = [lambda p, h: [p[0] + h[0]], lambda p, _: [3 * p[0]], lambda p, _: [p[0].sin()]]
+    arguments = h, maps, lambda p, _: p[0]
+    start = [torch.tensor(1.0, dtype=DOUBLE)]
+    for method in (checkpointed_reverse, functools.partial(truncated_reverse, K=3), forward_mode):
+        result = method(start, hparams=h, update_maps=maps, outer_loss=arguments[2], set_grad=False)
+        assert_near(result[0], 3 * torch.tensor(9.0, dtype=DOUBLE).cos(), 1e-12)
+
+
+@pytest.mark.parametrize("name", AT_A_POINT)
+def test_a_jacobian_of_one_where_the_rate_is_the_hyperparameter_is_refused(name):
+    hparams = [torch.tensor(0.1, dtype=DOUBLE, requires_grad=True)]
+
+    def step(params, hparams):
+        return without_create_graph(params, [0.1], rate=hparams[0])
+
+    with pytest.raises(HypergradientError):
+        AT_A_POINT[name](
+            params=noisy_start(), hparams=hparams, K=5, fp_map=step, outer_loss=noisy_outer_loss
+        )
+
+
+def test_a_hyperparameter_given_twice_is_refused():
+    problem = Ridge()
+    twice = {"a": problem.hparams[0], "b": [problem.hparams[1], problem.hparams[0]]}
+
+    def step(params, hparams):
+        return problem.map(params, [hparams["a"], hparams["b"][0]])
+
+    def loss(params, hparams):
+        return problem.outer_loss(params, [hparams["a"], hparams["b"][0]])
+
+    for run in (
+        lambda: fixed_point(problem.solution, twice, 5, step, loss),
+        lambda: checkpointed_reverse(problem.solution, twice, [step], loss),
+        lambda: forward_mode(problem.solution, twice, [step], loss),
+        lambda: exact(lambda h: problem.solve([h["a"], h["b"][0]]), twice, loss),
+    ):
+        with pytest.raises(HypergradientError, match="hyperparameter 2 is hyperparameter 0 again"):
+            run()
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_forward_mode_takes_hyperparameters_of_another_type_than_the_params(vectorize):
+    problem = Ridge()
+    low = [h.detach().float().requires_grad_() for h in problem.hparams]
+    step = GradientDescent(problem.inner_loss, problem.rate, gradient="func")
+    start = [torch.zeros(4, dtype=DOUBLE)]
+    expected = checkpointed_reverse(start, low, [step] * 9, problem.outer_loss, set_grad=False)
+    result = forward_mode(
+        start, low, [step] * 9, problem.outer_loss, set_grad=False, vectorize=vectorize
+    )
+    for a, b in zip(result, expected, strict=True):
+        assert_near(a, b, 1e-6)
 
 
 # ---- trees, unused tensors, .grad ----
@@ -841,6 +1010,259 @@ def test_a_decorated_solver_returns_trees_and_refuses_hyperparameters_changed_si
         loss.backward()
 
 
+def test_a_decorated_solver_makes_no_graph_by_inner_optimizers():
+    problem = Ridge()
+
+    def run(params, hparams):
+        assert not any(h.requires_grad for h in hparams)
+        for _ in range(7):
+            params = problem.map(params, hparams)
+            assert not params[0].requires_grad
+        return params
+
+    solve = differentiable_by(checkpointed_reverse, update_maps=[problem.map] * 7)(run)
+    start = [torch.zeros(4, dtype=DOUBLE)]
+    problem.outer_loss(solve(start, problem.hparams), problem.hparams).backward()
+    for h, expected in zip(problem.hparams, unrolled(problem, 7), strict=True):
+        assert_near(h.grad, expected, 1e-12)
+
+
+def test_a_decorated_solver_may_train_params_by_torch_optim():
+    problem = Ridge()
+    params = [torch.zeros(4, dtype=DOUBLE, requires_grad=True)]
+
+    def run(params, hparams):
+        optimizer = torch.optim.SGD(params, problem.rate)
+        for _ in range(300):
+            optimizer.zero_grad()
+            problem.inner_loss(params, hparams).backward()
+            optimizer.step()
+        return params
+
+    solve = differentiable_by(CG, K=20, fp_map=problem.map)(run)
+    problem.outer_loss(solve(params, problem.hparams), problem.hparams).backward()
+    for h, expected in zip(problem.hparams, problem.hypergradient(), strict=True):
+        assert_near(h.grad, expected, 1e-8)
+
+
+def test_update_maps_that_lead_elsewhere_than_the_decorated_solver_are_refused():
+    problem = Ridge()
+    start = [torch.zeros(4, dtype=DOUBLE)]
+    for steps, method in ((3, checkpointed_reverse), (8, forward_mode)):
+        solve = differentiable_by(method, update_maps=[problem.map] * steps)(
+            lambda params, hparams: problem.map(problem.map(params, hparams), hparams)
+        )
+        with pytest.raises(HypergradientError, match="lead elsewhere than the solver"):
+            problem.outer_loss(solve(start, problem.hparams), problem.hparams).backward()
+
+
+# ---- what runs again: random numbers, iterators, statistics, frozen parameters ----
+
+
+def dropout_loss(params, hparams):
+    hidden = torch.nn.functional.dropout((INPUTS @ params[0]).tanh(), 0.3)
+    return (hidden @ params[1] - TARGETS).square().mean() + hparams[0] * params[0].square().sum()
+
+
+INPUTS, TARGETS = normal(60, 20, 4).detach(), normal(61, 20).detach()
+NOISY_STEPS = [GradientDescent(dropout_loss, 0.1, gradient=g) for g in ("graph", "mixed", "func")]
+
+
+def noisy_start():
+    return [normal(62, 4, 3, scale=0.3).detach(), normal(63, 3, scale=0.3).detach()]
+
+
+def noisy_outer_loss(params, hparams):
+    return ((INPUTS @ params[0]).tanh() @ params[1] - TARGETS).square().mean()
+
+
+def through_noise(method, step, steps=5, **options):
+    """The gradient by a method through steps with dropout, and what torch draws after them."""
+    torch.manual_seed(7)
+    hparams = [torch.tensor(0.1, dtype=DOUBLE, requires_grad=True)]
+    if method is reverse_unroll:
+        params = noisy_start()
+        for _ in range(steps):
+            params = step(params, hparams)
+        gradient = reverse_unroll(params, hparams, noisy_outer_loss, set_grad=False)
+    elif method is differentiable_by:
+
+        @differentiable_by(options["by"], update_maps=[step] * steps)
+        def solve(params, hparams):
+            for _ in range(steps):
+                params = step(params, hparams)
+            return params
+
+        loss = noisy_outer_loss(solve(noisy_start(), hparams), hparams)
+        gradient = torch.autograd.grad(loss, hparams)
+    else:
+        gradient = method(
+            noisy_start(), hparams, update_maps=[step] * steps, outer_loss=noisy_outer_loss,
+            set_grad=False, **options,
+        )  # fmt: skip
+    return gradient[0], torch.rand(())
+
+
+@pytest.mark.parametrize("method, options", [
+    (checkpointed_reverse, {"segment_length": 1}), (checkpointed_reverse, {"segment_length": 2}),
+    (truncated_reverse, {"K": 5}), (forward_mode, {}), (forward_mode, {"vectorize": True}),
+    (differentiable_by, {"by": checkpointed_reverse}), (reverse_unroll, {}),
+    (differentiable_by, {"by": forward_mode}),
+])  # fmt: skip
+def test_what_runs_again_draws_the_same_random_numbers(method, options):
+    expected, following = through_noise(reverse_unroll, NOISY_STEPS[0])
+    for step in NOISY_STEPS:
+        if step.gradient == "mixed" and forward_mode in (method, options.get("by")):
+            continue  # has no forward mode
+        if step.gradient != "func" and "vectorize" in options:
+            continue  # cannot be vectorised
+        gradient, drawn = through_noise(method, step, **options)
+        assert_near(gradient, expected, 1e-12)
+        assert drawn == following  # and leaves the generator where one run does
+
+
+def test_what_cannot_be_repeated_is_refused():
+    generator = torch.Generator().manual_seed(0)
+
+    def own_noise(params, hparams):
+        noise = 1 + torch.randn(4, generator=generator, dtype=DOUBLE)
+        return (params[0].square().sum(1) * noise).sum() + hparams[0] * params[1].square().sum()
+
+    def of_batch(params, hparams, rows):
+        return hparams[0] * ((INPUTS[rows] @ params[0]) @ params[1] - TARGETS[rows]).square().mean()
+
+    own = GradientDescent(own_noise, 0.1)
+    hparams = [torch.tensor(0.1, dtype=DOUBLE, requires_grad=True) for _ in range(2)]
+    names, arguments = (
+        ("hparams", "update_maps", "outer_loss"),
+        (hparams, [own] * 5, noisy_outer_loss),
+    )
+    for method, options in (
+        (checkpointed_reverse, {}), (truncated_reverse, {"K": 2}), (forward_mode, {}),
+    ):  # fmt: skip
+        options = dict(zip(names, arguments, strict=True)) | options
+        with pytest.raises(HypergradientError, match="what runs again must do the same"):
+            method(noisy_start(), **options)
+    batches = GradientDescent(of_batch, 0.1, iter(torch.arange(20).split(2)))
+    with pytest.raises(HypergradientError, match=r"update 0 leads .* not an iterator"):
+        checkpointed_reverse(noisy_start(), hparams, [batches] * 4, noisy_outer_loss)
+    with pytest.raises(HypergradientError, match="data have ended"):
+        checkpointed_reverse(noisy_start(), hparams, [batches] * 4, noisy_outer_loss)
+    for step in (NOISY_STEPS[0], own):
+        history = [noisy_start()]
+        for _ in range(3):
+            history.append(step(history[-1], hparams, create_graph=False))
+        with pytest.raises(HypergradientError, match="update 0 leads"):
+            reverse(history, hparams, [step] * 3, noisy_outer_loss)
+    mixed = GradientDescent(own_noise, 0.1, gradient="mixed")
+    with pytest.raises(HypergradientError, match="the second time"):
+        reverse_unroll(mixed(noisy_start(), hparams), hparams, noisy_outer_loss)
+
+
+def test_a_history_of_other_rounding_is_no_other_history():
+    problem = Ridge(torch.float32)
+    history = [[torch.zeros(4)]]
+    for _ in range(20):
+        w = history[-1][0].double()
+        step = problem.x.double().T @ (problem.x.double() @ w - problem.y.double()) / 40
+        history.append([(w - problem.rate * (step + problem.hparams[0].detach() * w)).float()])
+    gradient = reverse(
+        history, problem.hparams, [problem.map] * 20, problem.outer_loss, set_grad=False
+    )
+    assert_near(gradient[0], unrolled(problem, 20)[0], 1e-4)
+
+
+class FrozenNetwork:
+    """A frozen layer, batch norm with running statistics, and a layer that learns."""
+
+    def __init__(self):
+        layers = torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 1)
+        self.net = torch.nn.Sequential(*layers).double()
+        self.net[0].requires_grad_(False)
+        self.names = [name for name, _ in self.net.named_parameters()]
+        self.hparams = [torch.tensor(0.1, dtype=DOUBLE, requires_grad=True)]
+
+    def inner_loss(self, params, hparams):
+        values = dict(zip(self.names, params, strict=True))
+        outputs = functional_call(self.net, values, (INPUTS,))
+        penalty = sum(p.square().sum() for p in params)
+        return (outputs[:, 0] - TARGETS).square().mean() + hparams[0] * penalty
+
+    def outer_loss(self, params, hparams):
+        return sum(p.square().sum() for p in params[:6])
+
+    @property
+    def counted(self):
+        """How many batches the running statistics have seen."""
+        return int(self.net[1].num_batches_tracked)
+
+
+FROZEN_METHODS = {
+    "checkpointed_reverse": checkpointed_reverse,
+    "truncated_reverse": functools.partial(truncated_reverse, K=5),
+    "forward_mode": forward_mode,
+}
+
+
+@pytest.mark.parametrize("make", [
+    lambda loss, g: GradientDescent(loss, 0.1, gradient=g),
+    lambda loss, g: HeavyBall(loss, 0.1, 0.5, gradient=g),
+    lambda loss, g: Adam(loss, 0.1, gradient=g),
+])  # fmt: skip
+@pytest.mark.parametrize("gradient", ["graph", "mixed"])
+def test_frozen_parameters_stay_and_five_steps_move_statistics_five_times(make, gradient):
+    problem, results = FrozenNetwork(), []
+    optimizer = make(problem.inner_loss, gradient)
+    given = list(problem.net.parameters())
+
+    def start():
+        return optimizer.get_opt_params(given)
+
+    for create_graph in (True, False):
+        before, params = problem.counted, start()
+        history = [params]
+        for _ in range(5):
+            params = optimizer(params, problem.hparams, create_graph=create_graph)
+            history.append(params)
+        assert params[0] is given[0] and params[1] is given[1]
+        assert not torch.equal(params[4], given[4])
+        if create_graph:
+            results.append(reverse_unroll(params, problem.hparams, problem.outer_loss, False))
+        assert problem.counted == before + 5
+    maps = [optimizer] * 5
+    results.append(reverse(history, problem.hparams, maps, problem.outer_loss, False))
+    assert problem.counted == before + 5
+    for name, method in FROZEN_METHODS.items():
+        if (name, gradient) != ("forward_mode", "mixed"):
+            before = problem.counted
+            results.append(method(
+                start(), problem.hparams, update_maps=maps, outer_loss=problem.outer_loss,
+                set_grad=False,
+            ))  # fmt: skip
+            assert problem.counted == before + 5, name
+    for result in results[1:]:
+        assert_near(result[0], results[0][0], 1e-11)
+
+
+def test_derivatives_at_a_point_move_no_statistics_and_no_frozen_parameter():
+    problem = FrozenNetwork()
+    step, params = GradientDescent(problem.inner_loss, 0.01), list(problem.net.parameters())
+    before = problem.counted, [b.clone() for b in problem.net.buffers()]
+    gradient, solve = implicit(
+        params, problem.hparams, step, problem.outer_loss, FixedPoint(3), set_grad=False
+    )
+    neumann_lookback(params, problem.hparams, 3, [step], problem.outer_loss, set_grad=False)
+    assert gradient[0] != 0 and solve.solution[0].abs().max() == 0
+    assert problem.counted == before[0]
+    assert all(map(torch.equal, problem.net.buffers(), before[1]))
+
+    def moving(params, hparams):
+        return [p * hparams[0] for p in params]
+
+    with pytest.raises(HypergradientError, match="moves tensor 0 of params, a frozen"):
+        fixed_point(params, problem.hparams, 3, moving, problem.outer_loss)
+
+
 # ---- learning rules as maps ----
 
 
@@ -898,10 +1320,16 @@ def test_a_learning_rule_at_its_fixed_point_is_differentiated_implicitly():
 
 def test_methods_that_need_more_than_one_derivative_refuse_the_fused_rule_with_the_reason():
     problem = RuleProblem()
+    names = [name for name, _ in problem.rule.named_parameters()]
+
+    def update(params, hparams):
+        arguments = problem.model, params, problem.batches[0]
+        return functional_call(problem.rule, dict(zip(names, hparams, strict=True)), arguments)
+
     for vectorize in (False, True):
         with pytest.raises(HypergradientError, match="does not run in forward mode, take reverse"):
             forward_mode(
-                problem.start, problem.hparams, problem.maps, problem.loss, vectorize=vectorize
+                problem.start, problem.hparams, [update], problem.loss, vectorize=vectorize
             )
     with pytest.raises(HypergradientError, match="cannot be differentiated twice"):
         CG_normaleq(problem.start, problem.hparams, 5, problem.epoch, problem.loss)

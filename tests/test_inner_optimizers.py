@@ -214,6 +214,27 @@ def graph_size(tensor) -> int:
     return sum(storages.values())
 
 
+def test_a_step_makes_a_graph_where_anything_in_it_wants_a_gradient_only():
+    plain = [h.detach() for h in hyperparameters()]
+    wanting = torch.tensor(0.1, dtype=DOUBLE, requires_grad=True)
+
+    def closed(params, hparams):
+        return wanting * loss(params, hparams)
+
+    for gradient in ("graph", "mixed"):
+        assert not any(t.requires_grad for t in GradientDescent(loss, 0.05)(start(), plain))
+        for make, params, hparams in (
+            (GradientDescent(loss, wanting, gradient=gradient), start(), plain),
+            (GradientDescent(loss, 0.05, gradient=gradient), start(), [wanting, *plain[1:]]),
+            (GradientDescent(loss, 0.05, gradient=gradient), [normal(1, 2, 3), start()[1]], plain),
+        ):
+            assert all(t.requires_grad for t in make(params, hparams))
+    moved = GradientDescent(closed, 0.05)(start(), plain)
+    assert torch.autograd.grad(moved[0].sum(), wanting)[0] != 0
+    with pytest.raises(HypergradientError, match="that wants a gradient and is not in hparams"):
+        GradientDescent(closed, 0.05, gradient="mixed")(start(), hyperparameters())
+
+
 def test_wrong_use_gets_one_line():
     h = hyperparameters()
     with pytest.raises(HypergradientError, match="'tape' is unknown; choose from graph, mixed"):

@@ -115,3 +115,22 @@ def test_wrong_use_gets_one_line():
             evolution_strategies(start, hparams, maps, loss, sigma, 2, seeded())
     with pytest.raises(HypergradientError, match="requires_grad"):
         evolution_strategies(start, [h.detach() for h in hparams], [step], loss, 0.1, 2, seeded())
+
+
+def test_a_pair_sees_the_same_random_numbers_and_leaves_no_traces():
+    norm = torch.nn.BatchNorm1d(3, affine=False).double()
+
+    def noisy(params, hparams):
+        noise = torch.randn(50, 3, dtype=DOUBLE)
+        return {"w": params["w"] + hparams[0] + norm(noise).square().mean(0) + noise.mean(0)}
+
+    def outer_loss(params, hparams):
+        return params["w"].sum()
+
+    h = [torch.tensor(0.5, dtype=DOUBLE, requires_grad=True)]
+    arguments = {"w": torch.zeros(3, dtype=DOUBLE)}, h, [noisy] * 4, outer_loss, 1e-3, 3
+    found = evolution_strategies(*arguments, seeded(), set_grad=False)[0]
+    without = (arguments[0], h, [lambda p, h: {"w": p["w"] + h[0]}] * 4, *arguments[3:])
+    expected = evolution_strategies(*without, seeded(), set_grad=False)[0]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-8)
+    assert int(norm.num_batches_tracked) == 0
