@@ -288,7 +288,11 @@ class HypergradientDescent:
         except FloatingPointError as problem:
             return TaskOutcome(task, None, {}, f"task {task}, {problem}")
         self.carried[task] = detached(result.params)
-        return TaskOutcome(task, [g.cpu() for g in result.gradient], result.numbers)
+        gradient = [
+            (g if size is None else g * size.to(g)).cpu()
+            for g, size in zip(result.gradient, self._sizes(), strict=True)
+        ]
+        return TaskOutcome(task, gradient, result.numbers)
 
     def _hypergradient(self, task: int) -> Hypergradient:
         """That of one draw of initial parameters and batches."""
@@ -315,6 +319,15 @@ class HypergradientDescent:
             return inner_steps
         generator = seeded_generator(self.settings.seed, self.metastep, task, HORIZON)
         return inner_steps(self.metastep, generator)
+
+    def _sizes(self) -> list[Tensor | None]:
+        """The unit that each trained hyperparameter is measured in; None: 1.
+
+        Gradients, their norms and the optimiser's steps are those of hyperparameters in these
+        units, of which rules say that they suit them (LearningRule.step_sizes).
+        """
+        sizes = {f"rule.{name}": size for name, size in self.rule.step_sizes().items()}
+        return [sizes.get(name) for name in self._trained()]
 
     def _collect(self, gradients: list[list[Tensor]]) -> float:
         """Adds the mean of the clipped hypergradients to what is pending; their mean norm."""
@@ -351,10 +364,9 @@ class HypergradientDescent:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        sizes = {f"rule.{name}": size for name, size in self.rule.step_sizes().items()}
-        for (name, p), start in zip(trained.items(), old, strict=True):
-            if name in sizes:
-                p.data.copy_(start + sizes[name].to(p) * (p.data - start))
+        for size, p, start in zip(self._sizes(), trained.values(), old, strict=True):
+            if size is not None:
+                p.data.copy_(start + size.to(p) * (p.data - start))
         try:
             for name, p in trained.items():
                 check_finite(p.detach(), f"{where}, {name} after a step at rate {rate:g}")
@@ -372,12 +384,12 @@ class HypergradientDescent:
         l1, l2 = (
             s(self.metastep) if callable(s) else s for s in (self.settings.l1, self.settings.l2)
         )
-        entries = self.rule.entries_by_term()
+        entries, sizes = self.rule.entries_by_term(), self.rule.step_sizes()
         for name, p in self.rule.named_parameters():
             if entries.get(name) == name and p.requires_grad and (l1 or l2):
                 psi = p.detach()
                 rounded = (psi.square() + width**2).sqrt().clamp_min(1e-30)
-                p.grad += l1 * psi / rounded + l2 * psi
+                p.grad += sizes.get(name, 1.0) * (l1 * psi / rounded + l2 * psi)
 
     def _update_average(self) -> None:
         decay = min(self.settings.average, (self.metastep + 1) / (self.metastep + 10))

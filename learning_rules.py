@@ -74,9 +74,9 @@ class LearningRule(nn.Module):
         return self.update(model, params, batch)
 
     def step_sizes(self) -> dict[str, Tensor]:
-        """By how much a step of an optimiser is multiplied, for hyperparameters of unlike sizes.
+        """The units in which an optimiser sees hyperparameters of unlike sizes: psi / size.
 
-        Named and shaped as these; by default all steps are taken as they are.
+        Named and shaped as these; 1 for those that are not there, by default all.
         """
         return {}
 

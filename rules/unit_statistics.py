@@ -412,7 +412,7 @@ class UnitStatisticsRule(LearningRule):
         return f"{arrow} {rate} {change};  {values}"
 
     def step_sizes(self) -> dict[str, Tensor]:
-        """How far a step of an optimiser takes each coefficient, relative to the other numbers."""
+        """The typical size of each coefficient: see LearningRule.step_sizes."""
         return {
             group: torch.tensor([term.typical_size() for term in terms])
             for group, terms in self.terms.items()

@@ -117,6 +117,36 @@ def descent(psi, loss, *, start=None, spread=0.0, trainable=False, batches=ones,
     return HypergradientDescent(training, MetaSettings(**options), Said())
 
 
+class SizedDrift(Drift):
+    """Drift in units of its own: it is 1 / size that the optimiser moves."""
+
+    def step_sizes(self):
+        return {"psi": double(10.0, 0.1)}
+
+
+class Rescaled(Drift):
+    """Drift of psi = size * parameter, written out."""
+
+    def update(self, model, params, batch):
+        return [{"w": params[0]["w"] + double(10.0, 0.1) * self.psi * batch}]
+
+
+def test_typical_sizes_are_the_same_as_hyperparameters_in_these_units():
+    settings = MetaSettings(metasteps=5, lr=0.05, inner_steps=1, clip_norm=0.3)
+
+    def run(rule, psi):
+        start = Start([0.0, 0.0])
+        training = Training(nn.Identity(), rule(psi), start, ones, Outer(distance(2.0)))
+        run = HypergradientDescent(training, settings, Said())
+        norms = [run.step()["hypergradient_norm"] for _ in range(5)]
+        return run.rule.psi.detach(), norms
+
+    sized, norms = run(SizedDrift, [1.0, -1.0])
+    written_out, expected_norms = run(Rescaled, [0.1, -10.0])
+    assert norms == pytest.approx(expected_norms, rel=1e-12)
+    assert torch.allclose(sized, double(10.0, 0.1) * written_out, rtol=1e-12)
+
+
 def initializer_of(run):
     return run.trainings[0].initializer
 
