@@ -27,6 +27,9 @@ import torch
 from torch import Generator, nn
 
 from comparison.learned_run import LearnedRun, load_run, run_path, steps_to_judge
+from comparison.references import REFERENCES, beside
+from comparison.references import trainings as count_trainings
+from comparison.rule_comparison import Setting
 from data_sets.views import Views
 from experiment.checkpoints import has_checkpoint
 from experiment.command_line import (
@@ -121,6 +124,7 @@ DEFAULTS = {
         "center": True,
         "probe": "sampled",
         "evaluation_steps": 250,
+        "beside": list(REFERENCES),
     },
     "krotov_hopfield": {},
 }
@@ -293,6 +297,8 @@ def add_probe(parser) -> None:
     add("--evaluations", type=positive_int, default=5, help="trainings with the final rule")
     add("--evaluation_steps", type=positive_int, metavar="UPDATES",
         help="of each of them (default: as many as a training made at the end)")  # fmt: skip
+    add("--beside", nargs="*", choices=REFERENCES, default=[], metavar="FEATURES",
+        help=f"other features, judged alike: of {', '.join(REFERENCES)}")  # fmt: skip
 
 
 def convolution(text: str) -> tuple[int, int]:
@@ -667,8 +673,34 @@ def evaluate_and_report(
             break
     has_terms = first.rule.term_coefficients()
     effects = measure_effects(first, draws[0]) if rows and has_terms else {}
-    report(log, first, [data[0] for data in sets], rows, params, effects)
+    others = judge_references(args, log, trainings, sets, steps) if finished and evaluated else {}
+    report(log, first, [data[0] for data in sets], rows, params, effects, others)
     return evaluated
+
+
+def judge_references(
+    args,
+    log: RunLog,
+    trainings: Sequence[Training],
+    sets: Sequence[tuple[ImageData, ImageData]],
+    steps: int,
+) -> dict[str, dict[str, list[float]]]:
+    """Test accuracies of what --beside names, by data set; none without layers of units."""
+    if not args.beside or not args.layers:
+        return {}
+    judged, draws = {}, args.evaluations
+    count = len(trainings) * count_trainings(args.beside, draws)
+    with log.progress(count, description="reference") as progress:
+        for name, training, data in zip(dataset_names(args), trainings, sets, strict=True):
+            images = [part.to(data[0].images.device) for part in load_images(name, args.data_dir)]
+            setting = Setting(
+                name, *images, tuple(args.layers), args.C, args.outer_images, args.batch_size
+            )
+            judged[name] = beside(
+                args.beside, replace(training, outer_loss=make_probe(args, *data)), setting,
+                draws=draws, steps=steps, seed=args.seed, advance=lambda: progress.advance(None),
+            )  # fmt: skip
+    return judged
 
 
 def measure_effects(training: Training, draw: Draw) -> dict[str, float]:
@@ -684,11 +716,13 @@ def report(
     rows: list[dict],
     params,
     effects: dict,
+    others: dict,
 ) -> None:
-    """Rule, parameters, results and figures as files; the formula and the accuracy on the screen.
+    """Rule, parameters, results and figures as files; the formula and accuracies on the screen.
 
     data: training images of each data set, training and params of the first; rows: of all trainings
-    with the final rule; params: those that the last one of the first data set ended with.
+    with the final rule; params: those that the last one of the first data set ended with; others:
+    of `judge_references`.
     """
     write_rule(log, training.rule, effects or None)
     log.say("the rule; in brackets, the size of a term relative to the whole change")
@@ -708,7 +742,15 @@ def report(
         "initializer": training.initializer.effective(),
         "views": views.strengths().to_dict() if isinstance(views, Views) else None,
         "term_effects": effects,
+        "beside": others,
     })  # fmt: skip
+    log.draw(draw_run)
+    log.say(f"everything is in {log.directory}")
+    for dataset, features in others.items():
+        for name, values in features.items():
+            if values:
+                told = accuracy_text(mean_and_deviation("test_accuracy", values))
+                log.say(f"{dataset}, {name}: {told}")
     for name, part in each.items() if training.name else ():
         log.say(f"{name}: {accuracy_text(part)}")
     if means:
@@ -716,8 +758,6 @@ def report(
             f"{accuracy_text(accuracies)} over {len(means)} trainings with the final rule, "
             f"{rows[0]['inner_steps']} steps each"
         )
-    log.draw(draw_run)
-    log.say(f"everything is in {log.directory}")
 
 
 def accuracies_by_dataset(rows: Sequence[dict]) -> dict[str, list[float]]:

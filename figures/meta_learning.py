@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import AutoLocator, PercentFormatter
 from numpy.lib.stride_tricks import sliding_window_view
 
 from experiment.run_reader import read_arrays, read_metrics, read_results
@@ -57,12 +58,13 @@ def draw_run(directory: str | Path, x_label: str = "meta-step") -> list[Path]:
     directory = Path(directory)
     metrics = read_metrics(directory)
     parameters = read_arrays(directory / "parameters.npz")
-    stages = read_results(directory).get("pruning", [])
-    place = directory / "figures"
+    results, place = read_results(directory), directory / "figures"
+    stages = results.get("pruning", [])
     return [
         *_draw_metrics(metrics, place, x_label),
         *_draw_parameters(parameters, place),
         *_draw_stages(stages, place),
+        *_draw_references(results, place),
     ]
 
 
@@ -296,6 +298,43 @@ def _draw_stages(stages: Sequence[Mapping], place: Path) -> list[Path]:
     terms, mean, deviation = map(np.array, zip(*rows, strict=True))
     draw_pruning(terms, mean, deviation, place / "pruning.png")
     return [place / "pruning.png"]
+
+
+def _draw_references(results: Mapping, place: Path) -> list[Path]:
+    """Draw the accuracies of other features beside those of the learned rule, where judged."""
+    drawn = []
+    for dataset, others in results.get("beside", {}).items():
+        rows = [r for r in results["evaluations"] if r.get("dataset", dataset) == dataset]
+        learned = {f"learned, {r['inner_steps']} updates": [] for r in rows}
+        for r in rows:
+            learned[f"learned, {r['inner_steps']} updates"].append(r["test_accuracy"])
+        path = place / f"beside_{dataset}.png"
+        draw_beside(others | learned, path, dataset)
+        drawn.append(path)
+    return drawn
+
+
+def draw_beside(accuracies: Mapping[str, Sequence[float]], path: str | Path, dataset: str) -> None:
+    """A line of dots for each kind of features, one for each training, and their mean.
+
+    accuracies: fractions, by name, from the top; what has none is left out.
+    """
+    rows = [(name, values) for name, values in accuracies.items() if values]
+    figure = new_figure(6.4, 1.2 + 0.36 * len(rows))
+    axes = figure.subplots()
+    for height, (name, values) in enumerate(rows):
+        colour = COLOURS[1] if name.startswith("learned") else COLOURS[0]
+        axes.plot(values, [height] * len(values), "o", ms=4, color=colour, alpha=0.5)
+        axes.plot([np.mean(values)], [height], "|", ms=16, mew=2, color=colour)
+        axes.annotate(f"{np.mean(values):.2%}", (np.mean(values), height), (0, 9),
+                      textcoords="offset points", ha="center", fontsize=FONT - 1)  # fmt: skip
+    label_axes(axes, f"Probe on {dataset}: dots are trainings, bars means", "test accuracy", "")
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.8)
+    axes.margins(x=0.08)
+    axes.xaxis.set_major_locator(AutoLocator())
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    save_figure(figure, path)
 
 
 # ---- curves ----

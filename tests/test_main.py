@@ -53,6 +53,50 @@ def test_a_run_leaves_configuration_metrics_checkpoint_rule_and_figures(tmp_path
     assert any(path.name.startswith("events.out.tfevents") for path in out.iterdir())
 
 
+STATISTICS = [
+    "--rule", "unit_statistics", "--dataset", "mnist5k", "--metasteps", "3", "--horizon", "2", "4",
+    "--batch_size", "64", "--evaluations", "2", "--evaluation_steps", "3", "--threads", "1",
+    "--probe_images", "500", "--quiet",
+]  # fmt: skip
+
+
+def test_rules_of_unit_statistics_have_defaults_of_their_own_and_end_beside_references(
+    tmp_path, capsys
+):
+    out = tmp_path / "run"
+    main.main(["6", *STATISTICS, "--out", str(out)])
+    config = json.loads((out / "config.json").read_text())
+    assert (config["views"], config["inhibition"], config["adjoint_limit"]) == (
+        "geometric", "none", 2.0,
+    )  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["beside"]["mnist5k"]) == list(main.REFERENCES)
+    assert all(len(values) == 2 for values in results["beside"]["mnist5k"].values())
+    assert (out / "figures" / "beside_mnist5k.png").stat().st_size > 1000
+    last = (out / "log.txt").read_text().splitlines()[-1]
+    assert "test accuracy" in last and "+-" in last and "3 steps each" in last
+    before = outcome(out)
+    run("--resume", out, "--quiet")
+    assert outcome(out) == before
+
+
+def test_a_killed_run_of_unit_statistics_goes_on_to_the_same_numbers(tmp_path):
+    run(6, *STATISTICS, "--beside", "--out", tmp_path / "whole")
+    out = tmp_path / "killed"
+    kill_at_row(2, out, "main.py", 6, *STATISTICS, "--beside", "--out", out)
+    run("--resume", tmp_path / "killed", "--quiet")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_flags_of_another_family_are_refused(capsys, tmp_path):
+    for flags, said in (
+        (["--rule", "unit_statistics", "--degree", "2"], "--rule polynomial"),
+        (["--eps", "0.2"], "--rule unit_statistics"),
+        (["--rule", "unit_statistics", "--terms", "x gain q"], "q"),
+    ):
+        assert said in refused(capsys, main.main, 4, *flags, "--out", tmp_path / "run")
+
+
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, plain):
     for name, seed in (("same", 0), ("other", 1)):
         run(4, *TINY, "--seed", seed, "--out", tmp_path / name)
