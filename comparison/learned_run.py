@@ -6,6 +6,7 @@ save_zoo(zoo_entry(run, "runs/main-...", "mnist32", accuracies), "rules/zoo/mnis
 """
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -204,7 +205,7 @@ def zoo_entry(
         steps=run.steps,
         layerwise=config.get("layerwise", False),
         dataset=config["dataset"],
-        data=str(read_results(path).get("data", "")),
+        data=re.sub(r" from /.*", "", str(read_results(path).get("data", ""))),  # what, not where
         command=_command_text(first["command_line"]),
         accuracies=tuple(accuracies),
     )

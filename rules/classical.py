@@ -37,18 +37,18 @@ COMPETING = {
     "forbid_self_inhibition": True,
 }
 CLASSICAL = {
-    "oja": Classical(partial(classical_rule, "oja"), LINEAR, {"spread_w": 1.0}, 0.01),
+    "oja": Classical(partial(classical_rule, "oja"), LINEAR, {"spread_w": 1.0}, 0.003),
     "sanger": Classical(SangerRule, LINEAR, {"spread_w": 1.0}, 0.03),
     "instar": Classical(
-        partial(classical_rule, "instar"), COMPETING, {"spread_w": 1.0, "mean_m": -0.5}, 0.1
+        partial(classical_rule, "instar"), COMPETING, {"spread_w": 1.0, "mean_m": -0.5}, 0.01
     ),
     "krotov_hopfield": Classical(
-        partial(KrotovHopfieldRule, delta=0.4), RECTIFIED, {"spread_w": 1.0}, 0.03
+        partial(KrotovHopfieldRule, delta=0.4), RECTIFIED, {"spread_w": 1.0}, 0.1
     ),
     "foldiak": Classical(
         partial(classical_rule, "foldiak"),
         COMPETING | {"forbid_excitation": True},
         {"spread_w": 1.0},
-        0.1,
+        0.003,
     ),
 }

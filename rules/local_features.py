@@ -109,12 +109,13 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     @torch.no_grad()
     def transform(self, X) -> np.ndarray:
-        """The features of X, [n, units of the last layer]."""
+        """The features of X, [n, units of the last layer]; float64 where X is, else float32."""
         check_is_fitted(self)
         X = self._checked(X, reset=False)
-        x = self._scaled(X)
-        y = torch.cat([self.model_(part, self.params_).flatten(1) for part in x.split(AT_ONCE)])
-        return y.numpy().astype(X.dtype if X.dtype == np.float64 else np.float32, copy=False)
+        dtype = torch.float64 if X.dtype == np.float64 else torch.float32
+        params = [{name: t.to(dtype) for name, t in layer.items()} for layer in self.params_]
+        parts = self._scaled(X, dtype).split(AT_ONCE)
+        return torch.cat([self.model_(x, params).flatten(1) for x in parts]).numpy()
 
     # ---- inputs ----
 
@@ -150,10 +151,10 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             self.shift_, self.scale_ = X.mean(0) / unit, X.std(0) / unit
             self.scale_ = np.where(self.scale_ == 0, 1, self.scale_)
 
-    def _scaled(self, X: np.ndarray) -> Tensor:
-        """float32 [n, ...]."""
+    def _scaled(self, X: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
+        """X, shifted and divided."""
         X = X / 255.0 if X.dtype == np.uint8 else X
-        return torch.from_numpy(np.asarray((X - self.shift_) / self.scale_, dtype=np.float32))
+        return torch.from_numpy(np.asarray((X - self.shift_) / self.scale_)).to(dtype)
 
     # ---- what the rule sees ----
 
