@@ -315,24 +315,25 @@ def refuse_flags_without_effect(args, parser) -> None:
     """UserError where a flag would silently do nothing, and where there is no network."""
     if not args.layers and not args.conv:
         raise UserError("the network has no layer: give units, such as 32, or --conv 16x5, or both")
-    if args.horizon and args.horizon[0] >= args.horizon[1]:
+    if args.horizon and args.horizon[0] > args.horizon[1]:
         raise UserError("--horizon takes a smaller and a larger number of updates, such as 50 250")
     below = len(args.conv) + len(args.layers) - 1
     if len(args.steps_below) not in (0, below):
         raise UserError(f"--steps_below takes {below} numbers, one for each layer before the last")
     first, most = args.initial_inner_steps, args.max_inner_steps
-    if first > most and not args.horizon:
+    windows_of_one, drawn = args.method == "pes", args.method != "pes" and args.horizon
+    if first > most and not drawn:
         raise UserError(
             f"--initial_inner_steps {first} is above --max_inner_steps {most}: raise it"
         )
-    if args.raise_by and first == most and not args.horizon:
+    if args.raise_by and first == most and not drawn:
         raise UserError(f"--raise_by needs --initial_inner_steps below --max_inner_steps {most}")
     Products(args.products)  # refuses what is not to be had here
     if args.products != "float32" and (args.compile or args.dtype != "float32"):
         raise UserError("--products needs --dtype float32, and goes without --compile")
     if args.compile and args.sparsify:
         raise UserError("--compile does not go with --sparsify, whose rule changes: leave one out")
-    if args.units_range and args.units_range[0] >= args.units_range[1]:
+    if args.units_range and args.units_range[0] > args.units_range[1]:
         raise UserError("--units_range takes a smaller and a larger number of units, such as 16 64")
     if args.compile and args.units_range:
         raise UserError("--compile does not go with --units_range, whose sizes change: "
@@ -346,9 +347,9 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("K", args.method in ("truncated", "lookback", "implicit", "pes"),
          "--method truncated, lookback, implicit or pes"),
         ("sigma pairs", args.method in ("es", "pes"), "--method es or pes"),
-        ("horizon raise_by reinitialize_every", args.method != "pes",
+        ("horizon raise_by reinitialize_every", not windows_of_one,
          "another method than pes, whose trainings begin anew after --initial_inner_steps"),
-        ("initial_inner_steps max_inner_steps raise_by raise_every", not args.horizon,
+        ("initial_inner_steps max_inner_steps raise_by raise_every", not drawn,
          "no --horizon, which draws the number of updates"),
         ("memory compile adjoint_limit loss_times", unrolls, "--method reverse or truncated"),
         ("memory_limit", unrolls and args.memory == "fit", "--memory fit"),
@@ -357,7 +358,7 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("sparsify_from", args.sparsify, "--sparsify"),
         ("raise_every", args.raise_by, "--raise_by"),
         ("finetune_factor", args.finetune_steps, "--finetune_steps"),
-        ("accumulate", args.reinitialize_every > 1 or args.method == "pes",
+        ("accumulate", args.reinitialize_every > 1 or windows_of_one,
          "--reinitialize_every of at least 2"),
         ("units_range", args.layers, "a layer of units, such as 32, that evaluations have"),
         ("steps_below", args.layerwise, "--layerwise"),

@@ -148,10 +148,10 @@ def steps_to_judge(directory: str | Path, config: Mapping[str, Any]) -> int:
     """
     if config.get("evaluation_steps"):
         return config["evaluation_steps"]
-    if config.get("horizon"):
-        return config["horizon"][1]
     if config.get("method") == "pes":
         return config["initial_inner_steps"]
+    if config.get("horizon"):
+        return config["horizon"][1]
     return int(read_metrics(directory).get("inner_steps", [config["initial_inner_steps"]])[-1])
 
 

@@ -395,7 +395,7 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["32", "--memory_limit", "1", "--memory", "keep"], "--memory fit"),
         (["32", "--adjoint_limit", "2", "--method", "es"], "--method reverse or truncated"),
         (["32", "--loss_times", "2", "--method", "forward"], "--method reverse or truncated"),
-        (["32", "--horizon", "20", "20"], "a smaller and a larger number"),
+        (["32", "--horizon", "21", "20"], "a smaller and a larger number"),
         (["32", "--horizon", "20", "40", "--initial_inner_steps", "30"], "needs no --horizon"),
         (["32", "--horizon", "20", "40", "--raise_by", "5"], "needs no --horizon"),
         (["32", "--probe", "ridge", "--probe_gradient", "implicit"], "--probe logistic"),
