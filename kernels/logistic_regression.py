@@ -13,6 +13,9 @@ L-BFGS on all rows, at a few milliseconds an iteration, made short by two metric
    Chin, Neveitt, Nocedal 2011, On the use of stochastic Hessian information.)
 Beyond 2,048 features a D x D matrix would cost more than the solve: columns are scaled, no more.
 With fewer rows than features, W is a sum of the centred rows: directions outside are left out.
+Where one column is so large that the covariance does not see what others say, axes are computed for
+columns of like size together, in float64. (Not beyond 2,048 features: there columns that are nearly
+multiples of each other, to seven digits, stay hard to tell apart.)
 Products run in the features' dtype; whatever is small, and every sum over rows, is float64.
 """
 
@@ -33,6 +36,9 @@ NUMBERS_AT_ONCE = 2**19  # of features in a chunk; bounds the float64 copies
 WHITEN_UP_TO = 2048  # features; above, each column is only scaled
 WHITEN_IN_DOUBLE_UP_TO = 256  # features; above, N D^2 products in double would dominate the solve
 LEAST_VARIANCE = 1e-10  # of the largest, of a direction that fewer rows than features differ in
+LOST_SHARE = 1e-11  # of a column, in directions below that: more than rounding leaves there
+WORST_SCALE = 1e6  # of a direction's variance: the bound it is raised to may be so many times it
+LIKE_SIZE = 1e-4  # of the largest column, of one that is rotated together with it
 JOINT_HESSIAN_UP_TO = 800  # classes * (features + 1); above, one block for each class
 BLOCKS_UP_TO = 512  # features; above, Boehning's bound stays: blocks cost more than they save
 JOINT_ROWS, BLOCK_ROWS = 4096, 16384
@@ -163,6 +169,19 @@ def solve_hessian(
     )
 
 
+def _of_like_size(lengths: Tensor) -> list[Tensor]:
+    """The places of columns in groups, from those of the largest lengths to the smallest."""
+    order = lengths.argsort(descending=True)
+    groups: list[list[int]] = []
+    largest = 0.0
+    for place, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if not groups or length < LIKE_SIZE * largest:
+            groups.append([])
+            largest = length
+        groups[-1].append(place)
+    return [torch.tensor(group, device=lengths.device) for group in groups]
+
+
 def _present(counts: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The classes that have labels, and the labels as places in that list."""
     return counts.nonzero()[:, 0], (torch.cumsum(counts > 0, 0) - 1)[labels]
@@ -177,58 +196,115 @@ class LogisticProblem:
     """
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int, C: float):
-        N, D = features.shape
+        N = len(features)
         self.classes, self.ridge = classes, 1 / (C * N)
         self.of_label = labels * N + torch.arange(N, device=labels.device)  # in [classes, N]
         self.mean = sum(rows.sum(0, dtype=torch.float64) for (rows,) in in_chunks(features)) / N
         if not bool(torch.isfinite(self.mean).all()):
             raise NonFiniteFeatures(_what_is_not_finite(features))
-        if N < D and N <= WHITEN_UP_TO:
-            self.U, variance, coordinates = self._axes_of_few_rows(features)
-        else:
-            product = torch.float64 if D <= WHITEN_IN_DOUBLE_UP_TO else features.dtype
-            self.U, variance = self._principal_axes(features, product)
-            coordinates = None
-        self.scale = (variance + 2 * self.ridge).rsqrt()
-        self.penalty = self.ridge * torch.cat([self.scale**2, self.scale.new_zeros(1)])
-        self.Z = features.new_ones(N, len(variance) + 1)
-        if coordinates is not None:
-            self.Z[:, :-1] = coordinates * self.scale
-            return
+        self.uneven = False  # columns of very unlike sizes, U [D, D]
+        if not (self._whitened_few_rows(features) or self._whitened(features)):
+            self._whitened_by_size(features)
+
+    def _fill(self, features: Tensor, variance: Tensor, product: torch.dtype) -> None:
+        """Scale, penalty and Z of the axes U with these variances, by products of this type."""
+        self._set_scale(variance)
+        self.Z = features.new_ones(len(features), len(variance) + 1)
         T = None if self.U is None else (self.U * self.scale).to(product)
         for rows, z in in_chunks(features, self.Z):
             centred = rows - self.mean
             z[:, :-1] = centred * self.scale if T is None else centred.to(product) @ T
 
-    def _principal_axes(
-        self, features: Tensor, product: torch.dtype
-    ) -> tuple[Tensor | None, Tensor]:
-        """U and the variances along its columns; past WHITEN_UP_TO no U."""
+    def _set_scale(self, variance: Tensor) -> None:
+        self.scale = (variance + 2 * self.ridge).rsqrt()
+        self.penalty = self.ridge * torch.cat([self.scale**2, self.scale.new_zeros(1)])
+
+    def _whitened_few_rows(self, features: Tensor) -> bool:
+        """Sets all of this up from the products of rows with each other; False where that cannot.
+
+        R < N < D axes are enough, unless a column shows in directions that were left out.
+        """
         N, D = features.shape
-        wide = D > WHITEN_UP_TO
+        if not (N < D and N <= WHITEN_UP_TO):
+            return False
+        centred = features.double() - self.mean
+        variance, vectors = torch.linalg.eigh(centred @ centred.T / N)
+        if not bool(torch.isfinite(variance).all()):
+            return False
+        kept = variance > LEAST_VARIANCE * variance[-1]
+        variance, vectors = variance[kept], vectors[:, kept]
+        lengths = (N * variance).sqrt()
+        self.U, coordinates = centred.T @ (vectors / lengths), vectors * lengths
+        if len(variance) < N - 1:
+            lost = torch.linalg.vector_norm(centred - coordinates @ self.U.T, dim=0)
+            if bool((lost > LOST_SHARE * torch.linalg.vector_norm(centred, dim=0)).any()):
+                return False
+        self._set_scale(variance)
+        self.Z = features.new_ones(N, len(variance) + 1)
+        self.Z[:, :-1] = coordinates * self.scale
+        return True
+
+    def _whitened(self, features: Tensor) -> bool:
+        """The same from the covariance of the columns; False where it does not tell enough.
+
+        That is where a variance which matters beside the penalty is far below the bound that the
+        largest one imposes on all.
+        """
+        D = features.shape[1]
+        product = torch.float64 if D <= WHITEN_IN_DOUBLE_UP_TO else features.dtype
+        covariance = self._covariance(features, product, wide=D > WHITEN_UP_TO)
+        if not bool(torch.isfinite(covariance).all()):
+            return False
+        if D > WHITEN_UP_TO:
+            self.U = None
+            self._fill(features, covariance, product)
+            return True
+        sizes = covariance.diagonal().sqrt()
+        self.uneven = bool(LIKE_SIZE * sizes.max() > sizes.median())
+        variance, self.U = torch.linalg.eigh(covariance)
+        bound = 100 * torch.finfo(product).eps * float(variance[-1])
+        raised = variance < bound
+        self._fill(features, variance.clamp_min(bound), product)
+        return not (bool(raised.any()) and self._some_matter(raised, bound))
+
+    def _some_matter(self, raised: Tensor, bound: float) -> bool:
+        """Whether one of the variances that were raised to a bound matters, and is far below it."""
+        squares = sum(z[:, :-1].square().sum(0, dtype=torch.float64) for (z,) in in_chunks(self.Z))
+        variance = squares / len(self.Z) / self.scale**2
+        far = bound + 2 * self.ridge > WORST_SCALE * (variance + 2 * self.ridge)
+        return bool((raised & far & (variance > self.ridge)).any())
+
+    def _covariance(self, features: Tensor, product: torch.dtype, wide: bool) -> Tensor:
+        """[D, D], or of each column [D] where wide."""
+        N, D = features.shape
         covariance = self.mean.new_zeros(D) if wide else self.mean.new_zeros(D, D)
         for (rows,) in in_chunks(features):
             centred = (rows - self.mean).to(torch.float64 if wide else product)
             covariance += centred.square_().sum(0) if wide else centred.T @ centred
-        covariance /= N
-        if not bool(torch.isfinite(covariance).all()):
-            raise NonFiniteFeatures("features are too large: covariance overflows; scale them")
-        if wide:
-            return None, covariance
-        variance, U = torch.linalg.eigh(covariance)
-        return U, variance.clamp_min(100 * torch.finfo(product).eps * float(variance[-1]))
+        return covariance / N
 
-    def _axes_of_few_rows(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """U [D, R], the variances [R], and the rows' coordinates (f - mean) U [N, R].
+    def _whitened_by_size(self, features: Tensor) -> None:
+        """The same with axes that combine columns of like size only, and variances along them.
 
-        R < N < D; by way of the products of rows with each other.
+        An axis of small columns would else hold a share of the large ones, by rounding, and its
+        variance be rounded to nothing beside theirs.
         """
-        centred = features.double() - self.mean
-        variance, vectors = torch.linalg.eigh(centred @ centred.T / len(features))
-        kept = variance > LEAST_VARIANCE * variance[-1]
-        variance, vectors = variance[kept], vectors[:, kept]
-        lengths = (len(features) * variance).sqrt()
-        return centred.T @ (vectors / lengths), variance, vectors * lengths
+        N, D = features.shape
+        covariance = self._covariance(features, torch.float64, wide=True)
+        if not bool(torch.isfinite(covariance).all()):
+            raise NonFiniteFeatures("features are too large: variance overflows; scale them")
+        if D > WHITEN_UP_TO:
+            self.U = None
+            self._fill(features, covariance, torch.float64)
+            return
+        self.U, self.uneven = self.mean.new_zeros(D, D), True
+        for columns in _of_like_size(covariance.sqrt()):
+            some = features[:, columns].double() - self.mean[columns]
+            self.U[columns[:, None], columns] = torch.linalg.eigh(some.T @ some)[1]
+        squares = self.mean.new_zeros(D)
+        for (rows,) in in_chunks(features):
+            squares += ((rows - self.mean) @ self.U).square_().sum(0)
+        self._fill(features, squares / N, torch.float64)
 
     def whiten(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Coordinates V of the classifier (weight, bias)."""
@@ -249,7 +325,7 @@ class LogisticProblem:
 
     def outside(self, weight: Tensor) -> Tensor:
         """The part of weights [classes, D] that is orthogonal to all columns of U."""
-        if self.U is None:
+        if self.U is None or self.uneven:
             return torch.zeros_like(weight)
         return weight - (weight @ self.U) @ self.U.T
 

@@ -39,14 +39,14 @@ def _next_largest(bits, b, group, key, place):
             most = max(most, packed if packed < limit else np.int64(LOWEST))
         key = most >> 32
         return key, units - (most - (key << 32))
-    most, found = np.int64(LOWEST), np.int64(0)
+    most, where = np.int64(LOWEST), np.int64(0)
     for i in range(units):
         number = np.int64(bits[b, group, i])
         number = number if number >= 0 else LOWEST - number
         after = number < key or (number == key and i > place)
         if after and number > most:
-            most, found = number, np.int64(i)
-    return most, found
+            most, where = number, np.int64(i)
+    return most, where
 
 
 @compiled

@@ -158,13 +158,15 @@ class Classifier(nn.Module):
         self.linear = nn.Linear(math.prod(features), classes, dtype=dtype)
         with torch.no_grad():
             for parameter in self.linear.parameters():
-                noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+                options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+                noise = torch.rand(parameter.shape, **options)
                 parameter.copy_((2 * noise - 1) / math.sqrt(self.linear.in_features))
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Logits [batch, classes]; in training what is dropped comes from the generator."""
         x = self.norm(x).flatten(1)
         if self.training and self.dropout:
-            kept = torch.rand(x.shape, generator=generator, dtype=torch.float32) >= self.dropout
+            options = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+            kept = torch.rand(x.shape, **options) >= self.dropout
             x = x * (kept.to(x.device) / (1 - self.dropout)).to(x.dtype)
         return self.linear(x)

@@ -82,8 +82,8 @@ class _Competing:
         """Weights and biases from N(0, spread^2); the generator is on the CPU, torch's without."""
         for parameter in (self.weight, self.bias):
             if parameter is not None:
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.copy_(spread * noise)
+                options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+                parameter.copy_(spread * torch.randn(parameter.shape, **options))
 
     def _powers(self) -> tuple[Tensor, Tensor | None]:
         bias = None if self.bias is None else signed_power(self.bias, self.lebesgue_p)
@@ -187,12 +187,12 @@ class _Competing:
             kernels.powers_and_norms(
                 rows[block].numpy(), int(p), part.numpy(), norms[block].numpy()
             )
-            found = self._respond(x, self._as_weight(part), None)
+            of_block = self._respond(x, self._as_weight(part), None)
             if size >= len(rows):
-                currents = found
+                currents = of_block
             else:
                 currents = x.new_empty(len(x), len(rows)) if currents is None else currents
-                currents[:, block] = found
+                currents[:, block] = of_block
         if self.bias is not None:
             norms += self.bias.abs() ** p
             bias = signed_power(self.bias, p)

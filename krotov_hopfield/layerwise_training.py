@@ -47,7 +47,8 @@ def split_validation(data: Labelled, fraction: float) -> tuple[Labelled, Labelle
     if not 0 < held_out < len(images):
         raise CompetitionError(f"{fraction:g} of {len(images)} images leaves no image on one side: "
                                "expected a fraction between 0 and 1")  # fmt: skip
-    order = torch.randperm(len(images), generator=seeded_generator(SPLIT)).to(images.device)
+    order = torch.randperm(len(images), generator=seeded_generator(SPLIT), device="cpu")
+    order = order.to(images.device)
     train, validation = order[held_out:], order[:held_out]
     return (images[train], labels[train]), (images[validation], labels[validation])
 
@@ -62,10 +63,11 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, flip: bool) -> Ten
     mirrored. The draws are made on the CPU.
     """
     count, _, height, width = images.shape
-    shift = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator)
-    rows, columns = shift[0] + torch.arange(height), shift[1] + torch.arange(width)
+    cpu = {"device": "cpu"}
+    shift = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator, **cpu)
+    rows, columns = shift[0] + torch.arange(height, **cpu), shift[1] + torch.arange(width, **cpu)
     if flip:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        mirrored = torch.rand(count, 1, generator=generator, **cpu) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     device = images.device
     padded = functional.pad(images.float(), (CROP_PADDING,) * 4, "reflect").to(torch.uint8)
@@ -239,36 +241,36 @@ class LayerwiseTraining:
         return round(self.recipe.epochs * (len(self.images) // self.recipe.batch_size))
 
     def _train_layers(self, layers: Sequence[int]) -> dict[str, float]:
-        last, found = min(self.done + self.round_batches, self._batches), []
+        last, rows = min(self.done + self.round_batches, self._batches), []
         judged = self.recipe.patience or self.recipe.threshold  # only then waits for each batch
         while self.done < last and not self._need_no_more(layers):
-            found.append(self._step(layers, self.done))
+            rows.append(self._step(layers, self.done))
             self.done += 1
             if judged:
-                self._judge(layers, found[-1].tolist())
-        if not found:
+                self._judge(layers, rows[-1].tolist())
+        if not rows:
             return {"epoch": 0.0}
-        self._check_finite(layers, torch.stack(found).tolist())
+        self._check_finite(layers, torch.stack(rows).tolist())
         epochs = self.done / self.batches_per_epoch
         plan = self.recipe.layers[layers[0] - 1]
         rate = learning_rate(plan, self.recipe, (self.done - 1) / self.batches_per_epoch)
         numbers = {"epoch": epochs, "learning_rate": rate}
         return numbers | {
-            f"convergence/{k}": value.item() for k, value in zip(layers, found[-1], strict=True)
+            f"convergence/{k}": value.item() for k, value in zip(layers, rows[-1], strict=True)
         }
 
     @torch.no_grad()
     def _step(self, layers: Sequence[int], batch: int) -> Tensor:
         """One update of each of the layers from the batch of this number; convergences [layers]."""
         x = self._batch(layers[0] - 1, batch)
-        found = []
+        reached = []
         for k in layers:
             block, epochs = self.network.blocks[k - 1], batch / self.batches_per_epoch
             rate = learning_rate(self.recipe.layers[k - 1], self.recipe, epochs)
-            found.append(block.layer.training_step(x, rate))
+            reached.append(block.layer.training_step(x, rate))
             if k != layers[-1]:
                 x = block(x)
-        return torch.stack(found)
+        return torch.stack(reached)
 
     def _judge(self, layers: Sequence[int], row: Sequence[float]) -> None:
         """Takes note of the layers' convergence, and whether a batch brought one closer to rest."""
@@ -349,7 +351,7 @@ class LayerwiseTraining:
         epoch, place = divmod(batch, self.batches_per_epoch)
         if self._order_of != (self.stage, epoch):
             generator = seeded_generator(self.seed, ORDER, self.stage, epoch)
-            self._order = torch.randperm(len(self.images), generator=generator)
+            self._order = torch.randperm(len(self.images), generator=generator, device="cpu")
             self._order_of = self.stage, epoch
         size = self.batch_size
         return self._order[place * size : (place + 1) * size].to(self.images.device)
@@ -388,8 +390,8 @@ class LayerwiseTraining:
             if size > self.cache_bytes:
                 return None
             kept = one.movedim(1, -1).new_empty(len(images), *one.movedim(1, -1).shape[1:])
-            for rows in torch.arange(len(images)).split(EXTRACTED_AT_ONCE):
-                part = slice(int(rows[0]), int(rows[-1]) + 1)
+            for first in range(0, len(images), EXTRACTED_AT_ONCE):
+                part = slice(first, min(first + EXTRACTED_AT_ONCE, len(images)))
                 kept[part] = self._features(images[part], depth).movedim(1, -1)
             self._kept[depth, validation] = kept
         return self._kept[depth, validation]

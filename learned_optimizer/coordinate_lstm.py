@@ -68,13 +68,13 @@ def step_(weights: Weights, x: Tensor, state: Tensor) -> Tensor:
     H, chunk = weights.hidden, STEP_CHUNK.get(x.device.type, LARGE_CHUNK)
     space = _Space(weights, min(chunk, x.shape[1]), x)
     for columns in _chunks(x.shape[1], chunk):
-        own = state[:, columns]
-        part = space.of_size(own.shape[1])
-        part.load(x[:, columns], own)
+        some = state[:, columns]
+        part = space.of_size(some.shape[1])
+        part.load(x[:, columns], some)
         _cell(weights.first, part.stacked1, part.c1, part.gates, part.half, part.h1)
         part.stacked2[:H] = part.h1
         _cell(weights.second, part.stacked2, part.c2, part.gates, part.half, part.h2)
-        own.copy_(part.state)
+        some.copy_(part.state)
         u[columns] = torch.addmv(weights.output[0, H:], part.h2.t(), weights.output[0, :H])
     return u
 

@@ -185,11 +185,11 @@ class MetaTraining:
 
     def _pooled(self, window: WindowGradient) -> list[Tensor]:
         """The objective, the mean loss and the meta-gradient over the team's trainings."""
-        own = [window.loss, window.losses.mean(), *window.gradient]
+        mine = [window.loss, window.losses.mean(), *window.gradient]
         if self.team.count == 1:
-            return own
+            return mine
         weight = window.losses.shape[1] / self.settings.tasks
-        shares = self.team.gathered([weight * tensor.cpu() for tensor in own])
+        shares = self.team.gathered([weight * tensor.cpu() for tensor in mine])
         return [sum(parts).to(window.loss.device) for parts in zip(*shares, strict=True)]
 
     def _estimator(self) -> Callable[[Trainings, int], WindowGradient]:
@@ -224,17 +224,17 @@ class MetaTraining:
 
     def _validate(self) -> dict[str, float]:
         """Judges the weights as they are, and selects them if they are the best so far."""
-        found = self.validate()
+        validation = self.validate()
         judged = {
-            "sum": found.losses.sum(1).mean().item(),
-            "end": found.losses[:, -LAST_STEPS:].mean().item(),
+            "sum": validation.losses.sum(1).mean().item(),
+            "end": validation.losses[:, -LAST_STEPS:].mean().item(),
         }
         loss = judged[self.settings.selection]
         if loss < self.best_loss:
             self.best, self.best_loss = copy.deepcopy(self.network.state_dict()), loss
             self.best_epoch = self.epoch
-        self.curves.append(found.losses.mean(0).cpu())
-        for name, of_labels in (("update", found.update), ("gradient", found.gradient)):
+        self.curves.append(validation.losses.mean(0).cpu())
+        for name, of_labels in (("update", validation.update), ("gradient", validation.gradient)):
             for label, values in of_labels.items():
                 self.deviations.setdefault(f"{name}/{label}", []).append(values)
         return {"validation_loss": judged["sum"], "validation_end": judged["end"]}
@@ -253,10 +253,10 @@ class MetaTraining:
             for t in range(steps):
                 # One network tells it as well as all do, at a fraction of the time
                 at = optimizee.unflat(theta[0])
-                for found, v in ((update, -self.network.out_mul * u[t]), (gradient, g)):
+                for curves, v in ((update, -self.network.out_mul * u[t]), (gradient, g)):
                     sizes = mean_deviations(self.symmetries, optimizee.unflat(v[0]), at)
                     for label, size in sizes.items():
-                        found.setdefault(label, []).append(size)
+                        curves.setdefault(label, []).append(size)
                 theta = torch.add(theta, u[t], alpha=self.network.out_mul)
                 g = window.gradients[t]
             trainings = window.end

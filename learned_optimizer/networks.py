@@ -7,8 +7,10 @@
 
 Inputs are detached from theta: no second derivatives. All tensors have a column per coordinate; the
 memory [rows, n] starts at 0 and holds first what the weights act on (the LSTM's state), then what
-is merely seen (running averages). Sources: Andrychowicz et al. 2016 (arXiv 1606.04474) with the
-preprocessing of its appendix A; Metz et al. 2020 (arXiv 2009.11243) for the MLP.
+is merely seen (running averages, a count of steps). It has at least the digits of float32, since in
+bfloat16 a count stops at 256 and in float16 a square overflows at 256.
+Sources: Andrychowicz et al. 2016 (arXiv 1606.04474) with the preprocessing of its appendix A; Metz
+et al. 2020 (arXiv 2009.11243) for the MLP.
 """
 
 import json
@@ -42,6 +44,11 @@ def log_and_sign(g: Tensor, p: float = LARGEST_LOG) -> Tensor:
     return torch.stack([logarithm, torch.where(large, g.sign(), g * math.exp(p))])
 
 
+def memory_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the memory beside weights of this type."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class CoordinateNetwork(nn.Module):
     """What the networks share; `kind` and `settings` are what a file says of them.
 
@@ -67,15 +74,17 @@ class CoordinateNetwork(nn.Module):
         self.settings["out_mul"] = float(factor)
 
     def memory(self, n: int, like: Tensor) -> Tensor:
-        """The memory [rows, n] before the first step."""
-        return like.new_zeros(self.state_rows + self.seen_rows, n)
+        """The memory [rows, n] before the first step, float32 where `like` has fewer digits."""
+        rows = self.state_rows + self.seen_rows
+        return like.new_zeros(rows, n, dtype=memory_dtype(like.dtype))
 
     def observe(
         self, g: Tensor, theta: Tensor, memory: Tensor, sizes: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Inputs [inputs, n] from gradient and parameters [n], and the memory with them seen.
 
-        sizes: how many consecutive coordinates belong to each tensor.
+        The inputs are of the gradient's type, the memory of its own. sizes: how many consecutive
+        coordinates belong to each tensor.
         """
         raise NotImplementedError
 
@@ -139,22 +148,24 @@ class CoordinateLSTM(CoordinateNetwork):
             return rows[0], memory
         seen = list(memory[self.state_rows :])
         if "time" in self.extra_inputs:
-            rows.append((seen[0] / TIME_SCALE).tanh()[None])
+            rows.append((seen[0] / TIME_SCALE).tanh()[None].to(g))
             seen[0] = seen[0] + 1
         if "relative_update" in self.extra_inputs:
-            rows.append(_relative_change(theta, seen[-1], sizes)[None])
-            seen[-1] = theta
+            now = theta.to(memory)
+            rows.append(_relative_change(now, seen[-1], sizes)[None].to(g))
+            seen[-1] = now
         if "parameter" in self.extra_inputs:
             rows.append(theta[None])
         memory = torch.cat([memory[: self.state_rows], *(row[None] for row in seen)])
         return torch.cat(rows), memory
 
     def forward(self, x, memory):
-        h1, c1, h2, c2 = memory[: self.state_rows].chunk(4)
+        h1, c1, h2, c2 = memory[: self.state_rows].to(x).chunk(4)
         h1, c1 = self._cell(0, x, h1, c1)
         h2, c2 = self._cell(1, h1, h2, c2)
         u = (self.output.weight @ h2)[0] + self.output.bias
-        return u, torch.cat([h1, c1, h2, c2, memory[self.state_rows :]])
+        state = torch.cat([h1, c1, h2, c2]).to(memory)
+        return u, torch.cat([state, memory[self.state_rows :]])
 
     def _cell(self, layer: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         w_x, w_h, b_x, b_h = self.lstm.all_weights[layer]
@@ -169,10 +180,10 @@ class CoordinateLSTM(CoordinateNetwork):
     def sequence_gradient(self, x, memory, du):
         weights = coordinate_lstm.Weights.of(self.lstm, self.output)
         state = memory[: self.state_rows]
-        found = weights.gradients_by_module(
+        gradients = weights.gradients_by_module(
             *coordinate_lstm.sequence_gradient(weights, x, state, du)
         )
-        return [g.reshape(p.shape) for g, p in zip(found, self.parameters(), strict=True)]
+        return [g.reshape(p.shape) for g, p in zip(gradients, self.parameters(), strict=True)]
 
 
 class CoordinateMLP(CoordinateNetwork):
@@ -199,14 +210,15 @@ class CoordinateMLP(CoordinateNetwork):
 
     def observe(self, g, theta, memory, sizes):
         *averages, squares, steps = memory
-        g, steps = g.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT), steps + 1
+        dtype, theta = g.dtype, theta.to(memory)
+        g, steps = g.to(memory).clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT), steps + 1
         averages = [d * m + (1 - d) * g for d, m in zip(DECAYS, averages, strict=True)]
         squares = DECAYS[-1] * squares + (1 - DECAYS[-1]) * g.square()
         corrected = [m / (1 - d**steps) for d, m in zip(DECAYS, averages, strict=True)]
         size = (squares / (1 - DECAYS[-1] ** steps)).sqrt()
         rows = torch.stack([g, *corrected, theta, g / (size + 1e-12)])
         x = torch.cat([_over_its_size(rows, sizes), (steps / TIME_SCALE).tanh()[None]])
-        return x, torch.stack([*averages, squares, steps])
+        return x.to(dtype), torch.stack([*averages, squares, steps])
 
     def forward(self, x, memory):
         direction, size = self.layers(x.t()).t()
@@ -223,8 +235,8 @@ class CoordinateMLP(CoordinateNetwork):
         pairs = zip(columns.split(MLP_CHUNK, 1), du.split(MLP_CHUNK), strict=True)
         for some, weights in pairs:
             u, _ = self(some, memory)
-            found = torch.autograd.grad((u * weights).sum(), list(self.parameters()))
-            torch._foreach_add_(total, found)
+            gradients = torch.autograd.grad((u * weights).sum(), list(self.parameters()))
+            torch._foreach_add_(total, gradients)
         return total
 
 

@@ -47,8 +47,10 @@ class Optimizee(nn.Module):
         which is seeded and restored around it; it is used in the mode, training or not, in which
         it comes. loss_of: (outputs, targets) -> scalar.
     layers: the modules without children, and those with parameters of their own, in their order;
-        params holds one dict for each. Running statistics are never updated.
-    Raises OptimizerError for a module without parameters, and for one that draws random numbers.
+        params holds one dict for each. Running statistics are never updated. Frozen parameters,
+        those with requires_grad=False, are not in params: they stay what the first module had.
+    Raises OptimizerError for a module without parameters to optimise, and for one that draws random
+    numbers: for its layers here, for what else it does at the first call of `gradients`.
     """
 
     def __init__(
@@ -58,17 +60,18 @@ class Optimizee(nn.Module):
         self.make_module, self.loss_of = make_module, loss_of
         module = self._drawn(torch.Generator())
         _refuse_random(module)
-        own = [
+        layers = [
             (name, layer)
             for name, layer in module.named_modules()
             if not list(layer.children()) or list(layer.parameters(recurse=False))
         ]
-        self._names = _parameter_names(own)
+        self._names = _parameter_names(layers)
         if not any(self._names):
             raise OptimizerError("the model has no parameters: there is nothing to optimise")
         self._shapes = [[module.get_parameter(n).shape for n in names] for names in self._names]
         self._module = [module]  # in a list, lest its parameters count as this model's
-        self.layers = [layer for _, layer in own]
+        self._draws_nothing = False  # not yet known
+        self.layers = [layer for _, layer in layers]
 
     def extra_repr(self) -> str:
         return f"{sum(self.sizes())} parameters"
@@ -99,6 +102,9 @@ class Optimizee(nn.Module):
         for name, buffer in module.named_buffers():
             dtype = like.dtype if buffer.is_floating_point() else buffer.dtype
             values[name] = buffer.to(x.device, dtype, copy=True)
+        for name, p in module.named_parameters():
+            if not p.requires_grad:
+                values[name] = p.to(x.device, like.dtype)
         return functional_call(module, values, (x,))
 
     def calls(self, x: Tensor, params: Params) -> list[int]:
@@ -139,6 +145,8 @@ class Optimizee(nn.Module):
         self, theta: Tensor, batches: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """Losses [K] and gradients [K, n] of K networks theta [K, n], each on its own batch."""
+        if not self._draws_nothing:
+            self._check_draws_nothing(theta[0], batches[0])
         if len(batches) > 1 and not any(True for _ in self._module[0].buffers()):
             return self._gradients_at_once(theta, batches)
         losses, gradients = zip(*map(self._gradient, theta, batches), strict=True)
@@ -149,8 +157,20 @@ class Optimizee(nn.Module):
             params = self.unflat(theta.detach())
             leaves = [t.requires_grad_() for layer in params for t in layer.values()]
             loss = self.loss(params, batch)
-            found = torch.autograd.grad(loss, leaves, materialize_grads=True)  # 0 where not used
-        return loss.detach(), torch.cat([g.flatten() for g in found])
+            gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)  # 0: not used
+        return loss.detach(), torch.cat([g.flatten() for g in gradients])
+
+    @torch.no_grad()
+    def _check_draws_nothing(self, theta: Tensor, batch: tuple[Tensor, Tensor]) -> None:
+        """OptimizerError where a loss moves torch's global generators: no training owns these."""
+        before = _generator_states(theta.device)
+        self.loss(self.unflat(theta), batch)
+        if not all(map(torch.equal, before, _generator_states(theta.device))):
+            raise OptimizerError(
+                "the model draws random numbers in its forward pass: leave that out, or call its "
+                "eval()"
+            )
+        self._draws_nothing = True
 
     def _gradients_at_once(
         self, theta: Tensor, batches: Sequence[tuple[Tensor, Tensor]]
@@ -166,7 +186,7 @@ class Optimizee(nn.Module):
         return zip(self._names, params, strict=True)
 
     def _drawn(self, generator: torch.Generator) -> nn.Module:
-        seed = int(torch.randint(2**62, (), generator=generator))
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.make_module()
@@ -192,8 +212,8 @@ def make_task(
 
     images: [N, C, H, W], uint8 or, in [0, 1] or otherwise scaled, floating-point numbers. labels:
     int64 [N], the largest of which tells how many classes there are. norm_eps: of batch norm.
-    Raises OptimizerError for an unknown name, and where the images do not fill a batch or have not
-    a label each.
+    Raises OptimizerError for an unknown name, where the images do not fill a batch or have not a
+    label each, and for batch norm where a batch is one number for each unit.
     """
     if name == "quadratic":
         device = images.device
@@ -209,6 +229,8 @@ def make_task(
             f"{list(labels.shape)}"
         )
     optimizee = image_optimizee(name, images.shape[1:], int(labels.max()) + 1, norm_eps)
+    if batch_size == 1:
+        _refuse_batch_norm_of_one(name, optimizee, _floats(images[:1], dtype))
     return Task(
         optimizee, lambda generator: labelled_batches(images, labels, batch_size, generator, dtype)
     )
@@ -218,19 +240,19 @@ def image_optimizee(
     name: str, input_shape: Sequence[int] = (1, 28, 28), classes: int = 10, norm_eps: float = 1e-5
 ) -> Optimizee:
     """A network of the names above, its outputs the logits of the classes."""
-    found = NAMED.fullmatch(name)
-    sizes = [int(size) for size in found[2].split("-")] if found else []
-    if not found or 0 in sizes:
+    parts = NAMED.fullmatch(name)
+    sizes = [int(size) for size in parts[2].split("-")] if parts else []
+    if not parts or 0 in sizes:
         raise OptimizerError(
             f"unknown optimizee {name!r}; such as sigmoid20, relu128-128, relu20bn, leaky_relu20, "
             "softplus20, conv16-32, quadratic"
         )
     if max(sizes) > LARGEST_LAYER:
         raise OptimizerError(f"{name} is too large: layers have at most {LARGEST_LAYER:,} units")
-    make = convolutional if found[1] == "conv" else perceptron
-    activation = ACTIVATIONS.get(found[1], nn.ReLU)
+    make = convolutional if parts[1] == "conv" else perceptron
+    activation = ACTIVATIONS.get(parts[1], nn.ReLU)
     return Optimizee(
-        lambda: make(input_shape, sizes, classes, activation, bool(found[3]), norm_eps)
+        lambda: make(input_shape, sizes, classes, activation, bool(parts[3]), norm_eps)
     )
 
 
@@ -295,7 +317,9 @@ def quadratic_batches(
     generator: torch.Generator, dtype: torch.dtype, device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One W [10, 10] and y [10], normal, again and again."""
-    numbers = torch.randn(QUADRATIC, QUADRATIC + 1, generator=generator, dtype=dtype).to(device)
+    shape = QUADRATIC, QUADRATIC + 1
+    place = {"dtype": dtype, "device": generator.device}
+    numbers = torch.randn(shape, generator=generator, **place).to(device)
     while True:
         yield numbers[:, :-1], numbers[:, -1]
 
@@ -312,7 +336,8 @@ def labelled_batches(
     They come in a new order at each pass. What is left at its end, less than a batch, is dropped.
     """
     while True:
-        order = torch.randperm(len(images), generator=generator).to(images.device)
+        order = torch.randperm(len(images), generator=generator, device=generator.device)
+        order = order.to(images.device)
         for index in order.split(batch_size):
             if len(index) == batch_size:
                 yield _floats(images.index_select(0, index), dtype), labels[index]
@@ -326,14 +351,34 @@ def _floats(images: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _parameter_names(layers: Sequence[tuple[str, nn.Module]]) -> list[list[str]]:
-    """Per layer the full names of its parameters; one that layers share belongs to the first."""
+    """Per layer the full names of its parameters that are not frozen.
+
+    One that layers share belongs to the first.
+    """
     seen: set[int] = set()
     names = []
     for prefix, layer in layers:
-        own = [(n, p) for n, p in layer.named_parameters(recurse=False) if id(p) not in seen]
-        seen.update(id(p) for _, p in own)
-        names.append([f"{prefix}.{n}" if prefix else n for n, _ in own])
+        named = layer.named_parameters(recurse=False)
+        new = [(n, p) for n, p in named if p.requires_grad and id(p) not in seen]
+        seen.update(id(p) for _, p in new)
+        names.append([f"{prefix}.{n}" if prefix else n for n, _ in new])
     return names
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
+    """The states of torch's global generators that a computation on the device may move."""
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
+
+
+@torch.no_grad()
+def _refuse_batch_norm_of_one(name: str, optimizee: Optimizee, image: Tensor) -> None:
+    """OptimizerError where a single image leaves batch norm no variance."""
+    params = optimizee.initial(torch.Generator().manual_seed(0), image.dtype, image.device)
+    try:
+        optimizee(image, params)
+    except ValueError as problem:
+        raise OptimizerError(f"{name} needs batches of at least 2 images: {problem}") from problem
 
 
 def _refuse_random(module: nn.Module) -> None:

@@ -7,24 +7,29 @@
 The networks are in networks.py, how they are trained in meta_training.py.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from learned_optimizer.errors import NonFiniteError, OptimizerError
-from learned_optimizer.networks import CoordinateNetwork
+from learned_optimizer.networks import CoordinateNetwork, memory_dtype
 
 
 class LearnedOptimizer(torch.optim.Optimizer):
     """A learned optimiser for the parameters of any model.
 
-    lr multiplies the step out_mul u, per group; 1 is what the network was trained with, and
-    schedulers work as with every optimiser. The memory of a parameter, [rows, numel], is in `state`
-    under "memory", in the type of the network's weights, also where the parameter's is another.
-    Parameters without a gradient, and empty ones, are passed over. Raises OptimizerError for no or
-    complex parameters, for a wrong lr, and for sparse gradients; NonFiniteError, before anything
-    has changed, where a gradient is not finite in the type of the network's weights.
+    params: tensors, or groups of them as dicts. network: makes the steps of all. lr: multiplies
+    the step out_mul u, per group; 1 is what the network was trained with, and schedulers work as
+    with every optimiser.
+
+    The memory of a parameter, [rows, numel], is in `state` under "memory", in the type of the
+    network's weights or float32 if that has fewer digits, also where the parameter's type is
+    another. Parameters without a gradient, and empty ones, are passed over. Raises OptimizerError
+    for no or complex parameters, for one given twice, for a wrong lr, and for sparse gradients;
+    NonFiniteError, before anything has changed, where a gradient is not finite in the type of the
+    network's weights.
     """
 
     def __init__(
@@ -40,8 +45,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     def add_param_group(self, param_group: dict) -> None:
-        """As every optimiser's; OptimizerError for a wrong lr and for no or complex parameters."""
-        super().add_param_group(param_group)
+        """As every optimiser's; OptimizerError for a wrong lr, no, complex or double ones."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
+            super().add_param_group(param_group)
         group = self.param_groups[-1]
         problem = None
         if not 0 <= group["lr"] < float("inf"):
@@ -50,6 +57,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
             problem = "a group has no parameters: leave it out"
         elif any(p.is_complex() for p in group["params"]):
             problem = "complex parameters are not supported; take real ones"
+        elif len(set(group["params"])) < len(group["params"]):
+            problem = "a parameter is in its group twice, and would be moved twice; give each once"
         if problem:
             self.param_groups.pop()
             raise OptimizerError(problem)
@@ -81,7 +90,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if weights.device != p.device:
             weights = next(self.network.to(p.device).parameters())
         theta = p.flatten().to(weights.dtype)
-        memory = state["memory"].to(weights.dtype) if state else self.network.memory(len(g), g)
+        if state:
+            memory = state["memory"].to(memory_dtype(weights.dtype))
+        else:
+            memory = self.network.memory(len(g), g)
         x, state["memory"] = self.network.observe(g, theta, memory, [len(g)])
         u = self.network.step_(x, state["memory"])
         p.add_(u.view_as(p), alpha=lr * self.network.out_mul)
@@ -111,6 +123,10 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for p, memory in memories.items():  # torch has rounded them to the parameters' type
             self.state[p]["memory"] = memory.to(p.device, copy=True)
+
+    def __getstate__(self) -> dict:
+        """As every optimiser's, and the network: for copy.deepcopy, pickle and torch.save."""
+        return super().__getstate__() | {"network": self.network}
 
     def state_dict(self) -> dict:
         """As every optimiser's, and which network its memory is of."""

@@ -90,7 +90,7 @@ class Symmetry:
 
     def deviations(self, v: Params, theta: Params) -> Tensor:
         """<v, xi> of each unit, [units]."""
-        return sum((own * xi).sum(1) for own, xi in self._pairs(v, theta))
+        return sum((part * xi).sum(1) for part, xi in self._pairs(v, theta))
 
     def relative(self, v: Params, theta: Params) -> Tensor:
         """<v, xi> / (|v| |xi|) of each unit, over its own parameters; 0 where v is."""
@@ -103,8 +103,8 @@ class Symmetry:
     def holds(self, v: Params, theta: Params) -> bool:
         """Whether all deviations of a gradient v in float64 are roundoff."""
         whole = math.hypot(*(t.norm().item() for layer in v for t in layer.values()))
-        own, xi = (squares.sqrt() for squares in self._squares(v, theta))
-        allowed = (TOLERANCE * own + ROUNDOFF * whole) * xi
+        part, xi = (squares.sqrt() for squares in self._squares(v, theta))
+        allowed = (TOLERANCE * part + ROUNDOFF * whole) * xi
         return bool((self.deviations(v, theta).abs() <= allowed).all())
 
     def _squares(self, v: Params, theta: Params) -> list[Tensor]:
@@ -154,7 +154,8 @@ def _random_point(optimizee: Optimizee) -> Params:
     """Parameters in float64, none of which is at a value, such as 0, that hides something."""
     generator = seeded_generator(0)
     params = optimizee.initial(generator, torch.float64)
-    noise = [torch.randn(n, generator=generator, dtype=torch.float64) for n in optimizee.sizes()]
+    options = {"generator": generator, "dtype": torch.float64, "device": generator.device}
+    noise = [torch.randn(n, **options) for n in optimizee.sizes()]
     return optimizee.unflat(optimizee.flat(params) + 0.1 * torch.cat(noise))
 
 
@@ -162,7 +163,7 @@ def _between_layers(
     layers: Sequence[nn.Module], order: Sequence[int], params: Params
 ) -> list[Symmetry]:
     """Scale and rescale symmetries, and controls, that layers used in this order may have."""
-    found = {}  # a pair of layers may be used repeatedly
+    symmetries = {}  # a pair of layers may be used repeatedly
     source, control = None, False  # the last weighted or affine layer; whether sigmoids came since
     for number in order:
         layer = layers[number]
@@ -174,13 +175,13 @@ def _between_layers(
             else:
                 new = None if control else Symmetry("scale", str(source), _incoming(source, params))
             if new:
-                found[new.label, new.place] = new
+                symmetries[new.label, new.place] = new
             source, control = (number if _owns_its_weights(layer, params[number]) else None), False
         elif isinstance(layer, INHOMOGENEOUS):
             control = True
         elif not isinstance(layer, HOMOGENEOUS):
             source = None
-    return list(found.values())
+    return list(symmetries.values())
 
 
 def _of_logits(layers: Sequence[nn.Module], order: Sequence[int], params: Params) -> list[Symmetry]:
@@ -193,9 +194,9 @@ def _of_logits(layers: Sequence[nn.Module], order: Sequence[int], params: Params
     return [Symmetry("translation", f"{last}.{part.name}", (part,)) for part in parts]
 
 
-def _owns_its_weights(layer: nn.Module, own: dict[str, Tensor]) -> bool:
+def _owns_its_weights(layer: nn.Module, params: dict[str, Tensor]) -> bool:
     """Whether weight and bias are parameters of this layer; an earlier one may own what is tied."""
-    return "weight" in own and (getattr(layer, "bias", None) is None or "bias" in own)
+    return "weight" in params and (getattr(layer, "bias", None) is None or "bias" in params)
 
 
 def _incoming(number: int, params: Params) -> tuple[Part, ...]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from hypergradients import Pairs, evolution_strategies, persistent_evolution_strategies
+from learned_optimizer.errors import OptimizerError
 from learned_optimizer.networks import CoordinateNetwork
 from learned_optimizer.optimizees import Optimizee
 
@@ -91,8 +92,18 @@ def start(
     network: CoordinateNetwork, optimizee: Optimizee, theta: Tensor, batches: Sequence[Iterator]
 ) -> tuple[Trainings, Tensor]:
     """K trainings before their first step from theta [K, n], and their losses [K]."""
-    losses, gradient = optimizee.gradients(theta, [next(own) for own in batches])
+    losses, gradient = optimizee.gradients(theta, _next_of(batches))
     return Trainings(theta, network.memory(theta.numel(), theta), gradient, batches), losses
+
+
+def _next_of(iterators: Sequence[Iterator]) -> list:
+    """The next batch of each training. Raises OptimizerError where one has ended."""
+    try:
+        return [next(batches) for batches in iterators]
+    except StopIteration:
+        raise OptimizerError(
+            "a training's batches have ended; give an iterator that goes on"
+        ) from None
 
 
 @torch.no_grad()
@@ -107,7 +118,7 @@ def roll_out(
         x, memory = network.observe(g.flatten(), theta.flatten(), memory, sizes)
         u = network.step_(x, memory)
         theta = torch.add(theta, u.view_as(theta), alpha=network.out_mul)
-        loss, g = optimizee.gradients(theta, [next(own) for own in trainings.batches])
+        loss, g = optimizee.gradients(theta, _next_of(trainings.batches))
         for kept, value in zip((inputs, updates, losses, gradients), (x, u, loss, g), strict=True):
             kept.append(value)
     end = replace(trainings, theta=theta, memory=memory, gradient=g)
@@ -138,7 +149,8 @@ def suffix_sum_gradient(
         du = du[:, chosen]
     else:
         likely = inclusion_probabilities(norms, coordinates)
-        draws = torch.rand(likely.shape, generator=generator, dtype=likely.dtype)
+        device = "cpu" if generator is None else generator.device
+        draws = torch.rand(likely.shape, generator=generator, dtype=likely.dtype, device=device)
         chosen = (draws.to(likely) < likely).nonzero()[:, 0]
         du = du[:, chosen] / likely[chosen]
     gradient = network.sequence_gradient(
@@ -225,9 +237,11 @@ def autograd_gradient(
         if objective.penalty is not None:
             penalty = penalty + sum(map(objective.penalty, theta, -step)) / len(theta)
         theta = theta + step
-        batches = [next(own) for own in trainings.batches]
+        batches = _next_of(trainings.batches)
         pairs = zip(theta, batches, strict=True)
-        loss = torch.stack([optimizee.loss(optimizee.unflat(own), batch) for own, batch in pairs])
+        loss = torch.stack(
+            [optimizee.loss(optimizee.unflat(vector), batch) for vector, batch in pairs]
+        )
         (g,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
         losses.append(loss)
     losses = torch.stack(losses)
@@ -289,7 +303,7 @@ class _Window:
     def __init__(self, network, optimizee, trainings: Trainings, steps: int, objective) -> None:
         self.network, self.optimizee, self.trainings = network, optimizee, trainings
         self.objective, self.weights = objective, list(network.parameters())
-        self.batches = [[next(own) for own in trainings.batches] for _ in range(steps)]
+        self.batches = [_next_of(trainings.batches) for _ in range(steps)]
 
     def tree(self) -> list[Tensor]:
         trainings = self.trainings
@@ -318,7 +332,7 @@ class _Window:
 
     def result(self, gradient: Sequence[Tensor]) -> WindowGradient:
         """The gradient, and the window with unperturbed weights."""
-        drawn = [iter(own) for own in zip(*self.batches, strict=True)]
+        drawn = [iter(batches) for batches in zip(*self.batches, strict=True)]
         start = replace(self.trainings, batches=drawn)
         window = roll_out(self.network, self.optimizee, start, len(self.batches))
         loss, penalty = self.objective.of_losses(window.losses), self.objective.penalty

@@ -15,12 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from one_pass.errors import OnePassError
 from one_pass.objectives import Batch, Buffers, Linearization, MLPObjective
 
 
 @dataclass(frozen=True)
 class CompiledMLPObjective(MLPObjective):
-    """As MLPObjective for sizes (inputs, units, 1) and the mean squared error, on the CPU."""
+    """As MLPObjective for sizes (inputs, units, 1) and the mean squared error, on the CPU.
+
+    Raises OnePassError for other sizes and losses.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.sizes) != 3 or self.sizes[2] != 1 or self.loss != "mse":
+            raise OnePassError(
+                f"the loops are for sizes (inputs, units, 1) and mse, got {self.sizes} and "
+                f"{self.loss}; take MLPObjective"
+            )
 
     def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
         """The loss around `weights`; the runs are spread over torch's number of threads."""

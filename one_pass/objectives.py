@@ -5,8 +5,8 @@ A run's weights are one flat vector, so that what an optimiser does with them is
 
     objective = MLPObjective((8, 50, 1), "mse")
     weights, buffers = objective.initial(generators)             # one generator for each run
-    found = objective.linearize(weights, buffers, Batch(inputs, targets, shared=True))
-    found.loss, found.gradient, found.hessian_product(vectors)   # [D], [D, P], [D, P]
+    at = objective.linearize(weights, buffers, Batch(inputs, targets, shared=True))
+    at.loss, at.gradient, at.hessian_product(vectors)            # [D], [D, P], [D, P]
 
 `MLPObjective` has gradient and Hessian product in closed form (Pearlmutter's R operator, Neural
 Computation 1994): a product costs two matrix products a layer, as many as the gradient.
@@ -14,7 +14,8 @@ Computation 1994): a product costs two matrix products a layer, as many as the g
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -22,6 +23,8 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
+
+from one_pass.errors import OnePassError
 
 Buffers = dict[str, Tensor]
 
@@ -109,12 +112,18 @@ class MLPObjective:
     Attributes:
         sizes: inputs, hidden units of each layer, outputs.
         loss: "mse" (targets [B, outputs]) or "cross_entropy" (targets int64 [B]).
+    Raises OnePassError for fewer than two sizes, one below 1, and an unknown loss.
     """
 
     sizes: tuple[int, ...]
     loss: str
 
     recurrent = False
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
+        if len(self.sizes) < 2 or min(self.sizes) < 1:
+            raise OnePassError(f"sizes are at least two numbers from 1, got {self.sizes}")
 
     @property
     def classifies(self) -> bool:
@@ -142,8 +151,8 @@ class MLPObjective:
 
     def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
         """As `linearize`: without buffers there is no difference."""
-        found = self.linearize(weights, buffers, batch)
-        return HeldOut(found.loss, found.gradient, buffers)
+        linearization = self.linearize(weights, buffers, batch)
+        return HeldOut(linearization.loss, linearization.gradient, buffers)
 
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
@@ -159,7 +168,8 @@ class MLPObjective:
         parts = []
         for fan_in, fan_out in pairwise(self.sizes):
             count = (fan_in + 1) * fan_out
-            uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+            options = {"generator": generator, "dtype": torch.float64, "device": generator.device}
+            uniform = torch.rand(count, **options)
             parts.append((2 * uniform - 1) / math.sqrt(fan_in))
         return torch.cat(parts)
 
@@ -282,14 +292,24 @@ class ModuleObjective:
 
     Attributes:
         module: the network. In training mode it may change its buffers (batch norm, hidden states).
+            Frozen parameters, those with requires_grad=False, stay what they are here and belong
+            to no run; of a module in training mode, parts that are in evaluation mode remain so.
         loss: "mse" (targets as the outputs) or "cross_entropy" (outputs [B, classes, ...], targets
             int64 [B, ...]).
+    Raises OnePassError for a module without parameters to train, for an unknown loss and, from its
+    methods, for one that draws random numbers in training: a run would depend on its neighbours,
+    and the Hessian would be that of another draw than the gradient.
     """
 
     module: nn.Module
     loss: str
 
     recurrent = False
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
+        if not self._trained():
+            raise OnePassError("the module has no parameters that require a gradient")
 
     @property
     def classifies(self) -> bool:
@@ -299,10 +319,14 @@ class ModuleObjective:
     def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
         """What the layers' own reset_parameters draw, on a seed from each run's generator; float64.
 
-        torch's global generator, which those draw from, is left as it was.
+        torch's global generator, which those draw from, is left as it was; frozen layers too.
         """
+        frozen = [(p, p.detach().clone()) for p in self.module.parameters() if not p.requires_grad]
         with torch.random.fork_rng(devices=[]):
             weights = torch.stack([self._one_initial(generator) for generator in generators])
+        with torch.no_grad():
+            for p, value in frozen:
+                p.copy_(value)
         buffers = {
             name: buffer.expand(len(generators), *buffer.shape).clone()
             for name, buffer in self.module.named_buffers()
@@ -311,41 +335,61 @@ class ModuleObjective:
 
     def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
         """The loss around `weights`, in training mode."""
-        self.module.train()
-        each = self._over_runs(grad(self._loss, has_aux=True), batch)
-        gradient, (loss, after) = each(weights, buffers, batch.inputs, batch.targets)
+        gradient, (loss, after) = self._over_runs(
+            grad(self._loss, has_aux=True), batch, weights, buffers
+        )
 
         def hessian_product(vectors: Tensor) -> Tensor:
-            self.module.train()
-            each = self._over_runs(self._hessian_product, batch, vectors=True)
-            return each(weights, buffers, batch.inputs, batch.targets, vectors)
+            return self._over_runs(self._hessian_product, batch, weights, buffers, vectors)
 
         return Linearization(loss, gradient, after, hessian_product)
 
     def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
         """Loss and gradient in evaluation mode, which leaves the statistics of batch norm alone."""
-        self.module.eval()
-        each = self._over_runs(grad(self._loss, has_aux=True), batch)
-        gradient, (loss, after) = each(weights, buffers, batch.inputs, batch.targets)
+        with in_evaluation_mode(self.module):
+            gradient, (loss, after) = self._over_runs(
+                grad(self._loss, has_aux=True), batch, weights, buffers, training=False
+            )
         return HeldOut(loss, gradient, after)
 
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
     ) -> Evaluation:
         """Mean loss and accuracy over all samples, in evaluation mode."""
-        self.module.eval()
 
         def outputs(runs: slice, rows: slice) -> Tensor:
             some = {name: buffer[runs] for name, buffer in buffers.items()}
             each = vmap(self._outputs, in_dims=(0, 0, None))
             return each(weights[runs], some, inputs[rows])[0]
 
-        return _over_all(outputs, len(weights), targets)
+        with in_evaluation_mode(self.module):
+            return _over_all(outputs, len(weights), targets)
 
-    def _over_runs(self, function: Callable, batch: Batch, vectors: bool = False) -> Callable:
+    def _over_runs(
+        self,
+        function: Callable,
+        batch: Batch,
+        weights: Tensor,
+        buffers: Buffers,
+        *vectors: Tensor,
+        training: bool = True,
+    ):
+        """`function` of each run's weights, buffers, inputs, targets and vectors."""
+        if training and not self.module.training:
+            self.module.train()
         samples = None if batch.shared else 0
-        dims = (0, 0, samples, samples, 0) if vectors else (0, 0, samples, samples)
-        return vmap(function, in_dims=dims, randomness="different")
+        dims = (0, 0, samples, samples, *(0 for _ in vectors))
+        try:
+            return vmap(function, in_dims=dims)(
+                weights, buffers, batch.inputs, batch.targets, *vectors
+            )
+        except RuntimeError as problem:
+            if "randomness" not in str(problem):
+                raise
+            raise OnePassError(
+                "the module draws random numbers (dropout?), and these would differ with a run's "
+                "neighbours and from gradient to Hessian: leave that out"
+            ) from problem
 
     def _hessian_product(
         self, flat: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor, vector: Tensor
@@ -371,21 +415,43 @@ class ModuleObjective:
 
     def _outputs(self, flat: Tensor, buffers: Buffers, inputs: Tensor) -> tuple[Tensor, Buffers]:
         """One run's outputs, and its buffers afterwards."""
-        shapes = {name: weight.shape for name, weight in self.module.named_parameters()}
+        shapes = {name: weight.shape for name, weight in self._trained().items()}
         parts = flat.split([shape.numel() for shape in shapes.values()])
         named = zip(shapes.items(), parts, strict=True)
         weights = {name: part.view(shape) for (name, shape), part in named}
         after = {name: buffer.clone() for name, buffer in buffers.items()}  # changed in place
         return functional_call(self.module, {**weights, **after}, (inputs,)), after
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
     def _one_initial(self, generator: Generator) -> Tensor:
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+        torch.manual_seed(int(seed))
         for part in self.module.modules():
-            if hasattr(part, "reset_parameters"):
+            weights = list(part.parameters(recurse=False))
+            frozen = weights and not any(p.requires_grad for p in weights)
+            if hasattr(part, "reset_parameters") and not frozen:
                 part.reset_parameters()
-        return torch.cat(
-            [weight.detach().flatten() for weight in self.module.parameters()]
-        ).double()
+        return torch.cat([p.detach().flatten() for p in self._trained().values()]).double()
+
+
+@contextmanager
+def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode; afterwards each of its parts in its own again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def check_loss(loss: str) -> None:
+    """OnePassError for the name of a loss that is not there."""
+    if loss not in _LOSSES:
+        raise OnePassError(f"loss {loss!r} is unknown; choose from {', '.join(_LOSSES)}")
 
 
 _TORCH_LOSSES = {"mse": nn.functional.mse_loss, "cross_entropy": nn.functional.cross_entropy}

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
+from one_pass.errors import OnePassError
 from one_pass.objectives import Batch
 
 
@@ -40,12 +41,14 @@ class FullBatches:
 class ShuffledBatches:
     """Batches of `size` samples from a new permutation each epoch, another one for every run.
 
-    There are at least `size` samples.
+    size: from 1 to the number of samples; OnePassError for others.
     """
 
     def __init__(
         self, inputs: Tensor, targets: Tensor, size: int, generators: Sequence[Generator]
     ) -> None:
+        if not 1 <= size <= len(inputs):
+            raise OnePassError(f"batch size {size} must be from 1 to {len(inputs)}, the samples")
         self.inputs, self.targets = inputs, targets
         self.size, self.generators = size, generators
         self._orders, self._position = self._new_orders(), 0
@@ -70,7 +73,8 @@ class ShuffledBatches:
             generator.set_state(saved.clone())  # not a view of several
 
     def _new_orders(self) -> Tensor:
-        orders = [torch.randperm(len(self.inputs), generator=g) for g in self.generators]
+        count = len(self.inputs)
+        orders = [torch.randperm(count, generator=g, device=g.device) for g in self.generators]
         return torch.stack(orders).to(self.inputs.device)
 
 

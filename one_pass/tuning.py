@@ -252,7 +252,9 @@ def initial_hyperparameters(generators: Sequence[Generator]) -> dict[str, Tensor
     log10 lr is U(-6, -1), log10 weight decay U(-7, -2), momentum U(0, 1), the factor of a stepped
     learning rate U(.995, 1.001).
     """
-    uniform = torch.stack([torch.rand(4, generator=g, dtype=torch.float64) for g in generators])
+    uniform = torch.stack(
+        [torch.rand(4, generator=g, dtype=torch.float64, device=g.device) for g in generators]
+    )
     lr, decay, momentum, factor = uniform.split(1, dim=1)
     return {
         "lr": 10 ** (-6 + 5 * lr),
@@ -333,8 +335,17 @@ class Tuning:
         self.state, self.hyperparameters = state, natural(state.raw, self.settings)
 
     def advance(self, steps: int) -> None:
-        """Take `steps` weight steps; begins and ends between two hyperparameter steps."""
+        """Take `steps` weight steps, with the hyperparameter steps that fall among them.
+
+        OnePassError where the method is unrolled and this does not begin between two of these: the
+        weight steps that it would differentiate through are gone.
+        """
         settings, state = self.settings, self.state
+        if settings.method == "unrolled" and state.step % settings.every:
+            raise OnePassError(
+                f"unrolled steps begin after a multiple of every = {settings.every} weight steps, "
+                f"not after {state.step}"
+            )
         window: deque[WeightStep] = deque(maxlen=settings.look_back)
         for _ in range(steps):
             step = self._weight_step()
@@ -352,9 +363,9 @@ class Tuning:
     def _weight_step(self) -> WeightStep:
         state = self.state
         batch = self.training.next()
-        found = self.objective.linearize(state.weights, state.buffers, batch)
+        linearization = self.objective.linearize(state.weights, state.buffers, batch)
         step = weight_step(
-            found,
+            linearization,
             batch,
             state.weights,
             state.buffers,
@@ -364,17 +375,17 @@ class Tuning:
             self.settings.clip_norm,
         )
         state.weights, state.momentum_buffer = step.after, step.new_buffer
-        state.buffers, state.fresh = found.buffers, False
+        state.buffers, state.fresh = linearization.buffers, False
         state.step += 1
         return step
 
     def _validation_gradient(self) -> Tensor:
         state, recurrent = self.state, self.objective.recurrent
         entering = state.held_out_buffers if recurrent else state.buffers
-        found = self.objective.held_out(state.weights, entering, self.validation.next())
+        held_out = self.objective.held_out(state.weights, entering, self.validation.next())
         if recurrent:
-            state.held_out_buffers = found.buffers
-        return found.gradient
+            state.held_out_buffers = held_out.buffers
+        return held_out.gradient
 
     def _recover(self, step: WeightStep) -> Tensor:
         """Put runs whose training loss before the step is unsound back on their feet.
@@ -434,18 +445,19 @@ class Tuning:
         Source: Jaderberg et al., "Population based training of neural networks" (2017).
         """
         state = self.state
-        found = self.objective.evaluate(
+        evaluation = self.objective.evaluate(
             state.weights, state.buffers, self.validation.inputs, self.validation.targets
         )
-        order = found.loss.nan_to_num(nan=math.inf, posinf=math.inf).argsort(stable=True)
+        order = evaluation.loss.nan_to_num(nan=math.inf, posinf=math.inf).argsort(stable=True)
         count = len(order) // SMALLEST_POPULATION
         best, worst = order[:count], order[len(order) - count :]
         generator = seeded_generator(self.settings.seed, POPULATION, state.step)
         for tensor in (state.weights, state.momentum_buffer, *state.buffers.values()):
             tensor[worst] = tensor[best]
         for name in self.settings.optimised:
-            factors = torch.tensor([0.8, 1.25], dtype=state.weights.dtype)
-            chosen = factors[torch.randint(2, (count, 1), generator=generator)].to(state.weights)
+            factors = state.weights.new_tensor([0.8, 1.25])
+            draws = torch.randint(2, (count, 1), generator=generator, device=generator.device)
+            chosen = factors[draws.to(factors.device)]
             forward, inverse, _ = TRANSFORMS[self.settings.transforms[name]]
             value = forward(state.raw[name][best]) * chosen
             if name == "momentum":

@@ -502,3 +502,13 @@ def test_the_exponential_rate_goes_from_start_towards_end():
     assert exponential_rate(0.1, 0.01, 2.0, 0) == pytest.approx(0.1)
     assert exponential_rate(0.1, 0.01, 2.0, 1) == pytest.approx(0.01 + 0.09 * math.exp(-2))
     assert exponential_rate(0.1, 0.01, 2.0, 50) == pytest.approx(0.01)
+
+
+def test_another_default_device_leaves_the_draws_on_the_cpu():
+    layer = BioConv2d(2, 3, 3)
+    layer.reset_parameters(torch.Generator().manual_seed(0))
+    expected = layer.weight.clone()
+    with torch.device("meta"):
+        layer.reset_parameters(torch.Generator().manual_seed(0))
+        BioLinear(2, 3, device="cpu").reset_parameters(torch.Generator().manual_seed(0))
+    assert torch.equal(layer.weight, expected)

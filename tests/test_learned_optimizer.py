@@ -1,6 +1,8 @@
 """The learned optimiser as a torch.optim.Optimizer."""
 
 import copy
+import io
+import pickle
 import warnings
 
 import pytest
@@ -228,3 +230,44 @@ def test_wrong_input_is_refused():
         with pytest.raises(OptimizerError, match=message):
             LearnedOptimizer([{"params": own[:1]}, group], network())
         assert len(optimizer.param_groups) == 1
+
+
+def reloaded(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [
+    copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value)), reloaded,
+])  # fmt: skip
+def test_a_copy_of_model_and_optimizer_goes_on_with_the_same_steps(copied):
+    model, net = module(), network()
+    optimizer = LearnedOptimizer(model.parameters(), net)
+    steps(model, optimizer, 3)
+    twin, twin_optimizer = copied((model, optimizer))
+    assert steps(twin, twin_optimizer, 3, 3) == steps(model, optimizer, 3, 3)
+    assert twin_optimizer.network is not net
+    assert copied(twin_optimizer).state_dict()["network"] == optimizer.state_dict()["network"]
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mlp"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_of_half_precision_counts_its_steps_and_takes_any_gradient(kind, dtype):
+    extra = {"extra_inputs": ("time", "relative_update")} if kind == "lstm" else {}
+    net = make_network(kind, 0, hidden=4, **extra).to(dtype)
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = LearnedOptimizer([p], net)
+    for k in range(300):
+        p.grad = torch.tensor([0.0, 1e-6, 300.0 if k % 2 else -3.0])
+        optimizer.step()
+    counts = {"lstm": net.state_rows, "mlp": -1}
+    assert optimizer.state[p]["memory"][counts[kind]].tolist() == [300.0] * 3
+    assert p.isfinite().all()
+
+
+def test_a_parameter_given_twice_is_refused():
+    p = nn.Parameter(torch.zeros(3))
+    with pytest.raises(OptimizerError, match="twice"):
+        LearnedOptimizer([p, p], network())

@@ -182,6 +182,47 @@ def test_fewer_rows_than_features_reach_the_optimum_of_scikit_learn(dtype):
     assert fit.objective == pytest.approx(best, rel=1e-5)
 
 
+LARGE_COLUMNS = [
+    (19, 20, 1e7), (19, 20, 1e12), (60, 100, 1e6), (60, 100, 1e-7), (40, 60, 1e18), (40, 20, 1e12),
+    (400, 300, 1e9),
+]  # fmt: skip
+
+
+def one_large_column(N, D, factor, dtype=torch.float64):
+    """Classes that the first column tells; the sixth has this factor."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(N, D, generator=generator, dtype=torch.float64)
+    labels = (features[:, 0] > 0).long()
+    features[:, 5] *= factor
+    return features.to(dtype), labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("N, D, factor", LARGE_COLUMNS)
+def test_a_large_column_hides_no_other(N, D, factor, dtype):
+    features, labels = one_large_column(N, D, factor, dtype)
+    fit = fit_logistic(features, labels, 2, 10.0)
+    assert fit.converged and bool((fit.logits(features).argmax(1) == labels).all())
+    # Apart from that column, whose weight costs next to nothing, it is an ordinary problem
+    ordinary = features.double().clone()
+    ordinary[:, 5] *= min(1e3, factor) / factor
+    best = fit_logistic(ordinary, labels, 2, 10.0, tolerance=1e-12).objective
+    assert fit.objective == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("N", [19, 60])
+def test_what_tells_columns_apart_counts_however_much_they_share(N):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(N, 30, generator=generator, dtype=torch.float64)
+    labels = (features[:, 0] > features[:, 1]).long()
+    features += 1e7 * torch.randn(N, 1, generator=generator, dtype=torch.float64)
+    fit = fit_logistic(features, labels, 2, 10.0)
+    assert fit.converged and bool((fit.logits(features).argmax(1) == labels).all())
+    # Rows twice at half the C: the same objective, by way of the covariance of columns
+    doubled = fit_logistic(features.repeat(2, 1), labels.repeat(2), 2, 5.0, tolerance=1e-12)
+    assert fit.objective == pytest.approx(doubled.objective, rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_class_without_labels_gets_no_probability_and_leaves_the_others_alone(dtype):
     features, labels = mixture(classes=3)
@@ -356,15 +397,20 @@ def test_gradient_over_all_images_is_that_of_the_fitted_objective():
 
 
 @pytest.mark.parametrize("C", [0.1, 1000.0])
-@pytest.mark.parametrize("absent, N, D", [(False, 300, 4), (True, 300, 4), (False, 12, 30)])
-def test_the_hessian_is_inverted(C, absent, N, D):
+@pytest.mark.parametrize("absent, N, D, factor", [
+    (False, 300, 4, 1), (True, 300, 4, 1), (False, 12, 30, 1), (False, 12, 30, 1e7),
+    (False, 60, 30, 1e7),
+])  # fmt: skip
+def test_the_hessian_is_inverted(C, absent, N, D, factor):
     features, labels = mixture(N=N, D=D, classes=3)
+    features[:, 2] *= factor
     if absent:
         labels = torch.where(labels == 1, 0, labels)
     fit = fit_logistic(features, labels, 3, C, tolerance=1e-14)
     generator = torch.Generator().manual_seed(0)
     kept = torch.tensor([1.0, 0.0 if absent else 1.0, 1.0]).double()[:, None]
     right = torch.randn(3, D + 1, generator=generator, dtype=torch.float64) * kept
+    right[:, 2] *= factor
     right = (right - kept * right.sum(0) / kept.sum()) * kept
 
     def objective(both):
@@ -376,6 +422,8 @@ def test_the_hessian_is_inverted(C, absent, N, D):
     weight, bias = solve_hessian(features, labels, C, fit, right[:, :D], right[:, D])
     solved = torch.cat([weight, bias[:, None]], 1)
     product = torch.autograd.functional.hvp(objective, both, solved)[1]
+    product[:, 2] /= factor
+    right[:, 2] /= factor
     torch.testing.assert_close(product, right, rtol=1e-8, atol=1e-8)
 
 

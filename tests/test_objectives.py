@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
 
-from one_pass import Batch, CompiledMLPObjective, MLPObjective, ModuleObjective
+from one_pass import (
+    Batch,
+    CompiledMLPObjective,
+    MLPObjective,
+    ModuleObjective,
+    OnePassError,
+)
 
 
 def generators(runs):
@@ -169,3 +175,81 @@ def test_a_run_starts_the_same_whatever_runs_are_beside_it():
         together = objective.initial(generators(3))[0]
         alone = objective.initial(generators(3)[2:])[0]
         assert torch.equal(together[2:], alone)
+
+
+class Frozen(nn.Sequential):
+    """A frozen layer and a batch norm whose statistics are frozen, before a layer that learns."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+        self[0].requires_grad_(False)
+        self[1].eval()
+
+
+def test_frozen_parameters_stay_and_belong_to_no_run():
+    network = Frozen().double()
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    objective = ModuleObjective(network, "cross_entropy")
+    weights, buffers = objective.initial(generators(2))
+    assert weights.shape == (2, 5 + 5 + 15 + 3)
+    batch = samples((4, 3), "cross_entropy", 6, 2, shared=True)
+    found = objective.linearize(weights, buffers, batch)
+    objective.evaluate(weights, buffers, batch.inputs, batch.targets)
+    objective.held_out(weights, buffers, batch)
+    again = objective.linearize(weights, buffers, batch)
+    assert network.training and not network[1].training and torch.equal(found.loss, again.loss)
+    for name in ("0.weight", "0.bias", "1.running_mean", "1.num_batches_tracked"):
+        assert torch.equal(network.state_dict()[name], before[name])
+    assert all(torch.equal(found.buffers[name], buffer) for name, buffer in buffers.items())
+    for run, flat in enumerate(weights):
+        gamma, beta, weight, bias = flat.split([5, 5, 15, 3])
+        hidden = nn.functional.linear(batch.inputs, before["0.weight"], before["0.bias"])
+        hidden = (hidden / (1 + 1e-5) ** 0.5 * gamma + beta).relu()
+        value = nn.functional.cross_entropy(hidden @ weight.view(3, 5).T + bias, batch.targets)
+        assert found.loss[run].item() == pytest.approx(value.item(), rel=1e-12)
+
+
+def test_random_numbers_in_training_are_refused():
+    batch = samples((4, 3), "cross_entropy", 6, 2, shared=True)
+    network = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)).double()
+    objective = ModuleObjective(network, "cross_entropy")
+    weights, buffers = objective.initial(generators(2))
+    with pytest.raises(OnePassError, match="draws random numbers"):
+        objective.linearize(weights, buffers, batch)
+    objective.held_out(weights, buffers, batch)
+    network[1].p = 0.0
+    objective.linearize(weights, buffers, batch)
+
+
+def test_five_training_steps_move_the_statistics_five_times():
+    objective = ModuleObjective(batch_norm_network().double(), "cross_entropy")
+    weights, buffers = objective.initial(generators(2))
+    batch = samples((4, 3), "cross_entropy", 6, 2, shared=True)
+    for _ in range(5):
+        found = objective.linearize(weights, buffers, batch)
+        found.hessian_product(weights)
+        objective.held_out(weights, found.buffers, batch)
+        buffers = found.buffers
+    assert buffers["1.num_batches_tracked"].tolist() == [5, 5]
+    assert int(objective.module[1].num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: MLPObjective((3, 1), "hinge"), "loss 'hinge' is unknown"),
+    (lambda: MLPObjective((3,), "mse"), "sizes are at least two"),
+    (lambda: MLPObjective((3, 0, 1), "mse"), "sizes are at least two"),
+    (lambda: CompiledMLPObjective((3, 4, 2), "mse"), "take MLPObjective"),
+    (lambda: CompiledMLPObjective((3, 4, 1), "cross_entropy"), "take MLPObjective"),
+    (lambda: ModuleObjective(nn.Linear(2, 2), "hinge"), "loss 'hinge' is unknown"),
+    (lambda: ModuleObjective(nn.Linear(2, 2).requires_grad_(False), "mse"), "no parameters"),
+])  # fmt: skip
+def test_what_an_objective_cannot_be_made_of_is_refused(make, message):
+    with pytest.raises(OnePassError, match=message):
+        make()
+
+
+def test_another_default_device_leaves_draws_where_their_generators_are():
+    objective = MLPObjective((3, 4, 1), "mse")
+    expected = objective.initial(generators(2))[0]
+    with torch.device("meta"):
+        assert torch.equal(objective.initial(generators(2))[0], expected)

@@ -13,6 +13,7 @@ from one_pass import (
     FullBatches,
     Linearization,
     MLPObjective,
+    OnePassError,
     SequentialBatches,
     Settings,
     ShuffledBatches,
@@ -429,3 +430,10 @@ def test_a_recovery_keeps_to_the_bounds_and_is_no_skipped_update():
     assert tuning.state.raw["lr"][1] == -2
     assert tuning.state.updates[:, 0].tolist() == [2, 1]
     assert (tuning.state.skipped == 0).all()
+
+
+def test_unrolled_steps_begin_between_two_hyperparameter_steps():
+    tuning = make_tuning(method="unrolled", every=10)
+    tuning.advance(7)
+    with pytest.raises(OnePassError, match="multiple of every = 10"):
+        tuning.advance(3)

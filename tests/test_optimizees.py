@@ -185,3 +185,53 @@ def test_images_without_a_label_each_are_refused():
     for wrong in ((images, labels[1:]), (images[:, 0], labels)):
         with pytest.raises(OptimizerError, match=r"expected images \[N, C, H, W\] and labels"):
             make_task("relu4", *wrong, 8)
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_frozen_parameters_stay_and_are_not_optimised(tasks):
+    def make():
+        net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+        net[0].weight.requires_grad_(False)
+        return net
+
+    optimizee = Optimizee(make)
+    assert optimizee.sizes() == [3, 6, 2]
+    drawn = [optimizee.initial(seeded_generator(k), torch.float64) for k in range(tasks)]
+    theta = torch.stack([*map(optimizee.flat, drawn)])
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1])
+    losses, gradients = optimizee.gradients(theta, [(x, y)] * tasks)
+    assert gradients.shape == theta.shape
+    frozen = optimizee.layers[0].weight.double()
+    bias, params = drawn[0][0]["bias"], drawn[0][2]
+    outputs = (x @ frozen.T + bias).tanh() @ params["weight"].T + params["bias"]
+    assert losses[0] == pytest.approx(nn.functional.cross_entropy(outputs, y).item(), rel=1e-12)
+    with pytest.raises(OptimizerError, match="no parameters"):
+        Optimizee(lambda: nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_random_numbers_of_no_layer_are_refused_too():
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x), 0.5)
+
+    optimizee = Optimizee(lambda: Noisy(4, 3))
+    theta = optimizee.flat(optimizee.initial(seeded_generator(0)))[None]
+    with pytest.raises(OptimizerError, match="draws random numbers"):
+        optimizee.gradients(theta, [(torch.ones(2, 4), torch.tensor([0, 1]))])
+
+
+def test_batch_norm_of_a_single_number_is_refused():
+    images, labels = labelled_images(size=2)
+    with pytest.raises(OptimizerError, match="relu4bn needs batches of at least 2"):
+        make_task("relu4bn", images, labels, 1)
+    make_task("conv3bn", images, labels, 1)
+    make_task("relu4", images, labels, 1)
+
+
+def test_another_default_device_leaves_draws_where_their_generators_are():
+    task = make_task("relu4", *labelled_images(), 8)
+    expected = next(task.batches(seeded_generator(0)))
+    with torch.device("meta"):
+        x, y = next(task.batches(seeded_generator(0)))
+        next(quadratic_batches(seeded_generator(0), torch.float32, "cpu"))
+    assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])

@@ -1,8 +1,9 @@
 """Batches for many runs: each sample once an epoch, the same again after a resume."""
 
+import pytest
 import torch
 
-from one_pass import FullBatches, SequentialBatches, ShuffledBatches
+from one_pass import FullBatches, OnePassError, SequentialBatches, ShuffledBatches
 
 
 def generators(runs: int) -> list[torch.Generator]:
@@ -36,3 +37,17 @@ def test_text_comes_window_by_window_and_full_batches_are_shared():
     sequence = SequentialBatches(windows, windows)
     assert [sequence.next().inputs.item() for _ in range(4)] == [0, 1, 2, 0]
     assert FullBatches(windows, windows).next().shared
+
+
+@pytest.mark.parametrize("size", [0, 11])
+def test_a_batch_that_the_samples_cannot_fill_is_refused(size):
+    with pytest.raises(OnePassError, match="from 1 to 10"):
+        ShuffledBatches(torch.arange(10), torch.arange(10), size, generators(1))
+
+
+def test_another_default_device_leaves_draws_where_their_generators_are():
+    values = torch.arange(10)
+    expected = ShuffledBatches(values, values, 3, generators(2)).next()
+    with torch.device("meta"):
+        batch = ShuffledBatches(values, values, 3, generators(2)).next()
+    assert torch.equal(batch.inputs, expected.inputs)
