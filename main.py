@@ -33,6 +33,7 @@ from comparison.rule_comparison import Setting
 from data_sets.views import Views
 from experiment.checkpoints import has_checkpoint
 from experiment.command_line import (
+    DTYPES,
     UserError,
     common_parser,
     fraction,
@@ -124,6 +125,7 @@ DEFAULTS = {
         "center": True,
         "probe": "sampled",
         "evaluation_steps": 250,
+        "evaluation_batch_size": 512,
         "beside": list(REFERENCES),
     },
     "krotov_hopfield": {},
@@ -297,6 +299,8 @@ def add_probe(parser) -> None:
     add("--evaluations", type=positive_int, default=5, help="trainings with the final rule")
     add("--evaluation_steps", type=positive_int, metavar="UPDATES",
         help="of each of them (default: as many as a training made at the end)")  # fmt: skip
+    add("--evaluation_batch_size", type=positive_int, metavar="IMAGES",
+        help="of each of their updates (default: --batch_size)")  # fmt: skip
     add("--beside", nargs="*", choices=REFERENCES, default=[], metavar="FEATURES",
         help=f"other features, judged alike: of {', '.join(REFERENCES)}")  # fmt: skip
 
@@ -530,13 +534,15 @@ def images_to_fit(args, model: nn.Module, initializer, data: ImageData) -> int:
     return args.probe_images or max(1, NUMBERS_TO_FIT // one.shape[1])
 
 
-def make_batches(args, data: ImageData, dtype: torch.dtype) -> Callable[[Generator], Iterator]:
-    """Batches or pairs of batches, in an order that a generator draws."""
+def make_batches(
+    args, data: ImageData, dtype: torch.dtype, size: int
+) -> Callable[[Generator], Iterator]:
+    """Batches or pairs of batches of this size, in an order that a generator draws."""
     strengths = views_of_flags(args)
     if strengths is None:
-        draw = partial(batches, data, args.batch_size, dtype=dtype)
+        draw = partial(batches, data, size, dtype=dtype)
     else:
-        draw = Views(data, args.batch_size, strengths, learn=args.learn_views, dtype=dtype)
+        draw = Views(data, size, strengths, learn=args.learn_views, dtype=dtype)
         draw.to(data.images.device, dtype)
     next(draw(seeded_generator(0)))  # refuses a wrong batch size
     return draw
@@ -546,7 +552,9 @@ def make_streams(
     args, sets: Sequence[ImageData], dtype: torch.dtype
 ) -> list[Callable[[Generator], Iterator]]:
     """`make_batches` of each data set; learned strengths of views are the same for all."""
-    streams = [make_batches(args, data, dtype) for data in sets]
+    for data in sets:  # refused before anything is learned
+        make_batches(args, data, dtype, args.evaluation_batch_size or args.batch_size)
+    streams = [make_batches(args, data, dtype, args.batch_size) for data in sets]
     for stream in streams[1:]:
         if isinstance(stream, Views):
             stream.moved = streams[0].moved
@@ -665,7 +673,7 @@ def evaluate_and_report(
     draws = [Draw((args.seed, EVALUATION, k), steps) for k in range(count)]
     rows, params, evaluated = [], [], True
     for training, data in zip(trainings, sets, strict=True):
-        whole = replace(training, outer_loss=make_probe(args, *data))
+        whole = judged_training(args, training, data)
         some, last, evaluated = evaluate_draws(log, whole, draws)
         place = {"dataset": training.name} if training.name else {}
         rows += [{"inner_steps": steps, **place, **row} for row in some]
@@ -677,6 +685,17 @@ def evaluate_and_report(
     others = judge_references(args, log, trainings, sets, steps) if finished and evaluated else {}
     report(log, first, [data[0] for data in sets], rows, params, effects, others)
     return evaluated
+
+
+def judged_training(args, training: Training, data: tuple[ImageData, ImageData]) -> Training:
+    """The same in batches of an evaluation's size, judged by the whole probe."""
+    whole = replace(training, outer_loss=make_probe(args, *data))
+    if args.evaluation_batch_size is None:
+        return whole
+    stream = make_batches(args, data[0], DTYPES[args.dtype], args.evaluation_batch_size)
+    if isinstance(stream, Views):
+        stream.moved = training.batches.moved
+    return replace(whole, batches=stream)
 
 
 def judge_references(
@@ -695,10 +714,11 @@ def judge_references(
         for name, training, data in zip(dataset_names(args), trainings, sets, strict=True):
             images = [part.to(data[0].images.device) for part in load_images(name, args.data_dir)]
             setting = Setting(
-                name, *images, tuple(args.layers), args.C, args.outer_images, args.batch_size
-            )
+                name, *images, tuple(args.layers), args.C, args.outer_images,
+                args.evaluation_batch_size or args.batch_size,
+            )  # fmt: skip
             judged[name] = beside(
-                args.beside, replace(training, outer_loss=make_probe(args, *data)), setting,
+                args.beside, judged_training(args, training, data), setting,
                 draws=draws, steps=steps, seed=args.seed, advance=lambda: progress.advance(None),
             )  # fmt: skip
     return judged

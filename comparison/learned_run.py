@@ -85,6 +85,10 @@ def load_run(directory: str | Path) -> LearnedRun:
             config, steps = (results["learned_from"][key] for key in ("config", "inner_steps"))
         else:
             steps = steps_to_judge(directory, config)
+        # A run is judged, here as in its own evaluations, by batches of this size.
+        config = config | {
+            "batch_size": config.get("evaluation_batch_size") or config["batch_size"]
+        }
         _check_flags(config, steps)
         views = _views(results, rule)
         run = LearnedRun(directory.name, config, rule, start, steps, views)

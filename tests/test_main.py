@@ -56,6 +56,7 @@ def test_a_run_leaves_configuration_metrics_checkpoint_rule_and_figures(tmp_path
 STATISTICS = [
     "--rule", "unit_statistics", "--dataset", "mnist5k", "--metasteps", "3", "--horizon", "2", "4",
     "--batch_size", "64", "--evaluations", "2", "--evaluation_steps", "3", "--threads", "1",
+    "--evaluation_batch_size", "32",
     "--probe_images", "500", "--quiet",
 ]  # fmt: skip
 
