@@ -80,6 +80,8 @@ def warp(
     None: no crops. shift: in pixels of the view, uniform to either side, each way. What comes from
     outside the image is 0.
     """
+    if _in_loops(x, degrees):
+        return _warp_in_loops(x, draws, float(degrees), scale, ratio, padding, shift)
     count, _, height, width = x.shape
     if scale is None:
         box = draws.new_tensor([0, 0, height, width]).expand(count, 4)
@@ -104,6 +106,8 @@ def jitter(
 
     x: [B, C, H, W], changed in place; draws: from `draw_numbers`.
     """
+    if _in_loops(x, brightness, contrast) and x.is_contiguous():
+        return _jitter_in_loops(x, draws, float(brightness), float(contrast))
     b, c = (
         _between(draws[:, column], _at_least_0(1 - strength), 1 + strength)
         for column, strength in ((BRIGHTNESS, brightness), (CONTRAST, contrast))
@@ -137,19 +141,19 @@ def _random_boxes(
     w, h = w.gather(1, first).squeeze(1), h.gather(1, first).squeeze(1)
     top = (position_draws[:, 0] * (padded_height - h + 1)).floor()
     left = (position_draws[:, 1] * (padded_width - w + 1)).floor()
-
-    whole = padded_width / padded_height
-    fallback_w = round(padded_height * ratio[1]) if whole > ratio[1] else padded_width
-    fallback_h = round(padded_width / ratio[0]) if whole < ratio[0] else padded_height
-    fallback = area.new_tensor(
-        [
-            (padded_height - fallback_h) // 2,
-            (padded_width - fallback_w) // 2,
-            fallback_h,
-            fallback_w,
-        ]
-    )
+    fallback = area.new_tensor(_fallback(padded_height, padded_width, ratio))
     return torch.where(fits.any(1, keepdim=True), torch.stack([top, left, h, w], 1), fallback)
+
+
+def _fallback(
+    padded_height: int, padded_width: int, ratio: Sequence[float]
+) -> tuple[float, float, float, float]:
+    """The largest centred crop whose ratio is allowed: top, left, height, width."""
+    whole = padded_width / padded_height
+    w = round(padded_height * ratio[1]) if whole > ratio[1] else padded_width
+    h = round(padded_width / ratio[0]) if whole < ratio[0] else padded_height
+    box = (padded_height - h) // 2, (padded_width - w) // 2, h, w
+    return tuple(float(number) for number in box)
 
 
 def _crop_grid(
@@ -205,6 +209,56 @@ def _grey_mean(x: Tensor) -> Tensor:
     if x.shape[1] == 3:
         means = means * means.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * 3
     return means.mean(1, keepdim=True)
+
+
+def _in_loops(x: Tensor, *strengths: float | Tensor) -> bool:
+    """Whether compiled loops do the same: on the CPU, where nothing asks for its gradient."""
+    tensors = [x, *(s for s in strengths if isinstance(s, Tensor))]
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return x.device.type == "cpu" and not needed
+
+
+def _warp_in_loops(
+    x: Tensor,
+    draws: Tensor,
+    degrees: float,
+    scale: tuple[float, float] | None,
+    ratio: tuple[float, float],
+    padding: int,
+    shift: float,
+) -> Tensor:
+    """`warp`. exp, cos and sin stay torch's: those of other libraries differ in the last bit."""
+    from data_sets import view_loops
+
+    height, width = x.shape[2:]
+    none = draws.new_empty(0, 2)
+    areas, aspects, positions, moves = none, none, none, none
+    if scale is not None:
+        aspects = _between(draws[:, RATIOS], math.log(ratio[0]), math.log(ratio[1])).exp()
+        areas, positions = draws[:, AREAS], draws[:, POSITION]
+    if shift:
+        moves = (2 * draws[:, SHIFT] - 1) * shift
+    angle = (2 * draws[:, ANGLE] - 1) * (degrees * (math.pi / 180))
+    fallback = _fallback(height + 2 * padding, width + 2 * padding, ratio)
+    warped = x.new_empty(x.shape)
+    view_loops.warp(
+        x.detach().numpy(), areas.numpy(), aspects.numpy(), positions.numpy(), moves.numpy(),
+        angle.cos().numpy(), angle.sin().numpy(), padding, scale or (0.0, 0.0), fallback,
+        warped.numpy(),
+    )  # fmt: skip
+    return warped
+
+
+def _jitter_in_loops(x: Tensor, draws: Tensor, brightness: float, contrast: float) -> Tensor:
+    from data_sets import view_loops
+
+    ranges = [(max(0.0, 1 - strength), 1 + strength) for strength in (brightness, contrast)]
+    of_both = draws[:, [BRIGHTNESS, CONTRAST]].t().contiguous().numpy()
+    first, pixels = (draws[:, ORDER] < 0.5).numpy(), x.view(len(x), -1).numpy()
+    for brightness_now in (first, ~first):
+        grey = _grey_mean(x).view(-1).numpy()
+        view_loops.change(of_both, *ranges, brightness_now, grey, pixels)
+    return x
 
 
 def _between(draw: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:

@@ -34,8 +34,8 @@ from kernels.unit_statistics import (
     step_forward,
 )
 
-# What may multiply a column of weights: 1, <y>, v^-1/2, v^-1.
-FACTORS = ("1", "mean", "d", "d2")
+# What may multiply a column of weights: 1, <y>, v^-1/2, v^-1, and v_i^-1 sum_{k != i} Corr_ik^2.
+FACTORS = ("1", "mean", "d", "d2", "rz")
 LATERAL_CURRENTS = ("r", "r_cov", "r_cross")
 NUMPY_TYPES = {torch.float32: np.float32, torch.float64: np.float64}
 # base' = p0 + p1 y + p2 y^2 + p3 [y > 0] of y = base(u), and 2 p2.
@@ -95,7 +95,7 @@ class GatedTerms:
     @property
     def level(self) -> str:
         """Which moments the currents need."""
-        if self.lateral:
+        if self.lateral or "rz" in self.factors:
             return "gram"
         return "variance" if "d" in self.factors or "d2" in self.factors else "mean"
 
@@ -321,13 +321,13 @@ class _Mixing:
         if terms.level != "mean":
             cov = second[0] if views == 1 else second[0] + second[1]
             d = ((cov.diagonal() if lateral else cov) + FLOOR).rsqrt_()
-        factors = _factors(terms.factors, mean, d)
+        factors = _factors(terms.factors, mean, d, cov)
         if "r_cross" in terms.rows:
             across = second[0] - second[1]
         mixing = cls(terms, rows, factors, rows @ factors, d, cov, across, d)
         by_kind = mixing.by_kind(mixing.a)
         if lateral:
-            mixing.k = mixing.matrix(by_kind)
+            mixing.k = mixing.matrix(by_kind, views)
         else:
             mixing.k = by_kind["c"] if "c" in by_kind else mean.new_zeros(views, len(mean))
         return mixing
@@ -351,15 +351,14 @@ class _Mixing:
         """Covariances [units, units], across views for r_cross."""
         return self.across if kind == "r_cross" else self.cov
 
-    def matrix(self, by_kind: dict[str, Tensor]) -> Tensor:
+    def matrix(self, by_kind: dict[str, Tensor], views: int) -> Tensor:
         """K [views, units, units]."""
-        k = None
+        k = self.d.new_zeros(views, *self.cov.shape)
         for kind in self.terms.lateral:
             moments, column = self.moments_of(kind), by_kind[kind]
             if kind != "r_cov":
                 moments, column = moments * self.d.square().unsqueeze(1), column * self.d
-            part = moments * column.unsqueeze(1)
-            k = part if k is None else k.add_(part)
+            k.addcmul_(moments, column.unsqueeze(1))
         diagonal = k.diagonal(dim1=1, dim2=2)
         diagonal.copy_(by_kind["c"] if "c" in by_kind else torch.zeros_like(diagonal))
         return k
@@ -384,6 +383,8 @@ class _Mixing:
         for row, name in zip(grad_factors, self.terms.factors, strict=True):
             if name == "mean":
                 grad_mean = row
+            elif name == "rz":
+                self._through_rz(row, grad_d, grad_cov)
             elif name != "1":
                 of_d = row if name == "d" else 2 * self.d * row
                 grad_d = of_d if grad_d is None else grad_d.add_(of_d)
@@ -413,6 +414,14 @@ class _Mixing:
             of_moments["cov"] = torch.zeros_like(self.cov)
         return grad_d, of_moments["cov"], of_moments.get("across")
 
+    def _through_rz(self, grad: Tensor, grad_d: Tensor, grad_cov: Tensor) -> None:
+        """Adds the gradients of d and covariance from that of the factor rz."""
+        e, others = self.d.square(), _without_diagonal(self.cov)
+        squares = others.square()
+        grad_e = 2 * grad * e * (squares @ e) + squares.t() @ (grad * e * e)
+        grad_d.addcmul_(grad_e, self.d, value=2)
+        grad_cov.addcmul_(others * (grad * e * e).unsqueeze(1), e, value=2)
+
     def _second(self, views: int, grad_d, grad_cov, grad_across) -> Tensor | None:
         """The gradient of the moments, from those of d, covariance, cross-view covariance."""
         if self.terms.level == "mean":
@@ -426,7 +435,7 @@ class _Mixing:
         return torch.stack([grad_cov + grad_across, grad_cov - grad_across])
 
 
-def _factors(names: Sequence[str], mean: Tensor, d: Tensor) -> Tensor:
+def _factors(names: Sequence[str], mean: Tensor, d: Tensor, cov: Tensor) -> Tensor:
     """[factors, units], of FACTORS."""
     factors = mean.new_empty(len(names), len(mean))
     for row, name in zip(factors.unbind(), names, strict=True):
@@ -434,6 +443,13 @@ def _factors(names: Sequence[str], mean: Tensor, d: Tensor) -> Tensor:
             row.fill_(1)
         elif name == "d2":
             torch.square(d, out=row)
+        elif name == "rz":
+            e = d.square()
+            row.copy_(e * e * (_without_diagonal(cov).square() @ e))
         else:
             row.copy_(mean if name == "mean" else d)
     return factors
+
+
+def _without_diagonal(matrix: Tensor) -> Tensor:
+    return matrix - torch.diag_embed(matrix.diagonal())

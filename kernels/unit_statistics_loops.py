@@ -42,6 +42,15 @@ def centre(y0, y1, c, mean):
 
 
 @compiled
+def squared_correlations(cov, d, i):
+    """sum_{k != i} (cov_ik d_k)^2."""
+    total = 0.0
+    for k in range(len(d)):
+        total += (cov[i, k] * d[k]) ** 2 if k != i else 0
+    return total
+
+
+@compiled
 def mix(inverse_count, floor, codes, at, gram, mean, rows, factors, a, d, cov, across, k):
     """Everything from `factors` on, from c^T c, its inverse_count-th part the moments."""
     views, units, _ = gram.shape
@@ -54,11 +63,14 @@ def mix(inverse_count, floor, codes, at, gram, mean, rows, factors, a, d, cov, a
                 across[j, i] = (gram[0, j, i] - gram[1, j, i]) * inverse_count
     for i in range(units):
         d[i] = 1 / np.sqrt(cov[i, i] + floor)
+    for i in range(units):
         for f in range(len(codes)):
             code = codes[f]
             factors[f, i] = 1 if code == 0 else mean[i] if code == 1 else d[i]
             if code == 3:
                 factors[f, i] *= d[i]
+            if code == 4:
+                factors[f, i] = d[i] ** 4 * squared_correlations(cov, d, i)
     a[:] = 0
     for row in range(len(a)):
         for f in range(len(codes)):
@@ -219,6 +231,17 @@ def through_gate(
 
 
 @compiled
+def through_squared_correlations(grad, cov, d, i, grad_cov, grad_d):
+    """Adds the gradients of covariance and d from that of d_i^4 squared_correlations(cov, d, i)."""
+    grad_d[i] += 4 * d[i] ** 3 * grad * squared_correlations(cov, d, i)
+    each = 2 * d[i] ** 4 * grad
+    for k in range(len(d)):
+        if k != i:
+            grad_cov[i, k] += each * cov[i, k] * d[k] * d[k]
+            grad_d[k] += each * cov[i, k] * cov[i, k] * d[k]
+
+
+@compiled
 def through_mix(
     inverse_count, codes, at, grad_const, rows, factors, a, d, cov, across, grad_k, grad_rows,
     grad_mean, both,
@@ -286,6 +309,8 @@ def through_mix(
                 grad_d[i] += of_factor
             if codes[f] == 3:
                 grad_d[i] += 2 * d[i] * of_factor
+            if codes[f] == 4:
+                through_squared_correlations(of_factor, cov, d, i, grad_cov, grad_d)
     for i in range(units):
         grad_cov[i, i] -= grad_d[i] * d[i] * d[i] * d[i] / 2
     for j in range(units):

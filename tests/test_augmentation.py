@@ -53,6 +53,31 @@ def test_augment_with_nothing_to_change_gives_the_image_back():
     assert_close(x, images.double() / 255, rtol=0, atol=1e-12)
 
 
+def without_loops(monkeypatch) -> None:
+    monkeypatch.setattr(augmentation, "_in_loops", lambda *tensors: False)
+
+
+@pytest.mark.parametrize("channels, sides", [(1, (28, 28)), (3, (9, 14))])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("geometry", [
+    {"scale": (0.2, 1.0), "ratio": (0.75, 1.3333), "padding": 2},
+    {"scale": (0.9, 1.0), "ratio": (3.0, 4.0)},  # few attempts fit
+    {"scale": None, "shift": 3.0},
+])  # fmt: skip
+def test_loops_and_tensor_operations_make_the_same_views(
+    channels, sides, dtype, tolerance, geometry, monkeypatch
+):
+    x = torch.rand(40, channels, *sides, generator=seeded(), dtype=torch.float64).to(dtype)
+    draws = augmentation.draw_numbers(len(x), seeded(1), shifts=True)
+    views = []
+    for _ in range(2):
+        warped = augmentation.warp(x, draws, degrees=100.0, **geometry)
+        views += [warped, augmentation.jitter(x.clone(), draws, 0.5, 1.5)]
+        without_loops(monkeypatch)
+    assert_close(views[0], views[2], rtol=0, atol=tolerance)
+    assert torch.equal(views[1], views[3])
+
+
 def test_where_no_crop_fits_the_largest_centred_one_is_taken(torchvision):
     for (height, width), ratio in {(10, 30): (0.5, 2.0), (30, 10): (0.5, 2.0)}.items():
         crop = torchvision.transforms.RandomResizedCrop
@@ -122,6 +147,7 @@ def test_corners_move_as_far_as_in_torchvisions_pipeline(torchvision, monkeypatc
         grids.append(grid)
         return images
 
+    without_loops(monkeypatch)
     monkeypatch.setattr(augmentation, "grid_sample", recording)
     augmentation.augment(torch.zeros(count, 1, 28, 28, dtype=torch.uint8), seeded())
     ours = (grids[0][:, ::27, ::27].reshape(count, 8) + 1) * 14
@@ -161,6 +187,7 @@ def test_crops_are_distributed_as_torchvisions(torchvision):
 
 def test_jitter_factors_are_uniform_independent_and_in_either_order(monkeypatch):
     seen = []
+    without_loops(monkeypatch)
     monkeypatch.setattr(augmentation, "_jitter", lambda x, *factors: seen.append(factors) or x)
     augmentation.augment(torch.zeros(3000, 1, 2, 2, dtype=torch.uint8), seeded(), brightness=0.3)
     b, c, brightness_first = (factor.flatten() for factor in seen[0])

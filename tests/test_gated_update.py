@@ -47,7 +47,9 @@ ROWS = [("c", "r", "1"), ("r_cov",), ("c", "r", "r_cov", "1"), ("c", "1"), ("c",
     *((1, rows) for rows in ROWS), *((2, rows) for rows in ROWS),
     (2, ("c", "r", "r_cov", "r_cross", "1")), (2, ("r_cross",)),
 ])  # fmt: skip
-@pytest.mark.parametrize("factors", [("1", "mean", "d", "d2"), ("1",), ("mean",)])
+@pytest.mark.parametrize("factors", [
+    ("1", "mean", "d", "d2"), ("1",), ("mean",), ("1", "d", "rz"), ("rz",),
+])  # fmt: skip
 @pytest.mark.parametrize("more", [True, False])
 @pytest.mark.parametrize("loops", [True, False])
 def test_gradients_are_finite_differences(views, rows, factors, more, loops, monkeypatch):
@@ -59,9 +61,10 @@ def test_gradients_are_finite_differences(views, rows, factors, more, loops, mon
 
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("base", ["sigmoid", "tanh", "relu", "identity"])
-def test_loops_and_tensor_operations_agree(views, base, monkeypatch):
+@pytest.mark.parametrize("factors", [("1", "mean", "d", "d2"), ("d", "rz")])
+def test_loops_and_tensor_operations_agree(views, base, factors, monkeypatch):
     rows = ("c", "r", "r_cov", *(("r_cross",) if views == 2 else ()), "1")
-    problem = Problem(views, rows, ("1", "mean", "d", "d2"), True, base)
+    problem = Problem(views, rows, factors, True, base)
     results = []
     for _ in range(2):
         new = problem(*problem.leaves)

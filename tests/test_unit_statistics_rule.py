@@ -26,6 +26,7 @@ from rules.unit_statistics import (
     oja,
     preset,
 )
+from rules.unit_statistics_sums import GatedPlan
 from rules.unit_statistics_terms import parse_term
 from train import MEMORY, train
 
@@ -140,6 +141,31 @@ def test_the_form_to_be_learned_equals_one_product_per_term(views, base):
     rule = filled(UnitStatisticsRule.of_terms(texts, views=views, learn=("eta", "eps")))
     model = network(sizes=(5,), activation=Activation(base, 2.0))
     assert_update_equals_oracle(rule, model, parameters_of(model), batch_for(rule), 1e-9)
+
+
+LINEAR = [
+    *DEFAULT, "x gain c", "x gain c'", "x gain mean", "x gain z var^-1/2", "x gain z' var^-1/2",
+    "x gain r_exact", "x gain r_exact'", "x gain r_cov", "x gain r_cov'", "x gain r_cross",
+    "x gain r_cross'",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_all_that_is_linear_in_activities_is_one_step_and_equals_what_it_stands_for(views):
+    texts = [t for t in LINEAR if views == 2 or not ("'" in t or "cross" in t)]
+    rule = filled(UnitStatisticsRule.of_terms(texts, views=views, learn=("eta", "eps")))
+    model = network(sizes=(5,))
+    assert rule._gated_plan().terms is not None
+    assert_update_equals_oracle(rule, model, parameters_of(model), batch_for(rule), 1e-13)
+    results = []
+    for plan in (rule._gated_plan(), GatedPlan(None, torch.zeros(0, len(texts)), 0)):
+        rule._gated = plan
+        params, batch = parameters_of(model), batch_for(rule)
+        new = tensors_of(rule.update(model, params, batch))
+        leaves = [*numbers_of(rule), *tensors_of(params)]
+        results.append([*new, *gradients(weighted_sum(new), leaves)])
+    for at_once, in_parts in zip(*results, strict=True):
+        assert_near(at_once, in_parts, 1e-12)
 
 
 def test_convolutions_learn_as_dense_layers_do_on_patches():
