@@ -23,16 +23,18 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from experiment.errors import NonFiniteError
+from experiment.errors import NonFiniteError, WrongInputError
 from experiment.seeds import seeded_generator
+from hypergradients.replays import Moment, another_result
 from learning_rules import LearningRule
 from models_fully_local import Params
 
@@ -40,6 +42,10 @@ MEMORY = ("fit", "keep", "segments", "recompute")
 MEMORY_LIMIT = 5 * 2**29  # peak below 4 GB with the networks of main.py
 START, BATCHES, OUTER, METHOD, HORIZON, MODEL = range(6)  # what a draw's random numbers are for
 WITH_HYPERPARAMETERS = ("rule", "initializer", "batches")
+
+
+class TrainingError(WrongInputError):
+    """A training that cannot be, and what would be right: one line."""
 
 
 class OuterLoss(Protocol):
@@ -248,14 +254,17 @@ def train(
 
     With grad, the result is attached to the parameters given and to the rule's hyperparameters;
     without, it is detached. memory and memory_limit (bytes of one unrolled graph, for "fit") never
-    change the result or its gradient; adjoint_limit changes the gradient alone. Raises ValueError
-    for an unknown memory policy.
+    change the result or its gradient: what runs again draws the same numbers from torch's global
+    generators, and moves no running statistics. adjoint_limit changes the gradient alone. Updates
+    are made in the type of params, also under autocast. Raises TrainingError for an unknown memory
+    policy, for batches that end early or are empty, and, in the backward pass, for a rule that
+    draws random numbers of its own and runs again.
     """
     _check_policy(memory)
     if not grad:
-        with torch.no_grad():
-            for _ in range(steps):
-                params = rule.update(model, params, next(batches))
+        with torch.no_grad(), _own_precision(params):
+            for k in range(steps):
+                params = rule.update(model, params, _next_batch(batches, k))
         return detached(params)
     return train_on_the_way(
         model, params, batches, rule, [steps],
@@ -280,19 +289,21 @@ def train_on_the_way(
     """
     _check_policy(memory)
     total = steps[-1]
-    used = [next(batches) for _ in range(total)]
-    length = _segment_length(model, params, used, rule, memory, memory_limit)
+    used = [_next_batch(batches, k) for k in range(total)]
     passed = []
-    for begin, end in itertools.pairwise([0, *steps]):
-        for start, stop in _segments(begin, end, length):
-            arguments = (model, params, used[start:stop], rule, adjoint_limit)
-            if start >= total - length:
-                params = _run(*arguments)
-            else:
-                params = checkpoint(
-                    _run, *arguments, use_reentrant=False, preserve_rng_state=False
-                )  # fmt: skip
-        passed.append(params)
+    with _own_precision(params), set_checkpoint_early_stop(False):
+        length = _segment_length(model, params, used, rule, memory, memory_limit)
+        for begin, end in itertools.pairwise([0, *steps]):
+            for start, stop in _segments(begin, end, length):
+                arguments = (model, params, used[start:stop], rule, adjoint_limit)
+                if start >= total - length:
+                    params = _run(*arguments)
+                else:
+                    params = checkpoint(
+                        _Repeatable(params), *arguments, use_reentrant=False,
+                        preserve_rng_state=False,
+                    )  # fmt: skip
+            passed.append(params)
     return passed
 
 
@@ -306,6 +317,62 @@ def check_finite(value: Tensor | Params, what: str) -> None:
     tensors = [value] if isinstance(value, Tensor) else [t for d in value for t in d.values()]
     if not all(torch.isfinite(t).all() for t in tensors):
         raise NonFiniteError(f"{what}: not finite")
+
+
+class _Repeatable:
+    """`_run`, which from the second call on does what it did at the first; TrainingError if not."""
+
+    def __init__(self, params: Params) -> None:
+        self.moment = Moment(tree_leaves(params))
+        self.first: Params | None = None
+
+    def __call__(self, model: nn.Module, params: Params, *arguments) -> Params:
+        if self.first is None:
+            result = _run(model, params, *arguments)
+            self.first = detached(result)
+            return result
+        with self.moment.repeated():
+            result = _run(model, params, *arguments)
+        _check_repeated(params, result, self.first)
+        return result
+
+
+def _check_repeated(start: Params, result: Params, first: Params) -> None:
+    """TrainingError where the second result of updates is another than the first."""
+    places = [
+        (k, name)
+        for k, layer in enumerate(first)
+        for name, tensor in layer.items()
+        if tensor.is_floating_point()
+    ]
+    once, again = ([ps[k][name].detach() for k, name in places] for ps in (first, result))
+    before = [  # 0 where the rule has only begun to remember something
+        start[k].get(name, torch.zeros_like(tensor)).detach()
+        for (k, name), tensor in zip(places, once, strict=True)
+    ]
+    if places and another_result(before, again, once):
+        raise TrainingError(
+            "an update that runs again gives another result: take memory 'keep' for a rule with "
+            "random numbers that are not of torch's global generators"
+        )
+
+
+def _own_precision(params: Params) -> torch.autocast:
+    """No autocast: what an update adds up is less than what autocast would round away."""
+    leaves = tree_leaves(params)
+    return torch.autocast(leaves[0].device.type if leaves else "cpu", enabled=False)
+
+
+def _next_batch(batches: Iterator, number: int) -> Any:
+    """The next one; TrainingError where there is none, or nothing in it."""
+    batch = next(batches, None)
+    if batch is None:
+        raise TrainingError(
+            f"the batches end after {number} updates; give an iterator that goes on"
+        )
+    if any(isinstance(t, Tensor) and not t.numel() for t in tree_leaves(batch)):
+        raise TrainingError(f"batch {number} is empty; expected at least one sample")
+    return batch
 
 
 def _run(
@@ -324,7 +391,7 @@ def _run(
 
 def _check_policy(memory: str) -> None:
     if memory not in MEMORY:
-        raise ValueError(f"memory policy {memory!r} is unknown; choose from {', '.join(MEMORY)}")
+        raise TrainingError(f"memory policy {memory!r} is unknown; choose from {', '.join(MEMORY)}")
 
 
 def _segments(begin: int, end: int, length: int) -> list[tuple[int, int]]:
@@ -342,8 +409,12 @@ def _segment_length(model, params, used, rule, memory: str, memory_limit: int) -
     if memory == "segments":
         return math.isqrt(steps - 1) + 1
     # The second step is measured: the first parameters may need no gradient yet.
-    first = rule.update(model, params, used[0])
-    size = graph_bytes(lambda: rule.update(model, first, used[-1]))
+    moment = Moment(tree_leaves(params))
+    with moment.repeated():  # and leaves no traces
+        first = rule.update(model, params, used[0])
+        with torch.no_grad(), moment.repeated():
+            _check_repeated(params, rule.update(model, params, used[0]), first)
+        size = graph_bytes(lambda: rule.update(model, first, used[-1]))
     return min(steps, max(1, memory_limit // max(1, size)))
 
 

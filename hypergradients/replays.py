@@ -54,6 +54,22 @@ class Moment:
             yield
 
 
+def another_result(
+    start: Sequence[Tensor], result: Sequence[Tensor], first: Sequence[Tensor]
+) -> Tensor:
+    """Whether a step from `start` has led elsewhere than the first time, a scalar tensor.
+
+    Differences of rounding do not count, which go with the size of the numbers and of the step.
+    """
+    lengths = torch._foreach_norm(torch._foreach_sub(first, start))
+    errors = torch._foreach_norm(torch._foreach_sub(result, first))
+    wrong = []
+    for error, length, t in zip(errors, lengths, first, strict=True):
+        eps = torch.finfo(t.dtype).eps
+        wrong.append(error > eps**0.5 * length + 100 * eps * t.norm())
+    return torch.stack(wrong).any()
+
+
 @contextmanager
 def buffers_kept() -> Iterator[None]:
     """Puts back the buffers, such as running statistics, of all modules that run inside."""

@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hypergradients.errors import HypergradientError
-from hypergradients.replays import buffers_kept
+from hypergradients.replays import another_result, buffers_kept
 
 Tree = Any  # a list, or any other pytree, of tensors
 UpdateMap = Callable[[Tree, Tree], Tree]
@@ -103,20 +103,13 @@ class Point:
     def leads_elsewhere(self, mapped: Sequence[Tensor], following: Tree) -> Tensor:
         """Whether a result is another than the params that follow these, a scalar tensor.
 
-        Differences of rounding do not count, nor do params that follow themselves, as where a
-        fixed point stands for a history.
+        Params that follow themselves do not count, as where a fixed point stands for a history.
         """
+        before = [p.detach() for p in self.params]
         after = [t.detach() for t in self.matching(following, "the history")]
-        moved = torch._foreach_sub(after, [p.detach() for p in self.params])
-        lengths = torch._foreach_norm(moved)
-        error = torch._foreach_norm(torch._foreach_sub([t.detach() for t in mapped], after))
-        allowed = [
-            eps**0.5 * length + 100 * eps * t.norm()
-            for t, length in zip(after, lengths, strict=True)
-            for eps in [torch.finfo(t.dtype).eps]
-        ]
-        wrong = [e.to(a) > a for e, a in zip(error, allowed, strict=True)]
-        return torch.stack(wrong).any() & (torch.stack(lengths) > 0).any()
+        if all(map(torch.equal, before, after)):
+            return torch.tensor(False)
+        return another_result(before, [t.detach() for t in mapped], after)
 
     def loss_gradients(self, outer_loss: OuterLoss) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients of the outer loss by params and by hparams, of one backward pass."""

@@ -12,7 +12,7 @@ from torch import nn
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, PolynomialPairRule, PolynomialRule
 from models_fully_local import Activation, lateral_mlp
-from train import MEMORY, AdjointLimit, graph_bytes, train, train_on_the_way
+from train import MEMORY, AdjointLimit, TrainingError, graph_bytes, train, train_on_the_way
 
 STEPS, BATCH, INPUTS, SIZES = 7, 6, 4, (3, 2)
 
@@ -483,3 +483,90 @@ def test_float32_training_is_close_to_float64():
     for layer, other in zip(params, expected, strict=True):
         for name in other:
             assert_near(layer[name], other[name].float(), 1e-5)
+
+
+# ---- what runs again: random numbers, statistics; batches; autocast ----
+
+
+class NoisyRule(LearningRule):
+    """Decay by a learned rate of what dropout leaves, behind a norm with running statistics.
+
+    generator: of noise of its own, else torch's.
+    """
+
+    def __init__(self, generator=None):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.3, dtype=DOUBLE))
+        self.norm = nn.BatchNorm1d(INPUTS, affine=False).double()
+        self.generator = generator
+
+    def update(self, model, params, batch):
+        w = params[0]["w"]
+        noise = torch.randn(w.shape, generator=self.generator, dtype=w.dtype)
+        change = nn.functional.dropout(w.sin(), 0.5) + noise + self.norm(batch).square().mean(0)
+        return [{"w": w - self.rate * change}]
+
+
+def trained_with_noise(rule, batches=None, **options):
+    """What torch draws after the training, its result and its gradient by the rate."""
+    torch.manual_seed(5)
+    start = [{"w": normal(1, 3, INPUTS).detach()}]
+    batches = (normal(k, 6, INPUTS).detach() for k in range(5)) if batches is None else batches
+    params = train(None, start, batches, rule, 5, **options)
+    (gradient,) = torch.autograd.grad(params[0]["w"].square().sum(), rule.rate)
+    return torch.rand(()), params[0]["w"].detach(), gradient
+
+
+@pytest.mark.parametrize("memory", [m for m in MEMORY if m != "keep"])
+def test_no_policy_changes_what_is_drawn_nor_moves_statistics_more_often(memory):
+    rules = NoisyRule(), NoisyRule()
+    expected = trained_with_noise(rules[0], memory="keep")
+    limit = {"memory_limit": 1} if memory == "fit" else {}
+    for ours, theirs in zip(
+        trained_with_noise(rules[1], memory=memory, **limit), expected, strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    for rule in rules:
+        assert int(rule.norm.num_batches_tracked) == 5
+    assert torch.equal(rules[0].norm.running_var, rules[1].norm.running_var)
+
+
+def test_random_numbers_of_a_rule_itself_are_refused_where_it_runs_again():
+    for memory in ("fit", "segments", "recompute"):
+        rule = NoisyRule(torch.Generator().manual_seed(0))
+        with pytest.raises(TrainingError, match="gives another result"):
+            trained_with_noise(rule, memory=memory)
+    trained_with_noise(NoisyRule(torch.Generator().manual_seed(0)), memory="keep")
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_batches_that_end_or_are_empty_are_refused(grad):
+    for sizes, message in (
+        ((6, 6, 6), "end after 3 updates"),
+        ((6, 0, 6, 6, 6), "batch 1 is empty"),
+    ):
+        batches = (normal(k, size, INPUTS).detach() for k, size in enumerate(sizes))
+        with pytest.raises(TrainingError, match=message):
+            train(None, [{"w": normal(1, 3, INPUTS)}], batches, NoisyRule(), 5, grad=grad)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_autocast_leaves_updates_in_the_type_of_the_parameters(memory):
+    model = lateral_mlp(INPUTS, [3], Activation("sigmoid", 2.0), inh_steps=3)
+    rule = PolynomialRule.of_degree(1, l2=0.01)
+    with torch.no_grad():
+        for k, p in enumerate(rule.parameters()):
+            p.copy_(normal(k, *p.shape, scale=0.05))
+    start = [{}, {"w": normal(1, 3, INPUTS), "b": normal(2, 3), "m": normal(3, 3, 3)}]
+    start[1] = {name: t.detach().float() for name, t in start[1].items()}
+    xs = [normal(9 + k, 6, INPUTS).detach().float() for k in range(5)]
+
+    def gradient(enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            params = train(model, start, iter(xs), rule, 5, memory=memory)
+            plain = train(model, start, iter(xs), rule, 5, grad=False)
+        assert all(map(torch.equal, params[1].values(), plain[1].values()))
+        coefficients = next(iter(rule.parameters()))
+        return torch.autograd.grad(params[1]["w"].square().sum(), coefficients)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
