@@ -21,13 +21,13 @@ from torch import nn
 from experiment.command_line import (
     common_parser,
     nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     run_command,
-    set_up,
 )
+from experiment.devices import set_up
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION
 from experiment.statistics import accuracy_text, mean_and_deviation

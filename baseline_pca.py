@@ -20,14 +20,14 @@ from comparison.principal_components import PrincipalComponents, principal_compo
 from experiment.command_line import (
     UserError,
     common_parser,
-    open_run,
     parse,
     positive_float,
     positive_int,
     run_command,
-    set_up,
 )
+from experiment.devices import set_up
 from experiment.loop import run_steps
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.run_reader import read_metrics
 from figures.baselines import draw_pca_run

@@ -19,14 +19,14 @@ from experiment.command_line import (
     common_parser,
     nonnegative_float,
     nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     run_command,
-    set_up,
 )
+from experiment.devices import set_up
 from experiment.loop import run_steps
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from figures.baselines import draw_vicreg_run
 from linear_probe import linear_probe

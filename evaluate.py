@@ -53,13 +53,13 @@ from experiment.command_line import (
     DATASETS,
     UserError,
     common_parser,
-    open_run,
     parse,
     positive_int,
     run_command,
     save_whole_paths,
-    set_up,
 )
+from experiment.devices import set_up
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
 from experiment.statistics import mean_and_deviation

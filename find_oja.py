@@ -23,13 +23,13 @@ from comparison.principal_components import principal_components
 from experiment.command_line import (
     common_parser,
     nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     run_command,
-    set_up,
 )
+from experiment.devices import set_up
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, seeded_generator
 from figures.meta_learning import draw_oja_run

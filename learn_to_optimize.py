@@ -31,15 +31,15 @@ from experiment.command_line import (
     common_parser,
     nonnegative_float,
     nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     refuse_idle_flags,
     run_command,
-    set_up,
 )
+from experiment.devices import set_up
 from experiment.loop import finish_on_interrupt, run_steps
+from experiment.opening import open_run
 from experiment.processes import Team, join_team
 from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator

@@ -38,15 +38,15 @@ from experiment.command_line import (
     fraction,
     nonnegative_float,
     nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     refuse_idle_flags,
     run_command,
     save_whole_paths,
-    set_up,
 )
+from experiment.devices import set_up
+from experiment.opening import open_run
 from experiment.precision import PRODUCTS, Products
 from experiment.processes import Team, join_team
 from experiment.run_log import RunLog

@@ -31,14 +31,14 @@ from experiment.command_line import (
     common_parser,
     nonnegative_float,
     nonnegative_int,
-    open_run,
     parse,
     positive_int,
     run_command,
     save_whole_paths,
-    set_up,
 )
+from experiment.devices import set_up
 from experiment.loop import run_steps
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
 from experiment.statistics import accuracy_text, mean_and_deviation

@@ -20,15 +20,15 @@ from experiment.command_line import (
     fraction_below_1,
     nonnegative_float,
     nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     refuse_idle_flags,
     run_command,
-    set_up,
 )
+from experiment.devices import set_up
 from experiment.loop import run_steps
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
 from figures.competition import draw_competition_run

@@ -43,14 +43,14 @@ from experiment.command_line import (
     new_directory,
     nonnegative_float,
     nonnegative_int,
-    open_run,
     positive_float,
     positive_int,
     run_command,
-    set_up,
 )
+from experiment.devices import set_up
 from experiment.files import write_whole
 from experiment.loop import run_steps
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.run_reader import read_config
 from experiment.yaml_settings import (
