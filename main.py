@@ -32,6 +32,14 @@ from comparison.references import trainings as count_trainings
 from comparison.rule_comparison import Setting
 from data_sets.views import Views
 from experiment.checkpoints import has_checkpoint
+from experiment.choices import (
+    INHIBITION,
+    MEMORY,
+    PROBE_GRADIENTS,
+    PROBES,
+    PRODUCTS,
+    WITH_LATERAL_WEIGHTS,
+)
 from experiment.command_line import (
     UserError,
     common_parser,
@@ -47,7 +55,7 @@ from experiment.command_line import (
 )
 from experiment.devices import set_up
 from experiment.opening import open_run
-from experiment.precision import PRODUCTS, Products
+from experiment.precision import Products
 from experiment.processes import Team, join_team
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, log_uniform_integer, seeded_generator
@@ -81,8 +89,6 @@ from learning_rules import (
     term_products,
 )
 from linear_probe import (
-    PROBE_GRADIENTS,
-    PROBES,
     ProbeLoss,
     RidgeLoss,
     SampledProbeLoss,
@@ -98,12 +104,12 @@ from meta_gradients import (
     Truncated,
 )
 from mnist_datasets import ImageData, ImageSets, batches, load_images, normalize_pixels
-from models_fully_local import INHIBITION, WITH_LATERAL_WEIGHTS, network_of_flags
+from models_fully_local import network_of_flags
 from rules import write_rule
 from rules.competing_units import KrotovHopfieldRule
 from rules.layerwise import Inputs, LayerwiseRule, LayerwiseTraining, image_inputs
 from rules.unit_statistics import UnitStatisticsRule
-from train import MEMORY, Draw, OuterLoss, Training
+from train import Draw, OuterLoss, Training
 
 # What a flag is where it is not given, by --rule; where nothing stands here, add_... below says it.
 DEFAULTS = {

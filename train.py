@@ -31,12 +31,12 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from experiment.choices import MEMORY
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
 from learning_rules import LearningRule
 from models_fully_local import Params
 
-MEMORY = ("fit", "keep", "segments", "recompute")
 MEMORY_LIMIT = 5 * 2**29  # peak below 4 GB with the networks of main.py
 START, BATCHES, OUTER, METHOD, HORIZON, MODEL = range(6)  # what a draw's random numbers are for
 WITH_HYPERPARAMETERS = ("rule", "initializer", "batches")

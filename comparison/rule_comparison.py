@@ -159,9 +159,6 @@ def classical(name: str, setting: Setting, rate: float) -> Training:
 # ---- references ----
 
 
-REFERENCES = ("random", "pca", "vicreg")
-
-
 def reference_methods(run: LearnedRun) -> dict[str, Method]:
     """What a rule is measured against; random features are those of the run's initial draw."""
     return {
