@@ -26,7 +26,7 @@ from functools import partial
 import torch
 from torch import Generator, nn
 
-from comparison.learned_run import LearnedRun, load_run, run_path, steps_to_judge
+from comparison.learned_run import LearnedRun, load_run, steps_to_judge
 from comparison.references import REFERENCES, beside
 from comparison.references import trainings as count_trainings
 from comparison.rule_comparison import Setting
@@ -106,6 +106,7 @@ from meta_gradients import (
 from mnist_datasets import ImageData, ImageSets, batches, load_images, normalize_pixels
 from models_fully_local import network_of_flags
 from rules import write_rule
+from rules.choices import run_path
 from rules.competing_units import KrotovHopfieldRule
 from rules.layerwise import Inputs, LayerwiseRule, LayerwiseTraining, image_inputs
 from rules.unit_statistics import UnitStatisticsRule
