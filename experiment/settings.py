@@ -61,14 +61,19 @@ def add_settings(
     each_layer: the flags take several values, one for each layer.
     defaults: those of this command that differ from the fields'.
     """
-    described = {entry.name: entry for entry in fields(settings) if "help" in entry.metadata}
-    for name in described if names is None else names:
-        entry = described[name]
+    known = {entry.name: entry for entry in fields(settings)}
+    for name in names or (name for name, entry in known.items() if "help" in entry.metadata):
+        entry = known[name]
         default = defaults.get(name, entry.default)
         form = _form(entry) | {"default": list(default) if isinstance(default, tuple) else default}
         if each_layer:
             form["nargs"] = "+"
         group.add_argument(f"--{flag_of(entry)}", help=entry.metadata["help"], **form)
+
+
+def flags_of(settings: type) -> list[str]:
+    """The names of the flags that all fields with a help have, without dashes."""
+    return [flag_of(entry) for entry in fields(settings) if "help" in entry.metadata]
 
 
 def settings_of(args: argparse.Namespace, settings: type[Settings], **others: Any) -> Settings:
