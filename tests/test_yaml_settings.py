@@ -10,7 +10,7 @@ from experiment.command_line import positive_int
 from experiment.yaml_settings import (
     Key,
     SettingsError,
-    add_settings,
+    add_keys,
     mapping,
     merge,
     parse_settings,
@@ -33,7 +33,7 @@ def settings(tmp_path, flags=(), *texts):
         paths.append(tmp_path / f"{number}.yaml")
         paths[-1].write_text(text)
     parser = argparse.ArgumentParser()
-    add_settings(parser, KEYS)
+    add_keys(parser, KEYS)
     return parse_settings(parser, KEYS, [*flags, *(["-c", *map(str, paths)] if paths else [])])
 
 
@@ -88,7 +88,7 @@ def test_a_runs_configuration_holds_other_flags_and_what_is_left_out(tmp_path):
     path, parser = tmp_path / "config.json", argparse.ArgumentParser()
     path.write_text('{"size": 4, "seed": 7, "bounds": {"y": 1e-05}, "command": "some"}')
     parser.add_argument("--seed", type=int, default=0)
-    add_settings(parser, KEYS)
+    add_keys(parser, KEYS)
 
     def parsed(*flags):
         argv = [*flags, "-c", str(path)]
