@@ -71,7 +71,7 @@ class MetaSettings:
         metavar="FACTOR",
     )  # fmt: skip
     loss_times: int = setting(
-        1, "mean of the outer loss after 1/N, 2/N, ... of these updates", "positive", metavar="N"
+        1, "mean of the outer loss after 1/N, 2/N, ... of the updates", "positive", metavar="N"
     )
     seed: int = 0
 
