@@ -16,7 +16,7 @@ tuple[int, int] two. The libraries know nothing of flags: the metadata of their 
 import argparse
 from collections.abc import Iterable
 from dataclasses import Field, field, fields
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from experiment.command_line import (
@@ -96,8 +96,9 @@ def flag_of(entry: Field) -> str:
 
 def type_of(entry: Field) -> type:
     """The type of a field without what stands beside it in a union, such as None."""
-    kinds = [kind for kind in get_args(entry.type) if kind is not NoneType]
-    return kinds[0] if kinds and get_origin(entry.type) is not tuple else entry.type
+    if get_origin(entry.type) is not UnionType:
+        return entry.type
+    return next(kind for kind in get_args(entry.type) if kind is not NoneType)
 
 
 def converter_of(entry: Field) -> type | None:
