@@ -16,32 +16,17 @@ use all images. The sign of a spread means nothing.
 import math
 from dataclasses import replace
 
-from torch import nn
-
 from experiment.command_line import (
     common_parser,
-    nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     run_command,
-    set_up,
 )
-from experiment.run_log import RunLog
-from experiment.seeds import EVALUATION
-from experiment.statistics import accuracy_text, mean_and_deviation
-from figures.baselines import draw_mlp_run
-from hypergradients import HypergradientError
-from hypgraddesc import MetaSettings, evaluate_draws, hypgraddesc
-from initializers import TRAINABLE, GaussianInitializer
-from learning_rules import LearningRule
-from linear_probe import ProbeLoss
-from mnist_datasets import ImageData, load_images, normalize_pixels
-from models_fully_local import Activation, lateral_mlp
-from train import Draw, Training
+from experiment.meta_settings import MetaSettings
+from experiment.settings import add_settings, settings_of
 
-NUMBERS_TO_FIT = 10**7  # images x features of a meta-step, unless --probe_images is given
+DEFAULTS = {"metasteps": 200, "lr": 0.1}  # where they differ from those of MetaSettings
 
 
 def make_parser():
@@ -49,9 +34,9 @@ def make_parser():
     parser = common_parser("Meta-learn the distribution of random features.", "baseline_mlp")
     parser.add_argument("features", type=positive_int, nargs="?", default=10_000,
         help="random features, the units of the layer")  # fmt: skip
-    add = parser.add_argument_group("meta-learning").add_argument
-    add("--metasteps", type=nonnegative_int, default=200, help="meta-steps")
-    add("--lr", type=positive_float, default=0.1, help="learning rate of the four numbers (Adam)")
+    group = parser.add_argument_group("meta-learning of the four numbers")
+    add_settings(group, MetaSettings, DEFAULTS, **DEFAULTS)
+    add = group.add_argument
     add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
     add = parser.add_argument_group("probe").add_argument
     add("--C", type=positive_float, default=1.0, help="inverse penalty of the probe")
@@ -60,6 +45,29 @@ def make_parser():
     add("--outer_images", type=positive_int, default=1024, help="images of the outer loss")
     add("--evaluations", type=positive_int, default=3, help="final draws, probed on all images")
     return parser
+
+
+if __name__ == "__main__":
+    parse(make_parser())  # answers --help and wrong flags before torch is loaded
+
+from torch import nn
+
+from experiment.devices import set_up
+from experiment.opening import open_run
+from experiment.run_log import RunLog
+from experiment.seeds import EVALUATION
+from experiment.statistics import accuracy_text, mean_and_deviation
+from figures.baselines import draw_mlp_run
+from hypergradients import HypergradientError
+from hypgraddesc import evaluate_draws, hypgraddesc
+from initializers import TRAINABLE, GaussianInitializer
+from learning_rules import LearningRule
+from linear_probe import ProbeLoss
+from mnist_datasets import ImageData, load_images, normalize_pixels
+from models_fully_local import Activation, lateral_mlp
+from train import Draw, Training
+
+NUMBERS_TO_FIT = 10**7  # images x features of a meta-step, unless --probe_images is given
 
 
 def make_initializer() -> GaussianInitializer:
@@ -119,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         data = normalize_pixels(*data)
     training = make_training(args, *data)
     initializer = training.initializer.to(device, dtype)
-    settings = MetaSettings(metasteps=args.metasteps, lr=args.lr, inner_steps=0, seed=args.seed)
+    settings = settings_of(args, MetaSettings, inner_steps=0)
 
     def numbers() -> dict[str, float]:
         return {f"initial/{name}": value for name, value in initializer.effective().items()}

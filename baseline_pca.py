@@ -14,26 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-import torch
-
-from comparison.principal_components import PrincipalComponents, principal_components, projection
 from experiment.command_line import (
     UserError,
     common_parser,
-    open_run,
     parse,
     positive_float,
     positive_int,
     run_command,
-    set_up,
 )
-from experiment.loop import run_steps
-from experiment.run_log import RunLog
-from experiment.run_reader import read_metrics
-from figures.baselines import draw_pca_run
-from figures.meta_learning import ACCURACIES
-from linear_probe import linear_probe
-from mnist_datasets import ImageData, load_images, normalize_pixels
 
 
 def make_parser():
@@ -45,6 +33,23 @@ def make_parser():
     add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
     add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
     return parser
+
+
+if __name__ == "__main__":
+    parse(make_parser())  # answers --help and wrong flags before torch is loaded
+
+import torch
+
+from comparison.principal_components import PrincipalComponents, principal_components, projection
+from experiment.devices import set_up
+from experiment.loop import run_steps
+from experiment.opening import open_run
+from experiment.run_log import RunLog
+from experiment.run_reader import read_metrics
+from figures.baselines import draw_pca_run
+from figures.meta_learning import ACCURACIES
+from linear_probe import linear_probe
+from mnist_datasets import ImageData, load_images, normalize_pixels
 
 
 def numbers_of_components(wanted: Sequence[int] | None, pixels: int) -> list[int]:

@@ -10,23 +10,45 @@ the same pairs and the same probe, but a loss and its exact gradient.
 """
 
 import math
-from functools import partial
 
-import torch
-
-from comparison.vicreg import TERMS, VICReg, vicreg_loss
+from comparison.settings import VICRegSettings
 from experiment.command_line import (
     common_parser,
-    nonnegative_float,
     nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     run_command,
-    set_up,
 )
+from experiment.settings import add_settings, settings_of
+
+
+def make_parser():
+    """The command's flags."""
+    parser = common_parser("Train a network by VICReg on augmented pairs.", "baseline_vicreg")
+    parser.add_argument(
+        "layers", type=positive_int, nargs="*", default=[256, 32], help="units of each layer"
+    )
+    group = parser.add_argument_group("training and loss")
+    add_settings(group, VICRegSettings)
+    group.add_argument("--pixelwise_normalization", action="store_true",
+                       help="each pixel: mean 0, variance 1")  # fmt: skip
+    add = parser.add_argument_group("probe").add_argument
+    add("--C", type=positive_float, default=1e6, help="inverse penalty of the probe")
+    add("--probe_every", type=nonnegative_int, default=10, metavar="EPOCHS",
+        help="how often the features are judged on the way; 0: never")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    parse(make_parser())  # answers --help and wrong flags before torch is loaded
+
+import torch
+
+from comparison.vicreg import VICReg
+from experiment.devices import set_up
 from experiment.loop import run_steps
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from figures.baselines import draw_vicreg_run
 from linear_probe import linear_probe
@@ -38,47 +60,11 @@ ACCURACIES = ("train_accuracy", "test_accuracy")
 NOT_PROBED = dict.fromkeys(ACCURACIES, math.nan)
 
 
-def make_parser():
-    """The command's flags."""
-    parser = common_parser("Train a network by VICReg on augmented pairs.", "baseline_vicreg")
-    parser.add_argument(
-        "layers", type=positive_int, nargs="*", default=[256, 32], help="units of each layer"
-    )
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=nonnegative_int, default=100, help="passes over the training images")
-    add("--lr", type=positive_float, default=1e-3, help="learning rate (AdamW)")
-    add("--weight_decay", type=nonnegative_float, default=0.01, help="of AdamW, times the rate")
-    add("--batch_size", type=positive_int, default=1024, help="images of one step, two views each")
-    add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
-    add = parser.add_argument_group("loss").add_argument
-    add("--invariance", type=nonnegative_float, default=250.0, metavar="WEIGHT",
-        help="weight of the mean squared difference of the views")  # fmt: skip
-    add("--variance", type=nonnegative_float, default=25.0, metavar="WEIGHT",
-        help="weight of standard deviations below the hinge")  # fmt: skip
-    add("--covariance", type=nonnegative_float, default=1000.0, metavar="WEIGHT",
-        help="weight of the squared covariances of different features")  # fmt: skip
-    add("--hinge", type=positive_float, default=0.1, help="standard deviation that is enough")
-    add = parser.add_argument_group("probe").add_argument
-    add("--C", type=positive_float, default=1e6, help="inverse penalty of the probe")
-    add("--probe_every", type=nonnegative_int, default=10, metavar="EPOCHS",
-        help="how often the features are judged on the way; 0: never")  # fmt: skip
-    return parser
-
-
 def make_training(args, data, dtype: torch.dtype) -> VICReg:
     """The untrained network and its optimiser."""
-    weights = {name: getattr(args, name) for name in TERMS}
     sizes = math.prod(data.shape), args.layers
-    return VICReg(
-        lateral_mlp(*sizes, Activation("sigmoid"), inhibition="none"),
-        data,
-        args.seed,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        batch_size=args.batch_size,
-        loss=partial(vicreg_loss, **weights, hinge=args.hinge),
-        dtype=dtype,
-    )
+    network = lateral_mlp(*sizes, Activation("sigmoid"), inhibition="none")
+    return VICReg(network, data, args.seed, settings_of(args, VICRegSettings), dtype=dtype)
 
 
 def probe(training: VICReg, test_data, C: float) -> dict[str, float]:

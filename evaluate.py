@@ -32,42 +32,17 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from comparison.learned_run import LearnedRun, load_run, run_path, zoo_entry
-from comparison.rule_comparison import (
-    CLASSICAL,
-    RATES,
-    REFERENCES,
-    Comparison,
-    Method,
-    Row,
-    Setting,
-    classical,
-    learned,
-    reference_methods,
-    rotated,
-    run_comparison,
-)
+from comparison.choices import CLASSICAL_NAMES, REFERENCES
 from experiment.command_line import (
     DATASETS,
     UserError,
     common_parser,
-    open_run,
     parse,
     positive_int,
     run_command,
     save_whole_paths,
-    set_up,
 )
-from experiment.run_log import RunLog
-from experiment.seeds import seeded_generator
-from experiment.statistics import mean_and_deviation
-from experiment.tables import aligned, markdown
-from figures.evaluation import draw_evaluation_run
-from mnist_datasets import ImageData, batches, load_images
-from rules import save_zoo
-from rules.zoo import zoo_path
+from rules.choices import run_path, zoo_path
 
 ROTATED = "rotated"
 
@@ -87,9 +62,38 @@ def make_parser():
     add("--layerwise", action="store_true", help="train layers one after the other")
     add("--evaluations", "--seeds", dest="seeds", type=positive_int, default=3, metavar="N",
         help="trainings of each kind")  # fmt: skip
-    add("--rules", nargs="+", choices=list(CLASSICAL), help="classical rules")
+    add("--rules", nargs="+", choices=CLASSICAL_NAMES, help="classical rules")
     add("--references", nargs="+", choices=REFERENCES, help="what has no steps")
     return parser
+
+
+if __name__ == "__main__":
+    parse(make_parser())  # answers --help and wrong flags before torch is loaded
+
+import numpy as np
+
+from comparison.learned_run import LearnedRun, load_run, zoo_entry
+from comparison.rule_comparison import (
+    RATES,
+    Comparison,
+    Method,
+    Row,
+    Setting,
+    classical,
+    learned,
+    reference_methods,
+    rotated,
+    run_comparison,
+)
+from experiment.devices import set_up
+from experiment.opening import open_run
+from experiment.run_log import RunLog
+from experiment.seeds import seeded_generator
+from experiment.statistics import mean_and_deviation
+from experiment.tables import aligned, markdown
+from figures.evaluation import draw_evaluation_run
+from mnist_datasets import ImageData, batches, load_images
+from rules import save_zoo
 
 
 def fill_in(args, runs: Sequence[LearnedRun]) -> None:

@@ -15,58 +15,65 @@ import itertools
 import math
 from dataclasses import replace
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from comparison.principal_components import principal_components
 from experiment.command_line import (
     common_parser,
-    nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     run_command,
-    set_up,
 )
-from experiment.run_log import RunLog
-from experiment.seeds import EVALUATION, seeded_generator
-from figures.meta_learning import draw_oja_run
-from hypergradients import HypergradientError
-from hypgraddesc import MetaSettings, hypgraddesc
-from initializers import FIXED, GaussianInitializer
-from learning_rules import PerLayerRule, PolynomialRule, classical_rule
-from meta_gradients import Reverse
-from mnist_datasets import batches, load_images, normalize_pixels
-from models_fully_local import Activation, Params, lateral_mlp
-from rules import write_rule
-from train import MEMORY, Draw, Training, evaluate_training
+from experiment.meta_settings import MetaSettings
+from experiment.settings import add_settings, settings_of
 
-OJA_RATES = [10**exponent for exponent in np.arange(-4, 0.01, 0.25)]
-TERMS_SHOWN = 8
+DEFAULTS = {  # of the meta-loop, where they differ from those of MetaSettings
+    "metasteps": 500,
+    "lr": 1e-4,
+    "warmup_steps": 10,
+    "clip_norm": 1000.0,
+    "sparsify_from": 4,
+    "inner_steps": 300,
+}
 
 
 def make_parser():
     """The command's flags."""
     parser = common_parser("Recover Oja's rule by hypergradient descent.", "find_oja")
-    add = parser.add_argument_group("meta-learning").add_argument
-    add("--metasteps", type=nonnegative_int, default=500, help="meta-steps")
-    add("--lr", type=positive_float, default=1e-4, help="learning rate of the coefficients (Adam)")
-    add("--warmup_steps", type=nonnegative_int, default=10, help="the rate rises over these")
-    add("--clip_norm", type=positive_float, default=1000.0, metavar="NORM",
-        help="bound of the hypergradient's norm")  # fmt: skip
+    group = parser.add_argument_group("meta-learning")
+    add_settings(group, MetaSettings, [*DEFAULTS, "memory"], **DEFAULTS)
+    add = group.add_argument
     add("--l1_reg", type=positive_float, default=100.0, help="first L1 weight of the coefficients")
-    add("--sparsify_from", type=nonnegative_int, default=4, metavar="METASTEP",
-        help="from here on, remove coefficients that change sign")  # fmt: skip
     add("--l1_end", type=positive_float, default=1.0, help="the last one; between, it falls evenly")
     add = parser.add_argument_group("inner training").add_argument
-    add("--inner_steps", type=positive_int, default=300, help="updates of the neuron")
     add("--pairs", type=positive_int, default=8, help="of independent neurons, side by side")
     add("--batch_size", type=positive_int, default=256, help="images of one update")
     add("--bound", type=positive_float, default=0.1, help="of one update (tanh)")
-    add("--memory", choices=MEMORY, default="fit", help="what is kept for the backward pass")
     return parser
+
+
+if __name__ == "__main__":
+    parse(make_parser())  # answers --help and wrong flags before torch is loaded
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from comparison.principal_components import principal_components
+from experiment.devices import set_up
+from experiment.opening import open_run
+from experiment.run_log import RunLog
+from experiment.seeds import EVALUATION, seeded_generator
+from figures.meta_learning import draw_oja_run
+from hypergradients import HypergradientError
+from hypgraddesc import hypgraddesc
+from initializers import FIXED, GaussianInitializer
+from learning_rules import PerLayerRule, PolynomialRule, classical_rule
+from mnist_datasets import batches, load_images, normalize_pixels
+from models_fully_local import Activation, Params, lateral_mlp
+from rules import write_rule
+from train import Draw, Training, evaluate_training
+
+OJA_RATES = [10**exponent for exponent in np.arange(-4, 0.01, 0.25)]
+TERMS_SHOWN = 8
 
 
 class DirectionLoss:
@@ -116,19 +123,13 @@ class OppositeStarts(GaussianInitializer):
 
 
 def make_settings(args) -> MetaSettings:
-    """The meta-loop's settings from the flags."""
-    return MetaSettings(
-        metasteps=args.metasteps,
-        lr=args.lr,
-        warmup_steps=args.warmup_steps,
-        clip_norm=args.clip_norm,
-        l1=lambda metastep: (
-            args.l1_reg * (args.l1_end / args.l1_reg) ** (metastep / args.metasteps)
-        ),
-        sparsify_from=args.sparsify_from,
-        inner_steps=args.inner_steps,
-        method=Reverse(args.memory),
-        seed=args.seed,
+    """The meta-loop's settings from the flags; --pairs are neurons, not perturbed trainings."""
+    fall = args.l1_end / args.l1_reg
+    return settings_of(
+        args,
+        MetaSettings,
+        l1=lambda metastep: args.l1_reg * fall ** (metastep / args.metasteps),
+        pairs=MetaSettings.pairs,
     )
 
 

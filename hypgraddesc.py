@@ -13,18 +13,20 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor, nn
 
+from experiment.choices import DECAYS, NONFINITE
 from experiment.errors import NonFiniteError, WrongInputError
 from experiment.loop import finish_on_interrupt, run_steps
+from experiment.meta_settings import Horizon, MetaSettings
 from experiment.precision import Products
 from experiment.processes import ALONE, Team
 from experiment.run_log import RunLog, SilentLog
 from experiment.seeds import log_uniform_integer, seeded_generator
-from meta_gradients import Hypergradient, MetaGradient, Persistent, Reverse, Strategies
+from meta_gradients import Hypergradient, Persistent, Strategies, make_method
 from models_fully_local import Params
 from train import (
     HORIZON,
@@ -35,9 +37,6 @@ from train import (
     detached,
     evaluate_training,
 )
-
-Schedule = float | Callable[[int], float]
-Horizon = int | Callable[[int, Generator], int]
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 REACHED_BY = {  # what a module's hyperparameters are of, and which methods have their gradient
@@ -50,90 +49,43 @@ class MetaError(WrongInputError):
     """What is wrong with the settings or the course of a meta-run, in one line."""
 
 
-@dataclass(frozen=True)
-class MetaSettings:
-    """Everything about the meta-loop that is a number or a choice.
-
-    A schedule is a number or a function of the meta-step (from 0); inner_steps are a number or a
-    function of the meta-step and a generator, from which each task may draw its own.
-    """
-
-    metasteps: int = 1000
-    lr: float = 1e-5
-    optimizer: str = "adam"
-    warmup_steps: int = 0  # the rate rises linearly over these
-    decay: str = "none"  # or "cosine": the rate falls to 0 at the last of the metasteps
-    finetune_steps: int = 0  # further ones, at finetune_factor times the rate
-    finetune_factor: float = 0.1
-    inner_steps: Horizon = 250  # differentiated through
-    ungraded_steps: int = 0  # before them, not differentiated through: truncation
-    tasks: int = 1
-    reinitialize_every: int = 1  # in between, training goes on from the last parameters
-    accumulate: bool = False  # one optimiser step per reinitialisation instead of per meta-step
-    clip_norm: float | None = None  # of each task's hypergradient
-    l1: Schedule = 0.0  # of the rule's coefficients
-    l2: Schedule = 0.0
-    sparsify_from: int | None = None  # from here on a coefficient that changes sign is removed
-    average: float = 0.0  # decay of the running average of the coefficients; 0: the last ones
-    nonfinite: str = "skip"  # or "stop"
-    method: MetaGradient = field(default_factory=Reverse)
-    products: str = (
-        "float32"  # or less, for the training but not its outer loss: experiment/precision.py
-    )
-    seed: int = 0
-
-    def check(self, *trainings: Training) -> None:
-        """Raises MetaError where the settings contradict each other or the trainings."""
-        trained = {name.split(".")[0] for name in trainings[0].hyperparameters}
-        persistent = isinstance(self.method, Persistent)  # sees a training window by window
-        goes_on = self.reinitialize_every > 1 and not persistent
-        if "initializer" in trained and (goes_on or self.ungraded_steps):
+def check_settings(settings: MetaSettings, *trainings: Training) -> None:
+    """Raises MetaError where the settings contradict each other or the trainings."""
+    method = make_method(settings)
+    trained = {name.split(".")[0] for name in trainings[0].hyperparameters}
+    persistent = isinstance(method, Persistent)  # sees a training window by window
+    goes_on = settings.reinitialize_every > 1 and not persistent
+    if "initializer" in trained and (goes_on or settings.ungraded_steps):
+        raise MetaError(
+            "training the initializer needs reinitialisation at every meta-step and no "
+            "ungraded steps; fix the initializer or leave both out"
+        )
+    for module, (what, others) in REACHED_BY.items():
+        if module in trained and module not in method.reaches:
+            name = type(method).__name__.lower()
             raise MetaError(
-                "training the initializer needs reinitialisation at every meta-step and no "
-                "ungraded steps; fix the initializer or leave both out"
+                f"method {name} does not reach {what}: fix the {module}, or take {others}"
             )
-        for module, (what, others) in REACHED_BY.items():
-            if module in trained and module not in self.method.reaches:
-                name = type(self.method).__name__.lower()
-                raise MetaError(
-                    f"method {name} does not reach {what}: fix the {module}, or take {others}"
-                )
-        if isinstance(self.method, Strategies) and self.reinitialize_every > 1:
-            raise MetaError("es needs reinitialisation at every meta-step: it ends in no training")
-        if persistent and self.sparsify_from is not None:
-            raise MetaError("pes needs rules that keep all coefficients: remove none")
-        if self.reinitialize_every > 1 and any(training.models for training in trainings):
-            raise MetaError(
-                "drawing the width of each task needs reinitialisation at every meta-step"
-            )
-        if self.tasks < len(trainings):
-            raise MetaError(
-                f"{len(trainings)} data sets need {len(trainings)} tasks or more, not {self.tasks}"
-            )
-        if self.accumulate and self.reinitialize_every == 1:
-            raise MetaError("accumulating gradients needs reinitialize_every of at least 2")
-        if self.optimizer not in OPTIMIZERS:
-            raise MetaError(f"optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
-        if self.nonfinite not in ("skip", "stop") or self.decay not in ("none", "cosine"):
-            raise MetaError("nonfinite is skip or stop, decay is none or cosine")
-        if min(self.tasks, self.reinitialize_every) < 1:
-            raise MetaError("tasks and reinitialize_every are at least 1")
-        if not 0 <= self.average < 1:
-            raise MetaError(f"average {self.average:g}: a decay must be at least 0 and below 1")
-
-    @property
-    def total_steps(self) -> int:
-        return self.metasteps + self.finetune_steps
-
-    def rate(self, metastep: int) -> float:
-        """The learning rate of a meta-step."""
-        rate = self.lr * min(1.0, (metastep + 1) / max(1, self.warmup_steps))
-        if metastep >= self.metasteps:
-            return self.lr * self.finetune_factor
-        if self.decay == "cosine" and metastep >= self.warmup_steps:
-            done = (metastep - self.warmup_steps) / max(1, self.metasteps - self.warmup_steps)
-            rate *= 0.5 * (1 + math.cos(math.pi * done))
-        return rate
+    if isinstance(method, Strategies) and settings.reinitialize_every > 1:
+        raise MetaError("es needs reinitialisation at every meta-step: it ends in no training")
+    if persistent and settings.sparsify_from is not None:
+        raise MetaError("pes needs rules that keep all coefficients: remove none")
+    if settings.reinitialize_every > 1 and any(training.models for training in trainings):
+        raise MetaError("drawing the width of each task needs reinitialisation at every meta-step")
+    if settings.tasks < len(trainings):
+        raise MetaError(
+            f"{len(trainings)} data sets need {len(trainings)} tasks or more, not {settings.tasks}"
+        )
+    if settings.accumulate and settings.reinitialize_every == 1:
+        raise MetaError("accumulating gradients needs reinitialize_every of at least 2")
+    if settings.optimizer not in OPTIMIZERS:
+        raise MetaError(f"optimizer {settings.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
+    if settings.nonfinite not in NONFINITE or settings.decay not in DECAYS:
+        raise MetaError("nonfinite is skip or stop, decay is none or cosine")
+    if min(settings.tasks, settings.reinitialize_every) < 1:
+        raise MetaError("tasks and reinitialize_every are at least 1")
+    if not 0 <= settings.average < 1:
+        raise MetaError(f"average {settings.average:g}: a decay must be at least 0 and below 1")
 
 
 def rising_steps(initial: int, raise_by: int, raise_every: int, maximum: int) -> Horizon:
@@ -205,7 +157,8 @@ class HypergradientDescent:
     ) -> None:
         self.trainings = [training] if isinstance(training, Training) else list(training)
         check_shared(self.trainings)
-        settings.check(*self.trainings)
+        check_settings(settings, *self.trainings)
+        self.method = make_method(settings)
         self.settings, self.warn, self.team = settings, warn, team
         self.hyperparameters, self.columns = hyperparameters, list(hyperparameters())
         self.metastep = 0
@@ -306,7 +259,7 @@ class HypergradientDescent:
         training = self._training(task).with_drawn_model(draw)
         with Products(settings.products) as products:
             exactly = _ExactLoss(training.outer_loss, products)
-            result = settings.method(replace(training, outer_loss=exactly), draw)
+            result = self.method(replace(training, outer_loss=exactly), draw)
         for name, g in zip(self._trained(), result.gradient, strict=True):
             # The optimiser squares it: what overflows then is as bad as what is not finite now.
             check_finite(g.square(), f"hypergradient of {name}")

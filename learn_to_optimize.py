@@ -13,63 +13,25 @@ LearnedOptimizer and --start_from.
 """
 
 import math
-from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
 
-import torch
-
-from comparison.optimizer_comparison import (
-    BASELINES,
-    EDGES,
-    PUBLISHED,
-    Comparison,
-    halves,
-    noise_statistics,
-)
 from experiment.command_line import (
     common_parser,
-    nonnegative_float,
-    nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     refuse_idle_flags,
     run_command,
-    set_up,
 )
-from experiment.loop import finish_on_interrupt, run_steps
-from experiment.processes import Team, join_team
-from experiment.run_log import RunLog
-from experiment.seeds import seeded_generator
-from figures.optimizers import draw_optimizer_run
-from hypergradients import HypergradientError
-from learned_optimizer import (
+from experiment.settings import add_settings, flags_of, settings_of
+from learned_optimizer.settings import (
     BATCH_SIZE,
-    ESTIMATORS,
     EXTRA_INPUTS,
     NETWORK_KINDS,
-    SELECTIONS,
     SMALL_STEPS,
-    SYMMETRY_KINDS,
-    CoordinateNetwork,
-    MetaTraining,
     MetaTrainingSettings,
-    OptimizerError,
-    Symmetry,
-    Task,
-    find_symmetries,
-    load_network,
-    make_network,
-    make_task,
-    network_to_dict,
 )
-from mnist_datasets import load_images
-
-SHOWN = ("meta_loss", "last_window_loss", "seconds")
-START = "start.json"  # what a run has started from, lest a change of it change a resumed run
-NOISE_STEPS, NOISE_BATCHES = 50, 100  # of the tail index: where, and over how many minibatches
 
 
 def make_parser():
@@ -87,7 +49,10 @@ def make_parser():
     add("--out_mul", type=positive_float, metavar="FACTOR",
         help="of its steps (default: as in --start_from; .01 or .1; mlp .001)")  # fmt: skip
     add("--start_from", type=Path, metavar="RUN", help="go on from the optimiser of another run")
-    add_meta_training_flags(parser)
+    add_settings(parser.add_argument_group("meta-training"), MetaTrainingSettings)
+    add = parser.add_argument_group("optimizees").add_argument
+    add("--batch_size", type=positive_int, default=BATCH_SIZE, help="images of an inner step")
+    add("--norm_eps", type=positive_float, default=1e-5, help="eps of batch norm")
     add = parser.add_argument_group("comparison").add_argument
     add("--compare", nargs="*", metavar="OPTIMIZEE", help="default: the one trained on")
     add("--test_runs", type=positive_int, default=10, help="trainings by each optimiser")
@@ -98,41 +63,51 @@ def make_parser():
     return parser
 
 
-def add_meta_training_flags(parser) -> None:
-    """Those of meta-training, its penalty, and the optimizees."""
-    add = parser.add_argument_group("meta-training").add_argument
-    add("--epochs", type=nonnegative_int, default=50, help="0: compare only")
-    add("--runs_per_epoch", type=positive_int, default=20, help="trainings from new parameters")
-    add("--inner_steps", type=positive_int, default=200, help="of each training")
-    add("--unroll", type=positive_int, default=20, help="steps between two meta-steps")
-    add("--tasks", type=positive_int, default=1, help="trainings side by side in each run")
-    add("--lr", type=positive_float, default=0.01, help="learning rate (Adam)")
-    add("--decay", choices=("none", "cosine"), default="none", help="of the learning rate")
-    add("--log_loss", action="store_true", help="log of the sum of a window's losses")
-    add("--estimator", choices=ESTIMATORS, default="suffix_sum", help="of the meta-gradient")
-    add("--coordinates", type=positive_int, metavar="N",
-        help="suffix_sum: about how many coordinates it samples (default: all)")  # fmt: skip
-    add("--sigma", type=positive_float, default=0.01, help="es, pes: width of perturbations")
-    add("--pairs", type=positive_int, default=1, help="es, pes: perturbations")
-    add("--validation_runs", type=positive_int, default=5, help="to select the best epoch")
-    add("--selection", choices=SELECTIONS, default="sum",
-        help="of the epoch: by the sum of a run's losses, or the mean of the last ten")  # fmt: skip
-    add("--batch_size", type=positive_int, default=BATCH_SIZE, help="images of an inner step")
-    add = parser.add_argument_group("symmetries").add_argument
-    add("--penalty", type=nonnegative_float, default=0.0, metavar="BETA",
-        help="times the sum over units of |deviation| of the updates in the meta-loss")  # fmt: skip
-    add("--penalty_kinds", choices=SYMMETRY_KINDS, nargs="+", default=["rescale"],
-        help="of deviations")  # fmt: skip
-    add("--penalty_relative", action="store_true", help="deviations over |v| |theta|")
-    add("--norm_eps", type=positive_float, default=1e-5, help="eps of batch norm")
+if __name__ == "__main__":
+    parse(make_parser())  # answers --help and wrong flags before torch is loaded
+
+import torch
+
+from comparison.optimizer_comparison import (
+    BASELINES,
+    EDGES,
+    PUBLISHED,
+    Comparison,
+    halves,
+    noise_statistics,
+)
+from experiment.devices import set_up
+from experiment.loop import finish_on_interrupt, run_steps
+from experiment.opening import open_run
+from experiment.processes import Team, join_team
+from experiment.run_log import RunLog
+from experiment.seeds import seeded_generator
+from figures.optimizers import draw_optimizer_run
+from hypergradients import HypergradientError
+from learned_optimizer import (
+    CoordinateNetwork,
+    MetaTraining,
+    OptimizerError,
+    Symmetry,
+    Task,
+    find_symmetries,
+    load_network,
+    make_network,
+    make_task,
+    network_to_dict,
+)
+from mnist_datasets import load_images
+
+SHOWN = ("meta_loss", "last_window_loss", "seconds")
+START = "start.json"  # what a run has started from, lest a change of it change a resumed run
+NOISE_STEPS, NOISE_BATCHES = 50, 100  # of the tail index: where, and over how many minibatches
 
 
 def check(args, parser) -> None:
     """UserError where a flag would silently do nothing."""
     names = [args.optimizee, *(args.compare or [])]
     refuse_idle_flags(args, parser, [
-        ("runs_per_epoch inner_steps unroll tasks lr decay log_loss estimator coordinates sigma "
-         "pairs validation_runs selection penalty penalty_kinds penalty_relative", args.epochs,
+        (" ".join(f for f in flags_of(MetaTrainingSettings) if f != "epochs"), args.epochs,
          "--epochs of at least 1"),
         ("sigma pairs", args.estimator in ("es", "pes"), "--estimator es or pes"),
         ("penalty_kinds penalty_relative", args.penalty, "--penalty"),
@@ -179,13 +154,6 @@ def start_from(args) -> CoordinateNetwork:
     if args.out_mul:
         network.out_mul = args.out_mul
     return network
-
-
-def make_settings(args) -> MetaTrainingSettings:
-    """Flags as settings, which have the same names."""
-    named = {field.name for field in fields(MetaTrainingSettings)}
-    given = {name: value for name, value in vars(args).items() if name in named}
-    return MetaTrainingSettings(**given | {"penalty_kinds": tuple(args.penalty_kinds)})
 
 
 class SteppedMetaTraining(MetaTraining):
@@ -311,9 +279,8 @@ def main(argv: list[str] | None = None) -> None:
     network, task = make_optimizer(args), make(args.optimizee, 0)
     start = network_to_dict(network)
     symmetries = symmetries_of(task, args.seed)
-    training = SteppedMetaTraining(
-        network.to(device, dtype), task, symmetries, make_settings(args), team=team
-    )
+    settings = settings_of(args, MetaTrainingSettings)
+    training = SteppedMetaTraining(network.to(device, dtype), task, symmetries, settings, team=team)
     for name in args.compare or []:
         make(name, 0)
     with open_run(args, "learn_to_optimize", data, team) as log:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from experiment.choices import PROBE_GRADIENTS
 from kernels.logistic_regression import (
     LogisticFit,
     NonFiniteFeatures,
@@ -35,8 +36,6 @@ from kernels.logistic_regression import (
     solve_hessian,
 )
 
-PROBES = ("logistic", "sampled", "ridge")  # ProbeLoss, SampledProbeLoss, RidgeLoss
-PROBE_GRADIENTS = ("envelope", "implicit")
 ROWS_WITH_GRAPH = 2048  # images whose graph is alive at once in the implicit gradient
 
 

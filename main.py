@@ -23,90 +23,41 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
-from torch import Generator, nn
-
-from comparison.learned_run import LearnedRun, load_run, run_path, steps_to_judge
-from comparison.references import REFERENCES, beside
-from comparison.references import trainings as count_trainings
-from comparison.rule_comparison import Setting
-from data_sets.views import Views
-from experiment.checkpoints import has_checkpoint
+from comparison.choices import BESIDE
+from experiment.choices import (
+    INHIBITION,
+    PROBE_GRADIENTS,
+    PROBES,
+    WITH_LATERAL_WEIGHTS,
+)
 from experiment.command_line import (
-    DTYPES,
     UserError,
     common_parser,
     fraction,
     nonnegative_float,
     nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     refuse_idle_flags,
     run_command,
     save_whole_paths,
-    set_up,
 )
-from experiment.precision import PRODUCTS, Products
-from experiment.processes import Team, join_team
-from experiment.run_log import RunLog
-from experiment.seeds import EVALUATION, log_uniform_integer, seeded_generator
-from experiment.statistics import accuracy_text, mean_and_deviation
+from experiment.meta_settings import Horizon, MetaSettings
+from experiment.settings import add_settings, settings_of
 from experiment.view_flags import add_views, view_needs, views_of_flags
-from figures.meta_learning import draw_run
-from hypergradients import HypergradientError
-from hypgraddesc import (
-    OPTIMIZERS,
-    Horizon,
-    MetaSettings,
-    evaluate_draws,
-    hypgraddesc,
-    random_steps,
-    rising_steps,
-)
-from initializers import (
-    FIXED,
-    TRAINABLE,
-    GaussianInitializer,
-    PerLayerInitializer,
-    SpreadInitializer,
-)
-from krotov_hopfield import GATES, NORMALIZATIONS, gate_needs
-from learning_rules import (
-    LearningRule,
-    PerLayerRule,
-    PolynomialPairRule,
-    PolynomialRule,
-    term_effects,
-    term_products,
-)
-from linear_probe import (
-    PROBE_GRADIENTS,
-    PROBES,
-    ProbeLoss,
-    RidgeLoss,
-    SampledProbeLoss,
-    extract_features,
-)
-from meta_gradients import (
-    METHODS,
-    Forward,
-    MetaGradient,
-    Persistent,
-    Reverse,
-    Strategies,
-    Truncated,
-)
-from mnist_datasets import ImageData, ImageSets, batches, load_images, normalize_pixels
-from models_fully_local import INHIBITION, WITH_LATERAL_WEIGHTS, network_of_flags
-from rules import write_rule
-from rules.competing_units import KrotovHopfieldRule
-from rules.layerwise import Inputs, LayerwiseRule, LayerwiseTraining, image_inputs
-from rules.unit_statistics import UnitStatisticsRule
-from train import MEMORY, Draw, OuterLoss, Training
+from krotov_hopfield.choices import gate_needs
+from krotov_hopfield.recipes import LayerPlan, Recipe
+from rules.choices import run_path
 
-# What a flag is where it is not given, by --rule; where nothing stands here, add_... below says it.
+# What a flag is where it is not given: for all rules, and by --rule; where nothing stands here, the
+# field of the settings or add_... below says it.
+FOR_ALL_RULES = {
+    "warmup_steps": 100,
+    "clip_norm": 100.0,  # with --clip_grads
+    "sparsify_from": 0,  # with --sparsify
+    "normalization": "matrix",
+}
 DEFAULTS = {
     "polynomial": {},
     "unit_statistics": {
@@ -126,18 +77,22 @@ DEFAULTS = {
         "probe": "sampled",
         "evaluation_steps": 250,
         "evaluation_batch_size": 512,
-        "beside": list(REFERENCES),
+        "beside": list(BESIDE),
     },
     "krotov_hopfield": {},
 }
 RULES = tuple(DEFAULTS)
+META_LEARNING = (
+    "metasteps", "lr", "optimizer", "warmup_steps", "decay", "finetune_steps", "finetune_factor",
+    "clip_norm", "tasks", "average", "l1", "l2", "sparsify_from", "nonfinite",
+)  # fmt: skip
+INNER_TRAINING = (
+    "ungraded_steps", "reinitialize_every", "accumulate", "method", "K", "sigma", "pairs",
+    "loss_times", "memory", "memory_limit", "adjoint_limit", "products",
+)  # fmt: skip
 TERMS = ("x gain", "x gain y", "x gain y'", "x gain z", "x gain z'", "x gain r", "x gain r'",
          "x gain s", "x gain r_exact", "x gain z var^-1/2", "w")  # fmt: skip
 LEARNED = ("eta", "eps", "tau", "exponents")
-NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_images is given
-PES_WINDOW = 20  # updates
-SAMPLED_IMAGES, RIDGE_IMAGES = 8192, 2000  # --probe_images of the other probes
-OUTER_IMAGES = {"logistic": 1024, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
 
 
 def make_parser(rule: str = "polynomial") -> argparse.ArgumentParser:
@@ -156,7 +111,7 @@ def make_parser(rule: str = "polynomial") -> argparse.ArgumentParser:
         add_probe,
     ):
         add_flags(parser)
-    parser.set_defaults(**DEFAULTS[rule])
+    parser.set_defaults(**FOR_ALL_RULES | DEFAULTS[rule])
     return parser
 
 
@@ -172,64 +127,34 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Ar
 
 def add_meta_learning(parser) -> None:
     """Flags of the meta-steps."""
-    add = parser.add_argument_group("meta-learning").add_argument
+    group = parser.add_argument_group("meta-learning")
+    add = group.add_argument
     add("--start_from", type=run_path, metavar="RUN",
         help="begin with the rule and initial parameters of this run, or zoo name")  # fmt: skip
-    add("--metasteps", type=nonnegative_int, default=1000, help="meta-steps before the fine-tuning")
-    add("--lr", type=positive_float, default=1e-5, help="learning rate of the coefficients")
-    add("--optimizer", choices=list(OPTIMIZERS), default="adam", help="of the coefficients")
-    add("--warmup_steps", type=nonnegative_int, default=100, help="the rate rises over these")
-    add("--decay", choices=("none", "cosine"), default="none", help="how the rate falls again")
-    add("--finetune_steps", type=nonnegative_int, default=0, help="more, at a lower rate")
-    add("--finetune_factor", type=positive_float, default=0.1, help="times --lr is their rate")
+    add_settings(group, MetaSettings, META_LEARNING)
     add("--clip_grads", action=argparse.BooleanOptionalAction, default=False,
-        help="bound the norm of each task's hypergradient")  # fmt: skip
-    add("--clip_norm", type=positive_float, default=100.0, metavar="NORM", help="by this")
-    add("--tasks", type=positive_int, default=1, help="draws averaged in one hypergradient")
-    add("--average", type=fraction, default=0.0, metavar="DECAY",
-        help="end with a running average of the coefficients of this decay")  # fmt: skip
-    add("--l1_reg", type=nonnegative_float, default=0.0, help="L1 weight of the coefficients")
-    add("--l2_coefficients", type=nonnegative_float, default=0.0, help="their L2 weight")
-    add("--sparsify", action="store_true", help="remove coefficients that change sign")
-    add("--sparsify_from", type=nonnegative_int, default=0, metavar="METASTEP", help="from here on")
-    add("--nonfinite", choices=("skip", "stop"), default="skip",
-        help="what to do with a hypergradient that is not finite")  # fmt: skip
+        help="bound the norm of each task's hypergradient by --clip_norm")  # fmt: skip
+    add("--sparsify", action="store_true",
+        help="from --sparsify_from on, remove coefficients that change sign")  # fmt: skip
 
 
 def add_inner_training(parser) -> None:
     """Flags of the training that a meta-step differentiates."""
-    add = parser.add_argument_group("inner training").add_argument
+    group = parser.add_argument_group("inner training")
+    add = group.add_argument
     add("--initial_inner_steps", type=positive_int, default=250, help="differentiated updates")
     add("--max_inner_steps", type=positive_int, default=250, help="where raising them ends")
     add("--raise_every", type=positive_int, default=100, help="meta-steps between raises")
     add("--raise_by", type=nonnegative_int, default=0, help="inner steps added at each raise")
     add("--horizon", type=positive_int, nargs=2, metavar=("LOW", "HIGH"),
         help="in their place, for each task a number of updates drawn log-uniformly")  # fmt: skip
-    add("--loss_times", type=positive_int, default=1, metavar="N",
-        help="mean of the outer loss after 1/N, 2/N, ... of these updates")  # fmt: skip
     add("--layerwise", action="store_true",
         help="train layers one after the other, learn the rule of the last")  # fmt: skip
     add("--steps_below", type=positive_int, nargs="+", default=[], metavar="N",
         help="updates of each layer before the last (default: as many as the last's)")  # fmt: skip
-    add("--ungraded_steps", type=nonnegative_int, default=0,
-        help="updates before them, not differentiated")  # fmt: skip
-    add("--reinitialize_every", type=positive_int, default=1, metavar="METASTEPS",
-        help="in between, training goes on from where it was")  # fmt: skip
-    add("--accumulate", action="store_true", help="one step of the coefficients for all of these")
     add("--batch_size", type=positive_int, default=1024, help="images of one update")
-    add("--method", choices=list(METHODS), default="reverse", help="way to the hypergradient")
-    add("--K", type=positive_int,
-        help="last updates (truncated), terms (lookback, implicit), updates of a window (pes), "
-             "default 20")  # fmt: skip
-    add("--sigma", type=positive_float, help="perturbation of hyperparameters by es, pes (1e-4)")
-    add("--pairs", type=positive_int, help="of perturbed trainings by es, pes (4)")
+    add_settings(group, MetaSettings, INNER_TRAINING)
     add("--compile", action="store_true", help="compile the update (needs a C++ compiler)")
-    add("--products", choices=PRODUCTS, default="float32",
-        help="how matrix products multiply, in float32 training")  # fmt: skip
-    add("--memory", choices=MEMORY, default="fit", help="what is kept for the backward pass")
-    add("--memory_limit", type=positive_float, default=2.5, metavar="GB", help="for --memory fit")
-    add("--adjoint_limit", type=positive_float, metavar="FACTOR",
-        help="hold each dL/dtheta_t at so many times that of the end")  # fmt: skip
     add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
 
 
@@ -272,15 +197,11 @@ def add_unit_statistics(parser) -> None:
 
 
 def add_competing_units(parser) -> None:
-    """Flags of --rule krotov_hopfield."""
-    add = parser.add_argument_group("rule of competing units (--rule krotov_hopfield)").add_argument
-    add("--gate", choices=GATES, default="ranked", help="who learns from a sample")
-    add("--ranking_param", type=positive_int, default=2, metavar="K", help="the k-th unlearns")
-    add("--lebesgue_p", type=positive_float, default=2.0, metavar="P", help="the units' norm")
-    add("--normalization", choices=NORMALIZATIONS, default="matrix", help="of the change")
-    add("--rate", type=positive_float, default=0.02, help="learning rate at first")
-    add("--delta", type=nonnegative_float, default=0.4, help="how much losers unlearn at first")
-    add("--inverse_temperature", type=positive_float, default=1.0, help="of soft gates at first")
+    """Flags of --rule krotov_hopfield, as those of train_krotov_hopfield.py."""
+    group = parser.add_argument_group("rule of competing units (--rule krotov_hopfield)")
+    add_settings(group, Recipe, ["gate", "normalization"])
+    add_settings(group, LayerPlan, ["ranking_param", "lebesgue_p", "delta", "inverse_temperature"])
+    group.add_argument("--rate", type=positive_float, default=0.02, help="learning rate at first")
 
 
 def add_probe(parser) -> None:
@@ -301,8 +222,8 @@ def add_probe(parser) -> None:
         help="of each of them (default: as many as a training made at the end)")  # fmt: skip
     add("--evaluation_batch_size", type=positive_int, metavar="IMAGES",
         help="of each of their updates (default: --batch_size)")  # fmt: skip
-    add("--beside", nargs="*", choices=REFERENCES, default=[], metavar="FEATURES",
-        help=f"other features, judged alike: of {', '.join(REFERENCES)}")  # fmt: skip
+    add("--beside", nargs="*", choices=BESIDE, default=[], metavar="FEATURES",
+        help=f"other features, judged alike: of {', '.join(BESIDE)}")  # fmt: skip
 
 
 def convolution(text: str) -> tuple[int, int]:
@@ -313,6 +234,63 @@ def convolution(text: str) -> tuple[int, int]:
         )
     channels, kernel = text.split("x")
     return int(channels), int(kernel)
+
+
+if __name__ == "__main__":
+    parse_flags(None)  # answers --help and wrong flags before torch is loaded
+
+import torch
+from torch import Generator, nn
+
+from comparison.learned_run import LearnedRun, load_run, steps_to_judge
+from comparison.references import beside
+from comparison.references import trainings as count_trainings
+from comparison.rule_comparison import Setting
+from data_sets.views import Views
+from experiment.checkpoints import has_checkpoint
+from experiment.devices import set_up
+from experiment.opening import open_run
+from experiment.precision import Products
+from experiment.processes import Team, join_team
+from experiment.run_log import RunLog
+from experiment.seeds import EVALUATION, log_uniform_integer, seeded_generator
+from experiment.statistics import accuracy_text, mean_and_deviation
+from figures.meta_learning import draw_run
+from hypergradients import HypergradientError
+from hypgraddesc import check_settings, evaluate_draws, hypgraddesc, random_steps, rising_steps
+from initializers import (
+    FIXED,
+    TRAINABLE,
+    GaussianInitializer,
+    PerLayerInitializer,
+    SpreadInitializer,
+)
+from learning_rules import (
+    LearningRule,
+    PerLayerRule,
+    PolynomialPairRule,
+    PolynomialRule,
+    term_effects,
+    term_products,
+)
+from linear_probe import (
+    ProbeLoss,
+    RidgeLoss,
+    SampledProbeLoss,
+    extract_features,
+)
+from meta_gradients import METHODS
+from mnist_datasets import ImageData, ImageSets, batches, load_images, normalize_pixels
+from models_fully_local import network_of_flags
+from rules import write_rule
+from rules.competing_units import KrotovHopfieldRule
+from rules.layerwise import Inputs, LayerwiseRule, LayerwiseTraining, image_inputs
+from rules.unit_statistics import UnitStatisticsRule
+from train import Draw, OuterLoss, Training
+
+NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_images is given
+SAMPLED_IMAGES, RIDGE_IMAGES = 8192, 2000  # --probe_images of the other probes
+OUTER_IMAGES = {"logistic": 1024, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
 
 
 def refuse_flags_without_effect(args, parser) -> None:
@@ -587,35 +565,20 @@ def compile_update(training: Training) -> None:
 
 def make_settings(args) -> MetaSettings:
     """The meta-loop's settings from the flags."""
-    return MetaSettings(
-        metasteps=args.metasteps,
-        lr=args.lr,
-        optimizer=args.optimizer,
-        warmup_steps=args.warmup_steps,
-        decay=args.decay,
-        finetune_steps=args.finetune_steps,
-        finetune_factor=args.finetune_factor,
+    return settings_of(
+        args,
+        MetaSettings,
         inner_steps=make_horizon(args),
-        ungraded_steps=args.ungraded_steps,
         reinitialize_every=windows(args) if args.method == "pes" else args.reinitialize_every,
-        accumulate=args.accumulate,
-        tasks=args.tasks,
         clip_norm=args.clip_norm if args.clip_grads else None,
-        l1=args.l1_reg,
-        l2=args.l2_coefficients,
         sparsify_from=args.sparsify_from if args.sparsify else None,
-        average=args.average,
-        nonfinite=args.nonfinite,
-        method=make_method(args),
-        products=args.products,
-        seed=args.seed,
     )
 
 
 def make_horizon(args) -> Horizon:
     """How many updates a task makes."""
     if args.method == "pes":
-        return args.K or PES_WINDOW
+        return args.K
     if args.horizon:
         return random_steps(*args.horizon)
     return rising_steps(
@@ -625,21 +588,7 @@ def make_horizon(args) -> Horizon:
 
 def windows(args) -> int:
     """Of --method pes: meta-steps of one training, whose length is rounded up to whole windows."""
-    return math.ceil(args.initial_inner_steps / (args.K or PES_WINDOW))
-
-
-def make_method(args) -> MetaGradient:
-    """The way to the hypergradient."""
-    limit = int(args.memory_limit * 2**30)
-    chosen = METHODS[args.method]
-    if chosen is Reverse:
-        return Reverse(args.memory, limit, args.adjoint_limit, args.loss_times)
-    if chosen is Truncated:
-        last = args.K or Truncated.K
-        return Truncated(args.memory, limit, args.adjoint_limit, args.loss_times, last)
-    if chosen in (Strategies, Persistent):
-        return chosen(args.sigma or chosen.sigma, args.pairs or chosen.pairs)
-    return chosen() if chosen is Forward else chosen(args.K or chosen.K)
+    return math.ceil(args.initial_inner_steps / args.K)
 
 
 def hyperparameters(training: Training) -> dict[str, float]:
@@ -692,7 +641,7 @@ def judged_training(args, training: Training, data: tuple[ImageData, ImageData])
     whole = replace(training, outer_loss=make_probe(args, *data))
     if args.evaluation_batch_size is None:
         return whole
-    stream = make_batches(args, data[0], DTYPES[args.dtype], args.evaluation_batch_size)
+    stream = make_batches(args, data[0], getattr(torch, args.dtype), args.evaluation_batch_size)
     if isinstance(stream, Views):
         stream.moved = training.batches.moved
     return replace(whole, batches=stream)
@@ -820,7 +769,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, data, stream in zip(names, sets, streams, strict=True)
     ]  # fmt: skip
     settings = make_settings(args)
-    settings.check(*trainings)
+    check_settings(settings, *trainings)
     if args.compile:
         compile_update(trainings[0])
     with open_run(args, "main", ImageSets(tuple(data[0] for data in sets)), team) as log:

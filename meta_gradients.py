@@ -16,13 +16,14 @@ hypergradients/methods.py. What a method does not reach has no part in its gradi
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from experiment.meta_settings import MetaSettings
 from hypergradients import (
     FixedPoint,
     Pairs,
@@ -77,10 +78,10 @@ class Reverse:
         that are differentiated, all of one training.
     """
 
-    memory: str = "fit"
+    memory: str = MetaSettings.memory
     memory_limit: int = MEMORY_LIMIT
     adjoint_limit: float | None = None
-    loss_times: int = 1
+    loss_times: int = MetaSettings.loss_times
     reaches = ("rule", "initializer", "batches")
 
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
@@ -112,7 +113,7 @@ class Reverse:
 class Truncated(Reverse):
     """Backpropagation through the last K updates; what hyperparameters did before is left out."""
 
-    K: int = 20
+    K: int = MetaSettings.K
     reaches = ("rule", "batches")
 
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
@@ -126,7 +127,7 @@ class Truncated(Reverse):
 class LookBack:
     """K terms of the Neumann series with the last updates, all of them at theta_{N-1}."""
 
-    K: int = 20
+    K: int = MetaSettings.K
     reaches = ("rule",)
 
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
@@ -151,7 +152,7 @@ class Implicit:
     DivergenceError where that update is no contraction.
     """
 
-    K: int = 20
+    K: int = MetaSettings.K
     reaches = ("rule",)
 
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
@@ -188,8 +189,8 @@ class Strategies:
     No training is unperturbed, so none can be gone on with: the start stands for the last params.
     """
 
-    sigma: float = 1e-4
-    pairs: int = 4
+    sigma: float = MetaSettings.sigma
+    pairs: int = MetaSettings.pairs
     reaches = ("rule", "initializer")
 
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
@@ -213,8 +214,8 @@ class Persistent:
     without the bias of truncation. The params of the result are those of all these trainings.
     """
 
-    sigma: float = 1e-4
-    pairs: int = 4
+    sigma: float = MetaSettings.sigma
+    pairs: int = MetaSettings.pairs
     reaches = ("rule", "initializer")
 
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
@@ -263,6 +264,17 @@ METHODS = {
     "es": Strategies,
     "pes": Persistent,
 }
+
+
+def make_method(settings: MetaSettings) -> MetaGradient:
+    """The method that the settings name, with their options, or that they hold."""
+    if not isinstance(settings.method, str):
+        return settings.method
+    chosen = METHODS[settings.method]
+    options = {entry.name: getattr(settings, entry.name) for entry in fields(chosen)}
+    if "memory_limit" in options:
+        options["memory_limit"] = int(settings.memory_limit * 2**30)
+    return chosen(**options)
 
 
 # ---- as update maps of (params, hparams), hparams in the order of training.hyperparameters ----

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from experiment.choices import INHIBITION, WITH_LATERAL_WEIGHTS
 from kernels.equilibrium import equilibrium
 from kernels.local_polynomial import Windows, samples
 
@@ -108,10 +109,6 @@ def lateral_dynamics(
 ) -> Tensor:
     """y_J [batch, out] of the dynamics above, for s [batch, out] and m [out, out]."""
     return _LateralDynamics.apply(s, m, activation, inh_steps, inh_factor)
-
-
-WITH_LATERAL_WEIGHTS = ("lateral", "equilibrium")
-INHIBITION = (*WITH_LATERAL_WEIGHTS, "none", "l1", "l2")
 
 
 class _LateralLayer(nn.Module):

@@ -6,8 +6,8 @@
     python plot.py one_pass runs/a runs/b                  runs of tune_one_pass.py compared
     python plot.py losses runs/a runs/b                    learned optimisers on all optimizees
 
-A figure that is asked for by name is a function here, `plot_<name>(args)`, and its lines in
-make_parser; it returns the paths of what it has drawn.
+A figure that is asked for by name has its flags in make_parser, and a function in PLOTS, which
+returns the paths of what it has drawn.
 """
 
 import argparse
@@ -17,6 +17,49 @@ from pathlib import Path
 from statistics import fmean
 
 from experiment.command_line import OneLineParser, UserError, run_command
+
+EFFECT, COEFFICIENT = "effect", "coefficient"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """One subcommand per kind of figure."""
+    parser = OneLineParser(prog="plot.py", description="Figures from run directories alone.")
+    figures = parser.add_subparsers(title="figures", dest="figure", metavar="FIGURE", required=True)
+
+    def figure(name: str, what: str) -> Callable:
+        subparser = figures.add_parser(name, help=what, description=what, allow_abbrev=False)
+        subparser.add_argument("--quiet", action="store_true", help="print errors only")
+        return subparser.add_argument
+
+    add = figure("run", "the figures of a run's command, drawn again into its figures/")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
+
+    add = figure("rules", "learned rules beside each other and beside classical ones")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="directories that hold a rule.json")
+    add("--classical", nargs="+", default=[], metavar="NAME", help="such as oja, hebb, foldiak")
+    add("--by", choices=(EFFECT, COEFFICIENT),
+        help="what a term's size is (default: effect, where every RUN tells it)")  # fmt: skip
+    add("--out", type=png_file, default=Path("rules.png"), metavar="FILE", help="the figure (PNG)")
+
+    add = figure("one_pass", "runs of tune_one_pass.py compared: a table and every figure")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
+    add("--out", type=Path, default=Path("one_pass"), metavar="DIR", help="for table and figures")
+    add = figure("losses", "final losses of optimisers on the optimizees of their comparisons")
+    add("runs", type=Path, nargs="+", metavar="RUN", help="directories of learn_to_optimize.py")
+    add("--out", type=png_file, default=Path("losses.png"), metavar="FILE", help="the figure (PNG)")
+    return parser
+
+
+def png_file(text: str) -> Path:
+    """A file whose name says what it will hold."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png, not {text!r}")
+    return Path(text)
+
+
+if __name__ == "__main__":
+    make_parser().parse_args()  # answers --help and wrong flags before torch is loaded
+
 from experiment.files import write_whole
 from experiment.run_reader import read_config, read_results, run_names
 from figures.baselines import draw_mlp_run, draw_pca_run, draw_vicreg_run
@@ -34,8 +77,6 @@ from figures.optimizers import (
 from learning_rules import PerLayerRule, classical_rule
 from rules import load_rule
 from sweeps.report import draw_sweep_run
-
-EFFECT, COEFFICIENT = "effect", "coefficient"
 
 # What draws a run's figures, by the command; it is also what the command itself calls
 DRAW: dict[str, Callable[[Path], list[Path]]] = {
@@ -55,44 +96,6 @@ DRAW: dict[str, Callable[[Path], list[Path]]] = {
     "learn_to_optimize": draw_optimizer_run,
     "sweep": draw_sweep_run,
 }
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """One subcommand per kind of figure."""
-    parser = OneLineParser(prog="plot.py", description="Figures from run directories alone.")
-    figures = parser.add_subparsers(title="figures", metavar="FIGURE", required=True)
-
-    def figure(plot: Callable[[argparse.Namespace], list[Path]], what: str) -> Callable:
-        name = plot.__name__.removeprefix("plot_")
-        subparser = figures.add_parser(name, help=what, description=what, allow_abbrev=False)
-        subparser.set_defaults(plot=plot)
-        subparser.add_argument("--quiet", action="store_true", help="print errors only")
-        return subparser.add_argument
-
-    add = figure(plot_run, "the figures of a run's command, drawn again into its figures/")
-    add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
-
-    add = figure(plot_rules, "learned rules beside each other and beside classical ones")
-    add("runs", type=Path, nargs="+", metavar="RUN", help="directories that hold a rule.json")
-    add("--classical", nargs="+", default=[], metavar="NAME", help="such as oja, hebb, foldiak")
-    add("--by", choices=(EFFECT, COEFFICIENT),
-        help="what a term's size is (default: effect, where every RUN tells it)")  # fmt: skip
-    add("--out", type=png_file, default=Path("rules.png"), metavar="FILE", help="the figure (PNG)")
-
-    add = figure(plot_one_pass, "runs of tune_one_pass.py compared: a table and every figure")
-    add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
-    add("--out", type=Path, default=Path("one_pass"), metavar="DIR", help="for table and figures")
-    add = figure(plot_losses, "final losses of optimisers on the optimizees of their comparisons")
-    add("runs", type=Path, nargs="+", metavar="RUN", help="directories of learn_to_optimize.py")
-    add("--out", type=png_file, default=Path("losses.png"), metavar="FILE", help="the figure (PNG)")
-    return parser
-
-
-def png_file(text: str) -> Path:
-    """A file whose name says what it will hold."""
-    if Path(text).suffix.lower() != ".png":
-        raise argparse.ArgumentTypeError(f"must end in .png, not {text!r}")
-    return Path(text)
 
 
 def plot_run(args: argparse.Namespace) -> list[Path]:
@@ -243,10 +246,13 @@ def effects_of_classical(
     )
 
 
+PLOTS = {"run": plot_run, "rules": plot_rules, "one_pass": plot_one_pass, "losses": plot_losses}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, draw, say where it is."""
     args = make_parser().parse_args(argv)
-    for path in args.plot(args):
+    for path in PLOTS[args.figure](args):
         if not args.quiet:
             print(path)
 

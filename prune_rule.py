@@ -20,37 +20,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from comparison.learned_run import LearnedRun, load_run, run_path
-from comparison.rule_comparison import Setting, learned, trajectory
 from experiment.command_line import (
     UserError,
     common_parser,
     nonnegative_float,
     nonnegative_int,
-    open_run,
     parse,
     positive_int,
     run_command,
     save_whole_paths,
-    set_up,
 )
-from experiment.loop import run_steps
-from experiment.run_log import RunLog
-from experiment.seeds import EVALUATION, TRIAL, seeded_generator
-from experiment.statistics import accuracy_text, mean_and_deviation
-from figures.meta_learning import draw_run
-from learning_rules import PerLayerRule, term_effects, term_products
-from mnist_datasets import load_images
-from rules import rule_from_dict, write_rule
-from train import Draw, Training
+from rules.choices import run_path
 
 TERMS = (40, 30, 20, 15, 12, 10, 9, 8, 7, 6, 5, 4)
-RIDGE = 1e-10  # of correlations between terms, which may be exactly dependent
-TERMS_SHOWN = 8
 
 
 def make_parser():
@@ -72,6 +54,31 @@ def make_parser():
     add("--tolerance", type=nonnegative_float, default=0.005, metavar="FRACTION",
         help="the shortest rule may lose so much training accuracy")  # fmt: skip
     return parser
+
+
+if __name__ == "__main__":
+    parse(make_parser())  # answers --help and wrong flags before torch is loaded
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comparison.learned_run import LearnedRun, load_run
+from comparison.rule_comparison import Setting, learned, trajectory
+from experiment.devices import set_up
+from experiment.loop import run_steps
+from experiment.opening import open_run
+from experiment.run_log import RunLog
+from experiment.seeds import EVALUATION, TRIAL, seeded_generator
+from experiment.statistics import accuracy_text, mean_and_deviation
+from figures.meta_learning import draw_run
+from learning_rules import PerLayerRule, term_effects, term_products
+from mnist_datasets import load_images
+from rules import rule_from_dict, write_rule
+from train import Draw, Training
+
+RIDGE = 1e-10  # of correlations between terms, which may be exactly dependent
+TERMS_SHOWN = 8
 
 
 # ---- who may go ----

@@ -27,11 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.study import Study
-from optuna.trial import Trial
-
 from experiment.command_line import (
     OF_THE_CALL,
     UserError,
@@ -42,44 +37,10 @@ from experiment.command_line import (
     run_command,
     run_parser,
 )
-from experiment.files import json_text, plain, write_whole
-from experiment.loop import finish_on_interrupt
-from experiment.run_log import RunLog
-from experiment.run_reader import read_config
-from sweeps.report import (
-    AFTER_FLAGS,
-    BEFORE_FLAGS,
-    Report,
-    write_report,
-    write_table,
-)
 from sweeps.space import SearchedFlag, searched_flag
-from sweeps.study import (
-    GUIDED,
-    HEARTBEAT,
-    HERE,
-    JOURNAL,
-    StudyError,
-    Watch,
-    claim,
-    finish,
-    make_draws,
-    open_storage,
-    open_study,
-    run_again,
-    say_alive,
-    state_of,
-    storage_errors,
-)
-from sweeps.trial import GRACE, RefusedCommand, Rungs, Worker, outcome_of, start
 
 METHODS = ("random", "tpe", "population", "asha", "grid")
 TRIALS = 30
-POLL = 0.1  # seconds between two looks at the workers
-
-GIVEN_BY_THE_SWEEP = ("out", "resume")
-OF_THIS_PROCESS = (*OF_THE_CALL, "share", "slurm", "array_tasks")
-ENDED = ("done", "pruned", "diverged", "failed")
 
 
 # ---- flags ----
@@ -145,6 +106,51 @@ def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """What stands before the first `--`, and behind it."""
     place = list(argv).index("--") if "--" in argv else len(argv)
     return list(argv[:place]), list(argv[place + 1 :])
+
+
+if __name__ == "__main__":
+    # answers --help and wrong flags before torch is loaded
+    parse(make_parser(), split_at_dashes(sys.argv[1:])[0])
+
+import optuna
+from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.study import Study
+from optuna.trial import Trial
+
+from experiment.files import json_text, plain, write_whole
+from experiment.loop import finish_on_interrupt
+from experiment.run_log import RunLog
+from experiment.run_reader import read_config
+from sweeps.draws import GUIDED, make_draws
+from sweeps.report import (
+    AFTER_FLAGS,
+    BEFORE_FLAGS,
+    Report,
+    write_report,
+    write_table,
+)
+from sweeps.study import (
+    HEARTBEAT,
+    HERE,
+    JOURNAL,
+    StudyError,
+    Watch,
+    claim,
+    finish,
+    open_storage,
+    open_study,
+    run_again,
+    say_alive,
+    state_of,
+    storage_errors,
+)
+from sweeps.trial import GRACE, RefusedCommand, Rungs, Worker, outcome_of, start
+
+POLL = 0.1  # seconds between two looks at the workers
+
+GIVEN_BY_THE_SWEEP = ("out", "resume")
+OF_THIS_PROCESS = (*OF_THE_CALL, "share", "slurm", "array_tasks")
+ENDED = ("done", "pruned", "diverged", "failed")
 
 
 def complete(args, command: list[str]) -> None:

@@ -32,14 +32,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from experiment.choices import MEMORY
 from experiment.errors import NonFiniteError, WrongInputError
+from experiment.meta_settings import MetaSettings
 from experiment.seeds import seeded_generator
 from hypergradients.replays import Moment, another_result
 from learning_rules import LearningRule
 from models_fully_local import Params
 
-MEMORY = ("fit", "keep", "segments", "recompute")
-MEMORY_LIMIT = 5 * 2**29  # peak below 4 GB with the networks of main.py
+MEMORY_LIMIT = int(MetaSettings.memory_limit * 2**30)  # peak below 4 GB in main.py
 START, BATCHES, OUTER, METHOD, HORIZON, MODEL = range(6)  # what a draw's random numbers are for
 WITH_HYPERPARAMETERS = ("rule", "initializer", "batches")
 

@@ -11,102 +11,81 @@ learns by competition alone; what the classifier gets from its features says wha
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 
 from experiment.command_line import (
     UserError,
     common_parser,
     fraction,
-    fraction_below_1,
     nonnegative_float,
-    nonnegative_int,
-    open_run,
     parse,
-    positive_float,
     positive_int,
     refuse_idle_flags,
     run_command,
-    set_up,
 )
-from experiment.loop import run_steps
-from experiment.run_log import RunLog
-from experiment.seeds import seeded_generator
-from figures.competition import draw_competition_run
-from krotov_hopfield import (
-    AUGMENTATIONS,
-    DEEPEST,
-    FEATURE_NORMS,
-    GATES,
-    NORMALIZATIONS,
-    RECIPES,
-    SCHEDULES,
-    CompetitionError,
-    HebbianNetwork,
-    LayerwiseTraining,
-    Recipe,
-    gate_needs,
-    split_validation,
-)
-from mnist_datasets import load_images
+from experiment.settings import add_settings
+from krotov_hopfield.choices import AUGMENTATIONS, gate_needs
+from krotov_hopfield.recipes import DEEPEST, RECIPES, LayerPlan, Recipe
 
-OF_LAYERS = (
-    "units", "power", "lebesgue_p", "ranking_param", "delta", "inverse_temperature", "lr", "lr_end",
-    "lr_speed",
+# what flags change in the preset: of each layer, a value for all or one for each; and of the whole
+COMPETITION_OF_LAYERS = ("lebesgue_p", "ranking_param", "delta", "inverse_temperature")
+RATES_OF_LAYERS = ("lr", "lr_end", "lr_speed")
+OF_LAYERS = ("units", "power", *COMPETITION_OF_LAYERS, *RATES_OF_LAYERS)
+COMPETITION = ("gate", "normalization", "rate_exponent")
+TRAINING = ("schedule", "epochs", "batch_size", "patience", "threshold")
+CLASSIFIER = (
+    "feature_norm", "dropout", "classifier_epochs", "classifier_lr", "classifier_batch_size",
 )  # fmt: skip
 
 
 def make_parser():
-    """The command's flags; those of the preset have no default of their own."""
+    """The command's flags; those of the preset are None where they are not given."""
     parser = common_parser("Train layers of competing hidden units.", "train_krotov_hopfield")
-    add = parser.add_argument_group("network").add_argument
+    group = parser.add_argument_group("network (default: the preset's)")
+    add = group.add_argument
     add("--preset", choices=list(RECIPES), default="deep", help="what the flags below change")
     add("--depth", type=positive_int, metavar="LAYERS", help="layers (default: all of the preset)")
-    add("--units", type=positive_int, nargs="+", help="units of each layer")
-    add("--power", type=positive_float, nargs="+", help="of each layer's activation")
-    add_competition_flags(parser)
-    add = parser.add_argument_group("images and classifier").add_argument
+    add_changes(group, LayerPlan, ("units", "power"))
+    group = parser.add_argument_group("competition (default: the preset's)")
+    add_changes(group, Recipe, COMPETITION)
+    add_changes(group, LayerPlan, COMPETITION_OF_LAYERS)
+    group = parser.add_argument_group("training of the layers (default: the preset's)")
+    add_changes(group, LayerPlan, RATES_OF_LAYERS)
+    add_changes(group, Recipe, TRAINING)
+    order = parser.add_mutually_exclusive_group()
+    order.add_argument("--together", action="store_true", default=None, help="all layers at once")
+    order.add_argument("--one_by_one", dest="together", action="store_false", default=None,
+                       help="each after those before it")  # fmt: skip
+    add_changes(parser.add_argument_group("classifier (default: the preset's)"), Recipe, CLASSIFIER)
+    add = parser.add_argument_group("images and rounds").add_argument
     add("--augmentation", choices=AUGMENTATIONS, default="none", help="flip: crop and mirror")
     add("--train_images", type=positive_int, metavar="N", help="use so many (default: all)")
     add("--validation", type=fraction, default=0.2, help="share of them that chooses the epoch")
     add("--classify_after", type=positive_int, nargs="+", metavar="LAYER",
         help="classifiers behind these layers (default: the last)")  # fmt: skip
-    add("--feature_norm", choices=FEATURE_NORMS,
-        help="features by batch norm, or by the root mean square of each image's")  # fmt: skip
-    add("--dropout", type=fraction_below_1, help="of the features (default: the preset's)")
-    add("--classifier_epochs", type=positive_int, help="default: the preset's")
-    add("--classifier_lr", type=positive_float, help="default: the preset's")
-    add("--classifier_batch_size", type=positive_int, help="default: the preset's")
     add("--round_batches", type=positive_int, default=100, help="batches between two rows")
     add("--cache", type=nonnegative_float, default=4.0, metavar="GB", help="most for features")
     return parser
 
 
-def add_competition_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of the update and of the layers' training; None: as in the preset."""
-    add = parser.add_argument_group("competition (default: the preset's)").add_argument
-    add("--gate", choices=GATES, help="who learns from a sample")
-    add("--lebesgue_p", type=positive_float, nargs="+", metavar="P",
-        help="of the norm that units come to have, by layer")  # fmt: skip
-    add("--ranking_param", type=positive_int, nargs="+", metavar="K",
-        help="the k-th unlearns, by layer")  # fmt: skip
-    add("--delta", type=nonnegative_float, nargs="+", help="how much it does, by layer")
-    add("--inverse_temperature", type=positive_float, nargs="+", help="of soft gates, by layer")
-    add("--normalization", choices=NORMALIZATIONS, help="what a change is divided by")
-    add("--rate_exponent", type=nonnegative_float, help="rates times | |w| - 1 | to this power")
-    add = parser.add_argument_group("training of the layers (default: the preset's)").add_argument
-    add("--lr", type=positive_float, nargs="+", help="learning rate, by layer")
-    add("--schedule", choices=SCHEDULES, help="how it falls")
-    add("--lr_end", type=nonnegative_float, nargs="+", help="where to (exponential)")
-    add("--lr_speed", type=positive_float, nargs="+", help="how fast, per epoch (exponential)")
-    add("--epochs", type=nonnegative_float, help="passes over the images; also a part of one")
-    add("--batch_size", type=positive_int, help="images of one update")
-    add("--patience", type=nonnegative_int, metavar="BATCHES",
-        help="end after so many without progress; 0: never")  # fmt: skip
-    add("--threshold", type=nonnegative_float, help="end once the convergence is below this")
-    order = parser.add_mutually_exclusive_group()
-    order.add_argument("--together", action="store_true", default=None, help="all layers at once")
-    order.add_argument("--one_by_one", dest="together", action="store_false", default=None,
-                       help="each after those before it")  # fmt: skip
+def add_changes(group, settings: type, names: Sequence[str]) -> None:
+    """Flags that change these values of the preset."""
+    each_layer = settings is LayerPlan
+    add_settings(group, settings, names, each_layer=each_layer, **dict.fromkeys(names))
+
+
+if __name__ == "__main__":
+    parse(make_parser())  # answers --help and wrong flags before torch is loaded
+
+from experiment.devices import set_up
+from experiment.loop import run_steps
+from experiment.opening import open_run
+from experiment.run_log import RunLog
+from experiment.seeds import seeded_generator
+from figures.competition import draw_competition_run
+from krotov_hopfield import CompetitionError, HebbianNetwork, LayerwiseTraining, split_validation
+from mnist_datasets import load_images
 
 
 def make_recipe(args) -> Recipe:

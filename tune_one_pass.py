@@ -20,20 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Generator
-
-from comparison.one_pass_problems import (
-    MODELS,
-    OWN_VALIDATION,
-    PROBLEMS,
-    Part,
-    Problem,
-    default_model,
-    make_problem,
-    make_samples,
-)
+from comparison.choices import MODELS, OWN_VALIDATION, PROBLEMS
 from experiment.command_line import (
     UserError,
     computing_parser,
@@ -43,87 +30,48 @@ from experiment.command_line import (
     new_directory,
     nonnegative_float,
     nonnegative_int,
-    open_run,
+    parse,
     positive_float,
     positive_int,
     run_command,
-    set_up,
 )
-from experiment.files import write_whole
-from experiment.loop import run_steps
-from experiment.run_log import RunLog
-from experiment.run_reader import read_config
 from experiment.yaml_settings import (
     Key,
-    add_settings,
+    add_keys,
+    keys_of,
     mapping,
     parse_settings,
     refuse_idle_settings,
-    truth,
 )
-from figures.one_pass_report import (
-    Columns,
-    draw_one_pass_run,
-    final_losses,
-    median_of_draws,
-    summary,
-)
-from one_pass import (
-    DEFAULT_TRANSFORMS,
-    METHODS,
-    NAMES,
-    SMALLEST_POPULATION,
-    TRANSFORM_KINDS,
-    OnePassError,
-    Samples,
-    Settings,
-    State,
-    Tuning,
-    check_start,
-    initial_hyperparameters,
-    initial_state,
-)
+from one_pass.settings import NAMES, SMALLEST_POPULATION, TRANSFORM_KINDS, Settings
 
-# what a draw's random numbers are for; each has a stream of its own
-HYPERPARAMETERS, WEIGHTS, TRAINING, VALIDATION = range(4)
-
-# methods that take batches of validation samples; that need such samples; that use hypergradients
-WITH_VALIDATION_BATCHES = ("look_back", "unrolled")
-VALIDATED = (*WITH_VALIDATION_BATCHES, "population")
-BY_HYPERGRADIENTS = (*WITH_VALIDATION_BATCHES, "successive_gradients")
-
-# what -c takes from a run's config.json beside the settings, and what it leaves out: where that run
-# wrote, and what it found
-RUN_FLAGS = ("seed", "device", "threads", "dtype", "data_dir", "load_state")
-OF_ONE_RUN = (
-    "command", "config", "steps", "data_found", "state_found", "save_state", "log_root", "group",
-    "name",
-)  # fmt: skip
-
+# the keys, as Clarke et al. call them, of fields of Settings; and the defaults that differ
+FIELDS = {
+    "method": "method",
+    "optimised_hyperparameters": "optimised",
+    "high_dimensional_hyperparameters": "high_dimensional",
+    "network_weight_steps": "every",
+    "hyperparameter_steps": "updates",
+    "look_back": "look_back",
+    "hyperparameter_lr": "lr",
+    "final_hyperparameter_lr": "final_lr",
+    "chain_rule": "chain_rule",
+    "recover": "recover",
+    "hyperparameter_clipping": "bounds",
+    "transformed_hyperparameters": "transforms",
+    "reset_model_after_hyperparameter_update": "reset",
+}
+DEFAULTS = {"method": "fixed", "final_hyperparameter_lr": None}
 
 KEYS = (
     Key("dataset", str, "energy", "the problem's data", choices=PROBLEMS),
     Key("model", str, None, "the network; by default the one published", choices=MODELS),
-    Key("method", str, "fixed", "how hyperparameters are tuned", choices=METHODS),
-    Key("optimised_hyperparameters", str, [], "those that are tuned", True, NAMES),
-    Key("high_dimensional_hyperparameters", str, [], "with a value for each weight", True, NAMES),
-    Key("network_weight_steps", positive_int, 10, "weight steps for each hyperparameter step, T"),
-    Key("hyperparameter_steps", positive_int, 400, "hyperparameter steps"),
+    *keys_of(Settings, FIELDS, DEFAULTS),
+    Key("network_weight_grad_clipping", mapping, {}, "of the training gradient: {norm: .25}"),
     Key("total_step_limit", positive_int, None, "weight steps in all, if fewer than both make"),
     Key("batch_size", positive_int, None, "training and validation samples a step; none: all"),
     Key("validation_proportion", fraction, 0.0, "of the training data, held out"),
     Key("split_seed", nonnegative_int, 1, "of the permutation of the rows before they are split"),
-    Key("look_back", positive_int, 5, "terms of the series, i (odd is safer), or unrolled steps"),
-    Key("hyperparameter_lr", positive_float, 0.05, "Adam's rate on the raw values"),
-    Key("final_hyperparameter_lr", positive_float, None, "the rate falls to this; none: stays"),
-    Key("chain_rule", truth, True, "false: Adam is fed the derivative for the natural value"),
-    Key("recover", truth, False, "a run that diverges goes on from its last good weights, slower"),
-    Key("network_weight_grad_clipping", mapping, {}, "of the training gradient: {norm: .25}"),
-    Key(
-        "hyperparameter_clipping", mapping, {"lr": [-10.0, 0.0]}, "bounds of raw values; null: none"
-    ),
-    Key("transformed_hyperparameters", mapping, DEFAULT_TRANSFORMS, "exp, 10^ or sigmoid"),
-    Key("reset_model_after_hyperparameter_update", truth, False, "train from the start again"),
     Key("lr", positive_float, None, "of every draw at the start; none: drawn"),
     Key("weight_decay", nonnegative_float, None, "of every draw at the start; none: drawn"),
     Key("momentum", fraction_below_1, None, "of every draw at the start; none: drawn"),
@@ -146,8 +94,56 @@ def make_parser() -> argparse.ArgumentParser:
     add("-l", "--log_root", type=Path, metavar="DIR", help="runs are made in it (default: runs)")
     add("-g", "--group", metavar="NAME", help="of runs that belong together: a folder of log_root")
     add("-n", "--name", metavar="NAME", help="of the run's folder in it (default: by the time)")
-    add_settings(parser, KEYS)
+    add_keys(parser, KEYS)
     return parser
+
+
+if __name__ == "__main__":
+    parse(make_parser())  # answers --help and wrong flags before torch is loaded
+
+import numpy as np
+import torch
+from torch import Generator
+
+from comparison.one_pass_problems import Part, Problem, default_model, make_problem, make_samples
+from experiment.devices import set_up
+from experiment.files import write_whole
+from experiment.loop import run_steps
+from experiment.opening import open_run
+from experiment.run_log import RunLog
+from experiment.run_reader import read_config
+from figures.one_pass_report import (
+    Columns,
+    draw_one_pass_run,
+    final_losses,
+    median_of_draws,
+    summary,
+)
+from one_pass import (
+    OnePassError,
+    Samples,
+    State,
+    Tuning,
+    check_start,
+    initial_hyperparameters,
+    initial_state,
+)
+
+# what a draw's random numbers are for; each has a stream of its own
+HYPERPARAMETERS, WEIGHTS, TRAINING, VALIDATION = range(4)
+
+# methods that take batches of validation samples; that need such samples; that use hypergradients
+WITH_VALIDATION_BATCHES = ("look_back", "unrolled")
+VALIDATED = (*WITH_VALIDATION_BATCHES, "population")
+BY_HYPERGRADIENTS = (*WITH_VALIDATION_BATCHES, "successive_gradients")
+
+# what -c takes from a run's config.json beside the settings, and what it leaves out: where that run
+# wrote, and what it found
+RUN_FLAGS = ("seed", "device", "threads", "dtype", "data_dir", "load_state")
+OF_ONE_RUN = (
+    "command", "config", "steps", "data_found", "state_found", "save_state", "log_root", "group",
+    "name",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -301,23 +297,16 @@ def is_number(value: Any) -> bool:
 
 def make_settings(args: argparse.Namespace) -> Settings:
     """The tuner's settings."""
-    return Settings(
-        method=args.method,
-        optimised=tuple(args.optimised_hyperparameters),
-        high_dimensional=tuple(args.high_dimensional_hyperparameters),
-        transforms=args.transformed_hyperparameters,
-        every=args.network_weight_steps,
-        look_back=args.look_back,
-        lr=args.hyperparameter_lr,
-        final_lr=args.final_hyperparameter_lr or args.hyperparameter_lr,
-        updates=args.steps // args.network_weight_steps,
-        chain_rule=args.chain_rule,
-        recover=args.recover,
-        clip_norm=args.network_weight_grad_clipping.get("norm"),
-        bounds={n: tuple(pair) for n, pair in args.hyperparameter_clipping.items() if pair},
-        reset=args.reset_model_after_hyperparameter_update,
-        seed=args.seed,
-    )
+    values = {field: getattr(args, key) for key, field in FIELDS.items()}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    bounds = {name: tuple(pair) for name, pair in args.hyperparameter_clipping.items() if pair}
+    return Settings(**values | {
+        "final_lr": args.final_hyperparameter_lr or args.hyperparameter_lr,
+        "updates": args.steps // args.network_weight_steps,
+        "clip_norm": args.network_weight_grad_clipping.get("norm"),
+        "bounds": bounds,
+        "seed": args.seed,
+    })  # fmt: skip
 
 
 def make_tuning(

@@ -29,14 +29,8 @@ from dataclasses import dataclass, field
 import torch
 from threadpoolctl import threadpool_limits
 
-from experiment.command_line import (
-    OneLineParser,
-    UserError,
-    device_name,
-    find_device,
-    keep_freed_memory,
-    positive_int,
-)
+from experiment.command_line import OneLineParser, UserError, device_name, positive_int
+from experiment.devices import find_device, keep_freed_memory
 
 HEADINGS = (
     "what", "sizes", "obvious ms", "ours ms", "limit ms", "obvious/ours", "ours/limit", "median of",

@@ -20,7 +20,7 @@ from initializers import fixed_initializer
 from learning_rules import PerLayerRule
 from models_fully_local import network_of_flags
 from rules import load_rule
-from rules.zoo import Recipe, ZooEntry, load_zoo, names, zoo_path
+from rules.zoo import Recipe, ZooEntry, load_zoo
 
 PROBE = {"C": 1000.0, "outer_images": 1024}  # that judges rules of the zoo
 OF_UNITS = ("inhibition", "inh_steps", "inh_factor", "forbid_self_inhibition", "forbid_excitation")
@@ -47,12 +47,6 @@ class LearnedRun:
     def datasets(self) -> list[str]:
         """What it was learned on."""
         return _datasets(self.config)
-
-
-def run_path(text: str) -> Path:
-    """A run's directory, or else the file of the zoo's rule of this name; for argparse."""
-    path = Path(text)
-    return zoo_path(text) if not path.exists() and text in names() else path
 
 
 def load_run(directory: str | Path) -> LearnedRun:

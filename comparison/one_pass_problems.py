@@ -17,8 +17,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import grad_and_value, vjp, vmap
 
+from comparison.choices import IMAGES, TOYS
 from data_sets.image_data import DataError, ImageData
-from data_sets.tabular_datasets import TABLES, load_table, split_table
+from data_sets.tabular_datasets import load_table, split_table
 from experiment.errors import WrongInputError
 from mnist_datasets import import_torchvision, load_images
 from one_pass import (
@@ -37,12 +38,6 @@ from one_pass import (
     ShuffledBatches,
 )
 from one_pass.objectives import summed
-
-IMAGES = ("mnist", "fashion", "mnist5k", "cifar10")
-TOYS = ("quadratic", "two_weights")
-OWN_VALIDATION = ("ptb", *TOYS)  # problems whose validation samples are not held out
-PROBLEMS = (*TABLES, *IMAGES, "ptb", *TOYS)
-MODELS = ("mlp", "mlp_batch_norm", "resnet18", "lstm", "toy")
 
 HIDDEN_UNITS = 50
 WORDS = 10_000  # of Penn Treebank's vocabulary

@@ -40,7 +40,10 @@ GOAL = 0.5  # a training loss; how soon it is reached tells the speed of the fir
 
 
 class Lion(torch.optim.Optimizer):
-    """theta <- theta - lr sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g."""
+    """theta <- theta - lr sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g.
+
+    torch.optim has none, and a package for these two lines would be one more to keep up with.
+    """
 
     def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99)) -> None:
         super().__init__(params, {"lr": lr, "betas": betas})

@@ -14,11 +14,10 @@ from functools import partial
 
 from comparison.learned_run import load_run
 from comparison.rule_comparison import Comparison, Method, Setting, classical, learned, pca_features
-from rules.zoo import zoo_path
+from rules.choices import zoo_path
 from train import Training
 
 FIXED_RULE = "latent-predictive"  # its name in the zoo
-REFERENCES = ("random", "pca", "oja", "sanger", FIXED_RULE)
 RATES = {"oja": (1e-3, 3e-3, 1e-2), "sanger": (1e-2, 3e-2, 1e-1)}  # per batch, of centred pixels
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from comparison.learned_run import LearnedRun
 from comparison.principal_components import principal_components, projection
+from comparison.settings import VICRegSettings
 from comparison.vicreg import VICReg
 from data_sets.views import Views
 from experiment.loop import finish_on_interrupt
@@ -38,7 +39,7 @@ from train import Draw, Training, detached, evaluate_on_the_way
 
 RATES = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))  # of the classical rules
 HELD_OUT = 6  # one of so many training images is held out to choose a rate
-VICREG_EPOCHS = 100
+VICREG = VICRegSettings()
 ROTATION = 45.0  # degrees, to either side
 
 Row = dict[str, Any]
@@ -159,9 +160,6 @@ def classical(name: str, setting: Setting, rate: float) -> Training:
 # ---- references ----
 
 
-REFERENCES = ("random", "pca", "vicreg")
-
-
 def reference_methods(run: LearnedRun) -> dict[str, Method]:
     """What a rule is measured against; random features are those of the run's initial draw."""
     return {
@@ -184,8 +182,8 @@ def vicreg_features(setting: Setting) -> Training:
 
     def trained(model: nn.Module, generator: torch.Generator) -> Params:
         seed = int(torch.randint(2**62, (), generator=generator))
-        training = VICReg(model, setting.train, seed, dtype=setting.dtype)
-        while training.epoch < VICREG_EPOCHS:
+        training = VICReg(model, setting.train, seed, VICREG, dtype=setting.dtype)
+        while training.epoch < VICREG.epochs:
             training.train_epoch()
         return detached(training.params)
 

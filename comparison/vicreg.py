@@ -16,11 +16,12 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from comparison.settings import VICRegSettings
 from data_sets.image_data import DataError, ImageData
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
@@ -29,16 +30,17 @@ from models_fully_local import Params
 
 EPSILON = 1e-4  # under the square root of a variance: keeps its gradient finite
 TERMS = ("invariance", "variance", "covariance")
+DEFAULTS = VICRegSettings()
 
 
 def vicreg_loss(
     z1: Tensor,
     z2: Tensor,
     *,
-    invariance: float = 250.0,
-    variance: float = 25.0,
-    covariance: float = 1000.0,
-    hinge: float = 0.1,
+    invariance: float = VICRegSettings.invariance,
+    variance: float = VICRegSettings.variance,
+    covariance: float = VICRegSettings.covariance,
+    hinge: float = VICRegSettings.hinge,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of features z1, z2 [B, D] of two views of B images, and its three terms.
 
@@ -80,7 +82,6 @@ class VICReg:
     params: a list with one dict of tensors per layer, on the data's device, changed in place.
     epoch: how many passes are done. Each has a generator of its own, made from (seed, epoch), so
         that a resumed run needs no generator's state.
-    loss: (z1, z2) -> scalar and a dict of numbers to record.
     The optimiser is AdamW (Loshchilov, Hutter 2019), its rate constant. Raises DataError for a
     batch size that the data do not allow.
     """
@@ -90,25 +91,26 @@ class VICReg:
         model: nn.Module,
         data: ImageData,
         seed: int = 0,
+        settings: VICRegSettings = DEFAULTS,
         *,
-        lr: float = 1e-3,
-        weight_decay: float = 0.01,
-        batch_size: int = 1024,
-        loss: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]] = vicreg_loss,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if not 2 <= batch_size <= len(data):
+        if not 2 <= settings.batch_size <= len(data):
             raise DataError(
-                f"batch size {batch_size} must be from 2, for a variance, to {len(data)}"
+                f"batch size {settings.batch_size} must be from 2, for a variance, to {len(data)}"
             )
         self.model, self.data, self.seed = model, data, seed
-        self.batch_size, self.loss, self.dtype = batch_size, loss, dtype
+        self.batch_size, self.dtype = settings.batch_size, dtype
+        weights = {name: getattr(settings, name) for name in (*TERMS, "hinge")}
+        self.loss = partial(vicreg_loss, **weights)
         drawn = uniform_parameters(model, seeded_generator(seed, 0, 0))
         self.params = [
             {name: t.to(data.images.device, dtype).requires_grad_() for name, t in layer.items()}
             for layer in drawn
         ]
-        self.optimizer = torch.optim.AdamW(self._leaves(), lr, weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self._leaves(), settings.lr, weight_decay=settings.weight_decay
+        )
         self.epoch = 0
 
     def _leaves(self) -> list[Tensor]:

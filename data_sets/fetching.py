@@ -1,4 +1,8 @@
-"""What fetching data needs: commands run silently and for a bounded time, torchvision's import."""
+"""What fetching data needs: commands run silently and for a bounded time, torchvision's import.
+
+Not pooch: it fetches a file from an address it is given, and the addresses, mirrors and formats are
+what torchvision has already; checksums here are of the files' uncompressed content.
+"""
 
 import importlib.util
 import subprocess

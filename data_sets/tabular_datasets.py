@@ -17,33 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_sets.choices import TABLES
 from data_sets.image_data import DataError
 from experiment.files import in_place
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "uci"
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is known of a set before it is read: rows, inputs, rows held out for the test."""
-
-    rows: int
-    inputs: int
-    test_rows: int
-    uci_id: int | None = None
-    openml_id: int | None = None
-
-
-TABLES = {
-    "boston": Source(506, 13, 51, openml_id=531),
-    "concrete": Source(1030, 8, 103, uci_id=165),
-    "energy": Source(768, 8, 76, uci_id=242),
-    "kin8nm": Source(8192, 8, 819, openml_id=189),
-    "naval": Source(11934, 16, 1193, uci_id=316),
-    "power": Source(9568, 4, 957, uci_id=294),
-    "wine": Source(1599, 11, 160, uci_id=186),
-    "yacht": Source(308, 6, 31, uci_id=243),
-}
 
 
 @dataclass(frozen=True)

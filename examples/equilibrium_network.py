@@ -30,15 +30,15 @@ from experiment.command_line import (
     common_parser,
     fraction,
     nonnegative_float,
-    open_run,
     parse,
     positive_float,
     positive_int,
     refuse_large_seed,
     run_command,
-    set_up,
 )
+from experiment.devices import set_up
 from experiment.loop import run_steps
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.run_reader import read_metrics
 from figures.examples import NETWORKS, draw_equilibrium_run

@@ -38,16 +38,16 @@ from experiment.command_line import (
     DATASETS,
     UserError,
     common_parser,
-    open_run,
     parse,
     positive_float,
     positive_int,
     refuse_idle_flags,
     refuse_large_seed,
     run_command,
-    set_up,
 )
+from experiment.devices import set_up
 from experiment.loop import run_steps
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from figures.examples import draw_imaml_run
 from hypergradients import (

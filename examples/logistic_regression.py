@@ -39,16 +39,16 @@ from experiment.command_line import (
     common_parser,
     fraction,
     nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     refuse_idle_flags,
     refuse_large_seed,
     run_command,
-    set_up,
 )
+from experiment.devices import set_up
 from experiment.loop import run_steps
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.run_reader import read_metrics
 from figures.examples import draw_logistic_run

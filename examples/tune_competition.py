@@ -33,16 +33,10 @@ import torch
 from optuna.distributions import FloatDistribution
 from optuna.samplers import TPESampler
 
-from experiment.command_line import (
-    common_parser,
-    open_run,
-    parse,
-    positive_float,
-    positive_int,
-    run_command,
-    set_up,
-)
+from experiment.command_line import common_parser, parse, positive_float, positive_int, run_command
+from experiment.devices import set_up
 from experiment.loop import run_steps
+from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
 from figures.competition import WAYS, draw_searches_run

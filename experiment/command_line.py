@@ -1,9 +1,18 @@
-"""What all commands share: the common flags, one line for wrong input, device, run directory.
+"""What all commands share, without torch: the common flags, one line for wrong input.
 
-    def main(argv: list[str] | None = None) -> None:
+    def make_parser():
         parser = common_parser("Meta-learn a rule.", "main")
         parser.add_argument("--metasteps", type=positive_int, default=1000)
-        args = parse(parser, argv)
+        return parser
+
+    if __name__ == "__main__":
+        parse(make_parser())  # answers --help and wrong flags before torch is loaded
+
+    from experiment.devices import set_up
+    from experiment.opening import open_run
+
+    def main(argv: list[str] | None = None) -> None:
+        args = parse(make_parser(), argv)
         device, dtype = set_up(args)
         with open_run(args, "main") as log:
             ...
@@ -17,7 +26,6 @@ Exit status: 0 done, 1 not finite, 2 wrong input, 130 interrupted.
 
 import argparse
 import copy
-import ctypes
 import math
 import os
 import re
@@ -25,23 +33,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
-
-import torch
+from typing import Any, NoReturn
 
 from experiment.errors import RunLogError, WrongInputError
-from experiment.files import plain
-from experiment.precision import set_tensor_cores
-from experiment.processes import ALONE, Team
-from experiment.run_log import RunLog, SilentLog
 from experiment.run_reader import read_config
 
 DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+DTYPES = ("float32", "float64")
 
 # flags that belong to one call, not to the run
 OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
-MAY_DIFFER = ("data_dir", "save_state")  # on --resume: they change no number
 
 LARGEST = 1e30  # number that a flag takes: float32 holds it, and the sum of many
 
@@ -51,20 +52,9 @@ _ALLOCATOR_REFUSES = re.compile(
     r"|(MPS backend|CUDA error:) out of memory"
 )
 
-# glibc's mallopt parameters (malloc.h) and the values given to them
-M_TRIM_THRESHOLD, NEVER = -1, -1
-M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 25  # the largest that glibc accepts
-
 
 class UserError(WrongInputError):
     """Wrong input that a command notices."""
-
-
-class Data(Protocol):
-    """A data set that can say what it holds, so that a run isn't gone on with on other data."""
-
-    def fingerprint(self) -> str:
-        """How many samples, and a digest of them."""
 
 
 def run_parser(description: str, command: str) -> argparse.ArgumentParser:
@@ -96,7 +86,7 @@ def computing_parser(description: str, command: str) -> argparse.ArgumentParser:
     device = "auto, cpu, cuda, cuda:N or mps"
     add("--device", type=device_name, default="auto", metavar="NAME", help=device)
     add("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's own)")
-    add("--dtype", choices=list(DTYPES), default="float32", help="floating-point type")
+    add("--dtype", choices=DTYPES, default="float32", help="floating-point type")
     return parser
 
 
@@ -193,53 +183,6 @@ def save_whole_paths(args: argparse.Namespace, name: str) -> None:
         setattr(args, name, whole)
 
 
-def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and type that `args` ask for; also sets threads, determinism and allocator."""
-    device = find_device(args.device)
-    if args.threads is not None:
-        if args.threads > 64 * (os.cpu_count() or 1):
-            raise UserError(f"--threads {args.threads}: this machine has {os.cpu_count()} cores")
-        torch.set_num_threads(args.threads)
-    _be_deterministic(device)
-    keep_freed_memory()
-    return device, DTYPES[args.dtype]
-
-
-def open_run(
-    args: argparse.Namespace, command: str, data: Data | None = None, team: Team = ALONE
-) -> RunLog | SilentLog:
-    """The run that `args` ask for: a new one, or with --resume one that has the same flags.
-
-    Of a team only the first process opens it. When torchrun has restarted the team after the loss
-    of a worker, the run in --out is gone on with.
-
-    Device and number of threads are saved as they are in effect, because the last bits of a
-    result depend on them; and what data were found, because all of it does.
-    """
-    if not team.first:
-        return SilentLog()
-    config = {name: value for name, value in vars(args).items() if name not in OF_THE_CALL}
-    config["command"] = command
-    config["device"] = str(find_device(args.device))
-    config["threads"] = args.threads or torch.get_num_threads()
-    config["data_found"] = None if data is None else data.fingerprint()
-    existing = args.resume or _run_before_the_restart(args)
-    if existing is None:
-        directory = args.out or new_directory(command)
-        return RunLog.create(directory, config, args.quiet, not args.no_figures)
-    _refuse_other_configuration(existing, read_config(existing), plain(config))
-    return RunLog.reopen(existing, args.quiet, not args.no_figures)
-
-
-def _run_before_the_restart(args: argparse.Namespace) -> Path | None:
-    """What the team that torchrun has restarted was writing, None if nothing yet."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return None
-    if args.out is None:
-        raise UserError("a run that torchrun may restart needs --out DIR, to be found again")
-    return args.out if (args.out / "config.json").exists() else None
-
-
 def run_command(
     main: Callable[[list[str] | None], None],
     argv: list[str] | None = None,
@@ -276,7 +219,7 @@ def run_command(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
     return known or _ALLOCATOR_REFUSES.search(str(error)) is not None
 
 
@@ -285,27 +228,6 @@ def _exit_with_line(error: Exception | str, status: int) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
         sys.stderr.write(f"error: {line}\n")
     sys.exit(status)
-
-
-def find_device(name: str) -> torch.device:
-    """The device called `name`, UserError where it isn't there.
-
-    auto is the first CUDA device, else the CPU.
-    """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":  # not mps: it lacks the float64 that the probe needs
-        name = "cuda" if cuda else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's: one device a process
-    device = torch.device(name)
-    if device.type == "cuda" and (not cuda or device.index >= torch.cuda.device_count()):
-        count = torch.cuda.device_count() if cuda else 0
-        raise UserError(
-            f"no device {name}: torch sees {count} CUDA devices; try --device auto or --device cpu"
-        )
-    if device.type == "mps" and not mps:
-        raise UserError("no device mps: this is not a Mac that torch can use; try --device auto")
-    return device
 
 
 # ---- types of arguments: text to value, or a message that says what is expected ----
@@ -434,23 +356,6 @@ def _converted(action: argparse.Action, value: Any, depth: int) -> Any:
     return converted
 
 
-def _refuse_other_configuration(
-    directory: Path, saved: dict[str, Any], given: dict[str, Any]
-) -> None:
-    """UserError where a run with flags `saved` can't be gone on with under flags `given`."""
-    names = [name for name in {**saved, **given} if name not in MAY_DIFFER]
-    differing = [
-        f"{name} {saved.get(name, 'unset')!r} there, {given.get(name, 'unset')!r} now"
-        for name in names
-        if saved.get(name, "unset") != given.get(name, "unset")
-    ]
-    if differing:
-        raise UserError(
-            f"{directory} was run with other flags: {'; '.join(differing)}; "
-            "leave those out to resume it"
-        )
-
-
 def new_directory(command: str, folder: Path = Path("runs")) -> Path:
     """Makes <folder>/<command>-<time>, numbered where two runs start within a second."""
     first = folder / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -463,32 +368,3 @@ def new_directory(command: str, folder: Path = Path("runs")) -> Path:
         except FileExistsError:
             number += 1
             path = first.with_name(f"{first.name}-{number}")
-
-
-# ---- torch and the allocator ----
-
-
-def _be_deterministic(device: torch.device) -> None:
-    """Prefer deterministic kernels, whole float32; an operation that has none warns."""
-    # use_deterministic_algorithms would tell torch's compiler too, which takes seconds to import
-    torch.set_deterministic_debug_mode("warn")
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-        set_tensor_cores("ieee")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # this part would cost time
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed tensors of up to 32 MB for the next step.
-
-    Otherwise every tensor of a few megabytes is mapped, zeroed page by page and unmapped anew at
-    each step: filling 500 tensors of 3 MB took 0.4 s instead of 0.1 s. The peak of memory is the
-    same, but it stays with the process until that ends. Under another C library nothing is done.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
-    mallopt(M_TRIM_THRESHOLD, NEVER)

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from experiment.choices import PRODUCTS
 from experiment.errors import WrongInputError
-
-PRODUCTS = ("float32", "tf32", "bfloat16")
 
 _aten = torch.ops.aten
 _PLAIN = {_aten.mm: torch.mm, _aten.bmm: torch.bmm}

@@ -6,9 +6,9 @@ refuse_idle_flags(args, parser, view_needs(args))
 """
 
 import argparse
-from typing import Any
 
-from experiment.command_line import UserError, nonnegative_float, nonnegative_int
+from experiment.command_line import UserError
+from experiment.settings import add_settings, settings_of
 from experiment.view_strengths import FIELDS, GEOMETRIC, KINDS, LEARNABLE, ViewStrengths
 
 WITHOUT_VIEWS = ("kind", "center")  # fields whose flags are of another form, or need no views
@@ -16,25 +16,13 @@ WITHOUT_VIEWS = ("kind", "center")  # fields whose flags are of another form, or
 
 def add_views(parser: argparse.ArgumentParser) -> None:
     """A group of a flag for each strength, with its default; --views alone asks for pairs."""
-    add = parser.add_argument_group("views").add_argument
+    group = parser.add_argument_group("views")
+    add = group.add_argument
     add("--views", choices=KINDS, help=f"learn from pairs: {FIELDS['kind'].metadata['help']}")
     add("--pair_inputs", action="store_true", help="the same as --views geometric")
-    for name, entry in FIELDS.items():
-        if name != "kind":
-            add(f"--{name}", help=entry.metadata["help"], **_form(entry.default))
+    add_settings(group, ViewStrengths, [name for name in FIELDS if name != "kind"])
     add("--learn_views", nargs="+", choices=LEARNABLE, default=[], metavar="STRENGTH",
         help=f"strengths to be learned with the rule, of {', '.join(LEARNABLE)}")  # fmt: skip
-
-
-def _form(default: Any) -> dict[str, Any]:
-    """How argparse reads a field of this default."""
-    if isinstance(default, bool):
-        return {"action": "store_true"}
-    if isinstance(default, tuple):  # a list, as argparse gives it, so that the two can be compared
-        form = {"nargs": 2, "metavar": ("LOW", "HIGH"), "default": list(default)}
-        return form | {"type": nonnegative_float}
-    kind = nonnegative_int if isinstance(default, int) else nonnegative_float
-    return {"type": kind, "default": default}
 
 
 def views_of_flags(args: argparse.Namespace) -> ViewStrengths | None:
@@ -47,8 +35,7 @@ def views_of_flags(args: argparse.Namespace) -> ViewStrengths | None:
     kind = GEOMETRIC if args.pair_inputs else args.views
     if kind is None:
         return None
-    values = {name: getattr(args, name) for name in FIELDS if name != "kind"}
-    strengths = ViewStrengths(kind, **values)
+    strengths = settings_of(args, ViewStrengths, kind=kind)
     strengths.check_learnable(tuple(args.learn_views))
     return strengths
 

@@ -8,10 +8,11 @@ Flags derive from these fields (experiment/view_flags.py), and saved runs hold t
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from experiment.errors import WrongInputError
+from experiment.settings import setting
 
 GEOMETRIC, MASKS, MIXED, NONE = KINDS = ("geometric", "masks", "mixed", "none")
 
@@ -26,7 +27,8 @@ class ViewError(WrongInputError):
 
 def _strength(default: Any, of: tuple[str, ...], text: str) -> Any:
     """A field of this default; `of`: the kinds of views that it matters to."""
-    return field(default=default, metadata={"kinds": of, "help": text})
+    ends = {"metavar": ("LOW", "HIGH")} if isinstance(default, tuple) else {}
+    return setting(default, text, "nonnegative", kinds=of, **ends)
 
 
 _WARPED, _MASKED = (GEOMETRIC, MIXED), (MASKS, MIXED)

@@ -1,6 +1,6 @@
 """Settings of a command that come from YAML files, merged left to right, and from flags, which win.
 
-    add_settings(parser, KEYS)          # a flag for every key, and -c FILE...
+    add_keys(parser, KEYS)              # a flag for every key, and -c FILE...
     args = parse_settings(parser, KEYS, argv)   # every key has its value: flag, file or default
 
 Nested tables merge key by key; every other value replaces the one before it. A run's config.json is
@@ -10,15 +10,17 @@ such a file too: it starts the same run again.
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 
 from experiment.command_line import parse
 from experiment.errors import WrongInputError
+from experiment.files import plain
+from experiment.settings import converter_of
 
 # what reading YAML or JSON raises, also for a date that does not exist and for tables too deep
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
@@ -49,7 +51,33 @@ class Key:
     choices: Sequence[str] | None = None
 
 
-def add_settings(parser: argparse.ArgumentParser, keys: Sequence[Key]) -> None:
+def keys_of(
+    settings: type, names: Mapping[str, str], defaults: Mapping[str, Any]
+) -> tuple[Key, ...]:
+    """Keys of these names for fields of these names, as experiment/settings.py makes flags of them.
+
+    defaults: those of a command that differ from the fields', by the keys' names.
+    """
+    known = {entry.name: entry for entry in fields(settings)}
+    keys = []
+    for name, field_name in names.items():
+        entry = known[field_name]
+        factory = entry.default_factory
+        default = entry.default if factory is MISSING else factory()
+        default = plain(defaults.get(name, default))
+        choices, many = entry.metadata.get("choices"), get_origin(entry.type) is tuple
+        keys.append(Key(name, _reader(entry), default, entry.metadata["help"], many, choices))
+    return tuple(keys)
+
+
+def _reader(entry: Field) -> Callable[[str], Any]:
+    """What makes a value of a field from the text of a flag or a file."""
+    if get_origin(entry.type) is dict:
+        return mapping
+    return truth if entry.type is bool else converter_of(entry) or str
+
+
+def add_keys(parser: argparse.ArgumentParser, keys: Sequence[Key]) -> None:
     """A flag for every key, and -c for files of them."""
     group = parser.add_argument_group("settings, as flags or as keys of the files after -c")
     files = {"nargs": "+", "default": [], "type": Path, "metavar": "FILE"}

@@ -96,7 +96,10 @@ def final_losses(columns: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def summary(losses: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean, median, their bootstrap deviations and the share of draws that diverged."""
+    """Mean, median, their bootstrap deviations and the share of draws that diverged.
+
+    Not scipy.stats.bootstrap: it resamples anew for each statistic, and drawing is the one line.
+    """
     generator = np.random.default_rng(seed)
     samples = losses[generator.integers(len(losses), size=(BOOTSTRAPS, len(losses)))]
     medians = np.median(samples, axis=1)

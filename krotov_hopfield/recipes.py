@@ -9,7 +9,15 @@ A recipe is everything that a training is made of, to be changed by `dataclasses
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, field, replace
+from typing import Any
+
+from krotov_hopfield.choices import FEATURE_NORMS, GATES, NORMALIZATIONS, SCHEDULES
+
+
+def _setting(default: Any, help: str, range: str = "", **metadata: Any) -> Any:
+    """A field of this default and help, for numbers in this range; a command makes flags of it."""
+    return field(default=default, metadata={"help": help, "range": range, **metadata})
 
 
 @dataclass(frozen=True)
@@ -18,25 +26,24 @@ class LayerPlan:
 
     kernel: 0: fully connected. activation: "relu", "triangle" or "power" (relu to a power), the
     last two to `power`. pool: "max" or "average" over squares of pool_size, every pool_stride
-    pixels; "" without. lr, lr_end: learning rates. lebesgue_p, ranking_param, delta,
-    inverse_temperature: as in layers.py.
+    pixels; "" without. lebesgue_p, ranking_param, delta, inverse_temperature: as in layers.py.
     """
 
-    units: int
+    units: int = _setting(MISSING, "units of each layer", "positive")
     kernel: int
-    lr: float
-    lr_end: float = 0.0
-    lr_speed: float = 1.0
+    lr: float = _setting(MISSING, "learning rate", "positive")
+    lr_end: float = _setting(0.0, "where to (exponential)", "nonnegative")
+    lr_speed: float = _setting(1.0, "how fast, per epoch (exponential)", "positive")
     padding: int = 0
     activation: str = "relu"
-    power: float = 1.0
+    power: float = _setting(1.0, "of each layer's activation", "positive")
     pool: str = ""
     pool_size: int = 2
     pool_stride: int = 2
-    lebesgue_p: float = 2
-    ranking_param: int = 2
-    delta: float = 0.4
-    inverse_temperature: float = 1.0
+    lebesgue_p: float = _setting(2, "of the norm that units come to have", "positive", metavar="P")
+    ranking_param: int = _setting(2, "the k-th unlearns (ranked gates)", "positive", metavar="K")
+    delta: float = _setting(0.4, "how much losers unlearn", "nonnegative")
+    inverse_temperature: float = _setting(1.0, "of soft gates", "positive")
 
 
 @dataclass(frozen=True)
@@ -63,25 +70,32 @@ class Recipe:
     """
 
     layers: tuple[LayerPlan, ...]
-    gate: str = "ranked"
-    normalization: str = ""
-    rate_exponent: float | None = None
+    gate: str = _setting("ranked", "who learns from a sample", choices=GATES)
+    normalization: str = _setting("", "what a change is divided by", choices=NORMALIZATIONS)
+    rate_exponent: float | None = _setting(
+        None, "rates times | |w| - 1 | to this power", "nonnegative"
+    )
     padding_mode: str = "zeros"
     batch_norm: bool = True
     unit_inputs: bool = False
     spread: float = 1.0
     fan_in_spread: bool = False
-    schedule: str = "exponential"
+    schedule: str = _setting("exponential", "how the learning rate falls", choices=SCHEDULES)
     together: bool = False
-    epochs: float = 20
-    batch_size: int = 64
-    patience: int = 0
-    threshold: float = 0.0
-    feature_norm: str = "batch"
-    dropout: float = 0.0
-    classifier_epochs: int = 150
-    classifier_lr: float = 0.05
-    classifier_batch_size: int = 64
+    epochs: float = _setting(20, "passes over the images; also a part of one", "nonnegative")
+    batch_size: int = _setting(64, "images of one update", "positive")
+    patience: int = _setting(
+        0, "end after so many without progress; 0: never", "nonnegative", metavar="BATCHES"
+    )
+    threshold: float = _setting(0.0, "end once the convergence is below this", "nonnegative")
+    feature_norm: str = _setting(
+        "batch", "features by batch norm, or by the root mean square of each image's",
+        choices=FEATURE_NORMS,
+    )  # fmt: skip
+    dropout: float = _setting(0.0, "of the features", "fraction below 1")
+    classifier_epochs: int = _setting(150, "passes over their features", "positive")
+    classifier_lr: float = _setting(0.05, "its first learning rate (SGD)", "positive")
+    classifier_batch_size: int = _setting(64, "features of one step", "positive")
 
 
 CONVOLUTION_RATES, DENSE_RATES = (0.007, 0.0001, 0.8), (0.1, 0.005, 0.1)  # BioPyTorch's

@@ -1,7 +1,8 @@
 """Settings of meta-training and what there is to choose from: no torch is loaded with it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from learned_optimizer.errors import OptimizerError
 
@@ -11,43 +12,55 @@ SMALL_STEPS = ("relu", "leaky_relu", "conv")  # optimizees for which out_mul .01
 BATCH_SIZE = 128  # images of a step of an optimizee
 ESTIMATORS = ("suffix_sum", "autograd", "es", "pes")
 SELECTIONS = ("sum", "end")
+DECAYS = ("none", "cosine")
 SYMMETRY_KINDS = ("translation", "scale", "rescale")
 CONTROL = "_control"  # after the kind: a symmetry that is not there
 
 
+def _setting(default: Any, help: str, range: str = "", **metadata: Any) -> Any:
+    """A field of this default and help, for numbers in this range; a command makes flags of it."""
+    return field(default=default, metadata={"help": help, "range": range, **metadata})
+
+
 @dataclass(frozen=True)
 class MetaTrainingSettings:
-    """Everything about meta-training that is a number or a choice.
+    """Everything about meta-training that is a number or a choice."""
 
-    coordinates: see suffix_sum_gradient. penalty: beta of the symmetries' regulariser, of
-    `penalty_kinds`. sigma, pairs: of the evolution strategies. selection: by what loss of the
-    validation runs the best epoch is chosen, their sum over all steps or the mean of the last ten.
-    """
-
-    epochs: int = 50
-    runs_per_epoch: int = 20
-    inner_steps: int = 200
-    unroll: int = 20
-    tasks: int = 1  # K, trainings side by side in a run
-    lr: float = 0.01
-    decay: str = "none"  # or "cosine": the rate falls to 0 at the last run
-    log_loss: bool = False
-    estimator: str = "suffix_sum"
-    coordinates: int | None = None
-    penalty: float = 0.0
-    penalty_kinds: tuple[str, ...] = ("rescale",)
-    penalty_relative: bool = False
-    sigma: float = 0.01
-    pairs: int = 1
-    validation_runs: int = 5
-    selection: str = "sum"
+    epochs: int = _setting(50, "0: no meta-training", "nonnegative")
+    runs_per_epoch: int = _setting(20, "trainings from new parameters", "positive")
+    inner_steps: int = _setting(200, "of each training", "positive")
+    unroll: int = _setting(20, "steps between two meta-steps", "positive")
+    tasks: int = _setting(1, "trainings side by side in each run", "positive")
+    lr: float = _setting(0.01, "learning rate (Adam)", "positive")
+    decay: str = _setting("none", "of the rate; cosine: to 0 at the last run", choices=DECAYS)
+    log_loss: bool = _setting(False, "log of the sum of a window's losses")
+    estimator: str = _setting("suffix_sum", "of the meta-gradient", choices=ESTIMATORS)
+    coordinates: int | None = _setting(
+        None, "suffix_sum: about how many coordinates it samples (default: all)", "positive",
+        metavar="N",
+    )  # fmt: skip
+    sigma: float = _setting(0.01, "es, pes: width of perturbations", "positive")
+    pairs: int = _setting(1, "es, pes: perturbations", "positive")
+    validation_runs: int = _setting(5, "to select the best epoch", "positive")
+    selection: str = _setting(
+        "sum", "of the epoch: by the sum of a run's losses, or the mean of the last ten",
+        choices=SELECTIONS,
+    )  # fmt: skip
+    penalty: float = _setting(
+        0.0, "times the sum over units of |deviation| of the updates in the meta-loss",
+        "nonnegative", metavar="BETA",
+    )  # fmt: skip
+    penalty_kinds: tuple[str, ...] = _setting(
+        ("rescale",), "symmetries whose deviations are penalised", choices=SYMMETRY_KINDS
+    )
+    penalty_relative: bool = _setting(False, "deviations over |v| |theta|")
     seed: int = 0
 
     def __post_init__(self) -> None:
         whole = (self.runs_per_epoch, self.inner_steps, self.unroll, self.tasks, self.pairs)
         if min(*whole, self.validation_runs) < 1:
             raise OptimizerError("runs, steps, unroll, tasks, pairs and validation runs are >= 1")
-        if self.estimator not in ESTIMATORS or self.decay not in ("none", "cosine"):
+        if self.estimator not in ESTIMATORS or self.decay not in DECAYS:
             raise OptimizerError(
                 f"estimator is one of {', '.join(ESTIMATORS)}; decay is none or cosine"
             )

@@ -1,6 +1,7 @@
 """Settings of one-pass tuning and what there is to choose from: no torch is loaded with it."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
+from typing import Any
 
 from one_pass.errors import OnePassError
 
@@ -13,6 +14,11 @@ DEFAULT_TRANSFORMS = {"lr": "10^", "weight_decay": "10^", "momentum": "sigmoid"}
 SMALLEST_POPULATION = 5  # of which one goes on from another
 
 
+def _setting(default: Any, help: str, range: str = "", **metadata: Any) -> Any:
+    """A field of this default and help, for numbers in this range; a command makes flags of it."""
+    return field(default=default, metadata={"help": help, "range": range, **metadata})
+
+
 @dataclass(frozen=True)
 class Settings:
     """What happens between weight steps.
@@ -20,37 +26,44 @@ class Settings:
     Attributes:
         method: fixed, stepped_lr, look_back (this paper's), successive_gradients (Baydin et al.),
             unrolled (exact derivatives through the last `look_back` steps), or population.
-        optimised: names of the hyperparameters that are tuned.
-        high_dimensional: those of them with a value for every weight.
-        transforms: {name: kind}, how raw values become hyperparameters.
-        every: T, weight steps for each hyperparameter step.
-        look_back: i, terms of the series, or steps that are unrolled.
+        optimised, high_dimensional: names of hyperparameters.
         lr, final_lr: Adam's on the raw values, at the first and at the last hyperparameter step.
-        updates: hyperparameter steps in all, over which Adam's rate falls; beyond them it stays.
+        updates: hyperparameter steps over which Adam's rate falls; beyond them it stays.
         chain_rule: False feeds Adam the derivative for the natural value, as Baydin et al. do.
         recover: a run whose training loss is not finite, or far above where it began, goes on from
             the weights of its last good hyperparameter step at a third of its learning rate.
-        clip_norm: of the training gradient.
+        transforms: {name: kind}, how raw values become hyperparameters.
         bounds: {name: (lowest, highest)} of raw values.
         reset: weights, momentum and buffers start anew after each hyperparameter step but the last.
         seed: of what a population draws.
     Raises OnePassError for an unknown method, name or transform, and for counts below 1.
     """
 
-    method: str
-    optimised: tuple[str, ...] = ()
-    high_dimensional: tuple[str, ...] = ()
-    transforms: dict[str, str] = field(default_factory=lambda: dict(DEFAULT_TRANSFORMS))
-    every: int = 10
-    look_back: int = 5
-    lr: float = 0.05
-    final_lr: float = 0.05
-    updates: int = 400
-    chain_rule: bool = True
-    recover: bool = False
-    clip_norm: float | None = None
-    bounds: dict[str, tuple[float, float]] = field(default_factory=lambda: {"lr": (-10.0, 0.0)})
-    reset: bool = False
+    method: str = _setting(MISSING, "how hyperparameters are tuned", choices=METHODS)
+    optimised: tuple[str, ...] = _setting((), "those that are tuned", choices=NAMES)
+    high_dimensional: tuple[str, ...] = _setting(
+        (), "those of them with a value for each weight", choices=NAMES
+    )
+    transforms: dict[str, str] = field(
+        default_factory=lambda: dict(DEFAULT_TRANSFORMS), metadata={"help": "exp, 10^ or sigmoid"}
+    )
+    every: int = _setting(10, "weight steps for each hyperparameter step, T", "positive")
+    look_back: int = _setting(
+        5, "terms of the series, i (odd is safer), or unrolled steps", "positive"
+    )
+    lr: float = _setting(0.05, "Adam's rate on the raw values", "positive")
+    final_lr: float = _setting(0.05, "the rate falls to this; none: stays", "positive")
+    updates: int = _setting(400, "hyperparameter steps", "positive")
+    chain_rule: bool = _setting(True, "false: Adam is fed the derivative for the natural value")
+    recover: bool = _setting(
+        False, "a run that diverges goes on from its last good weights, slower"
+    )
+    clip_norm: float | None = None  # of the training gradient
+    bounds: dict[str, tuple[float, float]] = field(
+        default_factory=lambda: {"lr": (-10.0, 0.0)},
+        metadata={"help": "bounds of raw values; null: none"},
+    )
+    reset: bool = _setting(False, "train from the start again")
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -14,13 +14,15 @@ _NAMES = {  # the public face by module, each name of which is loaded on first u
     "learned_optimizer_rule": "LearnedRule",
     "unit_statistics": "UnitStatisticsRule preset",
     "local_features": "LocalFeatures",
-    "zoo": "load_zoo names save_zoo",
+    "choices": "names",
+    "zoo": "load_zoo save_zoo",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = list(_MODULES)
 
 if TYPE_CHECKING:  # the same names for type checkers
+    from rules.choices import names as names
     from rules.competing_units import KrotovHopfieldRule as KrotovHopfieldRule
     from rules.families import FAMILIES as FAMILIES
     from rules.families import load_rule as load_rule
@@ -32,7 +34,6 @@ if TYPE_CHECKING:  # the same names for type checkers
     from rules.unit_statistics import UnitStatisticsRule as UnitStatisticsRule
     from rules.unit_statistics import preset as preset
     from rules.zoo import load_zoo as load_zoo
-    from rules.zoo import names as names
     from rules.zoo import save_zoo as save_zoo
 else:
 

@@ -21,10 +21,10 @@ from experiment.view_strengths import ViewStrengths
 from initializers import fixed_initializer
 from learning_rules import LearningRule, PerLayerRule, RuleError
 from models_fully_local import INHIBITION, Activation, Sequential, lateral_network
+from rules.choices import names, zoo_path
 from rules.families import rule_from_dict
 
 FORMAT = 1
-FOLDER = Path(__file__).parent / "zoo"
 CENTRINGS = ("none", "mean", "standardised")  # of each pixel over the training images
 LARGEST = {  # what a file may ask for
     "bytes": 2**18, "layers": 8, "units": 2**16, "kernel": 64, "pool": 64, "inh_steps": 1000,
@@ -124,16 +124,6 @@ class ZooEntry:
         del whole["name"]
         about = whole.pop("about")
         return {"format": FORMAT, "about": about, **whole, "recipe": recipe}
-
-
-def names() -> list[str]:
-    """Those of the rules in the zoo."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
-
-
-def zoo_path(name: str) -> Path:
-    """Where the file of a rule of this name is, or is to be."""
-    return FOLDER / f"{name}.json"
 
 
 def load_zoo(name: str | Path) -> ZooEntry:

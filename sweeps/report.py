@@ -213,21 +213,19 @@ def _in_state(rows: Sequence[Mapping[str, str]], state: str) -> list[Mapping[str
 def _places(rows: Sequence[Mapping[str, str]], flag: SearchedFlag) -> list[float]:
     """Where the trials' values of a flag are on its axis; choices at 0, 1, 2, ..."""
     texts = [row[flag.name] for row in rows]
-    choices = getattr(flag.distribution, "choices", None)
-    return [*map(float, texts)] if choices is None else [*map(choices.index, texts)]
+    return [*map(flag.choices.index if flag.choices else float, texts)]
 
 
 def _scale(axes: Axes, flag: SearchedFlag) -> None:
     """The axis of a flag: its whole range, logarithmic or with the names of its choices."""
-    among = flag.distribution
-    if hasattr(among, "choices"):
-        axes.set_xticks(range(len(among.choices)), among.choices)
-        axes.set_xlim(-0.5, len(among.choices) - 0.5)
+    if flag.kind == "choice":
+        axes.set_xticks(range(len(flag.choices)), flag.choices)
+        axes.set_xlim(-0.5, len(flag.choices) - 0.5)
         return
-    if among.log:
+    if flag.kind == "log":
         axes.set_xscale("log")
-        axes.set_xlim(among.low, among.high)
+        axes.set_xlim(flag.low, flag.high)
         return
-    margin = 0.03 * (among.high - among.low)
-    axes.set_xlim(among.low - margin, among.high + margin)
-    axes.xaxis.get_major_locator().set_params(integer=isinstance(among.low, int))
+    margin = 0.03 * (flag.high - flag.low)
+    axes.set_xlim(flag.low - margin, flag.high + margin)
+    axes.xaxis.get_major_locator().set_params(integer=flag.kind == "int")

@@ -1,13 +1,10 @@
-"""What a sweep searches: flags of a command, their ranges, draws from them, grids of them.
+"""What a sweep searches: flags of a command, their ranges, grids of them.
 
-    lr=log:1e-6:1e-1      uniform in the logarithm
-    momentum=0:1          uniform
-    k=int:2:10            whole numbers, both ends included
-    delta=step:0:0.4:0.005    0, 0.005, ..., 0.4
-    p=choice:2,3,4        any texts
-
-Draw number i depends on the seed, on i and on the list of searched flags, and on nothing else: it
-is the same for every algorithm, whatever the number of workers and whoever takes it.
+lr=log:1e-6:1e-1      uniform in the logarithm
+momentum=0:1          uniform
+k=int:2:10            whole numbers, both ends included
+delta=step:0:0.4:0.005    0, 0.005, ..., 0.4
+p=choice:2,3,4        any texts
 """
 
 import argparse
@@ -17,16 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-
-import torch
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
-
-from experiment.seeds import seeded_generator
+from typing import Any
 
 FORMS = {
     "log": "NAME=log:LOW:HIGH",
@@ -41,41 +29,49 @@ Value = float | int | str
 
 @dataclass(frozen=True)
 class SearchedFlag:
-    """A flag of the command, without its dashes, and the values it may take."""
+    """A flag of the command, without its dashes, and the values it may take.
+
+    Attributes:
+        range: as it was written, from LOW or the kind on.
+        kind: one of FORMS.
+        low, high: the least and the greatest value; None of choices.
+        choices: texts; of the kind "choice" alone.
+    """
 
     name: str
     range: str
-    distribution: BaseDistribution
+    kind: str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name}={self.range}"
 
     def at(self, share: float) -> Value:
-        """The value below which `share`, from 0 to 1 without 1, of the distribution lies."""
-        among = self.distribution
+        """The value below which `share`, from 0 to 1 without 1, of the range lies."""
         values = self.values()
         if values is not None:
             return values[int(share * len(values))]
-        if among.log:
-            value = among.low * math.exp(share * math.log(among.high / among.low))
+        if self.kind == "log":
+            value = self.low * math.exp(share * math.log(self.high / self.low))
         else:
-            value = among.low + share * (among.high - among.low)
-        return min(max(value, among.low), among.high)  # not beyond them by rounding
+            value = self.low + share * (self.high - self.low)
+        return min(max(value, self.low), self.high)  # not beyond them by rounding
 
     def values(self) -> Sequence[Value] | None:
         """All values, in their order; None where they are a continuum."""
-        among = self.distribution
-        if isinstance(among, CategoricalDistribution):
-            return among.choices
-        if isinstance(among, IntDistribution):
-            return range(among.low, among.high + 1)
-        if among.step is not None:
+        if self.kind == "choice":
+            return self.choices
+        if self.kind == "int":
+            return range(self.low, self.high + 1)
+        if self.kind == "step":
             return [float(value) for value in _stepped(self.range)]
         return None
 
     def exact(self, value: Value) -> Value:
         """`value`, as a multiple of a step without rounding errors."""
-        if isinstance(self.distribution, FloatDistribution) and self.distribution.step is not None:
+        if self.kind == "step":
             return min(self.values(), key=lambda multiple: abs(multiple - value))
         return value
 
@@ -89,17 +85,10 @@ def searched_flag(text: str) -> SearchedFlag:
     if kind not in FORMS or not colon:
         kind, rest = "", values
     try:
-        return SearchedFlag(name, values, _distribution(kind, rest))
+        return SearchedFlag(name, values, kind, **_limits(kind, rest))
     except (ValueError, InvalidOperation) as error:
         why = f" ({error})" if isinstance(error, _RangeError) else ""
         raise _malformed(text, f"must be {FORMS[kind]}{why}") from None
-
-
-def draw(flags: Sequence[SearchedFlag], seed: int, number: int) -> dict[str, Value]:
-    """Draw `number`, from 0, of all flags, each independent of the others."""
-    generator = seeded_generator(seed, number)
-    shares = torch.rand(len(flags), dtype=torch.float64, generator=generator).tolist()
-    return {flag.name: flag.at(share) for flag, share in zip(flags, shares, strict=True)}
 
 
 def grid(flags: Sequence[SearchedFlag]) -> Iterator[dict[str, Value]]:
@@ -116,25 +105,21 @@ def _malformed(text: str, what: str) -> argparse.ArgumentTypeError:
     return argparse.ArgumentTypeError(f"{what}, not {text!r}")
 
 
-def _distribution(kind: str, text: str) -> BaseDistribution:
+def _limits(kind: str, text: str) -> dict[str, Any]:
     """What the part behind the kind describes; ValueError or InvalidOperation where it can't be."""
     if kind == "choice":
         choices = text.split(",")
         if "" in choices or len(set(choices)) < len(choices):
             raise _RangeError("choices are different and not empty")
-        return CategoricalDistribution(choices)
+        return {"choices": tuple(choices)}
     if kind == "step":
         values = _stepped(text)
-        return FloatDistribution(
-            float(values[0]), float(values[-1]), step=float(Decimal(text.split(":")[2]))
-        )
+        return {"low": float(values[0]), "high": float(values[-1])}
     low, high = map(int if kind == "int" else float, text.split(":"))
     _check_order(low, high)
-    if kind == "int":
-        return IntDistribution(low, high)
     if kind == "log" and low <= 0:
         raise _RangeError("LOW above 0")
-    return FloatDistribution(low, high, log=kind == "log")
+    return {"low": low, "high": high}
 
 
 def _stepped(text: str) -> list[Decimal]:

@@ -29,7 +29,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study, StudyDirection
@@ -37,8 +37,6 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from experiment.command_line import UserError
-from experiment.seeds import seeded_generator
-from sweeps.space import SearchedFlag, Value, draw, grid
 
 JOURNAL = "study.journal"
 HEARTBEAT = 30.0  # seconds
@@ -47,7 +45,6 @@ WATCHED_FOR = 2 * HEARTBEAT  # and so long without another one, by a clock that 
 SQLITE_WAIT = 60  # seconds for another process's lock
 RACES = 10
 
-GUIDED = ("tpe", "population")
 STATES = ("done", "pruned", "diverged", "failed", "interrupted", "running", "waiting")
 TOLD_AS = {
     "done": TrialState.COMPLETE,
@@ -172,69 +169,6 @@ def _cut_unfinished_line(path: Path, lock: JournalFileOpenLock) -> None:
             os.truncate(path, content.rfind(b"\n") + 1)
     finally:
         lock.release()
-
-
-# ---- which values a trial gets ----
-
-
-class Draws(BaseSampler):
-    """Values by the number of the draw: random ones, points of a grid, or guided by results.
-
-    flags, seed: as in `search_space.draw`.
-    points: the grid, instead of random draws.
-    guide: "tpe", tree-structured Parzen estimators (Watanabe, arXiv 2304.11127), "population", a
-        genetic algorithm (NSGA-II, Deb et al. 2002), or None: no draw is guided.
-    startup: so many random draws come before the guided ones; the size of a population.
-    """
-
-    def __init__(
-        self,
-        flags: Sequence[SearchedFlag],
-        seed: int,
-        points: Sequence[dict[str, Value]] | None = None,
-        guide: str | None = None,
-        startup: int = 5,
-    ) -> None:
-        self.flags, self.seed, self.points = flags, seed, points
-        self.guide, self.startup = guide, startup
-
-    def infer_relative_search_space(
-        self, study: Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        """All searched flags: their values are chosen together."""
-        return {flag.name: flag.distribution for flag in self.flags}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Value]:
-        """The values of trial.user_attrs["draw"]."""
-        number = trial.user_attrs["draw"]
-        if self.points is not None:
-            return self.points[number]
-        values = draw(self.flags, self.seed, number)
-        # a population knows by itself which trials are its first generation
-        if self.guide == "population" or (self.guide == "tpe" and number >= self.startup):
-            values |= self._guide(number).sample_relative(study, trial, search_space)
-        return values
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution
-    ) -> Value:
-        """Not asked for, because all values are chosen together."""
-        raise NotImplementedError(f"{param_name} was not chosen with the other flags")
-
-    def _guide(self, number: int) -> BaseSampler:
-        """One for each trial: its suggestion depends on the results so far, not on who asks."""
-        seed = seeded_generator(self.seed, number, 1).initial_seed() % 2**32
-        if self.guide == "population":
-            return NSGAIISampler(population_size=self.startup, seed=seed)
-        return TPESampler(seed=seed, n_startup_trials=1, constant_liar=True)
-
-
-def make_draws(flags: Sequence[SearchedFlag], seed: int, method: str, startup: int) -> Draws:
-    """The draws of --method."""
-    points = list(grid(flags)) if method == "grid" else None
-    return Draws(flags, seed, points, method if method in GUIDED else None, startup)
 
 
 # ---- taking and ending trials ----

@@ -16,20 +16,19 @@ from experiment.command_line import (
     UserError,
     common_parser,
     computing_parser,
-    find_device,
     fraction,
     new_directory,
     nonnegative_float,
     nonnegative_int,
-    open_run,
     parse,
     positive_float,
     positive_int,
     run_command,
     run_parser,
-    set_up,
 )
+from experiment.devices import find_device, set_up
 from experiment.errors import RunLogError
+from experiment.opening import open_run
 from kernels.logistic_regression import ProbeError
 
 IMAGES = ImageData(

@@ -10,10 +10,19 @@ from torch import nn
 
 from experiment.errors import NonFiniteError
 from hypergradients import HypergradientError
-from hypgraddesc import MetaError, MetaSettings
+from hypgraddesc import MetaError, MetaSettings, check_settings
 from initializers import FIXED, GaussianInitializer
 from learning_rules import LearningRule, PolynomialRule
-from meta_gradients import Forward, Implicit, LookBack, Persistent, Reverse, Strategies, Truncated
+from meta_gradients import (
+    Forward,
+    Implicit,
+    LookBack,
+    Persistent,
+    Reverse,
+    Strategies,
+    Truncated,
+    make_method,
+)
 from models_fully_local import Activation, lateral_mlp
 from train import MEMORY, METHOD, START, Draw, Training, train
 
@@ -326,12 +335,20 @@ def test_what_is_not_finite_is_never_returned(method):
 
 @pytest.mark.parametrize("method", [Truncated(), LookBack(), Implicit()])
 def test_a_trained_initial_distribution_needs_a_method_that_reaches_it(method):
-    MetaSettings(method=method).check(follow(1, trained_start=False)[0])
+    check_settings(MetaSettings(method=method), follow(1, trained_start=False)[0])
     with pytest.raises(MetaError, match="does not reach the initial distribution"):
-        MetaSettings(method=method).check(follow(1)[0])
+        check_settings(MetaSettings(method=method), follow(1)[0])
+
+
+def test_settings_name_a_method_and_its_options_or_hold_one():
+    settings = MetaSettings(method="truncated", K=5, memory_limit=1.5, adjoint_limit=2.0)
+    assert make_method(settings) == Truncated(memory_limit=3 * 2**29, adjoint_limit=2.0, K=5)
+    assert make_method(MetaSettings()) == Reverse()
+    assert make_method(MetaSettings(method="pes", sigma=0.1)) == Persistent(sigma=0.1)
+    assert make_method(MetaSettings(method=Implicit(3))) == Implicit(3)
 
 
 def test_strategies_cannot_go_on_with_a_training():
     with pytest.raises(MetaError, match="es needs reinitialisation"):
         settings = MetaSettings(method=Strategies(), reinitialize_every=2)
-        settings.check(follow(1, trained_start=False)[0])
+        check_settings(settings, follow(1, trained_start=False)[0])

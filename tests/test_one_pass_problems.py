@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from comparison import one_pass_problems
+from comparison.choices import PROBLEMS
 from comparison.one_pass_problems import (
-    PROBLEMS,
     LanguageModel,
     ProblemError,
     TextObjective,

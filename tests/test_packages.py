@@ -19,6 +19,7 @@ from test_house import LIBRARIES
 
 import experiment.files
 import experiment.seeds
+import experiment.settings
 import learned_optimizer.files
 
 HEAVY = ("torch", "numpy", "numba", "scipy", "sklearn")
@@ -223,6 +224,16 @@ def test_both_copies_write_a_file_whole_or_leave_the_old_one(module, tmp_path, m
         module.write_whole(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == "old\r\nß\n".encode()
+
+
+@pytest.mark.parametrize(
+    "name", ["krotov_hopfield.recipes", "learned_optimizer.settings", "one_pass.settings"]
+)
+def test_the_libraries_describe_settings_as_the_program_does(name):
+    given = (1, "how many", "positive"), {"choices": (1, 2)}
+    described = importlib.import_module(name)._setting(*given[0], **given[1])
+    expected = experiment.settings.setting(*given[0], **given[1])
+    assert (described.default, described.metadata) == (expected.default, expected.metadata)
 
 
 def test_parameters_are_of_the_same_type_here_and_there():

@@ -14,7 +14,8 @@ from commands import ROOT, Command, start_team
 
 import learn_to_optimize
 import main
-from experiment.command_line import UserError, _run_before_the_restart
+from experiment.command_line import UserError
+from experiment.opening import _run_before_the_restart
 from experiment.processes import ALONE, Team
 from experiment.run_reader import read_json, read_metrics
 

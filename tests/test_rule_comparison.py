@@ -26,6 +26,7 @@ from comparison.rule_comparison import (
     trajectory,
     vicreg_features,
 )
+from comparison.settings import VICRegSettings
 from experiment.errors import RunLogError
 from experiment.seeds import EVALUATION, seeded_generator
 from experiment.view_strengths import ViewStrengths
@@ -250,8 +251,7 @@ def test_the_features_of_pca_are_the_first_components(setting):
 
 
 def test_vicreg_is_trained_anew_for_each_draw(setting, monkeypatch):
-    monkeypatch.setattr(rule_comparison, "VICREG_EPOCHS", 1)
-    monkeypatch.setattr(rule_comparison, "VICReg", partial(rule_comparison.VICReg, batch_size=100))
+    monkeypatch.setattr(rule_comparison, "VICREG", VICRegSettings(epochs=1, batch_size=100))
     training = vicreg_features(setting)
     first, again = (trajectory(training, [0], DRAW) for _ in range(2))
     other = trajectory(training, [0], (3, EVALUATION, 2))

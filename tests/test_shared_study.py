@@ -14,7 +14,8 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from sweeps import study as shared_study
-from sweeps.space import draw, searched_flag
+from sweeps.draws import draw, make_draws
+from sweeps.space import searched_flag
 from sweeps.study import (
     Outcome,
     StudyError,
@@ -22,7 +23,6 @@ from sweeps.study import (
     claim,
     counted_trials,
     finish,
-    make_draws,
     open_storage,
     open_study,
     run_again,

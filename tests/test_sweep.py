@@ -11,7 +11,8 @@ import pytest
 from commands import ROOT, Command, redraw, refused
 
 import sweep
-from sweeps.space import draw, searched_flag
+from sweeps.draws import draw
+from sweeps.space import searched_flag
 
 COMMAND = """
 import argparse, json, os, signal, sys, time

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
 from torch import Tensor, nn
 
+from comparison.settings import VICRegSettings
 from comparison.vicreg import EPSILON, TERMS, VICReg, uniform_parameters, vicreg_loss
 from data_sets.image_data import DataError, ImageData
 from experiment.errors import NonFiniteError
@@ -19,6 +21,7 @@ from experiment.seeds import seeded_generator
 from mnist_datasets import pair_batches
 from models_fully_local import Activation, lateral_mlp
 
+SMALL = VICRegSettings(batch_size=8)
 WEIGHTS = {"invariance": 3.0, "variance": 5.0, "covariance": 7.0}
 
 
@@ -33,8 +36,8 @@ def network(*sizes: int) -> nn.Module:
     return lateral_mlp(36, sizes, Activation("sigmoid"), inhibition="none")
 
 
-def two_epochs(seed: int = 0, **options) -> VICReg:
-    training = VICReg(network(5, 3), images(), seed, batch_size=8, **options)
+def two_epochs(seed: int = 0) -> VICReg:
+    training = VICReg(network(5, 3), images(), seed, SMALL)
     for _ in range(2):
         training.train_epoch()
     return training
@@ -142,7 +145,7 @@ def test_initial_parameters_are_distributed_as_those_of_torch_linear():
 
 
 def test_training_is_that_of_torch_modules_with_adamw_on_the_same_pairs():
-    training = VICReg(network(5, 3), images(), 4, batch_size=8, weight_decay=0.1, dtype=DOUBLE)
+    training = VICReg(network(5, 3), images(), 4, replace(SMALL, weight_decay=0.1), dtype=DOUBLE)
     modules = nn.Sequential(
         nn.Flatten(), nn.Linear(36, 5), nn.Sigmoid(), nn.Linear(5, 3), nn.Sigmoid()
     )
@@ -169,7 +172,7 @@ def test_a_resumed_run_goes_on_bit_for_bit():
     whole, buffer = two_epochs(), io.BytesIO()
     torch.save(whole.state_dict(), buffer)
     buffer.seek(0)
-    resumed = VICReg(network(5, 3), images(), batch_size=8)
+    resumed = VICReg(network(5, 3), images(), settings=SMALL)
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     assert resumed.epoch == 2
     rows = [training.train_epoch() | {"seconds": 0} for training in (whole, resumed)]
@@ -181,14 +184,14 @@ def test_training_on_leaves_a_state_that_was_loaded_as_it_was():
     state = copy.deepcopy(two_epochs().state_dict())
     numbers = []
     for _ in range(2):
-        training = VICReg(network(5, 3), images(), batch_size=8)
+        training = VICReg(network(5, 3), images(), settings=SMALL)
         training.load_state_dict(state)
         numbers.append(training.train_epoch()["loss"])
     assert numbers[0] == numbers[1]
 
 
 def test_another_seed_gives_other_starts_and_other_pairs():
-    starts = [leaves(VICReg(network(3), images(), seed, batch_size=8))[0] for seed in (0, 0, 1)]
+    starts = [leaves(VICReg(network(3), images(), seed, SMALL))[0] for seed in (0, 0, 1)]
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
     assert not torch.equal(leaves(two_epochs(0))[0], leaves(two_epochs(1))[0])
 
@@ -212,10 +215,10 @@ def test_a_gradient_that_is_not_finite_is_reported_though_the_loss_is_finite():
 @pytest.mark.parametrize("batch_size", [1, 41])
 def test_a_batch_size_that_the_data_do_not_allow_is_refused(batch_size):
     with pytest.raises(DataError, match="from 2, for a variance, to 40"):
-        VICReg(network(3), images(), batch_size=batch_size)
+        VICReg(network(3), images(), settings=replace(SMALL, batch_size=batch_size))
 
 
 def test_training_lowers_the_loss():
-    training = VICReg(network(8), images(), batch_size=20, lr=0.03)
+    training = VICReg(network(8), images(), settings=replace(SMALL, batch_size=20, lr=0.03))
     losses = [training.train_epoch()["loss"] for _ in range(30)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])

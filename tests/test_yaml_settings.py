@@ -1,16 +1,19 @@
 """Settings from files and flags: merged, checked, refused."""
 
 import argparse
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiment.command_line import positive_int
+from experiment.command_line import positive_float, positive_int
+from experiment.settings import setting
 from experiment.yaml_settings import (
     Key,
     SettingsError,
-    add_settings,
+    add_keys,
+    keys_of,
     mapping,
     merge,
     parse_settings,
@@ -27,14 +30,34 @@ KEYS = (
 )
 
 
+@dataclass(frozen=True)
+class Tuning:
+    rate: float = setting(0.5, "a rate", "positive")
+    names: tuple[str, ...] = setting((), "a list", choices=("a", "b"))
+    fast: bool = setting(True, "a switch")
+    bounds: dict[str, tuple[float, float]] = field(
+        default_factory=lambda: {"x": (0.0, 1.0)}, metadata={"help": "a table"}
+    )
+
+
 def settings(tmp_path, flags=(), *texts):
     paths = []
     for number, text in enumerate(texts):
         paths.append(tmp_path / f"{number}.yaml")
         paths[-1].write_text(text)
     parser = argparse.ArgumentParser()
-    add_settings(parser, KEYS)
+    add_keys(parser, KEYS)
     return parse_settings(parser, KEYS, [*flags, *(["-c", *map(str, paths)] if paths else [])])
+
+
+def test_keys_of_fields_have_their_names_from_the_command_and_the_rest_from_the_field():
+    names = {"speed": "rate", "names": "names", "fast": "fast", "box": "bounds"}
+    assert keys_of(Tuning, names, {"fast": False}) == (
+        Key("speed", positive_float, 0.5, "a rate"),
+        Key("names", str, [], "a list", many=True, choices=("a", "b")),
+        Key("fast", truth, False, "a switch"),
+        Key("box", mapping, {"x": [0.0, 1.0]}, "a table"),
+    )
 
 
 def test_defaults_are_taken_where_nothing_is_said(tmp_path):
@@ -88,7 +111,7 @@ def test_a_runs_configuration_holds_other_flags_and_what_is_left_out(tmp_path):
     path, parser = tmp_path / "config.json", argparse.ArgumentParser()
     path.write_text('{"size": 4, "seed": 7, "bounds": {"y": 1e-05}, "command": "some"}')
     parser.add_argument("--seed", type=int, default=0)
-    add_settings(parser, KEYS)
+    add_keys(parser, KEYS)
 
     def parsed(*flags):
         argv = [*flags, "-c", str(path)]

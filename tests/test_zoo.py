@@ -10,13 +10,14 @@ from commands import refused
 
 import evaluate
 import main
-from comparison.learned_run import load_run, run_path, zoo_entry
+from comparison.learned_run import load_run, zoo_entry
 from experiment.view_strengths import ViewStrengths
 from learning_rules import PerLayerRule, RuleError
-from rules import load_zoo, names, save_zoo, zoo
+from rules import choices, load_zoo, names, save_zoo
+from rules.choices import run_path, zoo_path
 from rules.classical import CLASSICAL
 from rules.unit_statistics import preset
-from rules.zoo import Recipe, ZooEntry, zoo_path
+from rules.zoo import Recipe, ZooEntry
 
 COMMON = ["--threads", "1", "--quiet", "--no_figures"]
 
@@ -26,7 +27,7 @@ def a_zoo(tmp_path, monkeypatch):
     """An empty zoo."""
     folder = tmp_path / "zoo"
     folder.mkdir()
-    monkeypatch.setattr(zoo, "FOLDER", folder)
+    monkeypatch.setattr(choices, "FOLDER", folder)
     return folder
 
 

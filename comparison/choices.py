@@ -1,0 +1,16 @@
+"""What there is to compare, for parsers: no torch is loaded with it."""
+
+from data_sets.choices import TABLES
+
+CLASSICAL_NAMES = ("oja", "sanger", "instar", "krotov_hopfield", "foldiak")
+REFERENCES = ("random", "pca", "vicreg")  # what has no steps
+
+# what main.py tells a learned rule beside: references.py
+BESIDE = ("random", "pca", "oja", "sanger", "latent-predictive")
+
+# the problems of tune_one_pass.py and their networks
+IMAGES = ("mnist", "fashion", "mnist5k", "cifar10")
+TOYS = ("quadratic", "two_weights")
+OWN_VALIDATION = ("ptb", *TOYS)  # problems whose validation samples are not held out
+PROBLEMS = (*TABLES, *IMAGES, "ptb", *TOYS)
+MODELS = ("mlp", "mlp_batch_norm", "resnet18", "lstm", "toy")

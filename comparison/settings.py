@@ -1,0 +1,27 @@
+"""Settings of what rules are compared with: no torch is loaded with it."""
+
+from dataclasses import dataclass
+
+from experiment.settings import setting
+
+
+@dataclass(frozen=True)
+class VICRegSettings:
+    """How VICReg trains a network, and the weights of its loss: comparison/vicreg.py."""
+
+    epochs: int = setting(100, "passes over the training images", "nonnegative")
+    lr: float = setting(1e-3, "learning rate (AdamW)", "positive")
+    weight_decay: float = setting(0.01, "of AdamW, times the rate", "nonnegative")
+    batch_size: int = setting(1024, "images of one step, two views each", "positive")
+    invariance: float = setting(
+        250.0, "weight of the mean squared difference of the views", "nonnegative",
+        metavar="WEIGHT",
+    )  # fmt: skip
+    variance: float = setting(
+        25.0, "weight of standard deviations below the hinge", "nonnegative", metavar="WEIGHT"
+    )
+    covariance: float = setting(
+        1000.0, "weight of the squared covariances of different features", "nonnegative",
+        metavar="WEIGHT",
+    )  # fmt: skip
+    hinge: float = setting(0.1, "standard deviation that is enough", "positive")

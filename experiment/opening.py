@@ -1,0 +1,80 @@
+"""Opens the run directory that a command's flags ask for: a new one, or one to go on with.
+
+with open_run(args, "main", data) as log:
+    ...
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from experiment.command_line import OF_THE_CALL, UserError, new_directory
+from experiment.devices import find_device
+from experiment.files import plain
+from experiment.processes import ALONE, Team
+from experiment.run_log import RunLog, SilentLog
+from experiment.run_reader import read_config
+
+MAY_DIFFER = ("data_dir", "save_state")  # on --resume: they change no number
+
+
+class Data(Protocol):
+    """A data set that can say what it holds, so that a run isn't gone on with on other data."""
+
+    def fingerprint(self) -> str:
+        """How many samples, and a digest of them."""
+
+
+def open_run(
+    args: argparse.Namespace, command: str, data: Data | None = None, team: Team = ALONE
+) -> RunLog | SilentLog:
+    """The run that `args` ask for: a new one, or with --resume one that has the same flags.
+
+    Of a team only the first process opens it. When torchrun has restarted the team after the loss
+    of a worker, the run in --out is gone on with.
+
+    Device and number of threads are saved as they are in effect, because the last bits of a
+    result depend on them; and what data were found, because all of it does.
+    """
+    if not team.first:
+        return SilentLog()
+    config = {name: value for name, value in vars(args).items() if name not in OF_THE_CALL}
+    config["command"] = command
+    config["device"] = str(find_device(args.device))
+    config["threads"] = args.threads or torch.get_num_threads()
+    config["data_found"] = None if data is None else data.fingerprint()
+    existing = args.resume or _run_before_the_restart(args)
+    if existing is None:
+        directory = args.out or new_directory(command)
+        return RunLog.create(directory, config, args.quiet, not args.no_figures)
+    _refuse_other_configuration(existing, read_config(existing), plain(config))
+    return RunLog.reopen(existing, args.quiet, not args.no_figures)
+
+
+def _run_before_the_restart(args: argparse.Namespace) -> Path | None:
+    """What the team that torchrun has restarted was writing, None if nothing yet."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    if args.out is None:
+        raise UserError("a run that torchrun may restart needs --out DIR, to be found again")
+    return args.out if (args.out / "config.json").exists() else None
+
+
+def _refuse_other_configuration(
+    directory: Path, saved: dict[str, Any], given: dict[str, Any]
+) -> None:
+    """UserError where a run with flags `saved` can't be gone on with under flags `given`."""
+    names = [name for name in {**saved, **given} if name not in MAY_DIFFER]
+    differing = [
+        f"{name} {saved.get(name, 'unset')!r} there, {given.get(name, 'unset')!r} now"
+        for name in names
+        if saved.get(name, "unset") != given.get(name, "unset")
+    ]
+    if differing:
+        raise UserError(
+            f"{directory} was run with other flags: {'; '.join(differing)}; "
+            "leave those out to resume it"
+        )

@@ -1,0 +1,120 @@
+"""Flags derived from the fields of settings, so that a setting is written once: where it is used.
+
+    @dataclass(frozen=True)
+    class TrainingSettings:
+        lr: float = setting(1e-3, "learning rate", "positive")
+        decay: str = setting("none", "how the rate falls", choices=("none", "cosine"))
+        layers: tuple[int, ...] = setting((32,), "units of each layer", "positive")
+
+    add_settings(group, TrainingSettings, lr=0.1)   # a flag for each, with a default of its own
+    settings = settings_of(args, TrainingSettings)
+
+The type of a field says how its flag is read: bool a switch, tuple[int, ...] at least one number,
+tuple[int, int] two. The libraries know nothing of flags: the metadata of their fields say the same.
+"""
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import Field, field, fields
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin
+
+from experiment.command_line import (
+    fraction,
+    fraction_below_1,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+)
+
+RANGES = {  # what a number of this type, in this range, is read by
+    (int, "positive"): positive_int,
+    (int, "nonnegative"): nonnegative_int,
+    (float, "positive"): positive_float,
+    (float, "nonnegative"): nonnegative_float,
+    (float, "fraction"): fraction,
+    (float, "fraction below 1"): fraction_below_1,
+}
+
+Settings = TypeVar("Settings")
+
+
+def setting(default: Any, help: str, range: str = "", **metadata: Any) -> Any:
+    """A field of this default and help; the range is that of its numbers, one of RANGES.
+
+    metadata: choices, metavar, as argparse has them; flag, its name where it is not the field's.
+    """
+    return field(default=default, metadata={"help": help, "range": range, **metadata})
+
+
+def add_settings(
+    group: argparse._ArgumentGroup,
+    settings: type,
+    names: Iterable[str] | None = None,
+    *,
+    each_layer: bool = False,
+    **defaults: Any,
+) -> None:
+    """A flag for each of these fields, by default for all that have a help.
+
+    each_layer: the flags take several values, one for each layer.
+    defaults: those of this command that differ from the fields'.
+    """
+    known = {entry.name: entry for entry in fields(settings)}
+    for name in names or (name for name, entry in known.items() if "help" in entry.metadata):
+        entry = known[name]
+        default = defaults.get(name, entry.default)
+        form = _form(entry) | {"default": list(default) if isinstance(default, tuple) else default}
+        if each_layer:
+            form["nargs"] = "+"
+        group.add_argument(f"--{flag_of(entry)}", help=entry.metadata["help"], **form)
+
+
+def flags_of(settings: type) -> list[str]:
+    """The names of the flags that all fields with a help have, without dashes."""
+    return [flag_of(entry) for entry in fields(settings) if "help" in entry.metadata]
+
+
+def settings_of(args: argparse.Namespace, settings: type[Settings], **others: Any) -> Settings:
+    """The settings that the flags ask for; fields without a flag keep their defaults.
+
+    others: values of fields whose flags mean something else, or that are no flags.
+    """
+    values = {}
+    for entry in fields(settings):
+        if entry.name not in others and hasattr(args, flag_of(entry)):
+            value = getattr(args, flag_of(entry))
+            values[entry.name] = tuple(value) if isinstance(value, list) else value
+    return settings(**values, **others)
+
+
+def flag_of(entry: Field) -> str:
+    """The name of a field's flag, without dashes."""
+    return entry.metadata.get("flag", entry.name)
+
+
+def type_of(entry: Field) -> type:
+    """The type of a field without what stands beside it in a union, such as None."""
+    if get_origin(entry.type) is not UnionType:
+        return entry.type
+    return next(kind for kind in get_args(entry.type) if kind is not NoneType)
+
+
+def converter_of(entry: Field) -> type | None:
+    """What makes a value of a field, or an element of it, from text; None where it is text."""
+    kind = type_of(entry)
+    kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    return None if kind is str else RANGES[kind, entry.metadata["range"]]
+
+
+def _form(entry: Field) -> dict[str, Any]:
+    """How argparse reads the flag of a field."""
+    kind, form = type_of(entry), {}
+    if kind is bool:
+        return {"action": "store_true"}
+    if get_origin(kind) is tuple:
+        elements = get_args(kind)
+        form["nargs"] = "+" if elements[-1] is Ellipsis else len(elements)
+    form |= {n: entry.metadata[n] for n in ("choices", "metavar") if n in entry.metadata}
+    return form | {"type": converter_of(entry)}

@@ -1,0 +1,101 @@
+"""Which values a trial gets, by the number of its draw.
+
+Draw number i depends on the seed, on i and on the list of searched flags, and on nothing else: it
+is the same for every algorithm, whatever the number of workers and whoever takes it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from experiment.seeds import seeded_generator
+from sweeps.space import SearchedFlag, Value, grid
+
+GUIDED = ("tpe", "population")
+
+
+def draw(flags: Sequence[SearchedFlag], seed: int, number: int) -> dict[str, Value]:
+    """Draw `number`, from 0, of all flags, each independent of the others."""
+    generator = seeded_generator(seed, number)
+    shares = torch.rand(len(flags), dtype=torch.float64, generator=generator).tolist()
+    return {flag.name: flag.at(share) for flag, share in zip(flags, shares, strict=True)}
+
+
+def distribution_of(flag: SearchedFlag) -> BaseDistribution:
+    """A flag's values as Optuna's guided samplers see them."""
+    if flag.kind == "choice":
+        return CategoricalDistribution(flag.choices)
+    if flag.kind == "int":
+        return IntDistribution(flag.low, flag.high)
+    if flag.kind == "step":
+        return FloatDistribution(flag.low, flag.high, step=float(flag.range.split(":")[-1]))
+    return FloatDistribution(flag.low, flag.high, log=flag.kind == "log")
+
+
+class Draws(BaseSampler):
+    """Values by the number of the draw: random ones, points of a grid, or guided by results.
+
+    flags, seed: as in `draw`.
+    points: the grid, instead of random draws.
+    guide: "tpe", tree-structured Parzen estimators (Watanabe, arXiv 2304.11127), "population", a
+        genetic algorithm (NSGA-II, Deb et al. 2002), or None: no draw is guided.
+    startup: so many random draws come before the guided ones; the size of a population.
+    """
+
+    def __init__(
+        self,
+        flags: Sequence[SearchedFlag],
+        seed: int,
+        points: Sequence[dict[str, Value]] | None = None,
+        guide: str | None = None,
+        startup: int = 5,
+    ) -> None:
+        self.flags, self.seed, self.points = flags, seed, points
+        self.guide, self.startup = guide, startup
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """All searched flags: their values are chosen together."""
+        return {flag.name: distribution_of(flag) for flag in self.flags}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Value]:
+        """The values of trial.user_attrs["draw"]."""
+        number = trial.user_attrs["draw"]
+        if self.points is not None:
+            return self.points[number]
+        values = draw(self.flags, self.seed, number)
+        # a population knows by itself which trials are its first generation
+        if self.guide == "population" or (self.guide == "tpe" and number >= self.startup):
+            values |= self._guide(number).sample_relative(study, trial, search_space)
+        return values
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution
+    ) -> Value:
+        """Not asked for, because all values are chosen together."""
+        raise NotImplementedError(f"{param_name} was not chosen with the other flags")
+
+    def _guide(self, number: int) -> BaseSampler:
+        """One for each trial: its suggestion depends on the results so far, not on who asks."""
+        seed = seeded_generator(self.seed, number, 1).initial_seed() % 2**32
+        if self.guide == "population":
+            return NSGAIISampler(population_size=self.startup, seed=seed)
+        return TPESampler(seed=seed, n_startup_trials=1, constant_liar=True)
+
+
+def make_draws(flags: Sequence[SearchedFlag], seed: int, method: str, startup: int) -> Draws:
+    """The draws of --method."""
+    points = list(grid(flags)) if method == "grid" else None
+    return Draws(flags, seed, points, method if method in GUIDED else None, startup)
