@@ -17,9 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
 from torch import Generator, Tensor
 
+from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
 from data_sets.image_data import ImageData
 from data_sets.views import Views
 from experiment.command_line import positive_int, run_command

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import outcome, refused, rows, start
+from commands import outcome, refused, rows
+from forked import Command
 
 import evaluate
 import main
@@ -287,7 +288,7 @@ def test_evaluate_compares_with_the_rule_and_judges_a_learned_one(learned, tmp_p
 
 def test_plot_shows_such_a_rule_beside_a_classical_one(learned, tmp_path):
     out = tmp_path / "rules.png"
-    process = start("plot.py", "rules", learned, "--classical", "oja", "--quiet", "--out", out)
+    process = Command("plot.py", "rules", learned, "--classical", "oja", "--quiet", "--out", out)
     assert process.wait(120) == 0 and out.stat().st_size > 1000  # alone: nothing else imports it
 
 
