@@ -484,17 +484,12 @@ def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: Ru
         last = columns.arrays().get(name, np.full((1, 1), math.nan))[-1]
         if not np.isnan(last).all():
             results[name.replace("/", "_").lower()] = median_of_draws(last)
-    log.write_json("results.json", {name: finite_or_null(v) for name, v in results.items()})
+    log.write_json("results.json", results)
     log.draw(draw_one_pass_run)
     log.say(
         f"final test loss: median {results['median']:.4g}, mean {results['mean']:.4g} of those "
         f"that did not diverge, {results['diverged']:.1%} diverged; in {log.directory}"
     )
-
-
-def finite_or_null(value: Any) -> Any:
-    """`value`, None for a number that JSON has no name for."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- saving ----

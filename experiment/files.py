@@ -8,9 +8,10 @@ Several processes may write the same file at the same moment: one of theirs stay
 """
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,17 @@ def sync(path: Path) -> None:
 def json_text(value: Any) -> str:
     """The text of a JSON file; what JSON doesn't know goes in as `str`."""
     return json.dumps(value, indent=2, default=str) + "\n"
+
+
+def finite_or_null(value: Any) -> Any:
+    """`value` with None for each number in it that is not finite, for which JSON has no word."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite_or_null(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(entry) for entry in value]
+    return value
 
 
 def plain(value: Any) -> Any:

@@ -28,7 +28,7 @@ from experiment import checkpoints
 from experiment.checkpoints import Checkpoint
 from experiment.environment import describe_environment
 from experiment.errors import RunLogError, disk_errors
-from experiment.files import json_text, write_whole
+from experiment.files import finite_or_null, json_text, write_whole
 from experiment.progress import Progress
 from experiment.run_reader import complete_lines, metrics_rows, read_config, read_json, step_of
 from experiment.tensorboard_events import EventFile
@@ -118,8 +118,11 @@ class RunLog:
         return self.directory / name
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write `value` to the file `name`, atomically; what JSON doesn't know goes in as `str`."""
-        _write(self.path(name), json_text(value))
+        """Write `value` to the file `name`, atomically.
+
+        Numbers that are not finite go in as null, what else JSON doesn't know as `str`.
+        """
+        _write(self.path(name), json_text(finite_or_null(value)))
 
     def write_text(self, name: str, text: str) -> None:
         """Write `text` to the file `name`, atomically."""

@@ -207,10 +207,14 @@ def draw_meta_training(validation: Arrays, path: Path) -> None:
 
 
 def draw_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """A heat map: optimisers in rows, optimizees in columns, the training loss in each cell."""
+    """A heat map: optimisers in rows, optimizees in columns, the training loss in each cell.
+
+    None is a loss that was not finite.
+    """
     rows = list(losses)
-    columns = list(dict.fromkeys(name for of in losses.values() for name in of))
-    table = np.array([[losses[row].get(name, np.nan) for name in columns] for row in rows])
+    columns = list(dict.fromkeys(name for row in losses.values() for name in row))
+    known = [[losses[row].get(name, np.nan) for name in columns] for row in rows]
+    table = np.array([[np.inf if loss is None else loss for loss in row] for row in known])
     figure = new_figure(1.1 * len(columns) + 2.6, 0.42 * len(rows) + 1.6)
     axes = figure.subplots()
     finite = table[np.isfinite(table)] if np.isfinite(table).any() else np.ones(1)

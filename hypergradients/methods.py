@@ -64,7 +64,16 @@ def reverse_unroll(
 ) -> Tree:
     """Backpropagation through whatever made params, which stay attached to hparams.
 
-    The graph is kept: other losses of the same params can be differentiated after this one.
+    params: w_T, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    outer_loss: (params, hparams) -> scalar tensor.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+
+    Returns a tree like hparams. The graph is kept: other losses of the same params can be
+    differentiated after this one. Raises HypergradientError for arguments that are not so, and
+    where the loss depends on no hyperparameter. Memory: the graph of all updates. (Franceschi et
+    al. 2017, arXiv 1703.01785.)
     """
     leaves, spec = hyperparameters(hparams)
     loss = attached_scalar(outer_loss(params, hparams), "outer_loss")
@@ -87,10 +96,19 @@ def reverse(
 ) -> Tree:
     """Reverse mode from the kept states: each update runs once more, and only its graph is kept.
 
-    params_history: w_0, ..., w_T, or only the last k + 1 of them: truncated reverse, which leaves
-    out what hparams did to w_{T-k}. update_map_history: Phi_0, ..., Phi_{T-1}; the last k are used.
-    Raises HypergradientError where a map does not lead from its state to the next, as one that
-    draws new random numbers or batches at each call, unless all states are one and the same.
+    params_history: w_0, ..., w_T, each a tree of tensors, or only the last k + 1 of them: truncated
+        reverse, which leaves out what hparams did to w_{T-k}.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    update_map_history: Phi_0, ..., Phi_{T-1}, of which the last k are used, each (params, hparams)
+        -> params of the same shapes, differentiable.
+    outer_loss: (params, hparams) -> scalar tensor.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+
+    Returns a tree like hparams. Raises HypergradientError for arguments that are not so, and where
+    no map depends on a hyperparameter, or where one does not lead from its state to the next, as if
+    it draws new random numbers or batches at each call (unless all states are one and the same).
+    Memory: the states and the graph of one update. (Franceschi et al. 2017, arXiv 1703.01785.)
     """
     steps = len(params_history) - 1
     if steps < 1 or len(update_map_history) < steps:
@@ -120,12 +138,22 @@ def checkpointed_reverse(
     segment_length: int | None = None,
     set_grad: bool = True,
 ) -> Tree:
-    """Reverse mode from w_0 = params that keeps one state per segment of the update maps.
+    """Reverse mode from w_0 that keeps one state per segment of the update maps.
 
-    The maps run twice: forward, then segment by segment under a graph, with the same random numbers
-    of torch's global generators. Memory: a state for each segment and the graph of one; sqrt(T)
-    updates by default. (Griewank and Walther 2008, ch. 12.) Raises HypergradientError where a
-    segment leads elsewhere the second time, as with batches from an iterator.
+    params: w_0, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    update_maps: Phi_0, ..., Phi_{T-1}, each (params, hparams) -> params of the same shapes,
+        differentiable.
+    outer_loss: (params, hparams) -> scalar tensor.
+    segment_length: maps of a segment; by default about the square root of their number.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+
+    Returns a tree like hparams. The maps run twice: forward, then segment by segment under a graph,
+    with the same random numbers of torch's global generators. Raises HypergradientError for
+    arguments that are not so, and where no map depends on a hyperparameter, or where a segment
+    leads elsewhere the second time, as with batches from an iterator. Memory: a state for each
+    segment and the graph of one. (Griewank and Walther 2008, Evaluating Derivatives, ch. 12.)
     """
     _check_count("the number of update_maps", len(update_maps))
     length = math.isqrt(len(update_maps) - 1) + 1 if segment_length is None else segment_length
@@ -144,8 +172,18 @@ def truncated_reverse(
 ) -> Tree:
     """Reverse mode through the last K update maps only; the error is that of J's K-th power.
 
-    Memory: K states and the graph of one update; these K run twice, as in checkpointed_reverse.
-    (Shaban et al. 2019, arXiv 1810.10667.)
+    params: w_0, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    K: how many of the maps are differentiated, from 1 to all.
+    update_maps: Phi_0, ..., Phi_{T-1}, each (params, hparams) -> params of the same shapes,
+        differentiable.
+    outer_loss: (params, hparams) -> scalar tensor.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+
+    Returns a tree like hparams. The last K maps run twice, as in checkpointed_reverse, which says
+    what is refused. Memory: K states and the graph of one update. (Shaban et al. 2019, arXiv
+    1810.10667.)
     """
     _check_count("K", K)
     if len(update_maps) < K:
@@ -169,10 +207,20 @@ def neumann_lookback(
         v_0 = grad_w E(w_T),   v_{j+1} = (dPhi_{T-1-j}/dw)^T v_j,   w_T = Phi_{T-1}(w_{T-1})
         dE = grad_lambda E + (dPhi_{T-1}/dlambda)^T (v_0 + ... + v_{K-1})
 
-    Truncated reverse mode as though nothing had moved for K steps: no state is kept but params,
-    w_{T-1}. update_maps: the last K - 1 maps or more, oldest first, or the last one alone, which
-    then stands for all. A sum of so many terms, not a solved system: nothing is refused as
-    divergent. Maps that draw random numbers draw new ones. (Clarke et al. 2022, arXiv 2110.10461.)
+    params: w_{T-1}, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    K: terms, at least 1.
+    update_maps: the last K - 1 maps or more, oldest first, or the last one alone, which then stands
+        for all; each (params, hparams) -> params of the same shapes, differentiable.
+    outer_loss: (params, hparams) -> scalar tensor.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+
+    Returns a tree like hparams. Truncated reverse mode as though nothing had moved for K steps: no
+    state is kept but w_{T-1}. A sum of so many terms, not a solved system: nothing is refused as
+    divergent. Maps that draw random numbers draw new ones. Raises HypergradientError for arguments
+    that are not so, and where the last map depends on no hyperparameter. (Clarke et al. 2022, arXiv
+    2110.10461.)
     """
     _check_count("K", K)
     if not update_maps or 1 < len(update_maps) < K - 1:
@@ -202,15 +250,23 @@ def forward_mode(
     set_grad: bool = True,
     vectorize: bool = False,
 ) -> Tree:
-    """Forward mode from w_0 = params: memory of one update however many there are.
+    """Forward mode from w_0: memory of one update however many there are.
 
-    Time and memory grow with the number n of single hyperparameters: Z is n times the parameters.
-    The maps must use the hparams they are given (HypergradientError where no derivative by these
-    arrives), and every function in them must support forward mode. With vectorize all n directions
-    go through torch.func.jvp at once, which takes maps whose inner gradients are torch.func.grad,
-    not torch.autograd.grad; without, n runs of each map, with the same random numbers of torch's
-    global generators, and refused where their results differ.
-    (Franceschi et al. 2017, arXiv 1703.01785.)
+    params: w_0, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    update_maps: Phi_0, ..., Phi_{T-1}, each (params, hparams) -> params of the same shapes. They
+        must use the hparams they are given, and every function in them must support forward mode.
+    outer_loss: (params, hparams) -> scalar tensor.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+    vectorize: all n directions, one for each single hyperparameter, go through torch.func.jvp at
+        once, which takes maps whose inner gradients are torch.func.grad, not torch.autograd.grad;
+        without, each map runs n times, with the same random numbers of torch's global generators.
+
+    Returns a tree like hparams. Time and memory grow with n: Z is n times the parameters. Raises
+    HypergradientError for arguments that are not so, where a map does not run in forward mode,
+    where no derivative by the hparams given arrives, and where runs of a map differ. (Franceschi et
+    al. 2017, arXiv 1703.01785.)
     """
     _check_count("the number of update_maps", len(update_maps))
     point = Point(params, hparams)
@@ -248,7 +304,17 @@ def exact(
     outer_loss: OuterLoss,
     set_grad: bool = True,
 ) -> Tree:
-    """Backpropagation through the parameters in closed form, opt_params_f(hparams)."""
+    """Backpropagation through the parameters in closed form.
+
+    opt_params_f: hparams -> params, the minimum or fixed point itself, attached to hparams.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    outer_loss: (params, hparams) -> scalar tensor.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+
+    Returns a tree like hparams. Raises HypergradientError for arguments that are not so, and where
+    the loss depends on no hyperparameter. HyperTorch's, to compare others with.
+    """
     return reverse_unroll(opt_params_f(hparams), hparams, outer_loss, set_grad)
 
 
@@ -289,14 +355,25 @@ def implicit(
 ) -> tuple[Tree, LinearSolve]:
     """The hypergradient at a fixed point of fp_map, and how its linear system was solved.
 
-    All implicit methods are this function with a solver of theirs. fp_map runs once, and is
-    differentiated once per iteration and once at the end, for the hyperparameters and the residual.
-    stochastic: fp_map is drawn anew for every product. outer_draws and map_draws: the outer
-    gradients and the last product are means of so many draws.
-    How far params are from a fixed point is not judged: the error grows with |fp_map(w) - w|.
-    Raises DivergenceError where the solution is worse than v = 0 and getting worse, or where
-    I - J^T vanishes on it, HypergradientError where the map depends on no hyperparameter, and what
-    the solver raises.
+    params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
+        with create_graph=True.
+    outer_loss: (params, hparams) -> scalar tensor.
+    solver: of (I - J^T) v = grad_w E, see linear_solvers.py.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+    stochastic: fp_map is drawn anew for every product.
+    outer_draws, map_draws: the outer gradients and the last product are means of so many draws.
+
+    Returns a tree like hparams, and the LinearSolve. All implicit methods are this function with a
+    solver of theirs. fp_map runs once, and is differentiated once per iteration and once at the
+    end, for the hyperparameters and the residual; modules in it keep their buffers. How far params
+    are from a fixed point is not judged: the error grows with |fp_map(w) - w|. Raises
+    HypergradientError for arguments that are not so and where fp_map depends on no hyperparameter,
+    DivergenceError where the solution is worse than v = 0 and getting worse, or where I - J^T
+    vanishes on it, and what the solver raises. (Pedregosa 2016, arXiv 1602.02355; Grazzi et al.
+    2020, 2006.16218.)
     """
     _check_count("K", solver.iterations)
     point = Point(params, hparams)
@@ -334,9 +411,23 @@ def fixed_point(
     set_grad: bool = True,
     stochastic: bool = False,
 ) -> Tree:
-    """K iterations v <- J^T v + grad_w E, or until v moves by less than tol.
+    """The hypergradient at a fixed point, by K iterations v <- J^T v + grad_w E.
 
-    For contractions; the error falls with the contraction's rate, as that of K steps of reverse.
+    params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    K: iterations, at least 1; the first, v = grad_w E, costs no product.
+    fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
+        with create_graph=True. It must be a contraction.
+    outer_loss: (params, hparams) -> scalar tensor.
+    tol: ends earlier when what v moves by is less.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+    stochastic: fp_map is drawn anew for every product.
+
+    Returns a tree like hparams. The error falls with the contraction's rate, as that of K steps of
+    reverse. Raises HypergradientError for arguments that are not so and where fp_map depends on no
+    hyperparameter, DivergenceError where the residual shows that fp_map is no contraction. (Grazzi
+    et al. 2020, arXiv 2006.16218.)
     """
     solver = FixedPoint(K, tol)
     return implicit(params, hparams, fp_map, outer_loss, solver, set_grad, stochastic)[0]
@@ -351,7 +442,22 @@ def neumann(
     tol: float = 1e-10,
     set_grad: bool = True,
 ) -> Tree:
-    """K terms of the Neumann series beyond the first: fixed_point with K + 1. (Lorraine 2020.)"""
+    """The hypergradient at a fixed point, by K terms of the Neumann series beyond the first.
+
+    params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    K: terms beyond the first, at least 1: fixed_point with K + 1 iterations.
+    fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
+        with create_graph=True. It must be a contraction.
+    outer_loss: (params, hparams) -> scalar tensor.
+    tol: ends earlier when what v moves by is less.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+
+    Returns a tree like hparams. Raises HypergradientError for arguments that are not so and where
+    fp_map depends on no hyperparameter, DivergenceError where the residual shows that fp_map is no
+    contraction. (Lorraine et al. 2020, arXiv 1911.02590.)
+    """
     _check_count("K", K)
     return implicit(params, hparams, fp_map, outer_loss, FixedPoint(K + 1, tol), set_grad)[0]
 
@@ -366,9 +472,25 @@ def CG(  # noqa: N802 - HyperTorch's name
     set_grad: bool = True,
     stochastic: bool = False,
 ) -> Tree:
-    """K iterations of conjugate gradients, or until the residual is less than tol.
+    """The hypergradient at a fixed point, its linear system solved by conjugate gradients.
 
-    I - J must be symmetric positive definite, as for a gradient step on a convex loss.
+    params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    K: most iterations, at least 1.
+    fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
+        with create_graph=True. I - J must be symmetric positive definite, J its Jacobian by params,
+        as for a gradient step on a convex loss.
+    outer_loss: (params, hparams) -> scalar tensor.
+    tol: ends earlier when the residual |grad_w E - (I - J^T) v| is less.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+    stochastic: fp_map is drawn anew for every product. Symmetry is then taken for granted.
+
+    Returns a tree like hparams. The error falls as (1 - 2 / sqrt(cond))^K. Raises
+    HypergradientError for arguments that are not so and where fp_map depends on no hyperparameter,
+    and where I - J is seen not to be symmetric, from the second iteration on; DivergenceError where
+    it is seen not to be positive definite. (Hestenes and Stiefel 1952; Grazzi et al. 2020, arXiv
+    2006.16218.)
     """
     solver = ConjugateGradient(K, tol, assume_symmetric=stochastic)
     return implicit(params, hparams, fp_map, outer_loss, solver, set_grad, stochastic)[0]
@@ -383,9 +505,23 @@ def CG_normaleq(  # noqa: N802 - HyperTorch's name
     tol: float = 1e-10,
     set_grad: bool = True,
 ) -> Tree:
-    """K iterations of conjugate gradients on the normal equations: any regular I - J.
+    """The hypergradient at a fixed point, by conjugate gradients on the normal equations.
 
-    Each costs a product with J besides that with J^T; the map must be twice differentiable.
+    params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    K: most iterations, at least 1.
+    fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
+        with create_graph=True. It must be differentiable twice, and I - J regular.
+    outer_loss: (params, hparams) -> scalar tensor.
+    tol: ends earlier when the residual of the normal equations is less.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+
+    Returns a tree like hparams. Each iteration costs a product with J besides that with J^T; the
+    error falls as (1 - 2 / cond)^K. Raises HypergradientError for arguments that are not so and
+    where fp_map depends on no hyperparameter, and where products with J and J^T contradict each
+    other; DivergenceError where I - J is seen to be singular. (Bjorck 1996, Numerical methods for
+    least squares problems, 7.4; Grazzi et al. 2020, arXiv 2006.16218.)
     """
     return implicit(params, hparams, fp_map, outer_loss, NormalEquations(K, tol), set_grad)[0]
 
@@ -401,9 +537,23 @@ def nystrom(
     rank: int = 10,
     generator: torch.Generator | None = None,
 ) -> Tree:
-    """CG preconditioned by a Nystrom approximation of I - J, which costs `rank` products more.
+    """CG preconditioned by a randomised Nystrom approximation of I - J.
 
-    Assumes that I - J is symmetric positive definite; helps where few of its eigenvalues are large.
+    params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    K: most iterations, at least 1.
+    fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
+        with create_graph=True. I - J must be symmetric positive definite, J its Jacobian by params.
+    outer_loss: (params, hparams) -> scalar tensor.
+    tol: ends earlier when the residual |grad_w E - (I - J^T) v| is less.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+    rank: of the approximation, which costs as many products more.
+    generator: of its random test matrix; a fixed seed without one.
+
+    Returns a tree like hparams. Helps where few eigenvalues of I - J are large. Raises what CG
+    raises. (Frangella, Tropp, Udell 2021, arXiv 2110.02820; Hataya and Yamada 2023, arXiv
+    2302.09726.)
     """
     solver = NystromConjugateGradient(K, tol, rank, generator)
     return implicit(params, hparams, fp_map, outer_loss, solver, set_grad)[0]
@@ -426,14 +576,28 @@ def stoch_AID(  # noqa: N802 - HyperTorch's name
     set_grad: bool = True,
     verbose: bool = True,
 ) -> tuple[Tree, Tree]:
-    """K steps of any torch optimiser on the linear system; returns the hypergradient and v.
+    """The hypergradient at a fixed point, by K steps of any torch optimiser on the linear system.
 
-    One of fp_map and inner_loss is needed; inner_loss stands for a gradient step of rate 1 on it.
-    linsys_start: where v begins, for example at the v of the hypergradient before.
-    stoch_outer, stoch_inner: outer_loss, and fp_map or inner_loss, are drawn anew at each use; the
-    outer gradients are then means of J_outer draws, the last product of J_inner.
-    optim_build(v, **opt_params) -> (optimiser, scheduler or None); SGD of rate 1 by default.
-    verbose prints the residual of some iterations. (Grazzi et al. 2022, algorithm 1.)
+    params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
+        each with requires_grad, each once.
+    outer_loss: (params, hparams) -> scalar tensor.
+    K: steps, at least 1.
+    J_inner, J_outer: the last product and the outer gradients are means of so many draws; they need
+        stoch_inner and stoch_outer.
+    fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
+        with create_graph=True. Or None, with
+    inner_loss: (params, hparams) -> scalar tensor; stands for a gradient step of rate 1 on it.
+    linsys_start: where v begins, a tree like params, for example the v of the hypergradient before.
+    stoch_outer, stoch_inner: outer_loss, and fp_map or inner_loss, are drawn anew at each use.
+    optim_build: (v, **opt_params) -> (optimiser, scheduler or None); SGD of rate 1 by default.
+    opt_params: for optim_build.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+    verbose: whether to print the residual of some steps.
+
+    Returns a tree like hparams, and v, a tree like params. Raises HypergradientError for arguments
+    that are not so and where fp_map depends on no hyperparameter, DivergenceError where the
+    residual shows divergence. (Grazzi et al. 2022, arXiv 2202.03397, algorithm 1.)
     """
     if fp_map is None and inner_loss is None:
         raise HypergradientError("give fp_map or inner_loss")

@@ -53,9 +53,20 @@ def evolution_strategies(
     generator: torch.Generator,
     set_grad: bool = True,
 ) -> Tree:
-    """Antithetic evolution strategies: 2 * pairs trajectories from w_0 = params.
+    """Antithetic evolution strategies: 2 * pairs trajectories from w_0.
 
-    Its standard deviation grows with the number of hyperparameters and falls as 1 / sqrt(pairs).
+    params: w_0, a list or other pytree of floating-point tensors of any shapes.
+    hparams: the hyperparameters, likewise, each with requires_grad, each once.
+    update_maps: Phi_0, ..., Phi_{T-1}, at least one, each (params, hparams) -> params of the same
+        shapes; they need not be differentiable.
+    outer_loss: (params, hparams) -> scalar.
+    sigma: standard deviation of the perturbations, > 0.
+    pairs: how many perturbations, each with both signs.
+    generator: of the perturbations.
+    set_grad: whether to add the result to each hyperparameter's .grad too.
+
+    Returns a tree like hparams. Its standard deviation grows with the number of hyperparameters and
+    falls as 1 / sqrt(pairs). Raises HypergradientError for arguments that are not so.
     """
     start = Pairs.start(params, hparams, pairs)
     return persistent_evolution_strategies(
@@ -74,7 +85,10 @@ def persistent_evolution_strategies(
 ) -> tuple[Tree, Pairs]:
     """One unroll of every pair, its part of the hypergradient, and the pairs after it.
 
-    The parts of a trajectory's unrolls add up to the gradient of the sum of their outer losses.
+    pairs: where the trajectories are, Pairs.start(...) at first; the other arguments as of
+    evolution_strategies, update_maps those of this unroll. The parts of a trajectory's unrolls add
+    up to the gradient of the sum of their outer losses. Raises HypergradientError for arguments
+    that are not so.
     """
     if not sigma > 0 or not update_maps:
         raise HypergradientError(

@@ -23,7 +23,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
 from experiment.errors import RunLogError
-from experiment.files import in_place, json_text, write_whole
+from experiment.files import finite_or_null, in_place, json_text, write_whole
 from experiment.run_reader import read_config
 from figures.style import add_legend, colours, label_axes, new_figure, one_panel, save_figure
 from sweeps.space import SearchedFlag, searched_flag
@@ -125,7 +125,7 @@ def write_results(report: Report, directory: Path) -> None:
         "direction": "maximize" if report.maximize else "minimize",
         **summaries.get("", {"variants": summaries}),
     }
-    write_whole(directory / "results.json", json_text(results))
+    write_whole(directory / "results.json", json_text(finite_or_null(results)))
 
 
 def write_report(report: Report, directory: Path, figures: bool) -> None:

@@ -1,13 +1,14 @@
 """A file is the old one or the new one, whichever way its writing ends."""
 
 import json
+import math
 import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from experiment.files import in_place, json_text, write_whole
+from experiment.files import finite_or_null, in_place, json_text, write_whole
 
 
 def test_a_file_is_replaced_whole_with_the_usual_permissions(tmp_path):
@@ -66,3 +67,10 @@ def test_writers_at_the_same_moment_leave_one_of_their_files(tmp_path):
 
 def test_json_takes_what_it_does_not_know_as_text():
     assert json.loads(json_text({"where": Path("x"), "n": 1})) == {"where": "x", "n": 1}
+
+
+def test_numbers_that_json_has_no_word_for_are_null():
+    value = {"a": [1.5, math.inf], "b": {"c": (-math.inf, math.nan)}, "d": None, "n": 2}
+    text = json_text(finite_or_null(value))
+    expected = {"a": [1.5, None], "b": {"c": [None, None]}, "d": None, "n": 2}
+    assert json.loads(text, parse_constant=pytest.fail) == expected
