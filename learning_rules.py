@@ -73,6 +73,13 @@ class LearningRule(nn.Module):
         """`update`, as torch.func.functional_call needs it."""
         return self.update(model, params, batch)
 
+    def respond_and_update(
+        self, layer: nn.Module, old: dict[str, Tensor], x: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+        """The activation y of inputs x by the old parameters, one per view, and the new ones."""
+        s, y = zip(*(layer.respond(view, old) for view in x), strict=True)
+        return y, self.update_layer(layer, old, x, s, y)
+
     def step_sizes(self) -> dict[str, Tensor]:
         """The units in which an optimiser sees hyperparameters of unlike sizes: psi / size.
 
@@ -532,6 +539,8 @@ def term_effects(rule: LearningRule, products: Mapping[str, Tensor]) -> dict[str
 class _TermMeter:
     """Takes a rule's place in an update: adds up `products` of what its terms would change."""
 
+    respond_and_update = LearningRule.respond_and_update
+
     def __init__(self, rule: LearningRule, prefix: str, products: dict[str, Tensor]) -> None:
         self.rule, self.views = rule, rule.views
         self.prefix, self.products = prefix, products
@@ -568,7 +577,8 @@ def changes_by_term(
 def update_layers(model: nn.Module, params: Params, batch, rules: list) -> Params:
     """New parameters, by one rule for each layer that has any; see PerLayerRule.update.
 
-    A rule has `views`, how many of each input it takes, and `update_layer`, as PolynomialRule.
+    A rule has `views`, how many of each input it takes, and `respond_and_update`, for which that of
+    LearningRule needs an `update_layer` as PolynomialRule's.
     """
     views = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     plastic = sum(map(has_weights, params))
@@ -582,9 +592,8 @@ def update_layers(model: nn.Module, params: Params, batch, rules: list) -> Param
             views = tuple(layer(x, old) for x in views)
             new.append(old)
             continue
-        s, y = zip(*(layer.respond(x, old) for x in views), strict=True)
-        new.append(next(rules).update_layer(layer, old, views, s, y))
-        views = y
+        views, updated = next(rules).respond_and_update(layer, old, views)
+        new.append(updated)
     return new
 
 

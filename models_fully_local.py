@@ -198,12 +198,16 @@ class LateralLinear(_LateralLayer):
 
     def respond(self, x: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Preactivation s and activation y, both [batch, out], of inputs x [batch, in]."""
+        self.check(x)
+        s = nn.functional.linear(x, params["w"], params["b"])
+        return s, self.compete(s, params)
+
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError unless inputs are of the shape that the layer takes."""
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(
                 f"expected inputs of shape [batch, {self.in_features}], got {list(x.shape)}"
             )
-        s = nn.functional.linear(x, params["w"], params["b"])
-        return s, self.compete(s, params)
 
 
 class LateralConv2d(_LateralLayer):
@@ -233,6 +237,13 @@ class LateralConv2d(_LateralLayer):
         """Preactivation s and activation y, both [batch, out, H', W'] with the channels last in
         memory, of inputs x [batch, in, H, W].
         """
+        self.check(x)
+        s = self.windows.convolve(x, params["w"]) + params["b"].view(-1, 1, 1)
+        y = self.compete(samples(s), params)
+        return s, y.view(*s.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError unless inputs are of the shape that the layer takes."""
         sizes = [n + 2 * self.windows.padding for n in x.shape[2:]]
         too_small = any(n < k for n, k in zip(sizes, self.windows.size, strict=False))
         if x.dim() != 4 or x.shape[1] != self.in_channels or too_small:
@@ -241,9 +252,6 @@ class LateralConv2d(_LateralLayer):
                 f"expected inputs of shape [batch, {self.in_channels}, >= {height}, >= {width}], "
                 f"got {list(x.shape)}"
             )
-        s = self.windows.convolve(x, params["w"]) + params["b"].view(-1, 1, 1)
-        y = self.compete(samples(s), params)
-        return s, y.view(*s.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
 
 class AveragePool2d(nn.Module):

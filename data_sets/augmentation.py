@@ -208,7 +208,7 @@ def _grey_mean(x: Tensor) -> Tensor:
     means = x.mean((2, 3), keepdim=True)
     if x.shape[1] == 3:
         means = means * means.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * 3
-    return means.mean(1, keepdim=True)
+    return means if x.shape[1] == 1 else means.mean(1, keepdim=True)
 
 
 def _in_loops(x: Tensor, *strengths: float | Tensor) -> bool:
@@ -253,11 +253,9 @@ def _jitter_in_loops(x: Tensor, draws: Tensor, brightness: float, contrast: floa
     from data_sets import view_loops
 
     ranges = [(max(0.0, 1 - strength), 1 + strength) for strength in (brightness, contrast)]
-    of_both = draws[:, [BRIGHTNESS, CONTRAST]].t().contiguous().numpy()
-    first, pixels = (draws[:, ORDER] < 0.5).numpy(), x.view(len(x), -1).numpy()
-    for brightness_now in (first, ~first):
-        grey = _grey_mean(x).view(-1).numpy()
-        view_loops.change(of_both, *ranges, brightness_now, grey, pixels)
+    used, pixels = draws[:, BRIGHTNESS : ORDER + 1].numpy(), x.view(len(x), -1).numpy()
+    for first in (True, False):
+        view_loops.change(used, *ranges, first, _grey_mean(x).view(-1).numpy(), pixels)
     return x
 
 

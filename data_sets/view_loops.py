@@ -35,11 +35,11 @@ def warp(x, areas, aspects, positions, moves, cos, sin, padding, scale, fallback
     """
     count, channels, height, width = x.shape
     row = width + 2 * BORDER
-    padded = np.zeros((height + 2 * BORDER, row), dtype=x.dtype)
+    padded = np.zeros((height + 2 * BORDER, row), dtype=warped.dtype)
     inside = padded[BORDER : BORDER + height, BORDER : BORDER + width]
-    east, south = np.empty(height * width, dtype=x.dtype), np.empty(height * width, dtype=x.dtype)
-    index = np.empty(height * width, dtype=np.int32)
-    centres = _centres(width, x), _centres(height, x)
+    east, south = np.empty((height, width), warped.dtype), np.empty((height, width), warped.dtype)
+    index = np.empty((height, width), dtype=np.int32)
+    across, down = _centres(width, warped), _centres(height, warped)
     for n in range(count):
         box = (0.0, 0.0, float(height), float(width))
         if len(areas):
@@ -47,13 +47,15 @@ def warp(x, areas, aspects, positions, moves, cos, sin, padding, scale, fallback
         if len(moves):
             top, left, h, w = box
             box = (top + moves[n, 0] * (h / height), left + moves[n, 1] * (w / width), h, w)
-        matrix = _matrix(box, cos[n], sin[n], padding, height, width, x)
-        _look_up(matrix, centres, x.dtype.type(width / 2), x.dtype.type(height / 2), row,
-                 east, south, index)  # fmt: skip
+        matrix = _matrix(box, cos[n], sin[n], padding, height, width, warped)
+        index[:] = BORDER * (row + 1)
+        _look_up(matrix[0], across, down, width, np.int32(1), east, index)
+        _look_up(matrix[1], across, down, height, np.int32(row), south, index)
         for channel in range(channels):
-            inside[:] = x[n, channel]
-            view = warped[n, channel].reshape(-1)
-            _interpolate(padded.reshape(-1), row, east, south, index, view)
+            for i in range(height):
+                for j in range(width):
+                    inside[i, j] = x[n, channel, i, j]
+            _interpolate(padded.reshape(-1), row, east, south, index, warped[n, channel])
 
 
 @compiled
@@ -72,39 +74,37 @@ def _matrix(box, cos, sin, padding, height, width, like):
 
 
 @compiled
-def _look_up(matrix, centres, half_width, half_height, row, east, south, index):
-    """Of each pixel of a view: the place of its upper left neighbour in the padded image, and how
-    far it lies east and south of that one.
+def _look_up(matrix, across, down, size, stride, beyond, index):
+    """In one dimension, of each pixel of a view: the neighbour before it, added to `index` in steps
+    of `stride`, and how far it lies beyond that one.
     """
-    across, down = centres
-    width, height = len(across), len(down)
-    one, half = half_width / half_width, half_width / (half_width + half_width)
-    first = -(one + one)
-    x_across, y_across = matrix[0, 0] * across + matrix[0, 2], matrix[1, 0] * across + matrix[1, 2]
-    x_down, y_down = matrix[0, 1] * down, matrix[1, 1] * down
-    for i in range(height):
-        for j in range(width):
-            x = fused(x_across[j] + x_down[i] + one, half_width, -half)
-            y = fused(y_across[j] + y_down[i] + one, half_height, -half)
-            left, top = np.floor(x), np.floor(y)
-            east[i * width + j], south[i * width + j] = x - left, y - top
-            left = first if left < first else left
-            left = half_width + half_width if left > half_width + half_width else left
-            top = first if top < first else top
-            top = half_height + half_height if top > half_height + half_height else top
-            index[i * width + j] = (np.int32(top) + BORDER) * row + np.int32(left) + BORDER
+    half = matrix.dtype.type(size / 2)
+    one, shift, first = matrix.dtype.type(1), matrix.dtype.type(-0.5), matrix.dtype.type(-BORDER)
+    last = matrix.dtype.type(size)
+    along = matrix[0] * across + matrix[2]
+    for i in range(len(down)):
+        offset = matrix[1] * down[i]
+        for j in range(len(across)):
+            place = fused(along[j] + offset + one, half, shift)
+            before = np.floor(place)
+            beyond[i, j] = place - before
+            before = first if before < first else before
+            before = last if before > last else before
+            index[i, j] += np.int32(before) * stride
 
 
 @compiled
 def _interpolate(padded, row, east, south, index, view):
     """view: of each pixel the weighted mean of its four neighbours."""
-    for k in range(len(view)):
-        place, e, s = np.uint32(index[k]), east[k], south[k]
-        w, n = view.dtype.type(1) - e, view.dtype.type(1) - s
-        value = padded[place] * (w * n)
-        value = fused(padded[place + np.uint32(1)], e * n, value)
-        value = fused(padded[place + np.uint32(row)], w * s, value)
-        view[k] = fused(padded[place + np.uint32(row + 1)], e * s, value)
+    one = view.dtype.type(1)
+    for i in range(view.shape[0]):
+        for j in range(view.shape[1]):
+            place, e, s = np.uint32(index[i, j]), east[i, j], south[i, j]
+            w, n = one - e, one - s
+            value = padded[place] * (w * n)
+            value = fused(padded[place + np.uint32(1)], e * n, value)
+            value = fused(padded[place + np.uint32(row)], w * s, value)
+            view[i, j] = fused(padded[place + np.uint32(row + 1)], e * s, value)
 
 
 @compiled
@@ -132,17 +132,18 @@ def _box(areas, aspects, position, padding, scale, fallback, height, width):
 
 
 @compiled
-def change(draws, brightness, contrast, brightness_now, grey, x):
+def change(draws, brightness, contrast, first, grey, x):
     """Brightness of some images x [N, pixels], contrast of the others, as _jitter has them.
 
-    draws [2, N]: uniform in [0, 1), of brightness and contrast, whose factors lie between the two
-    numbers given. brightness_now [N]: which of the two it is. grey [N]: the images' means.
+    draws [N, 3]: uniform in [0, 1), of the factors of brightness and contrast, which lie between
+    the two numbers given, and of what comes first. first: whether it does so now. grey [N]: means.
     """
     zero, one = x.dtype.type(0), x.dtype.type(1)
     for n in range(len(x)):
-        low, high = brightness if brightness_now[n] else contrast
-        factor = x.dtype.type(low + (high - low) * draws[0 if brightness_now[n] else 1, n])
-        added = zero if brightness_now[n] else (one - factor) * grey[n]
+        of_brightness = (draws[n, 2] < 0.5) == first
+        low, high = brightness if of_brightness else contrast
+        factor = x.dtype.type(low + (high - low) * draws[n, 0 if of_brightness else 1])
+        added = zero if of_brightness else (one - factor) * grey[n]
         for j in range(x.shape[1]):
             value = x[n, j] * factor + added
             value = zero if value < zero else value

@@ -108,14 +108,20 @@ class Views(nn.Module):
             return self.data.index_select(0, index).to(work)
         return self.data.images.index_select(0, index).to(work).div_(255)
 
-    def _normalized(self, x: Tensor) -> Tensor:
+    def _normalized(self, x: Tensor, changed: bool = False) -> Tensor:
+        """Normalised and centred; what was warped or changed already may itself be changed."""
         if isinstance(self.data, ImageData):
             x = self.data.normalize(x)
-        return x if self.shift is None else x - self.shift
+        if self.shift is None:
+            return x
+        # in place where it is no gradient's: a view of its own need not be written twice
+        fresh = changed and not x.requires_grad
+        return x.sub_(self.shift) if fresh else x - self.shift
 
     def _geometric(self, x: Tensor, generator: Generator) -> Tensor:
         """A view of images x in [0, 1]."""
-        if self.start.warps or self.start.jitters:
+        changed = self.start.warps or self.start.jitters
+        if changed:
             crops, shifts = self.start.crops, self.start.shift > 0
             draws = draw_numbers(len(x), generator, crops=crops, shifts=shifts)
             if torch.is_grad_enabled() and any(name != "noise" for name in self.moved):
@@ -125,7 +131,7 @@ class Views(nn.Module):
                 )
             else:
                 x = self._warped(x, draws)
-        return self._noisy(self._normalized(x), generator)
+        return self._noisy(self._normalized(x, changed), generator)
 
     def _warped(self, x: Tensor, draws: Tensor) -> Tensor:
         start = self.start

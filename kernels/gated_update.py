@@ -1,5 +1,6 @@
 """A whole update of a rule with unit statistics, for terms that all have the gain as prefactor.
 
+    s_v = x_v w^T + b,  y_v = sigma(s_v)
     dw = sum_v (base'(slope s_v) l_v)^T x_v + (weight of w) w,  then rms_step
 
 l are the currents of kernels/unit_statistics.py, with statistics of this batch; the matrix K comes
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.local_polynomial import Windows
+from kernels.local_polynomial import ROWS, Rows, Windows
 from kernels.unit_statistics import (
     FLOOR,
     Activation,
@@ -27,7 +28,6 @@ from kernels.unit_statistics import (
     inputs_backward,
     moments_backward,
     moments_forward,
-    place_of,
     products_backward,
     products_forward,
     step_backward,
@@ -108,146 +108,178 @@ def gated_update(
     rate: Tensor,
     eps: Tensor,
     x: Sequence[Tensor],
-    s: Sequence[Tensor],
-    y: Sequence[Tensor],
     activation: Activation,
-    windows: Windows | None = None,
-) -> tuple[Tensor, Tensor]:
-    """w and b after the `rms_step` of dw = sum_v (f_v l_v)^T x_v + (weight of w) w; f: base'.
+    place: Rows | Windows = ROWS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w and b after the `rms_step` of dw = sum_v (f_v l_v)^T x_v + (weight of w) w, and y.
 
+    f_v = base'(slope s_v).
     weights: all of `terms`, over the number of samples and times the slope, but that of w.
-    w: [units, inputs]; x as in `correlate`; s, y = sigma(s): [samples, units] per view.
-    Statistics are those of the batch.
+    w: [units, inputs]; x: [samples, inputs] per view, or images in which `place` says where samples
+    are. s = x w^T + b and y = sigma(s): [views, samples, units]. Statistics are those of the batch.
     """
     on_cpu = w.device.type == "cpu" and w.dtype in NUMPY_TYPES
     update = _CompiledUpdate if on_cpu and terms.level == "gram" else _GatedUpdate
-    return update.apply(terms, activation, windows, len(x), weights, w, b, rate, eps, *x, *s, *y)
+    return update.apply(terms, activation, place, weights, w, b, rate, eps, *x)
+
+
+def respond(
+    w: Tensor, b: Tensor, x: Sequence[Tensor], activation: Activation, place: Rows | Windows
+) -> tuple[Tensor, Tensor]:
+    """s and y, [views, samples, units]."""
+    s = w.new_empty(len(x), place.count(x[0]), len(w))
+    for inputs, of_view in zip(x, s, strict=True):
+        place.project(inputs, w, out=of_view)
+    return s.add_(b), activation.of_scaled_(activation.slope * s)
+
+
+def through_products(grad_s: Tensor, w: Tensor, grad_w: Tensor, x, place, grad_x) -> None:
+    """Adds the gradients of w and of each x that needs one, through s, from that of s."""
+    for of_view, inputs, grad in zip(grad_s, x, grad_x, strict=True):
+        place.correlate_(grad_w, of_view, inputs)
+        if grad is not None:
+            place.spread_(grad, of_view, w)
 
 
 class _GatedUpdate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, terms, activation, windows, views, weights, w, b, rate, eps, *tensors):
-        x, s, y = tensors[:views], tensors[views : 2 * views], tensors[2 * views :]
-        rows, of_s, of_w = terms.split(weights, views)
+    def forward(ctx, terms, activation, place, weights, w, b, rate, eps, *x):
+        rows, of_s, of_w = terms.split(weights, len(x))
+        s, y = respond(w, b, x, activation, place)
         c, mean, second = moments_forward(y, terms.level)
         mixing = _Mixing.of_moments(terms, rows, mean, second)
         total = currents_forward(c, mixing.k, mixing.const, s, of_s)
-        h, place = gate_forward(total, y, activation), place_of(x, windows)
+        h = gate_forward(total, y, activation)
         dw, db = products_forward(h, x, place), h.sum((0, 1))
         if of_w is not None:
             dw.addcmul_(w, of_w)
         new, root, factor = step_forward(w, b, dw, db, rate, eps)
         kept = (dw, db, eps, root, factor)
-        s = s if terms.of_s else ()
-        ctx.save_for_backward(weights, w, c, total, *kept, *mixing.tensors(), *x, *y, *s)
-        ctx.terms, ctx.activation, ctx.place, ctx.views = terms, activation, place, views
-        return new
+        s = s if terms.of_s else None
+        ctx.save_for_backward(weights, w, y, c, total, s, *kept, *mixing.tensors(), *x)
+        ctx.terms, ctx.activation, ctx.place = terms, activation, place
+        ctx.set_materialize_grads(False)
+        return *new, y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_w, grad_b):
-        views, terms, needed = ctx.views, ctx.terms, ctx.needs_input_grad
-        weights, w, c, total, *saved = ctx.saved_tensors
-        kept, parts, tensors = saved[:5], saved[5:11], saved[11:]
-        x, y, s = tensors[:views], tensors[views : 2 * views], tensors[2 * views :]
-        rows, of_s, of_w = terms.split(weights, views)
-        grad_dw, grad_db, grad_rate, grad_eps = step_backward(grad_w, grad_b, *kept, needed[7:9])
-        grad_x = [None] * views
-        if any(needed[9 : 9 + views]):
-            h = gate_forward(total, y, ctx.activation)
-            grad_x = inputs_backward(h, x, grad_dw, ctx.place, needed[9 : 9 + views])
-        grad_h = products_backward(total, x, grad_dw, ctx.place).add_(grad_db)
-        grad_total, grad_sigma = gate_backward(grad_h, total, y, ctx.activation)
-        mixing = _Mixing(terms, rows, *parts)
+    def backward(ctx, *grads):
+        terms, activation, place = ctx.terms, ctx.activation, ctx.place
+        weights, w, y, c, total, s, *saved = ctx.saved_tensors
+        kept, parts, x = saved[:5], saved[5:11], saved[11:]
+        grad_w, grad_b = _filled(grads, w)
+        rows, of_s, of_w = terms.split(weights, len(x))
+        needed = ctx.needs_input_grad
+        grad_dw, grad_db, grad_rate, grad_eps = step_backward(grad_w, grad_b, *kept, needed[6:8])
+        grad_x = [None] * len(x)
+        if any(needed[8:]):
+            h = gate_forward(total, y, activation)
+            grad_x = inputs_backward(h, x, grad_dw, place, needed[8:])
+        grad_h = products_backward(total, x, grad_dw, place).add_(grad_db)
+        grad_total, grad_sigma = gate_backward(grad_h, total, y, activation)
+        mixing, states = _Mixing(terms, rows, *parts), [None] * len(x) if s is None else s
         grad_c, grad_k, grad_const, grad_of_s, grad_s = currents_backward(
-            grad_total, c, mixing.k, s or [None] * views, of_s, "1" in terms.rows
+            grad_total, c, mixing.k, states, of_s, "1" in terms.rows
         )
         grad_rows, grad_mean, grad_second = mixing.backward(grad_k, grad_const)
         grad_y = moments_backward(c, terms.level, grad_c, grad_mean, grad_second)
         grad_y = [a if b is None else a.add_(b) for a, b in zip(grad_y, grad_sigma, strict=True)]
-        grads = [grad_rows.flatten()]
-        grads += [grad_of_s.flatten()] if of_s is not None else []
+        grad_y = torch.stack(grad_y) if grads[2] is None else torch.stack(grad_y).add_(grads[2])
+        through_sigma = activation.backward(grad_y, y).mul_(activation.slope)
+        if s is not None:
+            through_sigma.add_(torch.stack(grad_s))
+        of_weights = [grad_rows.flatten()]
+        of_weights += [grad_of_s.flatten()] if of_s is not None else []
+        grad_old = grad_w.clone()
         if of_w is not None:
-            grads.append(torch.dot(grad_dw.flatten(), w.flatten()).unsqueeze(0))
-            grad_w = torch.addcmul(grad_w, grad_dw, of_w)
-        return (None,) * 4 + (
-            torch.cat(grads), grad_w, grad_b, grad_rate, grad_eps, *grad_x, *grad_s, *grad_y,
+            of_weights.append(torch.dot(grad_dw.flatten(), w.flatten()).unsqueeze(0))
+            grad_old.addcmul_(grad_dw, of_w)
+        through_products(through_sigma, w, grad_old, x, place, grad_x)
+        grad_b = grad_b + through_sigma.sum((0, 1))
+        return (None,) * 3 + (
+            torch.cat(of_weights), grad_old, grad_b, grad_rate, grad_eps, *grad_x
         )  # fmt: skip
+
+
+def _filled(grads: Sequence[Tensor | None], w: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the new w and b, zeros where there are none."""
+    grad_w, grad_b, _ = grads
+    return (
+        torch.zeros_like(w) if grad_w is None else grad_w.contiguous(),
+        w.new_zeros(len(w)) if grad_b is None else grad_b.contiguous(),
+    )
 
 
 class _CompiledUpdate(torch.autograd.Function):
     """_GatedUpdate with lateral currents; its parts are compiled loops, which fill arrays."""
 
     @staticmethod
-    def forward(ctx, terms, activation, windows, views, weights, w, b, rate, eps, *tensors):
+    def forward(ctx, terms, activation, place, weights, w, b, rate, eps, *x):
         from kernels import unit_statistics_loops as loops
 
-        x, place = tensors[:views], place_of(tensors, windows)
-        s = [t.contiguous() for t in tensors[views : 2 * views]]
-        y = [t.contiguous() for t in tensors[2 * views :]]
-        w, (rows, of_s, of_w) = w.contiguous(), terms.split(weights, views)
-        fixed = _constants(terms, activation.base, views, len(y[0]), w.dtype)
-        s_y = _arrays(s[0], s[-1], y[0], y[-1])
-        c, mean = y[0].new_empty(views, *y[0].shape), torch.empty_like(b)
-        loops.centre(*s_y[2:], *_arrays(c, mean))
+        w, weights = w.contiguous(), weights.contiguous()
+        s, y = respond(w, b, x, activation, place)
+        fixed = _constants(terms, activation, len(x), s.shape[1], len(w), w.dtype)
+        c, small = torch.empty_like(y), w.new_empty(fixed.numbers)
+        of_weights, of_small, of_c, of_y = _arrays(weights, small, c, y)
+        loops.centre(of_y, of_c, of_small)
         gram = torch.bmm(c.transpose(1, 2), c)
-        mixed = _empty_mixture(terms, gram, rows)
-        arrays = _arrays(gram, mean, rows, *mixed)
-        loops.mix(*fixed.counts, fixed.codes, fixed.at, *arrays)
-        total = torch.bmm(c, mixed[-1])
-        h, db = torch.empty_like(total), torch.empty_like(b)
-        const = arrays[4][-1] if "1" in terms.rows else fixed.nothing
-        loops.gate(fixed.slope_of, const, fixed.optional(of_s), *s_y, *_arrays(total, h, db))
+        k = torch.empty_like(gram)
+        loops.mix(fixed.layout, fixed.codes, fixed.counts, *_arrays(gram), of_weights, of_small,
+                  *_arrays(k))  # fmt: skip
+        total = torch.bmm(c, k)
+        h = torch.empty_like(total)
+        loops.gate(fixed.layout, fixed.slope_of, of_weights, *_arrays(s), of_y, of_small,
+                   *_arrays(total, h))  # fmt: skip
         dw = products_forward(h, x, place)
-        new = [torch.empty_like(t) for t in (w, b, b, b)]
-        loops.step(fixed.optional(of_w), *_arrays(w, b, db, rate, eps, dw, *new))
-        ctx.save_for_backward(
-            weights, w, c, total, dw, db, eps, *new[2:], *mixed, *x, *y, *(s if terms.of_s else ())
-        )
-        ctx.terms, ctx.activation, ctx.place, ctx.fixed = terms, activation, place, fixed
-        return new[0], new[1]
+        new_w, new_b = torch.empty_like(w), w.new_empty(len(w))
+        loops.step(fixed.layout, of_weights, *_arrays(w, b, rate, eps, dw), of_small,
+                   *_arrays(new_w, new_b))  # fmt: skip
+        s = s if terms.of_s else None
+        ctx.save_for_backward(weights, w, y, c, total, s, dw, eps, small, k, *x)
+        ctx.fixed, ctx.activation, ctx.place = fixed, activation, place
+        ctx.set_materialize_grads(False)
+        return new_w, new_b, y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_w, grad_b):
+    def backward(ctx, *grads):
         from kernels import unit_statistics_loops as loops
 
-        terms, fixed, needed = ctx.terms, ctx.fixed, ctx.needs_input_grad
-        weights, w, c, total, *saved = ctx.saved_tensors
-        (dw, db, eps, root, factor), mixed, tensors = saved[:5], saved[5:11], saved[11:]
-        views = len(c)
-        x, y, s = tensors[:views], tensors[views : 2 * views], tensors[2 * views :]
-        rows, of_s, of_w = terms.split(weights, views)
-        s_y = _arrays(*((s[0], s[-1]) if s else (y[0], y[0])), y[0], y[-1])
-        grad_dw, grad_db, grad_old = (torch.empty_like(t) for t in (w, db, w))
-        numbers = w.new_empty(3)
-        loops.through_step(fixed.optional(of_w), *_arrays(
-            grad_w.contiguous(), grad_b.contiguous(), w, dw, db, eps, root, factor,
-            grad_dw, grad_db, grad_old, numbers,
-        ))  # fmt: skip
-        grad_x = [None] * views
-        if any(needed[9 : 9 + views]):
+        fixed, place, needed = ctx.fixed, ctx.place, ctx.needs_input_grad
+        weights, w, y, c, total, s, dw, eps, small, k, *x = ctx.saved_tensors
+        layout, of_weights, of_small, of_y = fixed.layout, *_arrays(weights, small, y)
+        grad_w, grad_b = _filled(grads, w)
+        grad_dw, grad_old, numbers = torch.empty_like(w), torch.empty_like(w), w.new_empty(2)
+        grad_weights, grad_small = torch.empty_like(weights), w.new_empty(3, len(w))
+        of_grads, of_sums = _arrays(grad_weights, grad_small)
+        loops.through_step(layout, of_weights, *_arrays(grad_w, grad_b, w, dw, eps), of_small,
+                           *_arrays(grad_dw, grad_old, numbers), of_grads, of_sums)  # fmt: skip
+        grad_x = [None] * len(x)
+        if any(needed[8:]):
             h = gate_forward(total, y, ctx.activation)
-            grad_x = inputs_backward(h, x, grad_dw, ctx.place, needed[9 : 9 + views])
-        grad = products_backward(total, x, grad_dw, ctx.place)
-        grad_weights, grad_y = torch.empty_like(weights), torch.empty_like(grad)
-        grad_rows, grad_of_s, _ = terms.split(grad_weights, views)
-        grad_s = torch.empty_like(grad) if s else w.new_empty(views, 0, 0)
-        grad_const, grad_mean = torch.empty_like(db), torch.empty_like(db)
-        loops.through_gate(fixed.slope_of, fixed.optional(of_s), *s_y, *_arrays(
-            grad_db, total, grad, grad_y, grad_s, grad_of_s if s else db, grad_const
-        ))  # fmt: skip
-        grad_k, both = torch.bmm(c.transpose(1, 2), grad), torch.empty_like(mixed[-1])
-        loops.through_mix(*fixed.counts[:1], fixed.codes, fixed.at, *_arrays(
-            grad_const, rows, *mixed[:-1], grad_k, grad_rows, grad_mean, both
-        ))  # fmt: skip
-        grad_c = torch.baddbmm(torch.bmm(grad, mixed[-1].transpose(1, 2)), c, both)
-        loops.through_centre(*_arrays(grad_c, grad_mean, grad_y))
-        if of_w is not None:
-            grad_weights[-1] = numbers[2]
-        return (None,) * 4 + (
-            grad_weights, grad_old, grad_b, numbers[0], numbers[1], *grad_x,
-            *(grad_s if s else (None,) * views), *grad_y,
+            grad_x = inputs_backward(h, x, grad_dw, place, needed[8:])
+        grad = products_backward(total, x, grad_dw, place)
+        grad_y, grad_s = torch.empty_like(grad), torch.empty_like(grad)
+        of_grad_y, of_grad_s = _arrays(grad_y, grad_s)
+        loops.through_gate(
+            layout, fixed.slope_of, of_weights, *_arrays(y if s is None else s), of_y,
+            *_arrays(total, grad), of_grad_y, of_grad_s, of_grads, of_sums,
+        )  # fmt: skip
+        grad_k, both = torch.bmm(c.transpose(1, 2), grad), torch.empty_like(k)
+        loops.through_mix(layout, fixed.codes, fixed.counts, of_weights, of_small,
+                          *_arrays(grad_k), of_grads, of_sums, *_arrays(both))  # fmt: skip
+        grad_c = torch.baddbmm(torch.bmm(grad, k.transpose(1, 2)), c, both)
+        if grads[2] is not None:
+            grad_y.add_(grads[2])
+        through_b = torch.empty_like(grad_b)
+        loops.through_centre(
+            fixed.slope_of, fixed.slope, *_arrays(grad_c), of_sums, of_y, of_grad_y,
+            *_arrays(grad_b), of_grad_s, *_arrays(through_b),
+        )  # fmt: skip
+        through_products(grad_s, w, grad_old, x, place, grad_x)
+        return (None,) * 3 + (
+            grad_weights, grad_old, through_b, numbers[0], numbers[1], *grad_x
         )  # fmt: skip
 
 
@@ -256,37 +288,38 @@ class _Constants:
     """What the loops are told besides tensors, in the types that keep them in single precision.
 
     Attributes:
+        layout: views, rows, factors, weights of s and of w, then where the rows of each kind begin
+            (see `GatedTerms.places`).
+        codes: see `GatedTerms`.
         counts: 1 / (c^T c over moments), and what is added to variances.
-        codes, at: see `GatedTerms`; slope_of: SLOPES; nothing: an array of length 0.
+        slope, slope_of: of the activation, and SLOPES.
+        numbers: of all that is kept for each unit or pair of units.
     """
 
-    counts: tuple[np.floating, np.floating]
+    layout: tuple[int, ...]
     codes: np.ndarray
-    at: np.ndarray
+    counts: tuple[np.floating, np.floating]
+    slope: np.floating
     slope_of: tuple[np.floating, ...]
-    nothing: np.ndarray
-
-    def optional(self, tensor: Tensor | None) -> np.ndarray:
-        """A vector, of length 0 for None."""
-        return self.nothing if tensor is None else tensor.detach().numpy().reshape(-1)
+    numbers: int
 
 
 @lru_cache
 def _constants(
-    terms: GatedTerms, base: str, views: int, samples: int, dtype: torch.dtype
+    terms: GatedTerms, activation: Activation, views: int, samples: int, units: int, dtype
 ) -> _Constants:
-    number = NUMPY_TYPES[dtype]
-    counts = number(1 / (samples * views**2)), number(FLOOR)
-    slope_of = tuple(number(p) for p in SLOPES[base])
-    return _Constants(counts, terms.codes, terms.places(views), slope_of, np.empty(0, dtype=number))
-
-
-def _empty_mixture(terms: GatedTerms, gram: Tensor, rows: Tensor) -> list[Tensor]:
-    """factors, a, d, cov, across, k of `_Mixing`, not yet filled."""
-    units = gram.shape[1]
-    across = (units, units) if "r_cross" in terms.rows else (0, 0)
-    shapes = [(rows.shape[1], units), (len(rows), units), (units,), (units, units), across]
-    return [*(gram.new_empty(shape) for shape in shapes), torch.empty_like(gram)]
+    number, factors = NUMPY_TYPES[dtype], len(terms.factors)
+    rows = views * len(terms.currents) + ("1" in terms.rows)
+    layout = (views, rows, factors, views * terms.of_s, int(terms.of_w), *terms.places(views))
+    matrices = 2 if "r_cross" in terms.rows else 1
+    return _Constants(
+        tuple(map(int, layout)),
+        terms.codes,
+        (number(1 / (samples * views**2)), number(FLOOR)),
+        number(activation.slope),
+        tuple(number(p) for p in SLOPES[activation.base]),
+        units * (5 + factors + rows + matrices * units),
+    )
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:

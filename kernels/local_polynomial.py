@@ -76,6 +76,14 @@ class Rows:
         """The gradient of `numbers` [in] times the sum above, of the shape of `like`."""
         return numbers.expand_as(like)
 
+    def count(self, p: Tensor) -> int:
+        """How many samples there are."""
+        return len(p)
+
+    def image(self, rows: Tensor, p: Tensor) -> Tensor:
+        """Rows in the order of the samples as what a layer passes on: themselves."""
+        return rows
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -101,7 +109,7 @@ class Windows:
     def correlate_(self, total: Tensor, post: Tensor, p: Tensor) -> None:
         """sum_b post_bi p_bj, to total [out, in * kh * kw]."""
         shape = (len(total), p.shape[1], *self.size)
-        total.add_(self._gradient(p, shape, self._image(post, p), of_weight=True).flatten(1))
+        total.add_(self._gradient(p, shape, self.image(post, p), of_weight=True).flatten(1))
 
     def project(self, p: Tensor, weight: Tensor, out: Tensor) -> None:
         """sum_j p_bj weight_ij, written to out [samples, out]."""
@@ -110,7 +118,7 @@ class Windows:
     def spread_(self, total: Tensor, post: Tensor, weight: Tensor) -> None:
         """sum_i post_bi weight_ij, to total [batch, in, H, W]."""
         kernels = self._kernels(weight)
-        total.add_(self._gradient(total, kernels, self._image(post, total), of_weight=False))
+        total.add_(self._gradient(total, kernels, self.image(post, total), of_weight=False))
 
     def sum(self, p: Tensor) -> Tensor:
         """sum_b p_bj, [in * kh * kw]."""
@@ -128,11 +136,15 @@ class Windows:
     def _kernels(self, weight: Tensor) -> Tensor:
         return weight.unflatten(1, (-1, *self.size))
 
+    def count(self, p: Tensor) -> int:
+        """How many samples there are."""
+        return len(p) * math.prod(self._positions(p))
+
     def _positions(self, p: Tensor) -> tuple[int, int]:
         sizes = zip(p.shape[2:], self.size, strict=True)
         return tuple((n + 2 * self.padding - k) // self.stride + 1 for n, k in sizes)
 
-    def _image(self, rows: Tensor, p: Tensor) -> Tensor:
+    def image(self, rows: Tensor, p: Tensor) -> Tensor:
         """Rows in the order of `samples` as [batch, features, H', W']; a view."""
         return rows.view(len(p), *self._positions(p), -1).permute(0, 3, 1, 2)
 

@@ -37,6 +37,8 @@ class Activation(Protocol):
     base: str
     slope: float
 
+    def of_scaled_(self, scaled: Tensor) -> Tensor: ...
+
     def backward(self, grad: Tensor, output: Tensor) -> Tensor: ...
 
 

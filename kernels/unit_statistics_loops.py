@@ -5,10 +5,12 @@ more to call than to compute. Here they are eight calls. Formulas, names and sha
 kernels/gated_update.py; sums over samples and inputs are kept in float64. One thread.
 
     slope_of: (p0, p1, p2, p3, 2 p2) with base'(u) = p0 + p1 y + p2 y^2 + p3 [y > 0], y = base(u)
-    at: where the rows of c, r, r_cov, r_cross and 1 begin, -1 where there are none
+    layout: views, rows, factors, weights of s and of w; where the rows of c, r, r_cov, r_cross and
+        1 begin, -1 where there are none
     codes: factors, as places in FACTORS
-    of_s, of_w, const: of length 0 where there are none
-    s0, s1, y0, y1: of the first and the last view
+    weights, grad_weights: as `split` takes them apart
+    small: numbers of each unit or pair of units, as `per_unit` and `per_row` take them apart
+    sums [3, units]: gradients of db, of the constant and of the mean
 
 What a function is told comes first, what it fills or changes last.
 """
@@ -22,9 +24,42 @@ compiled = njit(cache=True, nogil=True, fastmath=LOOSE, error_model="numpy")
 
 
 @compiled
-def centre(y0, y1, c, mean):
+def split(layout, weights):
+    """Weights of the rows [rows, factors], of s, and of w; of length 0 where there are none."""
+    rows, factors, of_s = layout[1], layout[2], layout[3]
+    end = rows * factors
+    return weights[:end].reshape(rows, factors), weights[end : end + of_s], weights[end + of_s :]
+
+
+@compiled
+def per_unit(small, units):
+    """mean, d, root, factor of the step, and db, each [units]; then all that follows them."""
+    mean, d, root = small[:units], small[units : 2 * units], small[2 * units : 3 * units]
+    scale, db = small[3 * units : 4 * units], small[4 * units : 5 * units]
+    return mean, d, root, scale, db, small[5 * units :]
+
+
+@compiled
+def per_row(layout, rest, units):
+    """factors [factors, units], a [rows, units], cov and across [units, units]."""
+    of_factors, of_rows = layout[2] * units, layout[1] * units
+    factors = rest[:of_factors].reshape(layout[2], units)
+    a = rest[of_factors : of_factors + of_rows].reshape(layout[1], units)
+    rest = rest[of_factors + of_rows :]
+    return factors, a, rest[: units**2].reshape(units, units), _square(rest[units**2 :], units)
+
+
+@compiled
+def _square(numbers, units):
+    """[units, units], or [0, units] of no numbers."""
+    return numbers.reshape(len(numbers) // units, units)
+
+
+@compiled
+def centre(y, c, small):
     """Sum and difference of the centred views, c [views, samples, units], and the mean [units]."""
     views, samples, units = c.shape
+    mean, y0, y1 = per_unit(small, units)[0], y[0], y[views - 1]
     total = np.zeros(units)
     for n in range(samples):
         for i in range(units):
@@ -51,9 +86,12 @@ def squared_correlations(cov, d, i):
 
 
 @compiled
-def mix(inverse_count, floor, codes, at, gram, mean, rows, factors, a, d, cov, across, k):
-    """Everything from `factors` on, from c^T c, its inverse_count-th part the moments."""
+def mix(layout, codes, counts, gram, weights, small, k):
+    """factors, a, d, cov, across and k, from c^T c; counts: 1 / (c^T c over moments), the floor."""
     views, units, _ = gram.shape
+    (inverse_count, floor), at, rows = counts, layout[5:], split(layout, weights)[0]
+    mean, d, _, _, _, rest = per_unit(small, units)
+    factors, a, cov, across = per_row(layout, rest, units)
     for j in range(units):
         for i in range(units):
             both = gram[0, j, i] + gram[1, j, i] if views == 2 else gram[0, j, i]
@@ -93,12 +131,16 @@ def mix(inverse_count, floor, codes, at, gram, mean, rows, factors, a, d, cov, a
 
 
 @compiled
-def gate(slope_of, const, of_s, s0, s1, y0, y1, total, h, summed):
-    """c K in `total` becomes l in its place; h = base' l, and its sum [units]."""
+def gate(layout, slope_of, weights, s, y, small, total, h):
+    """c K in `total` becomes l in its place; h = base' l, and its sum db [units]."""
     views, samples, units = total.shape
+    of_s, summed, rest = split(layout, weights)[1], *per_unit(small, units)[4:]
+    a, last = per_row(layout, rest, units)[1], views - 1
+    s0, s1, y0, y1 = s[0], s[last], y[0], y[last]
     p0, p1, p2, p3, _ = slope_of
     sums, shift = np.zeros(units), np.zeros_like(summed)
-    shift[: len(const)] = const
+    if layout[9] >= 0:
+        shift[:] = a[layout[9]]
     zero = p0 - p0
     own = of_s[0] if len(of_s) else zero
     cross = of_s[1] if len(of_s) > 1 else zero
@@ -132,9 +174,10 @@ def gate(slope_of, const, of_s, s0, s1, y0, y1, total, h, summed):
 
 
 @compiled
-def step(of_w, w, b, db, rate, eps, dw, new_w, new_b, root, factor):
+def step(layout, weights, w, b, rate, eps, dw, small, new_w, new_b):
     """dw += of_w w in its place, then the step."""
     units, inputs = w.shape
+    of_w, (_, _, root, factor, db, _) = split(layout, weights)[2], per_unit(small, units)
     for i in range(units):
         square = 0.0
         if len(of_w):
@@ -153,10 +196,13 @@ def step(of_w, w, b, db, rate, eps, dw, new_w, new_b, root, factor):
 
 @compiled
 def through_step(
-    of_w, grad_w, grad_b, w, dw, db, eps, root, factor, grad_dw, grad_db, grad_old, grad_numbers
-):
-    """Gradients of dw, db, the old w, and of rate, eps, of_w in grad_numbers [3]."""
+    layout, weights, grad_w, grad_b, w, dw, eps, small, grad_dw, grad_old, grad_numbers,
+    grad_weights, sums,
+):  # fmt: skip
+    """Gradients of dw, db, the old w, the weight of w, and of rate and eps in grad_numbers."""
     units, inputs = w.shape
+    of_w, grad_of_w = split(layout, weights)[2], split(layout, grad_weights)[2]
+    (_, _, root, factor, db, _), grad_db = per_unit(small, units), sums[0]
     of_rate, of_eps, of_term = 0.0, 0.0, 0.0
     for i in range(units):
         of_factor = 0.0
@@ -167,7 +213,7 @@ def through_step(
         of_rate += of_factor * root[i]
         of_eps -= shrink * eps.item()
         scale = factor[i]
-        grad_numbers[0] = shrink / inputs
+        grad_numbers[0] = shrink / inputs  # in the numbers' precision
         back = grad_numbers[0]
         for j in range(inputs):
             grad_dw[i, j] = grad_w[i, j] * scale - dw[i, j] * back
@@ -181,17 +227,21 @@ def through_step(
             for j in range(inputs):
                 grad_old[i, j] = grad_w[i, j]
         grad_db[i] = grad_b[i] * scale
-    grad_numbers[0], grad_numbers[1], grad_numbers[2] = of_rate, of_eps, of_term
+    grad_numbers[0], grad_numbers[1] = of_rate, of_eps
+    grad_of_w[:] = of_term
 
 
 @compiled
 def through_gate(
-    slope_of, of_s, s0, s1, y0, y1, grad_sum, total, grad, grad_y, grad_s, grad_of_s, grad_const
-):
-    """From the gradient of h in `grad`: in its place that of c K, of y through the gain, of s, of_s
-    and the constant.
+    layout, slope_of, weights, s, y, total, grad, grad_y, grad_s, grad_weights, sums
+):  # fmt: skip
+    """From the gradient of h in `grad`: in its place that of c K, of y through the gain, of s, its
+    weights, and the constant.
     """
     views, samples, units = total.shape
+    of_s, grad_of_s = split(layout, weights)[1], split(layout, grad_weights)[1]
+    grad_sum, grad_const, last = sums[0], sums[1], views - 1
+    s0, s1, y0, y1 = s[0], s[last], y[0], y[last]
     p0, p1, p2, p3, curve = slope_of
     zero = p0 - p0
     sums, of_own, of_cross = np.zeros(units), np.zeros(units), np.zeros(units)
@@ -205,6 +255,8 @@ def through_gate(
                 slope = p0 + y * (p1 + p2 * y) + (p3 if y > 0 else zero)
                 grad_y[v, n, i] = g * total[v, n, i] * (p1 + curve * y)
                 grad[v, n, i] = g * slope
+        if len(of_s) == 0:
+            grad_s[:, n] = 0
         if len(of_s) == 1:
             for i in range(units):
                 grad_s[0, n, i] = own * grad[0, n, i]
@@ -242,14 +294,15 @@ def through_squared_correlations(grad, cov, d, i, grad_cov, grad_d):
 
 
 @compiled
-def through_mix(
-    inverse_count, codes, at, grad_const, rows, factors, a, d, cov, across, grad_k, grad_rows,
-    grad_mean, both,
-):  # fmt: skip
+def through_mix(layout, codes, counts, weights, small, grad_k, grad_weights, sums, both):
     """Gradients of rows and mean, and in `both` what c is multiplied by for its gradient through
     its moments.
     """
     views, units, _ = grad_k.shape
+    at, inverse_count, grad_const, grad_mean = layout[5:], counts[0], sums[1], sums[2]
+    rows, grad_rows = split(layout, weights)[0], split(layout, grad_weights)[0]
+    _, d, _, _, _, rest = per_unit(small, units)
+    factors, a, cov, across = per_row(layout, rest, units)
     grad_a, grad_d = np.zeros_like(a), np.zeros(units)
     grad_cov = np.zeros_like(cov)
     grad_across = np.zeros_like(across)
@@ -325,22 +378,34 @@ def through_mix(
 
 
 @compiled
-def through_centre(grad, grad_mean, grad_y):
-    """Adds the gradient of y through c and the mean to grad_y [views, samples, units]."""
+def through_centre(slope_of, slope, grad, sums, y, grad_y, grad_b, grad_s, through_b):
+    """Adds to grad_s what comes through y: grad_y, and through c, its gradient in `grad`, and the
+    mean; through_b: grad_b and the sum of it all, [units].
+    """
     views, samples, units = grad.shape
-    total = np.zeros(units)
+    p0, p1, p2, p3, _ = slope_of
+    zero = p0 - p0
+    total, shift = np.zeros(units), np.zeros_like(grad_b)
     for n in range(samples):
         for i in range(units):
             total[i] += grad[0, n, i]
-    shift = np.zeros_like(grad_mean)
     for i in range(units):
-        shift[i] = (grad_mean[i] / views - total[i]) / samples
+        shift[i] = (sums[2, i] / views - total[i]) / samples
+        total[i] = grad_b[i]
     for n in range(samples):
         if views == 2:
             for i in range(units):
-                first = grad[0, n, i] + shift[i]
-                grad_y[0, n, i] += first + grad[1, n, i]
-                grad_y[1, n, i] += first - grad[1, n, i]
+                first, second = grad[0, n, i] + shift[i], grad[1, n, i]
+                grad_y[0, n, i] += first + second
+                grad_y[1, n, i] += first - second
         else:
             for i in range(units):
                 grad_y[0, n, i] += grad[0, n, i] + shift[i]
+        for v in range(views):
+            for i in range(units):
+                output = y[v, n, i]
+                derivative = p0 + output * (p1 + p2 * output) + (p3 if output > 0 else zero)
+                grad_s[v, n, i] += grad_y[v, n, i] * derivative * slope
+                total[i] += grad_s[v, n, i]
+    for i in range(units):
+        through_b[i] = total[i]

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from initializers import STRIDE
 from kernels.gated_update import gated_update
-from kernels.local_polynomial import samples
+from kernels.local_polynomial import ROWS
 from kernels.unit_statistics import rms_step
 from learning_rules import LearningRule, RuleError, changes_by_term, update_layers
 from models_fully_local import Params, has_weights
@@ -172,11 +172,37 @@ class UnitStatisticsRule(LearningRule):
 
         Of a convolutional layer x [batch, in, H, W], s and y [batch, out, H', W'].
         """
-        gated, rate = self._gated_plan(), self._rate(old)
-        if gated.terms is not None and layer.inhibition == "none":
-            new = old | self._updated_at_once(gated, layer, old, rate, x, s, y)
-        else:
-            new = self._updated_in_parts(layer, old, rate, x, s, y)
+        units, rate = self._units(layer, old, x, s, y), self._rate(old)
+        delta = self._changes(units, {group: getattr(self, group) for group in GROUPS})
+        w, b = self._stepped(old["w"].flatten(1), delta.get("w"), rate, old["b"], delta.get("b"))
+        new = old | units.state | {"w": w.view_as(old["w"]), "b": b}
+        if "m" in delta:
+            new["m"], _ = self._stepped(old["m"], delta["m"], rate)
+        return self._finished(layer, old, new, rate)
+
+    def respond_and_update(
+        self, layer: nn.Module, old: dict[str, Tensor], x: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+        """As LearningRule's; in one step of autograd where the terms and the layer allow it."""
+        gated = self._gated_plan()
+        if gated.terms is None or layer.inhibition != "none":
+            return super().respond_and_update(layer, old, x)
+        for view in x:
+            layer.check(view)
+        place, rate = layer.windows or ROWS, self._rate(old)
+        psi = self._scaled_to_width(self.w, "w", len(old["b"]))
+        weights = gated.placed(psi, layer.activation.slope / place.count(x[0])) @ psi
+        numbers = (_scalar(number, psi) for number in (rate, self.number("eps")))
+        w, b, y = gated_update(
+            gated.terms, weights, old["w"].flatten(1), old["b"], *numbers, x, layer.activation,
+            place,
+        )  # fmt: skip
+        new = old | {"w": w.view_as(old["w"]), "b": b}
+        y = [place.image(of_view, view) for of_view, view in zip(y, x, strict=True)]
+        return y, self._finished(layer, old, new, rate)
+
+    def _finished(self, layer, old, new: dict[str, Tensor], rate) -> dict[str, Tensor]:
+        """`new` with decay, what the layer forbids taken away, and the number of updates."""
         if self.start["decay"]:
             decayed = rate * self.number("decay")
             for name in ("w", "m") if self.terms["m"] and "m" in old else ("w",):
@@ -185,26 +211,6 @@ class UnitStatisticsRule(LearningRule):
             new["m"] = layer.constrain(new["m"])
         if math.isfinite(self.start["tau"]):
             new["updates"] = _updates(old) + 1
-        return new
-
-    def _updated_at_once(self, gated: GatedPlan, layer, old, rate, x, s, y) -> dict[str, Tensor]:
-        s, y = [samples(t) for t in s], [samples(t) for t in y]
-        psi = self._scaled_to_width(self.w, "w", len(old["b"]))
-        weights = gated.placed(psi, layer.activation.slope / len(y[0])) @ psi
-        rate, eps = (_scalar(number, psi) for number in (rate, self.number("eps")))
-        w, b = gated_update(
-            gated.terms, weights, old["w"].flatten(1), old["b"], rate, eps, x, s, y,
-            layer.activation, layer.windows,
-        )  # fmt: skip
-        return {"w": w.view_as(old["w"]), "b": b}
-
-    def _updated_in_parts(self, layer, old, rate, x, s, y) -> dict[str, Tensor]:
-        units = self._units(layer, old, x, s, y)
-        delta = self._changes(units, {group: getattr(self, group) for group in GROUPS})
-        w, b = self._stepped(old["w"].flatten(1), delta.get("w"), rate, old["b"], delta.get("b"))
-        new = old | units.state | {"w": w.view_as(old["w"]), "b": b}
-        if "m" in delta:
-            new["m"], _ = self._stepped(old["m"], delta["m"], rate)
         return new
 
     def changes(

@@ -17,7 +17,7 @@ def per_view(views: int, width: int, seed: int) -> list[torch.Tensor]:
 
 
 class Problem:
-    """Terms and everything else that an update needs; its y follow from s."""
+    """Terms and everything else that an update needs."""
 
     def __init__(self, views, rows, factors=("1",), more=False, base="sigmoid") -> None:
         self.views, self.activation = views, Activation(base, 2.0)
@@ -26,14 +26,11 @@ class Problem:
         numbers = [torch.tensor(n, dtype=DOUBLE).requires_grad_() for n in (0.3, 0.2)]
         self.leaves = [
             normal(0, count + more * (views + 1)), normal(1, UNITS, INPUTS), normal(2, UNITS),
-            *numbers, *per_view(views, INPUTS, 10), *per_view(views, UNITS, 20),
+            *numbers, *per_view(views, INPUTS, 10),
         ]  # fmt: skip
 
     def __call__(self, *leaves):
-        x, s = leaves[5 : 5 + self.views], leaves[5 + self.views :]
-        activation = self.activation
-        y = [activation.of_scaled_(activation.slope * v) for v in s]
-        return gated_update(self.terms, *leaves[:5], x, s, y, activation)
+        return gated_update(self.terms, *leaves[:5], leaves[5:], self.activation)
 
 
 def without_loops(monkeypatch) -> None:
