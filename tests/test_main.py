@@ -71,7 +71,7 @@ def test_rules_of_unit_statistics_have_defaults_of_their_own_and_end_beside_refe
         "geometric", "none", 2.0,
     )  # fmt: skip
     results = json.loads((out / "results.json").read_text())
-    assert list(results["beside"]["mnist5k"]) == list(main.REFERENCES)
+    assert list(results["beside"]["mnist5k"]) == list(main.BESIDE)
     assert all(len(values) == 2 for values in results["beside"]["mnist5k"].values())
     assert (out / "figures" / "beside_mnist5k.png").stat().st_size > 1000
     last = (out / "log.txt").read_text().splitlines()[-1]

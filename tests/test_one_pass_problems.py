@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from comparison import one_pass_problems
-from comparison.choices import PROBLEMS
+from comparison.choices import MODELS, PROBLEMS
 from comparison.one_pass_problems import (
     LanguageModel,
     ProblemError,
@@ -39,7 +39,7 @@ def write_text(folder, words=9000):
 
 def test_every_problem_has_a_network():
     for name in PROBLEMS:
-        assert default_model(name) in one_pass_problems.MODELS
+        assert default_model(name) in MODELS
 
 
 def test_regression_is_standardised_and_knows_its_unit(tmp_path):
