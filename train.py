@@ -21,6 +21,7 @@ by orders of magnitude, and the hypergradient is noise. `AdjointLimit` holds it.
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -199,44 +200,58 @@ class AdjointLimit:
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
-        self._norms_at_end: dict[tuple[int, str], Tensor] = {}
+        self._norms_at_end: dict[tuple[int, str], Tensor | float] = {}
 
     def __call__(self, params: Params) -> Params:
         """The same parameters, whose adjoints are held."""
-        return [
-            {
-                name: _HeldAdjoint.apply(tensor, self, (k, name))
-                if tensor.requires_grad
-                else tensor
-                for name, tensor in layer.items()
-            }
-            for k, layer in enumerate(params)
-        ]
+        places = [(k, n) for k, layer in enumerate(params) for n in layer if layer[n].requires_grad]
+        if not places:
+            return params
+        held = _HeldAdjoints.apply(self, places, *(params[k][name] for k, name in places))
+        new = [dict(layer) for layer in params]
+        for (k, name), tensor in zip(places, held, strict=True):
+            new[k][name] = tensor
+        return new
 
     def held(self, adjoint: Tensor, place: tuple[int, str]) -> Tensor:
-        """An adjoint of the tensor of this (layer, name), scaled down where it is too large.
-
-        Without a look at the numbers, for which the CPU would have to wait for a GPU.
-        """
+        """An adjoint of the tensor of this (layer, name), scaled down where it is too large."""
         norm = torch.linalg.vector_norm(adjoint, dtype=torch.float64)
+        if norm.device.type == "cpu":
+            return self._held_on_cpu(adjoint, place, norm.item())
+        return self._held_elsewhere(adjoint, place, norm)
+
+    def _held_elsewhere(self, adjoint: Tensor, place: tuple[int, str], norm: Tensor) -> Tensor:
+        """Without a look at the numbers, for which the CPU would have to wait for a GPU."""
         before = self._norms_at_end.get(place, torch.zeros_like(norm))
         at_end = self._norms_at_end[place] = torch.where(before > 0, before, norm)
         smallest = torch.finfo(norm.dtype).tiny
         return adjoint * (self.factor * at_end / norm.clamp_min(smallest)).clamp_max(1.0)
 
+    def _held_on_cpu(self, adjoint: Tensor, place: tuple[int, str], norm: float) -> Tensor:
+        """The same in plain numbers, and no product where nothing is too large."""
+        before = self._norms_at_end.get(place, 0.0)
+        at_end = self._norms_at_end[place] = before if before > 0 else norm
+        scale = min(self.factor * at_end / max(norm, sys.float_info.min), 1.0)
+        return adjoint if scale == 1 else adjoint * scale
 
-class _HeldAdjoint(torch.autograd.Function):
-    """The identity; its gradient is what AdjointLimit makes of it."""
+
+class _HeldAdjoints(torch.autograd.Function):
+    """The identity of several tensors; their gradients are what AdjointLimit makes of them."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, limit: AdjointLimit, place: tuple[int, str]) -> Tensor:
-        ctx.limit, ctx.place = limit, place
-        return tensor.view_as(tensor)
+    def forward(ctx, limit: AdjointLimit, places: list[tuple[int, str]], *tensors: Tensor):
+        ctx.limit, ctx.places = limit, places
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, adjoint: Tensor):
-        return ctx.limit.held(adjoint, ctx.place), None, None
+    def backward(ctx, *adjoints: Tensor | None):
+        held = (
+            None if adjoint is None else ctx.limit.held(adjoint, place)
+            for place, adjoint in zip(ctx.places, adjoints, strict=True)
+        )  # fmt: skip
+        return None, None, *held
 
 
 def train(

@@ -78,7 +78,12 @@ class ImageData:
             images = images.index_select(0, index.to(images.device))
         elif index is not None:
             images = images[index]
-        return self.normalize(images.to(working_dtype(dtype)).div_(255)).to(dtype)
+        x = images.to(working_dtype(dtype)).div_(255)
+        if self.shift is not None:
+            x.sub_(self.shift.to(x.dtype))
+        if self.scale is not None:
+            x.div_(self.scale.to(x.dtype))
+        return x.to(dtype)
 
     def normalize(self, x: Tensor) -> Tensor:
         """(x - shift) / scale for x in [0, 1], float [..., C, H, W]."""

@@ -343,6 +343,18 @@ def test_a_limit_keeps_the_gradient_small_where_the_training_expands():
     assert gain.abs() < 1e3 and w.norm() < 1e2
 
 
+def test_adjoints_are_held_alike_on_every_device():
+    on_cpu, elsewhere = AdjointLimit(1.5), AdjointLimit(1.5)
+    adjoints = [torch.zeros(4), *(scale * torch.randn(4) for scale in (0.1, 1.0, 0.12, 0.05))]
+    adjoints += [torch.tensor([torch.inf, 0.0, 1.0, 1.0]), torch.full((4,), torch.nan)]
+    for adjoint in adjoints:
+        norm = torch.linalg.vector_norm(adjoint, dtype=torch.float64)
+        expected = elsewhere._held_elsewhere(adjoint, (0, "w"), norm)
+        torch.testing.assert_close(
+            on_cpu.held(adjoint, (0, "w")), expected, rtol=0, atol=0, equal_nan=True
+        )
+
+
 def test_an_adjoint_of_zero_stays_zero():
     limit, zeros = AdjointLimit(2.0), torch.zeros(3)
     assert torch.equal(limit.held(zeros, (0, "b")), zeros)
