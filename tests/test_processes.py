@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, Command, start_team
+from forked import ROOT, Command, start_team
 
 import learn_to_optimize
 import main

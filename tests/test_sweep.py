@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Command, redraw, refused
+from commands import redraw, refused
+from forked import ROOT, Command
 
 import sweep
 from sweeps.draws import draw
