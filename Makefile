@@ -12,9 +12,7 @@ RUN := $(VENV)/bin/python
 
 # One thread: with batches of 256 a second one costs more than it brings.
 run: $(VENV)/installed
-	$(RUN) main.py 32 --threads 1 --batch_size 256 --tasks 2 --outer_images 4096 \
-		--lr 1e-4 --warmup_steps 10 --decay cosine --clip_grads --metasteps 170 \
-		--initial_inner_steps 50 --raise_by 50 --raise_every 30
+	$(RUN) main.py 32 --rule unit_statistics --threads 1 --evaluations 3
 
 test: $(VENV)/installed
 	$(RUN) -m pytest

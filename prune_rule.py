@@ -315,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     run = load_run(args.run)
     args.dataset = args.dataset or run.datasets[0]
     if not all(rule.term_coefficients() for rule in run.rule.rules):
-        raise UserError(f"{args.run} learned no sum of terms: there are none to remove")
+        raise UserError(f"{args.run} learned no sum of terms: there are no terms to remove")
     sizes = sizes_of(run.rule, args.terms)
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
     setting = Setting(
