@@ -117,11 +117,13 @@ def draw_searches(rows: Sequence[Mapping[str, float]], path: str | Path) -> None
     shifts = np.linspace(-0.15, 0.15, len(WAYS))
     for shift, colour, (way, label) in zip(shifts, COLOURS, WAYS.items(), strict=False):
         for axes, what in ((left, "meta_loss"), (right, "test_accuracy")):
-            values = np.array([row[f"{way}/{what}"] for row in rows])
-            there = np.isfinite(values)
-            axes.plot((number + shift)[there], values[there], "o", color=colour, ms=5, label=label)
-            if there.any():
-                axes.axhline(values[there].mean(), color=colour, lw=0.9, ls="--")
+            values = np.array([row[f"{way}/{what}"] for row in rows], dtype=float)  # None: nan
+            finite = np.isfinite(values)
+            axes.plot(
+                (number + shift)[finite], values[finite], "o", color=colour, ms=5, label=label
+            )
+            if finite.any():
+                axes.axhline(values[finite].mean(), color=colour, lw=0.9, ls="--")
     label_axes(
         left, "Loss from new initial weights; lines: means", "search", "cross-entropy of the probe"
     )

@@ -30,13 +30,12 @@ class Solver(Protocol):
 
     iterations: int
 
-    def solve(
-        self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
-    ) -> tuple[Vector, list[float]]:
+    def solve(self, matvec: Matvec, b: Vector) -> tuple[Vector, list[float]]:
         """x and the residuals of all iterates before x.
 
-        matvec: x -> M x. b: the right side. adjoint: x -> M^T x, for the solvers that need it.
-        Raises DivergenceError where there is no solution to be had.
+        matvec: x -> M x. b: the right side. A solver with an attribute needs_adjoint that is True
+        gets x -> M^T x as a third argument. Raises DivergenceError where there is no solution to be
+        had.
         """
 
     def diverges(self, residuals: Sequence[float], start: float) -> bool:
@@ -54,9 +53,7 @@ class FixedPoint:
     iterations: int
     tol: float = 1e-10
 
-    def solve(
-        self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
-    ) -> tuple[Vector, list[float]]:
+    def solve(self, matvec: Matvec, b: Vector) -> tuple[Vector, list[float]]:
         x, residuals = b, [norm(b)]
         while len(residuals) < self.iterations and residuals[-1] >= self.tol:
             new = torch._foreach_add(matvec(x), b)
@@ -97,9 +94,7 @@ class ConjugateGradient:
     precondition: Matvec | None = None
     assume_symmetric: bool = False
 
-    def solve(
-        self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
-    ) -> tuple[Vector, list[float]]:
+    def solve(self, matvec: Matvec, b: Vector) -> tuple[Vector, list[float]]:
         precondition = self.precondition or (lambda r: r)
         x, r = [torch.zeros_like(t) for t in b], b
         z = p = precondition(r)
@@ -155,9 +150,7 @@ class NystromConjugateGradient:
     rank: int = 10
     generator: torch.Generator | None = None
 
-    def solve(
-        self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
-    ) -> tuple[Vector, list[float]]:
+    def solve(self, matvec: Matvec, b: Vector) -> tuple[Vector, list[float]]:
         basis, eigenvalues = self._approximate(matvec, b)
         gain = eigenvalues[-1] / eigenvalues - 1
 
@@ -213,11 +206,9 @@ class NormalEquations:
     iterations: int
     tol: float = 1e-10
 
-    def solve(
-        self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
-    ) -> tuple[Vector, list[float]]:
-        if adjoint is None:
-            raise HypergradientError("the normal equations need the adjoint, x -> M^T x, too")
+    needs_adjoint = True
+
+    def solve(self, matvec: Matvec, b: Vector, adjoint: Matvec) -> tuple[Vector, list[float]]:
         x, r = [torch.zeros_like(t) for t in b], b
         s = p = torch._foreach_sub(b, adjoint(b))
         ss, residuals = dot(s, s), [norm(b)]
@@ -259,9 +250,7 @@ class Optimizer:
     start: Vector | None = None
     progress: Callable[[int, float], None] | None = None
 
-    def solve(
-        self, matvec: Matvec, b: Vector, adjoint: Matvec | None = None
-    ) -> tuple[Vector, list[float]]:
+    def solve(self, matvec: Matvec, b: Vector) -> tuple[Vector, list[float]]:
         x = [t.detach().clone() for t in (b if self.start is None else self.start)]
         build = self.build or (lambda x: (torch.optim.SGD(x, lr=1.0), None))
         optimizer, scheduler = build(x, **self.options)

@@ -379,7 +379,8 @@ def implicit(
     point = Point(params, hparams)
     b, direct = _mean([point.loss_gradients(outer_loss) for _ in range(outer_draws)])
     jacobian = MapJacobian(point, fp_map, stochastic)
-    v, residuals = solver.solve(jacobian.vjp, b, jacobian.jvp)
+    adjoint = [jacobian.jvp] if getattr(solver, "needs_adjoint", False) else []
+    v, residuals = solver.solve(jacobian.vjp, b, *adjoint)
     transposed, indirect = _mean([jacobian.vjp_by_both(v) for _ in range(map_draws)])
     require_dependence(jacobian.depends_on_hparams)
     if len(residuals) > 1 and all(map(torch.equal, v, transposed)) and norm(v) > 0:
