@@ -1,4 +1,4 @@
-# make run    the main job, about six minutes: a rule for 32 units, learned on MNIST
+# make run    the main job, some minutes: a rule for 32 units, learned on MNIST from zero
 # make test   the tests
 # make lint   ruff
 # make bench  every benchmark, a table each
