@@ -23,6 +23,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -366,17 +367,21 @@ def _check_repeated(start: Params, result: Params, first: Params) -> None:
         start[k].get(name, torch.zeros_like(tensor)).detach()
         for (k, name), tensor in zip(places, once, strict=True)
     ]
-    if places and another_result(before, again, once):
+    without_numbers = any(tensor.is_meta for tensor in once)
+    if places and not without_numbers and another_result(before, again, once):
         raise TrainingError(
             "an update that runs again gives another result: take memory 'keep' for a rule with "
             "random numbers that are not of torch's global generators"
         )
 
 
-def _own_precision(params: Params) -> torch.autocast:
+def _own_precision(params: Params) -> AbstractContextManager:
     """No autocast: what an update adds up is less than what autocast would round away."""
     leaves = tree_leaves(params)
-    return torch.autocast(leaves[0].device.type if leaves else "cpu", enabled=False)
+    device = leaves[0].device.type if leaves else "cpu"
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _next_batch(batches: Iterator, number: int) -> Any:

@@ -17,7 +17,7 @@ from data_sets import cifar10
 from experiment.errors import RunLogError, WrongInputError
 from experiment.run_log import RunLog
 from experiment.run_reader import read_arrays, read_config, read_metrics
-from experiment.yaml_settings import add_settings, parse_settings
+from experiment.yaml_settings import add_keys, parse_settings
 from learned_optimizer import CoordinateLSTM, OptimizerError, load_network, network_to_dict
 from learning_rules import PerLayerRule, classical_rule
 from mnist_datasets import parse_idx, read_idx
@@ -99,7 +99,7 @@ SETTINGS = {
 
 def read_settings(path):
     parser = argparse.ArgumentParser()
-    add_settings(parser, tune_one_pass.KEYS)
+    add_keys(parser, tune_one_pass.KEYS)
     parse_settings(parser, tune_one_pass.KEYS, ["-c", str(path)])
 
 
