@@ -177,12 +177,12 @@ def make_settings(args, run: LearnedRun, device, dtype) -> list[Setting]:
 def what_was_found(runs: Sequence[LearnedRun], settings: Sequence[Setting]) -> dict[str, str]:
     """What a resumed run must find again: the rules, and the images."""
     images = {setting.dataset: setting.train for setting in settings}
-    found = {name: data.fingerprint() for name, data in images.items()}
+    fingerprints = {name: data.fingerprint() for name, data in images.items()}
     for run in runs:
         views = run.views and run.views.to_dict()
         content = json.dumps([run.rule.to_dict(), run.start, views]).encode()
-        found[run.name] = f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
-    return found
+        fingerprints[run.name] = f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
+    return fingerprints
 
 
 # ---- results ----
@@ -276,7 +276,7 @@ def accuracies_of(rows: Sequence[Row], method: str) -> list[Row]:
         if row["method"] == method and not row["held_out"]:
             key = tuple(row[name] for name in ("dataset", "layers", "inner_steps"))
             groups.setdefault(key, []).append(row["test_accuracy"])
-    found = []
+    accuracies = []
     for (dataset, layers, steps), values in groups.items():
         if not all(map(math.isfinite, values)):
             raise UserError(
@@ -285,8 +285,8 @@ def accuracies_of(rows: Sequence[Row], method: str) -> list[Row]:
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
         place = {"dataset": dataset, "layers": layers, "steps": steps}
         mean = float(np.mean(values))
-        found.append(place | {"mean": mean, "deviation": deviation, "trainings": len(values)})
-    return found
+        accuracies.append(place | {"mean": mean, "deviation": deviation, "trainings": len(values)})
+    return accuracies
 
 
 def keep_in_zoo(log: RunLog, run: LearnedRun, path: Path, name: str, rows: Sequence[Row]) -> None:
@@ -310,8 +310,8 @@ def main(argv: list[str] | None = None) -> None:
         used = setting.within_training() if args.rules else setting
         next(batches(used.train, largest, seeded_generator(0)))
     comparison = Comparison(make_methods(args, runs), settings, args.steps, args.seeds, args.seed)
-    found = argparse.Namespace(**vars(args), found=what_was_found(runs, settings))
-    with open_run(found, "evaluate", settings[0].train) as log:
+    config = argparse.Namespace(**vars(args), found=what_was_found(runs, settings))
+    with open_run(config, "evaluate", settings[0].train) as log:
         for source in dict.fromkeys(setting.train.source for setting in settings):
             log.say(source)
         finished = run_comparison(comparison, log)

@@ -184,17 +184,17 @@ def verdict(coefficients: dict[str, float]) -> tuple[bool, list[str]]:
     nothing = ("", 0.0)  # in the place of terms that were removed
     (first, a), (second, b), (_, third), *_ = [*ranked, nothing, nothing, nothing]
     signs = {first.split("/")[-1]: a > 0, second.split("/")[-1]: b > 0}
-    found = (
+    is_oja = (
         signs == {"x y": True, "y^2 w": False}
         and abs(a + b) < 0.2 * largest
         and abs(third) < 0.1 * min(abs(a), abs(b))
     )
-    return found, lines
+    return is_oja, lines
 
 
 def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direction) -> None:
     """The table, the cosines and the verdict, on the screen and as files."""
-    found, lines = verdict(rule.coefficients())
+    is_oja, lines = verdict(rule.coefficients())
     learned, oja = np.mean(comparison["learned"]), np.mean(comparison["oja"])
     for line in lines:
         log.say(line)
@@ -202,7 +202,7 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
             f"{2 * args.pairs} starts:")  # fmt: skip
     log.say(f"  learned rule {learned:.4f}")
     log.say(f"  Oja's rule   {oja:.4f}  (at its best rate, {comparison['oja_rate']:.2g})")
-    log.say("this is Oja's rule" if found else "this is not Oja's rule (yet)")
+    log.say("this is Oja's rule" if is_oja else "this is not Oja's rule (yet)")
     weights = torch.stack([comparison["learned_weight"], comparison["oja_weight"], direction])
     weights = weights.numpy(force=True)
     weights *= np.sign(weights @ weights[2])[:, None]
@@ -211,7 +211,7 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
     log.write_arrays("directions.npz", {"weights": weights, "input_shape": shape})
     log.write_json("results.json", {
         "data": data.source,
-        "is_oja": found,
+        "is_oja": is_oja,
         "coefficients": rule.coefficients(),
         "cosine_learned": comparison["learned"],
         "cosine_oja": comparison["oja"],

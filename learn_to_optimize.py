@@ -138,10 +138,10 @@ def make_optimizer(args) -> CoordinateNetwork:
 
 def start_from(args) -> CoordinateNetwork:
     """The network of --start_from; OptimizerError where flags ask for another one."""
-    own = args.resume or args.out  # of the latter, where torchrun has restarted the run
+    directory = args.resume or args.out  # of the latter, where torchrun has restarted the run
     path = args.start_from / "optimizer.json" if args.start_from.is_dir() else args.start_from
-    if own is not None and (own / START).exists():
-        path = own / START
+    if directory is not None and (directory / START).exists():
+        path = directory / START
     network = load_network(path)
     same_kind = args.network in (None, network.kind)
     if not same_kind or args.hidden not in (None, network.settings["hidden"]):
@@ -209,7 +209,7 @@ def compare(args, network: CoordinateNetwork, make, results: dict, log: RunLog) 
         log.progress(len(names) * (1 + len(BASELINES)), 0, "comparison") as progress,
     ):
         for name in names:
-            task, found = make(name, 1), {"optimizers": {}, "tuning": {}}
+            task, outcome = make(name, 1), {"optimizers": {}, "tuning": {}}
             symmetries = symmetries_of(task, args.seed)
             for optimizer in ("learned", *BASELINES):
                 contenders, rates = comparison.contenders(
@@ -219,19 +219,21 @@ def compare(args, network: CoordinateNetwork, make, results: dict, log: RunLog) 
                     return False
                 for contender in contenders:
                     curves = comparison.curves(contender, task, symmetries, args.histogram_steps)
-                    found["optimizers"][contender.name] = curves.summary()
-                    own = curves.arrays().items()
-                    arrays |= {f"{name}/{contender.name}/{key}": array for key, array in own}
+                    outcome["optimizers"][contender.name] = curves.summary()
+                    recorded = curves.arrays().items()
+                    arrays |= {f"{name}/{contender.name}/{key}": array for key, array in recorded}
                 if rates:
-                    found["tuning"][optimizer] = rates
-                write_comparison(name, found, arrays, args, results, log)
-                progress.advance({c.name: found["optimizers"][c.name]["loss"] for c in contenders})
-            found["noise"] = noise_statistics(
+                    outcome["tuning"][optimizer] = rates
+                write_comparison(name, outcome, arrays, args, results, log)
+                progress.advance(
+                    {c.name: outcome["optimizers"][c.name]["loss"] for c in contenders}
+                )
+            outcome["noise"] = noise_statistics(
                 network, task, min(NOISE_STEPS, args.test_steps), NOISE_BATCHES, (args.seed, 0),
                 weights,
             )  # fmt: skip
-            write_comparison(name, found, arrays, args, results, log)
-            say_losses(name, found["optimizers"], args, log)
+            write_comparison(name, outcome, arrays, args, results, log)
+            say_losses(name, outcome["optimizers"], args, log)
     return True
 
 
@@ -241,9 +243,9 @@ def symmetries_of(task: Task, seed: int) -> list[Symmetry]:
     return find_symmetries(task.optimizee, batch, controls=True)
 
 
-def write_comparison(name: str, found: dict, arrays: dict, args, results: dict, log) -> None:
+def write_comparison(name: str, outcome: dict, arrays: dict, args, results: dict, log) -> None:
     """comparison.npz, and results.json with what has been found on one more optimizee."""
-    results.setdefault("optimizees", {})[name] = found
+    results.setdefault("optimizees", {})[name] = outcome
     log.write_arrays("comparison.npz", arrays)
     log.write_json("results.json", results | {"steps": args.test_steps})
 

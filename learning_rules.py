@@ -283,8 +283,8 @@ class PolynomialRule(LearningRule):
         with torch.no_grad():
             for group, terms in self.exponents.items():
                 names = [f"{group}/{self.term_name(group, term)}" for term in terms]
-                found = [values.get(name, 0.0) for name in names]
-                getattr(self, group).copy_(torch.tensor(found, dtype=torch.double))
+                coefficients = [values.get(name, 0.0) for name in names]
+                getattr(self, group).copy_(torch.tensor(coefficients, dtype=torch.double))
             self.diagonal.fill_(values.get("m/diagonal", 0.0))
 
     def keep(self, masks: dict[str, Tensor]) -> None:

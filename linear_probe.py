@@ -258,8 +258,10 @@ def _through_the_fit(
         with torch.enable_grad():
             features = model(data.floats(rows, dtype=dtype).to(device), leaves).flatten(1)
         cotangent = _by_features(fit, direction, features.detach(), labels) / -len(fitted)
-        found = torch.autograd.grad(features, flat, cotangent.to(features.dtype), allow_unused=True)
-        for sum_, part in zip(total, found, strict=True):
+        gradients = torch.autograd.grad(
+            features, flat, cotangent.to(features.dtype), allow_unused=True
+        )
+        for sum_, part in zip(total, gradients, strict=True):
             if part is not None:
                 sum_ += part
     tensors = [t for layer in params for t in layer.values()]

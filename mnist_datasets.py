@@ -132,8 +132,8 @@ def normalize_pixels(
 
     def normalized(data: ImageData) -> ImageData:
         device = data.images.device
-        there = None if scale is None else scale.to(device)
-        return replace(data, shift=shift.to(device), scale=there)
+        scale_on_device = None if scale is None else scale.to(device)
+        return replace(data, shift=shift.to(device), scale=scale_on_device)
 
     return normalized(train), normalized(test)
 
@@ -246,9 +246,9 @@ _COLLECTIONS = {
 def _checked(content: bytes, where: str, sha256: str | None) -> Tensor:
     tensor = parse_idx(content, where)
     if sha256 is not None:
-        found = hashlib.sha256(content).hexdigest()
-        if found != sha256:
-            raise DataError(f"{where}: sha256 is {found}, that of the published file {sha256}")
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != sha256:
+            raise DataError(f"{where}: sha256 is {digest}, that of the published file {sha256}")
     return tensor
 
 

@@ -127,17 +127,18 @@ def plot_losses(args: argparse.Namespace) -> list[Path]:
     Columns are optimizees, on other data and after other numbers of steps apart. A baseline's loss
     is the mean over the runs that tell it.
     """
-    found = [tuned_losses(directory) for directory in args.runs]
-    several = len({steps for of in found for _, steps in of}) > 1
+    tuned = [tuned_losses(directory) for directory in args.runs]
+    several = len({steps for losses in tuned for _, steps in losses}) > 1
     grid: dict[str, dict[str, list[float]]] = {}
-    for own, losses in zip(run_names(args.runs), found, strict=True):
-        for (optimizee, steps), of in losses.items():
+    for run_name, losses in zip(run_names(args.runs), tuned, strict=True):
+        for (optimizee, steps), by_kind in losses.items():
             column = f"{optimizee}, step {steps}" if several else optimizee
-            for kind, loss in of.items():
-                row = grid.setdefault(own if kind == "learned" else f"{kind}, tuned rate", {})
+            for kind, loss in by_kind.items():
+                row = grid.setdefault(run_name if kind == "learned" else f"{kind}, tuned rate", {})
                 row.setdefault(column, []).append(loss)
     means = {
-        row: {column: fmean(values) for column, values in of.items()} for row, of in grid.items()
+        row: {column: fmean(values) for column, values in columns.items()}
+        for row, columns in grid.items()
     }
     draw_loss_grid(means, args.out)
     return [args.out]
@@ -155,9 +156,9 @@ def tuned_losses(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
         return {
             (prefix + optimizee, steps): {
                 name.split()[0]: float(summary["loss"])
-                for name, summary in one_of_each_kind(found["optimizers"]).items()
+                for name, summary in one_of_each_kind(results["optimizers"]).items()
             }
-            for optimizee, found in compared.items()
+            for optimizee, results in compared.items()
         }
     except (LookupError, TypeError, ValueError, AttributeError) as problem:
         raise UserError(
@@ -221,8 +222,8 @@ def rules_of_run(directory: Path, name: str) -> dict[str, LayerRule]:
     for number, of_layer in enumerate(rule.rules, 1):
         label = f"{name}, layer {number}" if len(rule.rules) > 1 else name
         names = of_layer.coefficients()
-        found = {n: effects[f"{number}/{n}"] for n in names if f"{number}/{n}" in effects}
-        layers[label] = LayerRule(names, found)
+        layer_effects = {n: effects[f"{number}/{n}"] for n in names if f"{number}/{n}" in effects}
+        layers[label] = LayerRule(names, layer_effects)
     return layers
 
 

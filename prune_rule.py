@@ -101,7 +101,7 @@ class Removal:
 
 def removals(products: Mapping[str, Tensor]) -> list[Removal]:
     """One for each term, from `term_products`; the least unexplained first."""
-    found = []
+    candidates = []
     for parameter, matrix in products.items():
         size = matrix.diagonal().sqrt()
         safe = torch.where(size > 0, size, 1.0)  # terms without any change
@@ -111,8 +111,10 @@ def removals(products: Mapping[str, Tensor]) -> list[Removal]:
         for k, column in enumerate(inverse.unbind(1)):
             factors = 1 - column / column[k] * size[k] / safe
             factors[k] = 0
-            found.append(Removal(parameter, k, factors, float(size[k] ** 2 / column[k]) / whole))
-    return sorted(found, key=lambda removal: removal.unexplained)
+            candidates.append(
+                Removal(parameter, k, factors, float(size[k] ** 2 / column[k]) / whole)
+            )
+    return sorted(candidates, key=lambda removal: removal.unexplained)
 
 
 def without(rule: PerLayerRule, removal: Removal) -> PerLayerRule:

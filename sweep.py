@@ -503,13 +503,13 @@ def nothing_came_of(report: Report) -> bool:
     return not states & {"done", "running", "waiting"}
 
 
-def write_slurm(args, own: Sequence[str]) -> None:
+def write_slurm(args, sweep_flags: Sequence[str]) -> None:
     """A job array whose tasks share the study: each takes its part of the trials."""
     if args.out is None:
         raise UserError("--slurm needs --out DIR, on a file system that all machines share")
     total = args.trials * len(variants(args))
     tasks = min(args.array_tasks, total)
-    flags = _without(own, ("--slurm", "--array_tasks", "--share"))
+    flags = _without(sweep_flags, ("--slurm", "--array_tasks", "--share"))
     flags += ["--share", str(math.ceil(total / tasks))]
     script = str(Path(__file__).resolve())  # the job begins wherever sbatch is called
     command = shlex.join([sys.executable, script, *flags, "--", *args.trial_command])
@@ -537,11 +537,11 @@ def _without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, open the study, run trials, report."""
-    own, command = split_at_dashes(sys.argv[1:] if argv is None else argv)
-    args = parse(make_parser(), own)
+    sweep_flags, command = split_at_dashes(sys.argv[1:] if argv is None else argv)
+    args = parse(make_parser(), sweep_flags)
     complete(args, command)
     if args.slurm is not None:
-        write_slurm(args, own)
+        write_slurm(args, sweep_flags)
         return
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with storage_errors(args.storage):

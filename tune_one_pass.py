@@ -222,7 +222,7 @@ def check_method(args: argparse.Namespace) -> None:
 
 def check_idle_settings(args: argparse.Namespace) -> None:
     """SettingsError or UserError where a setting would do nothing."""
-    method, own = args.method, args.dataset in OWN_VALIDATION
+    method, has_validation = args.method, args.dataset in OWN_VALIDATION
     by_hypergradients = f"a method out of {', '.join(BY_HYPERGRADIENTS)}"
     refuse_idle_settings(
         args,
@@ -237,7 +237,7 @@ def check_idle_settings(args: argparse.Namespace) -> None:
             ("reset_model_after_hyperparameter_update",
              method not in ("fixed", "successive_gradients"),
              "a method other than fixed and successive_gradients"),
-            ("validation_proportion split_seed", not own,
+            ("validation_proportion split_seed", not has_validation,
              f"a dataset other than {', '.join(OWN_VALIDATION)}"),
             ("batch_size", args.dataset != "ptb", "a dataset other than ptb"),
         ],
@@ -425,10 +425,10 @@ def compile_loops(tuning: Tuning) -> None:
     """
     state, training = tuning.state, tuning.training
     place = training.state_dict()
-    found = tuning.objective.linearize(state.weights, state.buffers, training.next())
+    linearization = tuning.objective.linearize(state.weights, state.buffers, training.next())
     training.load_state_dict(place)
     if tuning.settings.method in WITH_VALIDATION_BATCHES:
-        found.hessian_product(torch.zeros_like(state.weights))
+        linearization.hessian_product(torch.zeros_like(state.weights))
 
 
 def record(
@@ -450,7 +450,7 @@ def measured(problem: Problem, tuning: Tuning) -> dict[str, np.ndarray]:
 
     A loss is nan where there is no such part; one that was measured and is nan is inf.
     """
-    state, found = tuning.state, {}
+    state, numbers = tuning.state, {}
     for title in ("Training", "Validation", "Test"):
         inputs, targets = getattr(problem, title.lower())
         if len(inputs):
@@ -460,20 +460,20 @@ def measured(problem: Problem, tuning: Tuning) -> dict[str, np.ndarray]:
             accuracy = means.accuracy.double().cpu().numpy()
         else:
             loss = accuracy = np.full(len(state.weights), math.nan)
-        found[f"Loss/{title}"] = loss
+        numbers[f"Loss/{title}"] = loss
         if problem.sequential:
             with np.errstate(over="ignore"):
-                found[f"Perplexity/{title}"] = np.exp(loss)
+                numbers[f"Perplexity/{title}"] = np.exp(loss)
         elif tuning.objective.classifies:
-            found[f"Accuracy/{title}"] = accuracy
+            numbers[f"Accuracy/{title}"] = accuracy
         else:
-            found[f"Unnormalised_Loss/{title}"] = loss * problem.unit
+            numbers[f"Unnormalised_Loss/{title}"] = loss * problem.unit
     for name, values in tuning.hyperparameters.items():
         title = {"lr": "Lr", "weight_decay": "Weight_Decay", "momentum": "Momentum"}[name]
         middle = values.double().log().mean(dim=1).exp()  # of many values the geometric mean
-        found[f"Hyperparameter/{title}"] = middle.cpu().numpy()
-    found["Skipped_Updates"] = state.skipped[:, 0].double().cpu().numpy()
-    return found
+        numbers[f"Hyperparameter/{title}"] = middle.cpu().numpy()
+    numbers["Skipped_Updates"] = state.skipped[:, 0].double().cpu().numpy()
+    return numbers
 
 
 def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: RunLog) -> None:
@@ -541,16 +541,18 @@ def read_state(path: Path, expected: State, settings: Settings) -> State:
     is one of other runs than `expected`.
     """
     try:
-        found = torch.load(path, map_location=expected.weights.device, weights_only=True)
-        state, transforms = State(**found["state"]), found["transforms"]
-        there, here = _shapes(state), _shapes(expected)
+        saved = torch.load(path, map_location=expected.weights.device, weights_only=True)
+        state, transforms = State(**saved["state"]), saved["transforms"]
+        saved_shapes, here = _shapes(state), _shapes(expected)
     except Exception as error:  # whatever a damaged file makes the reader raise
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{path} is not a saved state: {reason}") from error
-    for name in {**here, **there}:
-        if there.get(name) != here.get(name):
+    for name in {**here, **saved_shapes}:
+        if saved_shapes.get(name) != here.get(name):
             has = here.get(name, "none")
-            raise UserError(f"{path} holds {name} {there.get(name, 'none')}, this run has {has}")
+            raise UserError(
+                f"{path} holds {name} {saved_shapes.get(name, 'none')}, this run has {has}"
+            )
     if transforms != settings.transforms:
         raise UserError(
             f"{path} holds raw values of {transforms}, this run has {settings.transforms}"

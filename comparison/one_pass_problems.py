@@ -343,8 +343,8 @@ class FunctionObjective:
 
     def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
         """As `linearize`: without buffers there is no difference."""
-        found = self.linearize(weights, buffers, batch)
-        return HeldOut(found.loss, found.gradient, buffers)
+        linearization = self.linearize(weights, buffers, batch)
+        return HeldOut(linearization.loss, linearization.gradient, buffers)
 
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor

@@ -109,7 +109,7 @@ class Curves:
         """
         steps = self.losses.shape[1] - 1
         last, reached = self.at(steps), (self.losses.mean(0) <= GOAL).nonzero()
-        found = {
+        statistics = {
             "loss": last.mean().item(),
             "deviation": _deviation(last),
             "runs": last.tolist(),
@@ -117,9 +117,9 @@ class Curves:
         }
         if steps > PUBLISHED:
             early = self.at(PUBLISHED)
-            found[f"loss_at_{PUBLISHED}"] = early.mean().item()
-            found[f"deviation_at_{PUBLISHED}"] = _deviation(early)
-        return found
+            statistics[f"loss_at_{PUBLISHED}"] = early.mean().item()
+            statistics[f"deviation_at_{PUBLISHED}"] = _deviation(early)
+        return statistics
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All numbers by names such as "update/rescale"."""
@@ -327,8 +327,8 @@ def noise_statistics(
         _, update, memory = answer(theta, memory)
         theta = theta + update
     gradients, updates, _ = zip(*(answer(theta, memory) for _ in range(minibatches)), strict=True)
-    found = {"gradient": torch.stack(gradients), "update": torch.stack(updates)}
-    return {name: _by_layer(optimizee.sizes_by_layer(), s) for name, s in found.items()}
+    samples = {"gradient": torch.stack(gradients), "update": torch.stack(updates)}
+    return {name: _by_layer(optimizee.sizes_by_layer(), s) for name, s in samples.items()}
 
 
 def _by_layer(sizes: Sequence[int], samples: Tensor) -> dict[str, list]:

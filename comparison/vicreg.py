@@ -136,13 +136,13 @@ class VICReg:
         gradient = torch.autograd.grad(loss, self._leaves())
         norm = torch.nn.utils.get_total_norm(gradient)
         # all that this step tells the host, in one piece: each piece is a wait for the device
-        found = torch.stack([t.detach() for t in (norm, loss, *terms.values())]).tolist()
-        if not all(map(math.isfinite, found[:2])):
+        values = torch.stack([t.detach() for t in (norm, loss, *terms.values())]).tolist()
+        if not all(map(math.isfinite, values[:2])):
             raise NonFiniteError(
-                f"epoch {self.epoch + 1}, loss {found[1]:g} with a gradient of norm "
-                f"{found[0]:g}: not finite"
+                f"epoch {self.epoch + 1}, loss {values[1]:g} with a gradient of norm "
+                f"{values[0]:g}: not finite"
             )
-        numbers = dict(zip(("loss", *terms), found[1:], strict=True))
+        numbers = dict(zip(("loss", *terms), values[1:], strict=True))
         for tensor, slope in zip(self._leaves(), gradient, strict=True):
             tensor.grad = slope
         self.optimizer.step()

@@ -86,10 +86,10 @@ def read_binary(path: Path) -> Part:
 def read_python(path: Path) -> Part:
     """The images and labels in a file of the python version; DataError where it is not one."""
     content = _contents(path)
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != PYTHON_MD5[path.name]:
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if digest != PYTHON_MD5[path.name]:
         raise DataError(
-            f"{path}: MD5 is {found}, that of the published file {PYTHON_MD5[path.name]}; "
+            f"{path}: MD5 is {digest}, that of the published file {PYTHON_MD5[path.name]}; "
             "replace it by that file"
         )
     try:

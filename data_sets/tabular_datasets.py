@@ -127,8 +127,8 @@ def _as_table(name: str, rows: np.ndarray, source: str) -> Table:
     if not np.isfinite(rows).all():
         raise DataError(f"{source} holds numbers that are not finite")
     values = torch.tensor(rows, dtype=torch.float64)
-    found = f"{known.rows:,} rows of {name} from {source}"
-    return Table(values[:, :-1], values[:, -1:], known.test_rows, found)
+    description = f"{known.rows:,} rows of {name} from {source}"
+    return Table(values[:, :-1], values[:, -1:], known.test_rows, description)
 
 
 def _fetchers(name: str) -> list[tuple[str, Callable[[], np.ndarray]]]:
@@ -152,17 +152,17 @@ def _boston() -> np.ndarray:
 def _from_openml(number: int) -> np.ndarray:
     from sklearn.datasets import fetch_openml
 
-    found = fetch_openml(data_id=number, as_frame=False, parser="liac-arff")
-    return np.column_stack([found.data, found.target]).astype(np.float64)
+    fetched = fetch_openml(data_id=number, as_frame=False, parser="liac-arff")
+    return np.column_stack([fetched.data, fetched.target]).astype(np.float64)
 
 
 def _from_uci(name: str, number: int) -> np.ndarray:
     from ucimlrepo import fetch_ucirepo
 
-    found = fetch_ucirepo(id=number).data
-    inputs, targets = found.features, found.targets
+    fetched = fetch_ucirepo(id=number).data
+    inputs, targets = fetched.features, fetched.targets
     if name == "wine":  # that set holds white wines too
-        red = found.original["color"] == "red"
+        red = fetched.original["color"] == "red"
         inputs, targets = inputs[red], targets[red]
     return np.column_stack([inputs.to_numpy(float), targets.to_numpy(float)[:, :1]])
 

@@ -250,17 +250,17 @@ def error_curves(problem: Problem, ks: Sequence[int], progress) -> dict[str, lis
     l2 = hparams[0].detach()
     solution = problem.solution(l2)
     exact = problem.hypergradient(solution, l2)
-    there = replace(problem, start=solution)
+    at_solution = replace(problem, start=solution)
     curves = {}
     for name, method in METHODS.items():
-        begin, follows = (problem, True) if name in ALL_STEPS else (there, False)
+        begin, follows = (problem, True) if name in ALL_STEPS else (at_solution, False)
         curves[name] = []
         for k in ks:
-            found = torch.full_like(exact, math.nan)
+            estimate = torch.full_like(exact, math.nan)
             if name != "forward_mode" or k * len(exact) <= FORWARD_STEPS:
                 with suppress(DivergenceError):
-                    found = method(begin, hparams, k if follows else 1, k)[0]
-            curves[name].append(float((found - exact).norm() / exact.norm()))
+                    estimate = method(begin, hparams, k if follows else 1, k)[0]
+            curves[name].append(float((estimate - exact).norm() / exact.norm()))
         progress.advance()
     return curves
 

@@ -169,8 +169,8 @@ def searched(args, search: int, training: Training, dtype) -> dict[str, float]:
     rules = {"start": make_rule(args, first_draw(args, search), dtype), "hypergradients": tuned}
     row = {"processor_seconds": seconds}
     for way, draws in (("random", random_draws), ("tpe", tpe_draws)):
-        found = by_trials(args, search, training, dtype, draws(args, search), seconds)
-        rules[way], row[f"{way}/trials"] = found
+        rule_and_trials = by_trials(args, search, training, dtype, draws(args, search), seconds)
+        rules[way], row[f"{way}/trials"] = rule_and_trials
     for way, rule in rules.items():
         row |= {f"{way}/{n.split('/')[-1]}": v for n, v in rule.coefficients().items()}
         row |= {f"{way}/{name}": v for name, v in judged(args, rule, training).items()}

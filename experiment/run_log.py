@@ -236,9 +236,9 @@ class RunLog:
     def _warn_of_lost_rows(self, last_row: int) -> None:
         """Say so where the rows that were there at the checkpoint are not all there any more."""
         if self._last_step < last_row:
-            there = f"ends at step {self._last_step}" if self._last_step >= 0 else "has no rows"
+            ending = f"ends at step {self._last_step}" if self._last_step >= 0 else "has no rows"
             self.warn(
-                f"{self.path('metrics.csv')} {there}, the checkpoint was saved after the row of "
+                f"{self.path('metrics.csv')} {ending}, the checkpoint was saved after the row of "
                 f"step {last_row}: the rows between are lost"
             )
 

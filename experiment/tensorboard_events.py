@@ -52,5 +52,5 @@ class EventFile:
 
 def _next_number(directory: Path) -> int:
     """The time in seconds, or more: TensorBoard reads files in the order of these numbers."""
-    found = (re.match(r"\d+", path.name[len(NAME) :]) for path in directory.glob(f"{NAME}*"))
-    return max([int(time.time()), *(int(match.group()) + 1 for match in found if match)])
+    matches = (re.match(r"\d+", path.name[len(NAME) :]) for path in directory.glob(f"{NAME}*"))
+    return max([int(time.time()), *(int(match.group()) + 1 for match in matches if match)])

@@ -25,10 +25,10 @@ class ViewError(WrongInputError):
     """Strengths or data that no views can be made of; one line."""
 
 
-def _strength(default: Any, of: tuple[str, ...], text: str) -> Any:
-    """A field of this default; `of`: the kinds of views that it matters to."""
+def _strength(default: Any, kinds: tuple[str, ...], text: str) -> Any:
+    """A field of this default; `kinds`: the kinds of views that it matters to."""
     ends = {"metavar": ("LOW", "HIGH")} if isinstance(default, tuple) else {}
-    return setting(default, text, "nonnegative", kinds=of, **ends)
+    return setting(default, text, "nonnegative", kinds=kinds, **ends)
 
 
 _WARPED, _MASKED = (GEOMETRIC, MIXED), (MASKS, MIXED)

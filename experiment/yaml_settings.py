@@ -115,8 +115,8 @@ def parse_settings(
         flags = [_as_key(action) for action in parser._actions if action.dest in run_flags]
         for path in args.config:
             merged = merge(merged, read_settings(path, [*keys, *flags], of_one_run))
-        found = {flag.name: merged[flag.name] for flag in flags if flag.name in merged}
-        parser.set_defaults(**found)  # so that those on the command line win
+        run_settings = {flag.name: merged[flag.name] for flag in flags if flag.name in merged}
+        parser.set_defaults(**run_settings)  # so that those on the command line win
         args = parse(parser, argv)
     for key in keys:
         value = getattr(args, key.name)
@@ -161,18 +161,18 @@ def read_settings(
         raise SettingsError(f"can't read {path}: {reason}") from error
     try:
         # not all that JSON writes is a number in YAML: 1e-05 is not
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except UNREADABLE as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
         raise SettingsError(f"{path} is not {kind}: {' '.join(str(error).split())}") from error
-    if found is None:
+    if settings is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise SettingsError(f"{path} must be a table of keys and values")
     if path.suffix == ".json":
-        found = {name: value for name, value in found.items() if name not in of_one_run}
+        settings = {name: value for name, value in settings.items() if name not in of_one_run}
     known = {key.name: key for key in keys}
-    return {name: _checked(path, name, value, known) for name, value in found.items()}
+    return {name: _checked(path, name, value, known) for name, value in settings.items()}
 
 
 def mapping(text: str) -> dict[str, Any]:

@@ -67,10 +67,10 @@ def draw_convergence(metrics: Mapping[str, np.ndarray], path: str | Path) -> Non
     layers = [name for name in metrics if name.startswith("convergence/")]
     names = [name for name in layers if np.isfinite(metrics[name]).any()]  # those that learned
     for colour, name in zip(colours(len(names)), names, strict=True):
-        there = np.isfinite(metrics[name])
-        axes.plot(metrics["epoch"][there], metrics[name][there], lw=1.3,
+        finite = np.isfinite(metrics[name])
+        axes.plot(metrics["epoch"][finite], metrics[name][finite], lw=1.3,
                   color=colour, label=f"layer {name.split('/')[1]}",
-                  marker="o" if there.sum() == 1 else "")  # fmt: skip
+                  marker="o" if finite.sum() == 1 else "")  # fmt: skip
     label_axes(axes, "Convergence", "epoch of the layer", "largest distance of p-norms from 1")
     axes.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
     add_legend(axes)
@@ -83,10 +83,10 @@ def draw_classifiers(metrics: Mapping[str, np.ndarray], path: str | Path) -> Non
     of_classifier = metrics["classifier"] == 1
     layers = np.unique(metrics["layer"][of_classifier])
     for colour, layer in zip(colours(len(layers)), layers, strict=True):
-        there = of_classifier & (metrics["layer"] == layer)
-        axes.plot(metrics["epoch"][there], metrics["validation_accuracy"][there], lw=1.3,
+        shown = of_classifier & (metrics["layer"] == layer)
+        axes.plot(metrics["epoch"][shown], metrics["validation_accuracy"][shown], lw=1.3,
                   color=colour, label=f"behind layer {layer:g}",
-                  marker="o" if there.sum() == 1 else "")  # fmt: skip
+                  marker="o" if shown.sum() == 1 else "")  # fmt: skip
     percent_axis(axes)
     label_axes(axes, "Classifier", "epoch", "validation images classified correctly")
     add_legend(axes)

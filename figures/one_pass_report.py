@@ -197,15 +197,15 @@ def table(runs: Sequence[Recorded]) -> str:
 
 
 def _cells(run: Recorded, title: str, losses: np.ndarray) -> list[str]:
-    found = summary(losses)
+    statistics = summary(losses)
     return [
         title,
         run.config["dataset"],
         str(len(losses)),
-        f"{found['mean']:.4g} ± {found['mean_deviation']:.2g}",
-        f"{found['median']:.4g} ± {found['median_deviation']:.2g}",
-        f"{found['best']:.4g}",
-        f"{found['diverged']:.1%}",
+        f"{statistics['mean']:.4g} ± {statistics['mean_deviation']:.2g}",
+        f"{statistics['median']:.4g} ± {statistics['median_deviation']:.2g}",
+        f"{statistics['best']:.4g}",
+        f"{statistics['diverged']:.1%}",
         f"{run.columns['seconds'][-1]:.0f}",
     ]
 

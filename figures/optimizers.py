@@ -49,21 +49,23 @@ def draw_optimizer_run(directory: str | Path) -> list[Path]:
         drawn.append(path)
     compared = read_arrays(directory / "comparison.npz")
     for name in dict.fromkeys(key.split("/")[0] for key in compared if "/" in key):
-        own = of_optimizee(compared, name)
-        draw_training(name, {k: a["losses"] for k, a in own.items()}, place / f"{name}_loss.png")
+        optimizers = of_optimizee(compared, name)
+        draw_training(
+            name, {k: a["losses"] for k, a in optimizers.items()}, place / f"{name}_loss.png"
+        )
         drawn.append(place / f"{name}_loss.png")
-        shown = one_of_each_kind(own)
-        for kind in kinds_of(own):
+        shown = one_of_each_kind(optimizers)
+        for kind in kinds_of(optimizers):
             path = place / f"{name}_{kind}.png"
             draw_symmetry(name, kind, shown, path)
             drawn.append(path)
-        steps = histogram_steps(directory, own)
+        steps = histogram_steps(directory, optimizers)
         if steps:
             draw_histograms(name, shown, compared["edges"], steps, place / f"{name}_updates.png")
             drawn.append(place / f"{name}_updates.png")
-    for name, of in compared_optimizees(directory).items():
-        if "noise" in of:  # not where Ctrl-C ended the comparison before it
-            draw_noise(name, of["noise"], place / f"{name}_noise.png")
+    for name, results in compared_optimizees(directory).items():
+        if "noise" in results:  # not where Ctrl-C ended the comparison before it
+            draw_noise(name, results["noise"], place / f"{name}_noise.png")
             drawn.append(place / f"{name}_noise.png")
     validation = read_arrays(directory / "validation.npz")
     if "losses" in validation:
@@ -151,16 +153,16 @@ def draw_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None
     """Tail index and covariance over minibatches, of gradients and of learned updates, by layer."""
     figure = new_figure(8.4, 3.6)
     left, right = figure.subplots(1, 2)
-    for colour, (what, found) in zip(COLOURS, noise.items(), strict=False):
-        layers = np.arange(1, len(found["trace"]) + 1)
+    for colour, (what, statistics) in zip(COLOURS, noise.items(), strict=False):
+        layers = np.arange(1, len(statistics["trace"]) + 1)
         for style, (block, values) in zip(
-            (":", "--", "-"), found["tail_index"].items(), strict=False
+            (":", "--", "-"), statistics["tail_index"].items(), strict=False
         ):
             values = np.array(values, dtype=float)
             left.plot(layers, values, style, color=colour, marker="o", ms=3, lw=1,
                       label=f"{what}s, m = {block}")  # fmt: skip
         for style, name in (("-", "trace"), ("--", "largest_eigenvalue")):
-            sizes = np.maximum(np.array(found[name], dtype=float), CUT)
+            sizes = np.maximum(np.array(statistics[name], dtype=float), CUT)
             label = f"{what}s, {name.replace('_', ' ')}"
             right.plot(layers, sizes, style, color=colour, marker="o", ms=3, lw=1, label=label)
     left.axhline(2, color=GREY, lw=0.8, ls="--")
@@ -240,10 +242,12 @@ def draw_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> Non
 
 def compared_optimizees(directory: Path) -> dict[str, dict]:
     """results.json's "optimizees", {} where nothing has been compared; RunLogError if damaged."""
-    found = read_results(directory).get("optimizees", {})
-    if not isinstance(found, dict) or not all(isinstance(of, dict) for of in found.values()):
+    optimizees = read_results(directory).get("optimizees", {})
+    if not isinstance(optimizees, dict) or not all(
+        isinstance(results, dict) for results in optimizees.values()
+    ):
         raise RunLogError(f"{directory}/results.json is damaged: not the results of a comparison")
-    return found
+    return optimizees
 
 
 def shown_epochs(last: int) -> list[int]:
@@ -255,12 +259,12 @@ def shown_epochs(last: int) -> list[int]:
 
 def of_optimizee(arrays: Arrays, name: str) -> dict[str, dict[str, np.ndarray]]:
     """What belongs to one optimizee: an optimiser's name to its arrays."""
-    found: dict[str, dict[str, np.ndarray]] = {}
+    optimizers: dict[str, dict[str, np.ndarray]] = {}
     for key, values in arrays.items():
         if key.startswith(f"{name}/"):
             _, optimizer, what = key.split("/", 2)
-            found.setdefault(optimizer, {})[what] = values
-    return found
+            optimizers.setdefault(optimizer, {})[what] = values
+    return optimizers
 
 
 def one_of_each_kind(optimizers: Mapping[str, Arrays]) -> dict[str, Arrays]:

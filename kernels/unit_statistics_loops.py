@@ -142,7 +142,7 @@ def gate(layout, slope_of, weights, s, y, small, total, h):
     if layout[9] >= 0:
         shift[:] = a[layout[9]]
     zero = p0 - p0
-    own = of_s[0] if len(of_s) else zero
+    same_view = of_s[0] if len(of_s) else zero
     cross = of_s[1] if len(of_s) > 1 else zero
     for n in range(samples):
         for i in range(units):
@@ -153,11 +153,11 @@ def gate(layout, slope_of, weights, s, y, small, total, h):
                 total[0, n, i], total[1, n, i] = first + second, first - second
         if len(of_s):
             for i in range(units):
-                total[0, n, i] += own * s0[n, i]
+                total[0, n, i] += same_view * s0[n, i]
         if len(of_s) > 1:
             for i in range(units):
                 total[0, n, i] += cross * s1[n, i]
-                total[1, n, i] += own * s1[n, i] + cross * s0[n, i]
+                total[1, n, i] += same_view * s1[n, i] + cross * s0[n, i]
         for i in range(units):
             y = y0[n, i]
             slope = p0 + y * (p1 + p2 * y) + (p3 if y > 0 else zero)
@@ -245,7 +245,7 @@ def through_gate(
     p0, p1, p2, p3, curve = slope_of
     zero = p0 - p0
     sums, of_own, of_cross = np.zeros(units), np.zeros(units), np.zeros(units)
-    own = of_s[0] if len(of_s) else zero
+    same_view = of_s[0] if len(of_s) else zero
     cross = of_s[1] if len(of_s) > 1 else zero
     for n in range(samples):
         for v in range(views):
@@ -259,13 +259,13 @@ def through_gate(
             grad_s[:, n] = 0
         if len(of_s) == 1:
             for i in range(units):
-                grad_s[0, n, i] = own * grad[0, n, i]
+                grad_s[0, n, i] = same_view * grad[0, n, i]
                 of_own[i] += grad[0, n, i] * s0[n, i]
         if len(of_s) > 1:
             for i in range(units):
                 first, second = grad[0, n, i], grad[1, n, i]
-                grad_s[0, n, i] = own * first + cross * second
-                grad_s[1, n, i] = own * second + cross * first
+                grad_s[0, n, i] = same_view * first + cross * second
+                grad_s[1, n, i] = same_view * second + cross * first
                 of_own[i] += first * s0[n, i] + second * s1[n, i]
                 of_cross[i] += first * s1[n, i] + second * s0[n, i]
         if views == 2:

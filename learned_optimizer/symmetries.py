@@ -271,11 +271,11 @@ def symmetry_penalty(
                 f"a penalty on {kind}: the optimizee has no {kind} symmetry; it has "
                 f"{' and '.join(present) or 'none'}"
             )
-    of = [s.relative if relative else s.deviations for s in held if s.kind in kinds]
+    penalized = [s.relative if relative else s.deviations for s in held if s.kind in kinds]
 
     def penalty(theta: Tensor, v: Tensor) -> Tensor:
         at, update = optimizee.unflat(theta), optimizee.unflat(v)
-        return beta * sum(deviations(update, at).abs().sum() for deviations in of)
+        return beta * sum(deviations(update, at).abs().sum() for deviations in penalized)
 
     return penalty
 

@@ -58,9 +58,11 @@ class LearnedRule(LearningRule):
 
     def _gradient(self, model: nn.Module, params: Params, batch) -> Sequence[Tensor]:
         with torch.enable_grad():
-            own = [{n: t.detach().requires_grad_() for n, t in layer.items()} for layer in params]
-            leaves = [tensor for layer in own for tensor in layer.values()]
-            loss = self.loss(model, own, batch)
+            leaf_params = [
+                {n: t.detach().requires_grad_() for n, t in layer.items()} for layer in params
+            ]
+            leaves = [tensor for layer in leaf_params for tensor in layer.values()]
+            loss = self.loss(model, leaf_params, batch)
             return torch.autograd.grad(loss, leaves, materialize_grads=True)
 
 

@@ -67,14 +67,14 @@ class TermSum:
 
 def planned_sums(terms: Sequence[Term], views: int) -> list[TermSum]:
     keys = dict.fromkeys((t.sending(), t.power(t.group)) for t in terms)
-    return [_planned_sum(terms, views, sending, own) for sending, own in keys]
+    return [_planned_sum(terms, views, sending, own_power) for sending, own_power in keys]
 
 
-def _planned_sum(terms: Sequence[Term], views: int, sending, own: int) -> TermSum:
+def _planned_sum(terms: Sequence[Term], views: int, sending, own_power: int) -> TermSum:
     parts: dict[tuple, list[tuple[int, Linear, dict[str, float]]]] = {}
     constant: dict[tuple, list[int]] = {}
     for index, term in enumerate(terms):
-        if (term.sending(), term.power(term.group)) != (sending, own):
+        if (term.sending(), term.power(term.group)) != (sending, own_power):
             continue
         if not sending and not term.varying():
             constant.setdefault(tuple(term.statistics().items()), []).append(index)
@@ -89,7 +89,7 @@ def _planned_sum(terms: Sequence[Term], views: int, sending, own: int) -> TermSu
     for column, indices in enumerate(constant.values()):
         place[column, indices] = 1.0
     laid_out = [_laid_out(p, linears, views, len(terms)) for p, linears in parts.items()]
-    return TermSum(sending, own, laid_out, list(constant), place)
+    return TermSum(sending, own_power, laid_out, list(constant), place)
 
 
 def _laid_out(prefactor, linears, views: int, count: int) -> Currents:

@@ -60,8 +60,8 @@ class Report:
 
     def counts(self, variant: str) -> dict[str, int]:
         """How many trials are in each state."""
-        found = Counter(map(state_of, self.trials[variant]))
-        return {state: found[state] for state in STATES if found[state]}
+        numbers = Counter(map(state_of, self.trials[variant]))
+        return {state: numbers[state] for state in STATES if numbers[state]}
 
     def done(self, variant: str) -> list[FrozenTrial]:
         """The trials that have a finite value, and were not ended early."""
