@@ -305,21 +305,22 @@ def _draw_references(results: Mapping, place: Path) -> list[Path]:
     drawn = []
     for dataset, others in results.get("beside", {}).items():
         rows = [r for r in results["evaluations"] if r.get("dataset", dataset) == dataset]
-        learned = {f"learned, {r['inner_steps']} updates": [] for r in rows}
-        for r in rows:
-            learned[f"learned, {r['inner_steps']} updates"].append(r["test_accuracy"])
-        path = place / f"beside_{dataset}.png"
-        draw_beside(others | learned, path, dataset)
-        drawn.append(path)
+        judged = {name: values for name, values in others.items() if values}
+        if rows:
+            name = f"learned, {rows[0]['inner_steps']} updates"
+            judged[name] = [row["test_accuracy"] for row in rows]
+        if judged:
+            drawn.append(place / f"beside_{dataset}.png")
+            draw_beside(judged, drawn[-1], dataset)
     return drawn
 
 
 def draw_beside(accuracies: Mapping[str, Sequence[float]], path: str | Path, dataset: str) -> None:
     """A line of dots for each kind of features, one for each training, and their mean.
 
-    accuracies: fractions, by name, from the top; what has none is left out.
+    accuracies: fractions, some for each name, from the top.
     """
-    rows = [(name, values) for name, values in accuracies.items() if values]
+    rows = list(accuracies.items())
     figure = new_figure(6.4, 1.2 + 0.36 * len(rows))
     axes = figure.subplots()
     for height, (name, values) in enumerate(rows):
@@ -331,7 +332,9 @@ def draw_beside(accuracies: Mapping[str, Sequence[float]], path: str | Path, dat
     label_axes(axes, f"Probe on {dataset}: dots are trainings, bars means", "test accuracy", "")
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.8)
-    axes.margins(x=0.08)
+    shown = [value for _, values in rows for value in values]
+    room = 0.08 * (max(shown) - min(shown)) + 0.005
+    axes.set_xlim(min(shown) - room, max(shown) + room)
     axes.xaxis.set_major_locator(AutoLocator())
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     save_figure(figure, path)

@@ -1,7 +1,7 @@
 """Features that a local rule learns without labels, as a scikit-learn transformer.
 
     from rules import LocalFeatures
-    features = LocalFeatures(rule="latent-predictive", units=32, steps=250).fit(X).transform(X)
+    features = LocalFeatures(rule="mnist32", units=32, steps=250).fit(X).transform(X)
 
 X is [n, features], or images [n, H, W] or [n, C, H, W]. Bytes are divided by 255; floats of images
 are in 0 to 1, and so may those of tables be. A table of other floats is standardised: each column
@@ -61,7 +61,7 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     def __init__(
         self,
-        rule: str | Path | LearningRule = "latent-predictive",
+        rule: str | Path | LearningRule = "mnist32",
         units: int | tuple[int, ...] = 32,
         *,
         steps: int = 250,
