@@ -83,7 +83,7 @@ def test_images_in_any_form_give_the_same():
     flat = features(X.reshape(30, 64), image_shape=(8, 8))
     for same in (features(X[:, None]), flat, features(X / 255.0)):
         np.testing.assert_allclose(same, expected, rtol=1e-5)
-    fitted = LocalFeatures(units=5, steps=4, batch_size=10).fit(X)
+    fitted = LocalFeatures("latent-predictive", units=5, steps=4, batch_size=10).fit(X)
     np.testing.assert_array_equal(fitted.transform(X.reshape(30, 64)), expected)
     table = features(X.reshape(30, 64))  # other views
     assert table.shape == expected.shape and not np.allclose(table, expected)
