@@ -1,6 +1,7 @@
 """Meta-learns a local learning rule for a lateral-inhibitory network on images.
 
     python main.py 32                        one layer of 32 units
+    python main.py 32 --rule unit_statistics      units that know statistics and the other view
     python main.py 256 32                    two layers, each with a rule of its own
     python main.py 32 --pair_inputs          a rule for pairs of augmented views
     python main.py 32 --views mixed --mask 0 0.7 --learn_views degrees      views by their strengths
