@@ -62,6 +62,8 @@ def make_parser():
     add("--layerwise", action="store_true", help="train layers one after the other")
     add("--evaluations", "--seeds", dest="seeds", type=positive_int, default=3, metavar="N",
         help="trainings of each kind")  # fmt: skip
+    add("--held_out", type=positive_int, metavar="IMAGES",
+        help="judge on so many training images, held out, not on the test images")  # fmt: skip
     add("--rules", nargs="+", choices=CLASSICAL_NAMES, help="classical rules")
     add("--references", nargs="+", choices=REFERENCES, help="what has no steps")
     return parser
@@ -92,7 +94,7 @@ from experiment.seeds import seeded_generator
 from experiment.statistics import mean_and_deviation
 from experiment.tables import aligned, markdown
 from figures.evaluation import draw_evaluation_run
-from mnist_datasets import ImageData, batches, load_images
+from mnist_datasets import ImageData, batches, hold_out, load_images
 from rules import save_zoo
 
 
@@ -144,19 +146,25 @@ def make_methods(args, runs: Sequence[LearnedRun]) -> dict[str, Method]:
     }
 
 
-def load_data(name: str, data_dir: Path) -> tuple[ImageData, ImageData]:
-    """Training and test images; the angles of rotated digits are the same in every run."""
+def load_data(name: str, data_dir: Path, held_out: int | None) -> tuple[ImageData, ImageData]:
+    """Images to train on and to judge by; the angles of rotated digits are the same in every run.
+
+    held_out: judged is by so many of the training images; None: by the test images.
+    """
+    train_data, test_data = load_images("mnist" if name == ROTATED else name, data_dir)
+    data = hold_out(train_data, held_out) if held_out else (train_data, test_data)
     if name != ROTATED:
-        return load_images(name, data_dir)
-    digits = load_images("mnist", data_dir)
-    return tuple(rotated(data, seeded_generator(part)) for part, data in enumerate(digits))
+        return data
+    return tuple(rotated(images, seeded_generator(part)) for part, images in enumerate(data))
 
 
 def make_settings(args, run: LearnedRun, device, dtype) -> list[Setting]:
     """Every data set with every network; the probe and the batch size are the first run's."""
     settings = []
     for name in args.datasets:
-        train_data, test_data = (data.to(device) for data in load_data(name, args.data_dir))
+        train_data, test_data = (
+            data.to(device) for data in load_data(name, args.data_dir, args.held_out)
+        )
         settings += [
             Setting(
                 dataset=name,

@@ -45,7 +45,8 @@ from experiment.command_line import (
     save_whole_paths,
 )
 from experiment.meta_settings import Horizon, MetaSettings
-from experiment.settings import add_settings, settings_of
+from experiment.search_settings import SearchSettings
+from experiment.settings import add_settings, flags_of, settings_of
 from experiment.view_flags import add_views, view_needs, views_of_flags
 from krotov_hopfield.choices import gate_needs
 from krotov_hopfield.recipes import LayerPlan, Recipe
@@ -104,6 +105,7 @@ def make_parser(rule: str = "polynomial") -> argparse.ArgumentParser:
     parser.add_argument("layers", type=positive_int, nargs="*", help="units of each layer")
     for add_flags in (
         add_meta_learning,
+        add_search,
         add_inner_training,
         add_views,
         add_network_and_rule,
@@ -137,6 +139,11 @@ def add_meta_learning(parser) -> None:
         help="bound the norm of each task's hypergradient by --clip_norm")  # fmt: skip
     add("--sparsify", action="store_true",
         help="from --sparsify_from on, remove coefficients that change sign")  # fmt: skip
+
+
+def add_search(parser) -> None:
+    """Flags of a search, which goes without hypergradients."""
+    add_settings(parser.add_argument_group("search in place of hypergradients"), SearchSettings)
 
 
 def add_inner_training(parser) -> None:
@@ -223,6 +230,8 @@ def add_probe(parser) -> None:
         help="of each of them (default: as many as a training made at the end)")  # fmt: skip
     add("--evaluation_batch_size", type=positive_int, metavar="IMAGES",
         help="of each of their updates (default: --batch_size)")  # fmt: skip
+    add("--held_out", type=positive_int, metavar="IMAGES",
+        help="judge on so many training images, held out, not on the test images")  # fmt: skip
     add("--beside", nargs="*", choices=BESIDE, default=[], metavar="FEATURES",
         help=f"other features, judged alike: of {', '.join(BESIDE)}")  # fmt: skip
 
@@ -281,7 +290,14 @@ from linear_probe import (
     extract_features,
 )
 from meta_gradients import METHODS
-from mnist_datasets import ImageData, ImageSets, batches, load_images, normalize_pixels
+from mnist_datasets import (
+    ImageData,
+    ImageSets,
+    batches,
+    hold_out,
+    load_images,
+    normalize_pixels,
+)
 from models_fully_local import network_of_flags
 from rules import write_rule
 from rules.competing_units import KrotovHopfieldRule
@@ -324,9 +340,15 @@ def refuse_flags_without_effect(args, parser) -> None:
     if args.compile and args.inhibition == "equilibrium":
         raise UserError("--compile does not go with --inhibition equilibrium: leave one out")
     unrolls = args.method in ("reverse", "truncated")
+    searches, takes_gradients = args.search, not args.search
     polynomial, lateral = args.rule == "polynomial", args.inhibition in WITH_LATERAL_WEIGHTS
     competing, statistics = args.rule == "krotov_hopfield", args.rule == "unit_statistics"
     refuse_idle_flags(args, parser, [
+        ("lr optimizer warmup_steps decay finetune_steps finetune_factor clip_grads clip_norm "
+         "average l1_reg l2_coefficients sparsify sparsify_from nonfinite products method "
+         "reinitialize_every ungraded_steps memory adjoint_limit compile", takes_gradients,
+         "hypergradients, without --search"),
+        (" ".join(n for n in flags_of(SearchSettings) if n != "search"), searches, "--search"),
         ("K", args.method in ("truncated", "lookback", "implicit", "pes"),
          "--method truncated, lookback, implicit or pes"),
         ("sigma pairs", args.method in ("es", "pes"), "--method es or pes"),
@@ -369,9 +391,15 @@ def dataset_names(args) -> list[str]:
     return args.dataset if isinstance(args.dataset, list) else [args.dataset]
 
 
+def load_judged(args, name: str) -> tuple[ImageData, ImageData]:
+    """Images to train on, and those to judge by: the test images, or some that are held out."""
+    train_data, test_data = load_images(name, args.data_dir)
+    return hold_out(train_data, args.held_out) if args.held_out else (train_data, test_data)
+
+
 def make_data(args, name: str, team: Team, device: torch.device) -> tuple[ImageData, ImageData]:
     """Training and test images of one data set."""
-    data = team.first_then_others(partial(load_images, name, args.data_dir))
+    data = team.first_then_others(partial(load_judged, args, name))
     train_data, test_data = (part.to(device) for part in data)
     if args.pixelwise_normalization or args.center:
         return normalize_pixels(train_data, test_data, unit_variance=not args.center)
@@ -576,6 +604,11 @@ def make_settings(args) -> MetaSettings:
     )
 
 
+def make_search_settings(args) -> SearchSettings:
+    """Those of a search, from the flags."""
+    return settings_of(args, SearchSettings, trials=args.metasteps, inner_steps=make_horizon(args))
+
+
 def make_horizon(args) -> Horizon:
     """How many updates a task makes."""
     if args.method == "pes":
@@ -590,6 +623,16 @@ def make_horizon(args) -> Horizon:
 def windows(args) -> int:
     """Of --method pes: meta-steps of one training, whose length is rounded up to whole windows."""
     return math.ceil(args.initial_inner_steps / args.K)
+
+
+def learn(args, trainings: Sequence[Training], log: RunLog, recorded, team: Team) -> bool:
+    """The rule, by hypergradients or a search; False where Ctrl-C ended it before its time."""
+    if args.search:
+        from sweeps.rule_search import search_rule  # which needs Optuna
+
+        settings = make_search_settings(args)
+        return search_rule(trainings, settings, log, hyperparameters=recorded, team=team)
+    return hypgraddesc(trainings, make_settings(args), log, hyperparameters=recorded, team=team)
 
 
 def hyperparameters(training: Training) -> dict[str, float]:
@@ -662,7 +705,7 @@ def judge_references(
     count = len(trainings) * count_trainings(args.beside, draws)
     with log.progress(count, description="reference") as progress:
         for name, training, data in zip(dataset_names(args), trainings, sets, strict=True):
-            images = [part.to(data[0].images.device) for part in load_images(name, args.data_dir)]
+            images = [part.to(data[0].images.device) for part in load_judged(args, name)]
             setting = Setting(
                 name, *images, tuple(args.layers), args.C, args.outer_images,
                 args.evaluation_batch_size or args.batch_size,
@@ -769,15 +812,14 @@ def main(argv: list[str] | None = None) -> None:
         )
         for name, data, stream in zip(names, sets, streams, strict=True)
     ]  # fmt: skip
-    settings = make_settings(args)
-    check_settings(settings, *trainings)
+    check_settings(make_settings(args), *trainings)
     if args.compile:
         compile_update(trainings[0])
     with open_run(args, "main", ImageSets(tuple(data[0] for data in sets)), team) as log:
         for data in sets:
             log.say(data[0].source)
         recorded = partial(hyperparameters, trainings[0])
-        finished = hypgraddesc(trainings, settings, log, hyperparameters=recorded, team=team)
+        finished = learn(args, trainings, log, recorded, team)
         if not team.first:
             return
         evaluated = evaluate_and_report(args, log, trainings, sets, finished)

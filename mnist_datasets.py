@@ -138,6 +138,18 @@ def normalize_pixels(
     return normalized(train), normalized(test)
 
 
+def hold_out(train: ImageData, count: int) -> tuple[ImageData, ImageData]:
+    """Training images without the last `count`, and these, to choose by in the test set's place.
+
+    Raises DataError where not at least one image is left.
+    """
+    if not 0 < count < len(train):
+        raise DataError(f"cannot hold out {count} of {len(train)} training images")
+    kept, held_out = train.subset(slice(-count)), train.subset(slice(-count, None))
+    source = f"{train.source}; judged on {count:,} of the training images, held out"
+    return replace(kept, source=source), replace(held_out, source=source)
+
+
 def batches(
     data: ImageData, batch_size: int, generator: torch.Generator, dtype=torch.float32
 ) -> Iterator[Tensor]:
