@@ -61,7 +61,19 @@ FOR_ALL_RULES = {
     "normalization": "matrix",
 }
 DEFAULTS = {
-    "polynomial": {},
+    "polynomial": {
+        "lr": 1e-4,
+        "decay": "cosine",
+        "warmup_steps": 20,
+        "metasteps": 900,
+        "average": 0.98,
+        "tasks": 2,
+        "clip_grads": True,
+        "initial_inner_steps": 50,
+        "raise_by": 50,
+        "raise_every": 60,
+        "batch_size": 256,
+    },
     "unit_statistics": {
         "lr": 0.15,
         "decay": "cosine",
@@ -224,7 +236,7 @@ def add_probe(parser) -> None:
     add("--probe_gradient", choices=PROBE_GRADIENTS, default="envelope",
         help="implicit: exact, of images that the probe has not seen")  # fmt: skip
     add("--outer_images", type=positive_int,
-        help="of the outer loss (default: 1024; with --probe ridge 2000)")  # fmt: skip
+        help="of the outer loss (default: 4096; with --probe ridge 2000)")  # fmt: skip
     add("--evaluations", type=positive_int, default=5, help="trainings with the final rule")
     add("--evaluation_steps", type=positive_int, metavar="UPDATES",
         help="of each of them (default: as many as a training made at the end)")  # fmt: skip
@@ -307,7 +319,7 @@ from train import Draw, OuterLoss, Training
 
 NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_images is given
 SAMPLED_IMAGES, RIDGE_IMAGES = 8192, 2000  # --probe_images of the other probes
-OUTER_IMAGES = {"logistic": 1024, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
+OUTER_IMAGES = {"logistic": 4096, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
 
 
 def refuse_flags_without_effect(args, parser) -> None:
@@ -325,7 +337,8 @@ def refuse_flags_without_effect(args, parser) -> None:
         raise UserError(
             f"--initial_inner_steps {first} is above --max_inner_steps {most}: raise it"
         )
-    if args.raise_by and first == most and not drawn:
+    raise_asked_for = args.raise_by and args.raise_by != parser.get_default("raise_by")
+    if raise_asked_for and first == most and not drawn:
         raise UserError(f"--raise_by needs --initial_inner_steps below --max_inner_steps {most}")
     Products(args.products)  # refuses what is not to be had here
     if args.products != "float32" and (args.compile or args.dtype != "float32"):

@@ -205,8 +205,10 @@ class RuleSearch:
 
     def _remember(self, point: Tensor, loss: float) -> None:
         self.losses.append(loss)
-        if len(self.losses) <= self.settings.trials:
-            self.points.append(point)
+        if len(self.losses) > self.settings.trials:
+            return
+        self.points.append(point)
+        if self.settings.search == "tpe":
             values = dict(zip(self._space(), point.tolist(), strict=True))
             self.study.add_trial(optuna.trial.create_trial(
                 params=values, distributions=self._space(), value=loss

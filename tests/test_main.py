@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     "--dataset", "mnist5k", "--metasteps", "3", "--initial_inner_steps", "2", "--batch_size", "64",
     "--max_inner_steps", "4", "--evaluations", "1", "--warmup_steps", "1", "--lr", "1e-3",
-    "--threads", "1", "--quiet",
+    "--threads", "1", "--quiet", "--tasks", "1", "--decay", "none", "--average", "0",
+    "--no-clip_grads", "--outer_images", "1024",
 ]  # fmt: skip
 FIGURES = ("meta_loss", "accuracy", "coefficients", "hypergradient", "features", "lateral")
 
