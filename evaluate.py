@@ -77,9 +77,9 @@ import numpy as np
 from comparison.learned_run import LearnedRun, load_run, zoo_entry
 from comparison.rule_comparison import (
     RATES,
-    Comparison,
     Method,
     Row,
+    RuleComparison,
     Setting,
     classical,
     learned,
@@ -249,7 +249,7 @@ def cell_text(row: Row, draws: int) -> str:
     return f"{100 * mean:.2f}{spread} %{some}"
 
 
-def report(log: RunLog, comparison: Comparison) -> None:
+def report(log: RunLog, comparison: RuleComparison) -> None:
     """The table, on the screen and in table.md; results.json; the figure."""
     summary = summarize(comparison.rows)
     trainings, trials = [], []
@@ -317,7 +317,9 @@ def main(argv: list[str] | None = None) -> None:
     for setting in settings:  # refuses a batch size that is too large
         used = setting.within_training() if args.rules else setting
         next(batches(used.train, largest, seeded_generator(0)))
-    comparison = Comparison(make_methods(args, runs), settings, args.steps, args.seeds, args.seed)
+    comparison = RuleComparison(
+        make_methods(args, runs), settings, args.steps, args.seeds, args.seed
+    )
     config = argparse.Namespace(**vars(args), found=what_was_found(runs, settings))
     with open_run(config, "evaluate", settings[0].train) as log:
         for source in dict.fromkeys(setting.train.source for setting in settings):

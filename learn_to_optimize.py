@@ -72,7 +72,7 @@ from comparison.optimizer_comparison import (
     BASELINES,
     EDGES,
     PUBLISHED,
-    Comparison,
+    OptimizerComparison,
     halves,
     noise_statistics,
 )
@@ -202,7 +202,9 @@ def compare(args, network: CoordinateNetwork, make, results: dict, log: RunLog) 
     """
     weights = next(network.parameters())
     names = [args.optimizee] if args.compare is None else args.compare
-    comparison = Comparison(args.seed, args.test_steps, args.test_runs, args.tuning_runs, weights)
+    comparison = OptimizerComparison(
+        args.seed, args.test_steps, args.test_runs, args.tuning_runs, weights
+    )
     arrays = {"edges": EDGES.numpy()}
     with (
         finish_on_interrupt() as interrupt,

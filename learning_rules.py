@@ -487,7 +487,7 @@ class PerLayerRule(LearningRule):
 
 
 @torch.no_grad()
-def term_products(
+def term_grams(
     rule: LearningRule,
     model: nn.Module,
     params: Params,
@@ -496,39 +496,39 @@ def term_products(
     steps: int = 1,
     points: int = 10,
 ) -> dict[str, Tensor]:
-    """Inner products of what single terms change, c_k = psi_k mean_b(monomial_k) w^e_k.
+    """Gram matrices of what single terms change, c_k = psi_k mean_b(monomial_k) w^e_k.
 
-    They are summed over the synapses, at `points` evenly spaced ones of `steps` updates from
-    params, each on the next of the batches. Per parameter ("1/w", or "w" of a rule that all layers
+    Inner products are summed over the synapses, at `points` evenly spaced ones of `steps` updates
+    from params, each on the next of the batches. Per parameter ("1/w", or "w" of a rule that all layers
     share) a float64 matrix [terms, terms] in the order of `rule.term_coefficients()`. The sum of
     all its entries is the square of the whole change, before what a rule divides it by, bound,
     decay and what a layer forbids.
     """
-    products: dict[str, Tensor] = {}
+    grams: dict[str, Tensor] = {}
     if isinstance(rule, PerLayerRule):
-        meters = [_TermMeter(r, f"{k}/", products) for k, r in enumerate(rule.rules, 1)]
+        meters = [_TermMeter(r, f"{k}/", grams) for k, r in enumerate(rule.rules, 1)]
     else:
-        meters = [_TermMeter(rule, "", products) for _ in filter(has_weights, params)]
+        meters = [_TermMeter(rule, "", grams) for _ in filter(has_weights, params)]
     measured = {k * (steps - 1) // max(1, points - 1) for k in range(points)}
     for step in range(steps):
         batch = next(batches)
         if step in measured:
             update_layers(model, params, batch, meters)
         params = rule.update(model, params, batch)
-    return products
+    return grams
 
 
-def term_effects(rule: LearningRule, products: Mapping[str, Tensor]) -> dict[str, float]:
+def term_effects(rule: LearningRule, grams: Mapping[str, Tensor]) -> dict[str, float]:
     """How large the change by each term is, relative to the change by all terms together.
 
         effect_k = rms(psi_k mean_b(monomial_k) w^e_k) / rms(delta w)
 
-    The root mean squares run over the synapses and steps that `term_products` saw. Terms may cancel
+    The root mean squares run over the synapses and steps that `term_grams` saw. Terms may cancel
     each other, such as a constant and y^2 at convergence: effects can exceed 1, and do not add up
     to 1. Named as `rule.term_coefficients()`; 0 for parameters that the model lacks.
     """
     effects = dict.fromkeys(rule.term_coefficients(), 0.0)
-    for parameter, matrix in products.items():
+    for parameter, matrix in grams.items():
         names = [name for name in effects if name.startswith(f"{parameter}/")]
         whole = matrix.sum()
         shares = (matrix.diagonal() / whole).sqrt() if whole > 0 else matrix.diagonal()
@@ -537,18 +537,18 @@ def term_effects(rule: LearningRule, products: Mapping[str, Tensor]) -> dict[str
 
 
 class _TermMeter:
-    """Takes a rule's place in an update: adds up `products` of what its terms would change."""
+    """Takes a rule's place in an update: adds up `grams` of what its terms would change."""
 
     respond_and_update = LearningRule.respond_and_update
 
-    def __init__(self, rule: LearningRule, prefix: str, products: dict[str, Tensor]) -> None:
+    def __init__(self, rule: LearningRule, prefix: str, grams: dict[str, Tensor]) -> None:
         self.rule, self.views = rule, rule.views
-        self.prefix, self.products = prefix, products
+        self.prefix, self.grams = prefix, grams
 
     def update_layer(self, layer, old, x, s, y) -> dict[str, Tensor]:
         for group, changes in self.rule.term_changes(layer, old, x, s, y).items():
             name, flat = self.prefix + group, changes.flatten(1).double()
-            self.products[name] = self.products.get(name, 0) + flat @ flat.t()
+            self.grams[name] = self.grams.get(name, 0) + flat @ flat.t()
         return old
 
 

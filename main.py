@@ -293,7 +293,7 @@ from learning_rules import (
     PolynomialPairRule,
     PolynomialRule,
     term_effects,
-    term_products,
+    term_grams,
 )
 from linear_probe import (
     ProbeLoss,
@@ -733,7 +733,7 @@ def judge_references(
 def measure_effects(training: Training, draw: Draw) -> dict[str, float]:
     """The effects of the rule's terms in a training with the final rule."""
     rule, (params, stream) = training.rule, training.begin(draw)
-    return term_effects(rule, term_products(rule, training.model, params, stream, steps=draw.steps))
+    return term_effects(rule, term_grams(rule, training.model, params, stream, steps=draw.steps))
 
 
 def report(

@@ -72,7 +72,7 @@ from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
 from experiment.statistics import accuracy_text, mean_and_deviation
 from figures.meta_learning import draw_run
-from learning_rules import PerLayerRule, term_effects, term_products
+from learning_rules import PerLayerRule, term_effects, term_grams
 from mnist_datasets import load_images
 from rules import rule_from_dict, write_rule
 from train import Draw, Training
@@ -99,10 +99,10 @@ class Removal:
     unexplained: float
 
 
-def removals(products: Mapping[str, Tensor]) -> list[Removal]:
-    """One for each term, from `term_products`; the least unexplained first."""
+def removals(grams: Mapping[str, Tensor]) -> list[Removal]:
+    """One for each term, from `term_grams`; the least unexplained first."""
     candidates = []
-    for parameter, matrix in products.items():
+    for parameter, matrix in grams.items():
         size = matrix.diagonal().sqrt()
         safe = torch.where(size > 0, size, 1.0)  # terms without any change
         correlation = matrix / safe / safe.unsqueeze(1)
@@ -132,11 +132,11 @@ def without(rule: PerLayerRule, removal: Removal) -> PerLayerRule:
     return shorter
 
 
-def products_without(products: Mapping[str, Tensor], removal: Removal) -> dict[str, Tensor]:
-    """What `without` makes of the products, where the training stays as it was."""
-    matrix = products[removal.parameter] * torch.outer(removal.factors, removal.factors)
+def grams_without(grams: Mapping[str, Tensor], removal: Removal) -> dict[str, Tensor]:
+    """What `without` makes of the Gram matrices, where the training stays as it was."""
+    matrix = grams[removal.parameter] * torch.outer(removal.factors, removal.factors)
     stays = torch.arange(len(matrix)) != removal.index
-    return {**products, removal.parameter: matrix[stays][:, stays]}
+    return {**grams, removal.parameter: matrix[stays][:, stays]}
 
 
 class Trainings:
@@ -154,14 +154,14 @@ class Trainings:
         keys = ((self.seed, kind, draw) for draw in range(draws))
         return [trajectory(training, [self.steps], key)[0] for key in keys]
 
-    def products(self, rule: PerLayerRule, draws: int) -> dict[str, Tensor]:
-        """The sum of `term_products` over some; FloatingPointError where one is not finite."""
+    def grams(self, rule: PerLayerRule, draws: int) -> dict[str, Tensor]:
+        """The sum of `term_grams` over some; FloatingPointError where one is not finite."""
         total: dict[str, Tensor] = {}
         for number in range(draws):
             draw = Draw((self.seed, TRIAL, number), self.steps)
             params, batches = self.training.begin(draw)
-            products = term_products(rule, self.training.model, params, batches, steps=self.steps)
-            total = {name: total.get(name, 0) + matrix.cpu() for name, matrix in products.items()}
+            grams = term_grams(rule, self.training.model, params, batches, steps=self.steps)
+            total = {name: total.get(name, 0) + matrix.cpu() for name, matrix in grams.items()}
         if not all(matrix.isfinite().all() for matrix in total.values()):
             count = len(rule.term_coefficients())
             raise FloatingPointError(f"a training by the rule of {count} terms is not finite")
@@ -169,10 +169,10 @@ class Trainings:
 
 
 def choose(
-    rule: PerLayerRule, products: Mapping[str, Tensor], trainings: Trainings, args
+    rule: PerLayerRule, grams: Mapping[str, Tensor], trainings: Trainings, args
 ) -> tuple[Removal, dict[str, float]]:
     """Which term goes, and numbers to record; trial_loss is NaN where none was tried."""
-    ranked = removals(products)
+    ranked = removals(grams)
     chosen, loss = ranked[0], math.nan
     if len(ranked) <= args.try_below:
         losses = []
@@ -205,7 +205,7 @@ class Pruning:
     ) -> None:
         self.rule, self.sizes, self.trainings = rule, sizes, trainings
         self.args, self.warn = args, warn
-        self.products: dict[str, Tensor] = {}
+        self.grams: dict[str, Tensor] = {}
         self.stages: list[dict] = []
         self.finished = False
 
@@ -213,9 +213,9 @@ class Pruning:
         """One term goes; numbers to record."""
         if not self.stages:
             self._judge()
-        removal, numbers = choose(self.rule, self.products, self.trainings, self.args)
+        removal, numbers = choose(self.rule, self.grams, self.trainings, self.args)
         self.rule = without(self.rule, removal)
-        self.products = products_without(self.products, removal)
+        self.grams = grams_without(self.grams, removal)
         if numbers["terms"] in self.sizes:
             self._judge_if_finite()
         self.finished |= numbers["terms"] == self.sizes[-1]
@@ -229,9 +229,9 @@ class Pruning:
             self.finished = True
 
     def _judge(self) -> None:
-        """Adds a stage, of products measured anew; FloatingPointError where these aren't finite."""
-        self.products = self.trainings.products(self.rule, self.args.trials)
-        effects = term_effects(self.rule, self.products)
+        """Adds a stage, measured anew; FloatingPointError where it is not finite."""
+        self.grams = self.trainings.grams(self.rule, self.args.trials)
+        effects = term_effects(self.rule, self.grams)
         rows = self.trainings.outcomes(self.rule, EVALUATION, self.args.seeds)
         rows = [row for row in rows if all(map(math.isfinite, row.values()))]
         stage = {"terms": len(effects), "rule": self.rule.to_dict(), "term_effects": effects}
@@ -244,7 +244,7 @@ class Pruning:
         """All that a resumed run needs."""
         return {
             "rule": self.rule.to_dict(),
-            "products": self.products,
+            "grams": self.grams,
             "stages": self.stages,
             "finished": self.finished,
         }
@@ -252,7 +252,7 @@ class Pruning:
     def load_state_dict(self, state: dict) -> None:
         """Goes on where `state_dict` left it."""
         self.rule = rule_from_dict(state["rule"]).to(self.rule.rules[0].w)
-        self.products, self.stages = state["products"], list(state["stages"])
+        self.grams, self.stages = state["grams"], list(state["stages"])
         self.finished = state["finished"]
 
 

@@ -39,7 +39,7 @@ from learned_optimizer.coordinate_lstm import (
 from learned_optimizer.networks import CoordinateLSTM, log_and_sign, make_network
 from learned_optimizer.optimizees import Optimizee, image_optimizee
 from learned_optimizer.optimizer import LearnedOptimizer
-from learned_optimizer.window_gradients import Objective, start, suffix_sum_gradient
+from learned_optimizer.window_gradients import WindowLoss, start, suffix_sum_gradient
 
 STEPS, BATCH = 20, 128
 SAMPLED = 3000  # coordinates, as meta-training may sample
@@ -116,7 +116,7 @@ class Windows:
         trainings, _ = start(self.network, self.optimizee, self.theta, [iter(self.batches)])
         generator = torch.Generator().manual_seed(0)
         suffix_sum_gradient(
-            self.network, self.optimizee, trainings, STEPS, Objective(),
+            self.network, self.optimizee, trainings, STEPS, WindowLoss(),
             coordinates=coordinates, generator=generator,
         )  # fmt: skip
 

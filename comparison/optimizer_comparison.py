@@ -156,7 +156,7 @@ def baseline(name: str, lr: float | None = None) -> Contender:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class OptimizerComparison:
     """How optimisers are compared: `runs` trainings of `steps` steps, the same for all.
 
     weights: of their type and on their device the parameters are.

@@ -13,7 +13,14 @@ from dataclasses import replace
 from functools import partial
 
 from comparison.learned_run import load_run
-from comparison.rule_comparison import Comparison, Method, Setting, classical, learned, pca_features
+from comparison.rule_comparison import (
+    Method,
+    RuleComparison,
+    Setting,
+    classical,
+    learned,
+    pca_features,
+)
 from rules.choices import zoo_path
 from train import Training
 
@@ -37,7 +44,7 @@ def beside(
     setting: images without normalisation, layers and probe of all others.
     steps: updates of those that are trained. advance() is called after each training.
     """
-    comparison = Comparison(
+    comparison = RuleComparison(
         {name: _method(name, training) for name in names}, [setting], [steps], draws, seed
     )
     for _ in comparison.run():

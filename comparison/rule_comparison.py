@@ -236,7 +236,7 @@ def trajectory(
     return rows + [nothing] * (len(steps) - len(rows))
 
 
-class Comparison:
+class RuleComparison:
     """All trainings of all methods in all settings; `run` makes those that have no rows yet.
 
     rows: one for each number of steps of each training (only the last, where a rate is tried), in
@@ -329,7 +329,7 @@ def layers_text(layers: Sequence[int]) -> str:
     return "-".join(map(str, layers))
 
 
-def run_comparison(comparison: Comparison, log: RunLog) -> bool:
+def run_comparison(comparison: RuleComparison, log: RunLog) -> bool:
     """Makes all trainings that the log does not have, with its rows; True when none is missing.
 
     metrics.csv tells methods, data sets and layers by their places in the comparison, from 0.
@@ -355,7 +355,7 @@ def run_comparison(comparison: Comparison, log: RunLog) -> bool:
     return comparison.done == comparison.trainings
 
 
-def _as_numbers(comparison: Comparison, row: Row) -> dict[str, float]:
+def _as_numbers(comparison: RuleComparison, row: Row) -> dict[str, float]:
     places = {
         "method": list(comparison.methods),
         "dataset": list(dict.fromkeys(s.dataset for s in comparison.settings)),

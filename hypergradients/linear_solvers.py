@@ -81,7 +81,7 @@ class ConjugateGradient:
     tol: ends when the residual is less, or at the rounding error of b.
     precondition(r): about (I - M)^-1 r, symmetric positive definite too; r itself by default. Only
         <b, precondition(b)> > 0 is looked at.
-    assume_symmetric: True for products that are drawn anew each time, or rounded more than b is,
+    assume_symmetric: True for matvecs that are drawn anew each time, or rounded more than b is,
         which no test can tell from those of a matrix that is not symmetric.
     Raises HypergradientError where I - M is seen not to be symmetric, from <(I - M) p, x> and
     <p, (I - M) x> of each direction p and the iterate x before it: from the second iteration on, at
@@ -134,7 +134,7 @@ class NystromConjugateGradient:
         P^-1 = l_rank U L^-1 U^T + (I - U U^T)
 
     Needs I - M symmetric positive definite, and gains where few of its eigenvalues are large:
-    the condition number falls to about l_rank / l_min. Costs `rank` products more, and as many
+    the condition number falls to about l_rank / l_min. Costs `rank` matvecs more, and as many
     vectors of memory. (Frangella, Tropp, Udell 2021, arXiv 2110.02820, algorithms 2.1 and 5.1;
     as an approximate inverse for hypergradients: Hataya and Yamada 2023, arXiv 2302.09726.)
 
@@ -193,7 +193,7 @@ class NormalEquations:
     """Conjugate gradients on (I - M^T)(I - M) x = (I - M^T) b, for any M with I - M regular.
 
     The residual never grows; the error falls as (1 - 2 / cond)^k. (CGLS; Bjorck 1996, Numerical
-    methods for least squares problems, 7.4.) In a hypergradient products with the adjoint come from
+    methods for least squares problems, 7.4.) In a hypergradient matvecs with the adjoint come from
     differentiating those with M once more, which the map has to allow: HypergradientError where it
     does not.
 
@@ -322,7 +322,7 @@ def _check_symmetric(
 def _asymmetry_of_rounding(dtype: torch.dtype, size: float, largest: float) -> float:
     """What <A p, x> and <p, A x> may differ by where A is symmetric.
 
-    size: of the two; largest: the bound of them, which the rounding of A's products goes with.
+    size: of the two; largest: the bound of them, which the rounding of A's matvecs goes with.
     """
     eps = torch.finfo(dtype).eps
     return math.sqrt(eps) * size + 1e3 * eps * largest
@@ -331,7 +331,7 @@ def _asymmetry_of_rounding(dtype: torch.dtype, size: float, largest: float) -> f
 def _check_adjoint(one: float, other: float, size: float) -> None:
     if abs(one - other) > 1e-2 * max(abs(one), abs(other)) and abs(one - other) > 1e-4 * size:
         raise HypergradientError(
-            "products with M and its adjoint contradict each other: a step of the map cannot be "
+            "matvecs with M and its adjoint contradict each other: a step of the map cannot be "
             "differentiated twice (once_differentiable?); take fixed_point"
         )
 

@@ -520,7 +520,7 @@ def CG_normaleq(  # noqa: N802 - HyperTorch's name
 
     Returns a tree like hparams. Each iteration costs a product with J besides that with J^T; the
     error falls as (1 - 2 / cond)^K. Raises HypergradientError for arguments that are not so and
-    where fp_map depends on no hyperparameter, and where products with J and J^T contradict each
+    where fp_map depends on no hyperparameter, and where matvecs with J and J^T contradict each
     other; DivergenceError where I - J is seen to be singular. (Bjorck 1996, Numerical methods for
     least squares problems, 7.4; Grazzi et al. 2020, arXiv 2006.16218.)
     """
@@ -549,7 +549,7 @@ def nystrom(
     outer_loss: (params, hparams) -> scalar tensor.
     tol: ends earlier when the residual |grad_w E - (I - J^T) v| is less.
     set_grad: whether to add the result to each hyperparameter's .grad too.
-    rank: of the approximation, which costs as many products more.
+    rank: of the approximation, which costs as many matvecs more.
     generator: of its random test matrix; a fixed seed without one.
 
     Returns a tree like hparams. Helps where few eigenvalues of I - J are large. Raises what CG

@@ -28,9 +28,9 @@ from learned_optimizer.seeds import seeded_generator
 from learned_optimizer.settings import MetaTrainingSettings
 from learned_optimizer.symmetries import Symmetry, mean_deviations, symmetry_penalty
 from learned_optimizer.window_gradients import (
-    Objective,
     Trainings,
     WindowGradient,
+    WindowLoss,
     autograd_gradient,
     persistent_gradient,
     roll_out,
@@ -123,7 +123,7 @@ class MetaTraining:
                 task.optimizee, symmetries, settings.penalty_kinds, settings.penalty,
                 settings.penalty_relative,
             )  # fmt: skip
-        self.objective = Objective(settings.log_loss, penalty)
+        self.window_loss = WindowLoss(settings.log_loss, penalty)
         self.optimizer = torch.optim.Adam(network.parameters(), settings.lr)
         self.run = self.best_epoch = 0
         self.best, self.best_loss = copy.deepcopy(network.state_dict()), math.inf
@@ -184,7 +184,7 @@ class MetaTraining:
         return losses, norms
 
     def _pooled(self, window: WindowGradient) -> list[Tensor]:
-        """The objective, the mean loss and the meta-gradient over the team's trainings."""
+        """The windows' loss, the mean loss and the meta-gradient over the team's trainings."""
         mine = [window.loss, window.losses.mean(), *window.gradient]
         if self.team.count == 1:
             return mine
@@ -207,7 +207,7 @@ class MetaTraining:
                 strategies, sigma=settings.sigma, pairs=settings.pairs, generator=noise
             )
         return lambda trainings, steps: estimate(
-            **fixed, trainings=trainings, steps=steps, objective=self.objective
+            **fixed, trainings=trainings, steps=steps, window_loss=self.window_loss
         )
 
     def _started(self, run: int, numbers: Sequence[int]) -> Trainings:

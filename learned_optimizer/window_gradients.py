@@ -45,7 +45,7 @@ class Trainings:
 
 
 @dataclass(frozen=True)
-class Objective:
+class WindowLoss:
     """The loss of a window: the sum of its training losses, or with `log` the log of the sum, plus
     `penalty` of each step's parameters and update; the mean of it over the K trainings.
     """
@@ -63,7 +63,7 @@ class Objective:
 class WindowGradient:
     """A meta-gradient, per parameter of the network, and what else a window leaves.
 
-    losses: [T, K], at the parameters after each update. loss: the objective. end: the trainings.
+    losses: [T, K], at the parameters after each update. loss: the windows'. end: the trainings.
     """
 
     gradient: list[Tensor]
@@ -130,7 +130,7 @@ def suffix_sum_gradient(
     optimizee: Optimizee,
     trainings: Trainings,
     steps: int,
-    objective: Objective,
+    window_loss: WindowLoss,
     *,
     coordinates: int | None = None,
     generator: torch.Generator | None = None,
@@ -142,7 +142,7 @@ def suffix_sum_gradient(
     leaves the gradient's expectation as it is; None: all whose d L / d u is not 0.
     """
     window = roll_out(network, optimizee, trainings, steps)
-    du, loss = _loss_by_updates(network.out_mul, window, objective)
+    du, loss = _loss_by_updates(network.out_mul, window, window_loss)
     norms = du.norm(dim=0)
     if coordinates is None:
         chosen = norms.nonzero()[:, 0]
@@ -180,15 +180,17 @@ def inclusion_probabilities(norms: Tensor, expected: int) -> Tensor:
 
 
 def _loss_by_updates(
-    out_mul: float, window: Rollout, objective: Objective
+    out_mul: float, window: Rollout, window_loss: WindowLoss
 ) -> tuple[Tensor, Tensor]:
     """d L / d u [T, K n] and L."""
     K = window.losses.shape[1]
-    scale = 1 / (window.losses.sum(0) * K) if objective.log else window.losses.new_full((K,), 1 / K)
+    scale = (
+        1 / (window.losses.sum(0) * K) if window_loss.log else window.losses.new_full((K,), 1 / K)
+    )
     by_theta = window.gradients * scale[:, None]
-    loss, by_u = objective.of_losses(window.losses), 0
-    if objective.penalty is not None:
-        penalty, of_theta, by_u = _penalty_gradients(out_mul, window, objective.penalty)
+    loss, by_u = window_loss.of_losses(window.losses), 0
+    if window_loss.penalty is not None:
+        penalty, of_theta, by_u = _penalty_gradients(out_mul, window, window_loss.penalty)
         loss = loss + penalty
         by_theta[:-1] += of_theta[1:]  # by_theta[t] is at the parameters after update t
     later = by_theta.flatten(1).flip(0).cumsum(0).flip(0)
@@ -225,7 +227,7 @@ def autograd_gradient(
     optimizee: Optimizee,
     trainings: Trainings,
     steps: int,
-    objective: Objective,
+    window_loss: WindowLoss,
 ) -> WindowGradient:
     """The meta-gradient by a backward pass through all updates of the window."""
     theta, memory, g = trainings.theta, trainings.memory, trainings.gradient
@@ -234,8 +236,8 @@ def autograd_gradient(
         x, memory = network.observe(g.flatten(), theta.detach().flatten(), memory, sizes)
         u, memory = network(x, memory)
         step = network.out_mul * u.view_as(theta)
-        if objective.penalty is not None:
-            penalty = penalty + sum(map(objective.penalty, theta, -step)) / len(theta)
+        if window_loss.penalty is not None:
+            penalty = penalty + sum(map(window_loss.penalty, theta, -step)) / len(theta)
         theta = theta + step
         batches = _next_of(trainings.batches)
         pairs = zip(theta, batches, strict=True)
@@ -245,7 +247,7 @@ def autograd_gradient(
         (g,) = torch.autograd.grad(loss.sum(), theta, retain_graph=True)
         losses.append(loss)
     losses = torch.stack(losses)
-    loss = objective.of_losses(losses) + penalty
+    loss = window_loss.of_losses(losses) + penalty
     gradient = list(torch.autograd.grad(loss, list(network.parameters())))
     end = replace(trainings, theta=theta.detach(), memory=memory.detach(), gradient=g)
     return WindowGradient(gradient, loss.detach(), losses.detach(), end)
@@ -256,14 +258,14 @@ def strategies_gradient(
     optimizee: Optimizee,
     trainings: Trainings,
     steps: int,
-    objective: Objective,
+    window_loss: WindowLoss,
     *,
     sigma: float,
     pairs: int,
     generator: torch.Generator,
 ) -> WindowGradient:
     """Truncated evolution strategies: perturbed windows from where the trainings are."""
-    window = _Window(network, optimizee, trainings, steps, objective)
+    window = _Window(network, optimizee, trainings, steps, window_loss)
     gradient = evolution_strategies(
         window.tree(), window.weights, window.maps(), window.loss, sigma, pairs, generator,
         set_grad=False,
@@ -276,7 +278,7 @@ def persistent_gradient(
     optimizee: Optimizee,
     trainings: Trainings,
     steps: int,
-    objective: Objective,
+    window_loss: WindowLoss,
     persistent: Pairs | None,
     *,
     sigma: float,
@@ -284,7 +286,7 @@ def persistent_gradient(
     generator: torch.Generator,
 ) -> tuple[WindowGradient, Pairs]:
     """Persistent evolution strategies, and the pairs for the next window; None for the first."""
-    window = _Window(network, optimizee, trainings, steps, objective)
+    window = _Window(network, optimizee, trainings, steps, window_loss)
     if persistent is None:
         persistent = Pairs.start(window.tree(), window.weights, pairs)
     gradient, after = persistent_evolution_strategies(
@@ -300,9 +302,9 @@ class _Window:
     Their params are [theta, memory, gradient, losses so far [K], penalties so far []].
     """
 
-    def __init__(self, network, optimizee, trainings: Trainings, steps: int, objective) -> None:
+    def __init__(self, network, optimizee, trainings: Trainings, steps: int, window_loss) -> None:
         self.network, self.optimizee, self.trainings = network, optimizee, trainings
-        self.objective, self.weights = objective, list(network.parameters())
+        self.window_loss, self.weights = window_loss, list(network.parameters())
         self.batches = [_next_of(trainings.batches) for _ in range(steps)]
 
     def tree(self) -> list[Tensor]:
@@ -322,20 +324,20 @@ class _Window:
         perturbed = dict(zip(names, weights, strict=True))
         u, memory = functional_call(self.network, perturbed, (x, memory))
         step = self.network.out_mul * u.view_as(theta)
-        if self.objective.penalty is not None:
-            penalty = penalty + sum(map(self.objective.penalty, theta, -step)) / len(theta)
+        if self.window_loss.penalty is not None:
+            penalty = penalty + sum(map(self.window_loss.penalty, theta, -step)) / len(theta)
         loss, g = self.optimizee.gradients(theta + step, batches)
         return [theta + step, memory, g, losses + loss, penalty]
 
     def loss(self, tree: list[Tensor], weights: list[Tensor]) -> Tensor:
-        return self.objective.of_losses(tree[3][None]) + tree[4]
+        return self.window_loss.of_losses(tree[3][None]) + tree[4]
 
     def result(self, gradient: Sequence[Tensor]) -> WindowGradient:
         """The gradient, and the window with unperturbed weights."""
         drawn = [iter(batches) for batches in zip(*self.batches, strict=True)]
         start = replace(self.trainings, batches=drawn)
         window = roll_out(self.network, self.optimizee, start, len(self.batches))
-        loss, penalty = self.objective.of_losses(window.losses), self.objective.penalty
+        loss, penalty = self.window_loss.of_losses(window.losses), self.window_loss.penalty
         if penalty is not None:
             steps = _penalised(self.network.out_mul, window)
             loss = loss + sum(sum(map(penalty, at, v)) / len(at) for at, v in steps)

@@ -52,7 +52,6 @@ def search_rule(
     there is one; Ctrl-C ends it cleanly after the running trial. Arguments as in RuleSearch. Every
     process of the team calls this.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the log's rows say it all
     search = RuleSearch(training, settings, log.warn, team=team, hyperparameters=hyperparameters)
     finished = run_steps(
         log, search, "trial", search.total,
@@ -94,6 +93,7 @@ class RuleSearch:
         }
         self.points: list[Tensor] = []  # of the trials made, float64 [n]
         self.losses: list[float] = []  # of these, then of finalists, the best first
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # the rows of the steps say it all
         self.study = optuna.create_study()
 
     @property

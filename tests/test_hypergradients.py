@@ -1,4 +1,4 @@
-"""Hypergradients: closed forms, rates, finite differences, counted products, and wrong use."""
+"""Hypergradients: closed forms, rates, finite differences, counted matvecs, and wrong use."""
 
 import functools
 import itertools
@@ -481,7 +481,7 @@ def test_linear_solve_starts_where_it_is_told_and_reports_progress(capsys):
     assert v[0].grad is None
 
 
-# ---- counted products, reported residuals ----
+# ---- counted matvecs, reported residuals ----
 
 
 class Counted(torch.autograd.Function):

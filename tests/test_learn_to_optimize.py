@@ -12,7 +12,7 @@ from torch import nn
 
 import learn_to_optimize
 import plot
-from comparison.optimizer_comparison import Comparison
+from comparison.optimizer_comparison import OptimizerComparison
 from figures.optimizers import draw_optimizer_run
 from learned_optimizer import (
     CoordinateLSTM,
@@ -135,13 +135,13 @@ def test_a_diverging_optimizer_leaves_its_curves(tmp_path):
 def test_ctrl_c_in_a_comparison_leaves_the_curves_of_the_optimisers_that_were_done(
     tmp_path, monkeypatch
 ):
-    out, tune = tmp_path / "run", Comparison.at_default_and_best_rate
+    out, tune = tmp_path / "run", OptimizerComparison.at_default_and_best_rate
 
     def interrupted(self, name, task, interrupt):
         interrupt.requested = name == "sgd"
         return tune(self, name, task, interrupt)
 
-    monkeypatch.setattr(Comparison, "at_default_and_best_rate", interrupted)
+    monkeypatch.setattr(OptimizerComparison, "at_default_and_best_rate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(*NO_TRAINING, "--out", out)
     found = json.loads((out / "results.json").read_text())["optimizees"]["relu3"]["optimizers"]

@@ -10,7 +10,7 @@ from comparison.vicreg import uniform_parameters
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
 from learned_optimizer import LearnedOptimizer, Optimizee
-from learned_optimizer.window_gradients import Objective, autograd_gradient, start
+from learned_optimizer.window_gradients import WindowLoss, autograd_gradient, start
 from models_fully_local import Activation, lateral_mlp
 from rules.learned_optimizer_rule import MEMORY, LearnedRule
 from train import train
@@ -44,7 +44,7 @@ def test_the_rules_hyperparameters_get_the_gradient_of_the_window_through_train(
     ours = torch.autograd.grad(total, list(own.parameters()))
     theta = optimizee.flat(params)[None]
     trainings, _ = start(own, optimizee, theta, [iter(data)])
-    expected = autograd_gradient(own, optimizee, trainings, 3, Objective()).gradient
+    expected = autograd_gradient(own, optimizee, trainings, 3, WindowLoss()).gradient
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 

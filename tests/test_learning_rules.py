@@ -26,7 +26,7 @@ from learning_rules import (
     classical_rule,
     polynomial_exponents,
     term_effects,
-    term_products,
+    term_grams,
     without_swapped_views,
 )
 from models_fully_local import (
@@ -958,7 +958,7 @@ def test_effects_are_ratios_of_root_mean_squares(kind):
     rule = PerLayerRule([filled(kind.of_degree(2), seed) for seed in (0, 10)])
     model = small_model(3, [4, 2])
     params, batch = plain_parameters(model), batch_for(rule.rules[0], 5, 3)
-    effects = term_effects(rule, term_products(rule, model, params, iter([batch])))
+    effects = term_effects(rule, term_grams(rule, model, params, iter([batch])))
     expected = effects_of_one_step(rule.rules, model, params, batch)
     assert list(effects) == list(rule.coefficients())
     assert list(effects.values()) == pytest.approx(expected, rel=1e-9)
@@ -972,34 +972,34 @@ def test_effects_of_any_rule_are_those_before_bound_decay_and_limit(rule, seed):
     params, batch = plain_parameters(model), batch_for(rule, 4, 3)
     free = filled(type(rule)(rule.exponents, lateral_diagonal=bool(len(rule.diagonal))), seed)
     effects, of_free = (
-        term_effects(r, term_products(r, model, params, iter([batch]))) for r in (rule, free)
+        term_effects(r, term_grams(r, model, params, iter([batch]))) for r in (rule, free)
     )
     assert effects == of_free
     expected = effects_of_one_step([rule], model, params, batch)
     assert list(effects.values()) == pytest.approx(expected, rel=1e-6)
 
 
-def test_products_are_summed_over_evenly_spaced_steps_of_a_training():
+def test_grams_are_summed_over_evenly_spaced_steps_of_a_training():
     rule = filled(PolynomialRule.of_degree(2, bound="tanh"))
     model = small_model(3, [4])
     params, batches = plain_parameters(model), [batch_for(rule, 5, 3, k) for k in range(7)]
-    products = term_products(rule, model, params, iter(batches), steps=7, points=3)
+    grams = term_grams(rule, model, params, iter(batches), steps=7, points=3)
     expected = {}
     for step, batch in enumerate(batches):
         if step in (0, 3, 6):
-            for name, matrix in term_products(rule, model, params, iter([batch])).items():
+            for name, matrix in term_grams(rule, model, params, iter([batch])).items():
                 expected[name] = expected.get(name, 0) + matrix
         params = rule.update(model, params, batch)
-    for name, matrix in products.items():
+    for name, matrix in grams.items():
         assert_near(matrix, expected[name])
 
 
-def test_the_sum_of_products_is_the_square_of_the_whole_change():
+def test_the_sum_of_a_gram_matrix_is_the_square_of_the_whole_change():
     rule = filled(PolynomialRule.of_degree(2))
     model = small_model(3, [4])
     params, batch = plain_parameters(model), batch_for(rule, 5, 3)
     new = rule.update(model, params, batch)[1]
-    for name, matrix in term_products(rule, model, params, iter([batch])).items():
+    for name, matrix in term_grams(rule, model, params, iter([batch])).items():
         assert_near(matrix.sum(), (new[name] - params[1][name]).square().sum(), 1e-9)
 
 
@@ -1007,8 +1007,8 @@ def test_a_rule_that_all_layers_share_has_the_effects_of_all_their_synapses():
     rule = filled(PolynomialRule.of_degree(1))
     model = small_model(3, [4, 2])
     params, batch = plain_parameters(model), batch_for(rule, 5, 3)
-    shared = term_products(rule, model, params, iter([batch]))
-    apart = term_products(PerLayerRule([rule, rule]), model, params, iter([batch]))
+    shared = term_grams(rule, model, params, iter([batch]))
+    apart = term_grams(PerLayerRule([rule, rule]), model, params, iter([batch]))
     for group in "wbm":
         assert_near(shared[group], apart[f"1/{group}"] + apart[f"2/{group}"])
     assert list(term_effects(rule, shared)) == list(rule.coefficients())
@@ -1020,20 +1020,20 @@ def test_effects_in_a_convolution_of_the_whole_image_are_those_in_a_dense_layer(
     dense = Sequential([LateralLinear(18, 4, ACTIVATION, **options)])
     params, x = plain_parameters(image), normal(50, 5, 2, 3, 3).detach()
     flat = [params[0] | {"w": params[0]["w"].flatten(1)}]
-    products = term_products(rule, image, params, iter([x]))
-    for name, matrix in term_products(rule, dense, flat, iter([x.flatten(1)])).items():
-        assert_near(products[name], matrix, 1e-9)
+    grams = term_grams(rule, image, params, iter([x]))
+    for name, matrix in term_grams(rule, dense, flat, iter([x.flatten(1)])).items():
+        assert_near(grams[name], matrix, 1e-9)
 
 
 def test_a_term_has_no_effect_where_nothing_changes_or_the_parameter_is_missing():
     silent = PolynomialRule.of_degree(1).double()
     model = small_model(3, [2])
-    products = term_products(silent, model, plain_parameters(model), iter([normal(50, 4, 3)]))
-    assert set(term_effects(silent, products).values()) == {0.0}
+    grams = term_grams(silent, model, plain_parameters(model), iter([normal(50, 4, 3)]))
+    assert set(term_effects(silent, grams).values()) == {0.0}
     rule = filled(PolynomialRule.of_degree(1))
     model = lateral_mlp(3, [2], ACTIVATION, inhibition="none")
-    products = term_products(rule, model, plain_parameters(model), iter([normal(50, 4, 3)]))
-    effects = term_effects(rule, products)
+    grams = term_grams(rule, model, plain_parameters(model), iter([normal(50, 4, 3)]))
+    effects = term_effects(rule, grams)
     assert all((effect == 0) == (name[0] == "m") for name, effect in effects.items())
 
 
@@ -1044,8 +1044,8 @@ def test_terms_that_cancel_each_other_have_effects_above_one():
     layer = LateralLinear(1, 1, Activation("identity"), inhibition="none")
     params = [{name: torch.ones(shape, dtype=DOUBLE) for name, shape in
                layer.parameter_shapes().items()}]  # fmt: skip
-    products = term_products(rule, Sequential([layer]), params, iter([torch.zeros(3, 1).double()]))
-    assert term_effects(rule, products) == pytest.approx({"b/1": 10.0, "b/y": 11.0})
+    grams = term_grams(rule, Sequential([layer]), params, iter([torch.zeros(3, 1).double()]))
+    assert term_effects(rule, grams) == pytest.approx({"b/1": 10.0, "b/y": 11.0})
 
 
 def test_measuring_effects_changes_nothing_and_keeps_no_graph():
@@ -1053,8 +1053,8 @@ def test_measuring_effects_changes_nothing_and_keeps_no_graph():
     model = small_model(3, [2])
     params, before = parameters_of(model), copy.deepcopy(rule.state_dict())
     old = [t.clone() for t in tensors_of(params)]
-    products = term_products(rule, model, params, iter([normal(50, 4, 3)] * 3), steps=3)
-    assert all(not matrix.requires_grad for matrix in products.values())
+    grams = term_grams(rule, model, params, iter([normal(50, 4, 3)] * 3), steps=3)
+    assert all(not matrix.requires_grad for matrix in grams.values())
     assert all(torch.equal(rule.state_dict()[name], value) for name, value in before.items())
     assert all(torch.equal(a, b) for a, b in zip(tensors_of(params), old, strict=True))
 

@@ -97,7 +97,7 @@ def test_normal_equations_solve_any_regular_system_with_falling_residuals(seed, 
         assert_near(flat(v), system.solution(b), 1e-6)
 
 
-def test_conjugate_gradients_need_as_many_products_as_there_are_eigenvalues():
+def test_conjugate_gradients_need_as_many_matvecs_as_there_are_eigenvalues():
     values = [0.9, 0.5, -0.5] + [0.2] * (SIZE - 3)
     system, b = Dense(with_eigenvalues(values)), right_side()
     v, _ = system.solved(ConjugateGradient(4), b)
@@ -218,7 +218,7 @@ def test_normal_equations_refuse_a_singular_system_unless_b_is_in_its_range():
     assert_near(x - matrix @ x, flat(in_range), 1e-9)
 
 
-def test_products_that_contradict_each_other_are_refused():
+def test_matvecs_that_contradict_each_other_are_refused():
     system = Dense(with_eigenvalues(torch.linspace(-0.5, 0.8, SIZE)))
     system.adjoint = lambda v: [torch.zeros_like(t) for t in v]
     with pytest.raises(HypergradientError, match="differentiated twice"):

@@ -12,9 +12,9 @@ from comparison.optimizer_comparison import (
     BASELINES,
     PUBLISHED,
     RATES,
-    Comparison,
     Contender,
     Lion,
+    OptimizerComparison,
     baseline,
     halves,
     learned,
@@ -115,7 +115,7 @@ def test_a_run_that_leaves_the_finite_is_infinite_from_there(task, kind):
 
 
 def test_the_best_rate_is_the_one_with_the_smallest_loss_and_the_default_stays(task):
-    comparison = Comparison(0, 8, 2, 2, WEIGHTS)
+    comparison = OptimizerComparison(0, 8, 2, 2, WEIGHTS)
     contenders, losses = comparison.at_default_and_best_rate("adam", task, Interrupt())
     assert {float(rate) for rate in losses} == {*RATES, 0.03}
     best = min(losses, key=losses.get)
@@ -134,13 +134,13 @@ def test_no_rate_is_tried_once_the_comparison_is_interrupted(task, monkeypatch):
         return train_all(contender, *rest)
 
     monkeypatch.setattr(optimizer_comparison, "train_all", train)
-    comparison = Comparison(0, 2, 1, 1, WEIGHTS)
+    comparison = OptimizerComparison(0, 2, 1, 1, WEIGHTS)
     assert comparison.contenders("adam", None, task, interrupt) == ([], {}) and len(tried) == 2
     assert comparison.contenders("learned", None, task, interrupt) == ([], {})
 
 
 def test_a_summary_is_of_the_last_ten_losses():
-    comparison = Comparison(3, 20, 4, 1, WEIGHTS)
+    comparison = OptimizerComparison(3, 20, 4, 1, WEIGHTS)
     task = make_task("quadratic", *labelled_images(), dtype=torch.float64)
     curves = comparison.curves(baseline("adam"), task, [], [])
     summary = curves.summary()

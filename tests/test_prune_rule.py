@@ -13,7 +13,7 @@ import prune_rule
 from comparison.learned_run import load_run
 from experiment.run_log import RunLog
 from experiment.run_reader import read_config
-from learning_rules import PerLayerRule, PolynomialRule, term_products
+from learning_rules import PerLayerRule, PolynomialRule, term_grams
 from models_fully_local import Activation, lateral_mlp
 from rules import load_rule
 from rules.unit_statistics import UnitStatisticsRule
@@ -53,16 +53,16 @@ def results_of(directory: Path) -> dict:
 # ---- removals ----
 
 
-def changes_and_products(terms: int, seed: int = 0):
+def changes_and_grams(terms: int, seed: int = 0):
     """What terms change [synapses, terms], and the inner products of it."""
     changes = normal(seed, 50, terms).detach()
     return changes, {"1/w": changes.T @ changes}
 
 
 def test_a_removal_is_the_least_squares_fit_of_the_terms_that_stay():
-    changes, products = changes_and_products(6)
+    changes, grams = changes_and_grams(6)
     whole = changes.sum(1)
-    found = prune_rule.removals(products)
+    found = prune_rule.removals(grams)
     assert sorted(removal.index for removal in found) == list(range(6))
     for removal in found:
         stays = torch.arange(6) != removal.index
@@ -74,14 +74,14 @@ def test_a_removal_is_the_least_squares_fit_of_the_terms_that_stay():
 
 
 def test_removals_come_in_the_order_of_what_they_leave_unexplained():
-    _, products = changes_and_products(5)
-    products["1/b"] = changes_and_products(3, seed=1)[1]["1/w"]
-    found = [removal.unexplained for removal in prune_rule.removals(products)]
+    _, grams = changes_and_grams(5)
+    grams["1/b"] = changes_and_grams(3, seed=1)[1]["1/w"]
+    found = [removal.unexplained for removal in prune_rule.removals(grams)]
     assert len(found) == 8 and found == sorted(found)
 
 
 def test_a_term_that_others_make_up_for_goes_first_and_costs_nothing():
-    changes, _ = changes_and_products(4)
+    changes, _ = changes_and_grams(4)
     changes[:, 2] = changes[:, 0] + changes[:, 3]
     first = prune_rule.removals({"2/m": changes.T @ changes})[0]
     assert first.index in (0, 2, 3) and abs(first.unexplained) < 1e-8
@@ -90,21 +90,21 @@ def test_a_term_that_others_make_up_for_goes_first_and_costs_nothing():
 
 
 def test_a_term_without_any_change_goes_first_and_leaves_the_others_alone():
-    changes, _ = changes_and_products(4)
+    changes, _ = changes_and_grams(4)
     changes[:, 1] = 0
     first = prune_rule.removals({"1/w": changes.T @ changes})[0]
     assert (first.index, first.unexplained) == (1, 0)
     assert first.factors.tolist() == [1, 0, 1, 1]
 
 
-def test_products_after_removals_are_those_of_the_terms_that_stay():
-    changes, products = changes_and_products(6)
+def test_grams_after_removals_are_those_of_the_terms_that_stay():
+    changes, grams = changes_and_grams(6)
     for _ in range(3):
-        removal = prune_rule.removals(products)[0]
-        products = prune_rule.products_without(products, removal)
+        removal = prune_rule.removals(grams)[0]
+        grams = prune_rule.grams_without(grams, removal)
         stays = torch.arange(len(removal.factors)) != removal.index
         changes = (changes * removal.factors)[:, stays]
-        assert torch.allclose(products["1/w"], changes.T @ changes, atol=1e-5)
+        assert torch.allclose(grams["1/w"], changes.T @ changes, atol=1e-5)
 
 
 def random_rule(layers: int) -> PerLayerRule:
@@ -122,8 +122,8 @@ def test_a_shortened_rule_makes_nearly_the_same_change_as_the_whole_one():
         for k, layer in enumerate(model.layers)
     ]
     x = normal(99, 30, 7).detach()
-    products = term_products(rule, model, params, iter([x]))
-    for removal in prune_rule.removals(products)[:12]:
+    grams = term_grams(rule, model, params, iter([x]))
+    for removal in prune_rule.removals(grams)[:12]:
         shorter = prune_rule.without(rule, removal)
         assert len(shorter.coefficients()) == len(rule.coefficients()) - 1
         assert set(shorter.coefficients()) < set(rule.coefficients())
@@ -155,8 +155,8 @@ def test_a_rule_with_unit_statistics_is_shortened_alike():
     shapes = model.layers[1].parameter_shapes()
     params = [{}, {n: normal(k, *shape).detach() for k, (n, shape) in enumerate(shapes.items())}]
     x = normal(99, 30, 7).detach()
-    products = term_products(rule, model, params, iter([x]))
-    for removal in prune_rule.removals(products):
+    grams = term_grams(rule, model, params, iter([x]))
+    for removal in prune_rule.removals(grams):
         shorter = prune_rule.without(rule, removal)
         assert len(shorter.term_coefficients()) == 4 == len(shorter.rules[0].exponents["w"])
         whole, left = (r.update(model, params, x)[1]["w"] for r in (rule, shorter))

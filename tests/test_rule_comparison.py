@@ -15,8 +15,8 @@ from comparison.learned_run import LearnedRun, load_run
 from comparison.principal_components import principal_components
 from comparison.rule_comparison import (
     CLASSICAL,
-    Comparison,
     Method,
+    RuleComparison,
     Setting,
     classical,
     learned,
@@ -290,14 +290,14 @@ def test_images_rotated_by_nothing_are_the_same_and_the_generator_decides_the_re
 RATES = (1e-3, 1e-2, 1e4)
 
 
-def comparison_of(settings, draws: int = 2, rows=()) -> Comparison:
+def comparison_of(settings, draws: int = 2, rows=()) -> RuleComparison:
     run = a_run()
     methods = {
         "learned": Method(partial(learned, run)),
         "oja": Method(partial(classical, "oja"), RATES),
         "random": reference_methods(run)["random"],
     }
-    return Comparison(methods, settings, [3, 1], draws, 7, rows)
+    return RuleComparison(methods, settings, [3, 1], draws, 7, rows)
 
 
 def test_held_out_images_are_training_images_that_are_not_trained_on(setting):

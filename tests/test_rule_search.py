@@ -82,10 +82,10 @@ def test_points_lie_within_the_range_around_the_start_dense_near_it():
     rule = Drift()
     with torch.no_grad():
         rule.psi.copy_(torch.tensor([5.0, 0.5]))
-    search = RuleSearch(training(rule=rule), settings(search="random", trials=400))
-    after(search, 400)
+    search = RuleSearch(training(rule=rule), settings(search="random", trials=50))
+    after(search, 50)
     points = torch.stack(search.points)
-    assert points.abs().max() <= 1 and points.shape == (400, 2)
+    assert points.abs().max() <= 1 and points.shape == (50, 2)
     search._put(torch.tensor([1.0, -0.5], dtype=torch.float64))
     torch.testing.assert_close(rule.psi.data, torch.tensor([8.0, 0.5 - 0.03 * 0.25]))
 

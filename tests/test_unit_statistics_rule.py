@@ -12,7 +12,7 @@ from matplotlib.mathtext import MathTextParser
 from oracles import DOUBLE, assert_near, gradients, normal, weighted_sum
 from torch import Tensor
 
-from learning_rules import RuleError, classical_rule, term_effects, term_products
+from learning_rules import RuleError, classical_rule, term_effects, term_grams
 from models_fully_local import Activation, LateralConv2d, LateralLinear, lateral_mlp
 from rules import load_rule, rule_from_dict, save_rule
 from rules.unit_statistics import (
@@ -448,7 +448,7 @@ def test_terms_change_together_what_they_change_alone():
     for group, whole in rule.changes(layer, old, batch, s, y, psi).items():
         if group in alone:  # b has no terms of its own
             assert_near(alone[group].sum(0), whole)
-    effects = term_effects(rule, term_products(rule, model, params, iter([batch])))
+    effects = term_effects(rule, term_grams(rule, model, params, iter([batch])))
     assert list(effects) == list(rule.term_coefficients())
     assert all(effects.values())
 

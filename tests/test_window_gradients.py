@@ -18,7 +18,7 @@ from learned_optimizer import (
 )
 from learned_optimizer.networks import log_and_sign
 from learned_optimizer.window_gradients import (
-    Objective,
+    WindowLoss,
     autograd_gradient,
     inclusion_probabilities,
     persistent_gradient,
@@ -71,12 +71,12 @@ def test_suffix_sums_are_the_gradient_through_the_unrolled_window(optimizee, nam
     penalty = None
     if penalised != "no penalty":
         penalty = penalty_on(optimizee, ("rescale", "translation"), 0.3, "relative" in penalised)
-    objective = Objective(log, penalty)
+    window_loss = WindowLoss(log, penalty)
     for tasks in (1, 3):
         ends = []
         for method in (suffix_sum_gradient, autograd_gradient):
-            first = method(network, optimizee, started(network, optimizee, tasks), 6, objective)
-            second = method(network, optimizee, first.end, 5, objective)  # from a state not 0
+            first = method(network, optimizee, started(network, optimizee, tasks), 6, window_loss)
+            second = method(network, optimizee, first.end, 5, window_loss)  # from a state not 0
             ends.append(second)
         ours, exact = (vector(end.gradient) for end in ends)
         assert (ours - exact).norm() <= 1e-12 * exact.norm()
@@ -94,14 +94,14 @@ def test_a_penalty_on_one_kind_alone_has_the_gradient_of_autograd(kind, relative
         ).double()
     )  # fmt: skip
     network = make_network("lstm", 0, hidden=3).double()
-    objective = Objective(penalty=penalty_on(optimizee, (kind,), 0.3, relative))
+    window_loss = WindowLoss(penalty=penalty_on(optimizee, (kind,), 0.3, relative))
     ours, exact = (
-        vector(method(network, optimizee, started(network, optimizee), 4, objective).gradient)
+        vector(method(network, optimizee, started(network, optimizee), 4, window_loss).gradient)
         for method in (suffix_sum_gradient, autograd_gradient)
     )
     assert (ours - exact).norm() <= 1e-12 * exact.norm()
     strategies_gradient(
-        network, optimizee, started(network, optimizee), 2, objective,
+        network, optimizee, started(network, optimizee), 2, window_loss,
         sigma=0.01, pairs=1, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
 
@@ -133,13 +133,13 @@ def test_autograd_is_the_gradient_of_an_obvious_loop_over_tensors(optimizee):
     expected = vector(torch.autograd.grad(total, weights))
     for method in (suffix_sum_gradient, autograd_gradient):
         trainings = started(network, optimizee)
-        ours = vector(method(network, optimizee, trainings, 4, Objective()).gradient)
+        ours = vector(method(network, optimizee, trainings, 4, WindowLoss()).gradient)
         assert (ours - expected).norm() <= 1e-12 * expected.norm()
 
 
-@pytest.mark.parametrize("objective", [Objective(), Objective(log=True)], ids=["sum", "log"])
+@pytest.mark.parametrize("window_loss", [WindowLoss(), WindowLoss(log=True)], ids=["sum", "log"])
 def test_the_gradient_is_that_of_finite_differences_where_no_input_depends_on_the_weights(
-    optimizee, objective
+    optimizee, window_loss
 ):
     """One step: its input is given, so that even second-order terms could not matter."""
     network = make_network("lstm", 0, hidden=3).double()
@@ -148,9 +148,9 @@ def test_the_gradient_is_that_of_finite_differences_where_no_input_depends_on_th
 
     def loss() -> float:
         window = roll_out(network, optimizee, replaced(trainings, fixed), 1)
-        return objective.of_losses(window.losses).item()
+        return window_loss.of_losses(window.losses).item()
 
-    found = suffix_sum_gradient(network, optimizee, replaced(trainings, fixed), 1, objective)
+    found = suffix_sum_gradient(network, optimizee, replaced(trainings, fixed), 1, window_loss)
     for p, g in zip(network.parameters(), found.gradient, strict=True):
         with torch.no_grad():
             p.view(-1)[0] += 1e-5
@@ -178,14 +178,14 @@ def test_sampled_coordinates_leave_the_gradients_mean_where_it_was(optimizee):
     network = make_network("lstm", 0, hidden=3).double()
     exact = vector(
         suffix_sum_gradient(
-            network, optimizee, started(network, optimizee), 5, Objective()
+            network, optimizee, started(network, optimizee), 5, WindowLoss()
         ).gradient
     )
     generator = torch.Generator().manual_seed(0)
     drawn = torch.stack([
         vector(
             suffix_sum_gradient(
-                network, optimizee, started(network, optimizee), 5, Objective(),
+                network, optimizee, started(network, optimizee), 5, WindowLoss(),
                 coordinates=12, generator=generator,
             ).gradient
         )
@@ -225,9 +225,9 @@ def test_strategies_point_where_the_gradient_does():
     """Even with detached inputs the two differ by terms of second order, which are small here."""
     network, optimizee = make_network("mlp", 0, hidden=2, out_mul=0.02).double(), smooth()
     options = {"sigma": 0.02, "pairs": 200, "generator": torch.Generator().manual_seed(1)}
-    exact = suffix_sum_gradient(network, optimizee, started(network, optimizee), 4, Objective())
+    exact = suffix_sum_gradient(network, optimizee, started(network, optimizee), 4, WindowLoss())
     found = strategies_gradient(
-        network, optimizee, started(network, optimizee), 4, Objective(), **options
+        network, optimizee, started(network, optimizee), 4, WindowLoss(), **options
     )
     assert torch.equal(found.losses, exact.losses)
     assert torch.equal(found.end.theta, exact.end.theta)
@@ -244,17 +244,17 @@ def test_the_first_window_of_persistent_strategies_is_that_of_the_others_and_lat
     def generators():
         return {**options, "generator": torch.Generator().manual_seed(1)}
 
-    objective = Objective(penalty=penalty_on(optimizee, ("rescale",), 0.5))
+    window_loss = WindowLoss(penalty=penalty_on(optimizee, ("rescale",), 0.5))
     plain = strategies_gradient(
-        network, optimizee, started(network, optimizee), 3, objective, **generators()
+        network, optimizee, started(network, optimizee), 3, window_loss, **generators()
     )
     first, pairs = persistent_gradient(
-        network, optimizee, started(network, optimizee), 3, objective, None, **generators()
+        network, optimizee, started(network, optimizee), 3, window_loss, None, **generators()
     )
     assert torch.equal(vector(plain.gradient), vector(first.gradient))
     assert torch.equal(plain.loss, first.loss)
     second, after = persistent_gradient(
-        network, optimizee, first.end, 3, objective, pairs, **generators()
+        network, optimizee, first.end, 3, window_loss, pairs, **generators()
     )
     assert not torch.equal(after.above[0][0], second.end.theta)
     for before, summed in zip(pairs.perturbations[0], after.perturbations[0], strict=True):
@@ -278,6 +278,6 @@ def test_the_loss_of_a_penalty_is_the_sum_over_steps_of_its_values(optimizee):
     )
     for method in methods:
         found = method(
-            network, optimizee, started(network, optimizee), 4, Objective(penalty=penalty)
+            network, optimizee, started(network, optimizee), 4, WindowLoss(penalty=penalty)
         )
         assert found.loss.item() == pytest.approx(expected, rel=1e-12)
