@@ -26,6 +26,7 @@ Exit status: 0 done, 1 not finite, 2 wrong input, 130 interrupted.
 
 import argparse
 import copy
+import itertools
 import math
 import os
 import re
@@ -106,6 +107,23 @@ class OneOrMore(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class SwitchWithNumber(argparse.Action):
+    """A switch that may be followed by the number of another flag: --sparsify, --sparsify 100.
+
+    number: where that is kept. The number counts only where the positional arguments are given
+    beside it, or with an equals sign; else `parse` refuses it, as it may be one of them.
+    """
+
+    def __init__(self, option_strings, dest, *, number: str, **form) -> None:
+        super().__init__(option_strings, dest, nargs="?", default=False, **form)
+        self.number = number
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, True)
+        if values is not None:
+            setattr(namespace, self.number, values)
+
+
 def common_parser(
     description: str, command: str, *, several_datasets: bool = False
 ) -> argparse.ArgumentParser:
@@ -132,7 +150,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     explicit = vars(_relaxed(parser, without_defaults=True).parse_args(argv))
     directory = explicit.get("resume")
     if directory is None:
-        return parser.parse_args(argv)
+        args = parser.parse_args(argv)
+        _refuse_doubtful_numbers(parser, args, sys.argv[1:] if argv is None else argv)
+        return args
     try:
         config = read_config(directory)
     except RunLogError as error:
@@ -297,6 +317,18 @@ class OneLineParser(argparse.ArgumentParser):
         line = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {line} (see --help)\n")
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """As argparse's; says so where a flag may have taken what stands behind its values."""
+        try:
+            return super()._get_values(action, arg_strings)
+        except argparse.ArgumentError as error:
+            several = action.option_strings and action.nargs in ("+", "*")
+            for positional in self._get_positional_actions() if several else ():
+                if positional.type in NUMBERS and _takes(positional, arg_strings[-1]):
+                    flag = action.option_strings[0]
+                    error.message += f"; {positional.dest} stand before {flag}"
+            raise
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default only where it tells something."""
@@ -321,8 +353,30 @@ def _relaxed(parser: argparse.ArgumentParser, without_defaults: bool) -> argpars
         if not action.option_strings:
             action.nargs = {None: "?", "+": "*"}.get(action.nargs, action.nargs)
         if without_defaults:
-            action.default, action.type = argparse.SUPPRESS, None  # else the default is converted
+            # else the default is converted
+            action.default, action.type, action.choices = argparse.SUPPRESS, None, None
     return relaxed
+
+
+def _refuse_doubtful_numbers(parser, args, argv: Sequence[str]) -> None:
+    """The error of a switch's number that may be a positional argument, where there is none."""
+    for positional in parser._get_positional_actions():
+        for flag, number in reversed([*itertools.pairwise(argv)]):
+            switch = isinstance(parser._option_string_actions.get(flag), SwitchWithNumber)
+            if switch and not getattr(args, positional.dest) and _takes(positional, number):
+                parser.error(
+                    f"argument {flag}: {number} may be its number or one of {positional.dest}, "
+                    f"and no other follows: write {number} {flag}, or {flag}=5 {number}"
+                )
+
+
+def _takes(action: argparse.Action, text: str) -> bool:
+    """Whether a text is a value of a flag or argument that has a type."""
+    try:
+        action.type(text)
+    except (argparse.ArgumentTypeError, ValueError):
+        return False
+    return True
 
 
 def _from_saved(action: argparse.Action, value: Any) -> Any:
@@ -332,7 +386,7 @@ def _from_saved(action: argparse.Action, value: Any) -> Any:
     """
     if value is None and action.default is None and not action.required:
         return None
-    if action.nargs == 0:  # a switch
+    if action.nargs == 0 or isinstance(action, SwitchWithNumber):
         if not isinstance(value, bool):
             raise argparse.ArgumentTypeError(f"must be true or false, not {value!r}")
         return value
