@@ -32,6 +32,7 @@ from experiment.choices import (
     WITH_LATERAL_WEIGHTS,
 )
 from experiment.command_line import (
+    LARGEST_WHOLE,
     SwitchWithNumber,
     UserError,
     common_parser,
@@ -240,8 +241,9 @@ def term(text: str) -> str:
     return text
 
 
-def convolution(text: str) -> tuple[int, int]:
-    """Channels and kernel size of a convolutional layer, such as 16x5."""
+def convolution(text: str | list) -> tuple[int, int]:
+    """Channels and kernel size of a convolutional layer, such as 16x5; saved as [16, 5]."""
+    text = "x".join(map(str, text)) if isinstance(text, list) else text
     if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", text):
         raise argparse.ArgumentTypeError(
             f"must be channels and kernel size, such as 16x5, not {text!r}"
@@ -450,9 +452,15 @@ def make_statistics_rule(args) -> UnitStatisticsRule:
 
 
 def make_competing_rule(args) -> KrotovHopfieldRule:
-    """The rule of competing units at the rate, delta and temperature that it is learned from."""
+    """The rule of competing units at the rate, delta and temperature that it is learned from.
+
+    Raises RuleError where a layer has fewer units than it ranks.
+    """
     names = ("delta", "inverse_temperature", "gate", "ranking_param", "lebesgue_p", "normalization")
-    return KrotovHopfieldRule(args.rate, **{name: getattr(args, name) for name in names})
+    rule = KrotovHopfieldRule(args.rate, **{name: getattr(args, name) for name in names})
+    channels, last = [channels for channels, _ in args.conv], args.units_range or ()
+    rule.check_units(min(*channels, *args.layers, *last, LARGEST_WHOLE))
+    return rule
 
 
 def make_initializer(args) -> nn.Module:

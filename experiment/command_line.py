@@ -27,6 +27,7 @@ Exit status: 0 done, 1 not finite, 2 wrong input, 130 interrupted.
 import argparse
 import copy
 import itertools
+import json
 import math
 import os
 import re
@@ -46,6 +47,18 @@ DTYPES = ("float32", "float64")
 OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 
 LARGEST = 1e30  # number that a flag takes: float32 holds it, and the sum of many
+LARGEST_WHOLE = 10**9  # that a flag takes; experiment/seeds.py needs it to be below 2^31
+AT_MOST = {  # whole numbers by flag, where fewer are more than anyone has time or memory for
+    "seed": math.inf,  # experiment/seeds.py takes any, other commands say what theirs take
+    "threads": math.inf,  # experiment/devices.py knows how many there are
+    "degree": 10,
+    "draws": 10**6,
+    "inh_steps": 10**5,
+    "loss_times": 10**4,
+    "pairs": 10**5,
+    "tasks": 10**5,
+    "trials": 10**6,
+}
 
 # what torch's allocators say where they raise a RuntimeError that is no torch.OutOfMemoryError
 _ALLOCATOR_REFUSES = re.compile(
@@ -165,7 +178,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         if name in config and name not in explicit and name not in OF_THE_CALL:
             try:
                 setattr(args, name, _from_saved(action, config[name]))
-            except (argparse.ArgumentTypeError, ValueError) as error:
+            except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
                 parser.error(f"argument --resume: {directory}/config.json is damaged: "
                              f"{name} {error}")  # fmt: skip
     return args
@@ -307,15 +320,31 @@ def _number(kind: type, text: str, accepted: Callable[[Any], bool], expected: st
     return value
 
 
+def check_whole(name: str, value: Any) -> None:
+    """ArgumentTypeError where the value of this flag is a whole number above its limit."""
+    most = AT_MOST.get(name, LARGEST_WHOLE)
+    if type(value) is int and value > most:
+        shown = value if value < 10**30 else "one of more than 30 digits"
+        raise argparse.ArgumentTypeError(f"must be at most {most}, not {shown}")
+
+
 # ---- parsing ----
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
+    """An ArgumentParser whose errors are one line, without the usage; whole numbers have limits."""
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {line} (see --help)\n")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        value = super()._get_value(action, arg_string)
+        try:
+            check_whole(action.dest, value)
+        except argparse.ArgumentTypeError as problem:
+            raise argparse.ArgumentError(action, str(problem)) from None
+        return value
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """As argparse's; says so where a flag may have taken what stands behind its values."""
@@ -402,8 +431,13 @@ def _converted(action: argparse.Action, value: Any, depth: int) -> Any:
         if not isinstance(value, list):
             raise argparse.ArgumentTypeError(f"must be a list, not {value!r}")
         return [_converted(action, element, depth - 1) for element in value]
-    made = isinstance(value, list | dict) and action.type not in NUMBERS  # of a text, such as 16x5
-    converted = value if made or action.type is None else action.type(str(value))
+    if action.type is None and action.choices is None and not isinstance(value, str):
+        raise argparse.ArgumentTypeError(f"must be a text, not {value!r}")
+    # a type that makes several values of a text, such as 16x5, takes them too
+    made = isinstance(value, list) and action.type not in NUMBERS
+    text = json.dumps(value) if isinstance(value, dict) else value if made else str(value)
+    converted = text if action.type is None else action.type(text)
+    check_whole(action.dest, converted)
     if action.choices is not None and converted not in action.choices:
         known = ", ".join(map(str, action.choices))
         raise argparse.ArgumentTypeError(f"must be one of {known}, not {value!r}")

@@ -18,7 +18,7 @@ from typing import Any, get_origin
 
 import yaml
 
-from experiment.command_line import parse
+from experiment.command_line import check_whole, parse
 from experiment.errors import WrongInputError
 from experiment.files import plain
 from experiment.settings import converter_of
@@ -252,6 +252,7 @@ def _one(path: Path, key: Key, value: Any) -> Any:
     try:
         whole = isinstance(value, dict) and key.kind is mapping
         converted = value if whole else key.kind(str(value))
+        check_whole(key.name, converted)
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise SettingsError(f"{path}: {key.name} {error}") from error
     if key.choices is not None and converted not in key.choices:

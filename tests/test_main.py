@@ -486,6 +486,15 @@ def test_two_hundred_meta_steps_teach_more_than_random_features_know(tmp_path):
     assert results["test_accuracy_mean"] > max(first + 0.05, 0.84)
 
 
+@pytest.mark.parametrize("saved", [[[4, 1e9]], [[4, 10**9]], [[4]], [["a", "b"]], 5, [5]])
+def test_convolutions_of_a_damaged_configuration_are_refused(tmp_path, capsys, plain, saved):
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
+    config = json.loads((out / "config.json").read_text()) | {"conv": saved}
+    (out / "config.json").write_text(json.dumps(config))
+    assert "config.json is damaged: conv" in refused(capsys, main.main, "--resume", out)
+
+
 # ---- command lines of the original ----
 
 

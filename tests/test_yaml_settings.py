@@ -86,6 +86,7 @@ def test_a_switch_can_be_turned_off_again(tmp_path):
     [
         ("sise: 3", "unknown key 'sise'; the nearest known key is 'size'"),
         ("size: 0", "size must be a whole number of at least 1"),
+        ("size: 99999999999", "size must be at most 1000000000"),
         ("colour: green", "colour must be one of red, blue"),
         ("names: a", "names must be a list"),
         ("names: [c]", "names must be one of a, b"),
