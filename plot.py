@@ -60,6 +60,7 @@ def png_file(text: str) -> Path:
 if __name__ == "__main__":
     make_parser().parse_args()  # answers --help and wrong flags before torch is loaded
 
+from experiment.errors import WrongInputError
 from experiment.files import write_whole
 from experiment.run_reader import read_config, read_results, run_names
 from figures.baselines import draw_mlp_run, draw_pca_run, draw_vicreg_run
@@ -98,6 +99,10 @@ DRAW: dict[str, Callable[[Path], list[Path]]] = {
 }
 
 
+# what a file of a run that is not as its command wrote it may raise where it is drawn
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
 def plot_run(args: argparse.Namespace) -> list[Path]:
     """The figures that each run's own command has drawn, or would have drawn at its end."""
     commands = [drawing_command(directory) for directory in args.runs]
@@ -105,7 +110,9 @@ def plot_run(args: argparse.Namespace) -> list[Path]:
     for directory, command in zip(args.runs, commands, strict=True):
         try:
             drawn += DRAW[command](directory)
-        except (LookupError, TypeError, argparse.ArgumentTypeError) as problem:
+        except WrongInputError:
+            raise
+        except (*DAMAGE, argparse.ArgumentTypeError) as problem:
             raise UserError(
                 f"{directory} is no whole run of {command}.py: {problem!r}"
             ) from problem
@@ -160,7 +167,7 @@ def tuned_losses(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
             }
             for optimizee, results in compared.items()
         }
-    except (LookupError, TypeError, ValueError, AttributeError) as problem:
+    except DAMAGE as problem:
         raise UserError(
             f"{directory} is no whole run of learn_to_optimize.py: {problem!r}"
         ) from problem
@@ -215,7 +222,7 @@ class LayerRule:
 def rules_of_run(directory: Path, name: str) -> dict[str, LayerRule]:
     """The rule of each layer, by the run's name, and the layer's where there are several."""
     rule = load_rule(directory / "rule.json")
-    effects = read_results(directory).get("term_effects", {})
+    effects = effects_of_run(directory)
     if not isinstance(rule, PerLayerRule):
         return {name: LayerRule(rule.coefficients(), effects)}
     layers = {}
@@ -225,6 +232,17 @@ def rules_of_run(directory: Path, name: str) -> dict[str, LayerRule]:
         layer_effects = {n: effects[f"{number}/{n}"] for n in names if f"{number}/{n}" in effects}
         layers[label] = LayerRule(names, layer_effects)
     return layers
+
+
+def effects_of_run(directory: Path) -> dict[str, float]:
+    """The effects in a run's results.json that are known: those that were not finite are null."""
+    effects = read_results(directory).get("term_effects") or {}
+    if not isinstance(effects, dict):
+        raise UserError(f"{directory}/results.json is damaged: term_effects is no table")
+    known = {name: effect for name, effect in effects.items() if effect is not None}
+    if wrong := [name for name, e in known.items() if not isinstance(e, int | float)]:
+        raise UserError(f"{directory}/results.json is damaged: term_effects of {wrong[0]}")
+    return known
 
 
 def effects_of_classical(

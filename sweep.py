@@ -37,7 +37,7 @@ from experiment.command_line import (
     run_command,
     run_parser,
 )
-from sweeps.space import SearchedFlag, searched_flag
+from sweeps.space import MOST_VALUES, SearchedFlag, searched_flag
 
 METHODS = ("random", "tpe", "population", "asha", "grid")
 TRIALS = 30
@@ -170,6 +170,8 @@ def complete(args, command: list[str]) -> None:
     if args.method == "grid":
         _refuse_a_continuum(args.search)
         points = math.prod(len(flag.values()) for flag in args.search)
+        if points > MOST_VALUES:
+            raise UserError(f"the grid has {points:,} points; at most {MOST_VALUES:,} are made")
         args.trials = min(args.trials or points, points)
     args.trials = args.trials or TRIALS
 

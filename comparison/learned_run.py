@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from experiment.command_line import AT_MOST, LARGEST_WHOLE
 from experiment.errors import RunLogError
 from experiment.run_reader import read_config, read_json, read_metrics, read_results
 from experiment.view_strengths import ViewStrengths
@@ -121,15 +122,23 @@ def _check_flags(config: Mapping[str, Any], steps: int) -> None:
     """
     whole = {name: config[name] for name in ("batch_size", "outer_images")} | {"inner_steps": steps}
     whole |= {f"layers {k}": units for k, units in enumerate(config["layers"], 1)}
-    _check_all(whole, lambda n: type(n) is int and n > 0, "must be a whole number of at least 1")
+    for k, (channels, kernel) in enumerate(config.get("conv", ()), 1):
+        whole |= {f"conv {k}": channels, f"kernel {k}": kernel}
+    whole["pool"] = config.get("pool", 2)
+    _check_all(whole, _is_count, f"must be a whole number from 1 to {LARGEST_WHOLE}")
     _check_all({"C": config["C"]}, lambda C: math.isfinite(C) and C > 0, "must be a number above 0")
     dynamics = {name: config[name] for name in ("inh_steps", "inh_factor")}
-    _check_all(dynamics, lambda value: 0 <= value < math.inf, "must be a number of at least 0")
+    most = AT_MOST["inh_steps"]
+    _check_all(dynamics, lambda value: 0 <= value <= most, f"must be a number from 0 to {most}")
     switches = ("pixelwise_normalization", "forbid_self_inhibition", "forbid_excitation")
     flags = {name: config[name] for name in switches} | {"center": config.get("center", False)}
     _check_all(flags, lambda value: type(value) is bool, "must be true or false")
     if not config["layers"] and not config.get("conv"):
         raise ValueError("the network has no layer")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_WHOLE
 
 
 def _check_all(values: Mapping[str, Any], right: Callable[[Any], bool], expected: str) -> None:

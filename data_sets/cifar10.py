@@ -17,13 +17,12 @@ import io
 import pickle
 import tarfile
 import tempfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_sets.fetching import one_line, run_with_torchvision
+from data_sets.fetching import ARCHIVE_ERRORS, member, one_line, run_with_torchvision
 from data_sets.image_data import DataError, ImageData
 from experiment.files import write_durably
 
@@ -125,9 +124,8 @@ def fetch(data_dir: Path) -> None:
         try:
             with tarfile.open(directory / "archive") as archive:
                 for path in _paths(whole):
-                    content = archive.extractfile(f"{BINARY}/{path.name}").read()
-                    write_durably(path, content)
-        except (tarfile.TarError, KeyError, EOFError, zlib.error) as error:
+                    write_durably(path, member(archive, f"{BINARY}/{path.name}"))
+        except ARCHIVE_ERRORS as error:
             raise DataError(f"its archive cannot be read ({one_line(error)})") from error
         try:
             whole.rename(data_dir / BINARY)

@@ -5,9 +5,12 @@ what torchvision has already; checksums here are of the files' uncompressed cont
 """
 
 import importlib.util
+import lzma
 import subprocess
 import sys
+import tarfile
 import time
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -108,6 +111,18 @@ def _bytes_under(directory: Path) -> int:
         with suppress(FileNotFoundError):  # the command may be renaming its files just now
             total += path.stat().st_size
     return total
+
+
+# what reading a damaged archive may raise, beside OSError
+ARCHIVE_ERRORS = (tarfile.TarError, KeyError, EOFError, zlib.error, lzma.LZMAError)
+
+
+def member(archive: tarfile.TarFile, name: str) -> bytes:
+    """The content of a file in an archive; KeyError where it is none."""
+    entry = archive.getmember(name)
+    if not entry.isfile():
+        raise KeyError(f"{name} is no file in it")
+    return archive.extractfile(entry).read()
 
 
 def one_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ of these has it, ../shared/data/uci beside the sources is looked into.
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def load_table(name: str, data_dir: str | Path = "./data") -> Table:
         except Exception as error:  # a fetcher fails in whatever way its library likes
             failures.append(f"{title}: {' '.join(str(error).split())[:120]}")
         else:
-            _keep(path, table)
+            with suppress(OSError):  # of a folder that is not to be written to: fetched each time
+                _keep(path, table)
             return table
     last = SHARED / path.name
     if last.exists():

@@ -7,10 +7,11 @@ thread.
 """
 
 import numpy as np
-from numba import njit
 from numba.extending import intrinsic
 
-compiled = njit(cache=True, nogil=True, error_model="numpy")  # without fastmath: nothing is fused
+from experiment.compiling import compiled
+
+loop = compiled(nogil=True, error_model="numpy")  # without fastmath: nothing is fused
 
 BORDER = 2  # pixels of 0 around an image: what is further outside is looked for there
 
@@ -25,7 +26,7 @@ def fused(typing_context, a, b, c):
     return a(a, a, a), code
 
 
-@compiled
+@loop
 def warp(x, areas, aspects, positions, moves, cos, sin, padding, scale, fallback, warped):
     """Each image of x [N, C, H, W], rotated, cropped and shifted, to `warped`.
 
@@ -58,7 +59,7 @@ def warp(x, areas, aspects, positions, moves, cos, sin, padding, scale, fallback
             _interpolate(padded.reshape(-1), row, east, south, index, warped[n, channel])
 
 
-@compiled
+@loop
 def _matrix(box, cos, sin, padding, height, width, like):
     """The affine map [2, 3] of _crop_grid."""
     top, left, h, w = box
@@ -73,7 +74,7 @@ def _matrix(box, cos, sin, padding, height, width, like):
     return matrix
 
 
-@compiled
+@loop
 def _look_up(matrix, across, down, size, stride, beyond, index):
     """In one dimension, of each pixel of a view: the neighbour before it, added to `index` in steps
     of `stride`, and how far it lies beyond that one.
@@ -93,7 +94,7 @@ def _look_up(matrix, across, down, size, stride, beyond, index):
             index[i, j] += np.int32(before) * stride
 
 
-@compiled
+@loop
 def _interpolate(padded, row, east, south, index, view):
     """view: of each pixel the weighted mean of its four neighbours."""
     one = view.dtype.type(1)
@@ -107,7 +108,7 @@ def _interpolate(padded, row, east, south, index, view):
             view[i, j] = fused(padded[place + np.uint32(row + 1)], e * s, value)
 
 
-@compiled
+@loop
 def _centres(size, like):
     """Of so many pixels that fill [-1, 1]."""
     centres = np.empty(size, dtype=like.dtype)
@@ -116,7 +117,7 @@ def _centres(size, like):
     return centres
 
 
-@compiled
+@loop
 def _box(areas, aspects, position, padding, scale, fallback, height, width):
     """Top, left, height and width of the first attempt that fits into the padded image."""
     padded_height, padded_width = height + 2 * padding, width + 2 * padding
@@ -131,7 +132,7 @@ def _box(areas, aspects, position, padding, scale, fallback, height, width):
     return fallback
 
 
-@compiled
+@loop
 def change(draws, brightness, contrast, first, grey, x):
     """Brightness of some images x [N, pixels], contrast of the others, as _jitter has them.
 

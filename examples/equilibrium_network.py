@@ -295,8 +295,8 @@ def main(argv: list[str] | None = None) -> None:
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
     if args.train_images > max(len(train_data), TRAIN_IMAGES):
         raise UserError(f"--train_images {args.train_images}: there are {len(train_data)}")
+    sizes = math.prod(train_data.shape), train_data.classes  # also those that no image used is of
     train_data = train_data.subset(slice(args.train_images))
-    sizes = math.prod(train_data.shape), train_data.classes
     networks = {
         name: Network(args, *sizes, name == "equilibrium", device=device, dtype=dtype)
         for name in NETWORKS

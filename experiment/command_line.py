@@ -26,6 +26,8 @@ Exit status: 0 done, 1 not finite, 2 wrong input, 130 interrupted.
 
 import argparse
 import copy
+import itertools
+import json
 import math
 import os
 import re
@@ -45,6 +47,18 @@ DTYPES = ("float32", "float64")
 OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 
 LARGEST = 1e30  # number that a flag takes: float32 holds it, and the sum of many
+LARGEST_WHOLE = 10**9  # that a flag takes; experiment/seeds.py needs it to be below 2^31
+AT_MOST = {  # whole numbers by flag, where fewer are more than anyone has time or memory for
+    "seed": math.inf,  # experiment/seeds.py takes any, other commands say what theirs take
+    "threads": math.inf,  # experiment/devices.py knows how many there are
+    "degree": 10,
+    "draws": 10**6,
+    "inh_steps": 10**5,
+    "loss_times": 10**4,
+    "pairs": 10**5,
+    "tasks": 10**5,
+    "trials": 10**6,
+}
 
 # what torch's allocators say where they raise a RuntimeError that is no torch.OutOfMemoryError
 _ALLOCATOR_REFUSES = re.compile(
@@ -106,6 +120,23 @@ class OneOrMore(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class SwitchWithNumber(argparse.Action):
+    """A switch that may be followed by the number of another flag: --sparsify, --sparsify 100.
+
+    number: where that is kept. The number counts only where the positional arguments are given
+    beside it, or with an equals sign; else `parse` refuses it, as it may be one of them.
+    """
+
+    def __init__(self, option_strings, dest, *, number: str, **form) -> None:
+        super().__init__(option_strings, dest, nargs="?", default=False, **form)
+        self.number = number
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, True)
+        if values is not None:
+            setattr(namespace, self.number, values)
+
+
 def common_parser(
     description: str, command: str, *, several_datasets: bool = False
 ) -> argparse.ArgumentParser:
@@ -132,7 +163,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     explicit = vars(_relaxed(parser, without_defaults=True).parse_args(argv))
     directory = explicit.get("resume")
     if directory is None:
-        return parser.parse_args(argv)
+        args = parser.parse_args(argv)
+        _refuse_doubtful_numbers(parser, args, sys.argv[1:] if argv is None else argv)
+        return args
     try:
         config = read_config(directory)
     except RunLogError as error:
@@ -145,7 +178,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         if name in config and name not in explicit and name not in OF_THE_CALL:
             try:
                 setattr(args, name, _from_saved(action, config[name]))
-            except (argparse.ArgumentTypeError, ValueError) as error:
+            except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
                 parser.error(f"argument --resume: {directory}/config.json is damaged: "
                              f"{name} {error}")  # fmt: skip
     return args
@@ -287,15 +320,43 @@ def _number(kind: type, text: str, accepted: Callable[[Any], bool], expected: st
     return value
 
 
+def check_whole(name: str, value: Any) -> None:
+    """ArgumentTypeError where the value of this flag is a whole number above its limit."""
+    most = AT_MOST.get(name, LARGEST_WHOLE)
+    if type(value) is int and value > most:
+        shown = value if value < 10**30 else "one of more than 30 digits"
+        raise argparse.ArgumentTypeError(f"must be at most {most}, not {shown}")
+
+
 # ---- parsing ----
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
+    """An ArgumentParser whose errors are one line, without the usage; whole numbers have limits."""
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {line} (see --help)\n")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        value = super()._get_value(action, arg_string)
+        try:
+            check_whole(action.dest, value)
+        except argparse.ArgumentTypeError as problem:
+            raise argparse.ArgumentError(action, str(problem)) from None
+        return value
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """As argparse's; says so where a flag may have taken what stands behind its values."""
+        try:
+            return super()._get_values(action, arg_strings)
+        except argparse.ArgumentError as error:
+            several = action.option_strings and action.nargs in ("+", "*")
+            for positional in self._get_positional_actions() if several else ():
+                if positional.type in NUMBERS and _takes(positional, arg_strings[-1]):
+                    flag = action.option_strings[0]
+                    error.message += f"; {positional.dest} stand before {flag}"
+            raise
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -321,8 +382,30 @@ def _relaxed(parser: argparse.ArgumentParser, without_defaults: bool) -> argpars
         if not action.option_strings:
             action.nargs = {None: "?", "+": "*"}.get(action.nargs, action.nargs)
         if without_defaults:
-            action.default, action.type = argparse.SUPPRESS, None  # else the default is converted
+            # else the default is converted
+            action.default, action.type, action.choices = argparse.SUPPRESS, None, None
     return relaxed
+
+
+def _refuse_doubtful_numbers(parser, args, argv: Sequence[str]) -> None:
+    """The error of a switch's number that may be a positional argument, where there is none."""
+    for positional in parser._get_positional_actions():
+        for flag, number in reversed([*itertools.pairwise(argv)]):
+            switch = isinstance(parser._option_string_actions.get(flag), SwitchWithNumber)
+            if switch and not getattr(args, positional.dest) and _takes(positional, number):
+                parser.error(
+                    f"argument {flag}: {number} may be its number or one of {positional.dest}, "
+                    f"and no other follows: write {number} {flag}, or {flag}=5 {number}"
+                )
+
+
+def _takes(action: argparse.Action, text: str) -> bool:
+    """Whether a text is a value of a flag or argument that has a type."""
+    try:
+        action.type(text)
+    except (argparse.ArgumentTypeError, ValueError):
+        return False
+    return True
 
 
 def _from_saved(action: argparse.Action, value: Any) -> Any:
@@ -332,7 +415,7 @@ def _from_saved(action: argparse.Action, value: Any) -> Any:
     """
     if value is None and action.default is None and not action.required:
         return None
-    if action.nargs == 0:  # a switch
+    if action.nargs == 0 or isinstance(action, SwitchWithNumber):
         if not isinstance(value, bool):
             raise argparse.ArgumentTypeError(f"must be true or false, not {value!r}")
         return value
@@ -348,8 +431,13 @@ def _converted(action: argparse.Action, value: Any, depth: int) -> Any:
         if not isinstance(value, list):
             raise argparse.ArgumentTypeError(f"must be a list, not {value!r}")
         return [_converted(action, element, depth - 1) for element in value]
-    made = isinstance(value, list | dict) and action.type not in NUMBERS  # of a text, such as 16x5
-    converted = value if made or action.type is None else action.type(str(value))
+    if action.type is None and action.choices is None and not isinstance(value, str):
+        raise argparse.ArgumentTypeError(f"must be a text, not {value!r}")
+    # a type that makes several values of a text, such as 16x5, takes them too
+    made = isinstance(value, list) and action.type not in NUMBERS
+    text = json.dumps(value) if isinstance(value, dict) else value if made else str(value)
+    converted = text if action.type is None else action.type(text)
+    check_whole(action.dest, converted)
     if action.choices is not None and converted not in action.choices:
         known = ", ".join(map(str, action.choices))
         raise argparse.ArgumentTypeError(f"must be one of {known}, not {value!r}")

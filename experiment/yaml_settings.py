@@ -10,6 +10,7 @@ such a file too: it starts the same run again.
 import argparse
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, get_origin
 
 import yaml
 
-from experiment.command_line import parse
+from experiment.command_line import check_whole, parse
 from experiment.errors import WrongInputError
 from experiment.files import plain
 from experiment.settings import converter_of
@@ -161,7 +162,7 @@ def read_settings(
         raise SettingsError(f"can't read {path}: {reason}") from error
     try:
         # not all that JSON writes is a number in YAML: 1e-05 is not
-        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        settings = json.loads(text) if path.suffix == ".json" else read_yaml(text)
     except UNREADABLE as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
         raise SettingsError(f"{path} is not {kind}: {' '.join(str(error).split())}") from error
@@ -175,10 +176,45 @@ def read_settings(
     return {name: _checked(path, name, value, known) for name, value in settings.items()}
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, with the numbers of YAML 1.2: 1e-1 is one, 010 is ten, 1:30 and 1_000 are texts."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it: by the first character
+        first: [entry for entry in entries if entry[0].rpartition(":")[2] not in ("int", "float")]
+        for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Decimal, also with zeros in front; 0o17 is octal, 0xf hexadecimal."""
+        text = self.construct_scalar(node)
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z"),
+    "-+0123456789",
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+    ),
+    "-+.0123456789",
+)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def read_yaml(text: str) -> Any:
+    """The value that a text says in YAML; raises one of UNREADABLE."""
+    return yaml.load(text, _Loader)  # of PyYAML, a safe one
+
+
 def mapping(text: str) -> dict[str, Any]:
     """The type of a flag that is a table, written as in YAML: '{lr: [-10, 0]}'."""
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except UNREADABLE:
         value = None
     if not isinstance(value, dict):
@@ -213,13 +249,10 @@ def _checked(path: Path, name: Any, value: Any, known: dict[str, Key]) -> Any:
 
 
 def _one(path: Path, key: Key, value: Any) -> Any:
-    text = (
-        yaml.safe_dump(value, default_flow_style=True).strip()
-        if isinstance(value, dict)
-        else str(value)
-    )
     try:
-        converted = key.kind(text)
+        whole = isinstance(value, dict) and key.kind is mapping
+        converted = value if whole else key.kind(str(value))
+        check_whole(key.name, converted)
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise SettingsError(f"{path}: {key.name} {error}") from error
     if key.choices is not None and converted not in key.choices:

@@ -16,14 +16,15 @@ What a function is told comes first, what it fills or changes last.
 """
 
 import numpy as np
-from numba import njit
+
+from experiment.compiling import compiled
 
 # Sums may be reordered and divisions by a common factor shared; NaN stays NaN.
 LOOSE = {"reassoc", "contract", "nsz", "arcp"}
-compiled = njit(cache=True, nogil=True, fastmath=LOOSE, error_model="numpy")
+loop = compiled(nogil=True, fastmath=LOOSE, error_model="numpy")
 
 
-@compiled
+@loop
 def split(layout, weights):
     """Weights of the rows [rows, factors], of s, and of w; of length 0 where there are none."""
     rows, factors, of_s = layout[1], layout[2], layout[3]
@@ -31,7 +32,7 @@ def split(layout, weights):
     return weights[:end].reshape(rows, factors), weights[end : end + of_s], weights[end + of_s :]
 
 
-@compiled
+@loop
 def per_unit(small, units):
     """mean, d, root, factor of the step, and db, each [units]; then all that follows them."""
     mean, d, root = small[:units], small[units : 2 * units], small[2 * units : 3 * units]
@@ -39,7 +40,7 @@ def per_unit(small, units):
     return mean, d, root, scale, db, small[5 * units :]
 
 
-@compiled
+@loop
 def per_row(layout, rest, units):
     """factors [factors, units], a [rows, units], cov and across [units, units]."""
     of_factors, of_rows = layout[2] * units, layout[1] * units
@@ -49,13 +50,13 @@ def per_row(layout, rest, units):
     return factors, a, rest[: units**2].reshape(units, units), _square(rest[units**2 :], units)
 
 
-@compiled
+@loop
 def _square(numbers, units):
     """[units, units], or [0, units] of no numbers."""
     return numbers.reshape(len(numbers) // units, units)
 
 
-@compiled
+@loop
 def centre(y, c, small):
     """Sum and difference of the centred views, c [views, samples, units], and the mean [units]."""
     views, samples, units = c.shape
@@ -76,7 +77,7 @@ def centre(y, c, small):
                 c[0, n, i] = y0[n, i] - mean[i]
 
 
-@compiled
+@loop
 def squared_correlations(cov, d, i):
     """sum_{k != i} (cov_ik d_k)^2."""
     total = 0.0
@@ -85,7 +86,7 @@ def squared_correlations(cov, d, i):
     return total
 
 
-@compiled
+@loop
 def mix(layout, codes, counts, gram, weights, small, k):
     """factors, a, d, cov, across and k, from c^T c; counts: 1 / (c^T c over moments), the floor."""
     views, units, _ = gram.shape
@@ -130,7 +131,7 @@ def mix(layout, codes, counts, gram, weights, small, k):
             k[v, j, j] = a[at[0] + v, j] if at[0] >= 0 else 0
 
 
-@compiled
+@loop
 def gate(layout, slope_of, weights, s, y, small, total, h):
     """c K in `total` becomes l in its place; h = base' l, and its sum db [units]."""
     views, samples, units = total.shape
@@ -173,7 +174,7 @@ def gate(layout, slope_of, weights, s, y, small, total, h):
         summed[i] = sums[i]
 
 
-@compiled
+@loop
 def step(layout, weights, w, b, rate, eps, dw, small, new_w, new_b):
     """dw += of_w w in its place, then the step."""
     units, inputs = w.shape
@@ -194,7 +195,7 @@ def step(layout, weights, w, b, rate, eps, dw, small, new_w, new_b):
         new_b[i] = b[i] + scale * db[i]
 
 
-@compiled
+@loop
 def through_step(
     layout, weights, grad_w, grad_b, w, dw, eps, small, grad_dw, grad_old, grad_numbers,
     grad_weights, sums,
@@ -231,7 +232,7 @@ def through_step(
     grad_of_w[:] = of_term
 
 
-@compiled
+@loop
 def through_gate(
     layout, slope_of, weights, s, y, total, grad, grad_y, grad_s, grad_weights, sums
 ):  # fmt: skip
@@ -282,7 +283,7 @@ def through_gate(
         grad_of_s[1] = of_cross.sum()
 
 
-@compiled
+@loop
 def through_squared_correlations(grad, cov, d, i, grad_cov, grad_d):
     """Adds the gradients of covariance and d from that of d_i^4 squared_correlations(cov, d, i)."""
     grad_d[i] += 4 * d[i] ** 3 * grad * squared_correlations(cov, d, i)
@@ -293,7 +294,7 @@ def through_squared_correlations(grad, cov, d, i, grad_cov, grad_d):
             grad_d[k] += each * cov[i, k] * cov[i, k] * d[k]
 
 
-@compiled
+@loop
 def through_mix(layout, codes, counts, weights, small, grad_k, grad_weights, sums, both):
     """Gradients of rows and mean, and in `both` what c is multiplied by for its gradient through
     its moments.
@@ -377,7 +378,7 @@ def through_mix(layout, codes, counts, weights, small, grad_k, grad_weights, sum
                 both[1, j, i] -= difference
 
 
-@compiled
+@loop
 def through_centre(slope_of, slope, grad, sums, y, grad_y, grad_b, grad_s, through_b):
     """Adds to grad_s what comes through y: grad_y, and through c, its gradient in `grad`, and the
     mean; through_b: grad_b and the sum of it all, [units].

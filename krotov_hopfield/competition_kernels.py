@@ -10,11 +10,12 @@ A fully connected layer has one segment. One thread; the interpreter's lock is r
 """
 
 import numpy as np
-from numba import njit
+
+from krotov_hopfield.compiling import compiled
 
 # Sums may be reordered and divisions by a common factor shared; that stays within rounding.
 LOOSE = {"reassoc", "contract", "nsz", "arcp", "nnan"}
-compiled = njit(cache=True, nogil=True, fastmath=LOOSE)
+loop = compiled(nogil=True, fastmath=LOOSE)
 
 # Currents are ranked by whole numbers in the same order, made from their bits: of these a compiler
 # can take the largest in vectors, and NaN is a number among others.
@@ -22,7 +23,7 @@ LOWEST, LOWEST_OF_32_BITS = -(2**63), -(2**31)
 HIGHEST_KEY = {4: 2**31 - 1, 8: 2**63 - 1}  # by bytes; the search for the largest begins here
 
 
-@compiled
+@loop
 def _next_largest(bits, b, group, key, place):
     """Key and place of the largest current of a sample after that of `key` at `place`.
 
@@ -49,7 +50,7 @@ def _next_largest(bits, b, group, key, place):
     return most, where
 
 
-@compiled
+@loop
 def _slot_of(unit, slots, units, count, sums, pull):
     """The row of `sums` that belongs to a unit, cleared when the unit comes for the first time."""
     if slots[unit] < 0:
@@ -61,7 +62,7 @@ def _slot_of(unit, slots, units, count, sums, pull):
     return slots[unit]
 
 
-@compiled
+@loop
 def add_samples(
     currents, bits, highest, x, origins, offsets, length, k, delta, slots, units, sums, pull
 ):  # fmt: skip
@@ -96,7 +97,7 @@ def add_samples(
 # Unsigned places are not checked for being negative, which lets these loops run in vectors.
 
 
-@compiled
+@loop
 def _gather(window, x, origin, offsets, length):
     """window [> N] = the N numbers of x, flat, that a sample at `origin` sees."""
     for q in range(len(offsets)):
@@ -105,7 +106,7 @@ def _gather(window, x, origin, offsets, length):
             window[begin + np.uintp(i)] = x[start + np.uintp(i)]
 
 
-@compiled
+@loop
 def _add(sums, row, window):
     """A row of sums [n, > N] += window [> N]."""
     row = np.uintp(row)
@@ -113,7 +114,7 @@ def _add(sums, row, window):
         sums[row, i] += window[i]
 
 
-@compiled
+@loop
 def _add_two(sums, row, other, window, delta):
     """A row of sums [n, > N] += window [> N], another -= delta window."""
     row, other = np.uintp(row), np.uintp(other)
@@ -122,7 +123,7 @@ def _add_two(sums, row, other, window, delta):
         sums[other, i] -= delta * window[i]
 
 
-@compiled
+@loop
 def subtract_pull(weight, bias, units, sums, pull, largest):
     """Turns sums [n, > N] into changes D, and finds the largest |D_oi| [n] of each unit.
 
@@ -141,7 +142,7 @@ def subtract_pull(weight, bias, units, sums, pull, largest):
         largest[row] = most
 
 
-@compiled
+@loop
 def add_changes(weight, bias, units, changes, factors):
     """weight [O, N] and bias [O, or 0] += factors [n] times changes [n, > N], in place."""
     for row in range(len(units)):
@@ -153,7 +154,7 @@ def add_changes(weight, bias, units, changes, factors):
             bias[unit] += factor * change[len(w)]
 
 
-@compiled
+@loop
 def powers_and_norms(weight, exponent, powers, norms):
     """powers = sign(W) |W|^(exponent-1), norms = sum_i |W_oi|^exponent; exponent >= 2 is whole.
 
@@ -169,7 +170,7 @@ def powers_and_norms(weight, exponent, powers, norms):
         norms[unit] = _dot(w, power)
 
 
-@compiled
+@loop
 def norms_of(weight, bias, exponent, units, norms):
     """norms [O] of these units [n], their biases included, as in `powers_and_norms`."""
     for row in range(len(units)):
@@ -187,7 +188,7 @@ def norms_of(weight, bias, exponent, units, norms):
         norms[unit] = total
 
 
-@compiled
+@loop
 def _dot(a, b):
     """sum_i a_i b_i of [N], [N]."""
     total = a.dtype.type(0)

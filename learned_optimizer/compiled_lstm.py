@@ -11,14 +11,15 @@ the compiler turns them into vector instructions.
 import math
 
 import numpy as np
-from numba import njit
 from torch import Tensor
+
+from learned_optimizer.compiling import compiled
 
 F = np.float32
 MINUS_LOG2_E, LARGEST = F(-math.log2(math.e)), F(126)  # 2^y stays a normal number
 A0, A1, A2, A3, A4, A5, A6, A7 = (F(math.log(2) ** k / math.factorial(k)) for k in range(8))
 HALF, ONE, TWO, FOUR = F(0.5), F(1), F(2), F(4)
-OPTIONS = {"fastmath": True, "error_model": "numpy", "cache": True}
+OPTIONS = {"fastmath": True, "error_model": "numpy"}
 
 
 def cell_(z: Tensor, c: Tensor, half: Tensor, h: Tensor) -> None:
@@ -33,7 +34,7 @@ def gate_gradients(
     _gate_gradients(*(t.numpy() for t in (gates, half, c, dh, dc, dz)))
 
 
-@njit(inline="always", **OPTIONS)
+@compiled(inline="always", **OPTIONS)
 def _sigmoid(x):
     y = min(max(x * MINUS_LOG2_E, -LARGEST), LARGEST)
     n = np.floor(y + HALF)
@@ -43,7 +44,7 @@ def _sigmoid(x):
     return ONE / (ONE + power * scale)
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def _cell(z, c, half, h):
     H, C = c.shape
     for r in range(H):
@@ -56,7 +57,7 @@ def _cell(z, c, half, h):
             z[r, k], z[H + r, k], z[2 * H + r, k], z[3 * H + r, k] = i, f, o, s
 
 
-@njit(**OPTIONS)
+@compiled(**OPTIONS)
 def _gate_gradients(gates, half, c, dh, dc, dz):
     H, C = c.shape
     for r in range(H):

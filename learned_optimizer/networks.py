@@ -31,6 +31,10 @@ LARGEST_LOG = 10.0  # p: gradients below e^-p are passed on as they are, times e
 TIME_SCALE = 100.0  # steps
 DECAYS = (0.5, 0.9, 0.99)  # of the MLP's running averages of g; of g^2 the last
 MLP_CHUNK = 1 << 14  # columns whose graph is kept at once
+# what reading a description that is none may raise
+_UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
+LARGEST_HIDDEN = 4096  # units
+LARGEST_FACTOR = 1e30  # float32 holds it
 LARGEST_GRADIENT = 1e15  # for the MLP, whose averages of squares stay finite in float32
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TYPES}
@@ -69,7 +73,7 @@ class CoordinateNetwork(nn.Module):
 
     @out_mul.setter
     def out_mul(self, factor: float) -> None:
-        if not 0 < factor < float("inf"):
+        if not 0 < factor <= LARGEST_FACTOR:
             raise OptimizerError(f"out_mul must be a number above 0, got {factor}")
         self.settings["out_mul"] = float(factor)
 
@@ -129,8 +133,7 @@ class CoordinateLSTM(CoordinateNetwork):
         chosen = [name for name in EXTRA_INPUTS if name in extra_inputs]
         settings = {"hidden": hidden, "preprocess": bool(preprocess), "extra_inputs": chosen}
         super().__init__(out_mul, settings)
-        if hidden < 1:
-            raise OptimizerError(f"hidden must be >= 1, got {hidden}")
+        _check_hidden(hidden)
         if len(chosen) != len(extra_inputs):
             raise OptimizerError(
                 f"extra inputs are {', '.join(EXTRA_INPUTS)}, each at most once, got "
@@ -200,8 +203,7 @@ class CoordinateMLP(CoordinateNetwork):
 
     def __init__(self, hidden: int = 32, *, out_mul: float = 0.001) -> None:
         super().__init__(out_mul, {"hidden": hidden})
-        if hidden < 1:
-            raise OptimizerError(f"hidden must be >= 1, got {hidden}")
+        _check_hidden(hidden)
         self.layers = nn.Sequential(
             nn.Linear(self.inputs, hidden), nn.ReLU(),
             nn.Linear(hidden, hidden), nn.ReLU(),
@@ -268,7 +270,7 @@ def load_network(path: Path | str) -> CoordinateNetwork:
     """Reads what `save_network` wrote, of its type; OptimizerError where it is something else."""
     try:
         description = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise OptimizerError(f"cannot read a learned optimiser from {path}: {problem}") from problem
     try:
         network = make_network(description["kind"], **description["settings"])
@@ -277,13 +279,19 @@ def load_network(path: Path | str) -> CoordinateNetwork:
         network.load_state_dict({n: torch.tensor(w, dtype=torch.float64) for n, w in weights})
     except OptimizerError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as problem:
+    except _UNREADABLE as problem:
         raise OptimizerError(
             f"{path} is no learned optimiser, or one of another architecture: {problem}"
         ) from problem
     if not all(p.isfinite().all() for p in network.parameters()):
         raise OptimizerError(f"{path} holds weights that are not finite")
     return network
+
+
+def _check_hidden(hidden: int) -> None:
+    """OptimizerError for a number of units that no network has."""
+    if type(hidden) is not int or not 1 <= hidden <= LARGEST_HIDDEN:
+        raise OptimizerError(f"hidden must be whole, >= 1 and <= {LARGEST_HIDDEN}, got {hidden!r}")
 
 
 def _over_its_size(rows: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from one_pass.compiling import compiled
 from one_pass.errors import OnePassError
 from one_pass.objectives import Batch, Buffers, Linearization, MLPObjective
 
@@ -64,7 +65,7 @@ class CompiledMLPObjective(MLPObjective):
 # is shaped like them [D, P].
 
 # reassociated sums become vector instructions; nan and inf keep their meaning: runs diverge
-_compiled = numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+_loop = compiled(parallel=True, fastmath={"reassoc", "contract", "nsz"})
 
 
 @cache
@@ -72,7 +73,7 @@ def _gradient_loops(F: int, H: int) -> Callable:
     """(X, y, weights, loss [D], gradients) -> None: fills the last two."""
     b, o, c = F * H, F * H + H, F * H + 2 * H  # where b1, w2 and b2 begin
 
-    @_compiled
+    @_loop
     def gradient(X, y, weights, loss, gradients):
         count = len(y)
         zero = weights.dtype.type(0)
@@ -119,7 +120,7 @@ def _product_loops(F: int, H: int) -> Callable:
     """
     b, o, c = F * H, F * H + H, F * H + 2 * H  # as in _gradient_loops
 
-    @_compiled
+    @_loop
     def product(X, y, weights, vectors, products):
         count = len(y)
         zero = weights.dtype.type(0)

@@ -111,10 +111,7 @@ class KrotovHopfieldRule(LearningRule):
 
         Raises RuleError where fewer units compete than the rule ranks.
         """
-        try:
-            self.competition.check(len(old["w"]))
-        except CompetitionError as problem:
-            raise RuleError(str(problem)) from problem
+        self.check_units(len(old["w"]))
         inputs, windows = x[0], layer.windows or ROWS
         weight = old["w"].flatten(1)
         currents = self._currents(layer, old, inputs)
@@ -129,6 +126,13 @@ class KrotovHopfieldRule(LearningRule):
             "w": old["w"] + rate * change.view_as(old["w"]),
             "b": old["b"] + rate * of_bias,
         }
+
+    def check_units(self, units: int) -> None:
+        """RuleError where fewer units compete than the rule ranks."""
+        try:
+            self.competition.check(units)
+        except CompetitionError as problem:
+            raise RuleError(str(problem)) from problem
 
     @property
     def competition(self) -> Competition:

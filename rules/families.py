@@ -22,16 +22,27 @@ FAMILIES = {  # a rule's kind, its class, to the module that has it
     "UnitStatisticsRule": "rules.unit_statistics",
 }
 
+READING_ERRORS = (
+    LookupError, TypeError, AttributeError, RuntimeError, ValueError, ArithmeticError,
+)  # fmt: skip
+
 
 def rule_from_dict(description: dict) -> LearningRule:
     """The rule that its to_dict described, in float64; raises RuleError for anything else."""
     try:
-        kind = description["kind"]
-        if kind == PerLayerRule.__name__:
-            return PerLayerRule.from_dict(description, rule_from_dict)
-        return getattr(import_module(FAMILIES[kind]), kind).from_dict(description)
-    except (LookupError, TypeError, RuntimeError, ValueError, OverflowError) as problem:
-        raise RuleError(f"not the description of a learning rule: {problem!r}") from problem
+        if description["kind"] != PerLayerRule.__name__:
+            return _of_one_layer(description)
+        return PerLayerRule.from_dict(description, _of_one_layer)
+    except READING_ERRORS as problem:
+        what = problem if isinstance(problem, RuleError) else repr(problem)
+        raise RuleError(f"not the description of a learning rule: {what}") from problem
+
+
+def _of_one_layer(description: dict) -> LearningRule:
+    kind = description["kind"]
+    if kind not in FAMILIES:
+        raise RuleError(f"a layer's rule is one of {', '.join(FAMILIES)}, not {kind!r}")
+    return getattr(import_module(FAMILIES[kind]), kind).from_dict(description)
 
 
 def load_rule(path: Path | str) -> LearningRule:

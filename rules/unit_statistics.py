@@ -38,7 +38,13 @@ from initializers import STRIDE
 from kernels.gated_update import gated_update
 from kernels.local_polynomial import ROWS
 from kernels.unit_statistics import rms_step
-from learning_rules import LearningRule, RuleError, changes_by_term, update_layers
+from learning_rules import (
+    LARGEST_BOUND,
+    LearningRule,
+    RuleError,
+    changes_by_term,
+    update_layers,
+)
 from models_fully_local import Params, has_weights
 from rules.unit_statistics_sums import (
     GatedPlan,
@@ -529,6 +535,8 @@ def _check_numbers(start: Mapping[str, float], learn: Sequence[str]) -> None:
                 raise RuleError(f"{name} must be within (0, 1], below 1 to be learned: {value}")
         elif not (value > 0 or (name == "decay" and value == 0)):
             raise RuleError(f"{name} must be > 0: {value}")
+        elif LARGEST_BOUND < value < math.inf:
+            raise RuleError(f"{name} must be at most {LARGEST_BOUND:g}: {value}")
         elif name in learn and not 0 < value < math.inf:
             raise RuleError(f"{name} must be > 0 and finite to be learned: {value}")
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from learning_rules import RuleError
+from learning_rules import LARGEST_POWER, RuleError
 
 SENDING = {"w": ("x",), "b": (), "m": ("y_j", "c_j", "z_j")}
 RECEIVING = ("gain", "s", "y", "c", "z", "r", "r_cov", "r_exact", "r_cross")
@@ -107,6 +107,8 @@ def parse_term(text: str, group: str, views: int) -> Term:
         if views == 1 and (name.endswith("'") or name == "r_cross"):
             raise RuleError(f"{name} in the term {text!r} needs pairs of views")
         powers[name] = powers.get(name, 0) + _power(match.group(2), name, text)
+    if powers and max(map(abs, powers.values())) > LARGEST_POWER:
+        raise RuleError(f"a power in the term {text[:80]!r} is beyond {LARGEST_POWER}")
     return Term(group, tuple((name, powers[name]) for name in allowed if powers.get(name)))
 
 

@@ -28,7 +28,7 @@ FORMAT = 1
 CENTRINGS = ("none", "mean", "standardised")  # of each pixel over the training images
 LARGEST = {  # what a file may ask for
     "bytes": 2**18, "layers": 8, "units": 2**16, "kernel": 64, "pool": 64, "inh_steps": 1000,
-    "steps": 10**7, "batch_size": 2**20, "power": 16,
+    "steps": 10**7, "batch_size": 2**20,
 }  # fmt: skip
 
 
@@ -199,7 +199,6 @@ def _entry(name: str, value: dict[str, Any]) -> ZooEntry:
 
 def _recipe(value: dict[str, Any]) -> Recipe:
     _check_names("recipe", value, {f.name for f in fields(Recipe)})
-    _check_powers(value["rule"])
     rule = rule_from_dict(value["rule"])
     if not isinstance(rule, PerLayerRule) or not 1 <= len(rule.rules) <= LARGEST["layers"]:
         raise ValueError(f"its rule is not one for each of 1 to {LARGEST['layers']} layers")
@@ -252,16 +251,6 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"{name} is {value!r}, expected a number")
-
-
-def _check_powers(rule: Any) -> None:
-    """ValueError for powers of a polynomial that are beyond reason."""
-    if isinstance(rule, dict):
-        for power in rule.get("exponents", ()) if isinstance(rule.get("exponents"), list) else ():
-            if type(power) is int and power > LARGEST["power"]:
-                raise ValueError(f"a power is {power}, expected at most {LARGEST['power']}")
-    for part in rule.values() if isinstance(rule, dict) else rule if isinstance(rule, list) else ():
-        _check_powers(part)
 
 
 def _whole(name: str, value: Any, kind: str, least: int = 1) -> int:

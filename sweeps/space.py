@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from experiment.command_line import LARGEST, LARGEST_WHOLE
+
 FORMS = {
     "log": "NAME=log:LOW:HIGH",
     "int": "NAME=int:LOW:HIGH",
@@ -23,6 +25,8 @@ FORMS = {
     "choice": "NAME=choice:A,B,...",
     "": "NAME=LOW:HIGH",
 }
+
+MOST_VALUES = 10**5  # of a flag in steps, or of a grid
 
 Value = float | int | str
 
@@ -117,6 +121,8 @@ def _limits(kind: str, text: str) -> dict[str, Any]:
         return {"low": float(values[0]), "high": float(values[-1])}
     low, high = map(int if kind == "int" else float, text.split(":"))
     _check_order(low, high)
+    if kind == "int" and max(abs(low), abs(high)) > LARGEST_WHOLE:
+        raise _RangeError(f"ends of at most {LARGEST_WHOLE}")
     if kind == "log" and low <= 0:
         raise _RangeError("LOW above 0")
     return {"low": low, "high": high}
@@ -128,9 +134,13 @@ def _stepped(text: str) -> list[Decimal]:
     _check_order(low, high)
     if not 0 < step <= high - low:
         raise _RangeError("STEP above 0, at most HIGH - LOW")
+    if high - low > MOST_VALUES * step:
+        raise _RangeError(f"at most {MOST_VALUES} steps")
     return [low + i * step for i in range(int((high - low) / step) + 1)]
 
 
 def _check_order(low, high) -> None:
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise _RangeError("LOW below HIGH")
+    if max(abs(low), abs(high)) > LARGEST:
+        raise _RangeError(f"ends of at most {LARGEST:g}")

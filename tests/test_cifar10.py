@@ -159,10 +159,18 @@ def test_of_two_processes_that_download_at_once_the_slower_reads_what_the_faster
 
 
 def test_a_broken_download_leaves_nothing_behind(tmp_path, monkeypatch):
-    def download(statement, arguments, directory):
+    def half(statement, arguments, directory):
         (directory / "archive").write_bytes(b"half an archive")
 
-    monkeypatch.setattr(cifar10, "run_with_torchvision", download)
-    with pytest.raises(DataError, match="archive cannot be read"):
-        load_images("cifar10", tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    def of_folders(statement, arguments, directory):
+        with tarfile.open(directory / "archive", "w:gz") as archive:
+            for name in FILES:
+                folder = tarfile.TarInfo(f"{BINARY}/{name}.bin")
+                folder.type = tarfile.DIRTYPE
+                archive.addfile(folder)
+
+    for download in (half, of_folders):
+        monkeypatch.setattr(cifar10, "run_with_torchvision", download)
+        with pytest.raises(DataError, match="archive cannot be read"):
+            load_images("cifar10", tmp_path)
+        assert list(tmp_path.iterdir()) == []

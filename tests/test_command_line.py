@@ -171,6 +171,27 @@ def test_numbers_are_taken_in_their_range_only(kind, right, wrong):
             kind(text)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["9" * 20], "layers: must be at most 1000000000, not 99999999999999999999"),
+        (["32", "--metasteps", "1000000001"], "--metasteps: must be at most 1000000000"),
+        (["32", "--degree", "11"], "--degree: must be at most 10, not 11"),
+        (["32", "--metasteps", "9" * 400], "not one of more than 30 digits"),
+    ],
+)
+def test_whole_numbers_have_limits(capsys, flags, said):
+    def parsed(argv):
+        parser = some_parser()
+        parser.add_argument("--degree", type=positive_int)
+        return parse(parser, argv)
+
+    status, error = ended(parsed, capsys, flags)
+    assert status == 2 and error.count("\n") == 1 and said in error
+    largest = parsed([str(10**9), "--degree", "10", "--seed", "9" * 40])
+    assert (largest.layers, largest.degree, largest.seed) == ([10**9], 10, 10**40 - 1)
+
+
 def test_a_whole_number_may_be_larger_than_any_float():
     assert nonnegative_int(f"1{400 * '0'}") == 10**400
 
@@ -377,6 +398,9 @@ def test_resume_refuses_a_run_of_another_command(tmp_path, capsys):
         ("seed", 1.5, "seed must be a whole number of at least 0, not '1.5'"),
         ("layers", "abc", "layers must be a list, not 'abc'"),
         ("layers", [32, 0], "layers must be a whole number of at least 1, not '0'"),
+        ("layers", [10**20], f"layers must be at most 1000000000, not {10**20}"),
+        ("device", {}, "device must be auto, cpu, cuda, cuda:N or mps, not '{}'"),
+        ("data_dir", [], "data_dir"),
         ("dtype", "float16", "dtype must be one of float32, float64, not 'float16'"),
         ("dtype", {}, "dtype must be one of float32, float64, not {}"),
         ("pair_inputs", "yes", "pair_inputs must be true or false, not 'yes'"),

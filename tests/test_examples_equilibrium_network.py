@@ -146,6 +146,11 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
 
+def test_one_image_trains_a_network_for_all_classes(tmp_path):
+    run(*TINY, "--train_images", "1", "--out", tmp_path / "run")
+    assert rows(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -10,7 +10,7 @@ from commands import ROOT
 
 import rules
 from experiment.run_log import RunLog
-from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
+from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule, RuleError
 from rules import (
     KrotovHopfieldRule,
     load_rule,
@@ -58,6 +58,43 @@ def test_a_run_gets_its_rule_exact_as_a_formula_and_in_latex(tmp_path):
         assert load_rule(log.path("rule.json")).to_dict() == rule.to_dict()
         assert log.path("rule.txt").read_text() == rule.formula() + "\n"
         assert log.path("rule.tex").read_text() == rule.tex() + "\n"
+
+
+def changed(**values) -> dict:
+    """A rule for one layer, some values of which are others."""
+    return {"kind": "PerLayerRule", "rules": [EXAMPLES["PolynomialRule"]().to_dict() | values]}
+
+
+def of_power(*powers) -> dict:
+    return {"w": [{"exponents": list(powers), "coefficient": 1.0}], "b": [], "m": []}
+
+
+STATISTICS = preset("latent-predictive").to_dict()
+NO_RULES = {
+    "no layer": ({"kind": "PerLayerRule", "rules": []}, "no rule of a layer"),
+    "nested": ({"kind": "PerLayerRule", "rules": [changed()]}, "not 'PerLayerRule'"),
+    "large bound": (changed(bound_size=1e300), "at most 1e"),
+    "larger bound": (changed(bound_size=10**400), "at most 1e"),
+    "power of x": (changed(terms=of_power(10**9, 0, 0, 0)), "powers up to 16"),
+    "power of w": (changed(terms=of_power(0, 0, 0, 17)), "powers up to 16"),
+    "huge coefficient": (
+        changed(terms={"w": [{"exponents": [1, 0, 1, 0], "coefficient": 10**400}], "b": [],
+                       "m": []}), "Overflow"),
+    "no table": (changed(terms=[1]), "TypeError"),
+    "list": ([1], "TypeError"),
+    "power of y": (STATISTICS | {"terms": {"w": {"x gain y^1000000000": 1.0}}}, "beyond 16"),
+    "power by repetition": (STATISTICS | {"terms": {"w": {"x gain " + 17 * "y ": 1.0}}}, "beyond"),
+    "power of var": (STATISTICS | {"terms": {"w": {"x gain var^-17": 1.0}}}, "beyond 16"),
+    "tau": (STATISTICS | {"start": STATISTICS["start"] | {"tau": 1e300}}, "tau must be at most"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_RULES)
+def test_what_no_rule_is_like_is_refused_before_it_can_be_used(tmp_path, name):
+    description, said = NO_RULES[name]
+    (tmp_path / "rule.json").write_text(json.dumps(description))
+    with pytest.raises(RuleError, match=f"not the description of a learning rule: .*{said}"):
+        load_rule(tmp_path / "rule.json")
 
 
 def test_an_unknown_kind_is_refused_and_a_name_the_package_lacks_is_an_attribute_error():

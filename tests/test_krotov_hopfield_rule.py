@@ -265,6 +265,8 @@ def test_main_takes_the_rule_with_every_method(method, tmp_path):
         (["--l1_reg", "1"], "needs --rule polynomial"),
         (["--compile"], "needs --rule polynomial"),
         (["--ranking_param", "5"], "to 4, the number of units"),
+        (["--ranking_param", "4", "--conv", "3x5"], "to 3, the number of units"),
+        (["--ranking_param", "4", "--units_range", "3", "9"], "to 3, the number of units"),
         (["--lebesgue_p", "0.5"], "at least 1"),
         (["--gate", "winner", "--delta", "0.1"], "--delta needs --gate ranked or losers"),
         (["--inverse_temperature", "2"], "--inverse_temperature needs --gate soft"),
@@ -273,7 +275,7 @@ def test_main_takes_the_rule_with_every_method(method, tmp_path):
 )
 def test_main_refuses_what_the_rule_does_not_take(capsys, tmp_path, flags, message):
     line = refused(capsys, main.main, *TINY, 4, *flags, "--out", tmp_path / "run")
-    assert message in line
+    assert message in line and not (tmp_path / "run").exists()
 
 
 def test_evaluate_compares_with_the_rule_and_judges_a_learned_one(learned, tmp_path):

@@ -213,6 +213,7 @@ def test_losses_are_said_at_the_last_step_and_of_long_trainings_at_the_published
     [
         (["gru20"], "gru20"),
         (["relu3", "--compare", "nothing"], "nothing"),
+        (["--compare", "relu3", "relu4"], "before it, as in relu3 --compare relu3 relu4"),
         (["relu3", "--unroll", "0"], "at least 1"),
         (["relu3", "--estimator", "guess"], "guess"),
         (["relu3", "--network", "mlp", "--raw_gradients"], "lstm"),

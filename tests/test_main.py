@@ -485,3 +485,90 @@ def test_two_hundred_meta_steps_teach_more_than_random_features_know(tmp_path):
     first = float(rows(tmp_path / "run")[0]["test_accuracy"])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["test_accuracy_mean"] > max(first + 0.05, 0.84)
+
+
+@pytest.mark.parametrize("saved", [[[4, 1e9]], [[4, 10**9]], [[4]], [["a", "b"]], 5, [5]])
+def test_convolutions_of_a_damaged_configuration_are_refused(tmp_path, capsys, plain, saved):
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
+    config = json.loads((out / "config.json").read_text()) | {"conv": saved}
+    (out / "config.json").write_text(json.dumps(config))
+    assert "config.json is damaged: conv" in refused(capsys, main.main, "--resume", out)
+
+
+# ---- command lines of the original ----
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "32 --lr 1e-5 --metasteps 2000",
+        "256 32 --lr 1e-5 --metasteps 2000",
+        "32 --pair_inputs --lr 1e-5 --metasteps 1000",
+        "256 32 --pair_inputs --lr 1e-5 --metasteps 1000",
+    ],
+)
+def test_the_examples_of_the_original_run_literally(tmp_path, line):
+    out = tmp_path / "run"
+    here = ["--dataset", "mnist5k", "--initial_inner_steps", "1", "--evaluations", "1"]
+    few = ["--probe_images", "100", "--outer_images", "50", "--batch_size", "64"]
+    tiny = ["--max_inner_steps", "1", "--metasteps", "1", "--quiet"]
+    run(*line.split(), *here, *few, *tiny, "--out", out)
+    assert len(rows(out)) == 1 and (out / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "layers", "clip", "sparsify"),
+    [
+        ("--clip_grads 5 32", [32], 5, None),
+        ("32 --clip_grads 5", [32], 5, None),
+        ("--clip_grads=5 32", [32], 5, None),
+        ("--clip_grads=32 --conv 3x5", [], 32, None),
+        ("32 --clip_grads", [32], 100, None),
+        ("--clip_grads --lr 1e-3 32", [32], 100, None),
+        ("--rule unit_statistics --no-clip_grads 32", [32], None, None),
+        ("--rule unit_statistics --clip_grads 5 32", [32], 5, None),
+        ("--sparsify 100 32", [32], None, 100),
+        ("32 --sparsify", [32], None, 0),
+        ("--sparsify 100 --clip_grads 5 256 32", [256, 32], 5, 100),
+    ],
+)
+def test_a_switch_of_the_original_takes_its_number_where_layers_stand_beside_it(
+    line, layers, clip, sparsify
+):
+    args, _ = main.parse_flags(line.split())
+    settings = main.make_settings(args)
+    assert args.layers == layers
+    assert (settings.clip_norm, settings.sparsify_from) == (clip, sparsify)
+
+
+def test_a_switch_with_its_number_is_resumed(tmp_path):
+    out = tmp_path / "run"
+    run("--clip_grads", 5, "--sparsify", 1, 4, *TINY, "--out", out)
+    run("--resume", out, "--quiet")
+    run("--clip_grads", 5, "--resume", out, "--quiet")
+    config = json.loads((out / "config.json").read_text())
+    assert config["clip_grads"] is True and config["clip_norm"] == 5.0
+    assert config["sparsify"] is True and config["sparsify_from"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--clip_grads 32", "write 32 --clip_grads, or --clip_grads=5 32"),
+        ("--conv 3x5 --clip_grads 32", "write 32 --clip_grads, or --clip_grads=5 32"),
+        ("--sparsify 32 --conv 3x5", "write 32 --sparsify, or --sparsify=5 32"),
+        ("--sparsify 100 --clip_grads 32", "write 32 --clip_grads, or --clip_grads=5 32"),
+        ("--clip_grads 0 32", "a number above 0"),
+        ("--sparsify 1.5 32", "a whole number"),
+        ("--conv 3x5 32", "layers stand before --conv"),
+        ("--rule unit_statistics --conv 3x5 --terms x 32", "layers stand before --terms"),
+        ("--rule unit_statistics --learn eta 32", "layers stand before --learn"),
+        ("--beside 32", "layers stand before --beside"),
+        ("--views mixed --learn_views degrees 32", "layers stand before --learn_views"),
+        ("--layerwise --steps_below 250 32", "before flags that take several numbers"),
+        ("32 --clip_grads 5 16", "unrecognized arguments: 16"),
+    ],
+)
+def test_a_layer_is_never_lost_to_a_flag(capsys, line, said):
+    assert said in refused(capsys, main.main, *line.split())

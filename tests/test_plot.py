@@ -152,6 +152,29 @@ def test_a_run_that_lacks_what_its_figures_show_is_one_line(tmp_path, capsys):
         assert command in refused(capsys, "run", run)
 
 
+@pytest.mark.parametrize(
+    ("results", "figure", "said"),
+    [
+        ({"term_effects": [1]}, "rules", "term_effects is no table"),
+        ({"term_effects": {"1/w/x y": "large"}}, "rules", "term_effects of 1/w/x y"),
+        ({"beside": [1]}, "run", "no whole run of main.py"),
+        ({"beside": {"mnist5k": {"pca": ["a"]}}}, "run", "no whole run of main.py"),
+        ({"pruning": [{"terms": "a"}]}, "run", "no whole run of main.py"),
+    ],
+)
+def test_results_of_another_form_are_one_line(tmp_path, capsys, results, figure, said):
+    run = run_of(tmp_path / "run", oja())
+    (run / "results.json").write_text(json.dumps({"evaluations": []} | results))
+    assert said in refused(capsys, figure, run)
+
+
+def test_effects_that_were_not_finite_are_unknown(tmp_path, monkeypatch):
+    for name, effects in (("none", None), ("some", {"1/w/x y": None, "1/w/y^2 w": None})):
+        run = run_of(tmp_path / name, oja())
+        (run / "results.json").write_text(json.dumps({"term_effects": effects}))
+        assert columns_of(monkeypatch, run)["by"] == "coefficient"
+
+
 def test_damaged_results_are_one_line(tmp_path, capsys):
     run = run_of(tmp_path / "run", oja())
     for content in ("{", "[]", 100_000 * "["):

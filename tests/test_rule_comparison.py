@@ -190,7 +190,9 @@ def test_a_directory_without_a_finished_run_of_main_is_refused(trained, tmp_path
         ("batch_size", "x"), ("outer_images", 0), ("layers", [8.5]), ("layers", []), ("C", -1),
         ("layers", None), ("pixelwise_normalization", 1), ("inh_factor", "x"),
         ("initial_inner_steps", -4), ("initial_inner_steps", 1e400), ("inhibition", "none at all"),
-        ("conv", [["a", 1]]),
+        ("conv", [["a", 1]]), ("conv", [[4, 1e9]]), ("conv", [[1e9, 5]]), ("conv", [[4]]),
+        ("conv", [[10**12, 5]]), ("conv", 5), ("pool", 0), ("pool", 1.5), ("inh_steps", 10**9),
+        ("layers", [10**12]),
     ):  # fmt: skip
         assert "whole run" in refusal(config=config | {name: value}), (name, value)
     for value in (1e400, "x", None, 10**400):

@@ -51,6 +51,12 @@ def test_a_flag_reads_back_from_its_text(text):
         ("p=choice:", "choices are different"),
         ("p=choice:a,a", "choices are different"),
         ("x=normal:0:1", "NAME=LOW:HIGH"),
+        ("C=step:0:1:1e-12", "at most 100000 steps"),
+        ("C=step:0:1:1e-999999999", "at most 100000 steps"),
+        ("k=int:0:99999999999999999999", "ends of at most 1000000000"),
+        ("k=int:-99999999999999999999:0", "ends of at most 1000000000"),
+        ("lr=0:1e300", r"ends of at most 1e\+30"),
+        ("lr=step:-1e999:1e999:1e998", "LOW below HIGH"),
     ],
 )
 def test_a_malformed_range_is_refused_with_the_form_that_is_right(text, right):

@@ -311,6 +311,7 @@ def test_the_job_array_shares_the_trials_and_runs_as_it_is_written(tmp_path, com
         (["--search", "value=0:1"], "value is a column"),
         (["--search", "out=choice:a,b"], "the sweep gives it"),
         (["--method", "grid"], "--search x=0:1: a grid needs choice, int or step"),
+        (["--trials", "9" * 14], "--trials: must be at most 1000000, not 99999999999999"),
         (["--method", "asha"], "--watch COLUMN"),
         (["--method", "population", "--startup", "1"], "at least 2"),
         (["--startup", "3"], "--startup needs --method tpe or population"),
@@ -330,6 +331,12 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_no_directory(
     right = [*METRIC, "--search", "x=0:1", "--out", out]
     assert said in refused(capsys, sweep.main, *right, *flags, "--", command)
     assert not out.exists()
+
+
+def test_a_grid_of_more_points_than_can_be_made_is_refused(tmp_path, command, capsys):
+    flags = [*METRIC, "--method", "grid", "--search", "j=int:1:1000", "k=int:1:1000"]
+    line = refused(capsys, sweep.main, *flags, "--out", tmp_path / "sweep", "--", command)
+    assert "1,000,000 points; at most 100,000" in line and not (tmp_path / "sweep").exists()
 
 
 def test_a_command_that_is_not_there_is_refused(tmp_path, capsys):

@@ -98,6 +98,16 @@ def test_boston_needs_no_network_and_is_kept(tmp_path):
     assert table.fingerprint() == again.fingerprint()
 
 
+def test_a_table_that_is_fetched_where_nothing_can_be_kept_is_used(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tabular_datasets, "in_place", refuse)
+    assert "mlxtend" in load_table("boston", tmp_path).source
+    (tmp_path / "file").write_text("")
+    assert "mlxtend" in load_table("boston", tmp_path / "file").source
+
+
 def test_a_table_of_any_size_says_how_many_rows_are_for_the_test():
     rows = torch.randn(20, 3, dtype=torch.float64)
     split = split_table(Table(rows[:, :-1], rows[:, -1:], 5, "own"), 0.2)

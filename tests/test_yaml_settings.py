@@ -86,6 +86,7 @@ def test_a_switch_can_be_turned_off_again(tmp_path):
     [
         ("sise: 3", "unknown key 'sise'; the nearest known key is 'size'"),
         ("size: 0", "size must be a whole number of at least 1"),
+        ("size: 99999999999", "size must be at most 1000000000"),
         ("colour: green", "colour must be one of red, blue"),
         ("names: a", "names must be a list"),
         ("names: [c]", "names must be one of a, b"),
@@ -100,6 +101,28 @@ def test_a_switch_can_be_turned_off_again(tmp_path):
 def test_wrong_files_are_refused(tmp_path, text, message):
     with pytest.raises(SettingsError, match=message.replace("[", r"\[")):
         settings(tmp_path, [], text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-1", 0.1), ("1E+5", 1e5), (".5", 0.5), ("-3.", -3.0), ("+7", 7), ("010", 10),
+        ("-08", -8), ("09.5", 9.5), ("0o17", 15), ("0x1F", 31), (".inf", float("inf")),
+        ("1:30", "1:30"), ("1:30.5", "1:30.5"), ("1_000", "1_000"), ("0b11", "0b11"),
+        ("'1e-1'", "1e-1"), ("1e", "1e"), ("true", True), ("~", None),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2_in_files_and_in_flags(tmp_path, text, value):
+    expected = {"x": value, "y": [value]}
+    table = f"{{x: {text}, y: [{text}]}}"
+    assert settings(tmp_path, [], f"bounds: {table}").bounds == expected
+    assert settings(tmp_path, ["--bounds", table]).bounds == expected
+
+
+def test_a_number_with_zeros_in_front_is_decimal_and_one_with_a_colon_is_none(tmp_path):
+    assert settings(tmp_path, [], "size: 010").size == 10
+    with pytest.raises(SettingsError, match="size must be a whole number"):
+        settings(tmp_path, [], "size: 1:30")
 
 
 def test_a_missing_file_is_refused(tmp_path):

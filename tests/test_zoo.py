@@ -12,7 +12,7 @@ import evaluate
 import main
 from comparison.learned_run import load_run, zoo_entry
 from experiment.view_strengths import ViewStrengths
-from learning_rules import PerLayerRule, RuleError
+from learning_rules import PerLayerRule, RuleError, classical_rule
 from rules import choices, load_zoo, names, save_zoo
 from rules.choices import run_path, zoo_path
 from rules.classical import CLASSICAL
@@ -71,8 +71,9 @@ DAMAGES = {
     "0 layers": lambda d: d | {"layers": []},
     "recipe holds no table": lambda d: d | {"recipe": 3},
     "not the description of a learning rule": lambda d: _with(d, rule={"kind": "Nothing"}),
-    "a power is 1000000": lambda d: _with(d, rule={"kind": "PerLayerRule", "rules": [
-        {"kind": "PolynomialRule", "terms": {"w": [{"exponents": [0, 10**6, 0, 0]}]}}]}),
+    "powers up to 16, got": lambda d: _with(d, rule=PerLayerRule([
+        classical_rule("oja", 0.1)]).to_dict() | {"rules": [classical_rule("oja", 0.1).to_dict()
+        | {"terms": {"w": [{"exponents": [0, 10**6, 0, 0]}], "b": [], "m": []}}]}),
     "rule is not one for each": lambda d: _with(d, rule=d["recipe"]["rule"]["rules"][0]),
     "views do not go with its rule": lambda d: _with(d, views=None),
     "views have no colour": lambda d: _with(d, views={"colour": 1}),
