@@ -519,10 +519,10 @@ def term_grams(
     """Gram matrices of what single terms change, c_k = psi_k mean_b(monomial_k) w^e_k.
 
     Inner products are summed over the synapses, at `points` evenly spaced ones of `steps` updates
-    from params, each on the next of the batches. Per parameter ("1/w", or "w" of a rule that all layers
-    share) a float64 matrix [terms, terms] in the order of `rule.term_coefficients()`. The sum of
-    all its entries is the square of the whole change, before what a rule divides it by, bound,
-    decay and what a layer forbids.
+    from params, each on the next of the batches. Per parameter ("1/w", or "w" of a rule that all
+    layers share) a float64 matrix [terms, terms] in the order of `rule.term_coefficients()`. The
+    sum of all its entries is the square of the whole change, before what a rule divides it by,
+    bound, decay and what a layer forbids.
     """
     grams: dict[str, Tensor] = {}
     if isinstance(rule, PerLayerRule):

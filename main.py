@@ -178,6 +178,8 @@ def add_inner_training(parser) -> None:
         help="train layers one after the other, learn the rule of the last")  # fmt: skip
     add("--steps_below", type=positive_int, nargs="+", default=[], metavar="N",
         help="updates of each layer before the last (default: as many as the last's)")  # fmt: skip
+    add("--trainings_below", type=positive_int, metavar="N",
+        help="layers below are of so many trainings (default: each task makes its own)")  # fmt: skip
     add("--batch_size", type=positive_int, default=1024, help="images of one update")
     add_settings(group, MetaSettings, INNER_TRAINING)
     add("--compile", action="store_true", help="compile the update (needs a C++ compiler)")
@@ -395,7 +397,8 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("accumulate", args.reinitialize_every > 1 or windows_of_one,
          "--reinitialize_every of at least 2"),
         ("units_range", args.layers, "a layer of units, such as 32, that evaluations have"),
-        ("steps_below", args.layerwise, "--layerwise"),
+        ("steps_below trainings_below", args.layerwise, "--layerwise"),
+        ("trainings_below", args.steps_below, "--steps_below, the same for all tasks"),
         ("pool", args.conv, "--conv, whose output it averages"),
         ("inh_steps inh_factor", args.inhibition == "lateral", "--inhibition lateral"),
         ("forbid_self_inhibition forbid_excitation", lateral,
@@ -606,7 +609,12 @@ def make_streams(
 def make_training(args, parts: tuple, inputs: Inputs) -> Training:
     """Of the parts of a Training; of all layers at once, or one after the other."""
     if args.layerwise:
-        return LayerwiseTraining(*parts, inputs=inputs, steps_below=args.steps_below)
+        return LayerwiseTraining(
+            *parts,
+            inputs=inputs,
+            steps_below=args.steps_below,
+            trainings_below=args.trainings_below,
+        )
     return Training(*parts)
 
 
@@ -716,8 +724,12 @@ def evaluate_and_report(
 
 
 def judged_training(args, training: Training, data: tuple[ImageData, ImageData]) -> Training:
-    """The same in batches of an evaluation's size, judged by the whole probe."""
+    """The same in batches of an evaluation's size, from new draws of all layers, judged by the
+    whole probe.
+    """
     whole = replace(training, outer_loss=make_probe(args, *data))
+    if isinstance(whole, LayerwiseTraining):
+        whole = replace(whole, trainings_below=None)
     if args.evaluation_batch_size is None:
         return whole
     stream = make_batches(args, data[0], getattr(torch, args.dtype), args.evaluation_batch_size)

@@ -43,7 +43,9 @@ from learning_rules import LearningRule
 from models_fully_local import Params
 
 MEMORY_LIMIT = int(MetaSettings.memory_limit * 2**30)  # peak below 4 GB in main.py
-START, BATCHES, OUTER, METHOD, HORIZON, MODEL = range(6)  # what a draw's random numbers are for
+START, BATCHES, OUTER, METHOD, HORIZON, MODEL, POOL = range(
+    7
+)  # what a draw's random numbers are for
 WITH_HYPERPARAMETERS = ("rule", "initializer", "batches")
 
 
@@ -79,7 +81,7 @@ class Draw:
     start: Params | None = None
 
     def generator(self, purpose: int) -> Generator:
-        """A new one, the same at each call: of START, BATCHES, OUTER, METHOD, HORIZON or MODEL."""
+        """A new one, the same at each call: of START, ..., POOL."""
         return seeded_generator(*self.key, purpose)
 
 

@@ -15,6 +15,7 @@ import torch
 EVALUATION = 2**31  # of trainings that judge a rule
 SELECTION = 2**31 + 1  # of trainings that choose a rate
 TRIAL = 2**31 + 2  # of trainings that choose a term, or hyperparameters
+BELOW = 2**31 + 3  # of trainings of the layers below the one whose rule is learned
 # where a run of meta-training does
 VALIDATION = 2**31
 TUNING = 2**31 + 1  # of an optimiser's rate

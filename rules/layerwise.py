@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from experiment.seeds import BELOW
 from learning_rules import LearningRule, PerLayerRule, RuleError
 from models_fully_local import Centre, Params, Sequential, has_weights
-from train import Draw, Training, check_finite, train
+from train import BATCHES, POOL, Draw, Training, TrainingError, check_finite, detached, train
 
 Inputs = Callable[[], Iterable[Tensor]]  # the training images, [n, ...] at a time
 
@@ -123,20 +124,45 @@ class LayerwiseTraining(Training):
     rule: a LayerwiseRule.
     inputs: as of `train_layerwise`.
     steps_below: updates of each of the layers before the last; () for as many as the draw has.
+    trainings_below: the layers before the last are those of one of so many trainings, each made
+        where it is first needed and kept; None: each draw trains its own. Needs steps_below.
     """
 
     inputs: Inputs
     steps_below: Sequence[int] = field(default=())
+    trainings_below: int | None = None
+    _trained: dict[tuple[int, ...], Params] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.trainings_below and not self.steps_below:
+            raise TrainingError("trainings_below needs steps_below, the same for all draws")
 
     def initial(self, draw: Draw, batches: Iterator) -> Params:
         """The last layer as the initializer draws it, those below trained.
 
         Raises NonFiniteError.
         """
-        below = self.rule.rules[:-1]
-        steps = self.steps_below or [draw.steps] * len(below)
+        if self.trainings_below is None:
+            return self._trained_below(draw, batches)
         drawn = super().initial(draw, batches)
+        last, below = _with_weights(drawn)[-1], self._one_of_the_trainings(draw)
+        return [*below[:last], *drawn[last:]]
+
+    def _trained_below(self, draw: Draw, batches: Iterator) -> Params:
+        drawn, below = super().initial(draw, batches), self.rule.rules[:-1]
+        steps = self.steps_below or [draw.steps] * len(below)
         return train_layerwise(self.model, drawn, batches, below, steps, self.inputs)
+
+    def _one_of_the_trainings(self, draw: Draw) -> Params:
+        """The parameters of one of trainings_below; those of the last layer are of no use."""
+        generator = draw.generator(POOL)
+        number = int(torch.randint(self.trainings_below, (), generator=generator))
+        key = (draw.key[0], BELOW, number)
+        if key not in self._trained:
+            alone = Draw(key, draw.steps)
+            batches = self.batches(alone.generator(BATCHES))
+            self._trained[key] = detached(self._trained_below(alone, batches))
+        return self._trained[key]
 
     @property
     def follows_the_draw(self) -> bool:

@@ -17,7 +17,7 @@ from meta_gradients import Forward, Reverse
 from models_fully_local import Activation, lateral_mlp, lateral_network
 from rules.layerwise import LayerwiseRule, LayerwiseTraining, mean_output, train_layerwise
 from rules.unit_statistics import preset
-from train import START, Draw, train
+from train import START, Draw, TrainingError, train
 
 SIGMOID = Activation("sigmoid", 4.0)
 SIZES = (5, 4, 3)
@@ -225,6 +225,22 @@ def test_layers_below_are_those_of_the_draw_and_nothing_of_them_is_learned():
     assert same(after[:3], params[:3]) and not torch.equal(after[3]["w"], params[3]["w"])
     assert of_run.follows_the_draw and not training([rule, rule], steps_below=[2]).follows_the_draw
     assert of_run.rule.to_dict() == PerLayerRule([rule, rule]).to_dict()
+
+
+def test_trainings_below_are_made_once_and_drawn_by_each_task():
+    rule = rules(1)[0]
+    pooled = training([rule, rule], steps_below=[3], trainings_below=2)
+    begun = [pooled.begin(Draw((1, k), 5))[0] for k in range(6)]
+    below = {params[1]["w"].sum().item() for params in begun}
+    assert len(below) == 2 and len({params[3]["w"].sum().item() for params in begun}) == 6
+    assert all(params[3]["w"].requires_grad for params in begun)
+    # a later process, which begins with another task, makes the same ones
+    again = training([rule, rule], steps_below=[3], trainings_below=2)
+    assert same(detached(again.begin(Draw((1, 4), 5))[0]), detached(begun[4]))
+    own = training([rule, rule], steps_below=[3])
+    assert {own.begin(Draw((1, k), 5))[0][1]["w"].sum().item() for k in range(6)} - below
+    with pytest.raises(TrainingError, match="needs steps_below"):
+        training([rule, rule], trainings_below=2)
 
 
 def test_what_does_not_fit_or_diverges_is_said():
