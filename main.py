@@ -26,9 +26,6 @@ from functools import partial
 
 from comparison.choices import BESIDE
 from experiment.choices import (
-    INHIBITION,
-    PROBE_GRADIENTS,
-    PROBES,
     WITH_LATERAL_WEIGHTS,
 )
 from experiment.command_line import (
@@ -46,6 +43,7 @@ from experiment.command_line import (
     run_command,
     save_whole_paths,
 )
+from experiment.main_settings import ProbeSettings, StatisticsSettings, UnitSettings
 from experiment.meta_settings import Horizon, MetaSettings
 from experiment.search_settings import SearchSettings
 from experiment.settings import add_settings, flags_of, settings_of
@@ -77,14 +75,14 @@ DEFAULTS = {
         "batch_size": 256,
     },
     "unit_statistics": {
-        "lr": 0.15,
+        "lr": 0.1,
         "decay": "cosine",
         "warmup_steps": 10,
         "metasteps": 150,
         "tasks": 2,
         "clip_grads": True,
         "clip_norm": 1.0,
-        "horizon": [40, 150],
+        "horizon": [40, 250],
         "adjoint_limit": 2.0,
         "batch_size": 256,
         "inhibition": "none",
@@ -106,9 +104,6 @@ INNER_TRAINING = (
     "ungraded_steps", "reinitialize_every", "accumulate", "method", "K", "sigma", "pairs",
     "loss_times", "memory", "memory_limit", "adjoint_limit", "products",
 )  # fmt: skip
-TERMS = ("x gain", "x gain y", "x gain y'", "x gain z", "x gain z'", "x gain r", "x gain r'",
-         "x gain s", "x gain r_exact", "x gain z var^-1/2", "w")  # fmt: skip
-LEARNED = ("eta", "eps", "tau", "exponents")
 
 
 def make_parser(rule: str = "polynomial") -> argparse.ArgumentParser:
@@ -179,7 +174,7 @@ def add_inner_training(parser) -> None:
     add("--steps_below", type=positive_int, nargs="+", default=[], metavar="N",
         help="updates of each layer before the last (default: as many as the last's)")  # fmt: skip
     add("--trainings_below", type=positive_int, metavar="N",
-        help="layers below are of so many trainings (default: each task makes its own)")  # fmt: skip
+        help="layers below are of so many trainings (default: one for each task)")  # fmt: skip
     add("--batch_size", type=positive_int, default=1024, help="images of one update")
     add_settings(group, MetaSettings, INNER_TRAINING)
     add("--compile", action="store_true", help="compile the update (needs a C++ compiler)")
@@ -188,17 +183,14 @@ def add_inner_training(parser) -> None:
 
 def add_network_and_rule(parser) -> None:
     """Flags of what is trained, and of the family of rules."""
-    add = parser.add_argument_group("network and rule").add_argument
+    group = parser.add_argument_group("network and rule")
+    add = group.add_argument
     add("--conv", type=convolution, nargs="+", default=[], metavar="CHANNELSxKERNEL",
         help="convolutional layers before the others")  # fmt: skip
     add("--units_range", type=positive_int, nargs=2, metavar=("LOW", "HIGH"),
         help="of the last layer in meta-steps, drawn log-uniformly for each task")  # fmt: skip
     add("--pool", type=positive_int, default=2, help="side of the squares averaged after each")
-    add("--inhibition", choices=INHIBITION, default="lateral", help="how units compete")
-    add("--inh_steps", type=nonnegative_int, default=10, help="steps of the lateral dynamics")
-    add("--inh_factor", type=fraction, default=0.2, help="size of such a step")
-    add("--forbid_self_inhibition", action="store_true", help="keep the diagonal of m at 0")
-    add("--forbid_excitation", action="store_true", help="keep m <= 0")
+    add_settings(group, UnitSettings)
     add("--rule", choices=RULES, default="polynomial", help="the family that it is learned in")
     add("--degree", type=positive_int, default=3, help="total degree of the polynomial")
     add("--bound", type=nonnegative_float, default=0.1, help="of one update (tanh); 0: none")
@@ -207,22 +199,8 @@ def add_network_and_rule(parser) -> None:
 
 def add_unit_statistics(parser) -> None:
     """Flags of --rule unit_statistics."""
-    add = parser.add_argument_group("rule of unit statistics (--rule unit_statistics)").add_argument
-    add(
-        "--terms",
-        nargs="+",
-        type=term,
-        default=list(TERMS),
-        metavar="TERM",
-        help='what it adds up, such as "x gain y"; rules/unit_statistics_terms.py has the names',
-    )
-    add("--eta", type=positive_float, default=0.0054, help="rate of its steps at first")
-    add("--eps", type=positive_float, default=0.1, help="softness of their normalisation at first")
-    add("--tau", type=positive_float, default=500.0, metavar="UPDATES",
-        help="after so many the rate has fallen by half, at first")  # fmt: skip
-    add("--spread", type=positive_float, default=0.167, help="of the initial weights at first")
-    add("--learn", nargs="*", choices=LEARNED, default=["eta"], metavar="NUMBER",
-        help=f"learned beside coefficients and spread: some of {', '.join(LEARNED)}")  # fmt: skip
+    group = parser.add_argument_group("rule of unit statistics (--rule unit_statistics)")
+    add_settings(group, StatisticsSettings)
 
 
 def add_competing_units(parser) -> None:
@@ -235,17 +213,9 @@ def add_competing_units(parser) -> None:
 
 def add_probe(parser) -> None:
     """Flags of what judges a training."""
-    add = parser.add_argument_group("probe").add_argument
-    add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
-    add("--probe", choices=PROBES, default="logistic",
-        help="of a meta-step: logistic regression; the same, fitted to and judged on "
-             "drawn images; ridge regression, fitted to drawn ones, judged on others")  # fmt: skip
-    add("--probe_images", type=positive_int, metavar="N",
-        help="for a meta-step (default: 16 million / features, 8192 or 2000)")  # fmt: skip
-    add("--probe_gradient", choices=PROBE_GRADIENTS, default="envelope",
-        help="implicit: exact, of images that the probe has not seen")  # fmt: skip
-    add("--outer_images", type=positive_int,
-        help="of the outer loss (default: 4096; with --probe ridge 2000)")  # fmt: skip
+    group = parser.add_argument_group("probe")
+    add = group.add_argument
+    add_settings(group, ProbeSettings)
     add("--evaluations", type=positive_int, default=5, help="trainings with the final rule")
     add("--evaluation_steps", type=positive_int, metavar="UPDATES",
         help="of each of them (default: as many as a training made at the end)")  # fmt: skip
@@ -255,13 +225,6 @@ def add_probe(parser) -> None:
         help="judge on so many training images, held out, not on the test images")  # fmt: skip
     add("--beside", nargs="*", choices=BESIDE, default=[], metavar="FEATURES",
         help=f"other features, judged alike: of {', '.join(BESIDE)}")  # fmt: skip
-
-
-def term(text: str) -> str:
-    """A term of the rule, read later; a whole number other than 1 is none."""
-    if text.isdigit() and text != "1":
-        raise argparse.ArgumentTypeError(f"must be a term, such as 'x gain y', not {text!r}")
-    return text
 
 
 def convolution(text: str | list) -> tuple[int, int]:
@@ -406,7 +369,7 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("pair_inputs views l1_reg l2_coefficients sparsify", not competing,
          "--rule polynomial or unit_statistics"),
         ("compile l2_reg degree bound", polynomial, "--rule polynomial"),
-        ("terms eta eps tau spread learn", statistics, "--rule unit_statistics"),
+        (" ".join(flags_of(StatisticsSettings)), statistics, "--rule unit_statistics"),
         ("gate ranking_param lebesgue_p normalization rate delta inverse_temperature",
          competing, "--rule krotov_hopfield"),
         *gate_needs(args.gate),
@@ -485,13 +448,14 @@ def make_layer_rule(args) -> LearningRule:
 
 def make_statistics_rule(args) -> UnitStatisticsRule:
     """The terms of the flags, their coefficients 0."""
+    settings = settings_of(args, StatisticsSettings)
     return UnitStatisticsRule.of_terms(
-        args.terms,
+        settings.terms,
         views=2 if views_of_flags(args) else 1,
-        eta=args.eta,
-        eps=args.eps,
-        tau=args.tau,
-        learn=args.learn,
+        eta=settings.eta,
+        eps=settings.eps,
+        tau=settings.tau,
+        learn=settings.learn,
     )
 
 

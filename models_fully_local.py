@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from experiment.choices import INHIBITION, WITH_LATERAL_WEIGHTS
+from experiment.main_settings import UNIT_FLAGS
 from kernels.equilibrium import equilibrium
 from kernels.local_polynomial import Windows, samples
 
@@ -380,7 +381,6 @@ def network_of_flags(
 
     Its units are sigmoid(4 s), where there is no "activation" that says otherwise.
     """
-    same = ("inhibition", "inh_steps", "inh_factor", "forbid_self_inhibition", "forbid_excitation")
     return lateral_network(
         input_shape,
         layer_sizes,
@@ -388,5 +388,5 @@ def network_of_flags(
         convolutions=flags.get("conv", ()),
         pool=flags.get("pool", 2),
         centred_layers=flags.get("layerwise", False),
-        **{name: flags[name] for name in same},
+        **{name: flags[name] for name in UNIT_FLAGS},
     )

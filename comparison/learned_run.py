@@ -15,6 +15,7 @@ from typing import Any
 
 from experiment.command_line import AT_MOST, LARGEST_WHOLE
 from experiment.errors import RunLogError
+from experiment.main_settings import UNIT_FLAGS
 from experiment.run_reader import read_config, read_json, read_metrics, read_results
 from experiment.view_strengths import ViewStrengths
 from initializers import fixed_initializer
@@ -23,8 +24,7 @@ from models_fully_local import network_of_flags
 from rules import load_rule
 from rules.zoo import Recipe, ZooEntry, load_zoo
 
-PROBE = {"C": 1000.0, "outer_images": 1024}  # that judges rules of the zoo
-OF_UNITS = ("inhibition", "inh_steps", "inh_factor", "forbid_self_inhibition", "forbid_excitation")
+PROBE = {"C": 1000.0, "outer_images": 4096}  # that judges rules of the zoo
 LEFT_OUT = ("--out", "--data-dir", "--resume")  # of a command: where, not what
 
 
@@ -169,7 +169,7 @@ def _of_zoo(entry: ZooEntry) -> LearnedRun:
     """As a run of main.py whose flags are those of the entry."""
     recipe = entry.recipe
     config = {
-        **{name: getattr(recipe, name) for name in (*OF_UNITS, "conv", "pool", "batch_size")},
+        **{name: getattr(recipe, name) for name in (*UNIT_FLAGS, "conv", "pool", "batch_size")},
         **PROBE,
         "activation": {"base": recipe.activation.base, "slope": recipe.activation.slope},
         "pixelwise_normalization": recipe.centring == "standardised",
@@ -197,7 +197,7 @@ def zoo_entry(
     standardised, centred = config["pixelwise_normalization"], config.get("center")
     recipe = Recipe(
         run.rule,
-        **{name: config[name] for name in OF_UNITS},
+        **{name: config[name] for name in UNIT_FLAGS},
         conv=tuple(map(tuple, config.get("conv", ()))),
         pool=config.get("pool", 2),
         initial=run.start,

@@ -43,7 +43,8 @@ Settings = TypeVar("Settings")
 def setting(default: Any, help: str, range: str = "", **metadata: Any) -> Any:
     """A field of this default and help; the range is that of its numbers, one of RANGES.
 
-    metadata: choices, metavar, as argparse has them; flag, its name where it is not the field's.
+    metadata: choices, metavar, nargs, type, as argparse has them, in the place of what follows from
+        the field; flag, its name where it is not the field's.
     """
     return field(default=default, metadata={"help": help, "range": range, **metadata})
 
@@ -116,5 +117,6 @@ def _form(entry: Field) -> dict[str, Any]:
     if get_origin(kind) is tuple:
         elements = get_args(kind)
         form["nargs"] = "+" if elements[-1] is Ellipsis else len(elements)
-    form |= {n: entry.metadata[n] for n in ("choices", "metavar") if n in entry.metadata}
-    return form | {"type": converter_of(entry)}
+    form["type"] = converter_of(entry)
+    said = ("choices", "metavar", "nargs", "type")
+    return form | {name: entry.metadata[name] for name in said if name in entry.metadata}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.files import write_whole
+from experiment.main_settings import UNIT_FLAGS
 from experiment.view_strengths import ViewStrengths
 from initializers import fixed_initializer
 from learning_rules import LearningRule, PerLayerRule, RuleError
@@ -74,16 +75,13 @@ class Recipe:
             pool=self.pool,
             centred_inputs=self.centring != "none",
             centred_layers=True,
-            **{name: getattr(self, name) for name in _OF_UNITS},
+            **{name: getattr(self, name) for name in UNIT_FLAGS},
         )
 
     def rules(self, layers: int) -> list[LearningRule]:
         """One for each of so many layers."""
         known = self.rule.rules
         return [known[min(k, len(known) - 1)] for k in range(layers)]
-
-
-_OF_UNITS = ("inhibition", "inh_steps", "inh_factor", "forbid_self_inhibition", "forbid_excitation")
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,19 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, 
     assert outcome(tmp_path / "same") == outcome(plain) != outcome(tmp_path / "other")
 
 
+def test_a_search_learns_a_rule_in_place_of_hypergradients(tmp_path):
+    rule = ["--rule", "unit_statistics", "--dataset", "mnist5k", "--horizon", "2", "4"]
+    small = ["--metasteps", "3", "--finalists", "1", "--final_trainings", "1", "--batch_size", "64",
+             "--evaluations", "1", "--evaluation_steps", "3", "--probe_images", "500", "--beside",
+             "--threads", "1", "--quiet"]  # fmt: skip
+    run(4, *rule, "--search", "random", *small, "--out", tmp_path / "run")
+    tried = rows(tmp_path / "run")
+    assert len(tried) == 4 and len({row["coefficient/1/w/x gain y"] for row in tried[:3]}) == 3
+    best = min(tried[:3], key=lambda row: float(row["meta_loss"]))
+    learned = load_rule(tmp_path / "run" / "rule.json").coefficients()
+    assert learned["1/w/x gain y"] == pytest.approx(float(best["coefficient/1/w/x gain y"]))
+
+
 def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
     first, *later = rows(plain)
     coefficients = [name for name in first if name.startswith("coefficient/")]
@@ -162,6 +175,7 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--method", "implicit", "--K", "1"],
         ["--method", "es", "--sigma", "1e-3", "--pairs", "1"],
         ["--method", "pes", "--K", "1", "--sigma", "1e-3", "--pairs", "1"],
+        ["--held_out", "500"],
     ],
     ids=" ".join,
 )
@@ -388,11 +402,15 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         ),
         (["32", "--threads", "99999999999"], "cores"),
         (["32", "--initial_inner_steps", "300"], "--max_inner_steps"),
-        (["32", "--raise_by", "50"], "--initial_inner_steps"),
+        (["32", "--raise_by", "40", "--initial_inner_steps", "250"], "--initial_inner_steps"),
         (["32", "--compile", "--sparsify"], "leave one out"),
         (["32", "--average", "1", "--dataset", "mnist5k"], "average 1: a decay must be"),
-        (["32", "--clip_norm", "3"], "needs --clip_grads"),
-        (["32", "--raise_every", "3"], "needs --raise_by"),
+        (["32", "--no-clip_grads", "--clip_norm", "3"], "needs --clip_grads"),
+        (["32", "--search", "tpe", "--lr", "1"], "without --search"),
+        (["32", "--finalists", "2"], "needs --search"),
+        (["4", "3", "--layerwise", "--trainings_below", "2"], "--steps_below"),
+        (["32", "--held_out", "4000", "--dataset", "mnist5k"], "cannot hold out 4000"),
+        (["32", "--raise_by", "0", "--raise_every", "3"], "needs --raise_by"),
         (["32", "--accumulate"], "--reinitialize_every"),
         (["32", "--memory_limit", "1", "--memory", "keep"], "--memory fit"),
         (["32", "--adjoint_limit", "2", "--method", "es"], "--method reverse or truncated"),
