@@ -156,7 +156,8 @@ def _spectral_norm(matrix: Tensor) -> float:
 
     That finds up to 15 % too little where many eigenvalues are large; the margin makes up for it.
     """
-    start = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(matrix), generator=generator, device="cpu")
     vector, tiny = start.to(matrix), torch.finfo(matrix.dtype).tiny
     for _ in range(_POWER_STEPS):
         vector = matrix @ (vector / torch.linalg.vector_norm(vector).clamp_min(tiny))
