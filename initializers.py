@@ -19,6 +19,7 @@ from models_fully_local import Params, has_weights
 
 SCALERS = {"w": 1000.0, "b": 100.0, "m": 100.0}
 STRIDE = 0.3  # of logarithms: a number is its start times exp(STRIDE u), and one rate suits all
+CPU = {"dtype": torch.float64, "device": "cpu"}  # of draws, whatever the default device is
 TRAINABLE, FIXED, ABSENT = "trainable", "fixed", "absent"
 
 
@@ -106,7 +107,7 @@ class GaussianInitializer(nn.Module):
         like = next(self.parameters(), torch.zeros(()))
         values = torch.zeros(shape, dtype=like.dtype, device=like.device)
         if spread is not None:
-            noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(shape, generator=generator, **CPU)
             values = values + spread * noise.to(values)
         if mean is not None:
             values = values + mean
@@ -155,7 +156,7 @@ class SpreadInitializer(nn.Module):
             shapes = layer.parameter_shapes()
             drawn = {name: self.moved.detach().new_zeros(shape) for name, shape in shapes.items()}
             if shapes:
-                noise = torch.randn(shapes["w"], generator=generator, dtype=torch.float64)
+                noise = torch.randn(shapes["w"], generator=generator, **CPU)
                 fan_in = math.prod(shapes["w"][1:])
                 drawn["w"] = self.spread() / math.sqrt(fan_in) * noise.to(self.moved)
             params.append(drawn)

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from experiment.errors import WrongInputError
 from kernels.local_polynomial import Exponents, LocalPolynomials, LocalSum, samples
+from kernels.own_precision import own_precision
 from models_fully_local import Params, has_weights
 
 BOUNDS = ("none", "tanh", "clamp")
@@ -597,8 +598,9 @@ def changes_by_term(
 def update_layers(model: nn.Module, params: Params, batch, rules: list) -> Params:
     """New parameters, by one rule for each layer that has any; see PerLayerRule.update.
 
-    A rule has `views`, how many of each input it takes, and `respond_and_update`, for which that of
-    LearningRule needs an `update_layer` as PolynomialRule's.
+    They are made in the type of the old ones, also under autocast. A rule has `views`, how many of
+    each input it takes, and `respond_and_update`, for which that of LearningRule needs an
+    `update_layer` as PolynomialRule's.
     """
     views = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     plastic = sum(map(has_weights, params))
@@ -607,13 +609,14 @@ def update_layers(model: nn.Module, params: Params, batch, rules: list) -> Param
     if any(rule.views != len(views) for rule in rules):
         raise RuleError(f"the rule takes {rules[0].views} views of each input, got {len(views)}")
     rules, new = iter(rules), []
-    for layer, old in zip(model.layers, params, strict=True):
-        if not has_weights(old):
-            views = tuple(layer(x, old) for x in views)
-            new.append(old)
-            continue
-        views, updated = next(rules).respond_and_update(layer, old, views)
-        new.append(updated)
+    with own_precision(tensor for old in params for tensor in old.values()):
+        for layer, old in zip(model.layers, params, strict=True):
+            if not has_weights(old):
+                views = tuple(layer(x, old) for x in views)
+                new.append(old)
+                continue
+            views, updated = next(rules).respond_and_update(layer, old, views)
+            new.append(updated)
     return new
 
 

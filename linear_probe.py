@@ -167,7 +167,8 @@ class RidgeLoss:
         self, model, params, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss attached to params, and the accuracies on the fit's images and on others."""
-        index = torch.randperm(len(self.data), generator=generator)[: sum(self.sizes)]
+        order = torch.randperm(len(self.data), generator=generator, device="cpu")
+        index = order[: sum(self.sizes)]
         features, labels = _attached_features(model, params, self.data, index)
         if not bool(torch.isfinite(features).all()):
             raise NonFiniteFeatures("features are not finite; expected finite features")
@@ -315,15 +316,15 @@ def _draw(available: int, wanted: int, generator: torch.Generator | None) -> Ten
     if wanted < 1:
         raise ProbeError(f"outer_images is {wanted}; expected at least 1")
     if wanted >= available:
-        return torch.arange(available)
+        return torch.arange(available, device="cpu")
     if generator is None:
-        return torch.arange(wanted) * available // wanted
+        return torch.arange(wanted, device="cpu") * available // wanted
     return torch.randperm(available, generator=generator, device=generator.device)[:wanted].cpu()
 
 
 def _all_but(index: Tensor, available: int) -> Tensor:
     """The rows 0..available-1 that are not in `index`, in order."""
-    kept = torch.ones(available, dtype=torch.bool)
+    kept = torch.ones(available, dtype=torch.bool, device=index.device)
     kept[index] = False
     return kept.nonzero()[:, 0]
 

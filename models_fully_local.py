@@ -21,6 +21,7 @@ from experiment.choices import INHIBITION, WITH_LATERAL_WEIGHTS
 from experiment.main_settings import UNIT_FLAGS
 from kernels.equilibrium import equilibrium
 from kernels.local_polynomial import Windows, samples
+from kernels.own_precision import in_own_precision
 
 Params = list[dict[str, Tensor]]
 
@@ -74,6 +75,7 @@ class _LateralDynamics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_own_precision
     def backward(ctx, grad_y):
         outputs, m = ctx.saved_tensors
         activation, factor, steps = ctx.activation, ctx.factor, len(outputs) - 1
@@ -153,7 +155,11 @@ class _LateralLayer(nn.Module):
         return shapes
 
     def compete(self, s: Tensor, params: dict[str, Tensor]) -> Tensor:
-        """Activation y [samples, out] of units with preactivations s [samples, out]."""
+        """Activation y [samples, out] of units with preactivations s [samples, out].
+
+        Dynamics with lateral weights are of the type of these, also under autocast.
+        """
+        s = s.to(params["m"].dtype) if "m" in params else s
         if self.inhibition == "lateral":
             return lateral_dynamics(
                 s, params["m"], self.activation, self.inh_steps, self.inh_factor

@@ -23,7 +23,6 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -39,6 +38,7 @@ from experiment.errors import NonFiniteError, WrongInputError
 from experiment.meta_settings import MetaSettings
 from experiment.seeds import seeded_generator
 from hypergradients.replays import Moment, another_result
+from kernels.own_precision import own_precision
 from learning_rules import LearningRule
 from models_fully_local import Params
 
@@ -281,7 +281,7 @@ def train(
     """
     _check_policy(memory)
     if not grad:
-        with torch.no_grad(), _own_precision(params):
+        with torch.no_grad(), own_precision(tree_leaves(params)):
             for k in range(steps):
                 params = rule.update(model, params, _next_batch(batches, k))
         return detached(params)
@@ -310,7 +310,7 @@ def train_on_the_way(
     total = steps[-1]
     used = [_next_batch(batches, k) for k in range(total)]
     passed = []
-    with _own_precision(params), set_checkpoint_early_stop(False):
+    with own_precision(tree_leaves(params)), set_checkpoint_early_stop(False):
         length = _segment_length(model, params, used, rule, memory, memory_limit)
         for begin, end in itertools.pairwise([0, *steps]):
             for start, stop in _segments(begin, end, length):
@@ -375,15 +375,6 @@ def _check_repeated(start: Params, result: Params, first: Params) -> None:
             "an update that runs again gives another result: take memory 'keep' for a rule with "
             "random numbers that are not of torch's global generators"
         )
-
-
-def _own_precision(params: Params) -> AbstractContextManager:
-    """No autocast: what an update adds up is less than what autocast would round away."""
-    leaves = tree_leaves(params)
-    device = leaves[0].device.type if leaves else "cpu"
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def _next_batch(batches: Iterator, number: int) -> Any:

@@ -41,6 +41,7 @@ from one_pass.objectives import summed
 
 HIDDEN_UNITS = 50
 WORDS = 10_000  # of Penn Treebank's vocabulary
+CPU = {"dtype": torch.float64, "device": "cpu"}  # of draws, whatever the default device is
 STREAMS, WINDOW = 40, 70  # of text, read side by side; tokens of each in a batch
 
 Part = tuple[Tensor, Tensor]  # inputs [N, ...], targets [N, ...]
@@ -140,7 +141,8 @@ def _images(
 ) -> Problem:
     training, test = load_images(name, data_dir)
     network = _image_network(model, training)
-    order = torch.randperm(len(training), generator=torch.Generator().manual_seed(split_seed))
+    generator = torch.Generator().manual_seed(split_seed)
+    order = torch.randperm(len(training), generator=generator, device="cpu")
     held_out = round(proportion * len(training))
     inputs, test_inputs = _standardised(training, test, where)
     if model.startswith("mlp"):
@@ -327,7 +329,7 @@ class FunctionObjective:
 
     def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
         """Standard normal weights; float64."""
-        rows = [torch.randn(self.size, generator=g, dtype=torch.float64) for g in generators]
+        rows = [torch.randn(self.size, generator=g, **CPU) for g in generators]
         return torch.stack(rows), {}
 
     def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
@@ -373,10 +375,10 @@ def _toy(name: str, model: str, where: dict) -> Problem:
 def _quadratic_toy(size: int = 10, deviation: float = 0.1) -> tuple[Callable, int, Tensor]:
     """w^T A w / 2, A rotated with eigenvalues 1 to 1/size; in training w is seen through noise."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(size, size, generator=generator, **CPU)
     rotation = torch.linalg.qr(drawn).Q
-    curvature = rotation @ torch.diag(1 / torch.arange(1, size + 1).double()) @ rotation.T
-    noise = deviation * torch.randn(1000, size, generator=generator, dtype=torch.float64)
+    curvature = rotation @ torch.diag(1 / torch.arange(1, size + 1, **CPU)) @ rotation.T
+    noise = deviation * torch.randn(1000, size, generator=generator, **CPU)
 
     def loss(weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         seen = weights - inputs

@@ -181,7 +181,7 @@ def vicreg_features(setting: Setting) -> Training:
     """Sigmoid units trained by backpropagation on pairs, all epochs; its steps are its own."""
 
     def trained(model: nn.Module, generator: torch.Generator) -> Params:
-        seed = int(torch.randint(2**62, (), generator=generator))
+        seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         training = VICReg(model, setting.train, seed, VICREG, dtype=setting.dtype)
         while training.epoch < VICREG.epochs:
             training.train_epoch()

@@ -31,6 +31,7 @@ from models_fully_local import Params
 EPSILON = 1e-4  # under the square root of a variance: keeps its gradient finite
 TERMS = ("invariance", "variance", "covariance")
 DEFAULTS = VICRegSettings()
+CPU = {"dtype": torch.float64, "device": "cpu"}  # of draws, whatever the default device is
 
 
 def vicreg_loss(
@@ -175,7 +176,7 @@ def uniform_parameters(model: nn.Module, generator: torch.Generator) -> Params:
     for layer in model.layers:
         shapes = layer.parameter_shapes()
         params.append({
-            name: (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1)
+            name: (2 * torch.rand(shape, generator=generator, **CPU) - 1)
             / math.sqrt(math.prod(shapes["w"][1:]))
             for name, shape in shapes.items()
         })  # fmt: skip

@@ -61,7 +61,7 @@ def draw_numbers(
 ) -> Tensor:
     """Uniform in [0, 1), float64 [count, columns], on the CPU: all that a view takes."""
     columns = 6 + 20 * crops + 2 * shifts
-    return torch.rand(count, columns, generator=generator, dtype=torch.float64)
+    return torch.rand(count, columns, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def warp(
@@ -178,7 +178,7 @@ def _crop_grid(
     top, left, h, w = box.unbind(1)
     cos, sin = angle.cos(), angle.sin()
     x, y = left + w / 2 - (width / 2 + padding), top + h / 2 - (height / 2 + padding)
-    half = torch.tensor([2 / width, 2 / height], dtype=torch.float64)  # to grid_sample's [-1, 1]
+    half = angle.new_tensor([2 / width, 2 / height])  # to grid_sample's [-1, 1]
     matrix = torch.stack(
         [cos * w / 2, -sin * h / 2, cos * x - sin * y, sin * w / 2, cos * h / 2, sin * x + cos * y],
         1,

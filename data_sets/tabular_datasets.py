@@ -94,7 +94,8 @@ def split_table(table: Table, validation_proportion: float, seed: int = 1) -> Sp
     Inputs and targets are standardised by the mean and standard deviation of all but the test rows.
     `validation_proportion` is that of the rows that are left after the test rows.
     """
-    order = torch.randperm(len(table.inputs), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(table.inputs), generator=generator, device="cpu")
     test, rest = order[: table.test_rows], order[table.test_rows :]
     count = round(validation_proportion * len(rest))
     inputs, _ = _standardised(table.inputs, rest)

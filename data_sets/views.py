@@ -93,7 +93,8 @@ class Views(nn.Module):
     def _pair(self, generator: Generator, index: Tensor) -> Pair:
         geometric = self.start.kind == GEOMETRIC
         if self.start.kind == MIXED:
-            geometric = bool(torch.rand((), generator=generator) < self.start.geometric_share)
+            drawn = torch.rand((), generator=generator, device="cpu")
+            geometric = bool(drawn < self.start.geometric_share)
         x = self._rows(index)
         if not geometric:
             x = self._normalized(x)
@@ -158,7 +159,8 @@ class Views(nn.Module):
     def _noisy(self, x: Tensor, generator: Generator) -> Tensor:
         if not self.start.noise:
             return x
-        return x + self.strength("noise") * torch.randn(x.shape, generator=generator).to(x)
+        noise = torch.randn(x.shape, generator=generator, device="cpu").to(x)
+        return x + self.strength("noise") * noise
 
     # ---- strengths ----
 
@@ -195,9 +197,9 @@ def kept_pixels(shape: Sequence[int], share: tuple[float, float], generator: Gen
     255 / 256, above which it is that).
     """
     low, high = share
-    draws = torch.rand(2, shape[0], generator=generator, dtype=torch.float64)
+    draws = torch.rand(2, shape[0], generator=generator, dtype=torch.float64, device="cpu")
     threshold = (256 * (low + (high - low) * draws[0]) + draws[1]).floor().clamp(max=255)
-    words = torch.empty(-(-torch.Size(shape).numel() // 8), dtype=torch.int64)
+    words = torch.empty(-(-torch.Size(shape).numel() // 8), dtype=torch.int64, device="cpu")
     words.random_(-(2**63), None, generator=generator)
     pixels = words.view(torch.uint8)[: torch.Size(shape).numel()].view(*shape)
     return pixels >= threshold.byte().view(-1, *[1] * (len(shape) - 1))

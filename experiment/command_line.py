@@ -53,11 +53,17 @@ AT_MOST = {  # whole numbers by flag, where fewer are more than anyone has time 
     "threads": math.inf,  # experiment/devices.py knows how many there are
     "degree": 10,
     "draws": 10**6,
+    "evaluations": 10**5,
     "inh_steps": 10**5,
     "loss_times": 10**4,
     "pairs": 10**5,
+    "seeds": 10**5,  # evaluate.py's trainings
     "tasks": 10**5,
+    "test_runs": 10**5,
+    "test_tasks": 10**5,
     "trials": 10**6,
+    "tuning_runs": 10**5,
+    "validation_runs": 10**5,
 }
 
 # what torch's allocators say where they raise a RuntimeError that is no torch.OutOfMemoryError

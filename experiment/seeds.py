@@ -30,5 +30,5 @@ def seeded_generator(*key: int) -> torch.Generator:
 
 def log_uniform_integer(low: int, high: int, generator: torch.Generator) -> int:
     """An integer from low >= 1 to high, both included: a log-uniform number, rounded."""
-    drawn = torch.rand((), generator=generator, dtype=torch.float64).item()
+    drawn = torch.rand((), generator=generator, dtype=torch.float64, device="cpu").item()
     return min(high, math.floor(low * (high / low) ** drawn + 0.5))

@@ -108,7 +108,7 @@ class Point:
         before = [p.detach() for p in self.params]
         after = [t.detach() for t in self.matching(following, "the history")]
         if all(map(torch.equal, before, after)):
-            return torch.tensor(False)
+            return torch.tensor(False, device="cpu")
         return another_result(before, [t.detach() for t in mapped], after)
 
     def loss_gradients(self, outer_loss: OuterLoss) -> tuple[list[Tensor], list[Tensor]]:

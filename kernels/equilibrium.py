@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.own_precision import in_own_precision
+
 _STEEPEST = {"sigmoid": 0.25}  # largest derivative of a base function, where it is not 1
 _POWER_STEPS, _MARGIN = 10, 1.2  # of the norms; too small ones would make the iteration diverge
 
@@ -70,6 +72,7 @@ def equilibrium(
 
 class _Equilibrium(torch.autograd.Function):
     @staticmethod
+    @in_own_precision
     def forward(ctx, s, m, activation, tolerance, max_steps):
         scaled, scaled_m_t = activation.slope * s, activation.slope * m.t()
 
@@ -85,6 +88,7 @@ class _Equilibrium(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_own_precision
     def backward(ctx, grad_y):
         y, m = ctx.saved_tensors
         d = ctx.activation.backward(torch.ones_like(y), y).mul_(ctx.activation.slope)
@@ -152,7 +156,8 @@ def _spectral_norm(matrix: Tensor) -> float:
 
     That finds up to 15 % too little where many eigenvalues are large; the margin makes up for it.
     """
-    start = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(matrix), generator=generator, device="cpu")
     vector, tiny = start.to(matrix), torch.finfo(matrix.dtype).tiny
     for _ in range(_POWER_STEPS):
         vector = matrix @ (vector / torch.linalg.vector_norm(vector).clamp_min(tiny))

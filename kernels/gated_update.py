@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.local_polynomial import ROWS, Rows, Windows
+from kernels.own_precision import in_own_precision
 from kernels.unit_statistics import (
     FLOOR,
     Activation,
@@ -163,6 +164,7 @@ class _GatedUpdate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_own_precision
     def backward(ctx, *grads):
         terms, activation, place = ctx.terms, ctx.activation, ctx.place
         weights, w, y, c, total, s, *saved = ctx.saved_tensors
@@ -243,6 +245,7 @@ class _CompiledUpdate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_own_precision
     def backward(ctx, *grads):
         from kernels import unit_statistics_loops as loops
 

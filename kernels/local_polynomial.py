@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kernels.own_precision import in_own_precision
+
 Exponents = tuple[int, ...]
 
 BLOCK_BYTES = 2**22  # of one presynaptic monomial worked on at a time, on a CPU
@@ -381,6 +383,7 @@ class _LocalPolynomials(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_own_precision
     def backward(ctx, *grads):
         joint: _JointPlan = ctx.joint
         *_, needed = joint.split(ctx.needs_input_grad[2:])

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.local_polynomial import ROWS, Rows, Windows
+from kernels.own_precision import in_own_precision
 
 FLOOR = 1e-4  # added to variances
 
@@ -83,6 +84,7 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_own_precision
     def backward(ctx, grad_c, grad_mean, grad_second):
         (c,) = ctx.saved_tensors
         return None, *moments_backward(c, ctx.wanted, grad_c, grad_mean, grad_second)
@@ -168,6 +170,7 @@ class _Currents(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_own_precision
     def backward(ctx, grad):
         c, k, of_s, *tensors = ctx.saved_tensors
         s, grad_sigma = tensors[: len(c)], []
@@ -270,6 +273,7 @@ class _Correlate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_own_precision
     def backward(ctx, grad, grad_sum):
         h, *x = ctx.saved_tensors
         grad_x = inputs_backward(h, x, grad, ctx.place, ctx.needs_input_grad[2:])
@@ -333,6 +337,7 @@ class _RmsStep(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @in_own_precision
     def backward(ctx, grad_w, grad_b):
         through = step_backward(grad_w, grad_b, *ctx.saved_tensors, ctx.needs_input_grad[4:6])
         return grad_w, grad_b, *through

@@ -85,7 +85,7 @@ def _planned_sum(terms: Sequence[Term], views: int, sending, own_power: int) -> 
             for name, power in linear.statistics.items():
                 powers[name] = powers.get(name, 0) + power
             parts.setdefault(prefactor, []).append((index, linear, powers))
-    place = torch.zeros(len(constant), len(terms))
+    place = torch.zeros(len(constant), len(terms), device="cpu")
     for column, indices in enumerate(constant.values()):
         place[column, indices] = 1.0
     laid_out = [_laid_out(p, linears, views, len(terms)) for p, linears in parts.items()]
@@ -99,11 +99,13 @@ def _laid_out(prefactor, linears, views: int, count: int) -> Currents:
         key = tuple(sorted((n, p) for n, p in powers.items() if p))
         if key not in of_kind:
             of_kind.append(key)
-    place = {kind: torch.zeros(views, len(keys), count) for kind, keys in columns.items()}
+    place = {
+        kind: torch.zeros(views, len(keys), count, device="cpu") for kind, keys in columns.items()
+    }
     for index, linear, powers in linears:
         key = tuple(sorted((n, p) for n, p in powers.items() if p))
         column = place[linear.kind][:, columns[linear.kind].index(key), index]
-        column += linear.sign * torch.tensor(_view_weights(linear, views))
+        column += linear.sign * torch.tensor(_view_weights(linear, views), device="cpu")
     return Currents(prefactor, columns, place)
 
 
@@ -156,7 +158,7 @@ _GATED_FACTORS = {
 
 def planned_gated(sums: Sequence[TermSum], views: int, count: int) -> GatedPlan:
     """The terms of w in one vector of weights, if all are the gain times a current, or w."""
-    refused = GatedPlan(None, torch.zeros(0, count), 0)
+    refused = GatedPlan(None, torch.zeros(0, count, device="cpu"), 0)
     currents, of_w = None, None
     for part in sums:
         if (part.sending, part.own) == ((("x", 1),), 0) and len(part.currents) == 1:
@@ -174,7 +176,7 @@ def planned_gated(sums: Sequence[TermSum], views: int, count: int) -> GatedPlan:
     rows = [kind for kind in ("c", *LATERAL_CURRENTS, "1") if kind in currents.columns]
     place = []
     for kind in rows:
-        of_kind = torch.zeros(1 if kind == "1" else views, len(factors), count)
+        of_kind = torch.zeros(1 if kind == "1" else views, len(factors), count, device="cpu")
         for column, key in enumerate(currents.columns[kind]):
             of_kind[:, factors.index(key)] = currents.place[kind][: len(of_kind), column]
         place.append(of_kind.flatten(0, 1))

@@ -26,7 +26,8 @@ GUIDED = ("tpe", "population")
 def draw(flags: Sequence[SearchedFlag], seed: int, number: int) -> dict[str, Value]:
     """Draw `number`, from 0, of all flags, each independent of the others."""
     generator = seeded_generator(seed, number)
-    shares = torch.rand(len(flags), dtype=torch.float64, generator=generator).tolist()
+    options = {"dtype": torch.float64, "generator": generator, "device": "cpu"}
+    shares = torch.rand(len(flags), **options).tolist()
     return {flag.name: flag.at(share) for flag, share in zip(flags, shares, strict=True)}
 
 

@@ -5,6 +5,7 @@ host wait, is an error. No operation may join one with a tensor that was left on
 CPU code from device code (compiled loops, blocks for the cache) treats "meta" as a GPU.
 """
 
+import copy
 import itertools
 
 import pytest
@@ -15,11 +16,18 @@ from torch.utils._pytree import tree_leaves
 
 from comparison.vicreg import vicreg_loss
 from data_sets.image_data import ImageData
+from data_sets.tabular_datasets import Table, split_table
+from data_sets.views import Views
+from experiment.seeds import log_uniform_integer
+from experiment.view_strengths import ViewStrengths
+from hypergradients import reverse
+from initializers import TRAINABLE, GaussianInitializer
 from learned_optimizer import image_optimizee, make_network
 from learned_optimizer.window_gradients import Trainings, roll_out
 from learning_rules import PolynomialPairRule, PolynomialRule
+from linear_probe import ProbeLoss, RidgeLoss, SampledProbeLoss
 from mnist_datasets import batches, pair_batches
-from models_fully_local import Activation, lateral_network
+from models_fully_local import Activation, lateral_mlp, lateral_network
 from one_pass import (
     NAMES,
     Batch,
@@ -30,7 +38,10 @@ from one_pass import (
     initial_hyperparameters,
     initial_state,
 )
+from rules import preset
 from rules.competing_units import KrotovHopfieldRule
+from sweeps.draws import draw
+from sweeps.space import searched_flag
 from train import train
 
 META = torch.device("meta")
@@ -150,3 +161,72 @@ def test_the_loss_of_pairs():
 def test_a_tensor_left_behind_is_noticed():
     with pytest.raises(AssertionError, match="mm"):
         torch.mm(torch.empty(2, 2, device=META), torch.ones(2, 2))
+
+
+# ---- a default device: what comes from a CPU generator, or goes with given tensors, stays ----
+
+DIGITS = ImageData(
+    torch.arange(40 * 144).view(40, 1, 12, 12).remainder(251).byte(), torch.arange(40) % 10, "made"
+)
+TABLE = Table(torch.randn(20, 3, dtype=torch.float64), torch.ones(20, 1).double(), 5, "made")
+UNITS = lateral_mlp(144, [4], Activation("sigmoid", 2.0))
+EQUILIBRIUM = lateral_mlp(144, [4], Activation(), inhibition="equilibrium")
+START = GaussianInitializer({"b": TRAINABLE, "m": TRAINABLE}, {"w": TRAINABLE})
+RULE, STATISTICS = PolynomialRule.of_degree(2), preset("default")
+SEARCHED = [searched_flag("lr=log:1e-3:1")]
+
+
+def numbered() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def views(strengths: ViewStrengths):
+    return next(Views(DIGITS, 8, strengths)(numbered()))
+
+
+def meta_step(outer_loss):
+    """A training and its gradient through the loss."""
+    params = train(UNITS, START(UNITS, numbered()), batches(DIGITS, 8, numbered()), RULE, 2)
+    loss, _ = outer_loss(UNITS, params, numbered())
+    return torch.autograd.grad(loss, [*START.parameters(), *RULE.parameters()])
+
+
+def through_a_map():
+    w = [torch.full((3,), 0.5, dtype=torch.float64, device="cpu")]
+    h = [torch.ones(3, dtype=torch.float64, device="cpu", requires_grad=True)]
+    maps = [lambda p, h: [0.5 * p[0] + 0 * h[0] + 0.25]] * 3
+    return reverse([w] * 4, h, maps, lambda p, h: (p[0] * h[0]).sum())
+
+
+ON_THE_CPU = {
+    "batches": lambda: next(batches(DIGITS, 8, numbered())),
+    "pairs": lambda: next(pair_batches(DIGITS, 8, numbered())),
+    "geometric views": lambda: views(ViewStrengths(noise=0.1)),
+    "masked views": lambda: views(ViewStrengths(kind="masks", center=True)),
+    "mixed views": lambda: views(ViewStrengths(kind="mixed")),
+    "views in float64": lambda: next(pair_batches(DIGITS, 8, numbered(), dtype=torch.float64)),
+    "a table's rows": lambda: vars(split_table(TABLE, 0.2)),
+    "a sweep's values": lambda: draw(SEARCHED, 0, 3),
+    "a horizon": lambda: log_uniform_integer(3, 9, numbered()),
+    "equilibria": lambda: EQUILIBRIUM(DIGITS.floats(), START(EQUILIBRIUM, numbered())),
+    "a probe": lambda: meta_step(ProbeLoss(DIGITS, DIGITS, 1.0, outer_images=9)),
+    "a drawn probe": lambda: meta_step(SampledProbeLoss(DIGITS, 1.0, images=30)),
+    "ridge regression": lambda: meta_step(RidgeLoss(DIGITS, fit_images=20, outer_images=10)),
+    "updates of unit statistics": lambda: train(
+        lateral_mlp(144, [4], Activation(), inhibition="none"),
+        [{}, {"w": DIGITS.images[:4].flatten(1) / 255, "b": DIGITS.images[0, 0, 0, :4] / 255}],
+        pair_batches(DIGITS, 8, numbered()), copy.deepcopy(STATISTICS), 2,
+    ),
+    "a trajectory": through_a_map,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_THE_CPU)
+def test_a_default_device_changes_nothing(name):
+    with torch.device("meta"):
+        under = tree_leaves(ON_THE_CPU[name]())
+    for one, other in zip(under, tree_leaves(ON_THE_CPU[name]()), strict=True):
+        if isinstance(one, torch.Tensor):
+            assert one.device.type == "cpu" and torch.equal(one, other)
+        else:
+            assert one == other

@@ -546,8 +546,8 @@ def test_the_examples_of_the_original_run_literally(tmp_path, line):
         ("--clip_grads --lr 1e-3 32", [32], 100, None),
         ("--rule unit_statistics --no-clip_grads 32", [32], None, None),
         ("--rule unit_statistics --clip_grads 5 32", [32], 5, None),
-        ("--sparsify 100 32", [32], None, 100),
-        ("32 --sparsify", [32], None, 0),
+        ("--sparsify 100 32", [32], 100, 100),
+        ("32 --sparsify", [32], 100, 0),
         ("--sparsify 100 --clip_grads 5 256 32", [256, 32], 5, 100),
     ],
 )
@@ -562,7 +562,7 @@ def test_a_switch_of_the_original_takes_its_number_where_layers_stand_beside_it(
 
 def test_a_switch_with_its_number_is_resumed(tmp_path):
     out = tmp_path / "run"
-    run("--clip_grads", 5, "--sparsify", 1, 4, *TINY, "--out", out)
+    run(4, *TINY, "--clip_grads", 5, "--sparsify", 1, "--out", out)
     run("--resume", out, "--quiet")
     run("--clip_grads", 5, "--resume", out, "--quiet")
     config = json.loads((out / "config.json").read_text())

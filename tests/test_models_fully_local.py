@@ -331,3 +331,24 @@ def test_a_centre_takes_away_the_mean_that_it_is_given():
     assert [type(layer).__name__ for layer in layers] == [
         "Centre", "LateralConv2d", "AveragePool2d", "Flatten", "Centre", "LateralLinear"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("inhibition", ["lateral", "equilibrium", "none", "l2"])
+def test_a_layer_responds_and_is_differentiated_under_autocast(inhibition):
+    model = lateral_network((1, 6, 6), [4], Activation("sigmoid", 2.0), convolutions=[(3, 3)],
+                            inhibition=inhibition)  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        {n: (0.3 * torch.randn(shape, generator=generator)).requires_grad_()
+         for n, shape in layer.parameter_shapes().items()}
+        for layer in model.layers
+    ]  # fmt: skip
+    x, leaves = torch.rand(5, 1, 6, 6, generator=generator), [t for p in params for t in p.values()]
+
+    def outcome(enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = model(x, params).float()
+            return y, *torch.autograd.grad(y.square().sum(), leaves)
+
+    for under, plain in zip(outcome(True), outcome(False), strict=True):
+        assert torch.allclose(under, plain, rtol=0.05, atol=0.02)

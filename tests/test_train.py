@@ -12,6 +12,7 @@ from torch import nn
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, PolynomialPairRule, PolynomialRule
 from models_fully_local import Activation, lateral_mlp
+from rules import preset
 from train import MEMORY, AdjointLimit, TrainingError, graph_bytes, train, train_on_the_way
 
 STEPS, BATCH, INPUTS, SIZES = 7, 6, 4, (3, 2)
@@ -560,6 +561,33 @@ def test_batches_that_end_or_are_empty_are_refused(grad):
         batches = (normal(k, size, INPUTS).detach() for k, size in enumerate(sizes))
         with pytest.raises(TrainingError, match=message):
             train(None, [{"w": normal(1, 3, INPUTS)}], batches, NoisyRule(), 5, grad=grad)
+
+
+@pytest.mark.parametrize("inhibition", ["lateral", "equilibrium", "none"])
+@pytest.mark.parametrize("kind", ["polynomial", "latent-predictive", "running"])
+def test_a_graph_is_gone_through_under_autocast(kind, inhibition):
+    model = lateral_mlp(INPUTS, [3], Activation("sigmoid", 2.0), inhibition=inhibition)
+    rule = PolynomialRule.of_degree(2, bound="tanh", lateral=inhibition != "none")
+    if kind != "polynomial":
+        running = {"rho": {"cov": 0.5}} if kind == "running" else {}
+        rule = preset("latent-predictive", **running)
+    with torch.no_grad():
+        for k, p in enumerate(rule.parameters()):
+            p.add_(normal(k, *p.shape, scale=0.01))
+    shapes = {"w": (3, INPUTS), "b": (3,)} | ({} if inhibition == "none" else {"m": (3, 3)})
+    start = [{}, {n: normal(k, *s).detach().float() for k, (n, s) in enumerate(shapes.items())}]
+    xs = [normal(9 + k, 6, INPUTS).detach().float() for k in range(3)]
+    batches = [x if rule.views == 1 else (x, x + 0.1) for x in xs]
+
+    def gradient(enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            params = start
+            for batch in batches:
+                params = rule.update(model, params, batch)
+            assert params[1]["w"].dtype == torch.float32
+            return torch.autograd.grad(params[1]["w"].square().sum(), next(rule.parameters()))[0]
+
+    assert torch.allclose(gradient(True), gradient(False), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("memory", MEMORY)
