@@ -24,8 +24,6 @@ and vicreg, trained by backpropagation for 100 epochs, many minutes each.
 """
 
 import argparse
-import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -178,11 +176,7 @@ def what_was_found(runs: Sequence[LearnedRun], settings: Sequence[Setting]) -> d
     """What a resumed run must find again: the rules, and the images."""
     images = {setting.dataset: setting.train for setting in settings}
     fingerprints = {name: data.fingerprint() for name, data in images.items()}
-    for run in runs:
-        views = run.views and run.views.to_dict()
-        content = json.dumps([run.rule.to_dict(), run.start, views]).encode()
-        fingerprints[run.name] = f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
-    return fingerprints
+    return fingerprints | {run.name: run.fingerprint() for run in runs}
 
 
 # ---- results ----

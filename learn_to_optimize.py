@@ -12,6 +12,7 @@ at the best of ten, found on the first half. The frozen optimiser is left in opt
 LearnedOptimizer and --start_from.
 """
 
+import json
 import math
 from functools import cache, partial
 from pathlib import Path
@@ -77,6 +78,7 @@ from comparison.optimizer_comparison import (
     noise_statistics,
 )
 from experiment.devices import set_up
+from experiment.files import digest
 from experiment.loop import finish_on_interrupt, run_steps
 from experiment.opening import open_run
 from experiment.processes import Team, join_team
@@ -280,6 +282,8 @@ def main(argv: list[str] | None = None) -> None:
 
     network, task = make_optimizer(args), make(args.optimizee, 0)
     start = network_to_dict(network)
+    if args.start_from is not None:
+        args.start_found = digest(json.dumps(start).encode())
     symmetries = symmetries_of(task, args.seed)
     settings = settings_of(args, MetaTrainingSettings)
     training = SteppedMetaTraining(network.to(device, dtype), task, symmetries, settings, team=team)

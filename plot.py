@@ -60,6 +60,7 @@ def png_file(text: str) -> Path:
 if __name__ == "__main__":
     make_parser().parse_args()  # answers --help and wrong flags before torch is loaded
 
+from experiment.checkpoints import refuse_changed_files
 from experiment.files import write_whole
 from experiment.run_reader import read_config, read_results, run_names
 from figures.baselines import draw_mlp_run, draw_pca_run, draw_vicreg_run
@@ -253,6 +254,8 @@ PLOTS = {"run": plot_run, "rules": plot_rules, "one_pass": plot_one_pass, "losse
 def main(argv: list[str] | None = None) -> None:
     """Parse, draw, say where it is."""
     args = make_parser().parse_args(argv)
+    for directory in args.runs:
+        refuse_changed_files(directory)
     for path in PLOTS[args.figure](args):
         if not args.quiet:
             print(path)

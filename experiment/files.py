@@ -7,6 +7,7 @@
 Several processes may write the same file at the same moment: one of theirs stays.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -55,6 +56,11 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def digest(content: bytes) -> str:
+    """What a file's content is told by in a configuration."""
+    return f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def json_text(value: Any) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Protocol
 
+from experiment.checkpoints import taking_up_state
 from experiment.errors import NonFiniteError
 from experiment.processes import ALONE, Team
 from experiment.run_log import RunLog, SilentLog
@@ -60,8 +61,9 @@ def run_steps(
     done, saved = 0, team.gathered(log.load_checkpoint())[0]
     numbers = range(1, total + 1) if numbers is None else numbers
     if saved is not None:
-        done = numbers.index(saved[0]) + 1
-        algorithm.load_state_dict(saved[1])
+        with taking_up_state():
+            done = numbers.index(saved[0]) + 1
+            algorithm.load_state_dict(saved[1])
         if not algorithm.finished:
             log.say(f"going on from {name} {saved[0]}")
     stopped = False

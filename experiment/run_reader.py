@@ -21,15 +21,17 @@ def read_metrics(directory: str | Path) -> dict[str, np.ndarray]:
     Also of a run that is being written: a half-written last line is left out.
     """
     path = Path(directory) / "metrics.csv"
-    header, rows = metrics_rows(path)
+    if not path.exists():
+        return {}
+    with disk_errors(f"can't read {path}"):
+        header, rows = metrics_table(path.read_bytes(), path)
     try:
         columns = {
             name: np.array([float(row[i]) for row in rows], dtype=np.float64)
             for i, name in enumerate(header)
         }
-        if "step" in columns:
-            steps = [int(row[header.index("step")]) for row in rows]
-            columns["step"] = np.array(steps, dtype=np.int64)
+        if header:
+            columns["step"] = np.array([int(row[0]) for row in rows], dtype=np.int64)
     except (ValueError, OverflowError) as error:
         raise RunLogError(f"{path} is damaged: {error}") from error
     return columns
@@ -93,19 +95,20 @@ def run_names(directories: Sequence[str | Path]) -> list[str]:
 # ---- the lines of metrics.csv ----
 
 
-def metrics_rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a metrics file; both empty where there is none."""
-    if not path.exists():
-        return [], []
-    with disk_errors(f"can't read {path}"):
-        lines = complete_lines(path.read_bytes())
+def metrics_table(content: bytes, path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a metrics file; both empty where there are none. RunLogError if damaged.
+
+    path: where the content is from.
+    """
     try:
-        table = list(csv.reader(line.decode() for line in lines))
+        table = list(csv.reader(line.decode() for line in complete_lines(content)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise RunLogError(f"{path} is damaged: {error}") from error
     header, rows = (table[0], table[1:]) if table else ([], [])
-    if any(len(row) != len(header) for row in rows) or (table and not header):
+    if any(len(row) != len(header) for row in rows):
         raise RunLogError(f"{path} is damaged: its rows are not all as long as its header")
+    if table and (header[:1] != ["step"] or len({*header}) < len(header)):
+        raise RunLogError(f"{path} is damaged: its header is not step and names, each once")
     return header, rows
 
 

@@ -21,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from experiment import tensorboard_events
+from experiment import checkpoints, tensorboard_events
+from experiment.checkpoints import Checkpoint, refuse_changed_files
 from experiment.errors import RunLogError
 from experiment.files import plain
 from experiment.run_log import RunLog
@@ -357,6 +358,90 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(tmp_path, monkeyp
         with pytest.raises(RunLogError, match=r"checkpoint.pt: No space left on device$"):
             log.save_checkpoint(1, state_of(1))
     assert loaded(log.directory)[0] == 0
+
+
+# ---- files of different runs ----
+
+
+def change(path: Path, old: bytes, new: bytes) -> None:
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
+def test_a_checkpoint_goes_with_its_configuration_only(tmp_path, capsys):
+    new_run(tmp_path, 2).close()
+    directory = tmp_path / "run"
+    change(directory / "config.json", b'"seed": 0', b'"seed": 1')
+    with pytest.raises(RunLogError, match=r"no good checkpoint.*of another run") as refusal:
+        loaded(directory)
+    assert "\n" not in str(refusal.value) and capsys.readouterr().err == ""
+    change(directory / "config.json", b'"seed": 1', b'"data_dir": "x", "seed": 0')
+    assert loaded(directory)[0] == 1
+
+
+def test_the_checkpoint_of_another_run_gives_way_to_the_one_before_it(tmp_path, capsys):
+    new_run(tmp_path, 3).close()
+    with RunLog.create(tmp_path / "other", {"seed": 5}, quiet=True) as log:
+        log.record(0, {"loss": 1.0})
+        log.save_checkpoint(0, state_of(0))
+    (tmp_path / "other" / "checkpoint.pt").replace(tmp_path / "run" / "checkpoint.pt")
+    assert loaded(tmp_path / "run")[0] == 1
+    assert "of another run" in capsys.readouterr().err
+    assert loaded(tmp_path / "run")[0] == 1 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"0.25", b"0.26"),
+        (b"step,loss", b"step,lose"),
+        (b"step,loss", b"step,a"),
+        (b"step,loss\n", b""),
+        (b"1,0.25\n", b""),
+        (b"\n1,", b"\n-1,"),
+        (b"0.25", b"nan"),
+        (b"0.25", b"\xff"),
+        (b"0.25", b"0.250000"),
+    ],
+)
+def test_rows_that_were_changed_are_refused(tmp_path, old, new):
+    new_run(tmp_path, 3).close()
+    change(tmp_path / "run" / "metrics.csv", old, new)
+    content = (tmp_path / "run" / "metrics.csv").read_bytes()
+    for read in (loaded, refuse_changed_files):
+        with pytest.raises(RunLogError, match=r"metrics\.csv is damaged: ") as refusal:
+            read(tmp_path / "run")
+        assert "\n" not in str(refusal.value)
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == content
+    (tmp_path / "run" / "metrics.csv").unlink()
+    refuse_changed_files(tmp_path / "run")
+    assert loaded(tmp_path / "run")[0] == 2
+
+
+def test_what_follows_the_rows_of_a_checkpoint_is_cut_off_whatever_it_is(tmp_path):
+    new_run(tmp_path, 2).close()
+    path = tmp_path / "run" / "metrics.csv"
+    whole = path.read_bytes()
+    for junk in (b"2,0.5\n3,", b"\0" * 99, b"1,7.0\n", b"\xff\n\xff\n"):
+        path.write_bytes(whole + junk)
+        refuse_changed_files(tmp_path / "run")
+        assert loaded(tmp_path / "run")[0] == 1
+        assert path.read_bytes() == whole
+
+
+def test_a_checkpoint_of_before_there_were_digests_is_taken_without_them(tmp_path):
+    log = new_run(tmp_path)
+    for step in range(2):
+        log.record(step, {"loss": 1.0})
+    checkpoints.save_checkpoint(log.directory, Checkpoint(1, state_of(1), 1))
+    log.record(2, {"loss": 3.0})
+    log.close()
+    change(log.path("config.json"), b'"seed": 0', b'"seed": 1')
+    change(log.path("metrics.csv"), b"1,1.0", b"1,2.0")
+    refuse_changed_files(log.directory)
+    assert loaded(log.directory)[0] == 1
+    assert log.path("metrics.csv").read_bytes() == b"step,loss\n0,1.0\n1,2.0\n"
 
 
 # ---- resuming ----

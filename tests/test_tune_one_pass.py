@@ -163,6 +163,8 @@ def test_a_run_goes_on_without_the_state_that_it_began_with(tmp_path):
     assert read_config(run)["state_found"] == f"sha256 {digest[:16]}"
     state.unlink()
     tune_one_pass.main(["--resume", str(run), "--quiet"])
+    (run / "checkpoint.pt").unlink()
+    tune_one_pass.main(["--resume", str(run), "--quiet"])  # from the checkpoint before the last
 
 
 @pytest.mark.parametrize(
