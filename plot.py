@@ -62,7 +62,7 @@ if __name__ == "__main__":
 
 from experiment.checkpoints import refuse_changed_files
 from experiment.files import write_whole
-from experiment.run_reader import read_config, read_results, run_names
+from experiment.run_reader import read_config, read_results, refuse_links, run_names
 from figures.baselines import draw_mlp_run, draw_pca_run, draw_vicreg_run
 from figures.competition import draw_competition_run, draw_searches_run
 from figures.evaluation import draw_evaluation_run
@@ -102,6 +102,8 @@ DRAW: dict[str, Callable[[Path], list[Path]]] = {
 def plot_run(args: argparse.Namespace) -> list[Path]:
     """The figures that each run's own command has drawn, or would have drawn at its end."""
     commands = [drawing_command(directory) for directory in args.runs]
+    for directory in args.runs:
+        refuse_links(directory)  # in it the figures are written
     drawn = []
     for directory, command in zip(args.runs, commands, strict=True):
         try:

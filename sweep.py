@@ -117,10 +117,10 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvin
 from optuna.study import Study
 from optuna.trial import Trial
 
-from experiment.files import json_text, plain, write_whole
+from experiment.files import NEW, json_text, plain, remove_leftovers, write_whole
 from experiment.loop import finish_on_interrupt
 from experiment.run_log import RunLog
-from experiment.run_reader import read_config
+from experiment.run_reader import read_config, refuse_links
 from sweeps.draws import GUIDED, make_draws
 from sweeps.report import (
     AFTER_FLAGS,
@@ -147,6 +147,7 @@ from sweeps.study import (
 from sweeps.trial import GRACE, RefusedCommand, Rungs, Worker, outcome_of, start
 
 POLL = 0.1  # seconds between two looks at the workers
+LEFT_AFTER = 600.0  # seconds since a file that is half written was touched, and so is nobody's
 
 GIVEN_BY_THE_SWEEP = ("out", "resume")
 OF_THIS_PROCESS = (*OF_THE_CALL, "share", "slurm", "array_tasks")
@@ -450,10 +451,12 @@ def open_directory(args) -> Path:
             raise UserError(f"{directory} is no sweep's directory: choose another --out")
     elif directory.is_dir():
         # another process may be at this point with the same sweep
-        ours = (JOURNAL, ".new-")
+        ours = (JOURNAL, NEW)
         if any(not entry.name.startswith(ours) for entry in directory.iterdir()):
             raise UserError(f"{directory} is not empty: choose another --out")
+    refuse_links(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(directory, seconds=LEFT_AFTER)
     return directory
 
 

@@ -22,7 +22,7 @@ from experiment.files import sync, write_durably
 from experiment.run_reader import read_config
 
 FORMAT = 1
-LAST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+LAST, PREVIOUS, NEW = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.pt.new"
 DIGEST_BYTES = hashlib.sha256().digest_size
 MAY_DIFFER = ("data_dir", "save_state", "to_zoo")  # flags that change no number of a run
 
@@ -61,7 +61,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise TypeError(f"a checkpoint holds tensors and plain values only: {reason}") from error
-    current, new = directory / LAST, directory / f"{LAST}.new"
+    current, new = directory / LAST, directory / NEW
     with disk_errors(f"can't write {current}"):
         write_durably(new, hashlib.sha256(payload).digest() + payload)
         if current.exists():

@@ -11,11 +11,15 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+NEW = ".new-"  # how the folders begin that files are written in, before they take their place
 
 
 @contextmanager
@@ -23,7 +27,7 @@ def in_place(path: str | Path) -> Iterator[Path]:
     """Where to write a file that takes the place of `path` once the disk has it. Raises OSError."""
     path = Path(path)
     try:
-        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-")
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=NEW)
     except OSError as error:
         error.filename = str(path)  # the name that was asked for, not that of the folder
         raise
@@ -39,6 +43,17 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
     """Replace the file `path`, of text in UTF-8. Raises OSError."""
     with in_place(path) as new:
         new.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def remove_leftovers(folder: Path, seconds: float = 0.0) -> None:
+    """Removes what writers that were killed have left, where nobody has touched it for so long.
+
+    Without `seconds` nobody else may be writing in this folder.
+    """
+    for path in folder.glob(f"{NEW}*"):
+        with suppress(OSError):  # another process may have removed it just now
+            if time.time() - path.stat().st_mtime >= seconds:
+                shutil.rmtree(path)
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -29,9 +29,16 @@ from experiment import checkpoints
 from experiment.checkpoints import Checkpoint, configuration_digest
 from experiment.environment import describe_environment
 from experiment.errors import RunLogError, disk_errors
-from experiment.files import finite_or_null, json_text, write_whole
+from experiment.files import NEW, finite_or_null, json_text, remove_leftovers, write_whole
 from experiment.progress import Progress
-from experiment.run_reader import complete_lines, metrics_table, read_config, read_json, step_of
+from experiment.run_reader import (
+    complete_lines,
+    metrics_table,
+    read_config,
+    read_json,
+    refuse_links,
+    step_of,
+)
 from experiment.tensorboard_events import EventFile
 
 
@@ -76,6 +83,7 @@ class RunLog:
         lock = _take_lock(directory)
         try:
             _refuse_occupied(directory)
+            _remove_leftovers(directory)
             _write(directory / "config.json", json_text(dict(config)))
             log = cls(directory, read_json(directory / "config.json"), lock, quiet, figures)
             log._describe_environment()
@@ -89,8 +97,10 @@ class RunLog:
         """Go on with the run in `directory`; call `load_checkpoint` before recording anything."""
         directory = Path(directory)
         config = read_config(directory)
+        refuse_links(directory)
         lock = _take_lock(directory)
         try:
+            _remove_leftovers(directory)
             log = cls(directory, config, lock, quiet, figures)
             log._describe_environment()
         except BaseException:
@@ -371,16 +381,26 @@ def _refuse_occupied(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise RunLogError(f"{directory} is a file, not a directory: choose another --out")
-    if any(entry.name != "lock" for entry in directory.iterdir()):
+    refuse_links(directory)
+    names = [entry.name for entry in directory.iterdir()]
+    # what a process leaves that is killed before it has written config.json is in nobody's way
+    if any(name != "lock" and not name.startswith(NEW) for name in names):
         raise RunLogError(
             f"{directory} is not empty: choose another --out, or go on with --resume {directory}"
         )
 
 
+def _remove_leftovers(directory: Path) -> None:
+    """Removes what a process that was killed has left half written in a run's directory."""
+    for folder in (directory, directory / "figures"):
+        remove_leftovers(folder)
+    (directory / checkpoints.NEW).unlink(missing_ok=True)
+
+
 def _take_lock(directory: Path) -> BinaryIO:
     """Hold the directory until the file returned is closed or this process ends in any way."""
     with disk_errors(f"can't write the run directory {directory}"):
-        lock = (directory / "lock").open("a+b")
+        lock = open(directory / "lock", "a+b", opener=_open_no_link)  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -397,3 +417,7 @@ def _take_lock(directory: Path) -> BinaryIO:
         lock.write(f"{os.getpid()}\n".encode())
         lock.flush()
     return lock
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)

@@ -6,7 +6,10 @@ What isn't there, or can't be read, or is damaged is a `RunLogError` of one line
 import csv
 import io
 import json
+import os
+import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,24 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise RunLogError(f"{path} is damaged: not a table of flags")
     return config
+
+
+def refuse_links(directory: str | Path) -> None:
+    """RunLogError where anything in a run's directory is neither a file nor a folder.
+
+    Whatever writes in the directory of a stranger would follow a symbolic link out of it. The
+    directory itself, or a folder above it, may be one.
+    """
+    for folder, folders, files in os.walk(directory):
+        for path in (Path(folder) / name for name in (*folders, *files)):
+            with suppress(FileNotFoundError):  # of a run that is being written
+                mode = path.lstat().st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    kind = "a symbolic link" if stat.S_ISLNK(mode) else "no ordinary file"
+                    raise RunLogError(
+                        f"{path} is {kind}, which has no place inside a run's directory: put what "
+                        "it stands for in its place, or remove it"
+                    )
 
 
 def run_names(directories: Sequence[str | Path]) -> list[str]:

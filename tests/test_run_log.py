@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -148,6 +149,89 @@ def test_a_failed_start_gives_the_lock_back(tmp_path, monkeypatch):
         with pytest.raises(RunLogError, match="No space"):
             RunLog.create(tmp_path / "run", {})
     RunLog.create(tmp_path / "run", {}).close()
+
+
+def killed_in_the_child(act: Callable[[], object], allowed: int) -> bool:
+    """Has a forked process act, and end by SIGKILL at its so many-th operation on the disk."""
+    child = os.fork()
+    if child == 0:
+        calls = itertools.count()
+        for name in ("mkdir", "fsync", "replace", "rmdir"):
+            setattr(os, name, killing_with_sigkill(getattr(os, name), calls, allowed))
+        with suppress(BaseException):
+            act()
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def killing_with_sigkill(original, calls, allowed):
+    def call(*arguments, **named):
+        if next(calls) == allowed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+
+    return call
+
+
+def test_a_run_killed_while_it_begins_can_be_started_or_gone_on_with(tmp_path):
+    for allowed in itertools.count():
+        directory = tmp_path / str(allowed) / "run"
+        killed = killed_in_the_child(lambda place=directory: new_run(place.parent, 1), allowed)
+        if (directory / "config.json").exists():
+            loaded(directory)
+        else:
+            with RunLog.create(directory, {"seed": 0}, quiet=True):
+                pass
+        left = {path.name for path in directory.iterdir()}
+        assert not [name for name in left if ".new" in name] and "environment.json" in left
+        if not killed:
+            break
+    assert allowed > 10
+
+
+# ---- links ----
+
+
+@pytest.mark.parametrize(
+    "name", ["lock", "log.txt", "metrics.csv", "figures", "config.json", "checkpoint.pt"]
+)
+def test_nothing_is_written_through_a_link_inside_a_run(tmp_path, name):
+    new_run(tmp_path, 2).close()
+    victim, path = tmp_path / "victim", tmp_path / "run" / name
+    if path.exists():
+        path.rename(victim)
+    else:
+        victim.mkdir()
+    path.symlink_to(victim)
+    before = victim.read_bytes() if victim.is_file() else sorted(victim.iterdir())
+    with pytest.raises(RunLogError, match=f"{name} is a symbolic link"):
+        RunLog.reopen(tmp_path / "run")
+    assert (victim.read_bytes() if victim.is_file() else sorted(victim.iterdir())) == before
+
+
+def test_a_new_run_does_not_take_a_link_for_its_lock(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(RunLogError, match="lock is a symbolic link"):
+        RunLog.create(tmp_path / "run", {})
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_the_directory_itself_and_those_above_it_may_be_links(tmp_path):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "near").symlink_to(tmp_path / "far")
+    (tmp_path / "near" / "run").symlink_to(tmp_path / "far" / "away")
+    new_run(tmp_path / "near", 1).close()
+    assert loaded(tmp_path / "near" / "run")[0] == 0
+
+
+def test_what_is_no_ordinary_file_is_refused(tmp_path):
+    new_run(tmp_path, 1).close()
+    (tmp_path / "run" / "log.txt").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "run" / "log.txt")
+    with pytest.raises(RunLogError, match="no ordinary file"):
+        RunLog.reopen(tmp_path / "run")
 
 
 # ---- metrics ----
