@@ -175,7 +175,6 @@ def meta_train(training: SteppedMetaTraining, team: Team, log: RunLog) -> bool:
     finished = run_steps(log, training, "run", total, shown=SHOWN, team=team)
     if total:
         training.select()
-        log.say(f"best validation loss {training.best_loss:.4g} after epoch {training.best_epoch}")
     return finished
 
 
@@ -193,6 +192,8 @@ def save(training: MetaTraining, source: str, log: RunLog) -> dict:
     if training.curves:
         arrays["losses"] = torch.stack(training.curves).numpy(force=True)
     log.write_arrays("validation.npz", arrays)
+    if training.settings.runs:
+        log.say(f"best validation loss {training.best_loss:.4g} after epoch {training.best_epoch}")
     return results
 
 

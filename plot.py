@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from experiment.command_line import OneLineParser, UserError, run_command
+from experiment.screen import repair_streams
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
 
@@ -58,6 +59,7 @@ def png_file(text: str) -> Path:
 
 
 if __name__ == "__main__":
+    repair_streams()
     make_parser().parse_args()  # answers --help and wrong flags before torch is loaded
 
 from experiment.checkpoints import refuse_changed_files
@@ -193,10 +195,11 @@ def plot_one_pass(args: argparse.Namespace) -> list[Path]:
     """The table, also on the screen, and the figures."""
     runs = read_runs(args.runs)
     text = table(runs)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_whole(args.out / "table.md", text)
+    drawn = draw_report(runs, args.out)
     if not args.quiet:
         print(text)
-    drawn = draw_report(runs, args.out)
-    write_whole(args.out / "table.md", text)
     return [args.out / "table.md", *drawn]
 
 

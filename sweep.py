@@ -516,7 +516,7 @@ def write_slurm(args, sweep_flags: Sequence[str]) -> None:
     flags += ["--share", str(math.ceil(total / tasks))]
     script = str(Path(__file__).resolve())  # the job begins wherever sbatch is called
     command = shlex.join([sys.executable, script, *flags, "--", *args.trial_command])
-    args.slurm.write_text(
+    lines = (
         "#!/bin/bash\n"
         f"#SBATCH --job-name={args.study or args.out.name}\n"
         f"#SBATCH --array=0-{tasks - 1}\n"
@@ -526,6 +526,7 @@ def write_slurm(args, sweep_flags: Sequence[str]) -> None:
         f"#SBATCH --signal=B:TERM@{2 * int(GRACE)}\n"
         f"\nexec {command}\n"
     )
+    args.slurm.write_text(lines, encoding="utf-8", errors="surrogateescape")  # paths as they are
 
 
 def _without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:

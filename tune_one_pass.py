@@ -167,9 +167,9 @@ def main(argv: list[str] | None = None) -> None:
     with open_run(args, "tune_one_pass", problem) as log:
         log.say(f"{problem.source}; {args.draws} runs of {args.steps:,} steps")
         columns, finished = train_draws(args, problem, tuning, log)
-        report(args, problem, columns, log)
         if args.save_state is not None:
             save_state(args.save_state, tuning)
+        report(args, problem, columns, log)
     if not finished:
         raise KeyboardInterrupt
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from experiment.checkpoints import refuse_changed_files
 from experiment.errors import RunLogError
-from experiment.files import digest
+from experiment.files import digest, displayable
 from experiment.run_reader import read_config, read_json, read_results
 from experiment.view_strengths import ViewStrengths
 from hypgraddesc import rising_steps
@@ -95,7 +95,7 @@ def load_run(directory: str | Path) -> LearnedRun:
         }
         _check_flags(config, steps)
         views = _views(results, rule)
-        run = LearnedRun(directory.name, config, rule, start, steps, views)
+        run = LearnedRun(displayable(directory.name), config, rule, start, steps, views)
         shape = (3, 32, 32) if _datasets(config)[0] == "cifar10" else (1, 28, 28)
         network_of_flags(config, shape, config["layers"])
     except (LookupError, TypeError, ValueError, ArithmeticError) as problem:

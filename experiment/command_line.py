@@ -37,6 +37,7 @@ from typing import Any, NoReturn
 
 from experiment.errors import RunLogError, WrongInputError
 from experiment.run_reader import read_config
+from experiment.screen import mute_broken_streams, repair_streams, show
 
 DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
 DTYPES = ("float32", "float64")
@@ -129,6 +130,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 
     With --resume, flags that aren't given take the values that they have in that run.
     """
+    repair_streams()
     explicit = vars(_relaxed(parser, without_defaults=True).parse_args(argv))
     directory = explicit.get("resume")
     if directory is None:
@@ -196,12 +198,11 @@ def run_command(
 
     wrong_input: what the libraries that the command uses raise for it, beside WrongInputError.
     """
+    repair_streams()
     try:
         main(argv)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; let that go nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except FloatingPointError as error:
         _exit_with_line(error, status=1)
@@ -214,8 +215,10 @@ def run_command(
             raise
         _exit_with_line("not enough memory: take smaller layers or batches", status=2)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        show("interrupted", sys.stderr)
         sys.exit(130)
+    finally:
+        mute_broken_streams()  # Python flushes them once more at exit
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -226,7 +229,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _exit_with_line(error: Exception | str, status: int) -> NoReturn:
     line = " ".join(str(error).split())
     if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
-        sys.stderr.write(f"error: {line}\n")
+        show(f"error: {line}", sys.stderr)
     sys.exit(status)
 
 
@@ -295,7 +298,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {line} (see --help)\n")
+        show(f"{self.prog}: error: {line} (see --help)", sys.stderr)
+        sys.exit(2)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -40,9 +40,17 @@ def in_place(path: str | Path) -> Iterator[Path]:
 
 
 def write_whole(path: str | Path, content: bytes | str) -> None:
-    """Replace the file `path`, of text in UTF-8. Raises OSError."""
+    """Replace the file `path`, of text in UTF-8. Raises OSError.
+
+    In a text, bytes of a file's name that are not UTF-8 become \\udcff.
+    """
     with in_place(path) as new:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        new.write_bytes(displayable(content).encode() if isinstance(content, str) else content)
+
+
+def displayable(text: str) -> str:
+    """The same, with \\udcff in the place of what is no letter: bytes of a file's name."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def remove_leftovers(folder: Path, seconds: float = 0.0) -> None:

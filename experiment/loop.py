@@ -7,6 +7,7 @@ Whatever is stepped, a run that was killed and is resumed leaves the same rows a
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -101,8 +102,10 @@ class Interrupt:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.requested:
-            with suppress(OSError):  # os.write, because a handler may interrupt a print
-                os.write(2, b"\nending after this step; Ctrl-C again stops at once\n")
+            with suppress(OSError, ValueError):  # not print, which a handler may interrupt
+                os.write(
+                    sys.stderr.fileno(), b"\nending after this step; Ctrl-C again stops at once\n"
+                )
         self.requested = True
 
 

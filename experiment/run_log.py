@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TextIO
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from experiment.run_reader import (
     refuse_links,
     step_of,
 )
+from experiment.screen import mute_broken_streams, show
 from experiment.tensorboard_events import EventFile
 
 
@@ -294,19 +295,18 @@ class RunLog:
         """Print `text` on stdout, above a progress bar, unless quiet; append it to log.txt."""
         self._append_to_log(text)
         if not self.quiet:
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(text, flush=True)
+            _show_above_the_bar(text, sys.stdout)
 
     def warn(self, text: str) -> None:
         """Print `text` on stderr, also when quiet, and append it to log.txt."""
         self._append_to_log(text)
-        with tqdm.external_write_mode(file=sys.stderr):
-            print(text, file=sys.stderr, flush=True)
+        _show_above_the_bar(text, sys.stderr)
 
     def _append_to_log(self, text: str) -> None:
         path = self.path("log.txt")
-        with disk_errors(f"can't write {path}"), path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        line = text.encode(errors="backslashreplace") + b"\n"
+        with disk_errors(f"can't write {path}"), path.open("ab") as file:
+            file.write(line)
 
     def draw(self, figures_of: Callable[[Path], object]) -> None:
         """Have `figures_of` draw the run in its directory, unless figures are left out."""
@@ -366,6 +366,14 @@ def _other_columns(columns: list[str], expected: list[str]) -> str:
     if not new and not missing:
         return "a row of metrics.csv must have its columns in the same order as the first row"
     return f"a row of metrics.csv must have the first row's columns: new {new}, missing {missing}"
+
+
+def _show_above_the_bar(text: str, stream: TextIO) -> None:
+    try:
+        with tqdm.external_write_mode(file=stream):
+            show(text, stream)
+    except OSError:  # of the bar, whose terminal is gone
+        mute_broken_streams()
 
 
 # ---- writing ----

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from experiment.errors import RunLogError, disk_errors
+from experiment.files import displayable
 
 
 def read_metrics(directory: str | Path) -> dict[str, np.ndarray]:
@@ -106,9 +107,9 @@ def refuse_links(directory: str | Path) -> None:
 
 def run_names(directories: Sequence[str | Path]) -> list[str]:
     """What runs are called beside each other: their last names, or paths where two names agree."""
-    names = [Path(directory).resolve().name for directory in directories]
+    names = [displayable(Path(directory).resolve().name) for directory in directories]
     return [
-        name if names.count(name) == 1 else str(directory)
+        name if names.count(name) == 1 else displayable(str(directory))
         for name, directory in zip(names, directories, strict=True)
     ]
 

@@ -25,7 +25,9 @@ from figures.style import (
     label_axes,
     new_figure,
     one_panel,
+    plain_text,
     save_figure,
+    without_formulas,
 )
 from learned_optimizer import CONTROL
 
@@ -113,7 +115,7 @@ def draw_symmetry(optimizee: str, kind: str, optimizers: Mapping[str, Arrays], p
     title = f"{optimizee}: departure from the {kind.removesuffix(CONTROL)} symmetry"
     if kind.endswith(CONTROL):
         title += " that it lacks (negative control)"
-    figure.suptitle(title, fontsize=FONT + 2)
+    figure.suptitle(title, fontsize=FONT + 2, parse_math=False)
     save_figure(figure, path)
 
 
@@ -145,7 +147,7 @@ def draw_histograms(
         label_axes(axes, name, bottom, "share of parameters" if axes is grid[0] else "")
         axes.xaxis.set_major_locator(LogLocator(numticks=5))
     add_legend(grid[0])
-    figure.suptitle(f"{optimizee}: sizes of updates", fontsize=FONT + 2)
+    figure.suptitle(f"{optimizee}: sizes of updates", fontsize=FONT + 2, parse_math=False)
     save_figure(figure, path)
 
 
@@ -171,13 +173,14 @@ def draw_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None
     label_axes(right, "Covariance over minibatches", "layer", "")
     for axes in (left, right):
         axes.tick_params(which="minor", labelsize=FONT - 1, colors=GREY)
-        axes.legend(
+        legend = axes.legend(
             fontsize=FONT - 2,
             frameon=False,
             ncols=2,
             loc="upper center",
             bbox_to_anchor=(0.5, -0.2),
         )
+        without_formulas(legend)
     save_figure(figure, path)
 
 
@@ -228,8 +231,10 @@ def draw_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> Non
             axes.text(
                 j, i, f"{value:.3g}", ha="center", va="center", fontsize=FONT - 1, color=colour
             )
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=FONT - 1)
-    axes.set_yticks(range(len(rows)), rows, fontsize=FONT - 1)
+    axes.set_xticks(
+        range(len(columns)), map(plain_text, columns), rotation=30, ha="right", fontsize=FONT - 1
+    )
+    axes.set_yticks(range(len(rows)), map(plain_text, rows), fontsize=FONT - 1)
     axes.set_title(
         "Training loss of optimisers (rows) on optimizees", fontsize=FONT + 1, loc="left"
     )
