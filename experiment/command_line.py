@@ -45,6 +45,9 @@ DTYPES = ("float32", "float64")
 # flags that belong to one call, not to the run
 OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 
+# flags that name what is written outside the run's directory: --resume takes none from config.json
+OUTSIDE = ("save_state", "to_zoo", "storage")
+
 LARGEST = 1e30  # number that a flag takes: float32 holds it, and the sum of many
 
 # what torch's allocators say where they raise a RuntimeError that is no torch.OutOfMemoryError
@@ -128,7 +131,9 @@ def common_parser(
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse `argv` (default: sys.argv[1:]).
 
-    With --resume, flags that aren't given take the values that they have in that run.
+    With --resume, flags that aren't given take the values that they have in that run. As that may
+    be a stranger's, what it has written outside its directory has to be asked for again, and a
+    --data-dir that is not there is not made.
     """
     repair_streams()
     explicit = vars(_relaxed(parser, without_defaults=True).parse_args(argv))
@@ -142,15 +147,29 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     if (command := f"{config.get('command')}.py") != parser.prog:
         parser.error(f"argument --resume: {directory} is a run of {command}, not of {parser.prog}")
     args = _relaxed(parser, without_defaults=False).parse_args(argv)
+    known = {action.dest for action in parser._actions}
+    for name in known.intersection(OUTSIDE) - {*explicit}:
+        if config.get(name) is not None and not _is_within(directory, name, config[name]):
+            parser.error(f"argument --resume: {directory} was run with --{name} {config[name]}, "
+                         "which is not inside it: give that again")  # fmt: skip
+    taken = {*config} - {*explicit, *OF_THE_CALL}
+    if not Path(str(config.get("data_dir"))).is_dir():
+        taken.discard("data_dir")
     for action in parser._actions:
         name = action.dest
-        if name in config and name not in explicit and name not in OF_THE_CALL:
+        if name in taken:
             try:
                 setattr(args, name, _from_saved(action, config[name]))
             except (argparse.ArgumentTypeError, ValueError) as error:
                 parser.error(f"argument --resume: {directory}/config.json is damaged: "
                              f"{name} {error}")  # fmt: skip
     return args
+
+
+def _is_within(directory: str, name: str, value: Any) -> bool:
+    """Whether what a flag names is a file inside the directory."""
+    is_path = name == "save_state" and isinstance(value, str)
+    return is_path and Path(value).resolve().is_relative_to(Path(directory).resolve())
 
 
 def refuse_idle_flags(

@@ -34,6 +34,7 @@ from experiment.progress import Progress
 from experiment.run_reader import (
     complete_lines,
     metrics_table,
+    path_within,
     read_config,
     read_json,
     refuse_links,
@@ -127,8 +128,8 @@ class RunLog:
             self._lock.close()
 
     def path(self, name: str) -> Path:
-        """Where the file `name` of this run is."""
-        return self.directory / name
+        """Where the file `name` of this run is; RunLogError for a name that leads elsewhere."""
+        return path_within(self.directory, name)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` to the file `name`, atomically.

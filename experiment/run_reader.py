@@ -105,6 +105,16 @@ def refuse_links(directory: str | Path) -> None:
                     )
 
 
+def path_within(folder: Path, name: str) -> Path:
+    """Where the file `name` in a folder is.
+
+    RunLogError for a name that leads out of it, as one that a stranger's file tells may.
+    """
+    if Path(name).name != name or name in ("", "..") or "\0" in name:
+        raise RunLogError(f"{name!r} is not the name of a file in {folder}")
+    return folder / name
+
+
 def run_names(directories: Sequence[str | Path]) -> list[str]:
     """What runs are called beside each other: their last names, or paths where two names agree."""
     names = [displayable(Path(directory).resolve().name) for directory in directories]

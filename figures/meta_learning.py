@@ -19,7 +19,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import AutoLocator, PercentFormatter
 from numpy.lib.stride_tricks import sliding_window_view
 
-from experiment.run_reader import read_arrays, read_metrics, read_results
+from experiment.run_reader import path_within, read_arrays, read_metrics, read_results
 from figures.style import (
     COLOURS,
     DIVERGING,
@@ -312,7 +312,7 @@ def _draw_references(results: Mapping, place: Path) -> list[Path]:
             name = f"learned, {rows[0]['inner_steps']} updates"
             judged[name] = [row["test_accuracy"] for row in rows]
         if judged:
-            drawn.append(place / f"beside_{dataset}.png")
+            drawn.append(path_within(place, f"beside_{dataset}.png"))
             draw_beside(judged, drawn[-1], dataset)
     return drawn
 

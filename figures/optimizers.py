@@ -7,6 +7,7 @@ are compared share their scale.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator
 
 from experiment.errors import RunLogError
-from experiment.run_reader import read_arrays, read_config, read_metrics, read_results
+from experiment.run_reader import path_within, read_arrays, read_config, read_metrics, read_results
 from figures.meta_learning import draw_meta_loss
 from figures.style import (
     COLOURS,
@@ -43,6 +44,7 @@ def draw_optimizer_run(directory: str | Path) -> list[Path]:
     """Draws what metrics.csv, comparison.npz, results.json and validation.npz allow; the paths."""
     directory = Path(directory)
     place = directory / "figures"
+    figure = partial(path_within, place)  # names of optimizees are a stranger's, perhaps
     drawn = []
     metrics = read_metrics(directory)
     if metrics:
@@ -53,22 +55,24 @@ def draw_optimizer_run(directory: str | Path) -> list[Path]:
     for name in dict.fromkeys(key.split("/")[0] for key in compared if "/" in key):
         optimizers = of_optimizee(compared, name)
         draw_training(
-            name, {k: a["losses"] for k, a in optimizers.items()}, place / f"{name}_loss.png"
+            name,
+            {k: a["losses"] for k, a in optimizers.items()},
+            figure(f"{name}_loss.png"),
         )
-        drawn.append(place / f"{name}_loss.png")
+        drawn.append(figure(f"{name}_loss.png"))
         shown = one_of_each_kind(optimizers)
         for kind in kinds_of(optimizers):
-            path = place / f"{name}_{kind}.png"
+            path = figure(f"{name}_{kind}.png")
             draw_symmetry(name, kind, shown, path)
             drawn.append(path)
         steps = histogram_steps(directory, optimizers)
         if steps:
-            draw_histograms(name, shown, compared["edges"], steps, place / f"{name}_updates.png")
-            drawn.append(place / f"{name}_updates.png")
+            draw_histograms(name, shown, compared["edges"], steps, figure(f"{name}_updates.png"))
+            drawn.append(figure(f"{name}_updates.png"))
     for name, results in compared_optimizees(directory).items():
         if "noise" in results:  # not where Ctrl-C ended the comparison before it
-            draw_noise(name, results["noise"], place / f"{name}_noise.png")
-            drawn.append(place / f"{name}_noise.png")
+            draw_noise(name, results["noise"], figure(f"{name}_noise.png"))
+            drawn.append(figure(f"{name}_noise.png"))
     validation = read_arrays(directory / "validation.npz")
     if "losses" in validation:
         draw_meta_training(validation, place / "meta_training.png")

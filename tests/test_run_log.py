@@ -226,6 +226,12 @@ def test_the_directory_itself_and_those_above_it_may_be_links(tmp_path):
     assert loaded(tmp_path / "near" / "run")[0] == 0
 
 
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "..", ""])
+def test_a_runs_files_are_in_its_directory(tmp_path, name):
+    with new_run(tmp_path) as log, pytest.raises(RunLogError, match="not the name of a file"):
+        log.write_json(name, {})
+
+
 def test_what_is_no_ordinary_file_is_refused(tmp_path):
     new_run(tmp_path, 1).close()
     (tmp_path / "run" / "log.txt").unlink(missing_ok=True)
