@@ -45,7 +45,6 @@ from experiment.devices import set_up
 from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
-from experiment.run_reader import read_metrics
 from figures.baselines import draw_pca_run
 from figures.meta_learning import ACCURACIES
 from linear_probe import linear_probe
@@ -83,6 +82,7 @@ class ProbedComponents:
     ) -> None:
         self.left, self.data, self.C, self.dtype = list(ks), (train_data, test_data), C, dtype
         self.warn = warn
+        self.table: list[dict[str, float]] = []
 
     @property
     def finished(self) -> bool:
@@ -101,32 +101,30 @@ class ProbedComponents:
         if not result.fit.converged:
             self.warn(f"{k} components: the probe stopped before its optimum")
         variances = self.principal.variances
-        return {
+        numbers = {
             "variance_share": float(variances[:k].sum() / variances.sum()),
             **{name: getattr(result, name) for name in ACCURACIES},
-            "seconds": time.perf_counter() - begin,
         }
+        self.table.append({"components": k, **numbers})
+        return numbers | {"seconds": time.perf_counter() - begin}
 
     def state_dict(self) -> dict:
-        """What is left to do."""
-        return {"left": self.left}
+        """What is left to do, and what was found."""
+        return {"left": self.left, "table": self.table}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on where `state_dict` left it."""
-        self.left = list(state["left"])
+        self.left, self.table = list(state["left"]), list(state["table"])
 
 
-def report(args, log: RunLog, source: str) -> None:
+def report(args, log: RunLog, source: str, table: list[dict[str, float]]) -> None:
     """The table, on the screen and as a file, and its figure."""
-    metrics = read_metrics(log.directory)
-    log.say(f"{'components':>10}  {'variance':>9}  {'training':>9}  {'test':>9}")
-    table = []
-    for i, k in enumerate(metrics["step"].tolist()):
-        row = {name: float(metrics[name][i]) for name in ("variance_share", *ACCURACIES)}
-        log.say(f"{k:10d}" + "".join(f"  {value:9.2%}" for value in row.values()))
-        table.append({"components": k, **row})
     log.write_json("results.json", {"data": source, "C": args.C, "table": table})
     log.draw(draw_pca_run)
+    log.say(f"{'components':>10}  {'variance':>9}  {'training':>9}  {'test':>9}")
+    for row in table:
+        k, *shares = row.values()
+        log.say(f"{k:10d}" + "".join(f"  {value:9.2%}" for value in shares))
     log.say(f"everything is in {log.directory}")
 
 
@@ -142,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         log.say(train_data.source)
         probed = ProbedComponents(ks, train_data, test_data, args.C, dtype, log.warn)
         finished = run_steps(log, probed, "components", len(ks), numbers=ks, shown=ACCURACIES)
-        report(args, log, train_data.source)
+        report(args, log, train_data.source, probed.table)
     if not finished:
         raise KeyboardInterrupt
 

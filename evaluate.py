@@ -24,8 +24,6 @@ and vicreg, trained by backpropagation for 100 epochs, many minutes each.
 """
 
 import argparse
-import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -186,11 +184,7 @@ def what_was_found(runs: Sequence[LearnedRun], settings: Sequence[Setting]) -> d
     """What a resumed run must find again: the rules, and the images."""
     images = {setting.dataset: setting.train for setting in settings}
     fingerprints = {name: data.fingerprint() for name, data in images.items()}
-    for run in runs:
-        views = run.views and run.views.to_dict()
-        content = json.dumps([run.rule.to_dict(), run.start, views]).encode()
-        fingerprints[run.name] = f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
-    return fingerprints
+    return fingerprints | {run.name: run.fingerprint() for run in runs}
 
 
 # ---- results ----
@@ -249,8 +243,8 @@ def cell_text(row: Row, draws: int) -> str:
     return f"{100 * mean:.2f}{spread} %{some}"
 
 
-def report(log: RunLog, comparison: RuleComparison) -> None:
-    """The table, on the screen and in table.md; results.json; the figure."""
+def write_results(log: RunLog, comparison: RuleComparison) -> None:
+    """results.json, and the table in table.md."""
     summary = summarize(comparison.rows)
     trainings, trials = [], []
     for row in comparison.rows:
@@ -266,11 +260,16 @@ def report(log: RunLog, comparison: RuleComparison) -> None:
         "trials_of_rates": trials,
     })  # fmt: skip
     if summary:
-        cells = table_cells(summary, comparison.draws)
-        log.write_text("table.md", markdown(cells))
+        log.write_text("table.md", markdown(table_cells(summary, comparison.draws)))
+
+
+def report(log: RunLog, comparison: RuleComparison) -> None:
+    """The figure, and the table on the screen."""
+    summary = summarize(comparison.rows)
+    if summary:
         log.draw(draw_evaluation_run)
         log.say(f"test accuracy, mean and standard deviation over {comparison.draws} draws")
-        for line in aligned(cells):
+        for line in aligned(table_cells(summary, comparison.draws)):
             log.say(line)
 
 
@@ -325,9 +324,10 @@ def main(argv: list[str] | None = None) -> None:
         for source in dict.fromkeys(setting.train.source for setting in settings):
             log.say(source)
         finished = run_comparison(comparison, log)
-        report(log, comparison)
+        write_results(log, comparison)
         if args.to_zoo and finished:
             keep_in_zoo(log, runs[0], args.runs[0], args.to_zoo, comparison.rows)
+        report(log, comparison)
         log.say(f"everything is in {log.directory}")
     if not finished:
         raise KeyboardInterrupt

@@ -196,13 +196,6 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
     """The table, the cosines and the verdict, on the screen and as files."""
     is_oja, lines = verdict(rule.coefficients())
     learned, oja = np.mean(comparison["learned"]), np.mean(comparison["oja"])
-    for line in lines:
-        log.say(line)
-    log.say(f"cosine with the first principal direction, {args.inner_steps} steps, mean over "
-            f"{2 * args.pairs} starts:")  # fmt: skip
-    log.say(f"  learned rule {learned:.4f}")
-    log.say(f"  Oja's rule   {oja:.4f}  (at its best rate, {comparison['oja_rate']:.2g})")
-    log.say("this is Oja's rule" if is_oja else "this is not Oja's rule (yet)")
     weights = torch.stack([comparison["learned_weight"], comparison["oja_weight"], direction])
     weights = weights.numpy(force=True)
     weights *= np.sign(weights @ weights[2])[:, None]
@@ -218,6 +211,13 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
         "oja_rate": comparison["oja_rate"],
     })  # fmt: skip
     log.draw(draw_oja_run)
+    for line in lines:
+        log.say(line)
+    log.say(f"cosine with the first principal direction, {args.inner_steps} steps, mean over "
+            f"{2 * args.pairs} starts:")  # fmt: skip
+    log.say(f"  learned rule {learned:.4f}")
+    log.say(f"  Oja's rule   {oja:.4f}  (at its best rate, {comparison['oja_rate']:.2g})")
+    log.say("this is Oja's rule" if is_oja else "this is not Oja's rule (yet)")
 
 
 def main(argv: list[str] | None = None) -> None:

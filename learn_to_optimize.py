@@ -12,6 +12,7 @@ at the best of ten, found on the first half. The frozen optimiser is left in opt
 LearnedOptimizer and --start_from.
 """
 
+import json
 import math
 from functools import cache, partial
 from pathlib import Path
@@ -78,6 +79,7 @@ from comparison.optimizer_comparison import (
     noise_statistics,
 )
 from experiment.devices import set_up
+from experiment.files import digest
 from experiment.loop import finish_on_interrupt, run_steps
 from experiment.opening import open_run
 from experiment.processes import Team, join_team
@@ -179,7 +181,6 @@ def meta_train(training: SteppedMetaTraining, team: Team, log: RunLog) -> bool:
     finished = run_steps(log, training, "run", total, shown=SHOWN, team=team)
     if total:
         training.select()
-        log.say(f"best validation loss {training.best_loss:.4g} after epoch {training.best_epoch}")
     return finished
 
 
@@ -197,6 +198,8 @@ def save(training: MetaTraining, source: str, log: RunLog) -> dict:
     if training.curves:
         arrays["losses"] = torch.stack(training.curves).numpy(force=True)
     log.write_arrays("validation.npz", arrays)
+    if training.settings.runs:
+        log.say(f"best validation loss {training.best_loss:.4g} after epoch {training.best_epoch}")
     return results
 
 
@@ -288,6 +291,8 @@ def main(argv: list[str] | None = None) -> None:
 
     network, task = make_optimizer(args), make(args.optimizee, 0)
     start = network_to_dict(network)
+    if args.start_from is not None:
+        args.start_found = digest(json.dumps(start).encode())
     symmetries = symmetries_of(task, args.seed)
     settings = settings_of(args, MetaTrainingSettings)
     training = SteppedMetaTraining(network.to(device, dtype), task, symmetries, settings, team=team)

@@ -667,7 +667,7 @@ def evaluate_and_report(
     sets: training and test images of each training, all of which the probe takes. Parameters and
     effects are those of the first. False where Ctrl-C ended it.
     """
-    first, steps = trainings[0], steps_to_judge(log.directory, vars(args))
+    first, steps = trainings[0], steps_to_judge(vars(args), log.step)
     write_rule(log, first.rule)  # also where no training by it should be finite
     count = args.evaluations if finished else 1
     draws = [Draw((args.seed, EVALUATION, k), steps) for k in range(count)]
@@ -683,7 +683,7 @@ def evaluate_and_report(
     has_terms = first.rule.term_coefficients()
     effects = measure_effects(first, draws[0]) if rows and has_terms else {}
     others = judge_references(args, log, trainings, sets, steps) if finished and evaluated else {}
-    report(log, first, [data[0] for data in sets], rows, params, effects, others)
+    report(log, first, [data[0] for data in sets], steps, rows, params, effects, others)
     return evaluated
 
 
@@ -738,6 +738,7 @@ def report(
     log: RunLog,
     training: Training,
     data: Sequence[ImageData],
+    steps: int,
     rows: list[dict],
     params,
     effects: dict,
@@ -746,12 +747,10 @@ def report(
     """Rule, parameters, results and figures as files; the formula and accuracies on the screen.
 
     data: training images of each data set, training and params of the first; rows: of all trainings
-    with the final rule; params: those that the last one of the first data set ended with; others:
-    of `judge_references`.
+    with the final rule, of so many steps; params: those that the last one of the first data set
+    ended with; others: of `judge_references`.
     """
     write_rule(log, training.rule, effects or None)
-    log.say("the rule; in brackets, the size of a term relative to the whole change")
-    log.say(training.rule.formula(effects or None, max_terms=6))
     log.write_parameters(params, data[0].shape)
     views = training.batches
     by_dataset = accuracies_by_dataset(rows)
@@ -761,6 +760,7 @@ def report(
     each = {name: mean_and_deviation("test_accuracy", v) for name, v in by_dataset.items()}
     log.write_json("results.json", {
         "data": "; ".join(images.source for images in data),
+        "inner_steps": steps,
         "evaluations": rows,
         **accuracies,
         **({"by_dataset": each} if training.name else {}),
@@ -770,6 +770,8 @@ def report(
         "beside": others,
     })  # fmt: skip
     log.draw(draw_run)
+    log.say("the rule; in brackets, the size of a term relative to the whole change")
+    log.say(training.rule.formula(effects or None, max_terms=6))
     log.say(f"everything is in {log.directory}")
     for dataset, features in others.items():
         for name, values in features.items():
@@ -781,7 +783,7 @@ def report(
     if means:
         log.say(
             f"{accuracy_text(accuracies)} over {len(means)} trainings with the final rule, "
-            f"{rows[0]['inner_steps']} steps each"
+            f"{steps} steps each"
         )
 
 

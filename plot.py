@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from experiment.command_line import OneLineParser, UserError, run_command
+from experiment.screen import repair_streams
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
 
@@ -58,11 +59,13 @@ def png_file(text: str) -> Path:
 
 
 if __name__ == "__main__":
+    repair_streams()
     make_parser().parse_args()  # answers --help and wrong flags before torch is loaded
 
+from experiment.checkpoints import refuse_changed_files
 from experiment.errors import WrongInputError
 from experiment.files import write_whole
-from experiment.run_reader import read_config, read_results, run_names
+from experiment.run_reader import read_config, read_results, refuse_links, run_names
 from figures.baselines import draw_mlp_run, draw_pca_run, draw_vicreg_run
 from figures.competition import draw_competition_run, draw_searches_run
 from figures.evaluation import draw_evaluation_run
@@ -106,6 +109,8 @@ DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 def plot_run(args: argparse.Namespace) -> list[Path]:
     """The figures that each run's own command has drawn, or would have drawn at its end."""
     commands = [drawing_command(directory) for directory in args.runs]
+    for directory in args.runs:
+        refuse_links(directory)  # in it the figures are written
     drawn = []
     for directory, command in zip(args.runs, commands, strict=True):
         try:
@@ -197,10 +202,11 @@ def plot_one_pass(args: argparse.Namespace) -> list[Path]:
     """The table, also on the screen, and the figures."""
     runs = read_runs(args.runs)
     text = table(runs)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_whole(args.out / "table.md", text)
+    drawn = draw_report(runs, args.out)
     if not args.quiet:
         print(text)
-    drawn = draw_report(runs, args.out)
-    write_whole(args.out / "table.md", text)
     return [args.out / "table.md", *drawn]
 
 
@@ -271,6 +277,8 @@ PLOTS = {"run": plot_run, "rules": plot_rules, "one_pass": plot_one_pass, "losse
 def main(argv: list[str] | None = None) -> None:
     """Parse, draw, say where it is."""
     args = make_parser().parse_args(argv)
+    for directory in args.runs:
+        refuse_changed_files(directory)
     for path in PLOTS[args.figure](args):
         if not args.quiet:
             print(path)

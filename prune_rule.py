@@ -315,6 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     save_whole_paths(args, "run")
     device, dtype = set_up(args)
     run = load_run(args.run)
+    args.run_found = run.fingerprint()
     args.dataset = args.dataset or run.datasets[0]
     if not all(rule.term_coefficients() for rule in run.rule.rules):
         raise UserError(f"{args.run} learned no sum of terms: there are no terms to remove")

@@ -13,6 +13,7 @@ Every trial is the command behind `--` with a value for each searched flag, `--o
 """
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -117,10 +118,10 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvin
 from optuna.study import Study
 from optuna.trial import Trial
 
-from experiment.files import json_text, plain, write_whole
+from experiment.files import NEW, json_text, plain, remove_leftovers, write_whole
 from experiment.loop import finish_on_interrupt
 from experiment.run_log import RunLog
-from experiment.run_reader import read_config
+from experiment.run_reader import read_config, refuse_links
 from sweeps.draws import GUIDED, make_draws
 from sweeps.report import (
     AFTER_FLAGS,
@@ -147,8 +148,17 @@ from sweeps.study import (
 from sweeps.trial import GRACE, RefusedCommand, Rungs, Worker, outcome_of, start
 
 POLL = 0.1  # seconds between two looks at the workers
+LEFT_AFTER = 600.0  # seconds since a file that is half written was touched, and so is nobody's
 
 GIVEN_BY_THE_SWEEP = ("out", "resume")
+HOME = Path(__file__).resolve().parent
+RESUMABLE = (  # commands that --resume runs because a config.json says so
+    "main.py", "find_oja.py", "baseline_mlp.py", "baseline_pca.py", "baseline_vicreg.py",
+    "evaluate.py", "prune_rule.py", "tune_one_pass.py", "train_krotov_hopfield.py",
+    "learn_to_optimize.py", "examples/equilibrium_network.py", "examples/imaml.py",
+    "examples/logistic_regression.py", "examples/tune_competition.py",
+)  # fmt: skip
+WRITING = ("-S", "--save_state", "--to_zoo")  # flags of theirs that name what they write elsewhere
 OF_THIS_PROCESS = (*OF_THE_CALL, "share", "slurm", "array_tasks")
 ENDED = ("done", "pruned", "diverged", "failed")
 
@@ -156,10 +166,10 @@ ENDED = ("done", "pruned", "diverged", "failed")
 def complete(args, command: list[str]) -> None:
     """Adds to `args` the command of a trial, and what is by default; UserError where wrong."""
     if args.resume is not None:
-        saved = read_config(args.resume)
-        if saved.get("command") != "sweep":
-            raise UserError(f"{args.resume} is no sweep's directory")
-        command = command or saved["trial_command"]
+        command = command or saved_command(args.resume)
+        _refuse_to_write_elsewhere(
+            args.resume, [a for v in args.variant or () for a in v.arguments]
+        )
     if not command:
         raise UserError("no command: write it behind --, as in  sweep.py ... -- main.py 32")
     if not Path(command[0]).is_file():
@@ -176,6 +186,33 @@ def complete(args, command: list[str]) -> None:
     args.trials = args.trials or TRIALS
 
 
+def saved_command(directory: Path) -> list[str]:
+    """What a sweep that is resumed has run; UserError where a stranger's might do harm.
+
+    Only commands of this project are run on the word of a config.json, and only where they write
+    in the trials' directories; any other has to be written again behind --.
+    """
+    words = read_config(directory).get("trial_command")
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{directory}/config.json is damaged: trial_command is no list of words")
+    if Path(words[0]).resolve() not in [HOME / name for name in RESUMABLE]:
+        raise UserError(f"{directory} runs {words[0]}, which is no command of this project: to "
+                        "have it run, write it with its arguments behind --")  # fmt: skip
+    _refuse_to_write_elsewhere(directory, words)
+    return words
+
+
+def _refuse_to_write_elsewhere(directory: Path, arguments: Sequence[str]) -> None:
+    """UserError where arguments from a config.json have a trial write outside its directory."""
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        flag, equals, value = argument.partition("=")
+        folder = Path(value if equals else following)
+        is_made = flag in ("--data-dir", "--data_dir") and not folder.is_dir()
+        if is_made or flag in WRITING or argument.startswith("-S"):
+            raise UserError(f"{directory} runs its command with {argument}, which writes outside "
+                            "of it: to have that, write the command behind --")  # fmt: skip
+
+
 def _refuse_flags_given_twice(args) -> None:
     names = [flag.name for flag in args.search]
     groups = [each.name for each in args.variant or ()]
@@ -184,6 +221,8 @@ def _refuse_flags_given_twice(args) -> None:
             raise UserError(f"{kind}: {twice[0]} comes twice")
     if taken := set(names) & {*BEFORE_FLAGS, *AFTER_FLAGS, *GIVEN_BY_THE_SWEEP}:
         raise UserError(f"--search: {taken.pop()} is a column of the table, or the sweep gives it")
+    if places := set(names) & {"save_state", "to_zoo", "data_dir", "data-dir"}:
+        raise UserError(f"--search: {places.pop()} says where to write: it is nothing to search")
     arguments = [a for each in args.variant or () for a in each.arguments] + args.trial_command
     for argument in arguments:
         flag = argument.removeprefix("--").partition("=")[0]
@@ -452,10 +491,12 @@ def open_directory(args) -> Path:
             raise UserError(f"{directory} is no sweep's directory: choose another --out")
     elif directory.is_dir():
         # another process may be at this point with the same sweep
-        ours = (JOURNAL, ".new-")
+        ours = (JOURNAL, NEW)
         if any(not entry.name.startswith(ours) for entry in directory.iterdir()):
             raise UserError(f"{directory} is not empty: choose another --out")
+    refuse_links(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(directory, seconds=LEFT_AFTER)
     return directory
 
 
@@ -513,9 +554,9 @@ def write_slurm(args, sweep_flags: Sequence[str]) -> None:
     tasks = min(args.array_tasks, total)
     flags = _without(sweep_flags, ("--slurm", "--array_tasks", "--share"))
     flags += ["--share", str(math.ceil(total / tasks))]
-    script = str(Path(__file__).resolve())  # the job begins wherever sbatch is called
+    script = str(HOME / "sweep.py")  # the job begins wherever sbatch is called
     command = shlex.join([sys.executable, script, *flags, "--", *args.trial_command])
-    args.slurm.write_text(
+    lines = (
         "#!/bin/bash\n"
         f"#SBATCH --job-name={args.study or args.out.name}\n"
         f"#SBATCH --array=0-{tasks - 1}\n"
@@ -525,6 +566,7 @@ def write_slurm(args, sweep_flags: Sequence[str]) -> None:
         f"#SBATCH --signal=B:TERM@{2 * int(GRACE)}\n"
         f"\nexec {command}\n"
     )
+    args.slurm.write_text(lines, encoding="utf-8", errors="surrogateescape")  # paths as they are
 
 
 def _without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:

@@ -156,10 +156,6 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
         rows.append({"layers": depth} | row | {
             "test_accuracy": training.test_accuracy(depth, test_data.images, test_data.labels)
         })  # fmt: skip
-        log.say(
-            f"{depth} layers: test accuracy {rows[-1]['test_accuracy']:.2%}, validation "
-            f"{row['validation_accuracy']:.2%} in epoch {row['epoch']} of the classifier"
-        )
     last = rows[-1] if rows and rows[-1]["layers"] == training.stages[-1][1][0] else {}
     log.write_json("results.json", {
         "data": test_data.source,
@@ -169,6 +165,11 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
         "test_accuracy": last.get("test_accuracy"),
     })  # fmt: skip
     log.draw(draw_competition_run)
+    for row in rows:
+        log.say(
+            f"{row['layers']} layers: test accuracy {row['test_accuracy']:.2%}, validation "
+            f"{row['validation_accuracy']:.2%} in epoch {row['epoch']} of the classifier"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,6 @@ directory holds the medians over the draws in metrics.csv and every draw's numbe
 """
 
 import argparse
-import hashlib
 import io
 import math
 import time
@@ -106,8 +105,9 @@ import torch
 from torch import Generator
 
 from comparison.one_pass_problems import Part, Problem, default_model, make_problem, make_samples
+from experiment.checkpoints import has_checkpoint
 from experiment.devices import set_up
-from experiment.files import write_whole
+from experiment.files import digest, write_whole
 from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
@@ -167,9 +167,9 @@ def main(argv: list[str] | None = None) -> None:
     with open_run(args, "tune_one_pass", problem) as log:
         log.say(f"{problem.source}; {args.draws} runs of {args.steps:,} steps")
         columns, finished = train_draws(args, problem, tuning, log)
-        report(args, problem, columns, log)
         if args.save_state is not None:
             save_state(args.save_state, tuning)
+        report(args, problem, columns, log)
     if not finished:
         raise KeyboardInterrupt
 
@@ -515,14 +515,14 @@ def load_tuning(tuning: Tuning, saved: dict[str, Any]) -> None:
 
 def goes_on(args: argparse.Namespace) -> bool:
     """Whether the run has a checkpoint to go on from."""
-    return args.resume is not None and (args.resume / "checkpoint.pt").exists()
+    return args.resume is not None and has_checkpoint(args.resume)
 
 
 def state_digest(args: argparse.Namespace) -> str | None:
     """Which state the run began with: that of the file, or the one that it has noted."""
     if goes_on(args):
         return read_config(args.resume).get("state_found")
-    return f"sha256 {hashlib.sha256(args.load_state.read_bytes()).hexdigest()[:16]}"
+    return digest(args.load_state.read_bytes())
 
 
 def save_state(path: Path, tuning: Tuning) -> None:

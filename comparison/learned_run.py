@@ -5,6 +5,7 @@ run.rule, run.start, run.steps
 save_zoo(zoo_entry(run, "runs/main-...", "mnist32", accuracies), "rules/zoo/mnist32.json")
 """
 
+import json
 import math
 import re
 import shlex
@@ -13,11 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from experiment.checkpoints import refuse_changed_files
 from experiment.command_line import AT_MOST, LARGEST_WHOLE
 from experiment.errors import RunLogError
+from experiment.files import digest, displayable
 from experiment.main_settings import UNIT_FLAGS
-from experiment.run_reader import read_config, read_json, read_metrics, read_results
+from experiment.run_reader import read_config, read_json, read_results
 from experiment.view_strengths import ViewStrengths
+from hypgraddesc import rising_steps
 from initializers import fixed_initializer
 from learning_rules import PerLayerRule
 from models_fully_local import network_of_flags
@@ -49,6 +53,11 @@ class LearnedRun:
         """What it was learned on."""
         return _datasets(self.config)
 
+    def fingerprint(self) -> str:
+        """A digest of the rule, its start and its views."""
+        views = self.views and self.views.to_dict()
+        return digest(json.dumps([self.rule.to_dict(), self.start, views]).encode())
+
 
 def load_run(directory: str | Path) -> LearnedRun:
     """The rule in a run's directory, or in a file of the zoo.
@@ -59,6 +68,7 @@ def load_run(directory: str | Path) -> LearnedRun:
     if directory.is_file():
         return _of_zoo(load_zoo(directory))
     config = read_config(directory)
+    refuse_changed_files(directory)
     command = config.get("command", "another program")
     if command not in ("main", "prune_rule"):
         raise RunLogError(f"{directory} is a run of {command}, expected one of main.py")
@@ -79,14 +89,14 @@ def load_run(directory: str | Path) -> LearnedRun:
         if command == "prune_rule":
             config, steps = (results["learned_from"][key] for key in ("config", "inner_steps"))
         else:
-            steps = steps_to_judge(directory, config)
+            steps = _steps_of_evaluations(results, config)
         # A run is judged, here as in its own evaluations, by batches of this size.
         config = config | {
             "batch_size": config.get("evaluation_batch_size") or config["batch_size"]
         }
         _check_flags(config, steps)
         views = _views(results, rule)
-        run = LearnedRun(directory.name, config, rule, start, steps, views)
+        run = LearnedRun(displayable(directory.name), config, rule, start, steps, views)
         shape = (3, 32, 32) if _datasets(config)[0] == "cifar10" else (1, 28, 28)
         network_of_flags(config, shape, config["layers"])
     except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
@@ -120,7 +130,8 @@ def _check_flags(config: Mapping[str, Any], steps: int) -> None:
 
     What `lateral_network` needs is left to it.
     """
-    whole = {name: config[name] for name in ("batch_size", "outer_images")} | {"inner_steps": steps}
+    names = ("batch_size", "outer_images", "initial_inner_steps")
+    whole = {name: config[name] for name in names} | {"inner_steps": steps}
     whole |= {f"layers {k}": units for k, units in enumerate(config["layers"], 1)}
     for k, (channels, kernel) in enumerate(config.get("conv", ()), 1):
         whole |= {f"conv {k}": channels, f"kernel {k}": kernel}
@@ -147,11 +158,13 @@ def _check_all(values: Mapping[str, Any], right: Callable[[Any], bool], expected
             raise ValueError(f"{name} {expected}, not {value!r}")
 
 
-def steps_to_judge(directory: str | Path, config: Mapping[str, Any]) -> int:
+def steps_to_judge(config: Mapping[str, Any], metasteps: int) -> int:
     """How many updates a training by the rule of a run makes: as many as in its last meta-step.
 
     Where each task drew a horizon of its own, the longest that it could draw; where meta-steps were
     windows of one training, its whole length; where the run's flags name a number, that.
+
+    metasteps: how many of them are made.
     """
     if config.get("evaluation_steps"):
         return config["evaluation_steps"]
@@ -159,7 +172,21 @@ def steps_to_judge(directory: str | Path, config: Mapping[str, Any]) -> int:
         return config["initial_inner_steps"]
     if config.get("horizon"):
         return config["horizon"][1]
-    return int(read_metrics(directory).get("inner_steps", [config["initial_inner_steps"]])[-1])
+    return rising_steps(
+        config["initial_inner_steps"],
+        config["raise_by"],
+        config["raise_every"],
+        config["max_inner_steps"],
+    )(max(metasteps - 1, 0), None)
+
+
+def _steps_of_evaluations(results: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """What `steps_to_judge` has said in the run; in results of before they told it, by a row."""
+    if "inner_steps" in results:
+        return results["inner_steps"]
+    if results["evaluations"]:
+        return results["evaluations"][0]["inner_steps"]
+    return steps_to_judge(config, config["metasteps"] + config["finetune_steps"])
 
 
 # ---- to the zoo and from it ----

@@ -25,6 +25,7 @@ from comparison.principal_components import principal_components, projection
 from comparison.settings import VICRegSettings
 from comparison.vicreg import VICReg
 from data_sets.views import Views
+from experiment.checkpoints import taking_up_state
 from experiment.loop import finish_on_interrupt
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, SELECTION
@@ -336,8 +337,9 @@ def run_comparison(comparison: RuleComparison, log: RunLog) -> bool:
     """
     saved = log.load_checkpoint()
     if saved is not None:
-        comparison.rows = saved[1]["rows"]
-        log.say(f"going on from training {comparison.done} of {comparison.trainings}")
+        with taking_up_state():
+            comparison.rows = saved[1]["rows"]
+            log.say(f"going on from training {comparison.done} of {comparison.trainings}")
     with (
         finish_on_interrupt() as interrupt,
         log.progress(comparison.trainings, comparison.done, "training") as progress,

@@ -40,7 +40,6 @@ from experiment.devices import set_up
 from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
-from experiment.run_reader import read_metrics
 from figures.examples import NETWORKS, draw_equilibrium_run
 from hypergradients import (
     CG_normaleq,
@@ -247,7 +246,7 @@ class BothNetworks:
 
     def __init__(self, args, networks: Mapping[str, Network], train: Pairs, test: Pairs) -> None:
         self.args, self.networks, self.train, self.test = args, networks, train, test
-        self.done = 0
+        self.done, self.last = 0, {}
 
     @property
     def finished(self) -> bool:
@@ -257,31 +256,30 @@ class BothNetworks:
     def step(self) -> dict[str, float]:
         """One epoch."""
         self.done += 1
-        return train_epoch(self.args, self.networks, self.train, self.test, self.done)
+        self.last = train_epoch(self.args, self.networks, self.train, self.test, self.done)
+        return self.last
 
     def state_dict(self) -> dict:
         """All that a resumed run needs."""
         states = {name: network.state_dict() for name, network in self.networks.items()}
-        return {"done": self.done, "networks": states}
+        return {"done": self.done, "last": self.last, "networks": states}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on where `state_dict` left it."""
-        self.done = state["done"]
+        self.done, self.last = state["done"], state["last"]
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
 
 
-def report(args, log: RunLog, source: str) -> None:
-    """The accuracies on the screen and as a file, and the figure."""
-    metrics = read_metrics(log.directory)
-    last = {name: float(values[-1]) for name, values in metrics.items() if name != "step"}
+def report(args, log: RunLog, source: str, epochs: int, last: Mapping[str, float]) -> None:
+    """The numbers of the last epoch on the screen and as a file, and the figure."""
     log.write_json("results.json", {"data": source, "method": args.method,
-                                    "epochs": int(metrics["step"][-1]), **last})  # fmt: skip
+                                    "epochs": epochs, **last})  # fmt: skip
+    log.draw(draw_equilibrium_run)
     for name, title in NETWORKS.items():
         log.say(f"{title}: test accuracy {last[f'{name}/test_accuracy']:.2%}, training accuracy "
                 f"{last[f'{name}/train_accuracy']:.2%}")  # fmt: skip
     log.say(f"one more iteration moves h by {last['distance_from_fixed_point']:.1e} of its norm")
-    log.draw(draw_equilibrium_run)
     log.say(f"everything is in {log.directory}")
 
 
@@ -308,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         shown = [f"{name}/test_accuracy" for name in networks]
         both = BothNetworks(args, networks, *sets)
         finished = run_steps(log, both, "epoch", args.epochs, shown=shown)
-        report(args, log, source)
+        report(args, log, source, both.done, both.last)
     if not finished:
         raise KeyboardInterrupt
 

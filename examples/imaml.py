@@ -441,19 +441,20 @@ def report(args, tasks: Tasks, log: RunLog, source: str, scores: Mapping[str, np
     results = {"data": source, "problem": args.problem, "score": tasks.score}
     for name, values in scores.items():
         last = values[:, -1]
-        error = float(last.std(ddof=1) / math.sqrt(len(last)))
         results[name] = {
             "mean": float(last.mean()),
             "standard_deviation": float(last.std(ddof=1)),
-            "standard_error": error,
+            "standard_error": float(last.std(ddof=1) / math.sqrt(len(last))),
             "over_steps": values.mean(0).tolist(),
         }
-        log.say(f"{tasks.score} after {args.steps} steps from {name} weights: {last.mean():.4f}, "
-                f"standard deviation over {len(last)} tasks {last.std(ddof=1):.4f}, "
-                f"standard error {error:.4f}")  # fmt: skip
     log.write_json("results.json", results)
     log.write_arrays("scores.npz", scores)
     log.draw(draw_imaml_run)
+    for name, values in scores.items():
+        found = results[name]
+        log.say(f"{tasks.score} after {args.steps} steps from {name} weights: {found['mean']:.4f}, "
+                f"standard deviation over {len(values)} tasks {found['standard_deviation']:.4f}, "
+                f"standard error {found['standard_error']:.4f}")  # fmt: skip
     log.say(f"everything is in {log.directory}")
 
 

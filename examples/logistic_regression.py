@@ -20,7 +20,7 @@ import csv
 import io
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,7 +50,6 @@ from experiment.devices import set_up
 from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
-from experiment.run_reader import read_metrics
 from figures.examples import draw_logistic_run
 from hypergradients import (
     CG,
@@ -309,6 +308,7 @@ class OuterSteps:
 
     def __init__(self, args, problem: Problem) -> None:
         self.args, self.problem, self.done = args, problem, 0
+        self.rows: list[dict[str, float]] = []
         self.hparams = problem.all_ones()
         self.optimizer = torch.optim.SGD(self.hparams, lr=args.lr, momentum=args.momentum)
 
@@ -320,17 +320,23 @@ class OuterSteps:
     def step(self) -> dict[str, float]:
         """One outer step."""
         row = outer_step(self.args, self.problem, self.hparams, self.optimizer)
+        self.rows.append(row)
         self.done += 1
         return row
 
     def state_dict(self) -> dict:
         """All that a resumed run needs."""
         l2 = self.hparams[0].detach()
-        return {"done": self.done, "l2": l2, "optimizer": self.optimizer.state_dict()}
+        return {
+            "done": self.done,
+            "rows": self.rows,
+            "l2": l2,
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Goes on where `state_dict` left it."""
-        self.done = state["done"]
+        self.done, self.rows = state["done"], list(state["rows"])
         self.hparams[0].data.copy_(state["l2"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -354,26 +360,27 @@ def outer_step(args, problem: Problem, hparams: list[Tensor], optimizer) -> dict
     return row
 
 
-def report(args, log: RunLog, source: str) -> None:
-    """The table of validation losses, on the screen and as a file, and the figures."""
-    metrics = read_metrics(log.directory)
+def report(args, log: RunLog, source: str, rows: Sequence[Mapping[str, float]]) -> None:
+    """The table of validation losses, as a file and on the screen, and the figures.
+
+    rows: of all outer steps.
+    """
     published = PUBLISHED if is_published(args) else {}
-    log.say(
-        f"{'outer step':>10}{'loss':>10}{'accuracy':>10}" + "  published loss" * bool(published)
-    )
     table = []
-    for i, step in enumerate(metrics["step"].tolist()):
-        if step % 10 and i + 1 < len(metrics["step"]):
-            continue
-        row = {name: float(metrics[name][i]) for name in ("validation_loss", "validation_accuracy")}
-        told = {"published_loss": published[step]} if step in published else {}
-        loss, accuracy = row.values()
-        log.say(f"{step:>10}{loss:10.4f}{accuracy:10.2%}" + "".join(
-            f"{value:12.4f}" for value in told.values()))  # fmt: skip
-        table.append({"step": step, **row, **told})
+    for step, row in enumerate(rows):
+        if step % 10 == 0 or step + 1 == len(rows):
+            shown = {name: row[name] for name in ("validation_loss", "validation_accuracy")}
+            told = {"published_loss": published[step]} if step in published else {}
+            table.append({"step": step, **shown, **told})
     log.write_json("results.json", {"data": source, "method": args.method, "table": table,
                                     "published": published})  # fmt: skip
     log.draw(draw_logistic_run)
+    log.say(
+        f"{'outer step':>10}{'loss':>10}{'accuracy':>10}" + "  published loss" * bool(published)
+    )
+    for row in table:
+        step, loss, accuracy, *told = row.values()
+        log.say(f"{step:>10}{loss:10.4f}{accuracy:10.2%}" + "".join(f"{x:12.4f}" for x in told))
     log.say(f"everything is in {log.directory}")
 
 
@@ -434,11 +441,12 @@ def main(argv: list[str] | None = None) -> None:
     with open_run(args, "logistic_regression", data) as log:
         log.say(source)
         compare_methods(problem, log)
+        outer = OuterSteps(args, problem.to(dtype))
         finished = run_steps(
-            log, OuterSteps(args, problem.to(dtype)), "outer step", args.outer_steps,
+            log, outer, "outer step", args.outer_steps,
             numbers=range(args.outer_steps), checkpoint_every=SAVE_EVERY,
         )  # fmt: skip
-        report(args, log, source)
+        report(args, log, source, outer.rows)
     if not finished:
         raise KeyboardInterrupt
 

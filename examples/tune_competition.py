@@ -224,12 +224,13 @@ def report(rows: list[dict[str, float]], source: str, log: RunLog) -> None:
         values = {n: [row[f"{way}/{n}"] for row in finite] or [math.nan] for n in names}
         summary[way] = {n: [float(np.mean(v)), float(np.std(v))] for n, v in values.items()}
         summary[way]["diverged"] = len(rows) - len(finite)
-        loss, accuracy = summary[way]["meta_loss"], summary[way]["test_accuracy"]
-        lost = f"; {len(rows) - len(finite)} of {len(rows)} diverged" if finite != rows else ""
-        log.say(f"{way:>15}: loss {loss[0]:.4f} ± {loss[1]:.4f}, test accuracy "
-                f"{accuracy[0]:.2%} ± {accuracy[1]:.2%}{lost}")  # fmt: skip
     log.write_json("results.json", {"data": source, "summary": summary, "searches": rows})
     log.draw(draw_searches_run)
+    for way, found in summary.items():
+        loss, accuracy = found["meta_loss"], found["test_accuracy"]
+        lost = f"; {found['diverged']} of {len(rows)} diverged" if found["diverged"] else ""
+        log.say(f"{way:>15}: loss {loss[0]:.4f} ± {loss[1]:.4f}, test accuracy "
+                f"{accuracy[0]:.2%} ± {accuracy[1]:.2%}{lost}")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

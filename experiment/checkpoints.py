@@ -1,14 +1,16 @@
 """The checkpoints of a run: the last one, and the one before it, each with its checksum.
 
 A file is a SHA-256 digest of 32 bytes, then what torch.save writes. Whenever the process is killed,
-a good checkpoint is on disk once the first has been saved.
+a good checkpoint is on disk once the first has been saved. It carries the digests of config.json
+and of the rows of metrics.csv that it continues: files of different runs do not go together.
 """
 
 import hashlib
 import io
+import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,26 +19,33 @@ import torch
 
 from experiment.errors import RunLogError, disk_errors
 from experiment.files import sync, write_durably
+from experiment.run_reader import read_config
 
 FORMAT = 1
-LAST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+LAST, PREVIOUS, NEW = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.pt.new"
 DIGEST_BYTES = hashlib.sha256().digest_size
+MAY_DIFFER = ("data_dir", "save_state", "to_zoo")  # flags that change no number of a run
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on after `step`; last_row: the last row of metrics.csv then.
+    """What a run needs to go on after `step`, and what it belongs to.
 
-    last_row is -1 where there was none, or where an older file doesn't tell it.
+    last_row: the last row of metrics.csv then; -1 where there was none, or where an older file
+        doesn't tell it.
+    configuration: the digest of config.json; None in an older file.
+    metrics: how many bytes metrics.csv had, and their digest; None in an older file.
     """
 
     step: int
     state: dict[str, Any]
     last_row: int = -1
+    configuration: str | None = None
+    metrics: tuple[int, str] | None = None
 
 
-class _DamagedError(Exception):
-    """A checkpoint file that is not what was written."""
+class _UnusableError(Exception):
+    """A checkpoint file that is not what was written, or is of another run."""
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
@@ -52,7 +61,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise TypeError(f"a checkpoint holds tensors and plain values only: {reason}") from error
-    current, new = directory / LAST, directory / f"{LAST}.new"
+    current, new = directory / LAST, directory / NEW
     with disk_errors(f"can't write {current}"):
         write_durably(new, hashlib.sha256(payload).digest() + payload)
         if current.exists():
@@ -61,37 +70,93 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
         sync(directory)
 
 
-def load_checkpoint(directory: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint saved last, None where there is none.
+def load_checkpoint(
+    directory: Path, configuration: str, warn: Callable[[str], None]
+) -> Checkpoint | None:
+    """The checkpoint saved last under this configuration (its digest), None where there is none.
 
-    A damaged one is set aside, with a warning, and the one before it is used; RunLogError where
-    that is damaged too.
+    One that is damaged, or of another configuration, is set aside, with a warning, and the one
+    before it is used; RunLogError where that is no better.
     """
-    names = [name for name in (LAST, PREVIOUS) if (directory / name).exists()]
-    for name in names:
+    problems = []
+    for name in _present(directory):
         try:
-            checkpoint = _read(directory / name)
-        except _DamagedError as error:
-            warn(f"{directory / name} is damaged ({error})")
+            checkpoint = _read(directory / name, configuration)
+        except _UnusableError as error:
+            problems.append(f"{name} {error}")
             continue
-        if name != LAST:
+        if problems:
             warn(
-                f"resuming from the previous checkpoint, {directory / name}, of step "
-                f"{checkpoint.step}"
+                f"{directory}/{problems[0]}: resuming from the previous checkpoint, {name}, of "
+                f"step {checkpoint.step}"
             )
+        if name != LAST:
             _set_aside_damaged(directory)
         return checkpoint
-    if names:
+    if problems:
         raise RunLogError(
-            f"no good checkpoint in {directory} ({' and '.join(names)} damaged): "
-            "start anew with another --out"
+            f"no good checkpoint in {directory}: {'; '.join(problems)}; put the run's own files "
+            "back, or start anew with another --out"
         )
     return None
 
 
+def refuse_changed_files(directory: str | Path) -> None:
+    """RunLogError where config.json or metrics.csv are not those of the run's checkpoint.
+
+    Nothing is said of a run without a good checkpoint, or with one of before there were digests.
+    """
+    directory, saved = Path(directory), []
+    for name in _present(directory):
+        with suppress(_UnusableError):
+            saved.append((name, _read(directory / name)))
+    for name, checkpoint in saved[:1]:
+        digest = configuration_digest(read_config(directory))
+        if checkpoint.configuration not in (None, digest):
+            raise RunLogError(f"{directory}/config.json is not the one that {name} was saved "
+                              "under: put the run's own files back")  # fmt: skip
+        if checkpoint.metrics is not None:
+            _refuse_changed_metrics(directory / "metrics.csv", name, *checkpoint.metrics)
+
+
+def _refuse_changed_metrics(path: Path, checkpoint: str, length: int, digest: str) -> None:
+    content = b""
+    if path.exists():
+        with disk_errors(f"can't read {path}"):
+            content = path.read_bytes()
+    if content and hashlib.sha256(content[:length]).hexdigest() != digest:
+        raise RunLogError(f"{path} is damaged: its rows are not those that {checkpoint} was saved "
+                          "after: put the run's own files back")  # fmt: skip
+
+
+def configuration_digest(config: Mapping[str, Any]) -> str:
+    """Of a run's configuration, as config.json holds it; of all that may change a number."""
+    relevant = {name: value for name, value in config.items() if name not in MAY_DIFFER}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def taking_up_state() -> Iterator[None]:
+    """Turns what an algorithm raises where a checkpoint is of another one into a RunLogError."""
+    try:
+        yield
+    except RunLogError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+        reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
+        raise RunLogError(
+            "the checkpoint is one of another command, or of another version of this one "
+            f"({reason}): start anew with another --out"
+        ) from problem
+
+
 def has_checkpoint(directory: str | Path) -> bool:
     """Whether a run in `directory` goes on from a checkpoint, or is refused for a damaged one."""
-    return any((Path(directory) / name).exists() for name in (LAST, PREVIOUS))
+    return bool(_present(Path(directory)))
+
+
+def _present(directory: Path) -> list[str]:
+    return [name for name in (LAST, PREVIOUS) if (directory / name).exists()]
 
 
 def _set_aside_damaged(directory: Path) -> None:
@@ -100,22 +165,28 @@ def _set_aside_damaged(directory: Path) -> None:
         os.replace(directory / LAST, directory / "checkpoint.damaged.pt")
 
 
-def _read(path: Path) -> Checkpoint:
+def _read(path: Path, configuration: str | None = None) -> Checkpoint:
+    """The checkpoint in a file, of this configuration; _UnusableError where it is not."""
     with disk_errors(f"can't read {path}"):
         content = path.read_bytes()
     digest, payload = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     if hashlib.sha256(payload).digest() != digest:
-        raise _DamagedError(f"{len(content)} bytes, checksum wrong")
+        raise _UnusableError(f"is damaged ({len(content)} bytes, checksum wrong)")
     try:
         saved = _load(payload)
         form, step, state = saved["format"], saved.get("step"), saved.get("state")
     except Exception as error:  # of torch, pickle or zipfile, or where it isn't a table
-        raise _DamagedError(f"not a checkpoint of a run, {type(error).__name__}") from error
+        raise _UnusableError(f"is no checkpoint of a run ({type(error).__name__})") from error
     if form != FORMAT:
         raise RunLogError(f"{path} is of format {form}, this program reads format {FORMAT}")
     if not isinstance(step, int) or not isinstance(state, dict):
-        raise _DamagedError("without a step and a state")
-    return Checkpoint(step, state, saved.get("last_row", -1))
+        raise _UnusableError("is damaged (without a step and a state)")
+    of_configuration, metrics = saved.get("configuration"), saved.get("metrics")
+    if metrics is not None and [*map(type, metrics)] != [int, str]:
+        raise _UnusableError("is damaged (without a length and a digest of metrics.csv)")
+    if configuration is not None and of_configuration not in (None, configuration):
+        raise _UnusableError("is of another run than config.json, or that was changed")
+    return Checkpoint(step, state, saved.get("last_row", -1), of_configuration, metrics)
 
 
 def _load(payload: bytes) -> dict[str, Any]:

@@ -39,12 +39,16 @@ from typing import Any, NoReturn
 
 from experiment.errors import RunLogError, WrongInputError
 from experiment.run_reader import read_config
+from experiment.screen import mute_broken_streams, repair_streams, show
 
 DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
 DTYPES = ("float32", "float64")
 
 # flags that belong to one call, not to the run
 OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
+
+# flags that name what is written outside the run's directory: --resume takes none from config.json
+OUTSIDE = ("save_state", "to_zoo", "storage")
 
 LARGEST = 1e30  # number that a flag takes: float32 holds it, and the sum of many
 LARGEST_WHOLE = 10**9  # that a flag takes; experiment/seeds.py needs it to be below 2^31
@@ -164,8 +168,11 @@ def common_parser(
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse `argv` (default: sys.argv[1:]).
 
-    With --resume, flags that aren't given take the values that they have in that run.
+    With --resume, flags that aren't given take the values that they have in that run. As that may
+    be a stranger's, what it has written outside its directory has to be asked for again, and a
+    --data-dir that is not there is not made.
     """
+    repair_streams()
     explicit = vars(_relaxed(parser, without_defaults=True).parse_args(argv))
     directory = explicit.get("resume")
     if directory is None:
@@ -179,15 +186,29 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     if (command := f"{config.get('command')}.py") != parser.prog:
         parser.error(f"argument --resume: {directory} is a run of {command}, not of {parser.prog}")
     args = _relaxed(parser, without_defaults=False).parse_args(argv)
+    known = {action.dest for action in parser._actions}
+    for name in known.intersection(OUTSIDE) - {*explicit}:
+        if config.get(name) is not None and not _is_within(directory, name, config[name]):
+            parser.error(f"argument --resume: {directory} was run with --{name} {config[name]}, "
+                         "which is not inside it: give that again")  # fmt: skip
+    taken = {*config} - {*explicit, *OF_THE_CALL}
+    if not Path(str(config.get("data_dir"))).is_dir():
+        taken.discard("data_dir")
     for action in parser._actions:
         name = action.dest
-        if name in config and name not in explicit and name not in OF_THE_CALL:
+        if name in taken:
             try:
                 setattr(args, name, _from_saved(action, config[name]))
             except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
                 parser.error(f"argument --resume: {directory}/config.json is damaged: "
                              f"{name} {error}")  # fmt: skip
     return args
+
+
+def _is_within(directory: str, name: str, value: Any) -> bool:
+    """Whether what a flag names is a file inside the directory."""
+    is_path = name == "save_state" and isinstance(value, str)
+    return is_path and Path(value).resolve().is_relative_to(Path(directory).resolve())
 
 
 def refuse_idle_flags(
@@ -235,12 +256,11 @@ def run_command(
 
     wrong_input: what the libraries that the command uses raise for it, beside WrongInputError.
     """
+    repair_streams()
     try:
         main(argv)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; let that go nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except FloatingPointError as error:
         _exit_with_line(error, status=1)
@@ -253,8 +273,10 @@ def run_command(
             raise
         _exit_with_line("not enough memory: take smaller layers or batches", status=2)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        show("interrupted", sys.stderr)
         sys.exit(130)
+    finally:
+        mute_broken_streams()  # Python flushes them once more at exit
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -265,7 +287,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _exit_with_line(error: Exception | str, status: int) -> NoReturn:
     line = " ".join(str(error).split())
     if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
-        sys.stderr.write(f"error: {line}\n")
+        show(f"error: {line}", sys.stderr)
     sys.exit(status)
 
 
@@ -342,7 +364,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {line} (see --help)\n")
+        show(f"{self.prog}: error: {line} (see --help)", sys.stderr)
+        sys.exit(2)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         value = super()._get_value(action, arg_string)

@@ -7,14 +7,19 @@
 Several processes may write the same file at the same moment: one of theirs stays.
 """
 
+import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+NEW = ".new-"  # how the folders begin that files are written in, before they take their place
 
 
 @contextmanager
@@ -22,7 +27,7 @@ def in_place(path: str | Path) -> Iterator[Path]:
     """Where to write a file that takes the place of `path` once the disk has it. Raises OSError."""
     path = Path(path)
     try:
-        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-")
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=NEW)
     except OSError as error:
         error.filename = str(path)  # the name that was asked for, not that of the folder
         raise
@@ -35,9 +40,28 @@ def in_place(path: str | Path) -> Iterator[Path]:
 
 
 def write_whole(path: str | Path, content: bytes | str) -> None:
-    """Replace the file `path`, of text in UTF-8. Raises OSError."""
+    """Replace the file `path`, of text in UTF-8. Raises OSError.
+
+    In a text, bytes of a file's name that are not UTF-8 become \\udcff.
+    """
     with in_place(path) as new:
-        new.write_bytes(content.encode() if isinstance(content, str) else content)
+        new.write_bytes(displayable(content).encode() if isinstance(content, str) else content)
+
+
+def displayable(text: str) -> str:
+    """The same, with \\udcff in the place of what is no letter: bytes of a file's name."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def remove_leftovers(folder: Path, seconds: float = 0.0) -> None:
+    """Removes what writers that were killed have left, where nobody has touched it for so long.
+
+    Without `seconds` nobody else may be writing in this folder.
+    """
+    for path in folder.glob(f"{NEW}*"):
+        with suppress(OSError):  # another process may have removed it just now
+            if time.time() - path.stat().st_mtime >= seconds:
+                shutil.rmtree(path)
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -55,6 +79,11 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def digest(content: bytes) -> str:
+    """What a file's content is told by in a configuration."""
+    return f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def json_text(value: Any) -> str:

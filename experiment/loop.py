@@ -7,12 +7,14 @@ Whatever is stepped, a run that was killed and is resumed leaves the same rows a
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Protocol
 
+from experiment.checkpoints import taking_up_state
 from experiment.errors import NonFiniteError
 from experiment.processes import ALONE, Team
 from experiment.run_log import RunLog, SilentLog
@@ -60,8 +62,9 @@ def run_steps(
     done, saved = 0, team.gathered(log.load_checkpoint())[0]
     numbers = range(1, total + 1) if numbers is None else numbers
     if saved is not None:
-        done = numbers.index(saved[0]) + 1
-        algorithm.load_state_dict(saved[1])
+        with taking_up_state():
+            done = numbers.index(saved[0]) + 1
+            algorithm.load_state_dict(saved[1])
         if not algorithm.finished:
             log.say(f"going on from {name} {saved[0]}")
     stopped = False
@@ -99,8 +102,10 @@ class Interrupt:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.requested:
-            with suppress(OSError):  # os.write, because a handler may interrupt a print
-                os.write(2, b"\nending after this step; Ctrl-C again stops at once\n")
+            with suppress(OSError, ValueError):  # not print, which a handler may interrupt
+                os.write(
+                    sys.stderr.fileno(), b"\nending after this step; Ctrl-C again stops at once\n"
+                )
         self.requested = True
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from experiment.checkpoints import MAY_DIFFER
 from experiment.command_line import OF_THE_CALL, UserError, new_directory
 from experiment.devices import find_device
 from experiment.files import plain
@@ -18,7 +19,7 @@ from experiment.processes import ALONE, Team
 from experiment.run_log import RunLog, SilentLog
 from experiment.run_reader import read_config
 
-MAY_DIFFER = ("data_dir", "save_state")  # on --resume: they change no number
+NOTED_LATER = ("run_found", "start_found")  # digests that runs of before do not have
 
 
 class Data(Protocol):
@@ -68,6 +69,7 @@ def _refuse_other_configuration(
 ) -> None:
     """UserError where a run with flags `saved` can't be gone on with under flags `given`."""
     names = [name for name in {**saved, **given} if name not in MAY_DIFFER]
+    names = [name for name in names if name in saved or name not in NOTED_LATER]
     differing = [
         f"{name} {saved.get(name, 'unset')!r} there, {given.get(name, 'unset')!r} now"
         for name in names

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from tqdm import tqdm
 
+from experiment.screen import mute_broken_streams, show
+
 
 class Progress:
     """How far a loop is, with the numbers that matter; made by `RunLog.progress`."""
@@ -29,8 +31,11 @@ class Progress:
         tenth = self.done * 10 // max(self.total, 1)
         self.done += 1
         text = ", ".join(f"{name} {value:.4g}" for name, value in (numbers or {}).items())
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(1)
+        try:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(1)
+        except OSError:  # the terminal is gone
+            mute_broken_streams()
         if self._in_lines and self.done * 10 // max(self.total, 1) > tenth:
             self._print_line(text)
 
@@ -39,8 +44,11 @@ class Progress:
         rest = elapsed / (self.done - self._initial) * (self.total - self.done)
         times = f"{tqdm.format_interval(elapsed)} gone, {tqdm.format_interval(rest)} to go"
         parts = [f"{self.description} {self.done}/{self.total}".strip(), text, times]
-        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
+        show("  ".join(part for part in parts if part), sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        self._bar.close()
+        try:
+            self._bar.close()
+        except OSError:
+            mute_broken_streams()

@@ -12,25 +12,35 @@ is a `RunLogError` of one line. Another module reads such directories: run_reade
 
 import csv
 import fcntl
+import hashlib
 import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TextIO
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from experiment import checkpoints
-from experiment.checkpoints import Checkpoint
+from experiment.checkpoints import Checkpoint, configuration_digest
 from experiment.environment import describe_environment
 from experiment.errors import RunLogError, disk_errors
-from experiment.files import finite_or_null, json_text, write_whole
+from experiment.files import NEW, finite_or_null, json_text, remove_leftovers, write_whole
 from experiment.progress import Progress
-from experiment.run_reader import complete_lines, metrics_rows, read_config, read_json, step_of
+from experiment.run_reader import (
+    complete_lines,
+    metrics_table,
+    path_within,
+    read_config,
+    read_json,
+    refuse_links,
+    step_of,
+)
+from experiment.screen import mute_broken_streams, show
 from experiment.tensorboard_events import EventFile
 
 
@@ -41,6 +51,7 @@ class RunLog:
     config: the configuration as saved in config.json.
     quiet: no progress and nothing on stdout; log.txt is written all the same.
     figures: whether `draw` draws.
+    step: the last one that was recorded, or that the checkpoint loaded was saved after; or -1.
     """
 
     def __init__(
@@ -53,7 +64,8 @@ class RunLog:
         self._lock = lock
         self._metrics: BinaryIO | None = None
         self._columns: list[str] | None = None
-        self._last_step = -1
+        self.step = -1
+        self._written, self._digest = 0, hashlib.sha256()  # of metrics.csv
         self._first_step: int | None = None
         self._events: EventFile | None = None
 
@@ -73,6 +85,7 @@ class RunLog:
         lock = _take_lock(directory)
         try:
             _refuse_occupied(directory)
+            _remove_leftovers(directory)
             _write(directory / "config.json", json_text(dict(config)))
             log = cls(directory, read_json(directory / "config.json"), lock, quiet, figures)
             log._describe_environment()
@@ -86,11 +99,12 @@ class RunLog:
         """Go on with the run in `directory`; call `load_checkpoint` before recording anything."""
         directory = Path(directory)
         config = read_config(directory)
+        refuse_links(directory)
         lock = _take_lock(directory)
         try:
+            _remove_leftovers(directory)
             log = cls(directory, config, lock, quiet, figures)
             log._describe_environment()
-            log._read_last_row()
         except BaseException:
             lock.close()
             raise
@@ -114,8 +128,8 @@ class RunLog:
             self._lock.close()
 
     def path(self, name: str) -> Path:
-        """Where the file `name` of this run is."""
-        return self.directory / name
+        """Where the file `name` of this run is; RunLogError for a name that leads elsewhere."""
+        return path_within(self.directory, name)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` to the file `name`, atomically.
@@ -156,10 +170,10 @@ class RunLog:
         Steps must rise from row to row; the columns of the first row are those of all rows. Floats
         are written so that they read back exactly.
         """
-        if step <= self._last_step:
+        if step <= self.step:
             raise RunLogError(
                 f"can't record step {step}: {self.path('metrics.csv')} already reaches step "
-                f"{self._last_step}"
+                f"{self.step}"
             )
         columns = list(row)
         lines = []
@@ -172,39 +186,63 @@ class RunLog:
         with disk_errors(f"can't write {self.path('metrics.csv')}"):
             self._append(lines)
             self._add_events(step, row)
-        self._last_step = step
+        self.step = step
 
     def _append(self, lines: list[list[str]]) -> None:
         if self._metrics is None:
             self._metrics = self.path("metrics.csv").open("ab")
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(lines)
-        self._metrics.write(text.getvalue().encode())
+        content = text.getvalue().encode()
+        self._metrics.write(content)
         self._metrics.flush()
+        self._count(content)
+
+    def _count(self, content: bytes) -> None:
+        self._written += len(content)
+        self._digest.update(content)
 
     def _add_events(self, step: int, row: Mapping[str, float]) -> None:
         if self._events is None:
             self._events = EventFile(self.directory, self._first_step)
         self._events.add(step, row)
 
-    def _read_last_row(self) -> None:
-        header, rows = metrics_rows(self.path("metrics.csv"))
-        self._columns = header[1:] or None
-        self._last_step = step_of(rows[-1][0], self.path("metrics.csv")) if rows else -1
+    def _rows_until(self, checkpoint: Checkpoint | None) -> bytes:
+        """The whole rows up to the checkpoint; the run will write the later ones again.
 
-    def _cut_metrics(self, step: int) -> None:
-        """Keep the whole rows up to `step`; the run will write the later ones again."""
+        RunLogError where they are not those that were there when it was saved. Where some are lost,
+        or it is of before there were digests, they need only be rows of numbers.
+        """
         path = self.path("metrics.csv")
-        self._first_step = step + 1
-        if path.exists():
-            with disk_errors(f"can't read {path}"):
-                whole = path.read_bytes()
-            lines = complete_lines(whole)
-            kept = [line for line in lines[1:] if step_of(line.split(b",", 1)[0], path) <= step]
-            text = b"".join([*lines[:1], *kept]) if kept else b""
-            if text != whole:
-                _write(path, text)
-        self._read_last_row()
+        if checkpoint is None or not path.exists():
+            return b""
+        with disk_errors(f"can't read {path}"):
+            content = path.read_bytes()
+        if checkpoint.metrics is not None:
+            length, digest = checkpoint.metrics
+            if hashlib.sha256(content[:length]).hexdigest() == digest:
+                return content[:length]
+        header, *lines = complete_lines(content) or [b""]
+        steps = [step_of(line.split(b",", 1)[0], path) for line in lines]
+        kept = [line for line, step in zip(lines, steps, strict=True) if step <= checkpoint.step]
+        complete = max(steps, default=-1) >= checkpoint.last_row
+        if checkpoint.metrics is not None and complete:
+            raise RunLogError(
+                f"{path} is damaged: its rows up to step {checkpoint.step} are not those that the "
+                "checkpoint was saved after; put them back, or remove it to go on without them"
+            )
+        return b"".join([header, *kept]) if kept else b""
+
+    def _keep_rows(self, rows: bytes) -> None:
+        """Cut metrics.csv back to these rows, which may be none."""
+        path = self.path("metrics.csv")
+        header, table = metrics_table(rows, path)
+        self._columns = header[1:] or None
+        self.step = step_of(table[-1][0], path) if table else -1
+        if path.exists() and path.stat().st_size != len(rows):
+            _write(path, rows)
+        self._written, self._digest = 0, hashlib.sha256()
+        self._count(rows)
 
     # ---- checkpoints ----
 
@@ -217,26 +255,36 @@ class RunLog:
         if self._metrics is not None:
             with disk_errors(f"can't write {self.path('checkpoint.pt')}"):
                 os.fsync(self._metrics.fileno())
-        checkpoints.save_checkpoint(self.directory, Checkpoint(step, state, self._last_step))
+        checkpoint = Checkpoint(
+            step,
+            state,
+            self.step,
+            configuration_digest(self.config),
+            (self._written, self._digest.hexdigest()),
+        )
+        checkpoints.save_checkpoint(self.directory, checkpoint)
 
     def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
         """The step and state saved last, None where none were; cuts metrics.csv back to that step.
 
-        A damaged checkpoint is set aside and the one before it is used; RunLogError where that is
-        damaged too.
+        A checkpoint that is damaged, or of another run, is set aside and the one before it is used;
+        RunLogError where that is no better, and where rows before it have changed.
         """
-        checkpoint = checkpoints.load_checkpoint(self.directory, self.warn)
+        digest = configuration_digest(self.config)
+        checkpoint = checkpoints.load_checkpoint(self.directory, digest, self.warn)
+        self._keep_rows(self._rows_until(checkpoint))
         if checkpoint is None:
-            self._cut_metrics(-1)
+            self._first_step = 0
             return None
-        self._cut_metrics(checkpoint.step)
+        self._first_step = checkpoint.step + 1
         self._warn_of_lost_rows(checkpoint.last_row)
+        self.step = checkpoint.step
         return checkpoint.step, checkpoint.state
 
     def _warn_of_lost_rows(self, last_row: int) -> None:
         """Say so where the rows that were there at the checkpoint are not all there any more."""
-        if self._last_step < last_row:
-            ending = f"ends at step {self._last_step}" if self._last_step >= 0 else "has no rows"
+        if self.step < last_row:
+            ending = f"ends at step {self.step}" if self.step >= 0 else "has no rows"
             self.warn(
                 f"{self.path('metrics.csv')} {ending}, the checkpoint was saved after the row of "
                 f"step {last_row}: the rows between are lost"
@@ -248,19 +296,18 @@ class RunLog:
         """Print `text` on stdout, above a progress bar, unless quiet; append it to log.txt."""
         self._append_to_log(text)
         if not self.quiet:
-            with tqdm.external_write_mode(file=sys.stdout):
-                print(text, flush=True)
+            _show_above_the_bar(text, sys.stdout)
 
     def warn(self, text: str) -> None:
         """Print `text` on stderr, also when quiet, and append it to log.txt."""
         self._append_to_log(text)
-        with tqdm.external_write_mode(file=sys.stderr):
-            print(text, file=sys.stderr, flush=True)
+        _show_above_the_bar(text, sys.stderr)
 
     def _append_to_log(self, text: str) -> None:
         path = self.path("log.txt")
-        with disk_errors(f"can't write {path}"), path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        line = text.encode(errors="backslashreplace") + b"\n"
+        with disk_errors(f"can't write {path}"), path.open("ab") as file:
+            file.write(line)
 
     def draw(self, figures_of: Callable[[Path], object]) -> None:
         """Have `figures_of` draw the run in its directory, unless figures are left out."""
@@ -322,6 +369,14 @@ def _other_columns(columns: list[str], expected: list[str]) -> str:
     return f"a row of metrics.csv must have the first row's columns: new {new}, missing {missing}"
 
 
+def _show_above_the_bar(text: str, stream: TextIO) -> None:
+    try:
+        with tqdm.external_write_mode(file=stream):
+            show(text, stream)
+    except OSError:  # of the bar, whose terminal is gone
+        mute_broken_streams()
+
+
 # ---- writing ----
 
 
@@ -335,16 +390,26 @@ def _refuse_occupied(directory: Path) -> None:
         return
     if not directory.is_dir():
         raise RunLogError(f"{directory} is a file, not a directory: choose another --out")
-    if any(entry.name != "lock" for entry in directory.iterdir()):
+    refuse_links(directory)
+    names = [entry.name for entry in directory.iterdir()]
+    # what a process leaves that is killed before it has written config.json is in nobody's way
+    if any(name != "lock" and not name.startswith(NEW) for name in names):
         raise RunLogError(
             f"{directory} is not empty: choose another --out, or go on with --resume {directory}"
         )
 
 
+def _remove_leftovers(directory: Path) -> None:
+    """Removes what a process that was killed has left half written in a run's directory."""
+    for folder in (directory, directory / "figures"):
+        remove_leftovers(folder)
+    (directory / checkpoints.NEW).unlink(missing_ok=True)
+
+
 def _take_lock(directory: Path) -> BinaryIO:
     """Hold the directory until the file returned is closed or this process ends in any way."""
     with disk_errors(f"can't write the run directory {directory}"):
-        lock = (directory / "lock").open("a+b")
+        lock = open(directory / "lock", "a+b", opener=_open_no_link)  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -361,3 +426,7 @@ def _take_lock(directory: Path) -> BinaryIO:
         lock.write(f"{os.getpid()}\n".encode())
         lock.flush()
     return lock
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)

@@ -6,13 +6,17 @@ What isn't there, or can't be read, or is damaged is a `RunLogError` of one line
 import csv
 import io
 import json
+import os
+import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiment.errors import RunLogError, disk_errors
+from experiment.files import displayable
 
 
 def read_metrics(directory: str | Path) -> dict[str, np.ndarray]:
@@ -21,15 +25,17 @@ def read_metrics(directory: str | Path) -> dict[str, np.ndarray]:
     Also of a run that is being written: a half-written last line is left out.
     """
     path = Path(directory) / "metrics.csv"
-    header, rows = metrics_rows(path)
+    if not path.exists():
+        return {}
+    with disk_errors(f"can't read {path}"):
+        header, rows = metrics_table(path.read_bytes(), path)
     try:
         columns = {
             name: np.array([float(row[i]) for row in rows], dtype=np.float64)
             for i, name in enumerate(header)
         }
-        if "step" in columns:
-            steps = [int(row[header.index("step")]) for row in rows]
-            columns["step"] = np.array(steps, dtype=np.int64)
+        if header:
+            columns["step"] = np.array([int(row[0]) for row in rows], dtype=np.int64)
     except (ValueError, OverflowError) as error:
         raise RunLogError(f"{path} is damaged: {error}") from error
     return columns
@@ -81,11 +87,39 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
+def refuse_links(directory: str | Path) -> None:
+    """RunLogError where anything in a run's directory is neither a file nor a folder.
+
+    Whatever writes in the directory of a stranger would follow a symbolic link out of it. The
+    directory itself, or a folder above it, may be one.
+    """
+    for folder, folders, files in os.walk(directory):
+        for path in (Path(folder) / name for name in (*folders, *files)):
+            with suppress(FileNotFoundError):  # of a run that is being written
+                mode = path.lstat().st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    kind = "a symbolic link" if stat.S_ISLNK(mode) else "no ordinary file"
+                    raise RunLogError(
+                        f"{path} is {kind}, which has no place inside a run's directory: put what "
+                        "it stands for in its place, or remove it"
+                    )
+
+
+def path_within(folder: Path, name: str) -> Path:
+    """Where the file `name` in a folder is.
+
+    RunLogError for a name that leads out of it, as one that a stranger's file tells may.
+    """
+    if Path(name).name != name or name in ("", "..") or "\0" in name:
+        raise RunLogError(f"{name!r} is not the name of a file in {folder}")
+    return folder / name
+
+
 def run_names(directories: Sequence[str | Path]) -> list[str]:
     """What runs are called beside each other: their last names, or paths where two names agree."""
-    names = [Path(directory).resolve().name for directory in directories]
+    names = [displayable(Path(directory).resolve().name) for directory in directories]
     return [
-        name if names.count(name) == 1 else str(directory)
+        name if names.count(name) == 1 else displayable(str(directory))
         for name, directory in zip(names, directories, strict=True)
     ]
 
@@ -93,19 +127,20 @@ def run_names(directories: Sequence[str | Path]) -> list[str]:
 # ---- the lines of metrics.csv ----
 
 
-def metrics_rows(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a metrics file; both empty where there is none."""
-    if not path.exists():
-        return [], []
-    with disk_errors(f"can't read {path}"):
-        lines = complete_lines(path.read_bytes())
+def metrics_table(content: bytes, path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a metrics file; both empty where there are none. RunLogError if damaged.
+
+    path: where the content is from.
+    """
     try:
-        table = list(csv.reader(line.decode() for line in lines))
+        table = list(csv.reader(line.decode() for line in complete_lines(content)))
     except (UnicodeDecodeError, csv.Error) as error:
         raise RunLogError(f"{path} is damaged: {error}") from error
     header, rows = (table[0], table[1:]) if table else ([], [])
-    if any(len(row) != len(header) for row in rows) or (table and not header):
+    if any(len(row) != len(header) for row in rows):
         raise RunLogError(f"{path} is damaged: its rows are not all as long as its header")
+    if table and (header[:1] != ["step"] or len({*header}) < len(header)):
+        raise RunLogError(f"{path} is damaged: its header is not step and names, each once")
     return header, rows
 
 

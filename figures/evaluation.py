@@ -12,7 +12,15 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from experiment.run_reader import read_results
-from figures.style import FONT, colours, label_axes, new_figure, percent_axis, save_figure
+from figures.style import (
+    FONT,
+    colours,
+    label_axes,
+    new_figure,
+    percent_axis,
+    save_figure,
+    without_formulas,
+)
 
 Row = Mapping[str, Any]
 
@@ -52,8 +60,9 @@ def draw_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
     shown = [axes.get_legend_handles_labels() for axes in grid.flat]
     handles = {label: handle for pair in shown for handle, label in zip(*pair, strict=True)}
     names = [name for name in methods if name in handles]
-    figure.legend([handles[name] for name in names], names, loc="outside right upper",
-                  frameon=False, fontsize=FONT - 1)  # fmt: skip
+    legend = figure.legend([handles[name] for name in names], names, loc="outside right upper",
+                           frameon=False, fontsize=FONT - 1)  # fmt: skip
+    without_formulas(legend)
     save_figure(figure, path)
 
 

@@ -19,7 +19,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import AutoLocator, PercentFormatter
 from numpy.lib.stride_tricks import sliding_window_view
 
-from experiment.run_reader import read_arrays, read_metrics, read_results
+from experiment.run_reader import path_within, read_arrays, read_metrics, read_results
 from figures.style import (
     COLOURS,
     DIVERGING,
@@ -32,6 +32,7 @@ from figures.style import (
     new_figure,
     one_panel,
     percent_axis,
+    plain_text,
     save_figure,
     whole_ticks,
 )
@@ -232,10 +233,11 @@ def draw_rules(rules: Rules, path: str | Path, what: str) -> None:
         left.set_yticks(range(len(terms)), [_typeset(term) for term in terms])
         similarity = cosines(values)
         _matrix(right, similarity, "cosine between rules", numbered=len(rules) <= NUMBERED)
-        right.set_yticks(range(len(rules)), list(rules))
+        run_names = [plain_text(name) for name in rules]
+        right.set_yticks(range(len(rules)), run_names)
         right.set_aspect("equal", anchor="NW")
         for axes in (left, right):
-            axes.set_xticks(range(len(rules)), list(rules), rotation=90)
+            axes.set_xticks(range(len(rules)), run_names, rotation=90)
     bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.02, aspect=30, panchor=False)
     bar.set_label(f"{what}, relative to the rule's largest\ncosine", fontsize=FONT - 1)
     bar.ax.tick_params(labelsize=FONT - 1)
@@ -310,7 +312,7 @@ def _draw_references(results: Mapping, place: Path) -> list[Path]:
             name = f"learned, {rows[0]['inner_steps']} updates"
             judged[name] = [row["test_accuracy"] for row in rows]
         if judged:
-            drawn.append(place / f"beside_{dataset}.png")
+            drawn.append(path_within(place, f"beside_{dataset}.png"))
             draw_beside(judged, drawn[-1], dataset)
     return drawn
 
@@ -330,7 +332,7 @@ def draw_beside(accuracies: Mapping[str, Sequence[float]], path: str | Path, dat
         axes.annotate(f"{np.mean(values):.2%}", (np.mean(values), height), (0, 9),
                       textcoords="offset points", ha="center", fontsize=FONT - 1)  # fmt: skip
     label_axes(axes, f"Probe on {dataset}: dots are trainings, bars means", "test accuracy", "")
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_yticks(range(len(rows)), [plain_text(name) for name, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.8)
     shown = [value for _, values in rows for value in values]
     room = 0.08 * (max(shown) - min(shown)) + 0.005

@@ -33,6 +33,7 @@ from figures.style import (
     label_axes,
     new_figure,
     one_panel,
+    plain_text,
     save_figure,
 )
 
@@ -335,7 +336,7 @@ def _run_times(runs: Sequence[Recorded]) -> Figure:
     figure, axes = one_panel()
     seconds = [run.columns["seconds"][-1] / run.columns["Loss/Test"].shape[1] for run in runs]
     axes.barh(range(len(runs)), seconds, color=colours(len(runs)))
-    axes.set_yticks(range(len(runs)), [run.title for run in runs])
+    axes.set_yticks(range(len(runs)), [plain_text(run.title) for run in runs])
     axes.invert_yaxis()
     label_axes(axes, "Time of training", "seconds for each draw", "")
     axes.xaxis.set_major_locator(AutoLocator())

@@ -7,6 +7,7 @@ are compared share their scale.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator
 
 from experiment.errors import RunLogError
-from experiment.run_reader import read_arrays, read_config, read_metrics, read_results
+from experiment.run_reader import path_within, read_arrays, read_config, read_metrics, read_results
 from figures.meta_learning import draw_meta_loss
 from figures.style import (
     COLOURS,
@@ -25,7 +26,9 @@ from figures.style import (
     label_axes,
     new_figure,
     one_panel,
+    plain_text,
     save_figure,
+    without_formulas,
 )
 from learned_optimizer import CONTROL
 
@@ -41,6 +44,7 @@ def draw_optimizer_run(directory: str | Path) -> list[Path]:
     """Draws what metrics.csv, comparison.npz, results.json and validation.npz allow; the paths."""
     directory = Path(directory)
     place = directory / "figures"
+    figure = partial(path_within, place)  # names of optimizees are a stranger's, perhaps
     drawn = []
     metrics = read_metrics(directory)
     if metrics:
@@ -51,22 +55,24 @@ def draw_optimizer_run(directory: str | Path) -> list[Path]:
     for name in dict.fromkeys(key.split("/")[0] for key in compared if "/" in key):
         optimizers = of_optimizee(compared, name)
         draw_training(
-            name, {k: a["losses"] for k, a in optimizers.items()}, place / f"{name}_loss.png"
+            name,
+            {k: a["losses"] for k, a in optimizers.items()},
+            figure(f"{name}_loss.png"),
         )
-        drawn.append(place / f"{name}_loss.png")
+        drawn.append(figure(f"{name}_loss.png"))
         shown = one_of_each_kind(optimizers)
         for kind in kinds_of(optimizers):
-            path = place / f"{name}_{kind}.png"
+            path = figure(f"{name}_{kind}.png")
             draw_symmetry(name, kind, shown, path)
             drawn.append(path)
         steps = histogram_steps(directory, optimizers)
         if steps:
-            draw_histograms(name, shown, compared["edges"], steps, place / f"{name}_updates.png")
-            drawn.append(place / f"{name}_updates.png")
+            draw_histograms(name, shown, compared["edges"], steps, figure(f"{name}_updates.png"))
+            drawn.append(figure(f"{name}_updates.png"))
     for name, results in compared_optimizees(directory).items():
         if "noise" in results:  # not where Ctrl-C ended the comparison before it
-            draw_noise(name, results["noise"], place / f"{name}_noise.png")
-            drawn.append(place / f"{name}_noise.png")
+            draw_noise(name, results["noise"], figure(f"{name}_noise.png"))
+            drawn.append(figure(f"{name}_noise.png"))
     validation = read_arrays(directory / "validation.npz")
     if "losses" in validation:
         draw_meta_training(validation, place / "meta_training.png")
@@ -113,7 +119,7 @@ def draw_symmetry(optimizee: str, kind: str, optimizers: Mapping[str, Arrays], p
     title = f"{optimizee}: departure from the {kind.removesuffix(CONTROL)} symmetry"
     if kind.endswith(CONTROL):
         title += " that it lacks (negative control)"
-    figure.suptitle(title, fontsize=FONT + 2)
+    figure.suptitle(title, fontsize=FONT + 2, parse_math=False)
     save_figure(figure, path)
 
 
@@ -145,7 +151,7 @@ def draw_histograms(
         label_axes(axes, name, bottom, "share of parameters" if axes is grid[0] else "")
         axes.xaxis.set_major_locator(LogLocator(numticks=5))
     add_legend(grid[0])
-    figure.suptitle(f"{optimizee}: sizes of updates", fontsize=FONT + 2)
+    figure.suptitle(f"{optimizee}: sizes of updates", fontsize=FONT + 2, parse_math=False)
     save_figure(figure, path)
 
 
@@ -171,13 +177,14 @@ def draw_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None
     label_axes(right, "Covariance over minibatches", "layer", "")
     for axes in (left, right):
         axes.tick_params(which="minor", labelsize=FONT - 1, colors=GREY)
-        axes.legend(
+        legend = axes.legend(
             fontsize=FONT - 2,
             frameon=False,
             ncols=2,
             loc="upper center",
             bbox_to_anchor=(0.5, -0.2),
         )
+        without_formulas(legend)
     save_figure(figure, path)
 
 
@@ -228,8 +235,10 @@ def draw_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> Non
             axes.text(
                 j, i, f"{value:.3g}", ha="center", va="center", fontsize=FONT - 1, color=colour
             )
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", fontsize=FONT - 1)
-    axes.set_yticks(range(len(rows)), rows, fontsize=FONT - 1)
+    axes.set_xticks(
+        range(len(columns)), map(plain_text, columns), rotation=30, ha="right", fontsize=FONT - 1
+    )
+    axes.set_yticks(range(len(rows)), map(plain_text, rows), fontsize=FONT - 1)
     axes.set_title(
         "Training loss of optimisers (rows) on optimizees", fontsize=FONT + 1, loc="left"
     )

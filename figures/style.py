@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from experiment.errors import RunLogError
@@ -34,9 +35,9 @@ def one_panel() -> tuple[Figure, Axes]:
 
 def label_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     """Title, labels, a light grid, and no frame but the two axes."""
-    axes.set_title(title, fontsize=FONT + 1, loc="left")
-    axes.set_xlabel(x_label, fontsize=FONT)
-    axes.set_ylabel(y_label, fontsize=FONT)
+    axes.set_title(title, fontsize=FONT + 1, loc="left", parse_math=False)
+    axes.set_xlabel(x_label, fontsize=FONT, parse_math=False)
+    axes.set_ylabel(y_label, fontsize=FONT, parse_math=False)
     axes.tick_params(labelsize=FONT - 1, colors=GREY)
     axes.yaxis.get_offset_text().set_fontsize(FONT - 1)
     if axes.get_xscale() == "linear":
@@ -74,6 +75,19 @@ def add_legend(axes: Axes) -> None:
         axes.legend(fontsize=FONT - 1, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     elif any(names):
         axes.legend(fontsize=FONT - 1, frameon=False, loc="best")
+    if any(names):
+        without_formulas(axes.get_legend())
+
+
+def without_formulas(legend: Legend) -> None:
+    """Has a legend show its names as they are: a run may be called run_$a_$b."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def plain_text(name: str) -> str:
+    """A name that is no formula, for the ticks of an axis."""
+    return name.replace("$", r"\$")
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

@@ -269,7 +269,7 @@ def network_to_dict(network: CoordinateNetwork) -> dict:
 def load_network(path: Path | str) -> CoordinateNetwork:
     """Reads what `save_network` wrote, of its type; OptimizerError where it is something else."""
     try:
-        description = json.loads(Path(path).read_text())
+        description = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
         raise OptimizerError(f"cannot read a learned optimiser from {path}: {problem}") from problem
     try:

@@ -48,7 +48,7 @@ def _of_one_layer(description: dict) -> LearningRule:
 def load_rule(path: Path | str) -> LearningRule:
     """Reads a rule that `save_rule` wrote; coefficients in float64. Raises RuleError."""
     try:
-        return rule_from_dict(json.loads(Path(path).read_text()))
+        return rule_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as problem:
         raise RuleError(f"cannot read a learning rule from {path}: {problem}") from problem
 

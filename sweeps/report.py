@@ -9,6 +9,7 @@ Every file is made aside and then moved into place: processes that share a sweep
 """
 
 import csv
+import io
 import math
 import statistics
 from collections import Counter
@@ -23,9 +24,17 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial
 
 from experiment.errors import RunLogError
-from experiment.files import finite_or_null, in_place, json_text, write_whole
+from experiment.files import finite_or_null, json_text, write_whole
 from experiment.run_reader import read_config
-from figures.style import add_legend, colours, label_axes, new_figure, one_panel, save_figure
+from figures.style import (
+    add_legend,
+    colours,
+    label_axes,
+    new_figure,
+    one_panel,
+    plain_text,
+    save_figure,
+)
 from sweeps.space import SearchedFlag, searched_flag
 from sweeps.study import STATES, counted_trials, state_of
 
@@ -110,11 +119,12 @@ class Report:
 def write_table(report: Report, directory: Path) -> None:
     """trials.csv."""
     columns = [*BEFORE_FLAGS, *(flag.name for flag in report.flags), *AFTER_FLAGS]
-    with in_place(directory / "trials.csv") as path, path.open("w", newline="") as file:
-        table = csv.DictWriter(file, columns, lineterminator="\n")
-        table.writeheader()
-        for variant in report.trials:
-            table.writerows(report.rows(variant))
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    for variant in report.trials:
+        table.writerows(report.rows(variant))
+    write_whole(directory / "trials.csv", text.getvalue())
 
 
 def write_results(report: Report, directory: Path) -> None:
@@ -219,7 +229,7 @@ def _places(rows: Sequence[Mapping[str, str]], flag: SearchedFlag) -> list[float
 def _scale(axes: Axes, flag: SearchedFlag) -> None:
     """The axis of a flag: its whole range, logarithmic or with the names of its choices."""
     if flag.kind == "choice":
-        axes.set_xticks(range(len(flag.choices)), flag.choices)
+        axes.set_xticks(range(len(flag.choices)), map(plain_text, flag.choices))
         axes.set_xlim(-0.5, len(flag.choices) - 0.5)
         return
     if flag.kind == "log":

@@ -31,12 +31,13 @@ from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from experiment.command_line import UserError
+from experiment.errors import RunLogError
+from sweeps.journal import Journal
 
 JOURNAL = "study.journal"
 HEARTBEAT = 30.0  # seconds
@@ -86,10 +87,18 @@ def open_storage(url: str | None, directory: Path) -> BaseStorage:
         if url is not None:
             waits = {"connect_args": {"timeout": SQLITE_WAIT}} if url.startswith("sqlite") else {}
             return _unless_raced(lambda: RDBStorage(url, engine_kwargs=waits))
-        path = directory.resolve() / JOURNAL
-        lock = JournalFileOpenLock(str(path))
-        _cut_unfinished_line(path, lock)
-        return JournalStorage(JournalFileBackend(str(path), lock))
+        return _replayed(Journal(directory.resolve() / JOURNAL))
+
+
+def _replayed(journal: Journal) -> BaseStorage:
+    """The storage of a journal; RunLogError where its records are not those of a study."""
+    try:
+        return JournalStorage(journal)
+    except RunLogError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as problem:
+        raise RunLogError(f"{JOURNAL} is damaged: its records are not those of a study "
+                          f"({type(problem).__name__})") from problem  # fmt: skip
 
 
 def open_study(
@@ -156,19 +165,6 @@ def storage_errors(url: str | None) -> Iterator[None]:
         line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
         where = JOURNAL if url is None else re.sub(r":[^:@/]*@", ":***@", url)
         raise StudyError(f"can't use the storage {where}: {line}") from error
-
-
-def _cut_unfinished_line(path: Path, lock: JournalFileOpenLock) -> None:
-    """Take off what a process that was killed, or a full disk, has left of an entry."""
-    if not path.exists():
-        return
-    lock.acquire()
-    try:
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
-    finally:
-        lock.release()
 
 
 # ---- taking and ending trials ----

@@ -156,7 +156,7 @@ def outcome_of(worker: Worker, metric: str) -> Outcome:
         return Outcome("diverged", None, status, line, seconds)
     if status != 2:
         worker.directory.mkdir(exist_ok=True)
-        (worker.directory / "stderr.txt").write_text(text)
+        (worker.directory / "stderr.txt").write_text(text, encoding="utf-8")
     if status < 0:
         line = f"ended by {signal.Signals(-status).name}" + (f"; {line}" if line else "")
     return Outcome("failed", None, status, line, seconds)

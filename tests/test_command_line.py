@@ -348,10 +348,13 @@ def test_an_out_that_can_not_be_written_is_one_line(tmp_path, capsys):
 
 
 def test_resume_takes_the_flags_of_the_run(tmp_path):
-    started(tmp_path / "run", "--lr", "3e-5", "--pair_inputs", "--data-dir", "there", "--seed", "4")
+    there = str(tmp_path / "there")
+    started(tmp_path / "run", "--lr", "3e-5", "--pair_inputs", "--data-dir", there, "--seed", "4")
+    assert resumed(tmp_path / "run").data_dir == Path("data"), "no folder is made for a stranger"
+    Path(there).mkdir()
     args = resumed(tmp_path / "run")
     assert args.layers == [32] and args.lr == 3e-5 and args.pair_inputs and args.seed == 4
-    assert args.data_dir == Path("there") and args.metasteps == 10
+    assert args.data_dir == Path(there) and args.metasteps == 10
     assert args.resume == tmp_path / "run" and args.out is None and args.quiet
 
 

@@ -10,6 +10,7 @@ from commands import interrupt_at_row, kill_at_row, redraw, refused, rows
 
 import evaluate
 import main
+from comparison.learned_run import load_run
 from mnist_datasets import load_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,7 +149,27 @@ def _altered(run: Path, place: Path, **flags) -> Path:
     shutil.copytree(run, place)
     config = json.loads((place / "config.json").read_text()) | flags
     (place / "config.json").write_text(json.dumps(config))
+    for checkpoint in place.glob("checkpoint*.pt"):  # which knows the flags as they were
+        checkpoint.unlink()
     return place
+
+
+def test_a_run_whose_files_do_not_belong_together_is_refused(runs, capsys, tmp_path):
+    place = tmp_path / "run"
+    shutil.copytree(runs / "single", place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"data_dir": "/elsewhere"}))
+    run(place, "--seeds", 1, "--out", tmp_path / "fine")
+    (place / "config.json").write_text(json.dumps(config | {"inh_factor": 0.3}))
+    line = refused(capsys, evaluate.main, place, *COMMON)
+    assert "config.json is not the one that checkpoint.pt was saved under" in line
+
+
+def test_how_long_a_rule_is_judged_is_not_read_from_the_log(runs, tmp_path):
+    copy = tmp_path / "single"
+    shutil.copytree(runs / "single", copy)
+    (copy / "metrics.csv").unlink()
+    assert load_run(copy).steps == load_run(runs / "single").steps == 2
 
 
 def test_runs_that_cannot_stand_in_one_table_are_refused(runs, capsys, tmp_path):

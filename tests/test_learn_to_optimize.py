@@ -123,6 +123,8 @@ def test_the_architecture_is_that_of_the_saved_optimizer_and_a_resumed_run_keeps
     save_network(CoordinateMLP(5), source)
     run("--resume", out, "--quiet")
     assert (out / "optimizer.json").read_text() == before
+    save_network(CoordinateMLP(5), out / "start.json")
+    assert "start_found" in refused(capsys, learn_to_optimize.main, "--resume", out, "--quiet")
 
 
 def test_a_diverging_optimizer_leaves_its_curves(tmp_path):

@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from experiment.errors import NonFiniteError
+from experiment.errors import NonFiniteError, RunLogError
 from experiment.loop import finish_on_interrupt, run_steps
 from experiment.run_log import RunLog
 from experiment.run_reader import read_metrics
@@ -84,6 +84,18 @@ def test_a_step_that_fails_leaves_a_checkpoint_of_the_rows_before_it(tmp_path):
         assert counter.saved == saved
         with RunLog.reopen(log.directory, quiet=True) as log:
             assert (log.load_checkpoint() or (0,))[0] == fails_in - 1
+
+
+@pytest.mark.parametrize(("step", "state"), [(99, {"done": torch.tensor(3)}), (3, {"left": [1]})])
+def test_the_state_of_another_command_is_refused_in_one_line(tmp_path, step, state):
+    with new_run(tmp_path) as log:
+        log.save_checkpoint(step, state)
+    with (
+        RunLog.reopen(log.directory, quiet=True) as log,
+        pytest.raises(RunLogError, match="another command") as refusal,
+    ):
+        run_steps(log, Counter(), "step", 7)
+    assert "\n" not in str(refusal.value)
 
 
 def test_columns_that_were_not_measured_or_not_asked_for_are_not_shown(tmp_path, capsys):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
 
+import baseline_pca
 import main
 from comparison.learned_run import load_run
 from mnist_datasets import load_images
@@ -88,6 +89,37 @@ def test_a_killed_run_of_unit_statistics_goes_on_to_the_same_numbers(tmp_path):
     kill_at_row(2, out, "main.py", 6, *STATISTICS, "--beside", "--out", out)
     run("--resume", tmp_path / "killed", "--quiet")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("value", ["9", "-3", "nan", "1e300"])
+def test_how_long_evaluations_are_is_not_read_from_the_log(tmp_path, plain, capsys, value):
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
+    lines = (out / "metrics.csv").read_text().splitlines()
+    cells = lines[-1].split(",")
+    cells[lines[0].split(",").index("inner_steps")] = value
+    (out / "metrics.csv").write_text("\n".join([*lines[:-1], ",".join(cells)]) + "\n")
+    assert load_run(plain).steps == 2
+    assert "metrics.csv is damaged" in refused(capsys, main.main, "--resume", out, "--quiet")
+    (out / "metrics.csv").unlink()
+    run("--resume", out, "--quiet")
+    assert (out / "results.json").read_text() == (plain / "results.json").read_text()
+
+
+def test_a_run_goes_on_neither_with_changed_flags_nor_with_another_runs_checkpoint(
+    tmp_path, plain, capsys
+):
+    out, other = tmp_path / "run", tmp_path / "pca"
+    shutil.copytree(plain, out)
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(config.replace('"C": 1000.0', '"C": 10.0'))
+    assert "of another run" in refused(capsys, main.main, "--resume", out, "--quiet")
+    (out / "config.json").write_text(config)
+    baseline_pca.main(["--dataset", "mnist5k", "--components", "2", "4", "--out", str(other),
+                       "--quiet", "--no_figures"])  # fmt: skip
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        shutil.copy(other / name, out)
+    assert "of another run" in refused(capsys, main.main, "--resume", out, "--quiet")
 
 
 def test_flags_of_another_family_are_refused(capsys, tmp_path):

@@ -8,6 +8,7 @@ from commands import refused
 
 import plot
 from experiment.errors import RunLogError
+from figures.meta_learning import draw_run
 from figures.optimizers import (
     draw_loss_grid,
     draw_optimizer_run,
@@ -135,3 +136,19 @@ def test_the_grid_of_a_run_that_lacks_something_is_refused(tmp_path, capsys):
 def test_the_grid_of_runs_that_compare_nothing_is_refused(tmp_path, capsys):
     (tmp_path / "results.json").write_text(json.dumps({"epochs": 3}))
     assert "learn_to_optimize" in refused(capsys, plot.main, "losses", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "a/../../b", "a\0b"])
+def test_a_name_in_a_strangers_results_leads_to_no_other_folder(tmp_path, name):
+    run = tmp_path / "run"
+    run.mkdir()
+    noise = {"gradient": {"trace": [1.0], "largest_eigenvalue": [1.0], "tail_index": {"2": [2.0]}}}
+    (run / "results.json").write_text(json.dumps({"optimizees": {name: {"noise": noise}}}))
+    (run / "config.json").write_text("{}")
+    with pytest.raises(RunLogError, match="is not the name of a file"):
+        draw_optimizer_run(run)
+    results = {"beside": {name: {"random": [0.5]}}, "evaluations": []}
+    (run / "results.json").write_text(json.dumps(results))
+    with pytest.raises(RunLogError, match="is not the name of a file"):
+        draw_run(run)
+    assert {path.name for path in tmp_path.rglob("*")} == {"run", "results.json", "config.json"}

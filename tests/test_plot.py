@@ -57,6 +57,24 @@ def test_rules_of_runs_and_classical_ones_make_one_figure(tmp_path, capsys, monk
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "rules.png"}
 
 
+def test_rows_that_are_not_those_of_the_checkpoint_are_not_drawn(tmp_path, capsys):
+    with RunLog.create(tmp_path / "run", {"command": "main"}, quiet=True) as log:
+        log.record(1, {"meta_loss": 0.5})
+        log.save_checkpoint(1, {})
+    draw("run", log.directory)
+    log.path("metrics.csv").write_text("step,meta_loss\n1,0.6\n")
+    assert "metrics.csv is damaged" in refused(capsys, "run", log.directory)
+
+
+def test_figures_are_not_drawn_through_a_link(tmp_path, capsys):
+    with RunLog.create(tmp_path / "run", {"command": "main"}, quiet=True) as log:
+        log.record(1, {"meta_loss": 0.5})
+    (tmp_path / "victim").mkdir()
+    log.path("figures").symlink_to(tmp_path / "victim")
+    assert "figures is a symbolic link" in refused(capsys, "run", log.directory)
+    assert not [*(tmp_path / "victim").iterdir()]
+
+
 def test_a_run_is_drawn_again(tmp_path, capsys):
     directories = [run_of(tmp_path / name, oja()) for name in ("a", "b")]
     for directory in directories:

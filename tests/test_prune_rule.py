@@ -1,6 +1,7 @@
 """Removals against least squares by torch, and the real command on a tiny run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,16 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path, learned):
     run("--resume", tmp_path / "killed", "--quiet")
     for name in ("metrics.csv", "results.json", "rule.json"):
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_a_run_does_not_go_on_with_another_rule(tmp_path, learned, capsys):
+    copy, out = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(learned, copy)
+    run(copy, *FAST, "--terms", 12, "--try_below", 0, "--quiet", "--out", out)
+    results = results_of(copy)
+    results["initializer"]["spread_w"] *= 2
+    (copy / "results.json").write_text(json.dumps(results))
+    assert "run_found" in refused(capsys, prune_rule.main, "--resume", out, "--quiet")
 
 
 def test_an_interrupted_run_reports_what_it_has_with_status_130(tmp_path, learned):

@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from experiment import tensorboard_events
+from experiment import checkpoints, tensorboard_events
+from experiment.checkpoints import Checkpoint, refuse_changed_files
 from experiment.errors import RunLogError
 from experiment.files import plain
 from experiment.run_log import RunLog
@@ -147,6 +149,95 @@ def test_a_failed_start_gives_the_lock_back(tmp_path, monkeypatch):
         with pytest.raises(RunLogError, match="No space"):
             RunLog.create(tmp_path / "run", {})
     RunLog.create(tmp_path / "run", {}).close()
+
+
+def killed_in_the_child(act: Callable[[], object], allowed: int) -> bool:
+    """Has a forked process act, and end by SIGKILL at its so many-th operation on the disk."""
+    child = os.fork()
+    if child == 0:
+        calls = itertools.count()
+        for name in ("mkdir", "fsync", "replace", "rmdir"):
+            setattr(os, name, killing_with_sigkill(getattr(os, name), calls, allowed))
+        with suppress(BaseException):
+            act()
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def killing_with_sigkill(original, calls, allowed):
+    def call(*arguments, **named):
+        if next(calls) == allowed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+
+    return call
+
+
+def test_a_run_killed_while_it_begins_can_be_started_or_gone_on_with(tmp_path):
+    for allowed in itertools.count():
+        directory = tmp_path / str(allowed) / "run"
+        killed = killed_in_the_child(lambda place=directory: new_run(place.parent, 1), allowed)
+        if (directory / "config.json").exists():
+            loaded(directory)
+        else:
+            with RunLog.create(directory, {"seed": 0}, quiet=True):
+                pass
+        left = {path.name for path in directory.iterdir()}
+        assert not [name for name in left if ".new" in name] and "environment.json" in left
+        if not killed:
+            break
+    assert allowed > 10
+
+
+# ---- links ----
+
+
+@pytest.mark.parametrize(
+    "name", ["lock", "log.txt", "metrics.csv", "figures", "config.json", "checkpoint.pt"]
+)
+def test_nothing_is_written_through_a_link_inside_a_run(tmp_path, name):
+    new_run(tmp_path, 2).close()
+    victim, path = tmp_path / "victim", tmp_path / "run" / name
+    if path.exists():
+        path.rename(victim)
+    else:
+        victim.mkdir()
+    path.symlink_to(victim)
+    before = victim.read_bytes() if victim.is_file() else sorted(victim.iterdir())
+    with pytest.raises(RunLogError, match=f"{name} is a symbolic link"):
+        RunLog.reopen(tmp_path / "run")
+    assert (victim.read_bytes() if victim.is_file() else sorted(victim.iterdir())) == before
+
+
+def test_a_new_run_does_not_take_a_link_for_its_lock(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(RunLogError, match="lock is a symbolic link"):
+        RunLog.create(tmp_path / "run", {})
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_the_directory_itself_and_those_above_it_may_be_links(tmp_path):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "near").symlink_to(tmp_path / "far")
+    (tmp_path / "near" / "run").symlink_to(tmp_path / "far" / "away")
+    new_run(tmp_path / "near", 1).close()
+    assert loaded(tmp_path / "near" / "run")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/b", "..", ""])
+def test_a_runs_files_are_in_its_directory(tmp_path, name):
+    with new_run(tmp_path) as log, pytest.raises(RunLogError, match="not the name of a file"):
+        log.write_json(name, {})
+
+
+def test_what_is_no_ordinary_file_is_refused(tmp_path):
+    new_run(tmp_path, 1).close()
+    (tmp_path / "run" / "log.txt").unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "run" / "log.txt")
+    with pytest.raises(RunLogError, match="no ordinary file"):
+        RunLog.reopen(tmp_path / "run")
 
 
 # ---- metrics ----
@@ -357,6 +448,90 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(tmp_path, monkeyp
         with pytest.raises(RunLogError, match=r"checkpoint.pt: No space left on device$"):
             log.save_checkpoint(1, state_of(1))
     assert loaded(log.directory)[0] == 0
+
+
+# ---- files of different runs ----
+
+
+def change(path: Path, old: bytes, new: bytes) -> None:
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
+def test_a_checkpoint_goes_with_its_configuration_only(tmp_path, capsys):
+    new_run(tmp_path, 2).close()
+    directory = tmp_path / "run"
+    change(directory / "config.json", b'"seed": 0', b'"seed": 1')
+    with pytest.raises(RunLogError, match=r"no good checkpoint.*of another run") as refusal:
+        loaded(directory)
+    assert "\n" not in str(refusal.value) and capsys.readouterr().err == ""
+    change(directory / "config.json", b'"seed": 1', b'"data_dir": "x", "seed": 0')
+    assert loaded(directory)[0] == 1
+
+
+def test_the_checkpoint_of_another_run_gives_way_to_the_one_before_it(tmp_path, capsys):
+    new_run(tmp_path, 3).close()
+    with RunLog.create(tmp_path / "other", {"seed": 5}, quiet=True) as log:
+        log.record(0, {"loss": 1.0})
+        log.save_checkpoint(0, state_of(0))
+    (tmp_path / "other" / "checkpoint.pt").replace(tmp_path / "run" / "checkpoint.pt")
+    assert loaded(tmp_path / "run")[0] == 1
+    assert "of another run" in capsys.readouterr().err
+    assert loaded(tmp_path / "run")[0] == 1 and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"0.25", b"0.26"),
+        (b"step,loss", b"step,lose"),
+        (b"step,loss", b"step,a"),
+        (b"step,loss\n", b""),
+        (b"1,0.25\n", b""),
+        (b"\n1,", b"\n-1,"),
+        (b"0.25", b"nan"),
+        (b"0.25", b"\xff"),
+        (b"0.25", b"0.250000"),
+    ],
+)
+def test_rows_that_were_changed_are_refused(tmp_path, old, new):
+    new_run(tmp_path, 3).close()
+    change(tmp_path / "run" / "metrics.csv", old, new)
+    content = (tmp_path / "run" / "metrics.csv").read_bytes()
+    for read in (loaded, refuse_changed_files):
+        with pytest.raises(RunLogError, match=r"metrics\.csv is damaged: ") as refusal:
+            read(tmp_path / "run")
+        assert "\n" not in str(refusal.value)
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == content
+    (tmp_path / "run" / "metrics.csv").unlink()
+    refuse_changed_files(tmp_path / "run")
+    assert loaded(tmp_path / "run")[0] == 2
+
+
+def test_what_follows_the_rows_of_a_checkpoint_is_cut_off_whatever_it_is(tmp_path):
+    new_run(tmp_path, 2).close()
+    path = tmp_path / "run" / "metrics.csv"
+    whole = path.read_bytes()
+    for junk in (b"2,0.5\n3,", b"\0" * 99, b"1,7.0\n", b"\xff\n\xff\n"):
+        path.write_bytes(whole + junk)
+        refuse_changed_files(tmp_path / "run")
+        assert loaded(tmp_path / "run")[0] == 1
+        assert path.read_bytes() == whole
+
+
+def test_a_checkpoint_of_before_there_were_digests_is_taken_without_them(tmp_path):
+    log = new_run(tmp_path)
+    for step in range(2):
+        log.record(step, {"loss": 1.0})
+    checkpoints.save_checkpoint(log.directory, Checkpoint(1, state_of(1), 1))
+    log.record(2, {"loss": 3.0})
+    log.close()
+    change(log.path("config.json"), b'"seed": 0', b'"seed": 1')
+    change(log.path("metrics.csv"), b"1,1.0", b"1,2.0")
+    refuse_changed_files(log.directory)
+    assert loaded(log.directory)[0] == 1
+    assert log.path("metrics.csv").read_bytes() == b"step,loss\n0,1.0\n1,2.0\n"
 
 
 # ---- resuming ----

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -13,6 +14,7 @@ from optuna.pruners import NopPruner
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
+from experiment.errors import WrongInputError
 from sweeps import study as shared_study
 from sweeps.draws import draw, make_draws
 from sweeps.space import searched_flag
@@ -270,3 +272,60 @@ def test_trials_are_told_to_optuna_in_its_own_states(tmp_path):
         finish(claim(study, 4), Outcome(state, 1.0 if state == "done" else None, 0))
     states = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.COMPLETE]
     assert [trial.state for trial in study.get_trials()] == states
+
+
+# ---- a journal that is damaged ----
+
+
+def damaged_journal(tmp_path, change) -> Path:
+    """The journal of four trials, after a change of its bytes."""
+    run_all(study_in(tmp_path), 4)
+    path = tmp_path / shared_study.JOURNAL
+    path.write_bytes(change(path.read_bytes()))
+    return path
+
+
+def without_checksums(content: bytes) -> bytes:
+    """As a journal was before there were any."""
+    lines = content.splitlines()
+    return b"".join(line.partition(b"\t")[0] + b"\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.replace(b'"values":[0', b'"values":[1', 1),
+        lambda content: b"".join(content.splitlines(keepends=True)[1:]),
+        lambda content: content.replace(content.splitlines(keepends=True)[5], b""),
+        lambda content: content + b"junk\n",
+        lambda content: content + b"\xff\xfe\n",
+        lambda content: b"[" * 100_000 + b"\n" + content,
+        lambda content: without_checksums(content) + b'{"op_code":4,"worker_id":"x"}\n',
+        lambda content: b'{"op_code":99,"worker_id":"x","trial_id":7}\n',
+        lambda content: b"5\n",
+    ],
+)
+def test_a_journal_that_was_changed_is_refused_in_one_line(tmp_path, change):
+    path = damaged_journal(tmp_path, change)
+    before = path.read_bytes()
+    with pytest.raises(WrongInputError, match=r"study\.journal is damaged") as refusal:
+        study_in(tmp_path)
+    assert "\n" not in str(refusal.value) and path.read_bytes() == before
+
+
+@pytest.mark.parametrize("of_before", [False, True])
+def test_of_a_journal_without_its_last_newline_nothing_is_lost(tmp_path, of_before):
+    path = damaged_journal(
+        tmp_path, lambda content: (without_checksums(content) if of_before else content)[:-1]
+    )
+    before = path.read_bytes()
+    assert len(counted_trials(study_in(tmp_path))) == 4
+    assert path.read_bytes().startswith(before + b"\n")
+
+
+def test_a_journal_of_before_there_were_checksums_goes_on_with_them(tmp_path):
+    path = damaged_journal(tmp_path, without_checksums)
+    assert run_all(study_in(tmp_path), 5) == [draw(FLAGS, 0, 4)]
+    lines = path.read_bytes().splitlines()
+    assert b"\t" not in lines[0] and b"\t" in lines[-1]
+    assert len(counted_trials(study_in(tmp_path))) == 5

@@ -12,6 +12,7 @@ from commands import redraw, refused
 from forked import ROOT, Command
 
 import sweep
+from experiment.command_line import UserError
 from sweeps.draws import draw
 from sweeps.space import searched_flag
 
@@ -159,7 +160,7 @@ def test_variants_run_on_the_same_draws_each_in_a_study_of_its_own(tmp_path, com
     assert [float(row["x"]) for row in found] == 2 * drawn("x=0:1", 3)
     assert [float(row["value"]) for row in found] == [1] * 3 + [2] * 3
     assert results(out)["variants"]["two"]["best"]["directory"] == str(out / "two/trial-00000")
-    run("--resume", out, "--trials", 4)
+    run("--resume", out, "--trials", 4, "--", command)
     assert [row["value"] for row in table(out) if row["variant"] == "two"] == ["2.0"] * 4
 
 
@@ -210,6 +211,73 @@ def test_a_command_with_threads_keeps_them(tmp_path, command, monkeypatch):
     assert results(out)["best"]["value"] == 5, "the environment is left as it is"
 
 
+# ---- a stranger's sweep ----
+
+
+def test_a_resumed_sweep_runs_commands_of_this_project_only(tmp_path, command, capsys):
+    out, flags = tmp_path / "sweep", [*METRIC, "--search", "x=0:1", "--trials", 1]
+    run("--out", out, *flags, "--", command)
+    count = len(list(out.iterdir()))
+    more = ("--resume", out, "--trials", 2)
+    assert "is no command of this project" in refused(capsys, sweep.main, *more)
+    (out / "config.json").write_text(
+        (out / "config.json").read_text().replace(str(command), str(tmp_path / "main.py"))
+    )
+    command.rename(tmp_path / "main.py")
+    assert "is no command of this project" in refused(capsys, sweep.main, *more)
+    assert len(list(out.iterdir())) == count
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["main.py", "8"], None),
+        (["tune_one_pass.py", "-S", "/tmp/x"], "with -S, which writes outside"),
+        (["tune_one_pass.py", "-S/tmp/x"], "writes outside"),
+        (["tune_one_pass.py", "--save_state=/tmp/x"], "writes outside"),
+        (["evaluate.py", "latent-predictive", "--to_zoo", "x"], "writes outside"),
+        (["main.py", "8", "--data-dir", "/nowhere/at/all"], "writes outside"),
+        (["main.py", "8", "--data-dir", "/"], None),
+        (["plot.py", "rules"], "no command of this project"),
+        (["sweep.py"], "no command of this project"),
+        ([], "no list of words"),
+        (["main.py", 8], "no list of words"),
+        ("main.py", "no list of words"),
+    ],
+)
+def test_what_a_resumed_sweep_would_write_elsewhere_has_to_be_asked_for(
+    tmp_path, monkeypatch, words, said
+):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "config.json").write_text(json.dumps({"command": "sweep", "trial_command": words}))
+    if said is None:
+        assert sweep.saved_command(tmp_path) == words
+    else:
+        with pytest.raises(UserError, match=said):
+            sweep.saved_command(tmp_path)
+
+
+def test_places_are_nothing_to_search_and_a_storage_is_asked_for_again(tmp_path, command, capsys):
+    out, flags = tmp_path / "sweep", [*METRIC, "--trials", 1]
+    search = ["--search", "save_state=choice:/tmp/x,/tmp/y"]
+    assert "nothing to search" in refused(
+        capsys, sweep.main, "--out", out, *flags, *search, "--", command
+    )
+    url = f"sqlite:///{tmp_path}/study.db"
+    run("--out", out, *flags, "--search", "x=0:1", "--storage", url, "--", command)
+    line = refused(capsys, sweep.main, "--resume", out, "--", command)
+    assert "--storage" in line and "give that again" in line
+    run("--resume", out, "--storage", url, "--", command)
+
+
+def test_trials_are_not_written_through_a_link(tmp_path, command, capsys):
+    out = tmp_path / "sweep"
+    run("--out", out, *METRIC, "--search", "x=0:1", "--trials", 1, "--", command)
+    (out / "trial-00001").symlink_to(tmp_path)
+    line = refused(capsys, sweep.main, "--resume", out, "--trials", 2, "--", command)
+    assert "trial-00001 is a symbolic link" in line
+
+
 # ---- going on ----
 
 
@@ -221,7 +289,7 @@ def test_a_sweep_killed_at_any_moment_goes_on_to_the_same_values(tmp_path, comma
     wait_for(lambda: (out / "trial-00003" / "metrics.csv").exists(), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    run("--resume", out)
+    run("--resume", out, "--", command, "--steps", 6, "--pause", 0.1)
     found = table(out)
     again = [row for row in found if row["state"] == "interrupted"]
     done = [row for row in found if row["state"] == "done"]
@@ -240,7 +308,7 @@ def test_an_interrupted_sweep_ends_its_trials_cleanly_and_goes_on(tmp_path, comm
     assert process.wait(30) == 130
     assert [row["state"] for row in table(out)] == ["interrupted"] * 2 + ["waiting"] * 2
     assert (out / "trial-00000" / "cleanly").exists() and (out / "figures" / "best.png").exists()
-    run("--resume", out)
+    run("--resume", out, "--", command, "--steps", 10, "--pause", 0.1)
     done = [float(row["x"]) for row in table(out) if row["state"] == "done"]
     assert sorted(done) == sorted(drawn("x=0:1", 3))
 
@@ -251,7 +319,8 @@ def test_sweeps_that_share_a_directory_run_every_draw_once(tmp_path, command):
     arguments = [*flags, "--", command, "--pause", 0.2]
     processes = [Command("sweep.py", *arguments) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
-    run("--resume", out)  # whoever reported last may not have seen the other's last trial
+    # whoever reported last may not have seen the other's last trial
+    run("--resume", out, "--", command, "--pause", 0.2)
     assert [row["state"] for row in table(out)] == ["done"] * 8
     assert sorted(float(row["x"]) for row in table(out)) == sorted(drawn("x=0:1", 8))
     assert len(list((out / "processes").iterdir())) == 3
@@ -260,7 +329,7 @@ def test_sweeps_that_share_a_directory_run_every_draw_once(tmp_path, command):
 def test_a_sweep_goes_on_with_more_trials(tmp_path, command):
     out = tmp_path / "sweep"
     run("--out", out, *METRIC, "--search", "x=0:1", "--trials", 1, "--", command)
-    run("--resume", out, "--trials", 3)
+    run("--resume", out, "--trials", 3, "--", command)
     assert [float(row["x"]) for row in table(out)] == drawn("x=0:1", 3)
 
 
@@ -269,7 +338,7 @@ def test_a_share_is_so_many_trials(tmp_path, command):
     flags = ["--search", "x=0:1", "--trials", 3, "--share", 2]
     run("--out", out, *METRIC, *flags, "--", command)
     assert len(table(out)) == 2
-    run("--resume", out)
+    run("--resume", out, "--", command)
     assert len(table(out)) == 3
 
 

@@ -135,6 +135,27 @@ def test_a_saved_state_is_gone_on_from(tmp_path):
     assert np.array_equal(ended, started)
 
 
+def test_a_resumed_run_writes_its_state_outside_only_where_that_is_asked_for_again(
+    tmp_path, capsys
+):
+    state, victim = tmp_path / "state.pt", tmp_path / "victim"
+    run_of_another = tune(tmp_path, *config("boston", "random"), "-S", state)
+    victim.write_text("precious")
+    text = (run_of_another / "config.json").read_text()
+    (run_of_another / "config.json").write_text(text.replace(str(state), str(victim)))
+    again = ("--resume", run_of_another, "--quiet")
+    line = refused(capsys, tune_one_pass.main, *again)
+    assert "--save_state" in line and "give that again" in line
+    assert victim.read_text() == "precious"
+    state.unlink()
+    run(*again, "-S", state)
+    assert state.exists() and victim.read_text() == "precious"
+    within = run_of_another / "state.pt"
+    (run_of_another / "config.json").write_text(text.replace(str(state), str(within)))
+    run(*again)
+    assert within.exists()
+
+
 def test_root_group_and_name_make_the_directory(tmp_path):
     run(
         *config("boston", "random"), *SMALL, "-l", tmp_path, "-g", "some", "-n", "one",
@@ -163,6 +184,8 @@ def test_a_run_goes_on_without_the_state_that_it_began_with(tmp_path):
     assert read_config(run)["state_found"] == f"sha256 {digest[:16]}"
     state.unlink()
     tune_one_pass.main(["--resume", str(run), "--quiet"])
+    (run / "checkpoint.pt").unlink()
+    tune_one_pass.main(["--resume", str(run), "--quiet"])  # from the checkpoint before the last
 
 
 @pytest.mark.parametrize(
