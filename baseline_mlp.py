@@ -57,7 +57,7 @@ from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION
 from experiment.statistics import accuracy_text, mean_and_deviation
-from figures.baselines import draw_mlp_run
+from figures.baselines import plot_mlp_run
 from hypergradients import HypergradientError
 from hypgraddesc import evaluate_draws, hypgraddesc
 from initializers import TRAINABLE, GaussianInitializer
@@ -114,7 +114,7 @@ def report(log: RunLog, source: str, initializer, rows: list[dict[str, float]]) 
     log.say(", ".join(f"{name.replace('_', ' of ')} {value:.3g}" for name, value in values))
     if rows:
         log.say(f"{accuracy_text(accuracies)} over {len(rows)} draws")
-    log.draw(draw_mlp_run)
+    log.plot(plot_mlp_run)
     log.say(f"everything is in {log.directory}")
 
 

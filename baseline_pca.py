@@ -45,7 +45,7 @@ from experiment.devices import set_up
 from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
-from figures.baselines import draw_pca_run
+from figures.baselines import plot_pca_run
 from figures.meta_learning import ACCURACIES
 from linear_probe import linear_probe
 from mnist_datasets import ImageData, load_images, normalize_pixels
@@ -120,7 +120,7 @@ class ProbedComponents:
 def report(args, log: RunLog, source: str, table: list[dict[str, float]]) -> None:
     """The table, on the screen and as a file, and its figure."""
     log.write_json("results.json", {"data": source, "C": args.C, "table": table})
-    log.draw(draw_pca_run)
+    log.plot(plot_pca_run)
     log.say(f"{'components':>10}  {'variance':>9}  {'training':>9}  {'test':>9}")
     for row in table:
         k, *shares = row.values()

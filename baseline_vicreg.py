@@ -50,7 +50,7 @@ from experiment.devices import set_up
 from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
-from figures.baselines import draw_vicreg_run
+from figures.baselines import plot_vicreg_run
 from linear_probe import linear_probe
 from mnist_datasets import load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
@@ -105,7 +105,7 @@ def report(args, training: VICReg, test_data, log: RunLog) -> None:
     log.write_parameters(training.params, training.data.shape)
     results = {"data": training.data.source, "epochs": training.epoch, **accuracies}
     log.write_json("results.json", results)
-    log.draw(draw_vicreg_run)
+    log.plot(plot_vicreg_run)
     log.say(
         f"test accuracy {accuracies['test_accuracy']:.2%}, training accuracy "
         f"{accuracies['train_accuracy']:.2%} after {training.epoch} epochs"

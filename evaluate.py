@@ -91,7 +91,7 @@ from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
 from experiment.statistics import mean_and_deviation
 from experiment.tables import aligned, markdown
-from figures.evaluation import draw_evaluation_run
+from figures.evaluation import plot_evaluation_run
 from mnist_datasets import ImageData, batches, hold_out, load_images
 from rules import save_zoo
 
@@ -267,7 +267,7 @@ def report(log: RunLog, comparison: RuleComparison) -> None:
     """The figure, and the table on the screen."""
     summary = summarize(comparison.rows)
     if summary:
-        log.draw(draw_evaluation_run)
+        log.plot(plot_evaluation_run)
         log.say(f"test accuracy, mean and standard deviation over {comparison.draws} draws")
         for line in aligned(table_cells(summary, comparison.draws)):
             log.say(line)

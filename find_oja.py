@@ -62,7 +62,7 @@ from experiment.devices import set_up
 from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, seeded_generator
-from figures.meta_learning import draw_oja_run
+from figures.meta_learning import plot_oja_run
 from hypergradients import HypergradientError
 from hypgraddesc import hypgraddesc
 from initializers import FIXED, GaussianInitializer
@@ -210,7 +210,7 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
         "cosine_oja": comparison["oja"],
         "oja_rate": comparison["oja_rate"],
     })  # fmt: skip
-    log.draw(draw_oja_run)
+    log.plot(plot_oja_run)
     for line in lines:
         log.say(line)
     log.say(f"cosine with the first principal direction, {args.inner_steps} steps, mean over "

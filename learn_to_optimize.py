@@ -85,7 +85,7 @@ from experiment.opening import open_run
 from experiment.processes import Team, join_team
 from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
-from figures.optimizers import draw_optimizer_run
+from figures.optimizers import plot_optimizer_run
 from hypergradients import HypergradientError
 from learned_optimizer import (
     CoordinateNetwork,
@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         results = save(training, data.source, log)
         finished = finished and compare(args, network, make, results, log)
-        log.draw(draw_optimizer_run)
+        log.plot(plot_optimizer_run)
         log.say(f"everything is in {log.directory}")
     if not finished:
         raise KeyboardInterrupt

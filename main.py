@@ -257,7 +257,7 @@ from experiment.processes import Team, join_team
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, log_uniform_integer, seeded_generator
 from experiment.statistics import accuracy_text, mean_and_deviation
-from figures.meta_learning import draw_run
+from figures.meta_learning import plot_run
 from hypergradients import HypergradientError
 from hypgraddesc import check_settings, evaluate_draws, hypgraddesc, random_steps, rising_steps
 from initializers import (
@@ -769,7 +769,7 @@ def report(
         "term_effects": effects,
         "beside": others,
     })  # fmt: skip
-    log.draw(draw_run)
+    log.plot(plot_run)
     log.say("the rule; in brackets, the size of a term relative to the whole change")
     log.say(training.rule.formula(effects or None, max_terms=6))
     log.say(f"everything is in {log.directory}")

@@ -66,39 +66,39 @@ from experiment.checkpoints import refuse_changed_files
 from experiment.errors import WrongInputError
 from experiment.files import write_whole
 from experiment.run_reader import read_config, read_results, refuse_links, run_names
-from figures.baselines import draw_mlp_run, draw_pca_run, draw_vicreg_run
-from figures.competition import draw_competition_run, draw_searches_run
-from figures.evaluation import draw_evaluation_run
-from figures.examples import draw_equilibrium_run, draw_imaml_run, draw_logistic_run
-from figures.meta_learning import draw_oja_run, draw_rules, draw_run
-from figures.one_pass_report import draw_one_pass_run, draw_report, read_runs, table
+from figures.baselines import plot_mlp_run, plot_pca_run, plot_vicreg_run
+from figures.competition import plot_competition_run, plot_searches_run
+from figures.evaluation import plot_evaluation_run
+from figures.examples import plot_equilibrium_run, plot_imaml_run, plot_logistic_run
+from figures.meta_learning import plot_oja_run, plot_rules, plot_run
+from figures.one_pass_report import plot_one_pass_run, plot_report, read_runs, table
 from figures.optimizers import (
     compared_optimizees,
-    draw_loss_grid,
-    draw_optimizer_run,
     one_of_each_kind,
+    plot_loss_grid,
+    plot_optimizer_run,
 )
 from learning_rules import PerLayerRule, classical_rule
 from rules import load_rule
-from sweeps.report import draw_sweep_run
+from sweeps.report import plot_sweep_run
 
 # What draws a run's figures, by the command; it is also what the command itself calls
 DRAW: dict[str, Callable[[Path], list[Path]]] = {
-    "main": draw_run,
-    "find_oja": draw_oja_run,
-    "prune_rule": draw_run,
-    "evaluate": draw_evaluation_run,
-    "baseline_pca": draw_pca_run,
-    "baseline_mlp": draw_mlp_run,
-    "baseline_vicreg": draw_vicreg_run,
-    "train_krotov_hopfield": draw_competition_run,
-    "tune_competition": draw_searches_run,
-    "imaml": draw_imaml_run,
-    "equilibrium_network": draw_equilibrium_run,
-    "logistic_regression": draw_logistic_run,
-    "tune_one_pass": draw_one_pass_run,
-    "learn_to_optimize": draw_optimizer_run,
-    "sweep": draw_sweep_run,
+    "main": plot_run,
+    "find_oja": plot_oja_run,
+    "prune_rule": plot_run,
+    "evaluate": plot_evaluation_run,
+    "baseline_pca": plot_pca_run,
+    "baseline_mlp": plot_mlp_run,
+    "baseline_vicreg": plot_vicreg_run,
+    "train_krotov_hopfield": plot_competition_run,
+    "tune_competition": plot_searches_run,
+    "imaml": plot_imaml_run,
+    "equilibrium_network": plot_equilibrium_run,
+    "logistic_regression": plot_logistic_run,
+    "tune_one_pass": plot_one_pass_run,
+    "learn_to_optimize": plot_optimizer_run,
+    "sweep": plot_sweep_run,
 }
 
 
@@ -106,9 +106,9 @@ DRAW: dict[str, Callable[[Path], list[Path]]] = {
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
-def plot_run(args: argparse.Namespace) -> list[Path]:
+def figures_again(args: argparse.Namespace) -> list[Path]:
     """The figures that each run's own command has drawn, or would have drawn at its end."""
-    commands = [drawing_command(directory) for directory in args.runs]
+    commands = [plotting_command(directory) for directory in args.runs]
     for directory in args.runs:
         refuse_links(directory)  # in it the figures are written
     drawn = []
@@ -124,7 +124,7 @@ def plot_run(args: argparse.Namespace) -> list[Path]:
     return drawn
 
 
-def drawing_command(directory: Path) -> str:
+def plotting_command(directory: Path) -> str:
     """The command whose run it is; UserError where plot.py knows no figures of that."""
     command = str(read_config(directory).get("command", "an unknown command"))
     if command not in DRAW:
@@ -152,7 +152,7 @@ def plot_losses(args: argparse.Namespace) -> list[Path]:
         row: {column: fmean(values) for column, values in columns.items()}
         for row, columns in grid.items()
     }
-    draw_loss_grid(means, args.out)
+    plot_loss_grid(means, args.out)
     return [args.out]
 
 
@@ -178,7 +178,7 @@ def tuned_losses(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
         ) from problem
 
 
-def plot_rules(args: argparse.Namespace) -> list[Path]:
+def rules_side_by_side(args: argparse.Namespace) -> list[Path]:
     """Each layer's rule is a column; classical rules come last."""
     learned = {}
     for directory, name in zip(args.runs, run_names(args.runs), strict=True):
@@ -194,7 +194,7 @@ def plot_rules(args: argparse.Namespace) -> list[Path]:
             for name, coefficients in classical.items()
         }
     sizes = {n: rule.signed() if by == EFFECT else rule.coefficients for n, rule in learned.items()}
-    draw_rules(sizes | {f"{n} (classical)": v for n, v in classical.items()}, args.out, by)
+    plot_rules(sizes | {f"{n} (classical)": v for n, v in classical.items()}, args.out, by)
     return [args.out]
 
 
@@ -204,7 +204,7 @@ def plot_one_pass(args: argparse.Namespace) -> list[Path]:
     text = table(runs)
     args.out.mkdir(parents=True, exist_ok=True)
     write_whole(args.out / "table.md", text)
-    drawn = draw_report(runs, args.out)
+    drawn = plot_report(runs, args.out)
     if not args.quiet:
         print(text)
     return [args.out / "table.md", *drawn]
@@ -271,7 +271,12 @@ def effects_of_classical(
     )
 
 
-PLOTS = {"run": plot_run, "rules": plot_rules, "one_pass": plot_one_pass, "losses": plot_losses}
+PLOTS = {
+    "run": figures_again,
+    "rules": rules_side_by_side,
+    "one_pass": plot_one_pass,
+    "losses": plot_losses,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

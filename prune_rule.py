@@ -71,7 +71,7 @@ from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
 from experiment.statistics import accuracy_text, mean_and_deviation
-from figures.meta_learning import draw_run
+from figures.meta_learning import plot_run
 from learning_rules import PerLayerRule, term_effects, term_grams
 from mnist_datasets import load_images
 from rules import rule_from_dict, write_rule
@@ -299,7 +299,7 @@ def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: 
         "term_effects": best["term_effects"],
         "pruning": stages,
     })  # fmt: skip
-    log.draw(draw_run)
+    log.plot(plot_run)
     for stage in stages:
         log.say(stage_text(stage))
     log.say(

@@ -122,7 +122,7 @@ from experiment.files import NEW, json_text, plain, remove_leftovers, write_whol
 from experiment.loop import finish_on_interrupt
 from experiment.run_log import RunLog
 from experiment.run_reader import read_config, refuse_links
-from sweeps.draws import GUIDED, make_draws
+from sweeps.points import GUIDED, make_sampler
 from sweeps.report import (
     AFTER_FLAGS,
     BEFORE_FLAGS,
@@ -510,7 +510,7 @@ def open_studies(args, directory: Path) -> dict[str, Study]:
             f"{args.study}/{each.name}" if each.name else args.study,
             args.direction,
             plain(definition(args, each)),
-            make_draws(args.search, args.seed, args.method, args.startup),
+            make_sampler(args.search, args.seed, args.method, args.startup),
             make_pruner(args),
         )
         for each in variants(args)

@@ -83,7 +83,7 @@ from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
-from figures.competition import draw_competition_run
+from figures.competition import plot_competition_run
 from krotov_hopfield import CompetitionError, HebbianNetwork, LayerwiseTraining, split_validation
 from mnist_datasets import load_images
 
@@ -164,7 +164,7 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
         "validation_accuracy": last.get("validation_accuracy"),
         "test_accuracy": last.get("test_accuracy"),
     })  # fmt: skip
-    log.draw(draw_competition_run)
+    log.plot(plot_competition_run)
     for row in rows:
         log.say(
             f"{row['layers']} layers: test accuracy {row['test_accuracy']:.2%}, validation "

@@ -114,9 +114,9 @@ from experiment.run_log import RunLog
 from experiment.run_reader import read_config
 from figures.one_pass_report import (
     Columns,
-    draw_one_pass_run,
     final_losses,
     median_of_draws,
+    plot_one_pass_run,
     summary,
 )
 from one_pass import (
@@ -485,7 +485,7 @@ def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: Ru
         if not np.isnan(last).all():
             results[name.replace("/", "_").lower()] = median_of_draws(last)
     log.write_json("results.json", results)
-    log.draw(draw_one_pass_run)
+    log.plot(plot_one_pass_run)
     log.say(
         f"final test loss: median {results['median']:.4g}, mean {results['mean']:.4g} of those "
         f"that did not diverge, {results['diverged']:.1%} diverged; in {log.directory}"

@@ -40,7 +40,7 @@ from experiment.devices import set_up
 from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
-from figures.examples import NETWORKS, draw_equilibrium_run
+from figures.examples import NETWORKS, plot_equilibrium_run
 from hypergradients import (
     CG_normaleq,
     HypergradientError,
@@ -275,7 +275,7 @@ def report(args, log: RunLog, source: str, epochs: int, last: Mapping[str, float
     """The numbers of the last epoch on the screen and as a file, and the figure."""
     log.write_json("results.json", {"data": source, "method": args.method,
                                     "epochs": epochs, **last})  # fmt: skip
-    log.draw(draw_equilibrium_run)
+    log.plot(plot_equilibrium_run)
     for name, title in NETWORKS.items():
         log.say(f"{title}: test accuracy {last[f'{name}/test_accuracy']:.2%}, training accuracy "
                 f"{last[f'{name}/train_accuracy']:.2%}")  # fmt: skip

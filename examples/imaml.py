@@ -49,7 +49,7 @@ from experiment.devices import set_up
 from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
-from figures.examples import draw_imaml_run
+from figures.examples import plot_imaml_run
 from hypergradients import (
     ConjugateGradient,
     DivergenceError,
@@ -449,7 +449,7 @@ def report(args, tasks: Tasks, log: RunLog, source: str, scores: Mapping[str, np
         }
     log.write_json("results.json", results)
     log.write_arrays("scores.npz", scores)
-    log.draw(draw_imaml_run)
+    log.plot(plot_imaml_run)
     for name, values in scores.items():
         found = results[name]
         log.say(f"{tasks.score} after {args.steps} steps from {name} weights: {found['mean']:.4f}, "

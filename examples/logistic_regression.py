@@ -50,7 +50,7 @@ from experiment.devices import set_up
 from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
-from figures.examples import draw_logistic_run
+from figures.examples import plot_logistic_run
 from hypergradients import (
     CG,
     CG_normaleq,
@@ -374,7 +374,7 @@ def report(args, log: RunLog, source: str, rows: Sequence[Mapping[str, float]]) 
             table.append({"step": step, **shown, **told})
     log.write_json("results.json", {"data": source, "method": args.method, "table": table,
                                     "published": published})  # fmt: skip
-    log.draw(draw_logistic_run)
+    log.plot(plot_logistic_run)
     log.say(
         f"{'outer step':>10}{'loss':>10}{'accuracy':>10}" + "  published loss" * bool(published)
     )

@@ -39,7 +39,7 @@ from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
-from figures.competition import WAYS, draw_searches_run
+from figures.competition import WAYS, plot_searches_run
 from hypergradients import HypergradientError
 from hypgraddesc import HypergradientDescent, MetaSettings
 from initializers import FIXED, GaussianInitializer
@@ -225,7 +225,7 @@ def report(rows: list[dict[str, float]], source: str, log: RunLog) -> None:
         summary[way] = {n: [float(np.mean(v)), float(np.std(v))] for n, v in values.items()}
         summary[way]["diverged"] = len(rows) - len(finite)
     log.write_json("results.json", {"data": source, "summary": summary, "searches": rows})
-    log.draw(draw_searches_run)
+    log.plot(plot_searches_run)
     for way, found in summary.items():
         loss, accuracy = found["meta_loss"], found["test_accuracy"]
         lost = f"; {found['diverged']} of {len(rows)} diverged" if found["diverged"] else ""

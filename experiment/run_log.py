@@ -309,7 +309,7 @@ class RunLog:
         with disk_errors(f"can't write {path}"), path.open("ab") as file:
             file.write(line)
 
-    def draw(self, figures_of: Callable[[Path], object]) -> None:
+    def plot(self, figures_of: Callable[[Path], object]) -> None:
         """Have `figures_of` draw the run in its directory, unless figures are left out."""
         if self.figures:
             figures_of(self.directory)

@@ -1,1 +1,1 @@
-"""All drawing, and the reports that draw."""
+"""All figures, and the reports that hold them."""

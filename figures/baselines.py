@@ -1,6 +1,6 @@
 """Figures of the baselines, drawn from the directories of their runs alone.
 
-    draw_pca_run("runs/baseline_pca-...")        # writes into figures/ there; the paths
+    plot_pca_run("runs/baseline_pca-...")        # writes into figures/ there; the paths
 
 Each `draw_..._run` draws what its command draws at its end.
 """
@@ -13,41 +13,41 @@ from matplotlib.ticker import ScalarFormatter
 
 from comparison.vicreg import TERMS
 from experiment.run_reader import read_config, read_metrics
-from figures.meta_learning import ACCURACIES, draw_run
+from figures.meta_learning import ACCURACIES, plot_run
 from figures.style import COLOURS, add_legend, label_axes, one_panel, percent_axis, save_figure
 
 
-def draw_pca_run(directory: str | Path) -> list[Path]:
+def plot_pca_run(directory: str | Path) -> list[Path]:
     """The accuracy over the number of components."""
     metrics, path = read_metrics(directory), Path(directory) / "figures" / "accuracy.png"
     accuracies = {label: metrics[name] for name, label in ACCURACIES.items()}
-    draw_accuracy_over_size(metrics["step"], accuracies, path, "principal components")
+    plot_accuracy_over_size(metrics["step"], accuracies, path, "principal components")
     return [path]
 
 
-def draw_mlp_run(directory: str | Path) -> list[Path]:
+def plot_mlp_run(directory: str | Path) -> list[Path]:
     """The figures of every meta-learning run, and the four numbers of the distribution."""
-    drawn, metrics, prefix = draw_run(directory), read_metrics(directory), "initial/"
+    drawn, metrics, prefix = plot_run(directory), read_metrics(directory), "initial/"
     numbers = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
     if numbers:
         path = Path(directory) / "figures" / "initial.png"
-        draw_initial_numbers(metrics["step"], numbers, path)
+        plot_initial_numbers(metrics["step"], numbers, path)
         drawn.append(path)
     return drawn
 
 
-def draw_vicreg_run(directory: str | Path) -> list[Path]:
+def plot_vicreg_run(directory: str | Path) -> list[Path]:
     """Accuracies and losses over epochs, and what the units of the first layer weigh."""
     config, metrics = read_config(directory), read_metrics(directory)
-    drawn = draw_run(directory, "epoch")
+    drawn = plot_run(directory, "epoch")
     if metrics:
         path = Path(directory) / "figures" / "loss.png"
-        draw_loss(metrics, {name: config[name] for name in TERMS}, path)
+        plot_loss(metrics, {name: config[name] for name in TERMS}, path)
         drawn.append(path)
     return drawn
 
 
-def draw_accuracy_over_size(
+def plot_accuracy_over_size(
     sizes: np.ndarray, accuracies: Mapping[str, np.ndarray], path: str | Path, x_label: str
 ) -> None:
     """Accuracies of the probe (name to fractions [sizes]) over a size, on a logarithmic scale."""
@@ -62,7 +62,7 @@ def draw_accuracy_over_size(
     save_figure(figure, path)
 
 
-def draw_initial_numbers(
+def plot_initial_numbers(
     step: np.ndarray, numbers: Mapping[str, np.ndarray], path: str | Path
 ) -> None:
     """Means and spreads of the initial parameters ("mean_w" to values [steps]) over meta-steps."""
@@ -74,7 +74,7 @@ def draw_initial_numbers(
     save_figure(figure, path)
 
 
-def draw_loss(
+def plot_loss(
     metrics: Mapping[str, np.ndarray], weights: Mapping[str, float], path: str | Path
 ) -> None:
     """The loss over epochs, and its weighted terms, which sum up to it."""

@@ -1,6 +1,6 @@
 """Figures of competing units, drawn from the directories of their runs alone.
 
-    draw_competition_run("runs/train_krotov_hopfield-...")     # writes into figures/ there
+    plot_competition_run("runs/train_krotov_hopfield-...")     # writes into figures/ there
 
 Each `draw_..._run` draws what its command draws at its end, and returns the paths.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiment.run_reader import read_arrays, read_metrics, read_results
-from figures.meta_learning import draw_features
+from figures.meta_learning import plot_features
 from figures.style import (
     COLOURS,
     FONT,
@@ -34,33 +34,33 @@ WAYS = {
 }
 
 
-def draw_competition_run(directory: str | Path) -> list[Path]:
+def plot_competition_run(directory: str | Path) -> list[Path]:
     """Filters, convergence, the classifiers' course, and accuracy over depth."""
     directory = Path(directory)
     parameters, metrics = read_arrays(directory / "parameters.npz"), read_metrics(directory)
     rows, place = read_results(directory)["classifiers"], directory / "figures"
     weight = parameters["1.weight"]
     shape = weight.shape[1:] if weight.ndim == 4 else parameters["input_shape"]
-    draw_features(weight, shape, place / "filters.png", "Weights of layer 1")
+    plot_features(weight, shape, place / "filters.png", "Weights of layer 1")
     drawn = [place / "filters.png"]
     if metrics:
-        draw_convergence(metrics, place / "convergence.png")
-        draw_classifiers(metrics, place / "classifier.png")
+        plot_convergence(metrics, place / "convergence.png")
+        plot_classifiers(metrics, place / "classifier.png")
         drawn += [place / "convergence.png", place / "classifier.png"]
     if len(rows) > 1:
-        draw_accuracy_over_depth(rows, place / "accuracy_over_depth.png")
+        plot_accuracy_over_depth(rows, place / "accuracy_over_depth.png")
         drawn.append(place / "accuracy_over_depth.png")
     return drawn
 
 
-def draw_searches_run(directory: str | Path) -> list[Path]:
+def plot_searches_run(directory: str | Path) -> list[Path]:
     """What each search of examples/tune_competition.py began and ended with."""
     path = Path(directory) / "figures" / "searches.png"
-    draw_searches(read_results(directory)["searches"], path)
+    plot_searches(read_results(directory)["searches"], path)
     return [path]
 
 
-def draw_convergence(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
+def plot_convergence(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
     """How far each layer's units are from rest, over the epochs of its training."""
     figure, axes = one_panel()
     axes.set_yscale("log")
@@ -77,7 +77,7 @@ def draw_convergence(metrics: Mapping[str, np.ndarray], path: str | Path) -> Non
     save_figure(figure, path)
 
 
-def draw_classifiers(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
+def plot_classifiers(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
     """The validation accuracy of each classifier over its epochs."""
     figure, axes = one_panel()
     of_classifier = metrics["classifier"] == 1
@@ -93,7 +93,7 @@ def draw_classifiers(metrics: Mapping[str, np.ndarray], path: str | Path) -> Non
     save_figure(figure, path)
 
 
-def draw_accuracy_over_depth(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+def plot_accuracy_over_depth(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Test and validation accuracy over the number of layers before the classifier."""
     figure, axes = one_panel()
     depth = [row["layers"] for row in rows]
@@ -106,7 +106,7 @@ def draw_accuracy_over_depth(rows: Sequence[Mapping[str, Any]], path: str | Path
     save_figure(figure, path)
 
 
-def draw_searches(rows: Sequence[Mapping[str, float]], path: str | Path) -> None:
+def plot_searches(rows: Sequence[Mapping[str, float]], path: str | Path) -> None:
     """Loss and test accuracy of each search by its number, from 1; lines are means of a way.
 
     A search whose end diverges has no point and is left out of the means.

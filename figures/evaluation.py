@@ -1,6 +1,6 @@
 """The figure of evaluate.py, drawn from the directory of its run alone.
 
-    draw_evaluation_run("runs/evaluate-...")        # writes into figures/ there; the paths
+    plot_evaluation_run("runs/evaluate-...")        # writes into figures/ there; the paths
 
 Panels in a column, of one data set, share their scale.
 """
@@ -25,17 +25,17 @@ from figures.style import (
 Row = Mapping[str, Any]
 
 
-def draw_evaluation_run(directory: str | Path) -> list[Path]:
+def plot_evaluation_run(directory: str | Path) -> list[Path]:
     """The accuracies in results.json over inner steps; nothing where no training was made."""
     summary = read_results(directory)["summary"]
     if not summary:
         return []
     path = Path(directory) / "figures" / "accuracy_over_steps.png"
-    draw_accuracy_over_steps(summary, path)
+    plot_accuracy_over_steps(summary, path)
     return [path]
 
 
-def draw_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
+def plot_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
     """Test accuracy over inner steps, a panel for each data set and layer sizes.
 
     Bars are standard deviations; what has no steps is a dashed line.
@@ -51,7 +51,7 @@ def draw_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
             for colour, method in zip(colours(len(methods)), methods, strict=True):
                 place = {"method": method, "dataset": dataset, "layers": layers}
                 rows = [row for row in summary if place.items() <= row.items() and row["finite"]]
-                _draw_method(axes, method, rows, colour)
+                _plot_method(axes, method, rows, colour)
             percent_axis(axes)
             label_axes(
                 axes, f"{dataset}, {layers}", bottom, "" if j else "test accuracy of the probe"
@@ -66,7 +66,7 @@ def draw_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_method(axes: Axes, method: str, rows: Sequence[Row], colour: str) -> None:
+def _plot_method(axes: Axes, method: str, rows: Sequence[Row], colour: str) -> None:
     mean = [row["test_accuracy_mean"] for row in rows]
     deviation = [row["test_accuracy_standard_deviation"] or 0.0 for row in rows]
     steps = [row["inner_steps"] for row in rows]

@@ -1,6 +1,6 @@
 """Figures of the programs under examples/, drawn from the directories of their runs alone.
 
-    draw_imaml_run("runs/imaml-...")        # writes into figures/ there; the paths
+    plot_imaml_run("runs/imaml-...")        # writes into figures/ there; the paths
 
 Each `draw_..._run` draws what its program draws at its end.
 """
@@ -37,33 +37,33 @@ PANELS = {
 }  # fmt: skip
 
 
-def draw_imaml_run(directory: str | Path) -> list[Path]:
+def plot_imaml_run(directory: str | Path) -> list[Path]:
     """The meta-loss over meta-steps, and the scores of test tasks over steps."""
     scores = read_arrays(Path(directory) / "scores.npz")
     path = Path(directory) / "figures" / "meta_learning.png"
-    draw_meta_learning(read_metrics(directory), scores, read_results(directory)["score"], path)
+    plot_meta_learning(read_metrics(directory), scores, read_results(directory)["score"], path)
     return [path]
 
 
-def draw_equilibrium_run(directory: str | Path) -> list[Path]:
+def plot_equilibrium_run(directory: str | Path) -> list[Path]:
     """Losses and accuracies of both networks over epochs."""
     path = Path(directory) / "figures" / "training.png"
-    draw_both_networks(read_metrics(directory), path)
+    plot_both_networks(read_metrics(directory), path)
     return [path]
 
 
-def draw_logistic_run(directory: str | Path) -> list[Path]:
+def plot_logistic_run(directory: str | Path) -> list[Path]:
     """The error of each method, and the validation loss over outer steps beside published ones."""
     directory = Path(directory)
     table, rates = read_arrays(directory / "errors.npz"), read_json(directory / "rates.json")
     ks, place = table.pop("k"), directory / "figures"
-    draw_errors(ks, table, rates, place / "errors.png")
+    plot_errors(ks, table, rates, place / "errors.png")
     published = {int(step): loss for step, loss in read_results(directory)["published"].items()}
-    draw_losses(read_metrics(directory), published, place / "loss.png")
+    plot_losses(read_metrics(directory), published, place / "loss.png")
     return [place / "errors.png", place / "loss.png"]
 
 
-def draw_meta_learning(
+def plot_meta_learning(
     metrics: Mapping[str, np.ndarray],
     scores: Mapping[str, np.ndarray],
     score: str,
@@ -86,7 +86,7 @@ def draw_meta_learning(
     save_figure(figure, path)
 
 
-def draw_both_networks(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
+def plot_both_networks(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
     """Losses and accuracies of both networks over epochs; training dashed."""
     figure = new_figure(9.6, 3.8)
     panels = {"loss": "cross-entropy", "accuracy": "images classified correctly"}
@@ -101,7 +101,7 @@ def draw_both_networks(metrics: Mapping[str, np.ndarray], path: str | Path) -> N
     save_figure(figure, path)
 
 
-def draw_errors(
+def plot_errors(
     ks: Sequence[int],
     curves: Mapping[str, Sequence[float]],
     rates: Mapping[str, float],
@@ -126,7 +126,7 @@ def draw_errors(
     save_figure(figure, path)
 
 
-def draw_losses(
+def plot_losses(
     metrics: Mapping[str, np.ndarray], published: Mapping[int, float], path: str | Path
 ) -> None:
     """The validation loss over outer steps, and published values where there are."""

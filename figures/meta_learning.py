@@ -1,6 +1,6 @@
 """Every figure of a meta-learning run, drawn from its directory alone.
 
-    draw_run("runs/main-20260101-120000")      # writes what it can into figures/ there
+    plot_run("runs/main-20260101-120000")      # writes what it can into figures/ there
 
 Each `draw_...` function takes arrays and the path of the PNG to write. Values that are not finite
 (failed steps) are left out of the curves and marked on the step axis. Nothing here keeps state:
@@ -51,7 +51,7 @@ Curves = Mapping[str, np.ndarray]
 Parameters = Mapping[str, np.ndarray]
 
 
-def draw_run(directory: str | Path, x_label: str = "meta-step") -> list[Path]:
+def plot_run(directory: str | Path, x_label: str = "meta-step") -> list[Path]:
     """Draw what metrics.csv, parameters.npz and results.json in `directory` allow; the paths.
 
     x_label: what a row of metrics.csv is of.
@@ -62,25 +62,25 @@ def draw_run(directory: str | Path, x_label: str = "meta-step") -> list[Path]:
     results, place = read_results(directory), directory / "figures"
     stages = results.get("pruning", [])
     return [
-        *_draw_metrics(metrics, place, x_label),
-        *_draw_parameters(parameters, place),
-        *_draw_stages(stages, place),
-        *_draw_references(results, place),
+        *_plot_metrics(metrics, place, x_label),
+        *_plot_parameters(parameters, place),
+        *_plot_stages(stages, place),
+        *_plot_references(results, place),
     ]
 
 
-def draw_oja_run(directory: str | Path) -> list[Path]:
-    """Draw what `draw_run` does and, where they were compared, the weights in directions.npz."""
-    drawn, compared = draw_run(directory), read_arrays(Path(directory) / "directions.npz")
+def plot_oja_run(directory: str | Path) -> list[Path]:
+    """Draw what `plot_run` does and, where they were compared, the weights in directions.npz."""
+    drawn, compared = plot_run(directory), read_arrays(Path(directory) / "directions.npz")
     if compared:
         path = Path(directory) / "figures" / "directions.png"
         title = "Weights of the learned rule, of Oja's rule; first principal direction"
-        draw_features(compared["weights"], compared["input_shape"], path, title)
+        plot_features(compared["weights"], compared["input_shape"], path, title)
         drawn.append(path)
     return drawn
 
 
-def draw_meta_loss(
+def plot_meta_loss(
     step: np.ndarray,
     loss: np.ndarray,
     path: str | Path,
@@ -96,7 +96,7 @@ def draw_meta_loss(
     save_figure(figure, path)
 
 
-def draw_accuracy(
+def plot_accuracy(
     step: np.ndarray, accuracies: Curves, path: str | Path, x_label: str = "meta-step"
 ) -> None:
     """Accuracies of the probe (name to fractions [steps]) over meta-steps."""
@@ -109,7 +109,7 @@ def draw_accuracy(
     save_figure(figure, path)
 
 
-def draw_hypergradient(
+def plot_hypergradient(
     step: np.ndarray, norm: np.ndarray, path: str | Path, x_label: str = "meta-step"
 ) -> None:
     """The norm of the hypergradient over meta-steps, on a logarithmic scale."""
@@ -122,7 +122,7 @@ def draw_hypergradient(
     save_figure(figure, path)
 
 
-def draw_coefficients(
+def plot_coefficients(
     step: np.ndarray, coefficients: Curves, path: str | Path, x_label: str = "meta-step"
 ) -> None:
     """The coefficients of the rules over meta-steps.
@@ -147,7 +147,7 @@ def draw_coefficients(
     save_figure(figure, path)
 
 
-def draw_features(
+def plot_features(
     weights: np.ndarray, input_shape: Sequence[int], path: str | Path, title: str
 ) -> None:
     """What each unit weighs, as an image; one scale for all, symmetric around 0.
@@ -166,7 +166,7 @@ def draw_features(
     _save_mosaic(np.repeat(np.repeat(mosaic, scale, 0), scale, 1), limit, title, path)
 
 
-def draw_lateral(lateral: Mapping[str, np.ndarray], path: str | Path) -> None:
+def plot_lateral(lateral: Mapping[str, np.ndarray], path: str | Path) -> None:
     """The lateral matrices (layer's name to m [out, out]), each on its scale around 0.
 
     The scale is that of the entries off the diagonal, which a rule often sets apart.
@@ -188,7 +188,7 @@ def draw_lateral(lateral: Mapping[str, np.ndarray], path: str | Path) -> None:
     save_figure(figure, path)
 
 
-def draw_pruning(
+def plot_pruning(
     terms: np.ndarray, mean: np.ndarray, deviation: np.ndarray, path: str | Path
 ) -> None:
     """Accuracy of shortened rules (fractions, mean and standard deviation) over their terms.
@@ -212,7 +212,7 @@ def draw_pruning(
     save_figure(figure, path)
 
 
-def draw_rules(rules: Rules, path: str | Path, what: str) -> None:
+def plot_rules(rules: Rules, path: str | Path, what: str) -> None:
     """Rules beside each other, per parameter: their terms, and how similar they are.
 
     rules: a rule's name to its terms' ("w/x y") signed sizes; what: these sizes are. At the left a
@@ -248,11 +248,11 @@ def draw_rules(rules: Rules, path: str | Path, what: str) -> None:
 # ---- from a run's files to the functions above ----
 
 
-def _draw_metrics(metrics: Curves, place: Path, x_label: str) -> list[Path]:
+def _plot_metrics(metrics: Curves, place: Path, x_label: str) -> list[Path]:
     """Draw the figures whose columns are there."""
     drawn = []
 
-    def draw(function, values, name: str) -> None:
+    def plot(function, values, name: str) -> None:
         function(metrics["step"], values, place / name, x_label)
         drawn.append(place / name)
 
@@ -261,17 +261,17 @@ def _draw_metrics(metrics: Curves, place: Path, x_label: str) -> list[Path]:
     prefix = "coefficient/"
     coefficients = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
     if "meta_loss" in metrics:
-        draw(draw_meta_loss, metrics["meta_loss"], "meta_loss.png")
+        plot(plot_meta_loss, metrics["meta_loss"], "meta_loss.png")
     if accuracies:
-        draw(draw_accuracy, accuracies, "accuracy.png")
+        plot(plot_accuracy, accuracies, "accuracy.png")
     if coefficients:
-        draw(draw_coefficients, coefficients, "coefficients.png")
+        plot(plot_coefficients, coefficients, "coefficients.png")
     if "hypergradient_norm" in metrics:
-        draw(draw_hypergradient, metrics["hypergradient_norm"], "hypergradient.png")
+        plot(plot_hypergradient, metrics["hypergradient_norm"], "hypergradient.png")
     return drawn
 
 
-def _draw_parameters(parameters: Parameters, place: Path) -> list[Path]:
+def _plot_parameters(parameters: Parameters, place: Path) -> list[Path]:
     """Draw the first layer's weights and all lateral matrices, where they are there."""
     drawn = []
     weights = [(name[:-2], value) for name, value in parameters.items() if name.endswith(".w")]
@@ -281,15 +281,15 @@ def _draw_parameters(parameters: Parameters, place: Path) -> list[Path]:
         shape = w.shape[1:] if w.ndim == 4 else parameters.get("input_shape", ())
         if len(shape) == 3 and w[0].size == np.prod(shape):
             title = f"Forward weights of layer {layer}"
-            draw_features(w, shape, place / "features.png", title)
+            plot_features(w, shape, place / "features.png", title)
             drawn.append(place / "features.png")
     if lateral:
-        draw_lateral(lateral, place / "lateral.png")
+        plot_lateral(lateral, place / "lateral.png")
         drawn.append(place / "lateral.png")
     return drawn
 
 
-def _draw_stages(stages: Sequence[Mapping], place: Path) -> list[Path]:
+def _plot_stages(stages: Sequence[Mapping], place: Path) -> list[Path]:
     """Draw the accuracy of the rules that prune_rule.py judged, where it was finite."""
     names = ("terms", "test_accuracy_mean", "test_accuracy_standard_deviation")
     rows = [[stage[name] for name in names] for stage in stages]
@@ -298,11 +298,11 @@ def _draw_stages(stages: Sequence[Mapping], place: Path) -> list[Path]:
         return []
     rows = [(terms, mean, deviation or 0.0) for terms, mean, deviation in rows]
     terms, mean, deviation = map(np.array, zip(*rows, strict=True))
-    draw_pruning(terms, mean, deviation, place / "pruning.png")
+    plot_pruning(terms, mean, deviation, place / "pruning.png")
     return [place / "pruning.png"]
 
 
-def _draw_references(results: Mapping, place: Path) -> list[Path]:
+def _plot_references(results: Mapping, place: Path) -> list[Path]:
     """Draw the accuracies of other features beside those of the learned rule, where judged."""
     drawn = []
     for dataset, others in results.get("beside", {}).items():
@@ -313,11 +313,11 @@ def _draw_references(results: Mapping, place: Path) -> list[Path]:
             judged[name] = [row["test_accuracy"] for row in rows]
         if judged:
             drawn.append(path_within(place, f"beside_{dataset}.png"))
-            draw_beside(judged, drawn[-1], dataset)
+            plot_beside(judged, drawn[-1], dataset)
     return drawn
 
 
-def draw_beside(accuracies: Mapping[str, Sequence[float]], path: str | Path, dataset: str) -> None:
+def plot_beside(accuracies: Mapping[str, Sequence[float]], path: str | Path, dataset: str) -> None:
     """A line of dots for each kind of features, one for each training, and their mean.
 
     accuracies: fractions, some for each name, from the top.

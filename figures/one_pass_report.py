@@ -214,7 +214,7 @@ def _cells(run: Recorded, title: str, losses: np.ndarray) -> list[str]:
 # ---- figures ----
 
 
-def draw_report(runs: Sequence[Recorded], directory: Path) -> list[Path]:
+def plot_report(runs: Sequence[Recorded], directory: Path) -> list[Path]:
     """Every figure that `runs` allow, into `directory`; the paths."""
     drawn = {
         "loss_over_steps.png": _envelopes(runs, "step", "weight steps"),
@@ -235,9 +235,9 @@ def draw_report(runs: Sequence[Recorded], directory: Path) -> list[Path]:
     return [directory / name for name in drawn]
 
 
-def draw_one_pass_run(directory: str | Path) -> list[Path]:
+def plot_one_pass_run(directory: str | Path) -> list[Path]:
     """The figures of one run, into its figures/; the paths."""
-    return draw_report([read_run(directory)], Path(directory) / "figures")
+    return plot_report([read_run(directory)], Path(directory) / "figures")
 
 
 def _test_losses(run: Recorded) -> np.ndarray:
@@ -356,7 +356,7 @@ def _trajectories(runs: Sequence[Recorded]) -> Figure:
     colour_of = Normalize(*np.percentile(losses, (0, 98)) if len(losses) else (0, 1))
     staying = [run.config["method"] == "fixed" for run in runs]
     corners = [end for end, stays in zip(ends, staying, strict=True) if stays]
-    surface = bool(corners) and _draw_surface(axes, np.concatenate(corners, axis=1), colour_of)
+    surface = bool(corners) and _plot_surface(axes, np.concatenate(corners, axis=1), colour_of)
     for run, end, stays in zip(runs, ends, staying, strict=True):
         if stays and surface:
             continue
@@ -369,7 +369,7 @@ def _trajectories(runs: Sequence[Recorded]) -> Figure:
     return figure
 
 
-def _draw_surface(axes: Axes, corners: np.ndarray, colour_of: Normalize) -> bool:
+def _plot_surface(axes: Axes, corners: np.ndarray, colour_of: Normalize) -> bool:
     """What `corners`, as _ends gives them, say of the plane between; False where they span none."""
     rates, momenta, losses = corners
     points = np.stack([np.log10(rates), momenta], axis=1)  # as they lie in the figure

@@ -1,6 +1,6 @@
 """Figures of learned optimisers, from the files of their runs alone.
 
-    draw_optimizer_run("runs/learn_to_optimize-...")       # writes what it can into figures/ there
+    plot_optimizer_run("runs/learn_to_optimize-...")       # writes what it can into figures/ there
 
 comparison.npz holds "<optimizee>/<optimiser>/<what>", validation.npz a row per epoch. Panels that
 are compared share their scale.
@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator
 
 from experiment.errors import RunLogError
 from experiment.run_reader import path_within, read_arrays, read_config, read_metrics, read_results
-from figures.meta_learning import draw_meta_loss
+from figures.meta_learning import plot_meta_loss
 from figures.style import (
     COLOURS,
     FONT,
@@ -40,7 +40,7 @@ LEAST, CUT = 1e-9, 1e-12  # deviations below the first are drawn at it; bars of 
 Arrays = Mapping[str, np.ndarray]
 
 
-def draw_optimizer_run(directory: str | Path) -> list[Path]:
+def plot_optimizer_run(directory: str | Path) -> list[Path]:
     """Draws what metrics.csv, comparison.npz, results.json and validation.npz allow; the paths."""
     directory = Path(directory)
     place = directory / "figures"
@@ -49,12 +49,12 @@ def draw_optimizer_run(directory: str | Path) -> list[Path]:
     metrics = read_metrics(directory)
     if metrics:
         path = place / "meta_loss.png"
-        draw_meta_loss(metrics["step"], metrics["meta_loss"], path, "run", "mean over its windows")
+        plot_meta_loss(metrics["step"], metrics["meta_loss"], path, "run", "mean over its windows")
         drawn.append(path)
     compared = read_arrays(directory / "comparison.npz")
     for name in dict.fromkeys(key.split("/")[0] for key in compared if "/" in key):
         optimizers = of_optimizee(compared, name)
-        draw_training(
+        plot_training(
             name,
             {k: a["losses"] for k, a in optimizers.items()},
             figure(f"{name}_loss.png"),
@@ -63,24 +63,24 @@ def draw_optimizer_run(directory: str | Path) -> list[Path]:
         shown = one_of_each_kind(optimizers)
         for kind in kinds_of(optimizers):
             path = figure(f"{name}_{kind}.png")
-            draw_symmetry(name, kind, shown, path)
+            plot_symmetry(name, kind, shown, path)
             drawn.append(path)
         steps = histogram_steps(directory, optimizers)
         if steps:
-            draw_histograms(name, shown, compared["edges"], steps, figure(f"{name}_updates.png"))
+            plot_histograms(name, shown, compared["edges"], steps, figure(f"{name}_updates.png"))
             drawn.append(figure(f"{name}_updates.png"))
     for name, results in compared_optimizees(directory).items():
         if "noise" in results:  # not where Ctrl-C ended the comparison before it
-            draw_noise(name, results["noise"], figure(f"{name}_noise.png"))
+            plot_noise(name, results["noise"], figure(f"{name}_noise.png"))
             drawn.append(figure(f"{name}_noise.png"))
     validation = read_arrays(directory / "validation.npz")
     if "losses" in validation:
-        draw_meta_training(validation, place / "meta_training.png")
+        plot_meta_training(validation, place / "meta_training.png")
         drawn.append(place / "meta_training.png")
     return drawn
 
 
-def draw_training(optimizee: str, losses: Arrays, path: Path) -> None:
+def plot_training(optimizee: str, losses: Arrays, path: Path) -> None:
     """Training losses [runs, steps] of each optimiser: mean, and spread over the runs."""
     figure, axes = one_panel()
     for colour, (name, values) in zip(COLOURS, losses.items(), strict=False):
@@ -98,7 +98,7 @@ def draw_training(optimizee: str, losses: Arrays, path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_symmetry(optimizee: str, kind: str, optimizers: Mapping[str, Arrays], path: Path) -> None:
+def plot_symmetry(optimizee: str, kind: str, optimizers: Mapping[str, Arrays], path: Path) -> None:
     """A row per optimiser, relative deviations of updates at the left, of gradients at the right.
 
     All panels have one scale, logarithmic above LEAST; the dashed line stands for 0.
@@ -123,7 +123,7 @@ def draw_symmetry(optimizee: str, kind: str, optimizers: Mapping[str, Arrays], p
     save_figure(figure, path)
 
 
-def draw_histograms(
+def plot_histograms(
     optimizee: str,
     optimizers: Mapping[str, Arrays],
     edges: np.ndarray,
@@ -155,7 +155,7 @@ def draw_histograms(
     save_figure(figure, path)
 
 
-def draw_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None:
+def plot_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None:
     """Tail index and covariance over minibatches, of gradients and of learned updates, by layer."""
     figure = new_figure(8.4, 3.6)
     left, right = figure.subplots(1, 2)
@@ -188,7 +188,7 @@ def draw_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None
     save_figure(figure, path)
 
 
-def draw_meta_training(validation: Arrays, path: Path) -> None:
+def plot_meta_training(validation: Arrays, path: Path) -> None:
     """Losses of validation runs along meta-training, and a row for each kind of symmetry:
     deviations of updates at the left, of gradients at the right. Later epochs are darker.
     """
@@ -215,7 +215,7 @@ def draw_meta_training(validation: Arrays, path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
+def plot_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """A heat map: optimisers in rows, optimizees in columns, the training loss in each cell.
 
     None is a loss that was not finite.

@@ -143,17 +143,17 @@ def write_report(report: Report, directory: Path, figures: bool) -> None:
     write_table(report, directory)
     write_results(report, directory)
     if figures:
-        draw_sweep_run(directory)
+        plot_sweep_run(directory)
 
 
-def draw_sweep_run(directory: str | Path) -> list[Path]:
+def plot_sweep_run(directory: str | Path) -> list[Path]:
     """figures/best.png and figures/flags.png, from config.json and trials.csv; the paths."""
     directory = Path(directory)
     config, rows = read_config(directory), read_table(directory)
     flags = [searched_flag(text) for text in config["search"]]
     best, values = (directory / "figures" / f"{name}.png" for name in ("best", "flags"))
-    draw_best_so_far(rows, config["metric"], config["direction"] == "maximize", best)
-    draw_values_over_flags(rows, flags, config["metric"], values)
+    plot_best_so_far(rows, config["metric"], config["direction"] == "maximize", best)
+    plot_values_over_flags(rows, flags, config["metric"], values)
     return [best, values]
 
 
@@ -171,7 +171,7 @@ def read_table(directory: Path) -> Table:
     return table
 
 
-def draw_best_so_far(table: Table, metric: str, maximize: bool, path: Path) -> None:
+def plot_best_so_far(table: Table, metric: str, maximize: bool, path: Path) -> None:
     """The best value among the trials so far, a step curve for each variant; a dot each trial."""
     figure, axes = one_panel()
     best_of = np.maximum if maximize else np.minimum
@@ -188,7 +188,7 @@ def draw_best_so_far(table: Table, metric: str, maximize: bool, path: Path) -> N
     save_figure(figure, path)
 
 
-def draw_values_over_flags(
+def plot_values_over_flags(
     table: Table, flags: Sequence[SearchedFlag], metric: str, path: Path
 ) -> None:
     """A panel for each searched flag: every trial that is done; pruned ones as ticks below."""
@@ -199,11 +199,11 @@ def draw_values_over_flags(
     for axes in panels[len(flags) :]:
         axes.set_visible(False)
     for axes, flag in zip(panels, flags, strict=False):
-        _draw_values_over_flag(table, flag, metric, axes)
+        _plot_values_over_flag(table, flag, metric, axes)
     save_figure(figure, path)
 
 
-def _draw_values_over_flag(table: Table, flag: SearchedFlag, metric: str, axes: Axes) -> None:
+def _plot_values_over_flag(table: Table, flag: SearchedFlag, metric: str, axes: Axes) -> None:
     for colour, (variant, rows) in zip(colours(len(table)), table.items(), strict=True):
         done, label = _in_state(rows, "done"), variant or None
         values = [float(row["value"]) for row in done]

@@ -336,7 +336,7 @@ def test_figures_can_be_left_out(tmp_path, flags):
     for flag in ("--out", "--resume"):
         args = parse(some_parser(), ["1", flag, str(tmp_path / "run"), "--quiet", *flags])
         with open_run(args, "some", IMAGES) as log:
-            log.draw(drawn.append)
+            log.plot(drawn.append)
     assert drawn == ([] if flags else [tmp_path / "run"] * 2)
 
 
@@ -403,7 +403,6 @@ def test_resume_refuses_a_run_of_another_command(tmp_path, capsys):
         ("layers", [32, 0], "layers must be a whole number of at least 1, not '0'"),
         ("layers", [10**20], f"layers must be at most 1000000000, not {10**20}"),
         ("device", {}, "device must be auto, cpu, cuda, cuda:N or mps, not '{}'"),
-        ("data_dir", [], "data_dir"),
         ("dtype", "float16", "dtype must be one of float32, float64, not 'float16'"),
         ("dtype", {}, "dtype must be one of float32, float64, not {}"),
         ("pair_inputs", "yes", "pair_inputs must be true or false, not 'yes'"),

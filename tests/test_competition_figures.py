@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from figures import competition as competition_figures
-from figures.competition import draw_convergence
+from figures.competition import plot_convergence
 
 
 @pytest.fixture
@@ -23,6 +23,6 @@ def test_layers_that_never_learned_have_neither_a_line_nor_a_name(saved):
         "convergence/1": np.array([3.0, 2.0]),
         "convergence/2": np.full(2, np.nan),
     }
-    draw_convergence(metrics, "convergence.png")
+    plot_convergence(metrics, "convergence.png")
     (axes,) = saved[0].axes
     assert len(axes.lines) == 1 and axes.get_legend_handles_labels()[1] == ["layer 1"]

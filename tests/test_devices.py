@@ -40,7 +40,7 @@ from one_pass import (
 )
 from rules import preset
 from rules.competing_units import KrotovHopfieldRule
-from sweeps.draws import draw
+from sweeps.points import random_point
 from sweeps.space import searched_flag
 from train import train
 
@@ -206,7 +206,7 @@ ON_THE_CPU = {
     "mixed views": lambda: views(ViewStrengths(kind="mixed")),
     "views in float64": lambda: next(pair_batches(DIGITS, 8, numbered(), dtype=torch.float64)),
     "a table's rows": lambda: vars(split_table(TABLE, 0.2)),
-    "a sweep's values": lambda: draw(SEARCHED, 0, 3),
+    "a sweep's values": lambda: random_point(SEARCHED, 0, 3),
     "a horizon": lambda: log_uniform_integer(3, 9, numbered()),
     "equilibria": lambda: EQUILIBRIUM(DIGITS.floats(), START(EQUILIBRIUM, numbered())),
     "a probe": lambda: meta_step(ProbeLoss(DIGITS, DIGITS, 1.0, outer_images=9)),

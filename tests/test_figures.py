@@ -10,12 +10,12 @@ from experiment.errors import RunLogError
 from experiment.run_log import RunLog
 from figures.meta_learning import (
     cosines,
-    draw_accuracy,
-    draw_coefficients,
-    draw_features,
-    draw_pruning,
-    draw_rules,
-    draw_run,
+    plot_accuracy,
+    plot_coefficients,
+    plot_features,
+    plot_pruning,
+    plot_rules,
+    plot_run,
     running_median,
     table_of_terms,
 )
@@ -72,7 +72,7 @@ def names(paths):
     ids=["one", "two", "some failed", "all failed", "none positive", "many"],
 )
 def test_every_figure_is_drawn_for_any_number_of_rows(tmp_path, rows):
-    drawn = draw_run(run_of(tmp_path / "run", rows, parameters_of()))
+    drawn = plot_run(run_of(tmp_path / "run", rows, parameters_of()))
     assert names(drawn) == {
         "meta_loss.png",
         "accuracy.png",
@@ -88,25 +88,25 @@ def test_every_figure_is_drawn_for_any_number_of_rows(tmp_path, rows):
 
 
 def test_a_run_that_recorded_nothing_has_no_figures(tmp_path):
-    assert draw_run(run_of(tmp_path / "run", [])) == []
+    assert plot_run(run_of(tmp_path / "run", [])) == []
 
 
 def test_a_file_with_a_header_only_gives_figures_that_say_so(tmp_path):
     directory = run_of(tmp_path / "run", [])
     (directory / "metrics.csv").write_text("step,meta_loss,hypergradient_norm,coefficient/w/x\n")
     expected = {"meta_loss.png", "hypergradient.png", "coefficients.png"}
-    assert names(draw_run(directory)) == expected
+    assert names(plot_run(directory)) == expected
 
 
 def test_figures_whose_columns_are_missing_are_left_out(tmp_path):
     directory = run_of(tmp_path / "run", [1.0, 2.0], columns=["meta_loss", "test_accuracy"])
-    assert names(draw_run(directory)) == {"meta_loss.png", "accuracy.png"}
+    assert names(plot_run(directory)) == {"meta_loss.png", "accuracy.png"}
 
 
 def test_weights_that_are_no_images_are_left_out(tmp_path):
     parameters = parameters_of()
     del parameters["input_shape"]
-    assert names(draw_run(run_of(tmp_path / "run", [], parameters))) == {"lateral.png"}
+    assert names(plot_run(run_of(tmp_path / "run", [], parameters))) == {"lateral.png"}
 
 
 def test_damaged_parameters_are_one_line(tmp_path):
@@ -114,13 +114,13 @@ def test_damaged_parameters_are_one_line(tmp_path):
     path = directory / "parameters.npz"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(RunLogError, match=r"parameters\.npz is damaged"):
-        draw_run(directory)
+        plot_run(directory)
 
 
 @pytest.mark.parametrize(("units", "shape"), [(1, (1, 3, 4)), (7, (3, 5, 5)), (70, (1, 28, 28))])
 def test_each_weight_is_a_square_of_whole_pixels_of_one_colour(tmp_path, units, shape):
     weights = np.random.default_rng(0).normal(size=(units, int(np.prod(shape))))
-    draw_features(weights, shape, tmp_path / "features.png", "Weights")
+    plot_features(weights, shape, tmp_path / "features.png", "Weights")
     with Image.open(tmp_path / "features.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
     row = pixels[50]  # the first row of the images
@@ -133,19 +133,19 @@ def test_each_weight_is_a_square_of_whole_pixels_of_one_colour(tmp_path, units, 
 
 def test_convolutional_weights_are_shown_as_their_kernels(tmp_path):
     parameters = {"1.w": np.random.default_rng(0).normal(size=(8, 3, 5, 5))}
-    assert names(draw_run(run_of(tmp_path / "run", [], parameters))) == {"features.png"}
+    assert names(plot_run(run_of(tmp_path / "run", [], parameters))) == {"features.png"}
 
 
 def test_any_term_can_be_a_label(tmp_path):
     step = np.arange(3)
     curves = {f"2/w/{term}": step * 1.0 for term in ("1", "x1 y2_j^2 w", "a $ _ { ^", "x/y", "\\")}
-    draw_coefficients(step, curves, tmp_path / "coefficients.png")
+    plot_coefficients(step, curves, tmp_path / "coefficients.png")
     assert (tmp_path / "coefficients.png").stat().st_size > 1000
 
 
 def test_a_figure_makes_its_folder(tmp_path):
     path = tmp_path / "a" / "folder" / "accuracy.png"
-    draw_accuracy(np.arange(2), {"test": np.ones(2)}, path)
+    plot_accuracy(np.arange(2), {"test": np.ones(2)}, path)
     assert path.stat().st_size > 1000 and [*path.parent.iterdir()] == [path]
 
 
@@ -158,7 +158,7 @@ def test_more_curves_than_colours_take_them_over_again():
 def test_a_figure_that_can_not_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunLogError, match="can't write"):
-        draw_accuracy(np.arange(2), {"test": np.ones(2)}, tmp_path / "file" / "accuracy.png")
+        plot_accuracy(np.arange(2), {"test": np.ones(2)}, tmp_path / "file" / "accuracy.png")
 
 
 def test_the_running_median_is_that_of_the_window_cut_at_the_ends():
@@ -185,13 +185,13 @@ def stages_of(*accuracies):
 def test_the_stages_of_a_pruning_are_drawn_where_they_are_finite(tmp_path, accuracies):
     directory = run_of(tmp_path / "run", [])
     (directory / "results.json").write_text(json.dumps({"pruning": stages_of(*accuracies)}))
-    assert names(draw_run(directory)) == {"pruning.png"}
+    assert names(plot_run(directory)) == {"pruning.png"}
     (directory / "results.json").write_text(json.dumps({"pruning": stages_of(None)}))
-    assert draw_run(directory) == []
+    assert plot_run(directory) == []
 
 
 def test_the_pruning_of_one_rule_is_drawn(tmp_path):
-    draw_pruning(np.array([5]), np.array([0.9]), np.array([0.0]), tmp_path / "pruning.png")
+    plot_pruning(np.array([5]), np.array([0.9]), np.array([0.0]), tmp_path / "pruning.png")
     assert (tmp_path / "pruning.png").stat().st_size > 1000
 
 
@@ -206,7 +206,7 @@ def test_any_number_of_rules_is_drawn_whatever_parameters_they_have(tmp_path, co
         for k in range(count)
     }
     rules["silent"] = dict.fromkeys(terms, 0.0)
-    draw_rules(rules, tmp_path / "rules.png", "effect")
+    plot_rules(rules, tmp_path / "rules.png", "effect")
     with Image.open(tmp_path / "rules.png") as image:
         assert min(image.size) > 300
 

@@ -13,7 +13,7 @@ from torch import nn
 import learn_to_optimize
 import plot
 from comparison.optimizer_comparison import OptimizerComparison
-from figures.optimizers import draw_optimizer_run
+from figures.optimizers import plot_optimizer_run
 from learned_optimizer import (
     CoordinateLSTM,
     CoordinateMLP,
@@ -131,7 +131,7 @@ def test_a_diverging_optimizer_leaves_its_curves(tmp_path):
     run("quadratic", *NO_TRAINING[1:], "--out_mul", "1e30", "--out", tmp_path / "run")
     with np.load(tmp_path / "run" / "comparison.npz") as arrays:
         assert np.isinf(arrays["quadratic/learned/losses"]).any()
-    draw_optimizer_run(tmp_path / "run")
+    plot_optimizer_run(tmp_path / "run")
 
 
 def test_ctrl_c_in_a_comparison_leaves_the_curves_of_the_optimisers_that_were_done(
@@ -157,7 +157,7 @@ def test_a_sigmoids_directions_are_recorded_as_negative_controls(tmp_path):
     with np.load(tmp_path / "run" / "comparison.npz") as arrays:
         labels = {key.split("/")[-1] for key in arrays if "/update/" in key}
     assert labels == {"rescale_control", "translation"}
-    draw_optimizer_run(tmp_path / "run")
+    plot_optimizer_run(tmp_path / "run")
     assert (tmp_path / "run" / "figures" / "sigmoid2_rescale_control.png").exists()
 
 

@@ -15,9 +15,9 @@ from figures.one_pass_report import (
     Columns,
     Recorded,
     best_of_groups,
-    draw_report,
     final_losses,
     median_of_draws,
+    plot_report,
     read_run,
     read_runs,
     summary,
@@ -98,11 +98,11 @@ def test_every_figure_is_drawn(tmp_path):
         for T in (5, 10)
         for i in (1, 5)
     ]
-    paths = draw_report(runs, tmp_path / "figures")
+    paths = plot_report(runs, tmp_path / "figures")
     assert len(paths) == 10 and all(path.stat().st_size > 1000 for path in paths)
-    assert len(draw_report(runs[:1], tmp_path / "one")) == 9  # no heat map
+    assert len(plot_report(runs[:1], tmp_path / "one")) == 9  # no heat map
     runs[0].columns["Unnormalised_Loss/Test"][-1] = math.nan
-    assert len(draw_report(runs[:3], tmp_path / "some")) == 10  # one cell is infinite, one empty
+    assert len(plot_report(runs[:3], tmp_path / "some")) == 10  # one cell is infinite, one empty
 
 
 def drawn(monkeypatch, tmp_path, *runs):
@@ -111,7 +111,7 @@ def drawn(monkeypatch, tmp_path, *runs):
     monkeypatch.setattr(
         one_pass_report, "save_figure", lambda figure, path: figures.update({path.name: figure})
     )
-    draw_report(runs, tmp_path)
+    plot_report(runs, tmp_path)
     return figures
 
 
@@ -156,9 +156,9 @@ def test_figures_of_draws_that_all_diverged_or_have_no_weight_decay_draw_without
         run.columns[name][1:] = math.inf
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_report([run], tmp_path)
+        plot_report([run], tmp_path)
         run.columns["Unnormalised_Loss/Test"][:] = math.inf
-        draw_report([run], tmp_path)
+        plot_report([run], tmp_path)
 
 
 def test_trajectories_are_drawn_also_where_fixed_draws_span_no_surface(monkeypatch, tmp_path):

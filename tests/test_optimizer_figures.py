@@ -8,15 +8,15 @@ from commands import refused
 
 import plot
 from experiment.errors import RunLogError
-from figures.meta_learning import draw_run
+from figures.meta_learning import plot_run
 from figures.optimizers import (
-    draw_loss_grid,
-    draw_optimizer_run,
-    draw_symmetry,
-    draw_training,
     histogram_steps,
     of_optimizee,
     one_of_each_kind,
+    plot_loss_grid,
+    plot_optimizer_run,
+    plot_symmetry,
+    plot_training,
     shown_epochs,
 )
 
@@ -28,20 +28,20 @@ def drawn(path) -> bool:
 def test_losses_that_leave_the_finite_are_left_out(tmp_path):
     losses = np.ones((2, 12))
     losses[0, 5:] = np.inf
-    draw_training("x", {"learned": losses, "sgd 1": losses[:1]}, tmp_path / "loss.png")
+    plot_training("x", {"learned": losses, "sgd 1": losses[:1]}, tmp_path / "loss.png")
     assert drawn(tmp_path / "loss.png")
 
 
 def test_deviations_of_0_and_missing_ones_are_drawn(tmp_path):
     curves = {"update/scale": np.zeros(5), "gradient/scale": np.full(5, 1e-20)}
-    draw_symmetry("x", "scale", {"learned": curves, "adam 1": {}}, tmp_path / "scale.png")
+    plot_symmetry("x", "scale", {"learned": curves, "adam 1": {}}, tmp_path / "scale.png")
     assert drawn(tmp_path / "scale.png")
 
 
 def test_a_grid_may_have_holes_and_infinite_losses(tmp_path):
     infinite = {"y": float("inf")}
     for losses in ({"a": {"x": 0.3, **infinite}, "b": {"y": 1.0}}, {"a": infinite}):
-        draw_loss_grid(losses, tmp_path / "grid.png")
+        plot_loss_grid(losses, tmp_path / "grid.png")
         assert drawn(tmp_path / "grid.png")
 
 
@@ -58,20 +58,20 @@ def test_of_several_rates_the_last_is_shown():
 
 
 def test_a_directory_without_the_files_gives_no_figures(tmp_path):
-    assert draw_optimizer_run(tmp_path) == []
+    assert plot_optimizer_run(tmp_path) == []
 
 
 def test_a_damaged_file_is_told(tmp_path):
     (tmp_path / "comparison.npz").write_bytes(b"nothing")
     with pytest.raises(RunLogError, match="damaged"):
-        draw_optimizer_run(tmp_path)
+        plot_optimizer_run(tmp_path)
 
 
 def test_results_that_are_no_table_are_told(tmp_path):
     for content in ([1], {"optimizees": [1]}, {"optimizees": {"relu3": 1}}):
         (tmp_path / "results.json").write_text(json.dumps(content))
         with pytest.raises(RunLogError, match="damaged"):
-            draw_optimizer_run(tmp_path)
+            plot_optimizer_run(tmp_path)
 
 
 def test_every_twentieth_epoch_is_shown_or_four_of_a_short_run():
@@ -99,7 +99,7 @@ def compared(directory, losses, steps=200, dataset="mnist"):
 
 def grid_of(monkeypatch, *runs):
     drawn = {}
-    monkeypatch.setattr(plot, "draw_loss_grid", lambda losses, path: drawn.update(losses))
+    monkeypatch.setattr(plot, "plot_loss_grid", lambda losses, path: drawn.update(losses))
     plot.main(["losses", *map(str, runs)])
     return drawn
 
@@ -146,9 +146,9 @@ def test_a_name_in_a_strangers_results_leads_to_no_other_folder(tmp_path, name):
     (run / "results.json").write_text(json.dumps({"optimizees": {name: {"noise": noise}}}))
     (run / "config.json").write_text("{}")
     with pytest.raises(RunLogError, match="is not the name of a file"):
-        draw_optimizer_run(run)
+        plot_optimizer_run(run)
     results = {"beside": {name: {"random": [0.5]}}, "evaluations": []}
     (run / "results.json").write_text(json.dumps(results))
     with pytest.raises(RunLogError, match="is not the name of a file"):
-        draw_run(run)
+        plot_run(run)
     assert {path.name for path in tmp_path.rglob("*")} == {"run", "results.json", "config.json"}

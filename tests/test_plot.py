@@ -32,7 +32,7 @@ def draw(*flags):
 def columns_of(monkeypatch, *flags):
     """What is drawn by `plot.py rules`, by the name of its column."""
     drawn = {}
-    monkeypatch.setattr(plot, "draw_rules", lambda rules, path, what: drawn.update(rules, by=what))
+    monkeypatch.setattr(plot, "plot_rules", lambda rules, path, what: drawn.update(rules, by=what))
     draw("rules", *flags)
     return drawn
 

@@ -14,9 +14,9 @@ from experiment.command_line import run_command
 from experiment.files import write_whole
 from experiment.run_log import RunLog
 from experiment.screen import repair_streams, show
-from figures.evaluation import draw_accuracy_over_steps
-from figures.meta_learning import draw_rules
-from figures.optimizers import draw_loss_grid
+from figures.evaluation import plot_accuracy_over_steps
+from figures.meta_learning import plot_rules
+from figures.optimizers import plot_loss_grid
 from figures.style import add_legend, label_axes, one_panel, save_figure
 
 
@@ -121,11 +121,11 @@ NAMED = "run_$a_$b"
 
 def test_names_with_dollars_are_drawn_as_they_are(tmp_path):
     path = tmp_path / "figure.png"
-    draw_rules({NAMED: {"w/x y": 1.0}, "$\\frac$": {"w/x y": 0.5}}, path, "coefficient")
-    draw_loss_grid({NAMED: {"relu$20$_$": 1.0}}, path)
+    plot_rules({NAMED: {"w/x y": 1.0}, "$\\frac$": {"w/x y": 0.5}}, path, "coefficient")
+    plot_loss_grid({NAMED: {"relu$20$_$": 1.0}}, path)
     row = {"method": NAMED, "dataset": "mnist", "layers": "8", "inner_steps": 4, "finite": 1,
            "test_accuracy_mean": 0.5, "test_accuracy_standard_deviation": None}  # fmt: skip
-    draw_accuracy_over_steps([row], path)
+    plot_accuracy_over_steps([row], path)
     figure, axes = one_panel()
     axes.plot(np.arange(3), label=NAMED)
     label_axes(axes, NAMED, NAMED, NAMED)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sweeps.draws import distribution_of, draw
+from sweeps.points import distribution_of, random_point
 from sweeps.space import grid, searched_flag
 
 RANGES = [
@@ -23,7 +23,7 @@ RANGES = [
 
 def draws(text: str, count: int = 4000) -> np.ndarray:
     flag = searched_flag(text)
-    return np.array([draw([flag], 0, number)[flag.name] for number in range(count)])
+    return np.array([random_point([flag], 0, number)[flag.name] for number in range(count)])
 
 
 @pytest.mark.parametrize("text", RANGES)
@@ -82,16 +82,18 @@ def test_draws_are_uniform_each_on_its_scale():
 
 def test_flags_of_one_draw_are_independent():
     flags = [searched_flag("a=0:1"), searched_flag("b=0:1")]
-    pairs = np.array([list(draw(flags, 0, number).values()) for number in range(2000)])
+    pairs = np.array([list(random_point(flags, 0, number).values()) for number in range(2000)])
     assert abs(np.corrcoef(pairs.T)[0, 1]) < 0.06
 
 
 @given(seed=st.integers(0, 2**40), number=st.integers(0, 10**6))
 def test_a_draw_depends_on_seed_and_number_alone_and_lies_in_its_range(seed, number):
     flags = [searched_flag(text) for text in RANGES]
-    values = draw(flags, seed, number)
-    assert values == draw(flags, seed, number)
-    assert values != draw(flags, seed + 1, number) and values != draw(flags, seed, number + 1)
+    values = random_point(flags, seed, number)
+    assert values == random_point(flags, seed, number)
+    assert values != random_point(flags, seed + 1, number) and values != random_point(
+        flags, seed, number + 1
+    )
     for flag in flags:
         inside = distribution_of(flag).to_internal_repr(values[flag.name])
         assert distribution_of(flag)._contains(inside)

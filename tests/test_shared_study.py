@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from experiment.errors import WrongInputError
 from sweeps import study as shared_study
-from sweeps.draws import draw, make_draws
+from sweeps.points import make_sampler, random_point
 from sweeps.space import searched_flag
 from sweeps.study import (
     Outcome,
@@ -38,7 +38,7 @@ FLAGS = [searched_flag("x=-1:1"), searched_flag("lr=log:1e-4:1"), searched_flag(
 
 def study_in(directory, method="random", definition=None, url=None, seed=0):
     storage = open_storage(url, directory)
-    draws = make_draws(FLAGS, seed, method, startup=5)
+    draws = make_sampler(FLAGS, seed, method, startup=5)
     return open_study(storage, "s", "minimize", definition or {"of": "x"}, draws, NopPruner())
 
 
@@ -67,13 +67,13 @@ def url(request, tmp_path):
 
 def test_every_draw_is_given_out_once_with_its_values(tmp_path, url):
     taken = run_all(study_in(tmp_path, url=url), 6)
-    assert taken == [draw(FLAGS, 0, number) for number in range(6)]
+    assert taken == [random_point(FLAGS, 0, number) for number in range(6)]
 
 
 def test_a_study_opened_again_goes_on_and_may_be_extended(tmp_path, url):
     run_all(study_in(tmp_path, url=url), 3)
     assert claim(study_in(tmp_path, url=url), 3) is None
-    assert run_all(study_in(tmp_path, url=url), 5) == [draw(FLAGS, 0, n) for n in (3, 4)]
+    assert run_all(study_in(tmp_path, url=url), 5) == [random_point(FLAGS, 0, n) for n in (3, 4)]
 
 
 def test_a_study_of_another_search_is_refused(tmp_path):
@@ -88,10 +88,10 @@ def test_guided_trials_come_nearer_to_the_optimum_than_random_ones():
 
     values = {"random": [], "tpe": [], "population": []}
     for method, seed in [(m, s) for m in values for s in range(3)]:
-        draws = make_draws(FLAGS, seed, method, startup=5)
+        draws = make_sampler(FLAGS, seed, method, startup=5)
         study = open_study(InMemoryStorage(), "s", "minimize", {}, draws, NopPruner())
         taken = run_all(study, 25, value)
-        assert taken[:5] == [draw(FLAGS, seed, number) for number in range(5)]
+        assert taken[:5] == [random_point(FLAGS, seed, number) for number in range(5)]
         values[method] += [value(params) for params in taken[15:]]
     for method in ("tpe", "population"):
         assert np.median(values[method]) < 0.7 * np.median(values["random"])
@@ -145,7 +145,9 @@ def test_the_trial_of_a_killed_process_is_given_out_again(tmp_path, url):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert Watch().take_back_lost(study) == [0] and Watch().take_back_lost(study) == []
-    assert sorted(map(str, run_all(study, 3))) == sorted(str(draw(FLAGS, 0, n)) for n in range(3))
+    assert sorted(map(str, run_all(study, 3))) == sorted(
+        str(random_point(FLAGS, 0, n)) for n in range(3)
+    )
     assert [state_of(t) for t in counted_trials(study)].count("interrupted") == 1
 
 
@@ -198,8 +200,8 @@ def test_a_trial_lost_before_it_knew_its_draw_is_run_all_the_same(tmp_path, monk
     run_all(study, 4)
     assert finished_draws(study) == [0, 1, 2, 3]
     assert [t.params for t in counted_trials(study) if state_of(t) == "done"][-1] in (
-        draw(FLAGS, 0, 2),
-        draw(FLAGS, 0, 3),
+        random_point(FLAGS, 0, 2),
+        random_point(FLAGS, 0, 3),
     )
 
 
@@ -224,7 +226,7 @@ def test_a_number_given_out_beyond_the_draws_is_never_run_nor_shown(tmp_path, mo
     monkeypatch.setattr(study, "ask", slow_ask)
     assert claim(study, 1) is None
     assert finished_draws(study) == [0] and len(counted_trials(study)) == 1
-    assert run_all(study, 3) == [draw(FLAGS, 0, number) for number in (1, 2)]
+    assert run_all(study, 3) == [random_point(FLAGS, 0, number) for number in (1, 2)]
 
 
 def take_all(directory, url, draws, queue) -> None:
@@ -243,7 +245,7 @@ def test_processes_that_share_a_study_run_every_draw_once(tmp_path, url):
     taken = [params for _ in processes for params in queue.get(timeout=30)]
     for process in processes:
         process.join()
-    assert sorted(map(str, taken)) == sorted(str(draw(FLAGS, 0, n)) for n in range(12))
+    assert sorted(map(str, taken)) == sorted(str(random_point(FLAGS, 0, n)) for n in range(12))
     assert finished_draws(study_in(tmp_path, url=url)) == list(range(12))
 
 
@@ -325,7 +327,7 @@ def test_of_a_journal_without_its_last_newline_nothing_is_lost(tmp_path, of_befo
 
 def test_a_journal_of_before_there_were_checksums_goes_on_with_them(tmp_path):
     path = damaged_journal(tmp_path, without_checksums)
-    assert run_all(study_in(tmp_path), 5) == [draw(FLAGS, 0, 4)]
+    assert run_all(study_in(tmp_path), 5) == [random_point(FLAGS, 0, 4)]
     lines = path.read_bytes().splitlines()
     assert b"\t" not in lines[0] and b"\t" in lines[-1]
     assert len(counted_trials(study_in(tmp_path))) == 5

@@ -13,7 +13,7 @@ from forked import ROOT, Command
 
 import sweep
 from experiment.command_line import UserError
-from sweeps.draws import draw
+from sweeps.points import random_point
 from sweeps.space import searched_flag
 
 COMMAND = """
@@ -86,7 +86,7 @@ def wait_for(condition, process: Command) -> None:
 
 def drawn(text: str, count: int, seed: int = 0) -> list:
     flag = searched_flag(text)
-    return [draw([flag], seed, number)[flag.name] for number in range(count)]
+    return [random_point([flag], seed, number)[flag.name] for number in range(count)]
 
 
 # ---- what a sweep records ----

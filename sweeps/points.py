@@ -23,7 +23,7 @@ from sweeps.space import SearchedFlag, Value, grid
 GUIDED = ("tpe", "population")
 
 
-def draw(flags: Sequence[SearchedFlag], seed: int, number: int) -> dict[str, Value]:
+def random_point(flags: Sequence[SearchedFlag], seed: int, number: int) -> dict[str, Value]:
     """Draw `number`, from 0, of all flags, each independent of the others."""
     generator = seeded_generator(seed, number)
     options = {"dtype": torch.float64, "generator": generator, "device": "cpu"}
@@ -42,10 +42,10 @@ def distribution_of(flag: SearchedFlag) -> BaseDistribution:
     return FloatDistribution(flag.low, flag.high, log=flag.kind == "log")
 
 
-class Draws(BaseSampler):
+class PointSampler(BaseSampler):
     """Values by the number of the draw: random ones, points of a grid, or guided by results.
 
-    flags, seed: as in `draw`.
+    flags, seed: as in `random_point`.
     points: the grid, instead of random draws.
     guide: "tpe", tree-structured Parzen estimators (Watanabe, arXiv 2304.11127), "population", a
         genetic algorithm (NSGA-II, Deb et al. 2002), or None: no draw is guided.
@@ -76,7 +76,7 @@ class Draws(BaseSampler):
         number = trial.user_attrs["draw"]
         if self.points is not None:
             return self.points[number]
-        values = draw(self.flags, self.seed, number)
+        values = random_point(self.flags, self.seed, number)
         # a population knows by itself which trials are its first generation
         if self.guide == "population" or (self.guide == "tpe" and number >= self.startup):
             values |= self._guide(number).sample_relative(study, trial, search_space)
@@ -96,7 +96,9 @@ class Draws(BaseSampler):
         return TPESampler(seed=seed, n_startup_trials=1, constant_liar=True)
 
 
-def make_draws(flags: Sequence[SearchedFlag], seed: int, method: str, startup: int) -> Draws:
+def make_sampler(
+    flags: Sequence[SearchedFlag], seed: int, method: str, startup: int
+) -> PointSampler:
     """The draws of --method."""
     points = list(grid(flags)) if method == "grid" else None
-    return Draws(flags, seed, points, method if method in GUIDED else None, startup)
+    return PointSampler(flags, seed, points, method if method in GUIDED else None, startup)
