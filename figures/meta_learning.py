@@ -2,13 +2,15 @@
 
     plot_run("runs/main-20260101-120000")      # writes what it can into figures/ there
 
-Each `draw_...` function takes arrays and the path of the PNG to write. Values that are not finite
+Each `plot_...` function takes arrays and the path of the PNG to write. Values that are not finite
 (failed steps) are left out of the curves and marked on the step axis. Nothing here keeps state:
 figures are matplotlib Figure objects, pyplot is not used.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +64,7 @@ def plot_run(directory: str | Path, x_label: str = "meta-step") -> list[Path]:
     results, place = read_results(directory), directory / "figures"
     stages = results.get("pruning", [])
     return [
-        *_plot_metrics(metrics, place, x_label),
+        *_plot_metrics(metrics, results.get("term_effects") or {}, place, x_label),
         *_plot_parameters(parameters, place),
         *_plot_stages(stages, place),
         *_plot_references(results, place),
@@ -123,14 +125,22 @@ def plot_hypergradient(
 
 
 def plot_coefficients(
-    step: np.ndarray, coefficients: Curves, path: str | Path, x_label: str = "meta-step"
+    step: np.ndarray,
+    coefficients: Curves,
+    path: str | Path,
+    x_label: str = "meta-step",
+    effects: Mapping[str, float] | None = None,
 ) -> None:
     """The coefficients of the rules over meta-steps.
 
     coefficients: "<layer>/<group>/<term>", or "<group>/<term>" of a rule that all layers share, to
-    values [steps]; one panel per layer and group.
+    values [steps]; one panel per layer and group; a term has the same colour in all of them.
+    effects: how large the change by each of these terms is in the end, relative to all: each curve
+    is scaled so that it ends at its effect, in which terms can be compared; None: as they are.
     """
-    panels = _panels(coefficients)
+    panels = _panels(_scaled_to_effects(coefficients, effects) if effects else coefficients)
+    y_label = "coefficient × effect of one" if effects else "coefficient"
+    colours = _colours_of_terms(panels)
     layers = list(dict.fromkeys(layer for layer, _ in panels))
     groups = [group for group in GROUPS if any(key[1] == group for key in panels)]
     rows, columns = max(len(layers), 1), max(len(groups), 1)
@@ -139,10 +149,10 @@ def plot_coefficients(
     for row, layer in enumerate(layers):
         for column, group in enumerate(groups):
             axes = grid[row, column]
-            _coefficient_curves(axes, step, panels.get((layer, group), {}))
+            _coefficient_curves(axes, step, panels.get((layer, group), {}), colours)
             bottom = x_label if row == rows - 1 else ""
             title = f"Layer {layer}: {GROUPS[group]}" if layer else GROUPS[group]
-            label_axes(axes, title, bottom, "" if column else "coefficient")
+            label_axes(axes, title, bottom, "" if column else y_label)
     figure.suptitle("Coefficients of the learning rule", fontsize=FONT + 3)
     save_figure(figure, path)
 
@@ -248,7 +258,9 @@ def plot_rules(rules: Rules, path: str | Path, what: str) -> None:
 # ---- from a run's files to the functions above ----
 
 
-def _plot_metrics(metrics: Curves, place: Path, x_label: str) -> list[Path]:
+def _plot_metrics(
+    metrics: Curves, effects: Mapping[str, float], place: Path, x_label: str
+) -> list[Path]:
     """Draw the figures whose columns are there."""
     drawn = []
 
@@ -265,7 +277,7 @@ def _plot_metrics(metrics: Curves, place: Path, x_label: str) -> list[Path]:
     if accuracies:
         plot(plot_accuracy, accuracies, "accuracy.png")
     if coefficients:
-        plot(plot_coefficients, coefficients, "coefficients.png")
+        plot(partial(plot_coefficients, effects=effects), coefficients, "coefficients.png")
     if "hypergradient_norm" in metrics:
         plot(plot_hypergradient, metrics["hypergradient_norm"], "hypergradient.png")
     return drawn
@@ -395,21 +407,48 @@ def _panels(coefficients: Curves) -> dict[tuple[str, str], dict[str, np.ndarray]
     return panels
 
 
-def _coefficient_curves(axes: Axes, step: np.ndarray, terms: Curves) -> None:
+def _scaled_to_effects(coefficients: Curves, effects: Mapping[str, float]) -> Curves:
+    """The curves of the terms that have an effect, each times effect / |where it ends|."""
+    return {
+        name: values * (effects[name] / abs(_last_finite(values)))
+        for name, values in coefficients.items()
+        if effects.get(name) and _last_finite(values)
+    }
+
+
+def _colours_of_terms(panels: Mapping[tuple[str, str], Curves]) -> dict[str, str]:
+    """A colour for each of the terms that are named in any panel, as long as there are some."""
+    named = [term for terms in panels.values() for term in _largest(terms)]
+    return dict(zip(dict.fromkeys(named), itertools.cycle(COLOURS), strict=False))
+
+
+def _largest(terms: Curves) -> list[str]:
+    """Those that end farthest from 0, the farthest first."""
+    left = [term for term, values in terms.items() if _last_finite(values)]
+    return sorted(left, key=lambda term: -abs(_last_finite(terms[term])))[:LABELLED]
+
+
+def _coefficient_curves(
+    axes: Axes, step: np.ndarray, terms: Curves, colours: Mapping[str, str]
+) -> None:
     """The terms that end largest, named in the order in which they end, over thin grey others."""
-    final = {term: _last_finite(values) for term, values in terms.items()}
-    left = [term for term in terms if final[term]]
-    largest = sorted(left, key=lambda term: -abs(final[term]))[:LABELLED]
+    final, largest = {t: _last_finite(values) for t, values in terms.items()}, _largest(terms)
     marker = "o" if len(step) == 1 else ""
     for term, values in terms.items():
         if term not in largest:
             axes.plot(step, values, color=FAINT, lw=0.6, marker=marker, ms=2)
-    for colour, term in zip(COLOURS, largest, strict=False):
+    for term in largest:
         axes.plot(
-            step, terms[term], color=colour, lw=1.4, marker=marker, ms=4, label=_typeset(term)
+            step,
+            terms[term],
+            color=colours[term],
+            lw=1.4,
+            marker=marker,
+            ms=4,
+            label=_typeset(term),
         )
     axes.axhline(0, color=GREY, lw=0.6, zorder=1)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         order = sorted(range(len(largest)), key=lambda i: -final[largest[i]])

@@ -9,6 +9,9 @@ from PIL import Image
 from experiment.errors import RunLogError
 from experiment.run_log import RunLog
 from figures.meta_learning import (
+    _colours_of_terms,
+    _panels,
+    _scaled_to_effects,
     cosines,
     plot_accuracy,
     plot_coefficients,
@@ -233,3 +236,14 @@ def test_cosines_are_between_columns_and_unknown_for_zeros():
         [0, -half, np.nan, 1],
     ]
     np.testing.assert_allclose(cosines(values), expected, atol=1e-15)
+
+
+def test_coefficients_end_at_their_effects_and_a_term_has_one_colour_in_all_panels():
+    curves = {"1/w/x": np.array([0.0, 4.0]), "1/w/y": np.array([1.0, -0.1]), "2/w/x": np.ones(2)}
+    effects = {"1/w/x": 0.5, "1/w/y": 1.5, "2/w/x": 0.25}
+    scaled = _scaled_to_effects(curves | {"1/w/z": np.ones(2)}, effects)
+    assert {name: values[-1] for name, values in scaled.items()} == pytest.approx(
+        {"1/w/x": 0.5, "1/w/y": -1.5, "2/w/x": 0.25}
+    )
+    colours = _colours_of_terms(_panels(scaled))
+    assert list(colours) == ["y", "x"] and len(set(colours.values())) == 2
