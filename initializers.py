@@ -145,6 +145,14 @@ class SpreadInitializer(nn.Module):
         with torch.no_grad():
             self.moved.zero_()
 
+    def get_extra_state(self) -> float:
+        """Where the spread starts, which is no tensor of the module's but of its state."""
+        return self.start
+
+    def set_extra_state(self, state: float) -> None:
+        """Takes what `get_extra_state` gave."""
+        self.start = float(state)
+
     def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
         """One draw: a dict of tensors per layer, of the shapes that the layer asks for.
 

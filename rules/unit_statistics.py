@@ -433,6 +433,15 @@ class UnitStatisticsRule(LearningRule):
 
     # ---- files, shorter and longer rules ----
 
+    def get_extra_state(self) -> dict[str, float]:
+        """Where eta, eps, ... start, which is no tensor of the module's but of its state."""
+        return dict(self.start)
+
+    def set_extra_state(self, state: Mapping[str, float]) -> None:
+        """Takes what `get_extra_state` gave."""
+        self.start = dict(state)
+        self._forget_plans()
+
     def to_dict(self) -> dict:
         """A plain description of the rule, for JSON; `rule_from_dict` reads it."""
         groups = [g for g in GROUPS if not (g == "b" and self.bias_like_w)]

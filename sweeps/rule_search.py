@@ -233,10 +233,13 @@ class RuleSearch:
 
     def state_dict(self) -> dict:
         """All that a resumed search needs, in plain containers of tensors."""
-        return {"start": self.start, "points": self.points, "losses": self.losses}
+        modules = {name: m.state_dict() for name, m in self.trainings[0].modules.items()}
+        return {"start": self.start, "points": self.points, "losses": self.losses, **modules}
 
     def load_state_dict(self, state: dict) -> None:
         """Takes up a search where `state_dict` left it."""
+        for name, module in self.trainings[0].modules.items():
+            module.load_state_dict(state[name])
         self.start = {n: p.to(self.start[n], copy=True) for n, p in state["start"].items()}
         for point, loss in zip(state["points"], state["losses"], strict=False):
             self._remember(point, loss)

@@ -257,3 +257,10 @@ def test_fixed_numbers_are_read_for_all_layers_or_for_each():
                 assert all(torch.equal(layer[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match="parameters are w, b, m"):
         fixed_initializer({"1/spread_v": 1.0})
+
+
+def test_a_saved_state_holds_the_spread_that_was_taken_over():
+    taken, resumed = SpreadInitializer(), SpreadInitializer()
+    taken.set_values({"spread_w": 0.4})
+    resumed.load_state_dict(taken.state_dict())
+    assert resumed.effective() == taken.effective() == {"spread_w": pytest.approx(0.4)}

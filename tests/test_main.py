@@ -84,9 +84,11 @@ def test_rules_of_unit_statistics_have_defaults_of_their_own_and_end_beside_refe
 
 
 def test_a_killed_run_of_unit_statistics_goes_on_to_the_same_numbers(tmp_path):
-    run(6, *STATISTICS, "--beside", "--out", tmp_path / "whole")
+    flags = [*STATISTICS, "--metasteps", "13", "--start_from", "mnist32", "--beside"]
+    run(6, *flags, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    kill_at_row(2, out, "main.py", 6, *STATISTICS, "--beside", "--out", out)
+    kill_at_row(11, out, "main.py", 6, *flags, "--out", out)
+    assert (out / "checkpoint.pt").exists()
     run("--resume", tmp_path / "killed", "--quiet")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 

@@ -555,3 +555,14 @@ def test_unknown_presets_and_repeated_terms_are_refused():
         UnitStatisticsRule.of_terms(["x y z'", "z' y x"])
     with pytest.raises(RuleError, match="not the description of a learning rule"):
         rule_from_dict({"kind": "UnitStatisticsRule"})
+
+
+def test_a_saved_state_holds_the_numbers_that_another_rule_has_left():
+    other = preset("latent-predictive", eta=0.02, eps=0.3, tau=70.0)
+    rule, resumed = (
+        UnitStatisticsRule.of_terms(list(map(str, other.terms["w"]))) for _ in range(2)
+    )
+    rule.start_from(other)
+    resumed.load_state_dict(rule.state_dict())
+    assert resumed.to_dict() == rule.to_dict()
+    assert [resumed.number(name) for name in ("eps", "tau")] == [0.3, 70.0]
