@@ -37,6 +37,7 @@ from experiment.command_line import (
     nonnegative_float,
     nonnegative_int,
     parse,
+    place_in_team,
     positive_float,
     positive_int,
     refuse_idle_flags,
@@ -803,9 +804,10 @@ def main(argv: list[str] | None = None) -> None:
     args.dataset = args.dataset or "mnist"
     args.outer_images = args.outer_images or OUTER_IMAGES[args.probe]
     device, dtype = set_up(args)
+    _, processes = place_in_team()
+    if args.tasks < processes:
+        raise UserError(f"{processes} processes need --tasks {processes} or more, one for each")
     team = join_team()
-    if args.tasks < team.count:
-        raise UserError(f"{team.count} processes need --tasks {team.count} or more, one for each")
     names = dataset_names(args)
     sets = [make_data(args, name, team, device) for name in names]
     rule = make_rule(args).to(device, dtype)

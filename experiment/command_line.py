@@ -269,6 +269,8 @@ def run_command(
     except OSError as error:
         _exit_with_line(f"cannot read or write: {error}", status=2)
     except (MemoryError, RuntimeError) as error:
+        if _has_lost_its_team(error):
+            _exit_with_line("another process of the team has ended", status=1)
         if not _is_out_of_memory(error):
             raise
         _exit_with_line("not enough memory: take smaller layers or batches", status=2)
@@ -279,6 +281,11 @@ def run_command(
         mute_broken_streams()  # Python flushes them once more at exit
 
 
+def _has_lost_its_team(error: Exception) -> bool:
+    in_team = os.environ.get("WORLD_SIZE", "1") != "1"
+    return in_team and re.search("(?i)gloo|connection (closed|reset)", str(error)) is not None
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
     return known or _ALLOCATOR_REFUSES.search(str(error)) is not None
@@ -286,9 +293,44 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _exit_with_line(error: Exception | str, status: int) -> NoReturn:
     line = " ".join(str(error).split())
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
-        show(f"error: {line}", sys.stderr)
+    if said := _as_said_here(f"error: {line}"):
+        show(said, sys.stderr)
     sys.exit(status)
+
+
+def _as_said_here(line: str) -> str:
+    """A line as this process says it; "" where the first one of its team says the same.
+
+    Until its processes have met, all of them do the same, and end alike; then each says its own.
+    """
+    try:
+        rank, count = place_in_team()
+    except UserError:
+        return line
+    if rank == 0:
+        return line
+    torch = sys.modules.get("torch")
+    met = torch is not None and torch.distributed.is_initialized()
+    return f"process {rank} of {count}: {line}" if met else ""
+
+
+def place_in_team() -> tuple[int, int]:
+    """The rank of this process and the number of all, as torchrun says; else 0 and 1.
+
+    What is left of a torchrun that is over counts for nothing where WORLD_SIZE is not. Raises
+    UserError where it is above 1 and the rest is not as torchrun sets it.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return 0, 1
+    rank, port = os.environ.get("RANK", ""), os.environ.get("MASTER_PORT", "")
+    whole = size.isdecimal() and rank.isdecimal() and port.isdecimal()
+    if not whole or not int(rank) < int(size) or "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE is {size}, but RANK, MASTER_ADDR and MASTER_PORT are not as torchrun sets "
+            f"them: start with torchrun, or unset WORLD_SIZE"
+        )
+    return int(rank), int(size)
 
 
 # ---- types of arguments: text to value, or a message that says what is expected ----
@@ -364,7 +406,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
-        show(f"{self.prog}: error: {line} (see --help)", sys.stderr)
+        if said := _as_said_here(f"{self.prog}: error: {line} (see --help)"):
+            show(said, sys.stderr)
         sys.exit(2)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:

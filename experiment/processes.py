@@ -18,6 +18,8 @@ from typing import TypeVar
 
 from torch import distributed
 
+from experiment.command_line import place_in_team
+
 Value = TypeVar("Value")
 
 
@@ -64,15 +66,17 @@ ALONE = Team()
 def join_team() -> Team:
     """The team that torchrun made this process a member of; without torchrun, a team of one.
 
+    Raises UserError where the variables that say so are not as torchrun sets them.
+
     Gloo carries the numbers, on machines with GPUs too: they are so few that the way over the CPU
     is not noticed.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, count = place_in_team()
     if count == 1:
         return ALONE
     if not distributed.is_initialized():
         _meet(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
-    return Team(distributed.get_rank(), count)
+    return Team(rank, count)
 
 
 def _meet(attempt: int) -> None:

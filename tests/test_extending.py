@@ -1,4 +1,4 @@
-"""The blocks of code in README.md run as they stand, and stay short."""
+"""The blocks of code in docs/extending.md and README.md run as they stand, and stay short."""
 
 import re
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import refused
 from forked import ROOT, Command, start_team
 
 import learn_to_optimize
 import main
-from experiment.command_line import UserError
+from experiment.command_line import UserError, place_in_team
 from experiment.opening import _run_before_the_restart
-from experiment.processes import ALONE, Team
+from experiment.processes import ALONE, Team, join_team
 from experiment.run_reader import read_json, read_metrics
 
 RUN = [
@@ -211,6 +212,50 @@ def test_fewer_tasks_than_processes_are_refused_once(tmp_path):
         "error: 2 processes need --tasks 2 or more, one for each"
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_wrong_flags_are_said_once_in_a_team(tmp_path):
+    team = start_team(2, RUN[0], "--degree", "x", folder=tmp_path)
+    assert [process.wait(120) for process in team] == [2, 2]
+    said = "".join((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert said.count("--degree") == 1
+
+
+def test_what_one_process_alone_cannot_do_it_says_and_the_others_end(tmp_path):
+    team = start_team(2, "tests/team_of_unlike.py", folder=tmp_path)
+    assert team[1].wait(120) == 2 and team[0].wait(120) == 1
+    assert "process 1 of 2: error: only here" in (tmp_path / "1.txt").read_text()
+    said = (tmp_path / "0.txt").read_text()
+    assert "another process of the team has ended" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "left, place",
+    [
+        ({"RANK": "1"}, (0, 1)),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, (0, 1)),
+        ({"WORLD_SIZE": "3", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, (2, 3)),
+        ({"WORLD_SIZE": "2"}, None),
+        ({"WORLD_SIZE": "x", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, None),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, None),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"}, None),
+    ],
+)
+def test_what_a_torchrun_has_left_behind_hides_nothing(monkeypatch, capsys, left, place):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    if place is None:
+        assert "unset WORLD_SIZE" in refused(capsys, lambda argv: join_team())
+    else:
+        assert place_in_team() == place
+    if place != (2, 3):
+        assert "error: wrong" in refused(capsys, _wrong)
+
+
+def _wrong(argv):
+    raise UserError("wrong")
 
 
 def test_a_restarted_team_needs_to_know_its_directory(monkeypatch):
