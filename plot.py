@@ -40,14 +40,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--classical", nargs="+", default=[], metavar="NAME", help="such as oja, hebb, foldiak")
     add("--by", choices=(EFFECT, COEFFICIENT),
         help="what a term's size is (default: effect, where every RUN tells it)")  # fmt: skip
-    add("--out", type=png_file, default=Path("rules.png"), metavar="FILE", help="the figure (PNG)")
+    add("--out", type=png_file, metavar="FILE", help="PNG (default: beside the first RUN's)")
 
     add = figure("one_pass", "runs of tune_one_pass.py compared: a table and every figure")
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
-    add("--out", type=Path, default=Path("one_pass"), metavar="DIR", help="for table and figures")
+    add("--out", type=Path, metavar="DIR",
+        help="for table and figures (default: report/ in the first RUN)")  # fmt: skip
     add = figure("losses", "final losses of optimisers on the optimizees of their comparisons")
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of learn_to_optimize.py")
-    add("--out", type=png_file, default=Path("losses.png"), metavar="FILE", help="the figure (PNG)")
+    add("--out", type=png_file, metavar="FILE", help="PNG (default: beside the first RUN's)")
     return parser
 
 
@@ -279,9 +280,14 @@ PLOTS = {
 }
 
 
+BESIDE = {"rules": "figures/rules.png", "losses": "figures/losses.png", "one_pass": "report"}
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Parse, draw, say where it is."""
+    """Parse, plot, say where it is."""
     args = make_parser().parse_args(argv)
+    if args.figure in BESIDE and args.out is None:
+        args.out = args.runs[0] / BESIDE[args.figure]
     for directory in args.runs:
         refuse_changed_files(directory)
     for path in PLOTS[args.figure](args):

@@ -51,10 +51,11 @@ def test_rules_of_runs_and_classical_ones_make_one_figure(tmp_path, capsys, monk
     monkeypatch.chdir(tmp_path)
     runs = [run_of(tmp_path / name, oja()) for name in ("a", "b")]
     draw("rules", *runs, "--classical", "oja", "foldiak", "anti-hebbian")
-    assert capsys.readouterr().out == "rules.png\n"
-    with Image.open(tmp_path / "rules.png") as image:
+    drawn = tmp_path / "a" / "figures" / "rules.png"
+    assert capsys.readouterr().out == f"{drawn}\n"
+    with Image.open(drawn) as image:
         assert min(image.size) > 300
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "rules.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
 def test_rows_that_are_not_those_of_the_checkpoint_are_not_drawn(tmp_path, capsys):
