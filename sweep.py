@@ -501,10 +501,11 @@ def open_directory(args) -> Path:
 
 
 def open_studies(args, directory: Path) -> dict[str, Study]:
-    """The study of each variant, made where it isn't there."""
+    """The study of each variant, made where it isn't there; StudyError where it lacks trials."""
+    seen = {each.name: trial_directories(directory / each.name) for each in variants(args)}
     storage = open_storage(args.storage, directory)
     args.study = args.study or directory.resolve().name  # kept also when DIR is moved
-    return {
+    studies = {
         each.name: open_study(
             storage,
             f"{args.study}/{each.name}" if each.name else args.study,
@@ -515,6 +516,19 @@ def open_studies(args, directory: Path) -> dict[str, Study]:
         )
         for each in variants(args)
     }
+    for name, study in studies.items():
+        missing = [path for number, path in seen[name].items() if number >= len(study.trials)]
+        if missing:
+            raise StudyError(f"{args.storage or JOURNAL} is damaged: the study does not know "
+                             f"{missing[0]}; put the study's own file back, or start anew with "
+                             "another --out")  # fmt: skip
+    return studies
+
+
+def trial_directories(folder: Path) -> dict[int, Path]:
+    """The trials that have been run in a folder, by their numbers; a study knows each before."""
+    paths = sorted(folder.glob("trial-[0-9]*"))
+    return {int(path.name.removeprefix("trial-")): path for path in paths}
 
 
 def save_config(args, directory: Path) -> dict[str, Any]:

@@ -333,6 +333,17 @@ def test_a_sweep_goes_on_with_more_trials(tmp_path, command):
     assert [float(row["x"]) for row in table(out)] == drawn("x=0:1", 3)
 
 
+def test_a_study_that_has_lost_its_last_trials_is_refused(tmp_path, command, capsys):
+    out = tmp_path / "sweep"
+    run("--out", out, *METRIC, "--search", "x=0:1", "--trials", 2, "--", command)
+    before = (out / "results.json").read_text()
+    lines = (out / "study.journal").read_bytes().splitlines(keepends=True)
+    (out / "study.journal").write_bytes(b"".join(lines[: len(lines) // 2 - 3]))
+    line = refused(capsys, sweep.main, "--resume", out, "--", command)
+    assert "study.journal is damaged: the study does not know" in line and "trial-00001" in line
+    assert (out / "results.json").read_text() == before
+
+
 def test_a_share_is_so_many_trials(tmp_path, command):
     out = tmp_path / "sweep"
     flags = ["--search", "x=0:1", "--trials", 3, "--share", 2]
