@@ -123,7 +123,59 @@ class LearningRule(nn.Module):
         raise NotImplementedError
 
 
-class PolynomialRule(LearningRule):
+class TermSumRule(LearningRule):
+    """A rule that adds up terms for w, b and m: how it is written."""
+
+    def formula(
+        self,
+        effects: Mapping[str, float] | None = None,
+        *,
+        latex: bool = False,
+        max_terms: int | None = None,
+    ) -> str:
+        """The rule as text or LaTeX: a line per parameter, largest terms first, and the step.
+
+        With the effects that `term_effects` found, the largest effects come first, each in brackets
+        behind its term.
+        """
+        lines = []
+        for group in VARIABLES:
+            texts = self._term_texts(group, effects, latex)
+            shown = texts[:max_terms]
+            left = len(texts) - len(shown)
+            shown += [f"+ ... ({left} smaller terms)"] if left else []
+            symbol = rf"\Delta {group}" if latex else f"Δ{group}"
+            lines.append(f"{symbol} = {self._sum_text(group, shown, latex)}")
+        return "\n".join([*lines, *self._step_texts(latex)])
+
+    def tex(self, effects: Mapping[str, float] | None = None) -> str:
+        """The whole formula as an align* environment, to be pasted; needs LaTeX's amsmath."""
+        rows = []
+        for group in VARIABLES:
+            texts = self._term_texts(group, effects, latex=True)
+            starts = range(0, len(texts), TEX_TERMS)
+            lines = [texts[k : k + TEX_TERMS] for k in starts] or [[]]
+            written = [self._sum_text(group, lines[0], latex=True), *map(" ".join, lines[1:])]
+            rows.append(rf"\Delta {group} ={{}}& " + " \\\\\n  & {} ".join(written))
+        rows += [f"& {text}" for text in self._step_texts(latex=True)]
+        return "\\begin{align*}\n" + " \\\\\n".join(rows) + "\n\\end{align*}"
+
+    def _term_texts(
+        self, group: str, effects: Mapping[str, float] | None, latex: bool
+    ) -> list[str]:
+        """The terms of a parameter with their signs and coefficients, the largest first."""
+        raise NotImplementedError
+
+    def _sum_text(self, group: str, texts: Sequence[str], latex: bool) -> str:
+        """The sum of these terms of a parameter."""
+        return " ".join(texts).removeprefix("+ ") or "0"
+
+    def _step_texts(self, latex: bool) -> list[str]:
+        """What becomes of the sums, where it is more than their addition to the parameters."""
+        return []
+
+
+class PolynomialRule(TermSumRule):
     """The polynomial rule above, with the same coefficients for every layer that it is given.
 
     Attributes:
@@ -331,38 +383,6 @@ class PolynomialRule(LearningRule):
         """A monomial as text, such as "x y^2"."""
         powers = zip(self.variable_names(group), term, strict=True)
         return " ".join(n if p == 1 else f"{n}^{p}" for n, p in powers if p) or "1"
-
-    def formula(
-        self,
-        effects: Mapping[str, float] | None = None,
-        *,
-        latex: bool = False,
-        max_terms: int | None = None,
-    ) -> str:
-        """The rule as text or LaTeX, one line per parameter, largest coefficients first.
-
-        With the effects that `term_effects` found, the largest effects come first, each in brackets
-        behind its term.
-        """
-        lines = []
-        for group in VARIABLES:
-            terms = self._term_texts(group, effects, latex)
-            shown = terms[:max_terms]
-            left = len(terms) - len(shown)
-            shown += [f"+ ... ({left} smaller terms)"] if left else []
-            symbol = rf"\Delta {group}" if latex else f"Δ{group}"
-            lines.append(f"{symbol} = {' '.join(shown).removeprefix('+ ') or '0'}")
-        return "\n".join(lines)
-
-    def tex(self, effects: Mapping[str, float] | None = None) -> str:
-        """The whole formula as an align* environment, to be pasted; needs LaTeX's amsmath."""
-        rows = []
-        for group in VARIABLES:
-            terms = self._term_texts(group, effects, latex=True) or ["0"]
-            terms[0] = terms[0].removeprefix("+ ")
-            lines = [" ".join(terms[k : k + TEX_TERMS]) for k in range(0, len(terms), TEX_TERMS)]
-            rows.append(rf"\Delta {group} ={{}}& " + " \\\\\n  & {} ".join(lines))
-        return "\\begin{align*}\n" + " \\\\\n".join(rows) + "\n\\end{align*}"
 
     def _term_texts(
         self, group: str, effects: Mapping[str, float] | None, latex: bool

@@ -42,6 +42,7 @@ from learning_rules import (
     LARGEST_BOUND,
     LearningRule,
     RuleError,
+    TermSumRule,
     changes_by_term,
     update_layers,
 )
@@ -82,7 +83,7 @@ SYMBOLS = {
 }
 
 
-class UnitStatisticsRule(LearningRule):
+class UnitStatisticsRule(TermSumRule):
     """A rule of the family above, the same for every layer that it is given.
 
     Attributes:
@@ -362,43 +363,10 @@ class UnitStatisticsRule(LearningRule):
         running = [name for name in self.start if name[:4] == "rho_" and self.start[name] < 1]
         return ["eta", *eps, *tau, *decay, *running]
 
-    def formula(
-        self,
-        effects: Mapping[str, float] | None = None,
-        *,
-        latex: bool = False,
-        max_terms: int | None = None,
-    ) -> str:
-        """The rule as text or LaTeX: a line per parameter, largest terms first, and the step.
-
-        With the effects that `term_effects` found, the largest effects come first, each in brackets
-        behind its term.
-        """
-        lines = []
-        for group in GROUPS:
-            texts = self._term_texts(group, effects, latex)
-            shown = texts[:max_terms]
-            left = len(texts) - len(shown)
-            shown += [f"+ ... ({left} smaller terms)"] if left else []
-            symbol = rf"\Delta {group}" if latex else f"Δ{group}"
-            lines.append(f"{symbol} = {self._sum_text(group, shown, latex)}")
-        return "\n".join([*lines, self._step_text(latex)])
-
-    def tex(self, effects: Mapping[str, float] | None = None) -> str:
-        """The whole formula as an align* environment, to be pasted; needs LaTeX's amsmath."""
-        rows = []
-        for group in GROUPS:
-            texts = self._term_texts(group, effects, latex=True)
-            lines = [texts[k : k + 3] for k in range(0, len(texts), 3)] or [[]]
-            written = [self._sum_text(group, lines[0], latex=True), *map(" ".join, lines[1:])]
-            rows.append(rf"\Delta {group} ={{}}& " + " \\\\\n  & {} ".join(written))
-        rows.append("& " + self._step_text(latex=True))
-        return "\\begin{align*}\n" + " \\\\\n".join(rows) + "\n\\end{align*}"
-
     def _sum_text(self, group: str, texts: Sequence[str], latex: bool) -> str:
         if group == "b" and self.bias_like_w:
             return r"\Delta w \text{ with } x = 1" if latex else "the terms of w with x, x = 1"
-        return " ".join(texts).removeprefix("+ ") or "0"
+        return super()._sum_text(group, texts, latex)
 
     def _term_texts(
         self, group: str, effects: Mapping[str, float] | None, latex: bool
@@ -413,7 +381,7 @@ class UnitStatisticsRule(LearningRule):
             for term, value, name in terms
         ]
 
-    def _step_text(self, latex: bool) -> str:
+    def _step_texts(self, latex: bool) -> list[str]:
         numbers = {name: self._value(name) for name in self._acting()}
         change, divisor, slower, decay, arrow = STEP_TEXTS[latex]
         change += divisor if self.step == "rms" else ""
@@ -421,7 +389,7 @@ class UnitStatisticsRule(LearningRule):
             change = f"({change} - {decay})"
         rate = slower if "tau" in numbers else SYMBOLS["eta"][latex]
         values = ", ".join(f"{SYMBOLS[n][latex]} = {value:.4g}" for n, value in numbers.items())
-        return f"{arrow} {rate} {change};  {values}"
+        return [f"{arrow} {rate} {change};  {values}"]
 
     def step_sizes(self) -> dict[str, Tensor]:
         """The typical size of each coefficient: see LearningRule.step_sizes."""
