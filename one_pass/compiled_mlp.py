@@ -39,7 +39,8 @@ class CompiledMLPObjective(MLPObjective):
         """The loss around `weights`; the runs are spread over torch's number of threads."""
         if not batch.shared or weights.device.type != "cpu":
             return super().linearize(weights, buffers, batch)
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        threads = torch.get_num_threads()
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         inputs, units, _ = self.sizes
         samples = batch.inputs.contiguous().numpy(), batch.targets[:, 0].contiguous().numpy()
         weights = weights.contiguous()
@@ -47,6 +48,7 @@ class CompiledMLPObjective(MLPObjective):
         loss = np.empty(runs, dtype)
         gradient = np.empty(tuple(weights.shape), dtype)
         _gradient_loops(inputs, units)(*samples, weights.numpy(), loss, gradient)
+        torch.set_num_threads(threads)  # OpenMP's number is torch's: numba's first call sets it
 
         def hessian_product(vectors: Tensor) -> Tensor:
             product = np.empty_like(gradient)

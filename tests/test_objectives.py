@@ -1,9 +1,13 @@
 """Closed-form and torch.func objectives against autograd on one run after the other."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
 import torch
+from commands import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -93,6 +97,24 @@ def test_compiled_loops_agree_with_the_matrix_products(dtype):
     assert torch.allclose(ours.loss, theirs.loss, **close)
     assert torch.allclose(ours.gradient, theirs.gradient, **close)
     assert torch.allclose(ours.hessian_product(vectors), theirs.hessian_product(vectors), **close)
+
+
+THREADS = """
+import torch
+from one_pass import Batch, CompiledMLPObjective
+torch.set_num_threads(1)
+batch = Batch(torch.ones(3, 2), torch.ones(3, 1), shared=True)
+CompiledMLPObjective((2, 4, 1), "mse").linearize(torch.ones(2, 17), {}, batch)
+print(torch.get_num_threads())
+"""
+
+
+def test_the_first_compiled_loop_leaves_the_number_of_threads():
+    free = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name}
+    said = subprocess.run(
+        [sys.executable, "-c", THREADS], cwd=ROOT, env=free, capture_output=True, text=True
+    )
+    assert said.stdout == "1\n", said.stderr
 
 
 def test_a_compiled_run_that_diverged_stays_nan_and_spoils_no_other():
