@@ -302,9 +302,7 @@ def test_every_wrong_line_is_one_line_on_the_screen(tmp_path, monkeypatch, scrip
 # ---- streams ----
 
 
-@pytest.mark.parametrize(
-    "redirection", [">&-", "2>&-", ">&- 2>&- <&-", ">/dev/full", "2>/dev/full", "| head -1"]
-)
+@pytest.mark.parametrize("redirection", [">&- 2>&- <&-", ">/dev/full", "2>/dev/full", "| head -1"])
 def test_a_real_command_comes_to_its_end_whatever_its_streams_are(tmp_path, learned, redirection):
     words = " ".join(["main.py", *LEARNING, "--no_figures", "--out", str(tmp_path / "run")])
     environment = "PYTHONIOENCODING=ascii"
