@@ -420,6 +420,8 @@ class OneLineParser(argparse.ArgumentParser):
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """As argparse's; says so where a flag may have taken what stands behind its values."""
+        if action.option_strings and arg_strings == ["--"]:  # of --seed=--, else taken for []
+            raise argparse.ArgumentError(action, "expected a value, not '--'")
         try:
             return super()._get_values(action, arg_strings)
         except argparse.ArgumentError as error:

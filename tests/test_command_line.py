@@ -433,3 +433,9 @@ def test_resume_refuses_a_damaged_configuration_in_one_line(tmp_path, capsys):
     argv = ["--resume", str(tmp_path / "run")]
     status, error = ended(lambda argv: parse(some_parser(), argv), capsys, argv)
     assert status == 2 and error.count("\n") == 1 and "is damaged" in error
+
+
+def test_two_dashes_are_no_value(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(some_parser(), ["1", "--seed=--"])
+    assert stop.value.code == 2 and "--seed: expected a value" in capsys.readouterr().err

@@ -153,7 +153,7 @@ def test_a_run_is_read_with_its_rule_its_start_and_its_last_number_of_steps(trai
 def test_a_run_judged_as_it_was_trained_gives_its_own_numbers(trained):
     run = load_run(trained)
     images = load_images("mnist5k", trained)
-    own = Setting("mnist5k", *images, layers=(4,), C=1000.0, outer_images=1024, batch_size=64)
+    own = Setting("mnist5k", *images, layers=(4,), C=1000.0, outer_images=4096, batch_size=64)
     numbers = trajectory(learned(run, own), [3], (0, EVALUATION, 0))[0]
     (saved,) = json.loads((trained / "results.json").read_text())["evaluations"]
     assert saved == {"inner_steps": 3, **numbers}
