@@ -299,7 +299,8 @@ from rules.unit_statistics import UnitStatisticsRule
 from train import Draw, OuterLoss, Training
 
 NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_images is given
-SAMPLED_IMAGES, RIDGE_IMAGES = 8192, 2000  # --probe_images of the other probes
+# --probe_images of the other probes: fewer for each feature, and the fit is perfect, tells nothing
+SAMPLED_IMAGES, SAMPLED_FOR_A_FEATURE, RIDGE_IMAGES = 8192, 256, 2000
 OUTER_IMAGES = {"logistic": 4096, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
 
 
@@ -520,10 +521,12 @@ def make_outer_loss(args, initializer: nn.Module, data: Sequence[ImageData]) -> 
     if args.probe == "ridge":
         fit_images = args.probe_images or RIDGE_IMAGES
         return RidgeLoss(data[0], fit_images=fit_images, outer_images=args.outer_images)
-    if args.probe == "sampled":
-        return SampledProbeLoss(data[0], args.C, images=args.probe_images or SAMPLED_IMAGES)
     widest = make_model(args, data[0].shape, args.units_range and args.units_range[1])
-    count = images_to_fit(args, widest, initializer, data[0])
+    features = count_features(widest, initializer, data[0])
+    if args.probe == "sampled":
+        enough = max(SAMPLED_IMAGES, SAMPLED_FOR_A_FEATURE * features)
+        return SampledProbeLoss(data[0], args.C, images=args.probe_images or enough)
+    count = args.probe_images or max(1, NUMBERS_TO_FIT // features)
     return make_probe(args, *(images.subset(slice(count)) for images in data))
 
 
@@ -538,10 +541,9 @@ def make_probe(args, train_data: ImageData, test_data: ImageData) -> ProbeLoss:
     )
 
 
-def images_to_fit(args, model: nn.Module, initializer, data: ImageData) -> int:
-    """How many images a meta-step's probe takes of each set."""
-    one = extract_features(model, initializer(model), data.subset(slice(1)))
-    return args.probe_images or max(1, NUMBERS_TO_FIT // one.shape[1])
+def count_features(model: nn.Module, initializer, data: ImageData) -> int:
+    """How many numbers the model makes of an image, for the probe."""
+    return extract_features(model, initializer(model), data.subset(slice(1))).shape[1]
 
 
 def make_batches(

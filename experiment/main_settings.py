@@ -64,7 +64,8 @@ class ProbeSettings:
         choices=PROBES,
     )
     probe_images: int | None = setting(
-        None, "for a meta-step (default: 16 million / features, 8192 or 2000)", "positive",
+        None, "for a meta-step (default: 16 million / features; sampled: 256 for each of them, at "
+        "least 8192; ridge: 2000)", "positive",
         metavar="N",
     )  # fmt: skip
     probe_gradient: str = setting(
