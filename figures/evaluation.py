@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 from experiment.run_reader import read_results
 from figures.style import (
@@ -56,7 +57,8 @@ def plot_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
             label_axes(
                 axes, f"{dataset}, {layers}", bottom, "" if j else "test accuracy of the probe"
             )
-            axes.set_xticks(sorted({row["inner_steps"] for row in summary} - {0}))
+            _step_axis(axes, sorted({row["inner_steps"] for row in summary} - {0}))
+            axes.margins(y=0.08)
     shown = [axes.get_legend_handles_labels() for axes in grid.flat]
     handles = {label: handle for pair in shown for handle, label in zip(*pair, strict=True)}
     names = [name for name in methods if name in handles]
@@ -64,6 +66,14 @@ def plot_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
                            frameon=False, fontsize=FONT - 1)  # fmt: skip
     without_formulas(legend)
     save_figure(figure, path)
+
+
+def _step_axis(axes: Axes, steps: Sequence[int]) -> None:
+    """Ticks at these numbers of steps, logarithmic where they span a factor of ten."""
+    if steps and steps[-1] >= 10 * steps[0]:
+        axes.set_xscale("log")
+    axes.set_xticks(steps, [f"{n:,}" for n in steps])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _plot_method(axes: Axes, method: str, rows: Sequence[Row], colour: str) -> None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from experiment.errors import RunLogError
 from experiment.files import in_place
@@ -54,8 +54,9 @@ def label_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 
 
 def percent_axis(axes: Axes) -> None:
-    """Fractions are told in percent on the vertical axis."""
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    """Fractions are told in percent on the vertical axis, at most eight of them, in few digits."""
+    axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], min_n_ticks=2))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
 
 
 def colours(count: int) -> list[str]:
