@@ -19,7 +19,7 @@ from experiment.command_line import AT_MOST, LARGEST_WHOLE
 from experiment.errors import RunLogError
 from experiment.files import digest, displayable
 from experiment.main_settings import UNIT_FLAGS
-from experiment.run_reader import read_config, read_json, read_results
+from experiment.run_reader import read_config, read_json, read_results, refuse_links
 from experiment.view_strengths import ViewStrengths
 from hypgraddesc import rising_steps
 from initializers import fixed_initializer
@@ -67,6 +67,7 @@ def load_run(directory: str | Path) -> LearnedRun:
     directory = Path(directory).resolve()
     if directory.is_file():
         return _of_zoo(load_zoo(directory))
+    refuse_links(directory)
     config = read_config(directory)
     refuse_changed_files(directory)
     command = config.get("command", "another program")

@@ -240,8 +240,16 @@ class Adam(InnerOptimizer):
         super().__init__(loss_f, data_or_iter, gradient, **settings)
 
     def get_opt_params(self, params: Tree) -> list:
-        """The list to start with: params, zeros for both moments, and the number of steps."""
+        """The list to start with: params, zeros for both moments, and the number of steps.
+
+        Raises HypergradientError for params of less than 32 bits.
+        """
         leaf = tree_flatten(params)[0][0]
+        if torch.finfo(leaf.dtype).bits < 32:
+            raise HypergradientError(
+                f"params are {leaf.dtype}, which holds neither beta2 nor the squares of gradients: "
+                "take float32, or Momentum"
+            )
         return [*super().get_opt_params(params), leaf.new_zeros(())]
 
     def update(self, w, g, m, v, step, *, step_size, beta1, beta2, eps):

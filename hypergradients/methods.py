@@ -20,6 +20,7 @@ strategies.py, differentiable inner optimisers in inner_optimizers.py.
 import contextlib
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -375,9 +376,13 @@ def implicit(
     vanishes on it, and what the solver raises. (Pedregosa 2016, arXiv 1602.02355; Grazzi et al.
     2020, 2006.16218.)
     """
-    _check_count("K", solver.iterations)
+    _check_solver(solver)
+    _check_count("outer_draws", outer_draws)
+    _check_count("map_draws", map_draws)
     point = Point(params, hparams)
     b, direct = _mean([point.loss_gradients(outer_loss) for _ in range(outer_draws)])
+    if not math.isfinite(norm(b)):
+        raise DivergenceError("the gradient of the outer loss in params is not finite")
     jacobian = MapJacobian(point, fp_map, stochastic)
     adjoint = [jacobian.jvp] if getattr(solver, "needs_adjoint", False) else []
     v, residuals = solver.solve(jacobian.vjp, b, *adjoint)
@@ -392,7 +397,7 @@ def implicit(
     residuals = (*residuals, norm(rest))
     start = max(norm(b), residuals[0])
     refuse = hopeless(residuals[-1], start) if stochastic else solver.diverges(residuals, start)
-    if refuse:
+    if refuse or (isinstance(solver, FixedPoint) and _stays(residuals, b)):
         raise DivergenceError(
             f"the linear system (I - J^T) v = b diverges: residual {residuals[-1]:.3g} after "
             f"{len(residuals) - 1} iterations, {start:.3g} at v = 0; fp_map must be a contraction "
@@ -718,8 +723,27 @@ class _Attached(torch.autograd.Function):
 
 
 def _check_count(what: str, count: int) -> None:
-    if count < 1:
-        raise HypergradientError(f"{what} must be at least 1, got {count}")
+    try:
+        whole = operator.index(count)
+    except TypeError:
+        whole = 0
+    if whole < 1:
+        raise HypergradientError(f"{what} must be a whole number of at least 1, got {count!r}")
+
+
+def _check_solver(solver: Solver) -> None:
+    _check_count("K", solver.iterations)
+    _check_count("rank", getattr(solver, "rank", 1))
+    if not getattr(solver, "tol", 0.0) >= 0:
+        raise HypergradientError(f"tol must be at least 0, got {solver.tol}")
+
+
+def _stays(residuals: Sequence[float], b: Sequence[Tensor]) -> bool:
+    """Whether a residual that is no rounding error has come to a stop."""
+    resolution = max(1e-9, *(8 * torch.finfo(t.dtype).eps for t in b))
+    last = residuals[-3:]
+    level = max(last) > 1e-3 * residuals[0]
+    return len(residuals) > 4 and level and max(last) - min(last) <= resolution * max(last)
 
 
 def _mean(draws: list[tuple[list[Tensor], list[Tensor]]]) -> list[list[Tensor]]:

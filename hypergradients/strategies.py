@@ -22,6 +22,8 @@ from hypergradients.errors import HypergradientError
 from hypergradients.replays import Moment, buffers_kept
 from hypergradients.update_maps import OuterLoss, Point, Tree, UpdateMap, advance
 
+SMALLEST_SIGMA = 1e-30  # differences of losses are divided by it, once
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -60,7 +62,7 @@ def evolution_strategies(
     update_maps: Phi_0, ..., Phi_{T-1}, at least one, each (params, hparams) -> params of the same
         shapes; they need not be differentiable.
     outer_loss: (params, hparams) -> scalar.
-    sigma: standard deviation of the perturbations, > 0.
+    sigma: standard deviation of the perturbations, from 1e-30 to 1e30.
     pairs: how many perturbations, each with both signs.
     generator: of the perturbations.
     set_grad: whether to add the result to each hyperparameter's .grad too.
@@ -90,9 +92,10 @@ def persistent_evolution_strategies(
     up to the gradient of the sum of their outer losses. Raises HypergradientError for arguments
     that are not so.
     """
-    if not sigma > 0 or not update_maps:
+    if not SMALLEST_SIGMA <= sigma <= 1 / SMALLEST_SIGMA or not update_maps:
         raise HypergradientError(
-            f"sigma must be > 0 and update_maps not empty, got {sigma} and {len(update_maps)} maps"
+            f"sigma must be from {SMALLEST_SIGMA:g} to {1 / SMALLEST_SIGMA:g} and update_maps not "
+            f"empty, got {sigma} and {len(update_maps)} maps"
         )
     point = Point(pairs.above[0], hparams)
     total = [torch.zeros_like(h) for h in point.hparams]

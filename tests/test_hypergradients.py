@@ -1348,7 +1348,7 @@ def wrong(change) -> dict:
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda p: {"K": 0}, "K must be at least 1, got 0"),
+    (lambda p: {"K": 0}, "K must be a whole number of at least 1, got 0"),
     (lambda p: {"hparams": [p.hparams[0].detach(), p.hparams[1]]},
      r"hyperparameter 0 has requires_grad=False; call requires_grad_\(\)"),
     (lambda p: {"hparams": [p.hparams[0], 0.5]}, "hparams must be .* entry 1 is float"),
@@ -1395,9 +1395,9 @@ def test_wrong_use_of_reverse_methods_gets_one_line():
         (lambda: reverse([start] * 5, *arguments), "5 states need 4 update maps and there are 3"),
         (lambda: reverse([start, [start[0][:2]]], *arguments), "."),
         (lambda: truncated_reverse(start, p.hparams, 4, maps, p.outer_loss), "K = 4 needs as many"),
-        (lambda: truncated_reverse(start, p.hparams, 0, maps, p.outer_loss), "K must be at least"),
+        (lambda: truncated_reverse(start, p.hparams, 0, maps, p.outer_loss), "K must be a whole"),
         (lambda: checkpointed_reverse(start, p.hparams, [], p.outer_loss), "number of update_maps"),
-        (lambda: checkpointed_reverse(start, *arguments, 0), "segment_length must be at least 1"),
+        (lambda: checkpointed_reverse(start, *arguments, 0), "segment_length must be a whole"),
         (lambda: forward_mode(start, p.hparams, [], p.outer_loss), "number of update_maps"),
         (lambda: neumann_lookback(start, p.hparams, 5, maps, p.outer_loss), "too short: 5 terms"),
         (lambda: neumann_lookback(start, p.hparams, 1, [], p.outer_loss), "too short"),
@@ -1414,3 +1414,72 @@ def test_forward_mode_says_when_a_map_cannot_be_vectorised():
     p = Ridge()
     with pytest.raises(HypergradientError, match="leave vectorize out"):
         forward_mode(p.solution, p.hparams, [p.map], p.outer_loss, vectorize=True)
+
+
+def _towards(target):
+    """Gradient descent on |w - target|^2 / 2 + h |w|^2."""
+
+    def phi(params, hparams):
+        w, h = params[0], hparams[0]
+        loss = 0.5 * (w - target).square().sum() + h * w.square().sum()
+        (g,) = torch.autograd.grad(loss, w, create_graph=True)
+        return [w - 0.1 * g]
+
+    return phi
+
+
+TARGET = torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE)
+
+
+def _at_fixed_point():
+    h = torch.tensor(0.5, dtype=DOUBLE, requires_grad=True)
+    return [(TARGET / 2).requires_grad_()], [h], _towards(TARGET)
+
+
+def _distance(params, hparams):
+    return (params[0] - 1).square().sum()
+
+
+@pytest.mark.parametrize("method", [CG, CG_normaleq, nystrom, fixed_point])
+def test_an_outer_gradient_that_is_not_finite_is_refused(method):
+    w, h, phi = _at_fixed_point()
+    for outer in (
+        lambda p, _: (p[0] - w[0].detach()).sqrt().sum(),
+        lambda p, _: ((p[0] - 1) * 1e200).square().sum(),
+    ):
+        with pytest.raises(DivergenceError, match="not finite"):
+            method(w, h, 10, phi, outer, set_grad=False)
+
+
+@pytest.mark.parametrize("K", [float("nan"), 2.5, 0, "3", None])
+@pytest.mark.parametrize("method", [CG, CG_normaleq, nystrom, fixed_point, neumann])
+def test_iterations_are_a_whole_number(method, K):
+    w, h, phi = _at_fixed_point()
+    with pytest.raises(HypergradientError, match="K must be a whole number"):
+        method(w, h, K, phi, _distance, set_grad=False)
+
+
+def test_tolerances_ranks_and_draws_that_there_are_not_are_refused():
+    w, h, phi = _at_fixed_point()
+    for method in (CG, CG_normaleq, fixed_point):
+        with pytest.raises(HypergradientError, match="tol must be at least 0"):
+            method(w, h, 9, phi, _distance, tol=float("nan"), set_grad=False)
+    for rank in (0, -1):
+        with pytest.raises(HypergradientError, match="rank must be a whole number"):
+            nystrom(w, h, 9, phi, _distance, rank=rank, set_grad=False)
+    for draws in ((0, 1), (1, 0)):
+        with pytest.raises(HypergradientError, match="draws must be a whole number"):
+            implicit(w, h, phi, _distance, FixedPoint(3), False, False, *draws)
+    with pytest.raises(HypergradientError, match="K must be a whole number"):
+        truncated_reverse(w, h, 2.5, [phi] * 3, _distance, set_grad=False)
+
+
+@pytest.mark.parametrize("method", [fixed_point, neumann])
+def test_a_map_that_does_not_contract_in_one_direction_is_refused(method):
+    keeps = torch.tensor([0.5, 0.5, 1.0], dtype=DOUBLE)
+    h = torch.tensor(0.5, dtype=DOUBLE, requires_grad=True)
+    with pytest.raises(DivergenceError, match="contraction"):
+        method(
+            [TARGET.clone().requires_grad_()], [h], 20,
+            lambda p, hparams: [keeps * p[0] - TARGET * hparams[0]], _distance, set_grad=False,
+        )  # fmt: skip

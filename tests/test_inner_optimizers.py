@@ -251,3 +251,9 @@ def test_wrong_use_gets_one_line():
             GradientDescent(lambda p, h: p[0].sum().detach(), 0.1, gradient=gradient)(
                 [torch.zeros(2)], h
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adam_refuses_parameters_that_hold_no_beta2(dtype):
+    with pytest.raises(HypergradientError, match="take float32, or Momentum"):
+        Adam(loss, 0.1).get_opt_params([torch.zeros(2, dtype=dtype)])
