@@ -11,8 +11,11 @@ Franceschi et al. 2017 (arXiv 1703.01785), Lorraine et al. 2020 (1911.02590), Gr
 (2006.16218) and 2022 (2202.03397), whose HyperTorch gave eight functions here their names and
 signatures. Everywhere params and hparams are lists, or any pytree, of tensors; every hyperparameter
 has requires_grad; fp_map and the update maps take (params, hparams) to new params of the same
-shapes, outer_loss takes them to a scalar. A method returns the hypergradient, zero where nothing
-depends on a hyperparameter, as a tree like hparams, and with set_grad adds it into each .grad.
+shapes, outer_loss takes them to a scalar. What a map does not attach is taken for a constant: one
+whose step size is attached, and its inner gradient is not (made without create_graph=True), is a
+first-order map, as some want it; nothing tells it from an oversight. A method returns the
+hypergradient, zero where nothing depends on a hyperparameter, as a tree like hparams, and with
+set_grad adds it into each .grad.
 The equations' solvers are in linear_solvers.py, methods without derivatives in
 strategies.py, differentiable inner optimisers in inner_optimizers.py.
 """
