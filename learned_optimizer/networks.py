@@ -15,6 +15,7 @@ et al. 2020 (arXiv 2009.11243) for the MLP.
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ MLP_CHUNK = 1 << 14  # columns whose graph is kept at once
 # what reading a description that is none may raise
 _UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
 LARGEST_HIDDEN = 4096  # units
-LARGEST_FACTOR = 1e30  # float32 holds it
+LARGEST_FACTOR = sys.float_info.max
 LARGEST_GRADIENT = 1e15  # for the MLP, whose averages of squares stay finite in float32
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TYPES}
@@ -74,7 +75,7 @@ class CoordinateNetwork(nn.Module):
     @out_mul.setter
     def out_mul(self, factor: float) -> None:
         if not 0 < factor <= LARGEST_FACTOR:
-            raise OptimizerError(f"out_mul must be a number above 0, got {factor}")
+            raise OptimizerError(f"out_mul must be a finite number above 0, got {factor}")
         self.settings["out_mul"] = float(factor)
 
     def memory(self, n: int, like: Tensor) -> Tensor:
