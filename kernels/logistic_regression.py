@@ -101,7 +101,9 @@ def fit_logistic(
 
     Stops when a step promises to lower the objective by less than `tolerance` relative to it (at
     float32, rounding leaves about 1e-8). The result is never worse than `start`, nor than the
-    constant classifier where the solver starts without one.
+    constant classifier where the solver starts without one. The promise is that of a quadratic
+    model: a row some 1e7 times as large as the others bends the loss so sharply that the model
+    holds close by only, and the fit may stop early; a tolerance of 1e-12 goes on.
 
     A class without a label has its optimum at bias -> -inf, weight 0. It gets bias -40: since the
     logits of the others sum to zero, their largest is >= 0, and its probability <= exp(-40).

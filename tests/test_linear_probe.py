@@ -645,3 +645,12 @@ def test_probe_of_no_images_is_refused():
         linear_probe(sigmoid_layer, params, images(3, 0), Images(train.images[:0], train.labels, 3))
     with pytest.raises(ProbeError, match="outer_images"):
         linear_probe(sigmoid_layer, params, train, train, outer_images=0)
+
+
+def test_a_row_far_larger_than_the_others_needs_a_lower_tolerance_and_then_is_fitted():
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(19, 20, dtype=torch.float64, generator=generator)
+    labels = (features[:, 0] > 0).long()
+    features[3] *= 1e7
+    fit = fit_logistic(features, labels, 2, 10.0, tolerance=1e-12)
+    assert fit.converged and fit.gradient_norm < 1e-3 * fit.objective
