@@ -302,6 +302,7 @@ NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_
 # --probe_images of the other probes: fewer for each feature, and the fit is perfect, tells nothing
 SAMPLED_IMAGES, SAMPLED_FOR_A_FEATURE, RIDGE_IMAGES = 8192, 256, 2000
 OUTER_IMAGES = {"logistic": 4096, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
+OUTER_IMAGES_IMPLICIT = 1024  # which the fit goes without
 
 
 def refuse_flags_without_effect(args, parser) -> None:
@@ -539,6 +540,12 @@ def make_probe(args, train_data: ImageData, test_data: ImageData) -> ProbeLoss:
         outer_images=args.outer_images,
         probe_gradient=args.probe_gradient,
     )
+
+
+def default_outer_images(args) -> int:
+    """--outer_images where it is not given."""
+    implicit = args.probe == "logistic" and args.probe_gradient == "implicit"
+    return OUTER_IMAGES_IMPLICIT if implicit else OUTER_IMAGES[args.probe]
 
 
 def count_features(model: nn.Module, initializer, data: ImageData) -> int:
@@ -804,7 +811,7 @@ def main(argv: list[str] | None = None) -> None:
     save_whole_paths(args, "start_from")
     refuse_flags_without_effect(args, parser)
     args.dataset = args.dataset or "mnist"
-    args.outer_images = args.outer_images or OUTER_IMAGES[args.probe]
+    args.outer_images = args.outer_images or default_outer_images(args)
     device, dtype = set_up(args)
     _, processes = place_in_team()
     if args.tasks < processes:

@@ -73,5 +73,7 @@ class ProbeSettings:
         choices=PROBE_GRADIENTS,
     )  # fmt: skip
     outer_images: int | None = setting(
-        None, "of the outer loss (default: 4096; with --probe ridge 2000)", "positive"
+        None,
+        "of the outer loss (default: 4096; implicit 1024; with --probe ridge 2000)",
+        "positive",
     )
