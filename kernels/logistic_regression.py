@@ -44,6 +44,7 @@ BLOCKS_UP_TO = 512  # features; above, Boehning's bound stays: blocks cost more 
 JOINT_ROWS, BLOCK_ROWS = 4096, 16384
 JOINT_SCHEDULE, BLOCK_SCHEDULE = (4, 8), (10, 30)  # first iteration, and every so many
 HESSIAN_SHIFT = 0.03  # of its mean diagonal: a subsample misses some directions
+HUGE_ROW, HUGE_ROW_TOLERANCE = 1e4, 1e-12  # of the median row's length; see fit_logistic
 MEMORY = 30  # pairs kept by L-BFGS
 ABSENT_BIAS = -40.0  # see fit_logistic
 MOST_PRODUCTS = 500  # with the Hessian, of solve_hessian
@@ -102,8 +103,8 @@ def fit_logistic(
     Stops when a step promises to lower the objective by less than `tolerance` relative to it (at
     float32, rounding leaves about 1e-8). The result is never worse than `start`, nor than the
     constant classifier where the solver starts without one. The promise is that of a quadratic
-    model: a row some 1e7 times as large as the others bends the loss so sharply that the model
-    holds close by only, and the fit may stop early; a tolerance of 1e-12 goes on.
+    model: a row far larger than the others bends the loss so sharply that the model holds close by
+    only; the tolerance is then 1e-12 at most.
 
     A class without a label has its optimum at bias -> -inf, weight 0. It gets bias -40: since the
     logits of the others sum to zero, their largest is >= 0, and its probability <= exp(-40).
@@ -112,6 +113,8 @@ def fit_logistic(
     counts = torch.bincount(labels, minlength=classes)
     present, labels = _present(counts, labels)
     problem = LogisticProblem(features, labels, len(present), C)
+    if _has_a_huge_row(features):
+        tolerance = min(tolerance, HUGE_ROW_TOLERANCE)
 
     if start is None:
         bias = counts[present].double().log()
@@ -169,6 +172,11 @@ def solve_hessian(
         torch.zeros_like(fit.weight).index_copy(0, present, solved[0]),
         torch.zeros_like(fit.bias).index_copy(0, present, solved[1]),
     )
+
+
+def _has_a_huge_row(features: Tensor) -> bool:
+    sizes = torch.linalg.vector_norm(features, dim=1)
+    return 0 < HUGE_ROW * float(sizes.median()) < float(sizes.max())
 
 
 def _of_like_size(lengths: Tensor) -> list[Tensor]:

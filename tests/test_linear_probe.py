@@ -647,11 +647,11 @@ def test_probe_of_no_images_is_refused():
         linear_probe(sigmoid_layer, params, train, train, outer_images=0)
 
 
-def test_a_row_far_larger_than_the_others_needs_a_lower_tolerance_and_then_is_fitted():
+def test_a_row_far_larger_than_the_others_does_not_end_the_fit_early():
     generator = torch.Generator().manual_seed(2)
     features = torch.randn(19, 20, dtype=torch.float64, generator=generator)
     labels = (features[:, 0] > 0).long()
     features[3] *= 1e7
-    fits = [fit_logistic(features, labels, 2, 10.0, tolerance=t) for t in (1e-12, 1e-15)]
+    fits = [fit_logistic(features, labels, 2, 10.0, tolerance=t) for t in (1e-8, 1e-15)]
     assert all(fit.converged for fit in fits)
     assert fits[0].objective == pytest.approx(fits[1].objective, rel=1e-8)
