@@ -1,6 +1,7 @@
 """The real command, with a tiny budget: what it writes, how it resumes, what it refuses."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
 import baseline_pca
 import main
 from comparison.learned_run import load_run
+from experiment.errors import RunLogError
 from mnist_datasets import load_images
 from rules import load_rule
 
@@ -624,3 +626,12 @@ def test_a_switch_with_its_number_is_resumed(tmp_path):
 )
 def test_a_layer_is_never_lost_to_a_flag(capsys, line, said):
     assert said in refused(capsys, main.main, *line.split())
+
+
+def test_a_run_that_holds_no_ordinary_file_is_refused_and_not_waited_for(tmp_path, plain):
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
+    (out / "checkpoint.pt").unlink()
+    os.mkfifo(out / "checkpoint.pt")
+    with pytest.raises(RunLogError, match="no ordinary file"):
+        load_run(out)
