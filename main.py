@@ -9,6 +9,7 @@
     python main.py --conv 16x5 32x3          convolutional layers, each position a sample
     python main.py 256 32 --start_from RUN   from the rule that another run has learned
     python main.py 256 32 --layerwise --start_from RUN       the second layer's, on a fixed first
+    python main.py 32 --rule unit_statistics --search tpe    looked for without gradients
     python main.py --resume runs/main-...    go on with a run that was ended
     torchrun --nproc_per_node 2 main.py 32 --tasks 4       tasks spread over processes
 

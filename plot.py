@@ -280,14 +280,18 @@ PLOTS = {
 }
 
 
-BESIDE = {"rules": "figures/rules.png", "losses": "figures/losses.png", "one_pass": "report"}
+DEFAULT_PLACES = {
+    "rules": "figures/rules.png",
+    "losses": "figures/losses.png",
+    "one_pass": "report",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, plot, say where it is."""
     args = make_parser().parse_args(argv)
-    if args.figure in BESIDE and args.out is None:
-        args.out = args.runs[0] / BESIDE[args.figure]
+    if args.figure in DEFAULT_PLACES and args.out is None:
+        args.out = args.runs[0] / DEFAULT_PLACES[args.figure]
     for directory in args.runs:
         refuse_changed_files(directory)
     for path in PLOTS[args.figure](args):
