@@ -11,6 +11,7 @@ last bit, however many processes there are. Only the first one writes.
 """
 
 import atexit
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,6 +88,9 @@ def _meet(attempt: int) -> None:
     """
     store, rank, count = next(distributed.rendezvous("env://"))
     store = distributed.PrefixStore(f"attempt {attempt}", store)
+    # torch._dynamo, which an optimiser's first step brings in, imports this module, whose
+    # functions keep the group of that moment as a default: the group would never be destroyed
+    importlib.import_module("torch.distributed.nn.functional")
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
     # gloo's threads may still hold tensors that came from Python: they must let go of them, and
     # be joined, before the interpreter ends, or its end aborts the process
