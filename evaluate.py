@@ -28,11 +28,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from comparison.choices import CLASSICAL_NAMES, REFERENCES
 from experiment.command_line import (
-    DATASETS,
     UserError,
     common_parser,
     parse,
@@ -40,6 +40,7 @@ from experiment.command_line import (
     run_command,
     save_whole_paths,
 )
+from experiment.data_names import DATASETS, OWN, data_name, data_titles
 from rules.choices import run_path, zoo_path
 
 ROTATED = "rotated"
@@ -52,7 +53,9 @@ def make_parser():
                         help="directories of main.py, or names in the zoo")  # fmt: skip
     group = parser.add_argument_group("what is compared", conflict_handler="resolve")
     add = group.add_argument
-    add("--datasets", "--dataset", nargs="+", choices=(*DATASETS, ROTATED), help="images")
+    known = (*DATASETS, ROTATED)
+    add("--datasets", "--dataset", nargs="+", type=partial(data_name, known=known), metavar="DATA",
+        help=f"images: {', '.join(known)}, {OWN}")  # fmt: skip
     add("--layers", type=positive_int, nargs="+", action="append", metavar="UNITS",
         help="units of each layer; may come several times")  # fmt: skip
     add("--steps", type=positive_int, nargs="+", help="numbers of updates")
@@ -159,13 +162,13 @@ def load_data(name: str, data_dir: Path, held_out: int | None) -> tuple[ImageDat
 def make_settings(args, run: LearnedRun, device, dtype) -> list[Setting]:
     """Every data set with every network; the probe and the batch size are the first run's."""
     settings = []
-    for name in args.datasets:
+    for name, title in zip(args.datasets, data_titles(args.datasets), strict=True):
         train_data, test_data = (
             data.to(device) for data in load_data(name, args.data_dir, args.held_out)
         )
         settings += [
             Setting(
-                dataset=name,
+                dataset=title,
                 train=train_data,
                 test=test_data,
                 layers=tuple(layers),

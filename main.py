@@ -252,6 +252,7 @@ from comparison.references import trainings as count_trainings
 from comparison.rule_comparison import Setting
 from data_sets.views import Views
 from experiment.checkpoints import has_checkpoint
+from experiment.data_names import data_titles
 from experiment.devices import set_up
 from experiment.opening import open_run
 from experiment.precision import Products
@@ -726,13 +727,16 @@ def judge_references(
     judged, draws = {}, args.evaluations
     count = len(trainings) * count_trainings(args.beside, draws)
     with log.progress(count, description="reference") as progress:
-        for name, training, data in zip(dataset_names(args), trainings, sets, strict=True):
+        names = dataset_names(args)
+        for name, title, training, data in zip(
+            names, data_titles(names), trainings, sets, strict=True
+        ):
             images = [part.to(data[0].images.device) for part in load_judged(args, name)]
             setting = Setting(
-                name, *images, tuple(args.layers), args.C, args.outer_images,
+                title, *images, tuple(args.layers), args.C, args.outer_images,
                 args.evaluation_batch_size or args.batch_size,
             )  # fmt: skip
-            judged[name] = beside(
+            judged[title] = beside(
                 args.beside, judged_training(args, training, data), setting,
                 draws=draws, steps=steps, seed=args.seed, advance=lambda: progress.advance(None),
             )  # fmt: skip
@@ -831,11 +835,11 @@ def main(argv: list[str] | None = None) -> None:
             (
                 make_model(args, data[0].shape), rule, initializer, stream,
                 make_outer_loss(args, initializer, data),
-                name if len(sets) > 1 else "", make_models(args, data[0].shape),
+                title if len(sets) > 1 else "", make_models(args, data[0].shape),
             ),
             image_inputs(data[0], dtype),
         )
-        for name, data, stream in zip(names, sets, streams, strict=True)
+        for title, data, stream in zip(data_titles(names), sets, streams, strict=True)
     ]  # fmt: skip
     check_settings(make_settings(args), *trainings)
     if args.compile:

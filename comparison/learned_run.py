@@ -16,10 +16,17 @@ from typing import Any
 
 from experiment.checkpoints import refuse_changed_files
 from experiment.command_line import AT_MOST, LARGEST_WHOLE
+from experiment.data_names import data_titles, is_path
 from experiment.errors import RunLogError
 from experiment.files import digest, displayable
 from experiment.main_settings import UNIT_FLAGS
-from experiment.run_reader import read_config, read_json, read_results, refuse_links
+from experiment.run_reader import (
+    read_arrays,
+    read_config,
+    read_json,
+    read_results,
+    refuse_links,
+)
 from experiment.view_strengths import ViewStrengths
 from hypgraddesc import rising_steps
 from initializers import fixed_initializer
@@ -98,8 +105,7 @@ def load_run(directory: str | Path) -> LearnedRun:
         _check_flags(config, steps)
         views = _views(results, rule)
         run = LearnedRun(displayable(directory.name), config, rule, start, steps, views)
-        shape = (3, 32, 32) if _datasets(config)[0] == "cifar10" else (1, 28, 28)
-        network_of_flags(config, shape, config["layers"])
+        network_of_flags(config, _image_shape(directory, config), config["layers"])
     except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
         raise RunLogError(
             f"{directory} is not a whole run of {command}.py: {problem!r}"
@@ -119,6 +125,14 @@ def _views(results: Mapping[str, Any], rule: PerLayerRule) -> ViewStrengths | No
     if (2 if views else 1) != takes:
         raise ValueError(f"views are {views}, of a rule that takes {takes} of each input")
     return views
+
+
+def _image_shape(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """[C, H, W] of the images that a run has learned on; of MNIST's where nothing says it."""
+    if is_path(first := _datasets(config)[0]):
+        shape = read_arrays(directory / "parameters.npz").get("input_shape", (1, 28, 28))
+        return tuple(int(size) for size in shape)
+    return (3, 32, 32) if first == "cifar10" else (1, 28, 28)
 
 
 def _datasets(config: Mapping[str, Any]) -> list[str]:
@@ -239,7 +253,7 @@ def zoo_entry(
         layers=tuple(config["layers"]),
         steps=run.steps,
         layerwise=config.get("layerwise", False),
-        dataset=config["dataset"],
+        dataset=data_titles(_datasets(config))[0],
         data=re.sub(r" from /.*", "", str(read_results(path).get("data", ""))),  # what, not where
         command=_command_text(first["command_line"]),
         accuracies=tuple(accuracies),

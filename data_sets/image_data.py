@@ -123,7 +123,9 @@ def batch_indices(
     Raises DataError where there is not one whole batch.
     """
     if not 1 <= batch_size <= len(data):
-        raise DataError(f"batch size {batch_size} must be from 1 to {len(data)}, the data's")
+        raise DataError(
+            f"batch size {batch_size} must be from 1 to {len(data)}, the number of images"
+        )
     device = data.device if isinstance(data, Tensor) else data.images.device
     order = torch.randperm(len(data), generator=generator, device="cpu").to(device)
     return [index for index in order.split(batch_size) if len(index) == batch_size]

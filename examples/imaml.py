@@ -22,6 +22,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,7 +36,6 @@ from torch.nn.functional import conv2d, cross_entropy, linear, mse_loss
 
 from data_sets.image_data import DataError, ImageData
 from experiment.command_line import (
-    DATASETS,
     UserError,
     common_parser,
     parse,
@@ -45,6 +45,7 @@ from experiment.command_line import (
     refuse_large_seed,
     run_command,
 )
+from experiment.data_names import DATASETS, data_name
 from experiment.devices import set_up
 from experiment.loop import run_steps
 from experiment.opening import open_run
@@ -385,7 +386,7 @@ def make_parser():
     parser = common_parser("Meta-learn initial weights by implicit gradients.", "imaml")
     for action in parser._actions:
         if action.dest == "dataset":  # of the common flags; here several may be put together
-            action.nargs, action.choices = "+", (*DATASETS, "omniglot")
+            action.nargs, action.type = "+", partial(data_name, known=(*DATASETS, "omniglot"))
             action.help = "pictures; several are put together"
     parser.set_defaults(dataset=["mnist", "fashion"])
     add = parser.add_argument_group("tasks").add_argument

@@ -37,11 +37,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from experiment.data_names import DATASETS, OWN, data_name
 from experiment.errors import RunLogError, WrongInputError
 from experiment.run_reader import read_config
 from experiment.screen import mute_broken_streams, repair_streams, show
 
-DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
 DTYPES = ("float32", "float64")
 
 # flags that belong to one call, not to the run
@@ -156,11 +156,12 @@ def common_parser(
     """
     parser = computing_parser(description, command)
     add = parser.add_argument_group("images").add_argument
+    images = f"images: {', '.join(DATASETS)} (needs no network), {OWN}"
     if several_datasets:
-        add("--dataset", choices=DATASETS, action=OneOrMore,
-            help="images (default: mnist; mnist5k needs no network); may be repeated")  # fmt: skip
+        add("--dataset", type=data_name, action=OneOrMore, metavar="DATA",
+            help=f"{images} (default: mnist); may be repeated")  # fmt: skip
     else:
-        add("--dataset", choices=DATASETS, default="mnist", help="images; mnist5k needs no network")
+        add("--dataset", type=data_name, default="mnist", metavar="DATA", help=images)
     add("--data-dir", "--data_dir", type=Path, default="data", metavar="DIR", help="data sets")
     return parser
 

@@ -222,7 +222,9 @@ def make_task(
             lambda generator: quadratic_batches(generator, dtype, device),
         )
     if not 1 <= batch_size <= len(images):
-        raise OptimizerError(f"batch size {batch_size} must be from 1 to {len(images)}, the data's")
+        raise OptimizerError(
+            f"batch size {batch_size} must be from 1 to {len(images)}, the number of images"
+        )
     if images.dim() != 4 or labels.shape != images.shape[:1]:
         raise OptimizerError(
             f"expected images [N, C, H, W] and labels [N], got {list(images.shape)} and "

@@ -3,7 +3,7 @@
 from comparison.choices import CLASSICAL_NAMES, REFERENCES
 from comparison.rule_comparison import reference_methods
 from experiment.choices import META_OPTIMIZERS, METHODS
-from experiment.command_line import DATASETS
+from experiment.data_names import DATASETS
 from hypgraddesc import OPTIMIZERS
 from meta_gradients import METHODS as WAYS
 from mnist_datasets import _COLLECTIONS

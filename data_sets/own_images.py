@@ -1,0 +1,291 @@
+"""Images of your own: a folder with one folder per class, a .npz file, arrays, a torch Dataset.
+
+    train, test = load_own_images(Path("photos"))       # photos/cat/1.png, photos/dog/7.jpg, ...
+    train, test = load_own_images(Path("digits.npz"))   # arrays x_train, y_train, x_test, y_test
+    data = image_data(images, labels)                   # NumPy arrays or tensors
+    data = dataset_images(dataset)                      # a torch Dataset or DataLoader
+
+A folder with train/ and test/ has the folders of the classes in these. Where there is no test set,
+one image in six of each class becomes it, the same ones every time. Classes are numbered in the
+order of their sorted names or labels.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data_sets.image_data import DataError, ImageData
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+ARRAYS = (  # Keras' names, MedMNIST's, and one set to be split
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("train_images", "train_labels", "test_images", "test_labels"),
+    ("images", "labels"),
+    ("x", "y"),
+)
+NPZ_ERRORS = (
+    OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError,
+)  # fmt: skip
+TEST_SHARE = 6  # one image in so many
+MOST_CLASSES = 10_000
+
+Arrays = tuple[np.ndarray, np.ndarray]  # images, and a label for each
+
+
+def load_own_images(path: Path) -> tuple[ImageData, ImageData]:
+    """Training and test images in a folder or a .npz file.
+
+    Raises DataError where there are none, where they differ in size, or cannot be read.
+    """
+    train, test = _read_arrays(path) if path.suffix == ".npz" else _read_folder(path)
+    if test is None:
+        train, test = _split(train)
+    classes = _classes(train[1], f"{path}: training labels")
+    if unknown := sorted({*test[1].tolist()} - {*classes.tolist()}):
+        raise DataError(f"{path}: no training image has the test label {unknown[0]!r}")
+    source = f"{path.name}: {len(train[0]):,} + {len(test[0]):,} images from {path}"
+    sets = []
+    for name, (images, labels) in (("training", train), ("test", test)):
+        numbers = torch.from_numpy(np.searchsorted(classes, labels))
+        sets.append(ImageData(_bytes(images, f"{path}: {name} images"), numbers, source))
+    if sets[0].shape != sets[1].shape:
+        raise DataError(
+            f"{path}: training images are {sets[0].shape}, test images {sets[1].shape}: must agree"
+        )
+    return tuple(sets)
+
+
+def image_data(
+    images: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor | Sequence | None = None,
+    source: str = "images in memory",
+) -> ImageData:
+    """Arrays or tensors as the data that every function here takes.
+
+    images: uint8, bool, or floats from 0 to 1 (kept as the nearest of 256 levels), [N, H, W],
+        [N, C, H, W] or [N, H, W, C] with 1 or 3 channels.
+    labels: N whole numbers or strings, numbered from 0 in sorted order; None: all are of one class.
+
+    Raises DataError for anything else.
+    """
+    pixels = _bytes(_array(images), "images")
+    labels = np.zeros(len(pixels), int) if labels is None else _labels(_array(labels), "labels")
+    if len(labels) != len(pixels):
+        raise DataError(f"{len(pixels)} images with {len(labels)} labels: give one for each")
+    numbers = np.searchsorted(_classes(labels, "labels"), labels)
+    return ImageData(pixels, torch.from_numpy(numbers), source)
+
+
+def dataset_images(dataset: Iterable, source: str = "a torch Dataset") -> ImageData:
+    """All of a torch Dataset of (image, label), or of a DataLoader of batches of them.
+
+    An image is a tensor or array as `image_data` takes them, without N, or a PIL image. Raises
+    DataError for anything else.
+    """
+    if isinstance(dataset, DataLoader):
+        batches = [(_array(images), _array(labels)) for images, labels in dataset]
+    else:
+        length = len(dataset) if hasattr(dataset, "__len__") else None
+        pairs = iter(dataset) if length is None else (dataset[k] for k in range(length))
+        batches = [(_array(image)[None], _array(label)[None]) for image, label in pairs]
+    if not batches:
+        raise DataError(f"{source} is empty: there is no image to learn from")
+    shapes = {images.shape[1:] for images, _ in batches}
+    if len(shapes) > 1:
+        raise DataError(f"{source}: images are of {_two(shapes)}: resize them to one size")
+    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    return image_data(images, labels, source)
+
+
+def _array(value: Any) -> np.ndarray:
+    return value.numpy(force=True) if isinstance(value, Tensor) else np.asarray(value)
+
+
+def _bytes(images: np.ndarray, what: str) -> Tensor:
+    """uint8 [N, C, H, W] of `images` as `image_data` takes them."""
+    if not images.size:
+        raise DataError(f"{what}: there are none")
+    if images.ndim == 2:
+        raise DataError(f"{what} are a table {list(images.shape)}: reshape its rows to [N, H, W]")
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise DataError(
+            f"{what} are {list(images.shape)}; give [N, H, W], [N, C, H, W] or [N, H, W, C] "
+            "with 1 or 3 channels"
+        )
+    return torch.from_numpy(np.ascontiguousarray(_levels(images, what)))
+
+
+def _levels(images: np.ndarray, what: str) -> np.ndarray:
+    """Pixels as bytes: 0 to 1 becomes 0 to 255."""
+    if images.dtype == np.uint8:
+        return images
+    if images.dtype == bool:
+        return images.astype(np.uint8) * np.uint8(255)
+    if images.dtype.kind == "f":
+        low, high = float(images.min()), float(images.max())
+        if not (low >= 0 and high <= 1):  # also where a pixel is not a number
+            raise DataError(
+                f"{what} are floats from {low:.4g} to {high:.4g}; give floats from 0 to 1, or "
+                "uint8 from 0 to 255"
+            )
+        return np.rint(255 * images).astype(np.uint8)
+    if images.dtype.kind in "iu" and images.min() >= 0 and images.max() <= 255:
+        return images.astype(np.uint8)
+    raise DataError(f"{what} are {images.dtype}; give uint8 from 0 to 255, or floats from 0 to 1")
+
+
+def _labels(labels: np.ndarray, what: str) -> np.ndarray:
+    """One label for each image: whole numbers or strings, [N] or [N, 1]."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    whole = labels.dtype.kind in "iub" or (
+        labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels))
+    )
+    if labels.ndim != 1 or not (whole or labels.dtype.kind == "U"):
+        raise DataError(
+            f"{what} are {labels.dtype} {list(labels.shape)}; give one whole number or string for "
+            "each image"
+        )
+    return labels.astype(np.int64) if whole else labels
+
+
+def _classes(labels: np.ndarray, what: str) -> np.ndarray:
+    """The different labels, sorted."""
+    classes = np.unique(labels)
+    if len(classes) > MOST_CLASSES:
+        raise DataError(f"{what} are {len(classes):,} different ones; at most {MOST_CLASSES:,}")
+    return classes
+
+
+def _split(data: Arrays) -> tuple[Arrays, Arrays]:
+    """One image in six of each class apart from the others; every class keeps at least one."""
+    images, labels = data
+    test = np.zeros(len(labels), bool)
+    draws = np.random.RandomState(0)  # its stream is the same in every version of NumPy
+    for label in np.unique(labels):
+        rows = draws.permutation(np.flatnonzero(labels == label))
+        test[rows[: len(rows) // TEST_SHARE]] = True
+    if not test.any():
+        raise DataError(
+            f"{len(labels)} images of {len(np.unique(labels))} classes: six of a class are needed "
+            "to judge by one; give a test set, or more images"
+        )
+    return (images[~test], labels[~test]), (images[test], labels[test])
+
+
+# .npz ------------------------------------------------------------------------------------------
+
+
+def _read_arrays(path: Path) -> tuple[Arrays, Arrays | None]:
+    """Training and test arrays; None for the test's where the file has one set."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = next((names for names in ARRAYS if {*names} <= {*file.files}), None)
+            if names is None:
+                has = ", ".join(file.files) or "no array"
+                raise DataError(f"{path} has {has}; it needs {_alternatives()}")
+            arrays = [file[name] for name in names]
+    except NPZ_ERRORS as error:
+        raise DataError(f"{path} cannot be read as .npz: {' '.join(str(error).split())}") from error
+    sets = []
+    for name, images, labels in zip(names[::2], arrays[::2], arrays[1::2], strict=True):
+        labels = _labels(labels, f"{path}: labels of {name}")
+        if images.ndim == 0 or len(images) != len(labels):
+            raise DataError(f"{path}: {name} {list(images.shape)} has {len(labels)} labels")
+        sets.append((images, labels))
+    return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def _alternatives() -> str:
+    return ", or ".join(" and ".join(names) for names in ARRAYS)
+
+
+# folders ---------------------------------------------------------------------------------------
+
+
+def _read_folder(folder: Path) -> tuple[Arrays, Arrays | None]:
+    """Training and test images of train/ and test/; None for the test's where there are classes."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is neither a folder of images by class nor a .npz file")
+    test = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
+    if not (folder / "train").is_dir() or test is None:
+        return _decoded([folder])[0], None
+    return tuple(_decoded([folder / "train", test]))
+
+
+def _decoded(folders: Sequence[Path]) -> list[Arrays]:
+    """The images below each folder's folders, all in grey or all in colour, and their classes."""
+    files = [_image_files(folder) for folder in folders]
+    modes = {_mode(path) for paths in files for path in paths}
+    mode = "L" if modes == {"L"} else "RGB"
+    sets = []
+    for paths in files:
+        images = [_pixels(path, mode) for path in paths]
+        shapes = {image.shape[:2] for image in images}
+        if len(shapes) > 1:
+            raise DataError(
+                f"{paths[0].parent.parent}: images are of {_two(shapes)} pixels: resize them to "
+                "one size"
+            )
+        sets.append((np.stack(images), np.array([path.parent.name for path in paths])))
+    return sets
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Every image in a folder's folders, in order of their names."""
+    files = sorted(
+        path
+        for path in folder.glob("*/*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
+    if not files:
+        raise DataError(
+            f"{folder} has no images by class: put them into one folder per class, such as "
+            f"{folder.name}/cat/1.png"
+        )
+    return files
+
+
+def _mode(path: Path) -> str:
+    """L for an image in grey, else RGB."""
+    with _opened(path) as image:
+        if image.mode[0] in "IF":
+            raise DataError(f"{path} has more than 8 bits for a pixel; convert it to 8 bits")
+        return "L" if image.mode in ("1", "L", "LA") else "RGB"
+
+
+def _pixels(path: Path, mode: str) -> np.ndarray:
+    """uint8 [H, W] or [H, W, 3]."""
+    with _opened(path) as image:
+        try:
+            return np.asarray(image.convert(mode))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{path}: damaged ({' '.join(str(error).split())})") from error
+
+
+def _opened(path: Path):
+    from PIL import Image
+
+    try:
+        return Image.open(path)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        what = " ".join(str(error).split())
+        raise DataError(f"{path}: no image that can be read ({what})") from error
+
+
+def _two(shapes: Iterable[tuple[int, ...]]) -> str:
+    """Two of these sizes, for a message."""
+    first, second, *_ = sorted(shapes)
+    return f"{' x '.join(map(str, first))} and {' x '.join(map(str, second))}"

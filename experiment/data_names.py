@@ -1,0 +1,40 @@
+"""How image sets are called on the command line, without torch: by a name, or by a path.
+
+--dataset mnist, --dataset photos/ (a folder of images by class), --dataset digits.npz
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+DATASETS = ("mnist", "fashion", "cifar10", "mnist5k")
+OWN = "a folder of images by class, or a .npz file"
+
+
+def is_path(name: str) -> bool:
+    """Whether a name that no known data set has is that of a folder or file."""
+    return os.sep in name or name.endswith(".npz") or Path(name).is_dir()
+
+
+def data_name(text: str, known: Sequence[str] = DATASETS) -> str:
+    """The type of --dataset: a known name as it is, a path made absolute.
+
+    Raises ArgumentTypeError for anything else, and for a path where nothing is.
+    """
+    if text in known:
+        return text
+    path = Path(text).expanduser()
+    if not is_path(str(path)):
+        raise argparse.ArgumentTypeError(
+            f"unknown data set {text!r}; known are {', '.join(known)}, {OWN}"
+        )
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{text} is not there; give {OWN}")
+    return str(path.resolve())
+
+
+def data_titles(names: Sequence[str]) -> list[str]:
+    """What tables and figures call data sets: names, last parts of paths unless two agree."""
+    titles = [Path(name).stem if is_path(name) else name for name in names]
+    return titles if len({*titles}) == len(titles) else [*names]
