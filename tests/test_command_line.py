@@ -107,7 +107,7 @@ def test_a_flag_that_may_be_given_again_is_one_value_or_a_list(tmp_path, capsys)
         open_run(args, "demo").close()
         assert json.loads((out / "config.json").read_text())["dataset"] == saved
         assert parse(parser, ["--resume", str(out)]).dataset == saved
-    for wrong, said in ((["--dataset", "mnist"], "given twice"), (["--dataset", "x"], "choose")):
+    for wrong, said in ((["--dataset", "mnist"], "given twice"), (["--dataset", "x"], "known are")):
         with pytest.raises(SystemExit):
             parse(parser, [*flags, *wrong])
         assert said in capsys.readouterr().err
@@ -132,7 +132,7 @@ def test_dashes_and_underscores_are_one():
         ("32 --seed -1", "--seed: must be a whole number of at least 0, not '-1'"),
         ("32 --seed x", "--seed: must be a whole number of at least 0, not 'x'"),
         ("32 --threads 0", "--threads: must be a whole number of at least 1, not '0'"),
-        ("32 --dataset cats", "--dataset: invalid choice: 'cats' (choose from 'mnist'"),
+        ("32 --dataset cats", "--dataset: unknown data set 'cats'; known are mnist"),
         ("32 --dtype float16", "--dtype: invalid choice: 'float16'"),
         ("32 --device gpu", "--device: must be auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
         ("32 --out a --resume b", "--resume: not allowed with argument --out"),
