@@ -1,8 +1,9 @@
 """The checkpoints of a run: the last one, and the one before it, each with its checksum.
 
-A file is a SHA-256 digest of 32 bytes, then what torch.save writes. Whenever the process is killed,
-a good checkpoint is on disk once the first has been saved. It carries the digests of config.json
-and of the rows of metrics.csv that it continues: files of different runs do not go together.
+A file is what torch.save writes, then its SHA-256 digest of 32 bytes, which torch.load passes over:
+torch.load(path, weights_only=True) opens it. Whenever the process is killed, a good checkpoint is
+on disk once the first has been saved. It carries the digests of config.json and of the rows of
+metrics.csv that it continues: files of different runs do not go together.
 """
 
 import hashlib
@@ -63,7 +64,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
         raise TypeError(f"a checkpoint holds tensors and plain values only: {reason}") from error
     current, new = directory / LAST, directory / NEW
     with disk_errors(f"can't write {current}"):
-        write_durably(new, hashlib.sha256(payload).digest() + payload)
+        write_durably(new, payload + hashlib.sha256(payload).digest())
         if current.exists():
             os.replace(current, directory / PREVIOUS)
         os.replace(new, current)
@@ -169,9 +170,7 @@ def _read(path: Path, configuration: str | None = None) -> Checkpoint:
     """The checkpoint in a file, of this configuration; _UnusableError where it is not."""
     with disk_errors(f"can't read {path}"):
         content = path.read_bytes()
-    digest, payload = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-    if hashlib.sha256(payload).digest() != digest:
-        raise _UnusableError(f"is damaged ({len(content)} bytes, checksum wrong)")
+    payload = _checked(content)
     try:
         saved = _load(payload)
         form, step, state = saved["format"], saved.get("step"), saved.get("state")
@@ -187,6 +186,16 @@ def _read(path: Path, configuration: str | None = None) -> Checkpoint:
     if configuration is not None and of_configuration not in (None, configuration):
         raise _UnusableError("is of another run than config.json, or that was changed")
     return Checkpoint(step, state, saved.get("last_row", -1), of_configuration, metrics)
+
+
+def _checked(content: bytes) -> bytes:
+    """A file's content without its digest; _UnusableError where that is not the content's."""
+    behind = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+    before = content[DIGEST_BYTES:], content[:DIGEST_BYTES]  # where older versions put it
+    for payload, digest in (behind, before):
+        if hashlib.sha256(payload).digest() == digest:
+            return payload
+    raise _UnusableError(f"is damaged ({len(content)} bytes, checksum wrong)")
 
 
 def _load(payload: bytes) -> dict[str, Any]:

@@ -324,6 +324,15 @@ def test_a_checkpoint_reads_back_as_it_was_saved(tmp_path):
     assert torch.equal(state["weights"], torch.full((3,), 2.0))
 
 
+def test_a_checkpoint_is_one_for_torch_too_and_may_be_of_an_older_version(tmp_path):
+    new_run(tmp_path, 3).close()
+    path = tmp_path / "run" / "checkpoint.pt"
+    assert torch.load(path, weights_only=True)["step"] == 2
+    content = path.read_bytes()
+    path.write_bytes(content[-32:] + content[:-32])  # where the digest was once
+    assert loaded(tmp_path / "run")[0] == 2
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
     with new_run(tmp_path) as log:
         log.record(0, {"loss": 1.0})
@@ -403,7 +412,7 @@ def test_a_checkpoint_with_a_right_checksum_and_other_content_is_damaged(tmp_pat
     if content is not None:
         torch.save(content, buffer)
     payload = buffer.getvalue()
-    whole = hashlib.sha256(payload).digest() + payload
+    whole = payload + hashlib.sha256(payload).digest()
     (tmp_path / "run" / "checkpoint.pt").write_bytes(whole)
     assert loaded(tmp_path / "run")[0] == 1
 
