@@ -134,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
 
     with open_run(args, "baseline_mlp", data[0]) as log:
         log.say(data[0].source)
-        finished, rows = hypgraddesc(training, settings, log, hyperparameters=numbers), []
+        history = hypgraddesc(training, settings, log, hyperparameters=numbers)
+        finished, rows = history.finished, []
         if finished:
             whole = replace(training, outer_loss=make_outer_loss(args, *data))
             draws = [Draw((args.seed, EVALUATION, k), 0) for k in range(args.evaluations)]

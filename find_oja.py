@@ -237,14 +237,14 @@ def main(argv: list[str] | None = None) -> None:
     next(training.batches(seeded_generator(0)))  # refuses a wrong batch size
     with open_run(args, "find_oja", data) as log:
         log.say(data.source)
-        finished = hypgraddesc(
+        history = hypgraddesc(
             training, make_settings(args), log, hyperparameters=lambda: coefficients(training.rule)
         )
         write_rule(log, training.rule)
         comparison = compare_with_oja(args, training, log)
         report(args, log, training.rule, comparison, data, direction)
         log.say(f"everything is in {log.directory}")
-    if not finished:
+    if not history.finished:
         raise KeyboardInterrupt
 
 

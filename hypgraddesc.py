@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
@@ -24,7 +25,7 @@ from experiment.loop import finish_on_interrupt, run_steps
 from experiment.meta_settings import Horizon, MetaSettings
 from experiment.precision import Products
 from experiment.processes import ALONE, Team
-from experiment.run_log import RunLog, SilentLog
+from experiment.run_log import MemoryLog, RunLog, SilentLog
 from experiment.seeds import log_uniform_integer, seeded_generator
 from meta_gradients import Hypergradient, Persistent, Strategies, make_method
 from models_fully_local import Params
@@ -101,18 +102,19 @@ def random_steps(low: int, high: int) -> Horizon:
 def hypgraddesc(
     training: Training | Sequence[Training],
     settings: MetaSettings,
-    log: RunLog | SilentLog,
+    log: RunLog | SilentLog | MemoryLog | None = None,
     *,
     hyperparameters: Callable[[], dict[str, float]] = dict,
     checkpoint_every: int = 10,
     team: Team = ALONE,
-) -> bool:
-    """Runs the meta-loop, recording a row per meta-step; True when it came to its end.
+) -> "History":
+    """Runs the meta-loop, recording a row per meta-step, and returns the rows.
 
     Goes on from the log's checkpoint if there is one. Ctrl-C ends it cleanly after the running
-    meta-step. At the end the hyperparameters are their averages. Arguments as in
-    HypergradientDescent. Every process of the team calls this.
+    meta-step. At the end the hyperparameters are their averages. Without a log no file is written.
+    Other arguments as in HypergradientDescent. Every process of the team calls this.
     """
+    log = MemoryLog() if log is None else log
     descent = HypergradientDescent(
         training, settings, log.warn, team=team, hyperparameters=hyperparameters
     )
@@ -121,7 +123,20 @@ def hypgraddesc(
         shown=(*descent.names, "seconds"), checkpoint_every=checkpoint_every, team=team,
     )  # fmt: skip
     descent.use_average()
-    return finished
+    return History(finished, log.history())
+
+
+@dataclass(frozen=True)
+class History:
+    """What a meta-run has recorded.
+
+    finished: whether it came to its end, not to an interrupt.
+    columns: numbers by name, each an array [rows] such as "meta_loss", with the meta-steps as
+        "step"; {} in those processes of a team that write nothing.
+    """
+
+    finished: bool
+    columns: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)

@@ -651,7 +651,8 @@ def learn(args, trainings: Sequence[Training], log: RunLog, recorded, team: Team
 
         settings = make_search_settings(args)
         return search_rule(trainings, settings, log, hyperparameters=recorded, team=team)
-    return hypgraddesc(trainings, make_settings(args), log, hyperparameters=recorded, team=team)
+    history = hypgraddesc(trainings, make_settings(args), log, hyperparameters=recorded, team=team)
+    return history.finished
 
 
 def hyperparameters(training: Training) -> dict[str, float]:

@@ -1,29 +1,47 @@
-"""How far a run is, on the screen: a bar on a terminal, else ten lines."""
+"""How far a run is, on the screen: a bar on a terminal or in a notebook, else some lines."""
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
 
 from tqdm import tqdm
 
 from experiment.screen import mute_broken_streams, show
 
+SECONDS = 60.0  # between lines, at most, where steps come more often
+
+
+@contextmanager
+def shown_progress(
+    total: int, initial: int = 0, description: str = "", quiet: bool = False
+) -> Iterator["Progress"]:
+    """Progress from `initial` to `total` on stderr, left as it is at the end."""
+    progress = Progress(total, initial, description, quiet)
+    try:
+        yield progress
+    finally:
+        progress.close()
+
 
 class Progress:
-    """How far a loop is, with the numbers that matter; made by `RunLog.progress`."""
+    """How far a loop is, with the numbers that matter; made by `shown_progress`."""
 
     def __init__(self, total: int, initial: int, description: str, quiet: bool) -> None:
         self.total, self.done, self.description = total, initial, description
         self._started, self._initial = time.monotonic(), initial
-        on_terminal = sys.stderr.isatty()
-        self._in_lines = not quiet and not on_terminal
-        self._bar = tqdm(
+        self._told = self._started
+        in_notebook = "ipykernel" in sys.modules
+        has_bar = sys.stderr.isatty() or in_notebook
+        self._in_lines = not quiet and not has_bar
+        self._bar = _bar_class(in_notebook)(
             total=total,
             initial=initial,
             desc=description or None,
             file=sys.stderr,
             dynamic_ncols=True,
-            disable=quiet or not on_terminal,
+            disable=quiet or not has_bar,
         )
 
     def advance(self, numbers: Mapping[str, float] | None = None) -> None:
@@ -36,7 +54,10 @@ class Progress:
             self._bar.update(1)
         except OSError:  # the terminal is gone
             mute_broken_streams()
-        if self._in_lines and self.done * 10 // max(self.total, 1) > tenth:
+        now = time.monotonic()
+        is_due = self.done * 10 // max(self.total, 1) > tenth or now - self._told >= SECONDS
+        if self._in_lines and is_due:
+            self._told = now
             self._print_line(text)
 
     def _print_line(self, text: str) -> None:
@@ -52,3 +73,12 @@ class Progress:
             self._bar.close()
         except OSError:
             mute_broken_streams()
+
+
+def _bar_class(in_notebook: bool) -> type[tqdm]:
+    """A notebook's own bar where it has the widgets for one, else that of a terminal."""
+    if in_notebook and find_spec("ipywidgets"):
+        from tqdm.notebook import tqdm as widget
+
+        return widget
+    return tqdm

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,13 +31,14 @@ from experiment.checkpoints import Checkpoint, configuration_digest
 from experiment.environment import describe_environment
 from experiment.errors import RunLogError, disk_errors
 from experiment.files import NEW, finite_or_null, json_text, remove_leftovers, write_whole
-from experiment.progress import Progress
+from experiment.progress import Progress, shown_progress
 from experiment.run_reader import (
     complete_lines,
     metrics_table,
     path_within,
     read_config,
     read_json,
+    read_metrics,
     refuse_links,
     step_of,
 )
@@ -76,14 +78,22 @@ class RunLog:
         config: Mapping[str, Any],
         quiet: bool = False,
         figures: bool = True,
+        overwrite: bool = False,
     ) -> Self:
-        """Start a run in a new or empty directory."""
+        """Start a run in a new or empty directory.
+
+        overwrite: a run that is there already, and that nobody is writing, is removed first.
+        """
         directory = Path(directory)
+        replaced = overwrite and (directory / "config.json").exists()
         with disk_errors(f"can't write the run directory {directory}"):
-            _refuse_occupied(directory)
+            if not replaced:
+                _refuse_occupied(directory)
             directory.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(directory)
         try:
+            if replaced:
+                _remove_run(directory)
             _refuse_occupied(directory)
             _remove_leftovers(directory)
             _write(directory / "config.json", json_text(dict(config)))
@@ -290,6 +300,10 @@ class RunLog:
                 f"step {last_row}: the rows between are lost"
             )
 
+    def history(self) -> dict[str, np.ndarray]:
+        """The columns of metrics.csv so far, as `read_metrics` gives them."""
+        return read_metrics(self.directory)
+
     # ---- what the user sees ----
 
     def say(self, text: str) -> None:
@@ -317,11 +331,8 @@ class RunLog:
     @contextmanager
     def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator[Progress]:
         """Progress from `initial` to `total` on stderr: a bar on a terminal, else ten lines."""
-        shown = Progress(total, initial, description, self.quiet)
-        try:
-            yield shown
-        finally:
-            shown.close()
+        with shown_progress(total, initial, description, self.quiet) as progress:
+            yield progress
 
     def _describe_environment(self) -> None:
         path = self.path("environment.json")
@@ -346,6 +357,10 @@ class SilentLog:
     def record(self, step: int, row: Mapping[str, float]) -> None:
         """Nothing."""
 
+    def history(self) -> dict[str, np.ndarray]:
+        """Nothing."""
+        return {}
+
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Nothing."""
 
@@ -359,6 +374,36 @@ class SilentLog:
     def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator[Progress]:
         """Progress that shows nothing."""
         yield Progress(total, initial, description, quiet=True)
+
+
+class MemoryLog(SilentLog):
+    """Keeps the rows of a run in memory, and writes no file."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float]] = []
+
+    def record(self, step: int, row: Mapping[str, float]) -> None:
+        """Append one row."""
+        self._rows.append({"step": step, **row})
+
+    def history(self) -> dict[str, np.ndarray]:
+        """The rows so far, an array for each column."""
+        names = self._rows[0] if self._rows else ()
+        return {name: np.array([row[name] for row in self._rows]) for name in names}
+
+    def say(self, text: str) -> None:
+        """Print `text` on stdout, above a progress bar."""
+        _show_above_the_bar(text, sys.stdout)
+
+    def warn(self, text: str) -> None:
+        """Print `text` on stderr, above a progress bar."""
+        _show_above_the_bar(text, sys.stderr)
+
+    @contextmanager
+    def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator[Progress]:
+        """Progress from `initial` to `total`: a bar on a terminal and in a notebook, else lines."""
+        with shown_progress(total, initial, description) as progress:
+            yield progress
 
 
 def _other_columns(columns: list[str], expected: list[str]) -> str:
@@ -397,6 +442,18 @@ def _refuse_occupied(directory: Path) -> None:
         raise RunLogError(
             f"{directory} is not empty: choose another --out, or go on with --resume {directory}"
         )
+
+
+def _remove_run(directory: Path) -> None:
+    """Removes all that is in a run's directory but the lock."""
+    refuse_links(directory)
+    read_config(directory)
+    with disk_errors(f"can't remove the run in {directory}"):
+        for entry in directory.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
 
 
 def _remove_leftovers(directory: Path) -> None:

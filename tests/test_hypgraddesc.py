@@ -1166,12 +1166,12 @@ def run_loop(log, *, before_call=lambda call: None, checkpoint_every=3, **settin
             before_call(next(calls))
             return training.outer_loss(*arguments)
 
-    finished = hypgraddesc(
+    history = hypgraddesc(
         replace(training, outer_loss=Watched()), run.settings, log,
         hyperparameters=lambda: run.rule.coefficients() | training.initializer.effective(),
         checkpoint_every=checkpoint_every,
     )  # fmt: skip
-    return finished, run
+    return history.finished, run
 
 
 def at_call(number, action):
@@ -1307,6 +1307,24 @@ def test_no_meta_steps_are_a_finished_loop(tmp_path):
     assert finished and not any(run.rule.coefficients().values())
 
 
+def test_without_a_log_the_rows_come_back_the_same_and_no_file_is_written(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with RunLog.create(tmp_path / "run", {}, quiet=True) as log:
+        written = failing_loop(log, "skip")
+    kept = failing_loop(None, "skip")
+    assert written.finished and kept.finished and [*kept.columns] == [*written.columns]
+    for name in {*kept.columns} - {"seconds"}:
+        assert kept.columns[name].tolist() == pytest.approx(
+            written.columns[name].tolist(), rel=0, abs=0, nan_ok=True
+        )
+    assert kept.columns["step"].tolist() == [1, 2, 3, 4]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    error = capsys.readouterr().err
+    assert "meta-step 3, task 0, outer loss" in error and "meta-step 4/4" in error
+
+
 def failing_loop(log, nonfinite):
     calls = itertools.count()
 
@@ -1320,7 +1338,7 @@ def failing_loop(log, nonfinite):
     settings = MetaSettings(metasteps=4, inner_steps=1, lr=0.01, nonfinite=nonfinite)
     rule = Drift([0.5])
     training = Training(nn.Identity(), rule, Start([0.0]), ones, Failing())
-    hypgraddesc(training, settings, log, hyperparameters=rule.coefficients)
+    return hypgraddesc(training, settings, log, hyperparameters=rule.coefficients)
 
 
 def test_a_loop_that_is_to_stop_at_what_is_not_finite_stops(tmp_path):

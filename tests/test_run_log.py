@@ -333,6 +333,25 @@ def test_a_checkpoint_is_one_for_torch_too_and_may_be_of_an_older_version(tmp_pa
     assert loaded(tmp_path / "run")[0] == 2
 
 
+def test_a_run_may_take_the_place_of_another_where_that_is_asked_for(tmp_path):
+    with new_run(tmp_path, 3) as log:
+        log.path("figures").mkdir()
+        (log.path("figures") / "x.txt").write_text("x")
+        with pytest.raises(RunLogError, match="is being written by process"):
+            RunLog.create(log.directory, {}, overwrite=True)
+    with RunLog.create(log.directory, {"seed": 1}, quiet=True, overwrite=True) as log:
+        assert log.load_checkpoint() is None and read_metrics(log.directory) == {}
+        assert {path.name for path in log.directory.iterdir()} == {
+            "config.json", "environment.json", "lock",
+        }  # fmt: skip
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(RunLogError, match="is not empty"):
+        RunLog.create(tmp_path / "mine", {}, overwrite=True)
+    with pytest.raises(RunLogError, match="is not empty"):
+        RunLog.create(log.directory, {})
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
     with new_run(tmp_path) as log:
         log.record(0, {"loss": 1.0})
@@ -632,6 +651,16 @@ def test_progress_off_a_terminal_is_a_line_at_every_tenth(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5
     assert lines[0].startswith("meta-step 120/200  loss 17")
+
+
+def test_progress_off_a_terminal_is_a_line_in_a_minute_at_least(tmp_path, monkeypatch, capsys):
+    clock = itertools.count(step=25)
+    monkeypatch.setattr("experiment.progress.time.monotonic", lambda: next(clock))
+    with RunLog.create(tmp_path / "run", {}) as log, log.progress(1000) as bar:
+        for _ in range(9):
+            bar.advance()
+    steps = [line.split("/")[0] for line in capsys.readouterr().err.splitlines()]
+    assert steps[:2] == ["3", "5"]  # the clock is read once more for each line
 
 
 def test_progress_on_a_terminal_is_a_bar_with_the_numbers(tmp_path, monkeypatch):
