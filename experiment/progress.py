@@ -1,4 +1,4 @@
-"""How far a run is, on the screen: a bar on a terminal or in a notebook, else some lines."""
+"""The progress of a run on the screen: a bar on a terminal or in a notebook, otherwise lines."""
 
 import sys
 import time
@@ -26,7 +26,7 @@ def shown_progress(
 
 
 class Progress:
-    """How far a loop is, with the numbers that matter; made by `shown_progress`."""
+    """The progress of a loop, with its current numbers; made by `shown_progress`."""
 
     def __init__(self, total: int, initial: int, description: str, quiet: bool) -> None:
         self.total, self.done, self.description = total, initial, description
@@ -45,7 +45,7 @@ class Progress:
         )
 
     def advance(self, numbers: Mapping[str, float] | None = None) -> None:
-        """One more step is done; `numbers` are shown beside it."""
+        """Count one more step and show `numbers` beside it."""
         tenth = self.done * 10 // max(self.total, 1)
         self.done += 1
         text = ", ".join(f"{name} {value:.4g}" for name, value in (numbers or {}).items())
@@ -68,7 +68,7 @@ class Progress:
         show("  ".join(part for part in parts if part), sys.stderr)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop updating the bar and leave it on the screen."""
         try:
             self._bar.close()
         except OSError:
