@@ -1,4 +1,4 @@
-"""Families of learning rules beyond the polynomial one, and the files of all of them.
+"""Families of learning rules beyond the polynomial one, and the reading and writing of all rules.
 
     from rules import load_rule
 
