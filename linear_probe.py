@@ -334,7 +334,10 @@ def _accuracy(fit: LogisticFit, features: Tensor, labels: Tensor) -> float:
 
 
 def _draw(available: int, wanted: int, generator: torch.Generator | None) -> Tensor:
-    """Indices of `wanted` of the `available` images, all of them if there are no more."""
+    """The indices of `wanted` of the `available` images, or of all if there are no more.
+
+    They are evenly spaced without a generator. Raises ProbeError if wanted < 1.
+    """
     if wanted < 1:
         raise ProbeError(f"outer_images is {wanted}; expected at least 1")
     if wanted >= available:

@@ -191,9 +191,12 @@ class _LateralLayer(nn.Module):
 
 
 class LateralLinear(_LateralLayer):
-    """A fully connected layer whose units inhibit each other; options as in _LateralLayer."""
+    """A fully connected layer, w [out, in], whose units inhibit each other.
 
-    windows = None  # a sample is a row of the input, not a window in it
+    Options as in _LateralLayer.
+    """
+
+    windows = None  # the input of a sample is a row, not a window
 
     def __init__(
         self,
@@ -310,7 +313,7 @@ def has_weights(params: dict[str, Tensor]) -> bool:
 
 
 class Sequential(nn.Module):
-    """Layers in order; params holds one dict per layer ({} for those without parameters)."""
+    """Layers in order; params has one dict per layer ({} for those without parameters)."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()

@@ -152,7 +152,7 @@ LEFT_AFTER = 600.0  # seconds after which a half-written file is taken to be aba
 
 GIVEN_BY_THE_SWEEP = ("out", "resume")
 HOME = Path(__file__).resolve().parent
-RESUMABLE = (  # commands that --resume runs because a config.json says so
+RESUMABLE = (  # commands that --resume may take from a config.json
     "main.py", "find_oja.py", "baseline_mlp.py", "baseline_pca.py", "baseline_vicreg.py",
     "evaluate.py", "prune_rule.py", "tune_one_pass.py", "train_krotov_hopfield.py",
     "learn_to_optimize.py", "examples/equilibrium_network.py", "examples/imaml.py",
@@ -458,7 +458,7 @@ class Sweep:
 
 
 def flags_of(trial: Trial, searched: Sequence[SearchedFlag]) -> list[str]:
-    """The trial's values as arguments."""
+    """The values of a trial as arguments of the command."""
     arguments = []
     for flag in searched:
         text = str(flag.exact(trial.params[flag.name]))
@@ -492,7 +492,7 @@ def open_directory(args) -> Path:
         if read_config(directory).get("command") != "sweep":
             raise UserError(f"{directory} is no sweep's directory: choose another --out")
     elif directory.is_dir():
-        # another process may be at this point with the same sweep
+        # another process may be starting the same sweep
         ours = (JOURNAL, NEW)
         if any(not entry.name.startswith(ours) for entry in directory.iterdir()):
             raise UserError(f"{directory} is not empty: choose another --out")

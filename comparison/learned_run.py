@@ -62,7 +62,7 @@ class LearnedRun:
         return _datasets(self.config)
 
     def fingerprint(self) -> str:
-        """A digest of the rule, its start and its views."""
+        """A digest of the rule, its initial distribution and its views."""
         views = self.views and self.views.to_dict()
         return digest(json.dumps([self.rule.to_dict(), self.start, views]).encode())
 
@@ -206,7 +206,7 @@ def _steps_of_evaluations(results: Mapping[str, Any], config: Mapping[str, Any])
     return steps_to_judge(config, config["metasteps"] + config["finetune_steps"])
 
 
-# ---- to the zoo and from it ----
+# ---- entries of the zoo ----
 
 
 def _of_zoo(entry: ZooEntry) -> LearnedRun:

@@ -48,7 +48,7 @@ Part = tuple[Tensor, Tensor]  # inputs [N, ...], targets [N, ...]
 
 
 class ProblemError(WrongInputError):
-    """A network that does not fit the data."""
+    """A network that does not fit the data; the message is one line."""
 
 
 @dataclass(frozen=True)

@@ -328,7 +328,7 @@ def noise_statistics(
     BLOCKS; the share of coordinates that it is estimated from, those whose differences are never 0;
     trace and largest eigenvalue of the covariance over minibatches.
 
-    minibatches: how many.
+    minibatches: the number of minibatches.
     draw, weights: as in `train_all`.
     """
     optimizee = task.optimizee

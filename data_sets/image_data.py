@@ -1,4 +1,4 @@
-"""Labelled images as one uint8 tensor, turned into floats batch by batch."""
+"""Labelled images, stored as one uint8 tensor and turned into floats batch by batch."""
 
 import hashlib
 from dataclasses import dataclass, replace

@@ -125,7 +125,7 @@ def _centres(size, like):
 
 @loop
 def _box(areas, aspects, position, padding, scale, fallback, height, width):
-    """Top, left, height and width of the first attempt that fits into the padded image."""
+    """Top, left, height, width of the first attempt that fits the padded image, or `fallback`."""
     padded_height, padded_width = height + 2 * padding, width + 2 * padding
     for attempt in range(len(areas)):
         area = padded_height * padded_width * (scale[0] + (scale[1] - scale[0]) * areas[attempt])

@@ -4,7 +4,7 @@
 WITH_LATERAL_WEIGHTS = ("lateral", "equilibrium")
 INHIBITION = (*WITH_LATERAL_WEIGHTS, "none", "l1", "l2")
 
-# What train.py keeps for the backward pass; the precision of products (experiment/precision.py)
+# Memory policies of train.py; precisions of products (experiment/precision.py)
 MEMORY = ("fit", "keep", "segments", "recompute")
 PRODUCTS = ("float32", "tf32", "bfloat16")
 

@@ -84,7 +84,10 @@ class UserError(WrongInputError):
 
 
 def run_parser(description: str, command: str) -> argparse.ArgumentParser:
-    """A parser with the flags of any run; `command` names the run directories."""
+    """A parser with the flags of any run.
+
+    command: the name of the script without .py, after which run directories are named.
+    """
     parser = OneLineParser(
         prog=f"{command}.py",
         description=description,
@@ -106,7 +109,7 @@ def run_parser(description: str, command: str) -> argparse.ArgumentParser:
 
 
 def computing_parser(description: str, command: str) -> argparse.ArgumentParser:
-    """A parser with the flags of a run that computes with tensors, on data of any kind."""
+    """A parser with the flags of any run that computes with tensors; see `run_parser`."""
     parser = run_parser(description, command)
     add = parser.add_argument_group("computation").add_argument
     device = "auto, cpu, cuda, cuda:N or mps"
@@ -154,9 +157,9 @@ class SwitchWithNumber(argparse.Action):
 def common_parser(
     description: str, command: str, *, several_datasets: bool = False
 ) -> argparse.ArgumentParser:
-    """A parser with the flags that every command on images has.
+    """A parser with the flags of any command on images; see `run_parser`.
 
-    several_datasets: --dataset may be given again; args.dataset is None where it is not given.
+    several_datasets: allow several --dataset; args.dataset is then None if there is none.
     """
     parser = computing_parser(description, command)
     add = parser.add_argument_group("images").add_argument
@@ -287,7 +290,7 @@ def run_command(
         show("interrupted", sys.stderr)
         sys.exit(130)
     finally:
-        mute_broken_streams()  # Python flushes them once more at exit
+        mute_broken_streams()  # because Python flushes them again at exit
 
 
 def _has_lost_its_team(error: Exception) -> bool:
@@ -347,39 +350,39 @@ def place_in_team() -> tuple[int, int]:
 
 
 def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
+    """The type of a flag: a whole number of at least 1."""
     return _number(int, text, lambda value: value >= 1, "a whole number of at least 1")
 
 
 def nonnegative_int(text: str) -> int:
-    """A whole number of at least 0."""
+    """The type of a flag: a whole number of at least 0."""
     return _number(int, text, lambda value: value >= 0, "a whole number of at least 0")
 
 
 def positive_float(text: str) -> float:
-    """A number above 0, up to LARGEST."""
+    """The type of a flag: a number above 0, at most LARGEST."""
     return _number(float, text, lambda value: value > 0, "a number above 0")
 
 
 def nonnegative_float(text: str) -> float:
-    """A number of at least 0, up to LARGEST."""
+    """The type of a flag: a number of at least 0, at most LARGEST."""
     return _number(float, text, lambda value: value >= 0, "a number of at least 0")
 
 
 def fraction(text: str) -> float:
-    """A number from 0 to 1."""
+    """The type of a flag: a number from 0 to 1."""
     return _number(float, text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def device_name(text: str) -> str:
-    """The name of a device, present or not."""
+    """The type of a flag: the name of a device, present or not."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", text):
         raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda, cuda:N or mps, not {text!r}")
     return text
 
 
 def fraction_below_1(text: str) -> float:
-    """A number from 0 to below 1."""
+    """The type of a flag: a number in [0, 1)."""
     return _number(float, text, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class WrongInputError(ValueError):
-    """Wrong input; the message is one line that says what is wrong and what would be right."""
+    """Wrong input by the user; the message is one line with what is wrong and what is expected."""
 
 
 class RunLogError(WrongInputError):

@@ -65,7 +65,7 @@ def remove_leftovers(folder: Path, seconds: float = 0.0) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it. Raises OSError."""
+    """Write a file and wait until it is on disk. Raises OSError."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -73,7 +73,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a directory. Raises OSError."""
+    """Wait until a file, or the entries of a directory, are on disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -130,7 +130,7 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        """Flush and close every file and release the directory; nothing may be written after it."""
+        """Close every file and release the directory; nothing may be written afterwards."""
         try:
             with disk_errors(f"can't write to {self.directory}"):
                 if self._metrics is not None:
@@ -307,10 +307,10 @@ class RunLog:
             )
 
     def history(self) -> dict[str, np.ndarray]:
-        """The columns of metrics.csv so far, as `read_metrics` gives them."""
+        """The columns of metrics.csv so far, as returned by `read_metrics`."""
         return read_metrics(self.directory)
 
-    # ---- what the user sees ----
+    # ---- output on the screen ----
 
     def say(self, text: str) -> None:
         """Print `text` on stdout, above a progress bar, unless quiet; append it to log.txt."""
@@ -378,7 +378,7 @@ class SilentLog:
 
     @contextmanager
     def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator[Progress]:
-        """Progress that shows nothing."""
+        """A Progress that shows nothing."""
         yield Progress(total, initial, description, quiet=True)
 
 

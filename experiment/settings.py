@@ -119,5 +119,5 @@ def _form(entry: Field) -> dict[str, Any]:
         elements = get_args(kind)
         form["nargs"] = "+" if elements[-1] is Ellipsis else len(elements)
     form["type"] = converter_of(entry)
-    said = ("choices", "metavar", "nargs", "type")
-    return form | {name: entry.metadata[name] for name in said if name in entry.metadata}
+    overrides = ("choices", "metavar", "nargs", "type")
+    return form | {name: entry.metadata[name] for name in overrides if name in entry.metadata}

@@ -101,7 +101,7 @@ class ViewStrengths:
 
     @property
     def masks(self) -> bool:
-        """Whether some views lose pixels."""
+        """Whether some views have lost pixels."""
         return self.matters("mask") and self.mask[1] > 0
 
     def matters(self, name: str) -> bool:
@@ -118,7 +118,7 @@ class ViewStrengths:
                 raise ViewError(f"to learn {name} needs views {kinds}, and a start above 0")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The strengths as plain values, for JSON."""
         return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
 
     @classmethod

@@ -317,9 +317,9 @@ def _hyperparameter_traces(runs: Sequence[Recorded], name: str, label: str) -> F
 
 
 def _best_so_far(runs: Sequence[Recorded]) -> Figure:
-    """The test loss of the draw with the least validation loss, over the number of draws.
+    """The test loss of the draw with the least validation loss so far, over the number of draws.
 
-    Each of `runs` has validation samples.
+    runs: runs with validation samples.
     """
     figure, axes = one_panel()
     axes.set(xscale="log", yscale="log")  # now, because later it would fail if nothing is drawn

@@ -67,7 +67,7 @@ class GatedTerms:
 
     @property
     def currents(self) -> tuple[str, ...]:
-        """The kinds that have a row for each view."""
+        """The kinds of currents that have a row for each view."""
         return tuple(kind for kind in self.rows if kind != "1")
 
     @property

@@ -174,7 +174,7 @@ def solve_hessian(
     (v,), _ = solver.solve(_hessian_complement(problem, V), [g - g.mean(0)])
     solved = problem.unwhiten(v)
     centred = weight[present] - bias[present][:, None] * problem.mean
-    rest = problem.outside(centred) / problem.ridge  # there, H is that of the penalty alone
+    rest = problem.outside(centred) / problem.ridge  # outside, H is that of the penalty alone
     solved = solved[0] + rest, solved[1] - rest @ problem.mean
     return (
         torch.zeros_like(fit.weight).index_copy(0, present, solved[0]),

@@ -402,7 +402,7 @@ class UnitStatisticsRule(TermSumRule):
             if terms
         }
 
-    # ---- files, shorter and longer rules ----
+    # ---- files, and changes of the terms ----
 
     def get_extra_state(self) -> dict[str, float]:
         """The initial values of eta, eps, ..., which belong to the state but are no tensors."""

@@ -112,7 +112,7 @@ class ZooEntry:
     about: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The entry as plain values, for JSON."""
         recipe = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe)}
         recipe["rule"] = self.recipe.rule.to_dict()
         recipe["activation"] = {

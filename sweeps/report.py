@@ -86,12 +86,12 @@ class Report:
         return [self.row(variant, trial) for trial in self.trials[variant]]
 
     def row(self, variant: str, trial: FrozenTrial) -> dict[str, Any]:
-        """A trial's row of the table."""
-        said = trial.user_attrs
+        """The row of a trial in the table."""
+        attributes = trial.user_attrs
         return {
             "number": trial.number,
             "variant": variant,
-            "draw": said.get("draw"),
+            "draw": attributes.get("draw"),
             "state": state_of(trial),
             "value": trial.value,
             **{
@@ -99,7 +99,7 @@ class Report:
                 for flag in self.flags
                 if flag.name in trial.params
             },
-            **{name: said.get(name) for name in AFTER_FLAGS},
+            **{name: attributes.get(name) for name in AFTER_FLAGS},
         }
 
     def summary(self, variant: str) -> dict[str, Any]:
