@@ -175,10 +175,10 @@ class OptimizerComparison:
     def contenders(
         self, name: str, network: CoordinateNetwork, task: Task, interrupt: Interrupt
     ) -> tuple[list[Contender], dict[str, float]]:
-        """The contenders for a name: those of `at_default_and_best_rate` for one of BASELINES.
+        """The contenders for a name, and losses by rate.
 
-        For other names it is the learned optimiser of `network`, without losses by rate. None if
-        interrupted.
+        For one of BASELINES they are those of `at_default_and_best_rate`. For another name it is
+        the learned optimiser of `network`, without losses. Both are empty if interrupted.
         """
         if name in BASELINES:
             return self.at_default_and_best_rate(name, task, interrupt)

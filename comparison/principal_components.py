@@ -34,6 +34,7 @@ class PrincipalComponents(NamedTuple):
 def principal_components(data: ImageData) -> PrincipalComponents:
     """All principal components of the images, normalised by the data's shift and scale.
 
+    They are computed on the device of the images.
     Sums are taken of bytes and hence exact (up to 300,000 images): a constant pixel has variance
     exactly 0. The sign of a component is such that its largest entry in size is positive. Raises
     DataError if there are no images.

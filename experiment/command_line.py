@@ -48,8 +48,8 @@ DTYPES = ("float32", "float64")
 # Flags that belong to one call, not to the run
 OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 
-# Flags that name something written outside the run's directory: --resume does not take them from
-# config.json
+# Flags that may name something to write outside the run's directory: --resume takes them from
+# config.json only if it is inside
 OUTSIDE = ("save_state", "to_zoo", "storage")
 
 LARGEST = 1e30  # the largest number a flag takes; sums of many such numbers still fit in float32

@@ -1,7 +1,7 @@
 """Errors that more than one module raises.
 
-Every error that a user can cause derives from WrongInputError. The libraries don't import this
-module; a command passes their error types to run_command.
+Every error that a user can cause derives from WrongInputError, except those of the libraries, which
+don't import this module; a command passes the types of these to run_command.
 """
 
 from collections.abc import Iterator

@@ -12,7 +12,7 @@ LEARNED = ("eta", "eps", "tau", "exponents")
 
 
 def term(text: str) -> str:
-    """The type of a flag of terms: any text but whole numbers above 1; it is parsed later."""
+    """The type of a flag of terms: any text but whole numbers other than 1; parsed later."""
     if text.isdigit() and text != "1":
         raise argparse.ArgumentTypeError(f"must be a term, such as 'x gain y', not {text!r}")
     return text

@@ -88,8 +88,8 @@ def _meet(attempt: int) -> None:
     """
     store, rank, count = next(distributed.rendezvous("env://"))
     store = distributed.PrefixStore(f"attempt {attempt}", store)
-    # The functions of this module bind the current process group as a default argument. If
-    # torch._dynamo, imported at an optimiser's first step, were the first to import it, they would
+    # The functions of torch.distributed.nn.functional bind the current process group as a default
+    # argument. If torch._dynamo imported that module only at an optimiser's first step, they would
     # bind our group, which then would never be destroyed.
     importlib.import_module("torch.distributed.nn.functional")
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)

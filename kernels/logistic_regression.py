@@ -32,11 +32,11 @@ from experiment.errors import WrongInputError
 from hypergradients import ConjugateGradient
 from hypergradients.linear_solvers import Matvec, Vector
 
-NUMBERS_AT_ONCE = 2**19  # features in a chunk, all rows together; bounds the float64 copies
+NUMBERS_AT_ONCE = 2**19  # entries of a chunk of features; bounds the float64 copies
 WHITEN_UP_TO = 2048  # features; above, each column is only scaled
 WHITEN_IN_DOUBLE_UP_TO = 256  # features; above, N D^2 products in float64 would dominate the solve
-LEAST_VARIANCE = 1e-10  # relative to the largest; with fewer rows than features, axes below it go
-LOST_SHARE = 1e-11  # of a column's length: more in the axes left out is not just rounding
+LEAST_VARIANCE = 1e-10  # of an axis, relative to the largest, with fewer rows than features
+LOST_SHARE = 1e-11  # of a column's length: more than this, outside the axes, is not just rounding
 WORST_SCALE = 1e6  # a variance may be raised by at most this factor if it matters
 LIKE_SIZE = 1e-4  # columns at least this size, relative to the largest, are rotated with it
 JOINT_HESSIAN_UP_TO = 800  # classes * (features + 1); above, one block for each class

@@ -4,7 +4,7 @@
     features = LocalFeatures(rule="mnist32", units=32, steps=250).fit(X).transform(X)
 
 X is a table [n, features], or images [n, H, W] or [n, C, H, W]. Bytes are divided by 255. Floats of
-images must be within 0 to 1; a table of such floats is used as it is, and any other is
+images must be within 0 to 1. A table of such floats is treated like pixels; any other is
 standardised, with standard deviation 0.25, about that of a pixel, because rules are learned on
 images. A rule for pairs gets views of images as its file says. The views of a row of a table have
 noise, and a share of its values (the file's, or up to half) is replaced by the columns' means.
