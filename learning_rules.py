@@ -28,7 +28,7 @@ BOUNDS = ("none", "tanh", "clamp")
 VARIABLES = {"w": (("x",), ("s", "y")), "b": ((), ("y",)), "m": (("y_j",), ("y_i",))}
 TEX_TERMS = 3  # terms on a line
 LARGEST_POWER = 16  # the largest power in a term; all powers up to a term's own are computed
-LARGEST_BOUND = 1e30  # the largest bound_size; fits in float32
+LARGEST_BOUND = 1e30  # the largest bound_size, rate, ... of a rule; fits in float32
 
 
 class RuleError(WrongInputError):

@@ -12,8 +12,8 @@ The method is L-BFGS on all rows, a few milliseconds per iteration, precondition
    Hessian if classes x features is small, else (up to 512 features) its block for each class.
    (Byrd, Chin, Neveitt, Nocedal 2011, On the use of stochastic Hessian information.)
 Beyond 2,048 features, where a D x D matrix would cost more than the solve, columns are only scaled.
-With fewer rows than features, the rows of W are sums of centred rows; other directions are left
-out. If one column is so large that rounding hides the others in the covariance, axes are computed
+With fewer rows than features, W is in the span of the centred rows; other directions are left out.
+If one column is so large that rounding hides the others in the covariance, axes are computed
 separately for groups of columns of similar size, in float64. (Not beyond 2,048 features: there,
 columns that are multiples of each other up to seven digits remain hard to distinguish.)
 Products are in the features' dtype; everything small, and every sum over rows, is in float64.
