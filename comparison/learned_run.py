@@ -129,7 +129,7 @@ def _views(results: Mapping[str, Any], rule: PerLayerRule) -> ViewStrengths | No
 
 
 def _image_shape(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """[C, H, W] of the images that a run has learned on; of MNIST's where nothing says it."""
+    """The shape [C, H, W] of the images that a run has learned on; by default that of MNIST's."""
     if is_path(first := _datasets(config)[0]):
         shape = read_arrays(directory / "parameters.npz").get("input_shape", (1, 28, 28))
         return tuple(int(size) for size in shape)

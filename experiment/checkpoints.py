@@ -193,9 +193,9 @@ def _read(path: Path, configuration: str | None = None) -> Checkpoint:
 
 
 def _checked(content: bytes) -> bytes:
-    """A file's content without its digest; _UnusableError where that is not the content's."""
+    """The content of a file without its digest; raises _UnusableError if the digest is wrong."""
     behind = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-    before = content[DIGEST_BYTES:], content[:DIGEST_BYTES]  # where older versions put it
+    before = content[DIGEST_BYTES:], content[:DIGEST_BYTES]  # the order in older versions
     for payload, digest in (behind, before):
         if hashlib.sha256(payload).digest() == digest:
             return payload

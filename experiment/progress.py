@@ -1,4 +1,7 @@
-"""The progress of a run on the screen: a bar on a terminal or in a notebook, otherwise lines."""
+"""The progress of a run: a bar on a terminal or in a notebook, otherwise lines on stderr.
+
+There is a line after each tenth of the steps, and at least one every SECONDS, if steps permit.
+"""
 
 import sys
 import time
@@ -10,14 +13,14 @@ from tqdm import tqdm
 
 from experiment.screen import mute_broken_streams, show
 
-SECONDS = 60.0  # between lines, at most, where steps come more often
+SECONDS = 60.0  # the longest time between lines, unless a step takes longer
 
 
 @contextmanager
 def shown_progress(
     total: int, initial: int = 0, description: str = "", quiet: bool = False
 ) -> Iterator["Progress"]:
-    """Progress from `initial` to `total` on stderr, left as it is at the end."""
+    """A context with a Progress from `initial` to `total`, which stays on the screen afterwards."""
     progress = Progress(total, initial, description, quiet)
     try:
         yield progress
@@ -76,7 +79,7 @@ class Progress:
 
 
 def _bar_class(in_notebook: bool) -> type[tqdm]:
-    """A notebook's own bar where it has the widgets for one, else that of a terminal."""
+    """The class of a notebook's bar if ipywidgets is installed, else that of a terminal's bar."""
     if in_notebook and find_spec("ipywidgets"):
         from tqdm.notebook import tqdm as widget
 

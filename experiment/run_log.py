@@ -336,7 +336,7 @@ class RunLog:
 
     @contextmanager
     def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator[Progress]:
-        """Progress from `initial` to `total` on stderr: a bar on a terminal, else ten lines."""
+        """Progress from `initial` to `total` on stderr, unless quiet; see progress.py."""
         with shown_progress(total, initial, description, self.quiet) as progress:
             yield progress
 
@@ -364,7 +364,7 @@ class SilentLog:
         """Do nothing."""
 
     def history(self) -> dict[str, np.ndarray]:
-        """Nothing."""
+        """No columns."""
         return {}
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
@@ -383,7 +383,7 @@ class SilentLog:
 
 
 class MemoryLog(SilentLog):
-    """Keeps the rows of a run in memory, and writes no file."""
+    """Takes the place of RunLog in a run that keeps its rows in memory and writes no files."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, float]] = []
@@ -393,7 +393,7 @@ class MemoryLog(SilentLog):
         self._rows.append({"step": step, **row})
 
     def history(self) -> dict[str, np.ndarray]:
-        """The rows so far, an array for each column."""
+        """The rows so far, as one array [rows] per column."""
         names = self._rows[0] if self._rows else ()
         return {name: np.array([row[name] for row in self._rows]) for name in names}
 
@@ -407,7 +407,7 @@ class MemoryLog(SilentLog):
 
     @contextmanager
     def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator[Progress]:
-        """Progress from `initial` to `total`: a bar on a terminal and in a notebook, else lines."""
+        """Progress from `initial` to `total` on stderr; see progress.py."""
         with shown_progress(total, initial, description) as progress:
             yield progress
 
@@ -451,7 +451,10 @@ def _refuse_occupied(directory: Path) -> None:
 
 
 def _remove_run(directory: Path) -> None:
-    """Removes all that is in a run's directory but the lock."""
+    """Remove everything in a run's directory except the lock.
+
+    Raises RunLogError if it is not the directory of a run, holds links, or can't be emptied.
+    """
     refuse_links(directory)
     read_config(directory)
     with disk_errors(f"can't remove the run in {directory}"):
