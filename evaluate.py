@@ -1,4 +1,4 @@
-"""Judges learned rules beyond what they were trained on, beside classical rules and references.
+"""Judges learned rules in other settings, and compares them with classical rules and references.
 
     python evaluate.py runs/main-...                    as it was trained, from new draws
     python evaluate.py runs/main-... --datasets mnist fashion rotated --layers 32 --layers 256 32 \\
@@ -7,20 +7,21 @@
     python evaluate.py runs/main-... --datasets mnist fashion --evaluations 10 --to_zoo NAME
     python evaluate.py runs/a runs/b --rules oja sanger instar foldiak --references random pca
 
-Without --datasets, --layers, --steps they are those of the first RUN. One training is probed after
+--datasets, --layers and --steps default to those of the first RUN. One training is probed after
 each of the --steps. In a network deeper than the one that a rule was learned on, further layers use
-the rule of its last layer. "rotated" are MNIST's digits, each turned once by up to 45 degrees.
+the rule of its last layer. "rotated" stands for MNIST's digits, each rotated by a fixed angle of up
+to 45 degrees.
 
-Layers are trained as the run's were, all at once or one after the other; with --layerwise one after
-the other, each by --steps updates.
+Layers are trained like those of the run, all at once or one after the other; with --layerwise, one
+after the other, each by --steps updates.
 
-Classical rules run on networks of their own on pixel-centred images: oja and sanger on linear units
-and krotov_hopfield (p = k = 2, Delta = 0.4) on rectified ones, without inhibition, instar and
-foldiak on sigmoid units that inhibit each other. Their rate is chosen once for each data set and
-layer sizes, from 1e-4 to 1 in half powers of ten, by the accuracy after the last step on a sixth of
-the training images, held out meanwhile. The references are judged without any steps: random
-features (the first RUN's initial network), pca (as many components as the last layer has units),
-and vicreg, trained by backpropagation for 100 epochs, many minutes each.
+Classical rules have their own networks, on pixel-centred images: linear units for oja and sanger
+and rectified units for krotov_hopfield (p = k = 2, Delta = 0.4), without inhibition; sigmoid units
+that inhibit each other for instar and foldiak. For each data set and layer sizes their rate is
+chosen from 1e-4 to 1 in half powers of ten, by the accuracy after the last step on a sixth of the
+training images, which is held out meanwhile. The references take no steps: random features (the
+first RUN's initial network), pca (as many components as the last layer has units), and vicreg,
+trained by backpropagation for 100 epochs, many minutes each.
 """
 
 import argparse
@@ -47,7 +48,7 @@ ROTATED = "rotated"
 
 
 def make_parser():
-    """The command's flags; --datasets stands in the place of the common --dataset."""
+    """The command's flags; --datasets replaces the common --dataset."""
     parser = common_parser("Judge learned rules beyond their training.", "evaluate")
     parser.add_argument("runs", type=run_path, nargs="+", metavar="RUN",
                         help="directories of main.py, or names in the zoo")  # fmt: skip
@@ -100,7 +101,7 @@ from rules import save_zoo
 
 
 def fill_in(args, runs: Sequence[LearnedRun]) -> None:
-    """What the flags leave open is as in the first run; nothing is asked for twice."""
+    """Take missing flags from the first run, and remove repeated values."""
     config = runs[0].config
     args.datasets = list(dict.fromkeys(args.datasets or runs[0].datasets))
     layers = args.layers or [config["layers"]]
@@ -110,7 +111,7 @@ def fill_in(args, runs: Sequence[LearnedRun]) -> None:
 
 
 def refuse_what_cannot_be_compared(args, runs: Sequence[LearnedRun]) -> None:
-    """UserError where two rows of the table would have one name, or two probes differ."""
+    """Raise UserError if rows of the table would share a name, or probes would differ."""
     names = Counter([run.name for run in runs] + args.rules + args.references)
     if twice := [name for name, count in names.items() if count > 1]:
         raise UserError(f"{twice[0]} would name several rows: give each run, rule, reference once")
@@ -125,7 +126,7 @@ def refuse_what_cannot_be_compared(args, runs: Sequence[LearnedRun]) -> None:
 
 
 def refuse_what_is_not_for_the_zoo(args) -> None:
-    """UserError where --to_zoo does not say which rule it is, or by what name."""
+    """Raise UserError if --to_zoo is given with several runs or an unsuitable name."""
     if args.to_zoo is None:
         return
     if len(args.runs) > 1:
@@ -135,7 +136,7 @@ def refuse_what_is_not_for_the_zoo(args) -> None:
 
 
 def make_methods(args, runs: Sequence[LearnedRun]) -> dict[str, Method]:
-    """The rows of the table, by name."""
+    """The methods to compare, by their names in the table."""
     references = reference_methods(runs[0])
     return {
         **{run.name: Method(lambda setting, run=run: learned(run, setting)) for run in runs},
@@ -148,9 +149,11 @@ def make_methods(args, runs: Sequence[LearnedRun]) -> dict[str, Method]:
 
 
 def load_data(name: str, data_dir: Path, held_out: int | None) -> tuple[ImageData, ImageData]:
-    """Images to train on and to judge by; the angles of rotated digits are the same in every run.
+    """The images for training and those for judging.
 
-    held_out: judged is by so many of the training images; None: by the test images.
+    The angles of rotated digits are the same in every run.
+
+    held_out: judge on so many training images, held out; None: on the test images.
     """
     train_data, test_data = load_images("mnist" if name == ROTATED else name, data_dir)
     data = hold_out(train_data, held_out) if held_out else (train_data, test_data)
@@ -160,7 +163,7 @@ def load_data(name: str, data_dir: Path, held_out: int | None) -> tuple[ImageDat
 
 
 def make_settings(args, run: LearnedRun, device, dtype) -> list[Setting]:
-    """Every data set with every network; the probe and the batch size are the first run's."""
+    """A setting for each data set and network, with the probe and batch size of the first run."""
     settings = []
     for name, title in zip(args.datasets, data_titles(args.datasets), strict=True):
         train_data, test_data = (
@@ -184,7 +187,7 @@ def make_settings(args, run: LearnedRun, device, dtype) -> list[Setting]:
 
 
 def what_was_found(runs: Sequence[LearnedRun], settings: Sequence[Setting]) -> dict[str, str]:
-    """What a resumed run must find again: the rules, and the images."""
+    """The fingerprints of the rules and images, by name, which must not change for --resume."""
     images = {setting.dataset: setting.train for setting in settings}
     fingerprints = {name: data.fingerprint() for name, data in images.items()}
     return fingerprints | {run.name: run.fingerprint() for run in runs}
@@ -194,10 +197,11 @@ def what_was_found(runs: Sequence[LearnedRun], settings: Sequence[Setting]) -> d
 
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
-    """Mean and standard deviation (the population's) of the test accuracy over the draws.
+    """Mean and standard deviation (the sample's) of the test accuracy over the draws.
 
-    One row for each method, data set, layers and number of steps. Trainings whose numbers are not
-    finite count in `trainings`, not in `finite`.
+    There is one row for each method, data set, layer sizes and number of steps. Its `trainings`
+    counts all trainings, its `finite` those with finite numbers, over which the statistics are
+    taken.
     """
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -222,9 +226,9 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
 
 
 def table_cells(summary: Sequence[Row], draws: int) -> list[list[str]]:
-    """A heading, then a row for each layers, method and steps; data sets are side by side.
+    """A heading, then a row for each method, layer sizes and steps; data sets are columns.
 
-    draws: how many trainings each number should be of; where it is of fewer, it says so.
+    draws: the number of trainings; a cell with fewer finite ones says so.
     """
     datasets = list(dict.fromkeys(row["dataset"] for row in summary))
     sizes = list(dict.fromkeys(row["layers"] for row in summary))
@@ -237,7 +241,7 @@ def table_cells(summary: Sequence[Row], draws: int) -> list[list[str]]:
 
 
 def cell_text(row: Row, draws: int) -> str:
-    """Mean and sample deviation in percent, and of how many of the draws if not of all."""
+    """Mean and sample deviation in percent, and the number of finite draws if not all are."""
     if not row["finite"]:
         return "not finite"
     mean, deviation = row["test_accuracy_mean"], row["test_accuracy_standard_deviation"]
@@ -247,7 +251,7 @@ def cell_text(row: Row, draws: int) -> str:
 
 
 def write_results(log: RunLog, comparison: RuleComparison) -> None:
-    """results.json, and the table in table.md."""
+    """Write results.json, and the table as table.md."""
     summary = summarize(comparison.rows)
     trainings, trials = [], []
     for row in comparison.rows:
@@ -267,7 +271,7 @@ def write_results(log: RunLog, comparison: RuleComparison) -> None:
 
 
 def report(log: RunLog, comparison: RuleComparison) -> None:
-    """The figure, and the table on the screen."""
+    """Draw the figure, and show the table."""
     summary = summarize(comparison.rows)
     if summary:
         log.plot(plot_evaluation_run)
@@ -277,9 +281,10 @@ def report(log: RunLog, comparison: RuleComparison) -> None:
 
 
 def accuracies_of(rows: Sequence[Row], method: str) -> list[Row]:
-    """What a method reaches, for the zoo: mean, deviation of the sample and number of trainings.
+    """The test accuracies of a method, for the zoo: mean, sample deviation, number of trainings.
 
-    One for each data set, layers and steps. UserError where a training was not finite.
+    There is one row for each data set, layer sizes and steps. Raises UserError if a training is not
+    finite.
     """
     groups: dict[tuple, list[float]] = {}
     for row in rows:
@@ -300,13 +305,13 @@ def accuracies_of(rows: Sequence[Row], method: str) -> list[Row]:
 
 
 def keep_in_zoo(log: RunLog, run: LearnedRun, path: Path, name: str, rows: Sequence[Row]) -> None:
-    """Writes the rule of a run, read from path, with what it has reached, by this name."""
+    """Write the rule of a run, which was read from `path`, and its accuracies to the zoo."""
     save_zoo(zoo_entry(run, path, name, accuracies_of(rows, run.name)), zoo_path(name))
     log.say(f"{name} is in the zoo: {zoo_path(name)}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The runs and the data; methods and settings; the loop of trainings; the report."""
+    """Read runs and data, make methods and settings, run the trainings, report."""
     args = parse(make_parser(), argv)
     save_whole_paths(args, "runs")
     refuse_what_is_not_for_the_zoo(args)
@@ -316,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_what_cannot_be_compared(args, runs)
     settings = make_settings(args, runs[0], device, dtype)
     largest = max(run.config["batch_size"] for run in runs)
-    for setting in settings:  # refuses a batch size that is too large
+    for setting in settings:  # raises DataError now if a batch size is too large
         used = setting.within_training() if args.rules else setting
         next(batches(used.train, largest, seeded_generator(0)))
     comparison = RuleComparison(

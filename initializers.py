@@ -2,8 +2,8 @@
 
     w = W (mu_w + sd_w N(0,1)) / sqrt(fan_in);   b = S (mu_b + sd_b N(0,1));   m likewise
 
-The fixed scalers W = 1000, S = 100 act as larger learning rates for these few numbers. Or, for
-rules whose learned numbers are logarithms, with a spread that stays positive:
+The fixed scalers W = 1000, S = 100 act like larger learning rates for these few numbers. For rules
+whose learned numbers are logarithms, there is a spread that stays positive:
 
     w = exp(log spread_0 + 0.3 u) N(0,1) / sqrt(fan_in);   b = 0;   m = 0
 """
@@ -18,19 +18,21 @@ from torch import Tensor, nn
 from models_fully_local import Params, has_weights
 
 SCALERS = {"w": 1000.0, "b": 100.0, "m": 100.0}
-STRIDE = 0.3  # of logarithms: a number is its start times exp(STRIDE u), and one rate suits all
-CPU = {"dtype": torch.float64, "device": "cpu"}  # of draws, whatever the default device is
+STRIDE = 0.3  # a number is its start times exp(STRIDE u), so that one learning rate suits all
+CPU = {"dtype": torch.float64, "device": "cpu"}  # for random draws, whatever the default device
 TRAINABLE, FIXED, ABSENT = "trainable", "fixed", "absent"
 
 
 class GaussianInitializer(nn.Module):
     """Draws every layer's parameters from Gaussians whose means and spreads may be trained.
 
-    Attributes:
-        means, spreads: for "w", "b", "m" whether each is "trainable", "fixed" or "absent" (0).
-        scalers: W, S above by parameter; others than those only where they are given.
-        A mean starts at 0, a spread at 1 / scaler, so that it is effectively 1.
-        The nn.Parameters are called mean_w, spread_w, ... and hold the unscaled numbers.
+    The nn.Parameters are mean_w, spread_w, ... and hold the numbers mu and sd of the formula. A
+    mean starts at 0, a spread at 1 / scaler, so that its effective value is 1. Raises ValueError
+    for unknown names and modes.
+
+    means, spreads: "trainable", "fixed" or "absent" (0) for each of "w", "b", "m"; by default
+        absent.
+    scalers: the factors of "w", "b", "m"; by default W for w and S for b and m.
     """
 
     def __init__(
@@ -57,11 +59,11 @@ class GaussianInitializer(nn.Module):
 
     @classmethod
     def with_values(cls, effective: Mapping[str, float]) -> "GaussianInitializer":
-        """Fixed means and spreads, as `effective` gives them; the others are absent.
+        """An initializer with these fixed means and spreads, named as in `effective`.
 
-        The numbers are held in float64: `.to(torch.float32)` gives back, bit for bit, those of a
-        float32 initializer. Raises ValueError for a name that is not "mean_" or "spread_" and one
-        of w, b, m.
+        The numbers are kept in float64, so that `.to(torch.float32)` restores those of a float32
+        initializer to the last bit. Raises ValueError for a name that is not "mean_" or "spread_"
+        followed by w, b or m.
         """
         modes: dict[str, dict[str, str]] = {"mean": {}, "spread": {}}
         for name in effective:
@@ -74,19 +76,19 @@ class GaussianInitializer(nn.Module):
         return initializer
 
     def set_values(self, effective: Mapping[str, float]) -> None:
-        """Sets every mean and spread there is to those that `effective` gave.
+        """Set every mean and spread that is not absent to its value in `effective`.
 
-        Raises KeyError where one is missing.
+        Raises KeyError if one is missing.
         """
         with torch.no_grad():
             for name, number in self.named_parameters():
                 number.fill_(effective[name] / self.scalers[name[-1]])
 
     def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
-        """One draw: a dict of tensors per layer, of the shapes that the layer asks for.
+        """Draw a dict of tensors per layer, of the shapes of its `parameter_shapes`.
 
-        The noise comes from a CPU generator and in float64, so that every device and dtype sees
-        the same draw.
+        The noise is drawn in float64 with a CPU generator, so that draws are the same for every
+        device and dtype.
         """
         params = []
         for layer in model.layers:
@@ -114,17 +116,18 @@ class GaussianInitializer(nn.Module):
         return scale * values
 
     def effective(self) -> dict[str, float]:
-        """Each mean and spread, scaler included (of w: before the division by sqrt(fan_in))."""
+        """Each mean and spread times its scaler (for w, before the division by sqrt(fan_in))."""
         return {n: p.item() * self.scalers[n[-1]] for n, p in self.named_parameters()}
 
 
 class SpreadInitializer(nn.Module):
-    """Draws weights around 0 with one spread; biases and lateral weights start at 0.
+    """Draws weights around 0 with one spread; biases and lateral weights are 0.
+
+    Raises ValueError for a spread that is not positive and finite.
 
     Attributes:
-        start: the spread where training it begins, of w before the division by sqrt(fan_in).
-        moved: u above, an nn.Parameter that starts at 0 and needs no gradient where it is fixed.
-    Raises ValueError for a spread that is not positive.
+        start: the initial spread of w, before the division by sqrt(fan_in).
+        moved: u of the formula, an nn.Parameter that starts at 0; no gradient if it is fixed.
     """
 
     def __init__(self, spread: float = 0.167, *, trainable: bool = True) -> None:
@@ -136,28 +139,28 @@ class SpreadInitializer(nn.Module):
 
     @classmethod
     def with_values(cls, effective: Mapping[str, float]) -> "SpreadInitializer":
-        """The fixed spread that `effective` gave, in float64."""
+        """An initializer with the fixed spread of `effective`, in float64."""
         return cls(effective["spread_w"], trainable=False).double()
 
     def set_values(self, effective: Mapping[str, float]) -> None:
-        """Takes the spread that `effective` gave as its start."""
+        """Set the spread to that of `effective`, as the initial one."""
         self.start = float(effective["spread_w"])
         with torch.no_grad():
             self.moved.zero_()
 
     def get_extra_state(self) -> float:
-        """Where the spread starts, which is no tensor of the module's but of its state."""
+        """The initial spread, which belongs to the state but is not a tensor."""
         return self.start
 
     def set_extra_state(self, state: float) -> None:
-        """Takes what `get_extra_state` gave."""
+        """Restore what `get_extra_state` returned."""
         self.start = float(state)
 
     def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
-        """One draw: a dict of tensors per layer, of the shapes that the layer asks for.
+        """Draw a dict of tensors per layer, of the shapes of its `parameter_shapes`.
 
-        The noise comes from a CPU generator and in float64, so that every device and dtype sees
-        the same draw.
+        The noise is drawn in float64 with a CPU generator, so that draws are the same for every
+        device and dtype.
         """
         params = []
         for layer in model.layers:
@@ -171,19 +174,19 @@ class SpreadInitializer(nn.Module):
         return params
 
     def spread(self) -> Tensor:
-        """As it acts, a scalar."""
+        """The current spread, a scalar tensor."""
         return self.start * (STRIDE * self.moved).exp()
 
     def effective(self) -> dict[str, float]:
-        """The spread of w, before the division by sqrt(fan_in)."""
+        """The current spread of w, before the division by sqrt(fan_in)."""
         return {"spread_w": self.spread().item()}
 
 
 class PerLayerInitializer(nn.Module):
-    """An initializer of its own for each layer that has weights; further layers have the last's.
+    """A separate initializer for each layer with weights; further layers use the last one.
 
     Attributes:
-        parts: GaussianInitializer or SpreadInitializer each.
+        parts: the initializers, each a GaussianInitializer or a SpreadInitializer.
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
@@ -191,15 +194,15 @@ class PerLayerInitializer(nn.Module):
         self.parts = nn.ModuleList(parts)
 
     def set_values(self, effective: Mapping[str, float]) -> None:
-        """Takes what `effective` gave, or that of one initializer for all layers.
+        """Set all numbers to those of `effective`, of this or of one initializer for all layers.
 
-        Raises KeyError where a number is missing.
+        Raises KeyError if one is missing.
         """
         for part, values in zip(self.parts, _by_layer(effective, len(self.parts)), strict=True):
             part.set_values(values)
 
     def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
-        """One draw: a dict of tensors per layer, of the shapes that the layer asks for."""
+        """Draw a dict of tensors per layer, of the shapes of its `parameter_shapes`."""
         params, number = [], 0
         for layer in model.layers:
             part = self.parts[min(number, len(self.parts) - 1)]
@@ -208,7 +211,7 @@ class PerLayerInitializer(nn.Module):
         return params
 
     def effective(self) -> dict[str, float]:
-        """The numbers of each layer, such as "1/spread_w"."""
+        """The numbers of each layer, named like "1/spread_w"."""
         return {
             f"{number}/{name}": value
             for number, part in enumerate(self.parts, 1)
@@ -217,7 +220,7 @@ class PerLayerInitializer(nn.Module):
 
 
 def fixed_initializer(effective: Mapping[str, float]) -> nn.Module:
-    """The initializer that `effective` describes, its numbers fixed and in float64.
+    """The initializer that `effective` describes, with fixed numbers in float64.
 
     Raises ValueError for names that no initializer has.
     """
@@ -230,7 +233,10 @@ def fixed_initializer(effective: Mapping[str, float]) -> nn.Module:
 
 
 def _by_layer(effective: Mapping[str, float], layers: int) -> list[dict[str, float]]:
-    """The numbers of each layer; those that say no layer for all, the last's for further ones."""
+    """The numbers of each layer; names without a layer stand for layer 1.
+
+    Layers beyond the last one that is named have its numbers.
+    """
     by_layer: dict[int, dict[str, float]] = {}
     for name, value in effective.items():
         layer, _, of_layer = name.rpartition("/")

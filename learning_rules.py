@@ -1,11 +1,11 @@
-"""Local, Hebbian, polynomial learning rules: pure updates of a model's parameters.
+"""Local polynomial (Hebbian) learning rules: pure updates of a model's parameters.
 
     dw_ij = sum_{(a,c,d,e) in E_w} psi_acde * mean_b( x_bj^a s_bi^c y_bi^d ) * w_ij^e
     db_i  = sum_{(d,e) in E_b}     psi_de   * mean_b( y_bi^d ) * b_i^e
     dm_ij = sum_{(d1,d2,e) in E_m} psi      * mean_b( y_bj^d1 y_bi^d2 ) * m_ij^e + psi_diag [i = j]
     new   = old + bound(delta) - l2 * old
 
-All three sums are of one kind, evaluated in kernels/local_polynomial.py. With pairs of inputs a
+All three sums have the same form, evaluated in kernels/local_polynomial.py. For pairs of inputs a
 term may multiply powers of both views: (x1,s1,y1,x2,s2,y2,w), (y1,y2,b), (y1_j,y1_i,y2_j,y2_i,m).
 """
 
@@ -24,21 +24,24 @@ from kernels.own_precision import own_precision
 from models_fully_local import Params, has_weights
 
 BOUNDS = ("none", "tanh", "clamp")
-# What a term multiplies, per view: those of the sending unit j, then those of the receiving unit i.
+# The factors of a term, per view: those of the sending unit j, then those of the receiving unit i
 VARIABLES = {"w": (("x",), ("s", "y")), "b": ((), ("y",)), "m": (("y_j",), ("y_i",))}
-TEX_TERMS = 3  # on a line
-LARGEST_POWER = 16  # that a term raises anything to: each power up to it is computed
-LARGEST_BOUND = 1e30  # float32 holds it
+TEX_TERMS = 3  # terms on a line
+LARGEST_POWER = 16  # the largest power in a term; all powers up to a term's own are computed
+LARGEST_BOUND = 1e30  # the largest bound_size, rate, ... of a rule; fits in float32
 
 
 class RuleError(WrongInputError):
-    """What is wrong with a rule or its use, and what would be right, in one line."""
+    """A rule that is wrong or wrongly used; the message is one line."""
 
 
 def polynomial_exponents(
     variables: int, total_degree: int | None = None, partial_degree: int | None = None
 ) -> list[Exponents]:
-    """Exponents of all monomials within a total degree, a partial degree, or both, sorted."""
+    """The sorted exponents of all monomials within a total degree, a partial degree, or both.
+
+    Raises RuleError if neither is given or one is negative.
+    """
     degrees = [n for n in (total_degree, partial_degree) if n is not None]
     if not degrees or min(degrees) < 0:
         raise RuleError("give total_degree, partial_degree or both, each >= 0")
@@ -48,7 +51,7 @@ def polynomial_exponents(
 
 
 def _powers_within(variables: int, total: int, most: int) -> Iterator[Exponents]:
-    """All powers up to `most` that add up to `total` at most, sorted."""
+    """All tuples of powers up to `most` whose sum is at most `total`, sorted."""
     if not variables:
         yield ()
         return
@@ -58,7 +61,7 @@ def _powers_within(variables: int, total: int, most: int) -> Iterator[Exponents]
 
 
 def without_swapped_views(exponents: Sequence[Exponents]) -> list[Exponents]:
-    """Of each two exponents that exchanging the views maps onto each other, the one sorted first.
+    """The first, in sorted order, of each two exponents that differ by an exchange of the views.
 
     Exponents hold one view's powers, then the other's, then the parameter's power.
     """
@@ -73,58 +76,64 @@ def without_swapped_views(exponents: Sequence[Exponents]) -> list[Exponents]:
 class LearningRule(nn.Module):
     """An update of a model's parameters; the hyperparameters are its nn.Parameters.
 
-    A rule that can be saved has to_dict and from_dict, and stands in rules/families.py.
+    A rule that can be saved has to_dict and from_dict and is listed in rules/families.py.
     """
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
-        """New parameters, with the old ones and the batch left as they are."""
+        """New parameters; the old ones and the batch are not modified."""
         raise NotImplementedError
 
     def forward(self, model: nn.Module, params: Params, batch) -> Params:
-        """`update`, as torch.func.functional_call needs it."""
+        """The same as `update`, for torch.func.functional_call."""
         return self.update(model, params, batch)
 
     def respond_and_update(
         self, layer: nn.Module, old: dict[str, Tensor], x: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-        """The activation y of inputs x by the old parameters, one per view, and the new ones."""
+        """The activation y of each view of the inputs, by the old parameters; the new parameters.
+
+        x, and y likewise: one tensor per view.
+        """
         s, y = zip(*(layer.respond(view, old) for view in x), strict=True)
         return y, self.update_layer(layer, old, x, s, y)
 
     def step_sizes(self) -> dict[str, Tensor]:
-        """The units in which an optimiser sees hyperparameters of unlike sizes: psi / size.
+        """Typical sizes of the hyperparameters: an optimiser takes its steps in psi / size.
 
-        Named and shaped as these; 1 for those that are not there, by default all.
+        They have the names and shapes of the hyperparameters; for those left out, by default all,
+        the size is 1.
         """
         return {}
 
     def keep(self, masks: dict[str, Tensor]) -> None:
-        """Removes, for good, the terms whose mask is False; masks are named as hyperparameters.
+        """Remove the terms whose mask is False. Needed only by rules that are sparsified.
 
-        Only a rule that is sparsified needs it.
+        masks: bool tensors with the names and shapes of hyperparameters.
         """
         raise NotImplementedError
 
     def term_coefficients(self) -> dict[str, float]:
-        """Those of its numbers that are coefficients of terms which it adds up, by name."""
+        """The coefficients, by name, of the terms that the rule adds up; by default none."""
         return {}
 
     def entries_by_term(self) -> dict[str, str]:
-        """Of each hyperparameter that has an entry for each of some terms, the name of the one that
-        holds their coefficients, such as itself; all are such where nothing else is said.
+        """For each hyperparameter with one entry per term, the name of that with the coefficients.
+
+        By default every hyperparameter has one entry per term and holds the coefficients itself.
         """
         return {name: name for name, _ in self.named_parameters()}
 
     def term_changes(self, layer: nn.Module, old: dict[str, Tensor], x, s, y) -> dict[str, Tensor]:
-        """What each term would change alone, [terms, *shape] per parameter.
+        """The change that each term makes alone, [terms, *shape] by parameter.
 
-        Arguments as of PolynomialRule.update_layer. Only a rule that is pruned needs it.
+        The arguments are those of PolynomialRule.update_layer. Needed only by rules that are
+        pruned.
         """
         raise NotImplementedError
 
 
 class TermSumRule(LearningRule):
-    """A rule that adds up terms for w, b and m: how it is written."""
+    """A rule that adds up terms for w, b and m; this base class writes its formula."""
 
     def formula(
         self,
@@ -135,8 +144,9 @@ class TermSumRule(LearningRule):
     ) -> str:
         """The rule as text or LaTeX: a line per parameter, largest terms first, and the step.
 
-        With the effects that `term_effects` found, the largest effects come first, each in brackets
-        behind its term.
+        effects: from `term_effects`; terms are then sorted by them, and each is followed by its
+            effect in brackets.
+        max_terms: the most terms to write for each parameter.
         """
         lines = []
         for group in VARIABLES:
@@ -149,7 +159,7 @@ class TermSumRule(LearningRule):
         return "\n".join([*lines, *self._step_texts(latex)])
 
     def tex(self, effects: Mapping[str, float] | None = None) -> str:
-        """The whole formula as an align* environment, to be pasted; needs LaTeX's amsmath."""
+        """The whole formula as an align* environment of LaTeX's amsmath."""
         rows = []
         for group in VARIABLES:
             texts = self._term_texts(group, effects, latex=True)
@@ -163,7 +173,7 @@ class TermSumRule(LearningRule):
     def _term_texts(
         self, group: str, effects: Mapping[str, float] | None, latex: bool
     ) -> list[str]:
-        """The terms of a parameter with their signs and coefficients, the largest first."""
+        """The terms of a parameter with their signs and coefficients, largest first."""
         raise NotImplementedError
 
     def _sum_text(self, group: str, texts: Sequence[str], latex: bool) -> str:
@@ -171,19 +181,23 @@ class TermSumRule(LearningRule):
         return " ".join(texts).removeprefix("+ ") or "0"
 
     def _step_texts(self, latex: bool) -> list[str]:
-        """What becomes of the sums, where it is more than their addition to the parameters."""
+        """Lines that describe the step if it is more than adding the sums to the parameters."""
         return []
 
 
 class PolynomialRule(TermSumRule):
-    """The polynomial rule above, with the same coefficients for every layer that it is given.
+    """The polynomial rule above, with the same coefficients for every layer.
+
+    Raises RuleError for wrong terms or options.
 
     Attributes:
         exponents: {"w": [(a, c, d, e), ...], "b": [(d, e), ...], "m": [(d1, d2, e), ...]}.
-        w, b, m: the coefficients psi of these terms, nn.Parameters of the same lengths, start 0.
-        diagonal: psi_diag, of length 1, or 0 without it (by default where m has no terms).
-        bound, bound_size: "none", "tanh" (c tanh(delta / c)) or "clamp" to [-c, c].
-        l2: decay of all parameters.
+        w, b, m: the coefficients psi of these terms, nn.Parameters of the same lengths, initially
+            0.
+        diagonal: psi_diag, an nn.Parameter of length 1, or 0 without that term; by default it is
+            there if m has terms.
+        bound, bound_size: "none", "tanh" (c tanh(delta / c)) or "clamp" (to [-c, c]), and c.
+        l2: decay of all parameters in each update.
         forward_weight_bound: w is clamped to [-bound, bound] after each update.
     """
 
@@ -228,9 +242,11 @@ class PolynomialRule(TermSumRule):
         lateral: bool = True,
         **options,
     ) -> "PolynomialRule":
-        """All terms within a total and/or partial degree (35 / 10 / 20 at total degree 3).
+        """The rule with all terms within a total and/or partial degree.
 
-        Without lateral there are none for m.
+        For single inputs and total degree 3, w, b and m have 35, 10 and 20 terms.
+
+        lateral: whether m has terms.
         """
         exponents = {}
         for group, (sending, receiving) in VARIABLES.items():
@@ -253,7 +269,7 @@ class PolynomialRule(TermSumRule):
 
     @classmethod
     def variable_names(cls, group: str) -> list[str]:
-        """What the exponents of a group are powers of, in their order."""
+        """The names of the variables of a group, in the order of its exponents."""
         names = [*VARIABLES[group][0], *VARIABLES[group][1]]
         if cls.views == 2:
             names = [n[0] + str(view) + n[1:] for view in (1, 2) for n in names]
@@ -262,7 +278,7 @@ class PolynomialRule(TermSumRule):
     def _sums(self, lateral: bool, device: torch.device) -> LocalPolynomials:
         """The sums of w, b and, with lateral weights, m, over tensors x, s, y of all views.
 
-        All their terms multiply powers of s and y of all views, so that they share these.
+        All their terms multiply powers of s and y of all views, so these are computed only once.
         """
         if (lateral, device) not in self._planned:
             views = range(self.views)
@@ -284,7 +300,7 @@ class PolynomialRule(TermSumRule):
         return (*itertools.chain(*incoming), *s, *(view[-1] for view in views), term[-1])
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
-        """New parameters after one batch [batch, ...] (a pair of batches for a pair rule)."""
+        """New parameters after one batch [batch, ...], or a pair of batches for a pair rule."""
         plastic = sum(map(has_weights, params))
         return update_layers(model, params, batch, [self] * plastic)
 
@@ -298,7 +314,7 @@ class PolynomialRule(TermSumRule):
     ) -> dict[str, Tensor]:
         """New parameters of one layer; x [batch, in], s and y [batch, out], one per view.
 
-        Of a convolutional layer x [batch, in, H, W], s and y [batch, out, H', W'].
+        In a convolutional layer x is [batch, in, H, W], s and y are [batch, out, H', W'].
         """
         delta = self.changes(layer, old, x, s, y, {g: getattr(self, g) for g in VARIABLES})
         new = {
@@ -314,9 +330,9 @@ class PolynomialRule(TermSumRule):
     def changes(
         self, layer: nn.Module, old: dict[str, Tensor], x, s, y, psi: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What coefficients psi [terms] of each parameter change, before bound, decay, diagonal.
+        """The changes by coefficients psi [terms] of each parameter, before bound, decay, diagonal.
 
-        layer, old, x, s, y as in `update_layer`.
+        The other arguments are as in `update_layer`.
         """
         groups = [group for group in VARIABLES if group in old]
         weights = [old[g].unsqueeze(1) if g == "b" else old[g].flatten(1) for g in groups]
@@ -326,7 +342,7 @@ class PolynomialRule(TermSumRule):
         return {g: d.view_as(old[g]) for g, d in zip(groups, deltas, strict=True)}
 
     def term_changes(self, layer: nn.Module, old: dict[str, Tensor], x, s, y) -> dict[str, Tensor]:
-        """What each term would change alone, [terms, *shape] per parameter; see `changes`."""
+        """The change that each term makes alone, [terms, *shape] by parameter; see `changes`."""
         psi = {group: getattr(self, group) for group in VARIABLES}
         changes = changes_by_term(self, psi, layer, old, x, s, y)
         if "m" in old:
@@ -338,9 +354,9 @@ class PolynomialRule(TermSumRule):
         return _BoundedStep.apply(old, delta, self.bound, self.bound_size, self.l2, limit)
 
     def start_from(self, other: "PolynomialRule") -> None:
-        """Takes another rule's coefficients; terms that it lacks get 0.
+        """Take over another rule's coefficients; terms that it lacks get 0.
 
-        Raises RuleError where it has terms that this rule lacks, or takes other inputs.
+        Raises RuleError if it has terms that this rule lacks, or another number of views.
         """
         if other.views != self.views:
             raise RuleError(f"the rule takes {other.views} views of each input, not {self.views}")
@@ -356,7 +372,7 @@ class PolynomialRule(TermSumRule):
             self.diagonal.fill_(values.get("m/diagonal", 0.0))
 
     def keep(self, masks: dict[str, Tensor]) -> None:
-        """Removes, for good, the terms whose mask is False; masks are named as the parameters."""
+        """Remove the terms whose mask is False; masks are named like the nn.Parameters."""
         self._planned.clear()
         for name, mask in masks.items():
             kept = getattr(self, name).detach()[mask]
@@ -366,7 +382,7 @@ class PolynomialRule(TermSumRule):
                 self.exponents[name] = [term for term, stays in terms if stays]
 
     def coefficients(self) -> dict[str, float]:
-        """Each coefficient by name, such as "w/x y" or "m/diagonal"."""
+        """The coefficients, named like "w/x y" and "m/diagonal"."""
         named = {}
         for group, terms in self.exponents.items():
             for term, value in zip(terms, getattr(self, group).tolist(), strict=True):
@@ -376,18 +392,18 @@ class PolynomialRule(TermSumRule):
         return named
 
     def term_coefficients(self) -> dict[str, float]:
-        """All `coefficients`."""
+        """The same as `coefficients`."""
         return self.coefficients()
 
     def term_name(self, group: str, term: Exponents) -> str:
-        """A monomial as text, such as "x y^2"."""
+        """A monomial as a text such as "x y^2"."""
         powers = zip(self.variable_names(group), term, strict=True)
         return " ".join(n if p == 1 else f"{n}^{p}" for n, p in powers if p) or "1"
 
     def _term_texts(
         self, group: str, effects: Mapping[str, float] | None, latex: bool
     ) -> list[str]:
-        """The terms of a group that are not 0, each with its sign, the largest first."""
+        """The nonzero terms of a group with their signs, sorted by decreasing size or effect."""
         terms = [(n, v) for n, v in self.coefficients().items() if n[0] == group and v]
         sizes = {n: abs(v) if effects is None else effects[n] for n, v in terms}
         terms.sort(key=lambda term: -sizes[term[0]])
@@ -398,7 +414,7 @@ class PolynomialRule(TermSumRule):
         ]
 
     def to_dict(self) -> dict:
-        """A plain description of the rule, for JSON; rules/families.py reads it."""
+        """A description of the rule in plain values, for JSON; rules/families.py reads it."""
         terms = {
             group: [
                 {"exponents": list(term), "coefficient": value}
@@ -419,7 +435,7 @@ class PolynomialRule(TermSumRule):
 
     @classmethod
     def from_dict(cls, description: dict) -> "PolynomialRule":
-        """The rule that `to_dict` described, in float64."""
+        """The rule that `to_dict` described, in float64; raises RuleError for wrong terms."""
         terms, limit = description["terms"], description["forward_weight_bound"]
         rule = cls(
             {group: [tuple(t["exponents"]) for t in terms[group]] for group in VARIABLES},
@@ -438,24 +454,24 @@ class PolynomialRule(TermSumRule):
 
 
 class PolynomialPairRule(PolynomialRule):
-    """The polynomial rule on pairs; a term multiplies powers of both views' variables."""
+    """The polynomial rule for pairs; a term multiplies powers of both views' variables."""
 
     views = 2
 
 
 class PerLayerRule(LearningRule):
-    """One rule, with coefficients of its own, for each layer that has parameters."""
+    """A separate rule for each layer that has weights."""
 
     def __init__(self, rules: Sequence[LearningRule]) -> None:
         super().__init__()
         self.rules = nn.ModuleList(rules)
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
-        """New parameters; a later layer sees the output of the parameters before the update."""
+        """New parameters; the inputs of a layer are computed with the old parameters before it."""
         return update_layers(model, params, batch, list(self.rules))
 
     def coefficients(self) -> dict[str, float]:
-        """Each coefficient by name, such as "1/w/x y" for the first layer's."""
+        """The coefficients of all layers, named like "1/w/x y" for the first layer."""
         return {
             f"{number}/{name}": value
             for number, rule in enumerate(self.rules, 1)
@@ -463,7 +479,7 @@ class PerLayerRule(LearningRule):
         }
 
     def entries_by_term(self) -> dict[str, str]:
-        """As each of the rules says."""
+        """The same as for each of the rules, with names such as "rules.0.w"."""
         return {
             f"rules.{k}.{name}": f"rules.{k}.{owner}"
             for k, rule in enumerate(self.rules)
@@ -471,7 +487,7 @@ class PerLayerRule(LearningRule):
         }
 
     def term_coefficients(self) -> dict[str, float]:
-        """Those of terms, named as `coefficients` names them."""
+        """The coefficients of terms, named as in `coefficients`."""
         return {
             f"{number}/{name}": value
             for number, rule in enumerate(self.rules, 1)
@@ -493,12 +509,12 @@ class PerLayerRule(LearningRule):
         return "\n".join(f"layer {k}\n{block}" for k, block in enumerate(blocks, 1))
 
     def tex(self, effects: Mapping[str, float] | None = None) -> str:
-        """The rules as one align* environment per layer, to be pasted; needs LaTeX's amsmath."""
+        """The rules as one align* environment of LaTeX's amsmath per layer."""
         blocks = [rule.tex(_of_layer(effects, k)) for k, rule in enumerate(self.rules, 1)]
         return "\n".join(f"Layer {k}:\n{block}" for k, block in enumerate(blocks, 1))
 
     def step_sizes(self) -> dict[str, Tensor]:
-        """Those of each layer's rule."""
+        """The sizes of all layers, with names such as "rules.0.w"."""
         return {
             f"rules.{k}.{name}": sizes
             for k, rule in enumerate(self.rules)
@@ -506,21 +522,21 @@ class PerLayerRule(LearningRule):
         }
 
     def keep(self, masks: dict[str, Tensor]) -> None:
-        """Removes, for good, the terms whose mask is False; masks are named as the parameters."""
+        """Remove the terms whose mask is False; masks are named like the nn.Parameters."""
         for k, rule in enumerate(self.rules):
             start = f"rules.{k}."
             of_rule = {n.removeprefix(start): v for n, v in masks.items() if n.startswith(start)}
             rule.keep(of_rule)
 
     def to_dict(self) -> dict:
-        """A plain description of the rules, for JSON; rules/families.py reads it."""
+        """A description of the rules in plain values, for JSON; rules/families.py reads it."""
         return {"kind": type(self).__name__, "rules": [rule.to_dict() for rule in self.rules]}
 
     @classmethod
     def from_dict(cls, description: dict, read: Callable[[dict], LearningRule]) -> "PerLayerRule":
-        """The rules that `to_dict` described; `read` reads the rule of one layer.
+        """The rules that `to_dict` described; raises RuleError if there are none.
 
-        Raises RuleError where there is none.
+        read: reads the description of one layer's rule.
         """
         if not description["rules"]:
             raise RuleError("it has no rule of a layer")
@@ -537,13 +553,13 @@ def term_grams(
     steps: int = 1,
     points: int = 10,
 ) -> dict[str, Tensor]:
-    """Gram matrices of what single terms change, c_k = psi_k mean_b(monomial_k) w^e_k.
+    """Gram matrices of the changes c_k = psi_k mean_b(monomial_k) w^e_k by single terms.
 
-    Inner products are summed over the synapses, at `points` evenly spaced ones of `steps` updates
-    from params, each on the next of the batches. Per parameter ("1/w", or "w" of a rule that all
-    layers share) a float64 matrix [terms, terms] in the order of `rule.term_coefficients()`. The
-    sum of all its entries is the square of the whole change, before what a rule divides it by,
-    bound, decay and what a layer forbids.
+    Inner products are summed over the synapses and over `points` evenly spaced ones of `steps`
+    updates from params, each on the next batch. The result has a float64 matrix [terms, terms] for
+    each parameter ("1/w", or "w" if all layers share one rule), in the order of
+    `rule.term_coefficients()`. The sum of its entries is the squared norm of the whole change,
+    before a rule's divisor, bound and decay and a layer's constraints.
     """
     grams: dict[str, Tensor] = {}
     if isinstance(rule, PerLayerRule):
@@ -560,13 +576,13 @@ def term_grams(
 
 
 def term_effects(rule: LearningRule, grams: Mapping[str, Tensor]) -> dict[str, float]:
-    """How large the change by each term is, relative to the change by all terms together.
+    """The size of the change by each term, relative to the change by all terms together.
 
         effect_k = rms(psi_k mean_b(monomial_k) w^e_k) / rms(delta w)
 
-    The root mean squares run over the synapses and steps that `term_grams` saw. Terms may cancel
-    each other, such as a constant and y^2 at convergence: effects can exceed 1, and do not add up
-    to 1. Named as `rule.term_coefficients()`; 0 for parameters that the model lacks.
+    The root mean squares are over the synapses and steps of `term_grams`. Terms may cancel each
+    other, such as a constant and y^2 at convergence, so effects can exceed 1 and do not add up to
+    1. They are named as in `rule.term_coefficients()`, and 0 for parameters that the model lacks.
     """
     effects = dict.fromkeys(rule.term_coefficients(), 0.0)
     for parameter, matrix in grams.items():
@@ -578,7 +594,7 @@ def term_effects(rule: LearningRule, grams: Mapping[str, Tensor]) -> dict[str, f
 
 
 class _TermMeter:
-    """Takes a rule's place in an update: adds up `grams` of what its terms would change."""
+    """Takes a rule's place in an update and adds the Gram matrices of its terms to `grams`."""
 
     respond_and_update = LearningRule.respond_and_update
 
@@ -596,10 +612,10 @@ class _TermMeter:
 def changes_by_term(
     rule: LearningRule, psi: Mapping[str, Tensor], layer, old, x, s, y
 ) -> dict[str, Tensor]:
-    """What each term would change alone, [terms, *shape] per parameter with coefficients psi.
+    """The change that each term with coefficients psi makes alone, [terms, *shape] by parameter.
 
-    The rule's `changes` must be linear in coefficients that it is given; one call for each term of
-    the parameter that has the most of them.
+    The rule's `changes` must be linear in the coefficients. It is called once for each term of the
+    parameter with the most terms.
     """
     alone = {group: values.diag() for group, values in psi.items()}
     most = max(1, *map(len, alone.values()))
@@ -616,11 +632,14 @@ def changes_by_term(
 
 
 def update_layers(model: nn.Module, params: Params, batch, rules: list) -> Params:
-    """New parameters, by one rule for each layer that has any; see PerLayerRule.update.
+    """New parameters, by one rule for each layer that has weights; see PerLayerRule.update.
 
-    They are made in the type of the old ones, also under autocast. A rule has `views`, how many of
-    each input it takes, and `respond_and_update`, for which that of LearningRule needs an
-    `update_layer` as PolynomialRule's.
+    They are computed in the dtype of the old ones, also under autocast. Raises RuleError for a
+    wrong number of rules or of views.
+
+    rules: each has `views`, the number of views of each input that it takes, and
+        `respond_and_update`. For the one of LearningRule, it needs an `update_layer` like that of
+        PolynomialRule.
     """
     views = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     plastic = sum(map(has_weights, params))
@@ -641,7 +660,7 @@ def update_layers(model: nn.Module, params: Params, batch, rules: list) -> Param
 
 
 class _BoundedStep(torch.autograd.Function):
-    """clamp((1 - l2) old + bound(delta), +-limit); keeps bound(delta) / c and the result only."""
+    """clamp((1 - l2) old + bound(delta), +-limit); keeps only bound(delta) / c and the result."""
 
     @staticmethod
     def forward(ctx, old, delta, bound, size, l2, limit):
@@ -673,7 +692,7 @@ class _BoundedStep(torch.autograd.Function):
 
 
 def _of_layer(effects: Mapping[str, float] | None, layer: int) -> dict[str, float] | None:
-    """The effects of one layer's terms, under the names that its rule gives them."""
+    """The effects of one layer's terms, with the names that its rule uses."""
     if effects is None:
         return None
     of_layer = [(name.split("/", 1), effect) for name, effect in effects.items()]
@@ -698,12 +717,14 @@ def _latex(variable: re.Match) -> str:
 
 
 def classical_rule(name: str, rate: float, *, target: float = 0.1, **options) -> PolynomialRule:
-    """A named rule as a point of the polynomial family.
+    """A classical rule as a polynomial rule; raises RuleError for an unknown name.
 
-    name: "hebb" (dw = rate x y), "oja" (Oja 1982: rate (x y - y^2 w)), "instar" (Grossberg 1976:
-    rate (x y - y w)), "anti-hebbian" (dm = -rate y_i y_j) or "foldiak" (Foldiak 1990: instar,
-    dm = -rate (y_i y_j - target^2), db = rate (target - y), for units that aim at a mean activity
-    of `target`; its layers forbid self-inhibition and excitation).
+    name: "hebb" (dw = rate x y), "oja" (Oja 1982: dw = rate (x y - y^2 w)), "instar" (Grossberg
+        1976: dw = rate (x y - y w)), "anti-hebbian" (dm = -rate y_i y_j) or "foldiak" (Foldiak
+        1990: instar, dm = -rate (y_i y_j - target^2), db = rate (target - y), for layers that
+        forbid self-inhibition and excitation).
+    target: the mean activity that Foldiak's units approach.
+    options: of PolynomialRule.
     """
     instar = {(1, 0, 1, 0): rate, (0, 0, 1, 1): -rate}
     points = {
@@ -729,12 +750,13 @@ def classical_rule(name: str, rate: float, *, target: float = 0.1, **options) ->
 
 
 class SangerRule(LearningRule):
-    """Sanger's rule, by which the units of a layer find one principal component each, in order.
+    """Sanger's rule, by which the units of a layer learn the principal components, in order.
 
-    dw_i = rate mean_b( y_i x - y_i sum_{k <= i} y_k w_k ); biases and lateral weights stay. It is
-    not local: unit i must know the weights of those before it. For fully connected layers of linear
-    units on centred inputs. Source: Sanger 1989, Optimal unsupervised learning in a single-layer
-    linear feedforward neural network (the generalised Hebbian algorithm).
+    dw_i = rate mean_b( y_i x - y_i sum_{k <= i} y_k w_k ); biases and lateral weights don't change.
+    The rule is not local, because unit i must know the weights of the units before it. It is for
+    fully connected layers of linear units on centred inputs. Source: Sanger 1989, Optimal
+    unsupervised learning in a single-layer linear feedforward neural network (the generalised
+    Hebbian algorithm).
     """
 
     def __init__(self, rate: float) -> None:
@@ -742,7 +764,7 @@ class SangerRule(LearningRule):
         self.rate = nn.Parameter(torch.tensor(float(rate)))
 
     def update(self, model: nn.Module, params: Params, batch: Tensor) -> Params:
-        """New parameters after one batch [batch, ...]; RuleError for a convolutional layer."""
+        """New parameters after one batch [batch, ...]; raises RuleError for convolutions."""
         x, new = batch, []
         for layer, old in zip(model.layers, params, strict=True):
             y = layer(x, old)

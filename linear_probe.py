@@ -1,24 +1,25 @@
-"""Linear probe: how well logistic regression does on a model's features, and the loss through it.
+"""Linear probe: the accuracy of logistic regression on a model's features, and a loss through it.
 
 The classifier W, b minimises the objective O of kernels/logistic_regression.py on the training
-features. The outer loss L is the mean cross-entropy of some training images, and depends on the
-parameters theta of the model directly, and through the classifier:
+features. The outer loss L is the mean cross-entropy of some training images. It depends on the
+parameters theta of the model directly and through the classifier:
 
     dL/dtheta = d_theta L - v^T d_theta (grad_W O),   v = (d^2 O / dW^2)^-1 grad_W L
 
-    envelope   leaves the second term out: at the optimum it vanishes on the loss that the
-               classifier was fitted to (envelope theorem), up to penalty and sampling of images
-    implicit   keeps it, and holds the images of L out of the fit: the exact gradient of a
+    envelope   omits the second term: at the optimum it vanishes for the loss that the classifier
+               was fitted to (envelope theorem), up to the penalty and the sampling of images
+    implicit   includes it, and excludes the images of L from the fit: the exact gradient of a
                held-out loss (implicit function theorem; Bengio 2000, Gradient-based optimization
                of hyperparameters). Costs a backward pass of the model over all training images.
 
-Cheaper judges of a meta-step see training images alone, drawn anew each time: SampledProbeLoss
-fits and judges on the same ones, so that the envelope gradient is exact up to the penalty;
-RidgeLoss fits ridge regression on some and judges it on others, attached through the fit:
+Two cheaper losses for meta-steps use only training images, drawn anew each time. SampledProbeLoss
+fits and judges on the same images, so that the envelope gradient is exact up to the penalty.
+RidgeLoss fits ridge regression to some images, judges it on others, and is differentiated through
+the fit:
 
     W = argmin |Y - mean Y - (F - mean F) W|^2 + penalty |W|^2,   L = mean |Y' - prediction of Y'|^2
 
-with F, Y the features and one-hot labels of the images of the fit, Y' those of the others.
+with F, Y the features and one-hot labels of the images of the fit, Y' the labels of the others.
 """
 
 from dataclasses import dataclass
@@ -36,12 +37,17 @@ from kernels.logistic_regression import (
     solve_hessian,
 )
 
-ROWS_WITH_GRAPH = 2048  # images whose graph is alive at once in the implicit gradient
+ROWS_WITH_GRAPH = 2048  # the most images whose graph exists at a time in the implicit gradient
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """loss: scalar, attached to params. Accuracies are fractions in [0, 1]."""
+    """The result of `linear_probe`.
+
+    loss: a scalar, attached to params.
+    train_accuracy, test_accuracy: fractions in [0, 1].
+    fit: the classifier.
+    """
 
     loss: Tensor
     train_accuracy: float
@@ -61,12 +67,18 @@ def linear_probe(
     generator: torch.Generator | None = None,
     start: LogisticFit | None = None,
 ) -> ProbeResult:
-    """Fit a classifier on the training features, then judge params through it.
+    """Fit a classifier to the training features, and judge params by it.
 
-    The loss is the mean cross-entropy of `outer_images` training images (drawn with `generator`;
-    evenly spaced ones without it; all of them if there are no more), with the gradient that
-    `probe_gradient` names; with implicit the classifier is fitted to the others only.
-    Raises ProbeError on wrong input, NonFiniteFeatures on NaN or infinite features.
+    Raises ProbeError for wrong input, NonFiniteFeatures for features that are nan or infinite.
+
+    train_data, test_data: ImageData.
+    C: inverse penalty of the classifier.
+    outer_images: the loss is the mean cross-entropy of so many training images, or of all if there
+        are no more.
+    probe_gradient: "envelope" or "implicit"; with the latter the classifier is fitted to the other
+        training images only.
+    generator: draws these images; None: they are evenly spaced.
+    start: a classifier from which the fit starts.
     """
     _check_gradient(probe_gradient, outer_images, len(train_data))
     implicit = probe_gradient == "implicit"
@@ -92,7 +104,7 @@ def linear_probe(
 
 
 class ProbeLoss:
-    """`linear_probe` as the outer loss of the meta-loop; its metrics are fractions in [0, 1]."""
+    """`linear_probe` as the outer loss of the meta-loop; metrics are fractions in [0, 1]."""
 
     metrics = ("train_accuracy", "test_accuracy")
 
@@ -120,9 +132,10 @@ class ProbeLoss:
 
 
 class SampledProbeLoss:
-    """Cross-entropy of logistic regression on the training images that it is fitted to.
+    """Mean cross-entropy of logistic regression on the training images that it is fitted to.
 
-    `images` of them are drawn at each call, all where there are no more; one pass of the model.
+    Each call draws `images` training images, or takes all if there are no more, and makes one
+    forward pass of the model.
     """
 
     metrics = ("train_accuracy",)
@@ -143,11 +156,14 @@ class SampledProbeLoss:
 
 
 class RidgeLoss:
-    """Mean squared error of ridge regression on training images that it is not fitted to.
+    """Squared error of ridge regression on training images that it is not fitted to.
 
-    At each call fit_images and outer_images of them are drawn, all different; one pass of the
-    model. penalty: of the sums over the images of the fit, with the intercept left out. Closed
-    form, in float64 (as meta-loss: Metz, Maheswaranathan, Cheung, Sohl-Dickstein 2019, ICLR).
+    The error is summed over the classes and averaged over the images. Each call draws fit_images
+    and outer_images different images and makes one forward pass of the model; the fit is in closed
+    form, in float64. As a meta-loss: Metz, Maheswaranathan, Cheung, Sohl-Dickstein 2019, ICLR.
+    Raises ProbeError if there are too few images.
+
+    penalty: relative to sums over the images of the fit; the intercept is not penalised.
     """
 
     metrics = ("train_accuracy", "held_out_accuracy")
@@ -166,7 +182,7 @@ class RidgeLoss:
     def __call__(
         self, model, params, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """The loss attached to params, and the accuracies on the fit's images and on others."""
+        """The loss attached to params, and the accuracies on images of the fit and on others."""
         order = torch.randperm(len(self.data), generator=generator, device="cpu")
         index = order[: sum(self.sizes)]
         features, labels = _attached_features(model, params, self.data, index)
@@ -188,7 +204,10 @@ class RidgeLoss:
 def ridge_regression(features: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     """Weight [D, K] and bias [K] of ridge regression, differentiable; see the module's formula.
 
-    features [N, D], targets [N, K]; the matrix that is solved with has the smaller of both sizes.
+    The linear system is of size min(N, D). Raises NonFiniteFeatures if it can't be solved.
+
+    features: [N, D].
+    targets: [N, K].
     """
     mean, mean_target = features.mean(0), targets.mean(0)
     F, Y = features - mean, targets - mean_target
@@ -203,7 +222,7 @@ def ridge_regression(features: Tensor, targets: Tensor, penalty: float) -> tuple
 
 
 def _attached_features(model, params, data, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [n, D] of the images of `index`, attached to params, in 32 bits or more; labels."""
+    """Features [n, D] of the images `index`, attached to params, at least float32; their labels."""
     dtype, device = _dtype_and_device(params)
     features = model(data.floats(index, dtype=dtype).to(device), params).flatten(1)
     labels = data.labels[index.to(data.labels.device)].to(device)
@@ -225,7 +244,7 @@ def _check_gradient(probe_gradient: str, outer_images: int, available: int) -> N
 
 
 def _outer_loss(model, params, fit: LogisticFit, data, index: Tensor) -> Tensor:
-    """Mean cross-entropy of the images of `index`, attached to params but not through the fit."""
+    """Mean cross-entropy of the images `index`, attached to params but not through the fit."""
     dtype, device = _dtype_and_device(params)
     images = data.floats(index, dtype=dtype).to(device)
     labels = data.labels[index.to(data.labels.device)].to(device)
@@ -236,7 +255,7 @@ def _outer_loss(model, params, fit: LogisticFit, data, index: Tensor) -> Tensor:
 def _gradient_by_classifier(
     fit: LogisticFit, features: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the mean cross-entropy of features [M, D] by weight and bias."""
+    """The gradients of the mean cross-entropy of features [M, D] by weight and bias."""
     residual = _residual(fit.logits(features), labels) / len(labels)
     return residual.T @ features.double(), residual.sum(0)
 
@@ -244,11 +263,13 @@ def _gradient_by_classifier(
 def _through_the_fit(
     model, params, data, fitted: Tensor, fit: LogisticFit, direction: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """A zero whose gradient in params is -v^T d_theta (grad_W O), v the given direction.
+    """A zero whose gradient by params is -v^T d_theta (grad_W O), with v = `direction`.
 
-    With p the probabilities and r = p - onehot of an image of features f, a = v_W f + v_b:
+    For an image with features f, probabilities p, r = p - onehot and a = v_W f + v_b,
 
         d (v^T grad_W O) / df = v_W^T r + W^T (p a - p (p^T a))
+
+    fitted: the indices of the images that the classifier was fitted to.
     """
     dtype, device = _dtype_and_device(params)
     leaves = [{n: t.detach().requires_grad_() for n, t in layer.items()} for layer in params]
@@ -280,16 +301,17 @@ def _by_features(
 
 
 def _residual(logits: Tensor, labels: Tensor) -> Tensor:
-    """Probabilities [B, classes] less the one-hot labels."""
+    """The probabilities [B, classes] minus the one-hot labels."""
     labels = labels.to(logits.device)
     return torch.softmax(logits, 1) - torch.nn.functional.one_hot(labels, logits.shape[1])
 
 
 @torch.no_grad()
 def extract_features(model, params, data, *, batch_size: int = 4096) -> Tensor:
-    """Features of every image, [N, D], without gradient, `batch_size` images at a time.
+    """The features of all images, [N, D], without gradient, in chunks of `batch_size` images.
 
-    In the dtype of params, or float32 where that has fewer bits.
+    Their dtype is that of params, or float32 if that has fewer bits. Raises ProbeError if there are
+    no images.
     """
     if len(data) == 0:
         raise ProbeError("the data set is empty; expected at least one image")
@@ -312,7 +334,10 @@ def _accuracy(fit: LogisticFit, features: Tensor, labels: Tensor) -> float:
 
 
 def _draw(available: int, wanted: int, generator: torch.Generator | None) -> Tensor:
-    """Indices of `wanted` of the `available` images, all of them if there are no more."""
+    """The indices of `wanted` of the `available` images, or of all if there are no more.
+
+    They are evenly spaced without a generator. Raises ProbeError if wanted < 1.
+    """
     if wanted < 1:
         raise ProbeError(f"outer_images is {wanted}; expected at least 1")
     if wanted >= available:
@@ -330,7 +355,7 @@ def _all_but(index: Tensor, available: int) -> Tensor:
 
 
 def _dtype_and_device(params) -> tuple[torch.dtype, torch.device]:
-    """Those of the first tensor in params; torch's defaults for a model without any."""
+    """Those of the first tensor in params; without one, torch's default dtype and the CPU."""
     for layer in params:
         for tensor in layer.values():
             return tensor.dtype, tensor.device

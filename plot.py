@@ -1,13 +1,13 @@
-"""Figures from run directories alone.
+"""Draws figures from run directories alone.
 
     python plot.py run runs/main-...                       every figure of a run, drawn again
-    python plot.py rules runs/a runs/b                     learned rules beside each other
-    python plot.py rules runs/a --classical oja foldiak    and beside classical ones
+    python plot.py rules runs/a runs/b                     learned rules side by side
+    python plot.py rules runs/a --classical oja foldiak    with classical rules
     python plot.py one_pass runs/a runs/b                  runs of tune_one_pass.py compared
     python plot.py losses runs/a runs/b                    learned optimisers on all optimizees
 
-A figure that is asked for by name has its flags in make_parser, and a function in PLOTS, which
-returns the paths of what it has drawn.
+Each kind of figure has its flags in make_parser, and a function in PLOTS that returns the paths of
+the files it has written.
 """
 
 import argparse
@@ -23,7 +23,7 @@ EFFECT, COEFFICIENT = "effect", "coefficient"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """One subcommand per kind of figure."""
+    """The command's flags, with one subcommand per kind of figure."""
     parser = OneLineParser(prog="plot.py", description="Figures from run directories alone.")
     figures = parser.add_subparsers(title="figures", dest="figure", metavar="FIGURE", required=True)
 
@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def png_file(text: str) -> Path:
-    """A file whose name says what it will hold."""
+    """The type of a flag: a path that ends in .png."""
     if Path(text).suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"must end in .png, not {text!r}")
     return Path(text)
@@ -83,7 +83,7 @@ from learning_rules import PerLayerRule, classical_rule
 from rules import load_rule
 from sweeps.report import plot_sweep_run
 
-# What draws a run's figures, by the command; it is also what the command itself calls
+# The function that draws a run's figures, by command; the command itself calls the same one
 DRAW: dict[str, Callable[[Path], list[Path]]] = {
     "main": plot_run,
     "find_oja": plot_oja_run,
@@ -103,15 +103,15 @@ DRAW: dict[str, Callable[[Path], list[Path]]] = {
 }
 
 
-# what a file of a run that is not as its command wrote it may raise where it is drawn
+# Errors of drawing a run whose files are not as its command wrote them
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 def figures_again(args: argparse.Namespace) -> list[Path]:
-    """The figures that each run's own command has drawn, or would have drawn at its end."""
+    """Draw the figures that each run's own command draws at its end; return their paths."""
     commands = [plotting_command(directory) for directory in args.runs]
     for directory in args.runs:
-        refuse_links(directory)  # in it the figures are written
+        refuse_links(directory)  # because the figures are written into it
     drawn = []
     for directory, command in zip(args.runs, commands, strict=True):
         try:
@@ -126,7 +126,7 @@ def figures_again(args: argparse.Namespace) -> list[Path]:
 
 
 def plotting_command(directory: Path) -> str:
-    """The command whose run it is; UserError where plot.py knows no figures of that."""
+    """The command whose run this is; raises UserError if there are no figures for it."""
     command = str(read_config(directory).get("command", "an unknown command"))
     if command not in DRAW:
         known = ", ".join(DRAW)
@@ -135,10 +135,10 @@ def plotting_command(directory: Path) -> str:
 
 
 def plot_losses(args: argparse.Namespace) -> list[Path]:
-    """A row per learned optimiser, by its run's name, and per baseline at its tuned rate.
+    """Draw final losses, in a row per learned optimiser and per baseline at its tuned rate.
 
-    Columns are optimizees, on other data and after other numbers of steps apart. A baseline's loss
-    is the mean over the runs that tell it.
+    The name of a learned optimiser is its run's. Columns are optimizees, separately for each data
+    set and number of steps. The loss of a baseline is the mean over the runs that have it.
     """
     tuned = [tuned_losses(directory) for directory in args.runs]
     several = len({steps for losses in tuned for _, steps in losses}) > 1
@@ -158,7 +158,7 @@ def plot_losses(args: argparse.Namespace) -> list[Path]:
 
 
 def tuned_losses(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
-    """Of each optimizee and number of steps the loss of each optimiser, "learned", "adam", ..."""
+    """The losses of "learned", "adam", ... by (optimizee, number of steps)."""
     compared = compared_optimizees(directory)
     if not compared:
         raise UserError(f"{directory} is not a run of learn_to_optimize.py: it compares nothing")
@@ -180,7 +180,7 @@ def tuned_losses(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
 
 
 def rules_side_by_side(args: argparse.Namespace) -> list[Path]:
-    """Each layer's rule is a column; classical rules come last."""
+    """Draw each layer's rule as a column, then the classical rules."""
     learned = {}
     for directory, name in zip(args.runs, run_names(args.runs), strict=True):
         learned |= rules_of_run(directory, name)
@@ -200,7 +200,7 @@ def rules_side_by_side(args: argparse.Namespace) -> list[Path]:
 
 
 def plot_one_pass(args: argparse.Namespace) -> list[Path]:
-    """The table, also on the screen, and the figures."""
+    """Write and show the table, and draw the figures."""
     runs = read_runs(args.runs)
     text = table(runs)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -213,9 +213,9 @@ def plot_one_pass(args: argparse.Namespace) -> list[Path]:
 
 @dataclass(frozen=True)
 class LayerRule:
-    """One layer's rule; names as "w/x y".
+    """The rule of one layer, with terms named like "w/x y".
 
-    effects: as `term_effects` gives them, {} where they are unknown.
+    effects: from `term_effects`; {} if they are unknown.
     """
 
     coefficients: dict[str, float]
@@ -227,7 +227,7 @@ class LayerRule:
 
 
 def rules_of_run(directory: Path, name: str) -> dict[str, LayerRule]:
-    """The rule of each layer, by the run's name, and the layer's where there are several."""
+    """The rule of each layer, by the run's name and, if there are several, the layer's number."""
     rule = load_rule(directory / "rule.json")
     effects = effects_of_run(directory)
     if not isinstance(rule, PerLayerRule):
@@ -242,7 +242,7 @@ def rules_of_run(directory: Path, name: str) -> dict[str, LayerRule]:
 
 
 def effects_of_run(directory: Path) -> dict[str, float]:
-    """The effects in a run's results.json that are known: those that were not finite are null."""
+    """The effects in a run's results.json, without those that are null, which were not finite."""
     effects = read_results(directory).get("term_effects") or {}
     if not isinstance(effects, dict):
         raise UserError(f"{directory}/results.json is damaged: term_effects is no table")
@@ -255,10 +255,10 @@ def effects_of_run(directory: Path) -> dict[str, float]:
 def effects_of_classical(
     name: str, coefficients: Mapping[str, float], learned: Sequence[LayerRule]
 ) -> dict[str, float]:
-    """What the terms of a classical rule would change where a learned rule has led a network.
+    """The effects of a classical rule's terms in a network that a learned rule has trained.
 
-    An effect is proportional to the coefficient, so that the first of the learned rules with the
-    same terms tells it, up to one factor for each parameter.
+    Since an effect is proportional to the coefficient, they follow, up to one factor for each
+    parameter, from the first learned rule that has the same terms. Raises UserError if none has.
     """
     for rule in learned:
         if all(rule.coefficients.get(t) and t in rule.effects for t in coefficients):
@@ -288,7 +288,7 @@ DEFAULT_PLACES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, plot, say where it is."""
+    """Parse, plot, and print the paths of the files."""
     args = make_parser().parse_args(argv)
     if args.figure in DEFAULT_PLACES and args.out is None:
         args.out = args.runs[0] / DEFAULT_PLACES[args.figure]

@@ -4,15 +4,17 @@
     python prune_rule.py runs/main-... --terms 20 10 5 --evaluations 10
     python prune_rule.py --resume runs/prune_rule-...
 
-A change is linear in the coefficients. When a term goes, the other terms of its parameter take over
-what they can of the change, c_k by term k, that the rule made in some trainings:
+The change of a parameter is linear in the coefficients. When a term is removed, the other terms of
+its parameter are rescaled so as to best reproduce the change, c_k by term k, that the rule made in
+some trainings:
 
     minimise over a  |sum_k a_k c_k - sum_k c_k|^2;   psi_k <- a_k psi_k
 
-This has a closed form for each term that may go (Hassibi, Stork 1993, Optimal brain surgeon). Down
-to --try_below terms the one goes without which the least of the change is left unexplained. From
-there on the first --candidates of this order are each left out of some trainings, and the one goes
-without which the outer loss is smallest. Nothing is meta-learned, and test images choose nothing.
+This has a closed form for each term that may be removed (Hassibi, Stork 1993, Optimal brain
+surgeon). Down to --try_below terms, the term is removed without which the smallest part of the
+change remains unexplained. Below that, trainings are made without each of the first --candidates in
+this order, and the one without which the outer loss is smallest is removed. Nothing is
+meta-learned, and test images are not used for any choice.
 """
 
 import copy
@@ -38,7 +40,7 @@ TERMS = (40, 30, 20, 15, 12, 10, 9, 8, 7, 6, 5, 4)
 def make_parser():
     """The command's flags."""
     parser = common_parser("Shorten a learned rule, term by term.", "prune_rule")
-    parser.set_defaults(dataset=None)  # that of RUN
+    parser.set_defaults(dataset=None)  # None: that of RUN
     parser.add_argument("run", type=run_path, metavar="RUN",
                         help="directory of main.py, or a name in the zoo")  # fmt: skip
     add = parser.add_argument_group("pruning").add_argument
@@ -77,20 +79,21 @@ from mnist_datasets import load_images
 from rules import rule_from_dict, write_rule
 from train import Draw, Training
 
-RIDGE = 1e-10  # of correlations between terms, which may be exactly dependent
+RIDGE = 1e-10  # added to correlations between terms, which may be exactly dependent
 TERMS_SHOWN = 8
 
 
-# ---- who may go ----
+# ---- removing a term ----
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A term that may go.
+    """The removal of a term.
 
-    parameter: as "1/w"; index: of the term among those of the parameter.
-    factors: float64 [terms], of their coefficients when it is gone; its own is 0.
-    unexplained: squared difference to the change before, relative to that change.
+    parameter: the parameter that it belongs to, such as "1/w".
+    index: its index among the terms of the parameter.
+    factors: float64 [terms], by which the coefficients are multiplied; 0 for the term itself.
+    unexplained: the squared difference from the change before, relative to that change squared.
     """
 
     parameter: str
@@ -100,7 +103,7 @@ class Removal:
 
 
 def removals(grams: Mapping[str, Tensor]) -> list[Removal]:
-    """One for each term, from `term_grams`; the least unexplained first."""
+    """The removal of each term, given the result of `term_grams`; least unexplained first."""
     candidates = []
     for parameter, matrix in grams.items():
         size = matrix.diagonal().sqrt()
@@ -118,7 +121,7 @@ def removals(grams: Mapping[str, Tensor]) -> list[Removal]:
 
 
 def without(rule: PerLayerRule, removal: Removal) -> PerLayerRule:
-    """A copy of the rule without this term, the other coefficients adapted."""
+    """A copy of the rule without this term, with the other coefficients rescaled."""
     layer, group = removal.parameter.split("/")
     stays = torch.arange(len(removal.factors)) != removal.index
     shorter = copy.deepcopy(rule)
@@ -133,29 +136,31 @@ def without(rule: PerLayerRule, removal: Removal) -> PerLayerRule:
 
 
 def grams_without(grams: Mapping[str, Tensor], removal: Removal) -> dict[str, Tensor]:
-    """What `without` makes of the Gram matrices, where the training stays as it was."""
+    """The Gram matrices after `without`, provided that the training does not change."""
     matrix = grams[removal.parameter] * torch.outer(removal.factors, removal.factors)
     stays = torch.arange(len(matrix)) != removal.index
     return {**grams, removal.parameter: matrix[stays][:, stays]}
 
 
 class Trainings:
-    """Trainings by one rule or another, of the network that a run was learned on.
+    """Trainings of a run's network by various rules.
 
-    steps: updates of each. Draws are named (seed, TRIAL or EVALUATION, number).
+    The keys of draws are (seed, TRIAL or EVALUATION, number).
+
+    steps: the number of updates of each training.
     """
 
     def __init__(self, training: Training, steps: int, seed: int) -> None:
         self.training, self.steps, self.seed = training, steps, seed
 
     def outcomes(self, rule: PerLayerRule, kind: int, draws: int) -> list[dict[str, float]]:
-        """The outer loss and its numbers after each; NaN where one is not finite."""
+        """The outer loss and its metrics after each training; nan if it is not finite."""
         training = replace(self.training, rule=rule)
         keys = ((self.seed, kind, draw) for draw in range(draws))
         return [trajectory(training, [self.steps], key)[0] for key in keys]
 
     def grams(self, rule: PerLayerRule, draws: int) -> dict[str, Tensor]:
-        """The sum of `term_grams` over some; FloatingPointError where one is not finite."""
+        """The sum of `term_grams` over trainings; raises FloatingPointError if it is not finite."""
         total: dict[str, Tensor] = {}
         for number in range(draws):
             draw = Draw((self.seed, TRIAL, number), self.steps)
@@ -171,7 +176,7 @@ class Trainings:
 def choose(
     rule: PerLayerRule, grams: Mapping[str, Tensor], trainings: Trainings, args
 ) -> tuple[Removal, dict[str, float]]:
-    """Which term goes, and numbers to record; trial_loss is NaN where none was tried."""
+    """The removal to make, and numbers to record; trial_loss is nan if none was tried."""
     ranked = removals(grams)
     chosen, loss = ranked[0], math.nan
     if len(ranked) <= args.try_below:
@@ -193,11 +198,13 @@ def choose(
 
 
 class Pruning:
-    """Removes term after term, and judges what is left at each of `sizes`; see `run_steps`.
+    """Removes term after term, and judges the rule at each of `sizes`; an Algorithm of `run_steps`.
 
-    sizes: numbers of terms, falling, the whole rule's first.
-    stages: what was judged, in plain values: a rule, its effects, and how well trainings by it do
-        from new draws. A rule whose trainings are not finite ends it.
+    It ends early if the trainings by a shortened rule are not finite.
+
+    sizes: numbers of terms, decreasing, beginning with that of the whole rule.
+    stages: for each rule judged, its description, the effects of its terms, and the results of
+        trainings from new draws, in plain values.
     """
 
     def __init__(
@@ -210,7 +217,7 @@ class Pruning:
         self.finished = False
 
     def step(self) -> dict[str, float]:
-        """One term goes; numbers to record."""
+        """Remove one term; returns numbers to record."""
         if not self.stages:
             self._judge()
         removal, numbers = choose(self.rule, self.grams, self.trainings, self.args)
@@ -229,7 +236,7 @@ class Pruning:
             self.finished = True
 
     def _judge(self) -> None:
-        """Adds a stage, measured anew; FloatingPointError where it is not finite."""
+        """Measure and judge the current rule; raises FloatingPointError if it is not finite."""
         self.grams = self.trainings.grams(self.rule, self.args.trials)
         effects = term_effects(self.rule, self.grams)
         rows = self.trainings.outcomes(self.rule, EVALUATION, self.args.seeds)
@@ -241,7 +248,7 @@ class Pruning:
         self.stages.append(stage)
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs."""
+        """Everything that a resumed run needs."""
         return {
             "rule": self.rule.to_dict(),
             "grams": self.grams,
@@ -250,14 +257,17 @@ class Pruning:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` left it."""
+        """Go on from a state returned by `state_dict`."""
         self.rule = rule_from_dict(state["rule"]).to(self.rule.rules[0].w)
         self.grams, self.stages = state["grams"], list(state["stages"])
         self.finished = state["finished"]
 
 
 def sizes_of(rule: PerLayerRule, wanted: Sequence[int]) -> list[int]:
-    """The whole rule's number of terms and those wanted below it, falling."""
+    """The number of terms of the whole rule, and the wanted numbers below it, decreasing.
+
+    Raises UserError if no wanted number is below it.
+    """
     whole = len(rule.term_coefficients())
     sizes = sorted({n for n in wanted if n < whole} | {whole}, reverse=True)
     if len(sizes) == 1:
@@ -269,7 +279,7 @@ def sizes_of(rule: PerLayerRule, wanted: Sequence[int]) -> list[int]:
 
 
 def stage_text(stage: dict) -> str:
-    """A line of the table."""
+    """A stage as a line of the table."""
     if stage["test_accuracy_mean"] is None:
         return f"{stage['terms']:>5} terms: not finite"
     trainings = len(stage["evaluations"])
@@ -277,14 +287,17 @@ def stage_text(stage: dict) -> str:
 
 
 def shortest(stages: Sequence[dict], tolerance: float) -> dict:
-    """The one with the fewest terms, of those that lose no more training accuracy than this."""
+    """The stage with the fewest terms among those that lose at most `tolerance`.
+
+    tolerance: of training accuracy, a fraction, relative to the first stage.
+    """
     accuracies = [stage["train_accuracy_mean"] or 0.0 for stage in stages]
     good = [s for s, a in zip(stages, accuracies, strict=True) if a >= accuracies[0] - tolerance]
     return min(good, key=lambda stage: stage["terms"])
 
 
 def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: list[dict]) -> None:
-    """Every rule judged as a file, the table as results.json and a figure, the shortest rule."""
+    """Write the judged rules, the shortest one, results.json and figures; show the table."""
     for stage in stages:
         log.write_json(f"rule-{stage['terms']}.json", stage["rule"])
     best = shortest(stages, args.tolerance)
@@ -310,7 +323,7 @@ def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Data; the run's training; the loop of removals; the report."""
+    """Read run and data, make the run's training, remove terms, report."""
     args = parse(make_parser(), argv)
     save_whole_paths(args, "run")
     device, dtype = set_up(args)
@@ -332,7 +345,7 @@ def main(argv: list[str] | None = None) -> None:
         dtype=dtype,
     )
     training = learned(run, setting)
-    next(training.batches(seeded_generator(0)))  # refuses a wrong batch size
+    next(training.batches(seeded_generator(0)))  # raises DataError now if the batch size is wrong
     trainings = Trainings(training, args.inner_steps or run.steps, args.seed)
     with open_run(args, "prune_rule", train_data) as log:
         log.say(train_data.source)

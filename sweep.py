@@ -1,4 +1,4 @@
-"""Runs any command of this project many times over chosen flags, on worker processes and machines.
+"""Runs any command of this project many times with searched flags, in many processes or machines.
 
     python sweep.py --out runs/rates --trials 30 --workers 2 --metric test_accuracy_mean \\
         --direction maximize --search lr=log:1e-6:1e-1 batch_size=choice:64,256 \\
@@ -8,8 +8,8 @@
     python sweep.py ... --variant "ours=-c a.yaml" --variant "random=-c b.yaml" -- ...
     python sweep.py --resume runs/rates                      goes on, or joins in
 
-Every trial is the command behind `--` with a value for each searched flag, `--out`, `--quiet` and
-`--no_figures`, in a process of its own; its value is read from its results.json: docs/sweeps.md.
+Each trial is a process that runs the command after `--` with a value for each searched flag,
+`--out`, `--quiet` and `--no_figures`. Its value is read from its results.json. See docs/sweeps.md.
 """
 
 import argparse
@@ -49,7 +49,7 @@ TRIALS = 30
 
 @dataclass(frozen=True)
 class Variant:
-    """An algorithm: a name, and the arguments that the command gets for it."""
+    """A variant of the command: a name, and the additional arguments of the command."""
 
     name: str
     arguments: tuple[str, ...]
@@ -59,18 +59,18 @@ class Variant:
 
 
 def variant(text: str) -> Variant:
-    """NAME=ARGUMENTS, the arguments as a shell would read them."""
+    """The type of a flag: NAME=ARGUMENTS, with the arguments split as by a shell."""
     name, equals, arguments = text.partition("=")
     try:
         if equals and re.fullmatch(r"\w[\w.-]*", name):
             return Variant(name, tuple(shlex.split(arguments)))
-    except ValueError:  # a quotation without its end
+    except ValueError:  # an unclosed quotation
         pass
     raise argparse.ArgumentTypeError(f'must be "NAME=ARGUMENTS...", not {text!r}')
 
 
 def make_parser():
-    """The sweep's own flags, those in front of `--`."""
+    """The sweep's own flags, those before `--`."""
     parser = run_parser("Run a command many times over chosen flags.", "sweep")
     parser.usage = "%(prog)s [flags] --search FLAG=RANGE ... --metric KEY -- COMMAND.py [arguments]"
     add = parser.add_argument_group("search").add_argument
@@ -104,7 +104,7 @@ def make_parser():
 
 
 def split_at_dashes(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before the first `--`, and behind it."""
+    """The arguments before the first `--`, and those after it."""
     place = list(argv).index("--") if "--" in argv else len(argv)
     return list(argv[:place]), list(argv[place + 1 :])
 
@@ -147,24 +147,24 @@ from sweeps.study import (
 )
 from sweeps.trial import GRACE, RefusedCommand, Rungs, Worker, outcome_of, start
 
-POLL = 0.1  # seconds between two looks at the workers
-LEFT_AFTER = 600.0  # seconds since a file that is half written was touched, and so is nobody's
+POLL = 0.1  # seconds between checks of the workers
+LEFT_AFTER = 600.0  # seconds after which a half-written file is taken to be abandoned
 
 GIVEN_BY_THE_SWEEP = ("out", "resume")
 HOME = Path(__file__).resolve().parent
-RESUMABLE = (  # commands that --resume runs because a config.json says so
+RESUMABLE = (  # commands that --resume may take from a config.json
     "main.py", "find_oja.py", "baseline_mlp.py", "baseline_pca.py", "baseline_vicreg.py",
     "evaluate.py", "prune_rule.py", "tune_one_pass.py", "train_krotov_hopfield.py",
     "learn_to_optimize.py", "examples/equilibrium_network.py", "examples/imaml.py",
     "examples/logistic_regression.py", "examples/tune_competition.py",
 )  # fmt: skip
-WRITING = ("-S", "--save_state", "--to_zoo")  # flags of theirs that name what they write elsewhere
+WRITING = ("-S", "--save_state", "--to_zoo")  # their flags that name files to write elsewhere
 OF_THIS_PROCESS = (*OF_THE_CALL, "share", "slurm", "array_tasks")
 ENDED = ("done", "pruned", "diverged", "failed")
 
 
 def complete(args, command: list[str]) -> None:
-    """Adds to `args` the command of a trial, and what is by default; UserError where wrong."""
+    """Add the command of a trial and the defaults to `args`; raises UserError for wrong flags."""
     if args.resume is not None:
         command = command or saved_command(args.resume)
         _refuse_to_write_elsewhere(
@@ -187,10 +187,10 @@ def complete(args, command: list[str]) -> None:
 
 
 def saved_command(directory: Path) -> list[str]:
-    """What a sweep that is resumed has run; UserError where a stranger's might do harm.
+    """The command of a sweep to be resumed; raises UserError if running it might do harm.
 
-    Only commands of this project are run on the word of a config.json, and only where they write
-    in the trials' directories; any other has to be written again behind --.
+    A config.json may come from somebody else. So it can only start commands of this project that
+    write in the trials' directories; any other command must be given again after --.
     """
     words = read_config(directory).get("trial_command")
     if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
@@ -203,7 +203,7 @@ def saved_command(directory: Path) -> list[str]:
 
 
 def _refuse_to_write_elsewhere(directory: Path, arguments: Sequence[str]) -> None:
-    """UserError where arguments from a config.json have a trial write outside its directory."""
+    """Raise UserError if arguments from a config.json let a trial write outside its directory."""
     for argument, following in itertools.pairwise([*arguments, ""]):
         flag, equals, value = argument.partition("=")
         folder = Path(value if equals else following)
@@ -258,7 +258,7 @@ def _refuse_a_continuum(flags: Sequence[SearchedFlag]) -> None:
 
 
 def definition(args, variant: Variant) -> dict[str, Any]:
-    """All that the value of a variant's trials depends on."""
+    """Everything that the value of a variant's trials depends on."""
     names = ["method", "metric", "direction", "seed"]
     names += ["startup"] if args.method in GUIDED else []
     names += ["reduction"] if args.method == "asha" else []
@@ -271,8 +271,10 @@ def definition(args, variant: Variant) -> dict[str, Any]:
 
 
 def make_pruner(args) -> BasePruner:
-    """What ends bad trials: of asha, successive halving in its asynchronous, stopping form (Li et
-    al., arXiv 1810.05934); of other methods with --watch, the median rule (Golovin et al. 2017).
+    """The rule that ends bad trials, if --watch is given.
+
+    For asha it is successive halving in its asynchronous, stopping form (Li et al., arXiv
+    1810.05934), for other methods the median rule (Golovin et al. 2017).
     """
     if args.watch is None:
         return NopPruner()
@@ -282,7 +284,7 @@ def make_pruner(args) -> BasePruner:
 
 
 def make_rungs(args) -> Rungs | None:
-    """Where trials are compared, None where they are not."""
+    """The steps at which trials are compared; None without --watch."""
     if args.watch is None:
         return None
     return Rungs(args.watch, args.min_steps, args.reduction if args.method == "asha" else 1)
@@ -294,7 +296,7 @@ def make_rungs(args) -> Rungs | None:
 class Sweep:
     """This process's part of a sweep: takes trials, runs them, records how they ended.
 
-    studies: one for each variant, by its name; "" where there are no variants.
+    studies: the study of each variant, by its name; without variants, the only name is "".
     """
 
     def __init__(self, args, studies: Mapping[str, Study], directory: Path, log: RunLog) -> None:
@@ -309,7 +311,7 @@ class Sweep:
         self.watches = {name: Watch() for name in studies}
 
     def run(self) -> bool:
-        """Works until no trial is left for this process; False where Ctrl-C ended that."""
+        """Work until no trial is left for this process; return False if Ctrl-C ended that."""
         total = self.args.trials * len(self.studies)
         with (
             finish_on_interrupt() as interrupt,
@@ -336,7 +338,7 @@ class Sweep:
                 self._wait_for_the_end()
 
     def report(self) -> Report:
-        """What all processes have found so far."""
+        """The trials of all processes so far."""
         return Report.of(self.studies, self.args.search, self.args.metric)
 
     def _heartbeat(self) -> None:
@@ -353,7 +355,7 @@ class Sweep:
                 self.log.say(f"{_label(name, number)} was interrupted; its values are queued again")
 
     def _fill(self) -> None:
-        """Give every free worker a trial, of the variant that has had fewest."""
+        """Give every free worker a trial of the variant with the fewest trials so far."""
         while len(self.workers) < self.args.workers and self._may_take():
             for name in sorted(self.studies, key=lambda name: len(self._trials(name))):
                 trial = claim(self.studies[name], self.args.trials)
@@ -376,14 +378,14 @@ class Sweep:
         return time.monotonic() >= self._nothing_left_until and self._has_share_left()
 
     def _may_get_more(self) -> bool:
-        """Whether a trial of another process, silent so far, may yet turn out to be lost."""
+        """Whether a silent trial of another process may turn out to be lost."""
         return self._has_share_left() and any(watch.suspects for watch in self.watches.values())
 
     def _has_share_left(self) -> bool:
         return self.args.share is None or self.taken < self.args.share
 
     def _collect(self) -> bool:
-        """Watch the workers, and record those that have ended; whether there were any."""
+        """Watch the workers and record those that have ended; return whether there were any."""
         ended = [worker for worker in self.workers if worker.process.poll() is not None]
         if self.rungs is not None:
             self._prune()
@@ -398,7 +400,7 @@ class Sweep:
         return bool(ended)
 
     def _prune(self) -> None:
-        """End the trials that are bad at a rung; one that ended by itself is only compared."""
+        """End the trials that are bad at a rung; a trial that has ended is only compared."""
         for worker in self.workers:
             if worker.ending is None and self.rungs.compare(worker) and worker.runs():
                 worker.end("pruned")
@@ -434,7 +436,7 @@ class Sweep:
             worker.end(state)
 
     def _wait_for_the_end(self) -> None:
-        """After an error: let what still runs end cleanly, but not for ever."""
+        """After an error, ask running trials to end, and kill them after GRACE seconds."""
         while self.workers:
             self._end_all("interrupted")
             self.workers = [each for each in self.workers if each.process.poll() is None]
@@ -456,22 +458,22 @@ class Sweep:
 
 
 def flags_of(trial: Trial, searched: Sequence[SearchedFlag]) -> list[str]:
-    """The trial's values as arguments."""
+    """The values of a trial as arguments of the command."""
     arguments = []
     for flag in searched:
         text = str(flag.exact(trial.params[flag.name]))
-        # argparse takes -1e-05 for a flag unless it is joined to its own
+        # argparse takes -1e-05 for a flag unless it is joined with = to its own flag
         arguments += [f"--{flag.name}={text}"] if text.startswith("-") else [f"--{flag.name}", text]
     return arguments
 
 
 def cores() -> int:
-    """Those that this process may use, where the system tells."""
+    """The number of cores that this process may use or, if unknown, of the machine."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def variants(args) -> list[Variant]:
-    """Those asked for; one without a name and arguments of its own, where none are."""
+    """The variants asked for, or a single one without a name and arguments."""
     return args.variant or [Variant("", ())]
 
 
@@ -483,14 +485,14 @@ def _label(variant: str, number: int) -> str:
 
 
 def open_directory(args) -> Path:
-    """The sweep's directory, new or of the same sweep; UserError if it holds something else."""
+    """The sweep's directory, new or of an earlier sweep; UserError if it holds something else."""
     directory = args.resume or args.out or new_directory("sweep")
     known = directory / "config.json"
     if known.exists():
         if read_config(directory).get("command") != "sweep":
             raise UserError(f"{directory} is no sweep's directory: choose another --out")
     elif directory.is_dir():
-        # another process may be at this point with the same sweep
+        # another process may be starting the same sweep
         ours = (JOURNAL, NEW)
         if any(not entry.name.startswith(ours) for entry in directory.iterdir()):
             raise UserError(f"{directory} is not empty: choose another --out")
@@ -501,10 +503,13 @@ def open_directory(args) -> Path:
 
 
 def open_studies(args, directory: Path) -> dict[str, Study]:
-    """The study of each variant, made where it isn't there; StudyError where it lacks trials."""
+    """The study of each variant, created if necessary.
+
+    Raises StudyError if a study lacks trials for which there are directories.
+    """
     seen = {each.name: trial_directories(directory / each.name) for each in variants(args)}
     storage = open_storage(args.storage, directory)
-    args.study = args.study or directory.resolve().name  # kept also when DIR is moved
+    args.study = args.study or directory.resolve().name  # saved, so that DIR may be moved
     studies = {
         each.name: open_study(
             storage,
@@ -526,13 +531,13 @@ def open_studies(args, directory: Path) -> dict[str, Study]:
 
 
 def trial_directories(folder: Path) -> dict[int, Path]:
-    """The trials that have been run in a folder, by their numbers; a study knows each before."""
+    """The directories of trials in a folder, by number; each trial is in its study before that."""
     paths = sorted(folder.glob("trial-[0-9]*"))
     return {int(path.name.removeprefix("trial-")): path for path in paths}
 
 
 def save_config(args, directory: Path) -> dict[str, Any]:
-    """What --resume needs."""
+    """Write config.json, which --resume reads, and return its content."""
     config = {name: value for name, value in vars(args).items() if name not in OF_THIS_PROCESS}
     config = plain(config | {"command": "sweep"})
     write_whole(directory / "config.json", json_text(config))
@@ -540,7 +545,7 @@ def save_config(args, directory: Path) -> dict[str, Any]:
 
 
 def say_summary(report: Report, log: RunLog) -> None:
-    """How many trials ended how, the best of each variant, and what failed first."""
+    """Show the number of trials in each state, each variant's best trial, and its first failure."""
     for name in report.trials:
         counts = ", ".join(f"{count} {state}" for state, count in report.counts(name).items())
         log.say(f"{name + ': ' if name else ''}{counts}")
@@ -555,20 +560,20 @@ def say_summary(report: Report, log: RunLog) -> None:
 
 
 def nothing_came_of(report: Report) -> bool:
-    """Whether all trials, of all variants, have ended, and none has a value."""
+    """Whether the trials of all variants have ended, and none has a value."""
     states = {state for name in report.trials for state in report.counts(name)}
     return not states & {"done", "running", "waiting"}
 
 
 def write_slurm(args, sweep_flags: Sequence[str]) -> None:
-    """A job array whose tasks share the study: each takes its part of the trials."""
+    """Write a Slurm job array whose tasks share the study, each with its part of the trials."""
     if args.out is None:
         raise UserError("--slurm needs --out DIR, on a file system that all machines share")
     total = args.trials * len(variants(args))
     tasks = min(args.array_tasks, total)
     flags = _without(sweep_flags, ("--slurm", "--array_tasks", "--share"))
     flags += ["--share", str(math.ceil(total / tasks))]
-    script = str(HOME / "sweep.py")  # the job begins wherever sbatch is called
+    script = str(HOME / "sweep.py")  # absolute, because the job runs wherever sbatch is called
     command = shlex.join([sys.executable, script, *flags, "--", *args.trial_command])
     lines = (
         "#!/bin/bash\n"
@@ -580,11 +585,12 @@ def write_slurm(args, sweep_flags: Sequence[str]) -> None:
         f"#SBATCH --signal=B:TERM@{2 * int(GRACE)}\n"
         f"\nexec {command}\n"
     )
-    args.slurm.write_text(lines, encoding="utf-8", errors="surrogateescape")  # paths as they are
+    # surrogateescape keeps the bytes of paths that are not UTF-8
+    args.slurm.write_text(lines, encoding="utf-8", errors="surrogateescape")
 
 
 def _without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """The arguments without these flags and their one value."""
+    """The arguments without these flags and the single value of each."""
     kept, skip = [], False
     for argument in argv:
         if not skip and argument.partition("=")[0] not in flags:
@@ -609,7 +615,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args) -> bool:
-    """Takes part in the sweep; False where Ctrl-C ended that."""
+    """Take part in the sweep; return False if Ctrl-C ended that."""
     directory = open_directory(args)
     new = not (directory / "config.json").exists()
     studies: dict[str, Study] = {}
@@ -634,20 +640,20 @@ def run(args) -> bool:
         raise
     except StudyError:
         if new:
-            with suppress(OSError):  # where it is not empty
+            with suppress(OSError):  # raised if it is not empty
                 directory.rmdir()
         raise
 
 
 def log_name() -> str:
-    """A directory for what this process says, unlike any other process's."""
+    """A unique name for the directory of this process's log."""
     return f"{HERE['host']}-{HERE['process']}-{uuid.uuid4().hex[:6]}"
 
 
 def forget(studies: Mapping[str, Study], directory: Path) -> None:
-    """Leave nothing of a sweep whose command was refused.
+    """Remove a sweep whose command was refused.
 
-    It stays where others take part in it, or a trial of another variant has its value.
+    It is kept if other processes take part in it, or a trial of another variant has a value.
     """
     for study in studies.values():
         if any(state_of(trial) == "done" for trial in study.trials):

@@ -1,4 +1,4 @@
-"""What a training consists of, and the training itself: a learning rule applied many times.
+"""A training, that is, a learning rule applied many times, and everything that it consists of.
 
     training = Training(model, rule, initializer, batches, outer_loss)
     draw = Draw((seed, metastep, task), steps=250)
@@ -6,17 +6,17 @@
 
     params = train(model, params, batches, rule, steps)     # differentiable through all updates
 
-Under a graph the steps fall into segments of equal length. The last one is kept for the backward
-pass; of those before, only the first parameters are, and each runs again when the backward pass
-arrives there. The memory policy is the length of the segments:
+For differentiation, the steps are divided into segments of equal length. The graph of the last one
+is kept for the backward pass; of each other segment only the initial parameters are kept, and it
+runs again when the backward pass reaches it. The memory policy sets the length of segments:
 
     keep       all steps: fastest, memory grows with every step
-    fit        as many as fit into memory_limit bytes
+    fit        as many steps as fit into memory_limit bytes
     segments   sqrt(steps): memory of about 2 sqrt(steps) steps
-    recompute  one: memory of the parameters of all steps and of one step's graph
+    recompute  one step: memory of the parameters of all steps and of one step's graph
 
-Through many updates of a rule that is no contraction the adjoint dL / d theta_t grows, going back,
-by orders of magnitude, and the hypergradient is noise. `AdjointLimit` holds it.
+Going back through many updates of a rule that is no contraction, the adjoint dL / d theta_t grows
+by orders of magnitude, and the hypergradient is noise. `AdjointLimit` bounds it.
 """
 
 import itertools
@@ -45,34 +45,35 @@ from models_fully_local import Params
 MEMORY_LIMIT = int(MetaSettings.memory_limit * 2**30)  # peak below 4 GB in main.py
 START, BATCHES, OUTER, METHOD, HORIZON, MODEL, POOL = range(
     7
-)  # what a draw's random numbers are for
+)  # the purposes of a draw's random numbers
 WITH_HYPERPARAMETERS = ("rule", "initializer", "batches")
 
 
 class TrainingError(WrongInputError):
-    """A training that cannot be, and what would be right: one line."""
+    """A training that is not possible; the message is one line."""
 
 
 class OuterLoss(Protocol):
-    """What a training is judged by; raises FloatingPointError where it cannot be evaluated."""
+    """The loss that judges a training; raises FloatingPointError if it cannot be evaluated."""
 
-    metrics: tuple[str, ...]  # the names of the numbers that come with the loss
+    metrics: tuple[str, ...]  # the names of the numbers returned with the loss
 
     def __call__(
         self, model: nn.Module, params: Params, generator: Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        """A scalar loss attached to params, and the numbers to record beside it."""
+        """A scalar loss attached to params, and further numbers to record."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One draw of a training: which initial parameters, which batches, how many updates.
+    """One draw of a training: its initial parameters, its batches, its number of updates.
 
-    key: non-negative integers, such as (seed, meta-step, task): each purpose of random numbers has
-        a generator of its own, made from them, so that nothing depends on what was drawn before.
-    steps: updates that the outer loss is differentiated through.
-    ungraded_steps: before them, where the initializer draws the start; not differentiated.
-    start: parameters to go on from; else the initializer draws them.
+    key: nonnegative integers such as (seed, meta-step, task). They seed a separate generator for
+        each purpose of random numbers, so that nothing depends on what was drawn before.
+    steps: the number of updates that the outer loss is differentiated through.
+    ungraded_steps: the number of updates before these, without differentiation; only if the
+        initializer draws the start.
+    start: parameters to go on from; None: the initializer draws them.
     """
 
     key: tuple[int, ...]
@@ -81,23 +82,24 @@ class Draw:
     start: Params | None = None
 
     def generator(self, purpose: int) -> Generator:
-        """A new one, the same at each call: of START, ..., POOL."""
+        """A new generator for START, ..., or POOL; it is the same at each call."""
         return seeded_generator(*self.key, purpose)
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a training consists of: for meta-learning, evaluation and comparison alike.
+    """Everything that a training consists of, for meta-learning, evaluation and comparison.
+
+    The hyperparameters are the nn.Parameters of the rule, and of the initializer and the batches if
+    these are modules.
 
     model: called as model(x, params); has no parameters of its own.
     rule: updates params.
     initializer: (model, generator) -> params.
-    batches: (generator) -> iterator of what the rule's update takes.
+    batches: (generator) -> iterator over the batches that the rule's update takes.
     outer_loss: judges the parameters.
-    name: of its numbers among those of several trainings, such as a data set's.
-    models: (generator) -> model, for meta-steps whose tasks each draw a model, such as its width.
-    The nn.Parameters of the rule, and of the initializer and the batches where these are modules,
-    are the hyperparameters.
+    name: a name, such as the data set's, to tell its numbers from those of other trainings.
+    models: (generator) -> model, if each task of a meta-step draws its model, such as its width.
     """
 
     model: nn.Module
@@ -109,20 +111,20 @@ class Training:
     models: Callable[[Generator], nn.Module] | None = None
 
     def with_drawn_model(self, draw: Draw) -> "Training":
-        """This training of the model that the draw gives it; itself where models is None."""
+        """This training with the model that `models` draws; unchanged if models is None."""
         if self.models is None:
             return self
         return replace(self, model=self.models(draw.generator(MODEL)))
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """Those that may hold hyperparameters, by name: "rule", "initializer", "batches"."""
+        """The modules that may hold hyperparameters, by name: "rule", "initializer", "batches"."""
         parts = {name: getattr(self, name) for name in WITH_HYPERPARAMETERS}
         return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
     @property
     def hyperparameters(self) -> dict[str, nn.Parameter]:
-        """Those that are trained, named "rule. ...", "initializer. ..." and "batches. ..."."""
+        """The trainable hyperparameters, named "rule. ...", "initializer. ...", "batches. ..."."""
         return {
             f"{kind}.{name}": p
             for kind, module in self.modules.items()
@@ -133,7 +135,8 @@ class Training:
     def begin(self, draw: Draw) -> tuple[Params, Iterator]:
         """The parameters before the graded updates, attached to the initializer, and the batches.
 
-        Raises NonFiniteError where ungraded updates have made them so.
+        After ungraded updates the parameters are detached. Raises NonFiniteError if these have made
+        them not finite.
         """
         batches = self.batches(draw.generator(BATCHES))
         if draw.start is not None:
@@ -144,23 +147,23 @@ class Training:
         return params, batches
 
     def initial(self, draw: Draw, batches: Iterator) -> Params:
-        """The parameters before the rule's first update, as the initializer draws them."""
+        """The parameters before the rule's first update, drawn by the initializer."""
         return self.initializer(self.model, draw.generator(START))
 
     def drawn_anew(self, begun: Params, drawn: Params) -> Params:
-        """What `initial` gave, begun, had the initializer drawn what is in drawn."""
+        """The result of `initial` if the initializer drew `drawn`; `begun` is the actual result."""
         return drawn
 
     def advance(self, params: Params, batches: Iterator, steps: int) -> Params:
-        """The parameters after so many updates more, without a graph. Raises NonFiniteError."""
+        """The parameters after `steps` more updates, without a graph; may raise NonFiniteError."""
         params = train(self.model, params, batches, self.rule, steps, grad=False)
         check_finite(params, f"parameters after {steps} inner steps")
         return params
 
     def checked_outer_loss(self, params: Params, draw: Draw) -> tuple[Tensor, dict[str, float]]:
-        """The outer loss attached to params; as "meta_loss" it heads the numbers beside it.
+        """The outer loss attached to params, and the numbers to record, "meta_loss" first.
 
-        Raises NonFiniteError for parameters or a loss that are not finite.
+        Raises NonFiniteError if the parameters or the loss are not finite.
         """
         check_finite(params, f"parameters after {draw.steps} inner steps")
         loss, numbers = self.outer_loss(self.model, params, draw.generator(OUTER))
@@ -171,7 +174,7 @@ class Training:
 def evaluate_training(training: Training, draw: Draw) -> tuple[dict[str, float], Params]:
     """The outer loss and its numbers after draw.steps updates, and the parameters.
 
-    Raises FloatingPointError where they are not finite.
+    Raises FloatingPointError if these are not finite.
     """
     return next(evaluate_on_the_way(training, draw, [draw.steps]))
 
@@ -179,7 +182,7 @@ def evaluate_training(training: Training, draw: Draw) -> tuple[dict[str, float],
 def evaluate_on_the_way(
     training: Training, draw: Draw, steps: Sequence[int]
 ) -> Iterator[tuple[dict[str, float], Params]]:
-    """What `evaluate_training` gives after each of `steps` (rising) of one training."""
+    """The results of `evaluate_training` after each of `steps` (increasing) of one training."""
     params, batches = training.begin(draw)
     for done, until in itertools.pairwise([0, *steps]):
         params = training.advance(params, batches, until - done)
@@ -187,18 +190,18 @@ def evaluate_on_the_way(
 
 
 class AdjointLimit:
-    """Holds the adjoints dL / d theta_t of one training, after each of its updates.
+    """A bound on the adjoints dL / d theta_t of one training, after each of its updates.
 
         |a_t|  <=  factor |a_N|,     a_t = dL / d theta_t,     t = 1, ..., N
 
-    An adjoint beyond that is scaled down to it, each tensor of params by itself, and what is scaled
-    down goes on to the updates before: clipping inside the unroll (Pascanu, Mikolov, Bengio 2013,
-    "On the difficulty of training recurrent neural networks"). The hypergradient is then biased:
-    early updates count less than they should. Where no adjoint grows beyond the limit it is exact,
-    to the last bit. a_N is the first adjoint that is not 0, going back: of a statistic of the rule,
-    on which L itself does not depend, that before the last update.
+    A larger adjoint is scaled down to the bound, separately for each tensor of params, and is then
+    propagated to earlier updates: clipping within the unrolled graph (Pascanu, Mikolov, Bengio
+    2013, "On the difficulty of training recurrent neural networks"). This biases the hypergradient:
+    early updates count less than they should. If no adjoint exceeds the bound, it is exact to the
+    last bit. a_N is the first nonzero adjoint, going back; for a statistic of the rule, on which L
+    itself does not depend, it is the adjoint before the last update.
 
-    An object is for one training, and one backward pass.
+    Each object serves one training and one backward pass.
     """
 
     def __init__(self, factor: float) -> None:
@@ -206,7 +209,7 @@ class AdjointLimit:
         self._norms_at_end: dict[tuple[int, str], Tensor | float] = {}
 
     def __call__(self, params: Params) -> Params:
-        """The same parameters, whose adjoints are held."""
+        """The same parameters, with bounded adjoints."""
         places = [(k, n) for k, layer in enumerate(params) for n in layer if layer[n].requires_grad]
         if not places:
             return params
@@ -217,21 +220,21 @@ class AdjointLimit:
         return new
 
     def held(self, adjoint: Tensor, place: tuple[int, str]) -> Tensor:
-        """An adjoint of the tensor of this (layer, name), scaled down where it is too large."""
+        """An adjoint of the tensor at (layer, name), scaled down if it is too large."""
         norm = torch.linalg.vector_norm(adjoint, dtype=torch.float64)
         if norm.device.type == "cpu":
             return self._held_on_cpu(adjoint, place, norm.item())
         return self._held_elsewhere(adjoint, place, norm)
 
     def _held_elsewhere(self, adjoint: Tensor, place: tuple[int, str], norm: Tensor) -> Tensor:
-        """Without a look at the numbers, for which the CPU would have to wait for a GPU."""
+        """The same without reading numbers, for which the CPU would have to wait for the GPU."""
         before = self._norms_at_end.get(place, torch.zeros_like(norm))
         at_end = self._norms_at_end[place] = torch.where(before > 0, before, norm)
         smallest = torch.finfo(norm.dtype).tiny
         return adjoint * (self.factor * at_end / norm.clamp_min(smallest)).clamp_max(1.0)
 
     def _held_on_cpu(self, adjoint: Tensor, place: tuple[int, str], norm: float) -> Tensor:
-        """The same in plain numbers, and no product where nothing is too large."""
+        """The same with Python numbers, and without a product if the adjoint isn't too large."""
         before = self._norms_at_end.get(place, 0.0)
         at_end = self._norms_at_end[place] = before if before > 0 else norm
         scale = min(self.factor * at_end / max(norm, sys.float_info.min), 1.0)
@@ -239,7 +242,7 @@ class AdjointLimit:
 
 
 class _HeldAdjoints(torch.autograd.Function):
-    """The identity of several tensors; their gradients are what AdjointLimit makes of them."""
+    """The identity of several tensors, whose gradients pass through AdjointLimit.held."""
 
     @staticmethod
     def forward(ctx, limit: AdjointLimit, places: list[tuple[int, str]], *tensors: Tensor):
@@ -269,15 +272,18 @@ def train(
     memory_limit: int = MEMORY_LIMIT,
     adjoint_limit: AdjointLimit | None = None,
 ) -> Params:
-    """Parameters after `steps` updates of the rule, each on the next of the batches.
+    """Parameters after `steps` updates of the rule, each on the next batch.
 
-    With grad, the result is attached to the parameters given and to the rule's hyperparameters;
-    without, it is detached. memory and memory_limit (bytes of one unrolled graph, for "fit") never
-    change the result or its gradient: what runs again draws the same numbers from torch's global
-    generators, and moves no running statistics. adjoint_limit changes the gradient alone. Updates
-    are made in the type of params, also under autocast. Raises TrainingError for an unknown memory
-    policy, for batches that end early or are empty, and, in the backward pass, for a rule that
-    draws random numbers of its own and runs again.
+    Updates are made in the dtype of params, also under autocast. The memory policy never changes
+    the result or its gradient: updates that run again draw the same numbers from torch's global
+    generators and don't change running statistics. Raises TrainingError for an unknown memory
+    policy, for batches that end early or are empty, and for a rule whose updates give other results
+    when they run again, because it has a random generator of its own.
+
+    grad: True attaches the result to params and to the rule's hyperparameters; False detaches it.
+    memory: a policy of the module's docstring.
+    memory_limit: bytes of the graph of one segment, for "fit".
+    adjoint_limit: changes only the gradient.
     """
     _check_policy(memory)
     if not grad:
@@ -302,9 +308,9 @@ def train_on_the_way(
     memory_limit: int = MEMORY_LIMIT,
     adjoint_limit: AdjointLimit | None = None,
 ) -> list[Params]:
-    """What `train` gives after each of `steps` (rising) updates of one training, all of one graph.
+    """The results of `train` after each of `steps` (increasing) updates, in one graph.
 
-    Arguments and errors as of `train`.
+    Arguments and errors are those of `train`.
     """
     _check_policy(memory)
     total = steps[-1]
@@ -332,14 +338,17 @@ def detached(params: Params) -> Params:
 
 
 def check_finite(value: Tensor | Params, what: str) -> None:
-    """Raises NonFiniteError where a tensor, or one of the parameters, is not finite."""
+    """Raise NonFiniteError if a tensor, or one of several parameters, is not finite.
+
+    what: the name of the value, for the message.
+    """
     tensors = [value] if isinstance(value, Tensor) else [t for d in value for t in d.values()]
     if not all(torch.isfinite(t).all() for t in tensors):
         raise NonFiniteError(f"{what}: not finite")
 
 
 class _Repeatable:
-    """`_run`, which from the second call on does what it did at the first; TrainingError if not."""
+    """`_run` with the same random numbers at each call; raises TrainingError if results differ."""
 
     def __init__(self, params: Params) -> None:
         self.moment = Moment(tree_leaves(params))
@@ -357,7 +366,7 @@ class _Repeatable:
 
 
 def _check_repeated(start: Params, result: Params, first: Params) -> None:
-    """TrainingError where the second result of updates is another than the first."""
+    """Raise TrainingError if the second result of updates differs from the first."""
     places = [
         (k, name)
         for k, layer in enumerate(first)
@@ -365,7 +374,7 @@ def _check_repeated(start: Params, result: Params, first: Params) -> None:
         if tensor.is_floating_point()
     ]
     once, again = ([ps[k][name].detach() for k, name in places] for ps in (first, result))
-    before = [  # 0 where the rule has only begun to remember something
+    before = [  # 0 for what the rule remembers since these updates only
         start[k].get(name, torch.zeros_like(tensor)).detach()
         for (k, name), tensor in zip(places, once, strict=True)
     ]
@@ -378,7 +387,7 @@ def _check_repeated(start: Params, result: Params, first: Params) -> None:
 
 
 def _next_batch(batches: Iterator, number: int) -> Any:
-    """The next one; TrainingError where there is none, or nothing in it."""
+    """The next batch; raises TrainingError if there is none or it is empty."""
     batch = next(batches, None)
     if batch is None:
         raise TrainingError(
@@ -409,7 +418,7 @@ def _check_policy(memory: str) -> None:
 
 
 def _segments(begin: int, end: int, length: int) -> list[tuple[int, int]]:
-    """(start, stop) of segments of `length` steps; the first takes what is left over."""
+    """(start, stop) of segments of `length` steps; the first one may be shorter."""
     starts = range(end - length, begin - length, -length)
     return [(max(begin, start), start + length) for start in reversed(starts)]
 
@@ -422,9 +431,9 @@ def _segment_length(model, params, used, rule, memory: str, memory_limit: int) -
         return 1
     if memory == "segments":
         return math.isqrt(steps - 1) + 1
-    # The second step is measured: the first parameters may need no gradient yet.
+    # the second step is measured, because the initial parameters may not require gradients
     moment = Moment(tree_leaves(params))
-    with moment.repeated():  # and leaves no traces
+    with moment.repeated():  # restores random generators and running statistics
         first = rule.update(model, params, used[0])
         with torch.no_grad(), moment.repeated():
             _check_repeated(params, rule.update(model, params, used[0]), first)
@@ -433,11 +442,11 @@ def _segment_length(model, params, used, rule, memory: str, memory_limit: int) -
 
 
 def graph_bytes(function) -> int:
-    """Bytes of all tensors that the graph of a call of `function` keeps for its backward pass."""
+    """Bytes of all tensors that the graph of function() keeps for its backward pass."""
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        # Without its graph: an output that its own graph held would never be freed.
+        # detached, because an output that is held by its own graph would never be freed
         saved = kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
         return saved
 

@@ -1,1 +1,1 @@
-"""Learned, classical and reference methods, trained and judged alike."""
+"""Comparisons: learned, classical and reference methods, trained and judged in the same way."""

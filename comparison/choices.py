@@ -1,14 +1,14 @@
-"""What there is to compare, for parsers: no torch is loaded with it."""
+"""Names of methods and problems to compare; importing it does not load torch."""
 
 from data_sets.choices import TABLES
 
 CLASSICAL_NAMES = ("oja", "sanger", "instar", "krotov_hopfield", "foldiak")
-REFERENCES = ("random", "pca", "vicreg")  # what has no steps
+REFERENCES = ("random", "pca", "vicreg")  # methods without steps of a rule
 
-# what main.py tells a learned rule beside: references.py
+# The methods that main.py reports beside a learned rule: references.py
 BESIDE = ("random", "pca", "oja", "sanger", "latent-predictive")
 
-# the problems of tune_one_pass.py and their networks
+# The problems of tune_one_pass.py and their networks
 IMAGES = ("mnist", "fashion", "mnist5k", "cifar10")
 TOYS = ("quadratic", "two_weights")
 OWN_VALIDATION = ("ptb", *TOYS)  # problems whose validation samples are not held out

@@ -1,4 +1,4 @@
-"""What a run has learned, built from the files of its directory, or a rule of the zoo.
+"""A learned rule with all that is needed to apply it, read from a run's directory or the zoo.
 
 run = load_run("runs/main-...")
 run.rule, run.start, run.steps
@@ -35,17 +35,18 @@ from models_fully_local import network_of_flags
 from rules import load_rule
 from rules.zoo import Recipe, ZooEntry, load_zoo
 
-PROBE = {"C": 1000.0, "outer_images": 4096}  # that judges rules of the zoo
-LEFT_OUT = ("--out", "--data-dir", "--resume")  # of a command: where, not what
+PROBE = {"C": 1000.0, "outer_images": 4096}  # the probe that judges rules of the zoo
+LEFT_OUT = ("--out", "--data-dir", "--resume")  # flags of a command that name places
 
 
 @dataclass(frozen=True)
 class LearnedRun:
-    """What a run of main.py learned, or what prune_rule.py has left of it.
+    """The rule that a run of main.py learned, or what prune_rule.py has left of it.
 
-    config: main.py's flags; start: the initial distribution, as in GaussianInitializer.effective;
-    steps: how many updates judge it, see steps_to_judge; views: how its pairs are made, None where
-    its inputs are single.
+    config: the flags of main.py.
+    start: the initial distribution, as in GaussianInitializer.effective.
+    steps: the number of updates after which the rule is judged, see steps_to_judge.
+    views: how the two views of an image are made; None if the inputs are single images.
     """
 
     name: str
@@ -57,19 +58,19 @@ class LearnedRun:
 
     @property
     def datasets(self) -> list[str]:
-        """What it was learned on."""
+        """The names of the data sets that the rule was learned on."""
         return _datasets(self.config)
 
     def fingerprint(self) -> str:
-        """A digest of the rule, its start and its views."""
+        """A digest of the rule, its initial distribution and its views."""
         views = self.views and self.views.to_dict()
         return digest(json.dumps([self.rule.to_dict(), self.start, views]).encode())
 
 
 def load_run(directory: str | Path) -> LearnedRun:
-    """The rule in a run's directory, or in a file of the zoo.
+    """The rule in a run's directory or in a file of the zoo.
 
-    Raises RunLogError or RuleError where there is none.
+    Raises RunLogError or RuleError if there is none.
     """
     directory = Path(directory).resolve()
     if directory.is_file():
@@ -98,7 +99,7 @@ def load_run(directory: str | Path) -> LearnedRun:
             config, steps = (results["learned_from"][key] for key in ("config", "inner_steps"))
         else:
             steps = _steps_of_evaluations(results, config)
-        # A run is judged, here as in its own evaluations, by batches of this size.
+        # evaluations use this batch size, as those of the run itself did
         config = config | {
             "batch_size": config.get("evaluation_batch_size") or config["batch_size"]
         }
@@ -114,9 +115,9 @@ def load_run(directory: str | Path) -> LearnedRun:
 
 
 def _views(results: Mapping[str, Any], rule: PerLayerRule) -> ViewStrengths | None:
-    """Those that a run has ended with; the default ones in a run from before there were others.
+    """The views at the end of a run; the default ones if an older run didn't save them.
 
-    ValueError where they do not go with the rule.
+    Raises ValueError if they don't fit the rule.
     """
     takes = rule.rules[0].views
     if "views" not in results:
@@ -128,7 +129,7 @@ def _views(results: Mapping[str, Any], rule: PerLayerRule) -> ViewStrengths | No
 
 
 def _image_shape(directory: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """[C, H, W] of the images that a run has learned on; of MNIST's where nothing says it."""
+    """The shape [C, H, W] of the images that a run has learned on; by default that of MNIST's."""
     if is_path(first := _datasets(config)[0]):
         shape = read_arrays(directory / "parameters.npz").get("input_shape", (1, 28, 28))
         return tuple(int(size) for size in shape)
@@ -141,9 +142,9 @@ def _datasets(config: Mapping[str, Any]) -> list[str]:
 
 
 def _check_flags(config: Mapping[str, Any], steps: int) -> None:
-    """KeyError or ValueError where what a comparison needs is not there, or not as main.py saves.
+    """Raise KeyError or ValueError unless the flags that a comparison needs are as main.py saves.
 
-    What `lateral_network` needs is left to it.
+    Flags that only concern the network are checked when it is built.
     """
     names = ("batch_size", "outer_images", "initial_inner_steps")
     whole = {name: config[name] for name in names} | {"inner_steps": steps}
@@ -174,12 +175,13 @@ def _check_all(values: Mapping[str, Any], right: Callable[[Any], bool], expected
 
 
 def steps_to_judge(config: Mapping[str, Any], metasteps: int) -> int:
-    """How many updates a training by the rule of a run makes: as many as in its last meta-step.
+    """The number of updates after which the rule of a run is judged.
 
-    Where each task drew a horizon of its own, the longest that it could draw; where meta-steps were
-    windows of one training, its whole length; where the run's flags name a number, that.
+    It is --evaluation_steps if given; else, if meta-steps are windows of one training (pes), the
+    length of that training; else, if each task draws its horizon, the longest possible; else the
+    number of updates in the last meta-step.
 
-    metasteps: how many of them are made.
+    metasteps: the number of meta-steps of the run.
     """
     if config.get("evaluation_steps"):
         return config["evaluation_steps"]
@@ -196,7 +198,7 @@ def steps_to_judge(config: Mapping[str, Any], metasteps: int) -> int:
 
 
 def _steps_of_evaluations(results: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    """What `steps_to_judge` has said in the run; in results of before they told it, by a row."""
+    """The run's own `steps_to_judge`; older results have it only in the rows of evaluations."""
     if "inner_steps" in results:
         return results["inner_steps"]
     if results["evaluations"]:
@@ -204,11 +206,11 @@ def _steps_of_evaluations(results: Mapping[str, Any], config: Mapping[str, Any])
     return steps_to_judge(config, config["metasteps"] + config["finetune_steps"])
 
 
-# ---- to the zoo and from it ----
+# ---- entries of the zoo ----
 
 
 def _of_zoo(entry: ZooEntry) -> LearnedRun:
-    """As a run of main.py whose flags are those of the entry."""
+    """An entry of the zoo as a run of main.py with the corresponding flags."""
     recipe = entry.recipe
     config = {
         **{name: getattr(recipe, name) for name in (*UNIT_FLAGS, "conv", "pool", "batch_size")},
@@ -228,14 +230,17 @@ def _of_zoo(entry: ZooEntry) -> LearnedRun:
 def zoo_entry(
     run: LearnedRun, path: str | Path, name: str, accuracies: Sequence[Mapping[str, Any]]
 ) -> ZooEntry:
-    """What a run has learned as an entry of the zoo of this name.
+    """A learned rule as an entry of the zoo.
 
-    path: where `load_run` read it; accuracies: as of ZooEntry. Raises RunLogError or RuleError.
+    Raises RunLogError or RuleError if the files at `path` can't be read.
+
+    path: the run's directory or the file of the zoo that `load_run` read.
+    accuracies: as in ZooEntry.
     """
     config, path = run.config, Path(path)
     if path.is_file():
         return replace(load_zoo(path), name=name, accuracies=tuple(accuracies))
-    first, *_ = read_json(path / "environment.json")  # one for each time that the run was taken up
+    first, *_ = read_json(path / "environment.json")  # one entry for each start or resumption
     standardised, centred = config["pixelwise_normalization"], config.get("center")
     recipe = Recipe(
         run.rule,
@@ -254,14 +259,14 @@ def zoo_entry(
         steps=run.steps,
         layerwise=config.get("layerwise", False),
         dataset=data_titles(_datasets(config))[0],
-        data=re.sub(r" from /.*", "", str(read_results(path).get("data", ""))),  # what, not where
+        data=re.sub(r" from /.*", "", str(read_results(path).get("data", ""))),  # without its path
         command=_command_text(first["command_line"]),
         accuracies=tuple(accuracies),
     )
 
 
 def _command_text(command_line: Sequence[str]) -> str:
-    """A command as it is typed, without the flags that say where things are."""
+    """The text of a command without the flags that name places."""
     program, *words = command_line
     kept = []
     for before, word in zip(["", *words], words, strict=False):

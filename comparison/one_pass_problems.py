@@ -1,4 +1,4 @@
-"""What one_pass/tuning.py is tried on: data in three parts, a network, and batches for many runs.
+"""Test problems of one_pass/tuning.py: data in three parts, a network, batches for many runs.
 
     problem = make_problem("energy", "mlp", 78 / 692, split_seed, "./data", torch.float32, device)
     training = make_samples(problem.training, None, problem.sequential, generators)  # full batches
@@ -40,15 +40,15 @@ from one_pass import (
 from one_pass.objectives import summed
 
 HIDDEN_UNITS = 50
-WORDS = 10_000  # of Penn Treebank's vocabulary
-CPU = {"dtype": torch.float64, "device": "cpu"}  # of draws, whatever the default device is
-STREAMS, WINDOW = 40, 70  # of text, read side by side; tokens of each in a batch
+WORDS = 10_000  # the size of Penn Treebank's vocabulary
+CPU = {"dtype": torch.float64, "device": "cpu"}  # for random draws, whatever the default device
+STREAMS, WINDOW = 40, 70  # parts of the text read in parallel; words of each part in a batch
 
 Part = tuple[Tensor, Tensor]  # inputs [N, ...], targets [N, ...]
 
 
 class ProblemError(WrongInputError):
-    """A network that does not fit the data."""
+    """A network that does not fit the data; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,11 @@ class Problem:
     Attributes:
         objective: the network and its loss.
         training, validation, test: inputs [N, ...] and targets [N, ...]; validation may be empty.
-        unit: what the loss is multiplied by to be in the units of the data; 1 but for regression.
-        sequential: whether batches must come in the order of the data, as text.
         source: where the data come from.
-        fingerprint: says how many samples, and a digest of them.
+        fingerprint: returns a line that identifies the data.
+        unit: the factor from the loss to squared units of the raw targets, their variance, in
+            regression; 1 otherwise.
+        sequential: whether batches must come in the order of the data, as for text.
     """
 
     objective: Objective
@@ -75,7 +76,7 @@ class Problem:
 
 
 def default_model(problem: str) -> str:
-    """The network that `problem` is published with."""
+    """The network that published results for `problem` were obtained with."""
     if problem in TOYS:
         return "toy"
     return {"cifar10": "resnet18", "ptb": "lstm"}.get(problem, "mlp")
@@ -90,9 +91,12 @@ def make_problem(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Problem:
-    """The problem `name` with the network `model`; split_seed permutes rows before the split.
+    """The problem `name` with the network `model`.
 
-    Raises DataError where the data are not there, ProblemError where the network does not fit them.
+    Raises DataError if the data are missing, ProblemError if the network doesn't fit them.
+
+    validation_proportion: the share of the training samples that is held out, from 0 to 1.
+    split_seed: seeds the permutation of the samples before the split.
     """
     where = {"dtype": dtype, "device": device}
     if name in TOYS:
@@ -110,7 +114,7 @@ def make_problem(
 def make_samples(
     part: Part, batch_size: int | None, sequential: bool, generators: Sequence[Generator]
 ) -> Samples:
-    """Batches of `part` for as many runs as there are generators; None: full batches."""
+    """Batches of `part` for as many runs as there are generators; batch_size None: full batches."""
     if sequential:
         return SequentialBatches(*part)
     if batch_size is None:
@@ -184,10 +188,10 @@ def _small_image_resnet(channels: int, classes: int) -> nn.Module:
 
 
 def _standardised(training: ImageData, test: ImageData, where: dict) -> tuple[Tensor, Tensor]:
-    """Pixels less their mean over the training images, divided by their standard deviation."""
+    """Both sets' pixels, standardised by each pixel's mean and deviation over training images."""
     pixels = training.images.to(dtype=torch.float32).div_(255)
     mean, deviation = pixels.mean(dim=0), pixels.std(dim=0, correction=0)
-    deviation = torch.where(deviation > 0, deviation, 1)  # border pixels never change
+    deviation = torch.where(deviation > 0, deviation, 1)  # pixels at the border may be constant
     pixels.sub_(mean).div_(deviation)
     test_pixels = test.images.to(dtype=torch.float32).div_(255).sub_(mean).div_(deviation)
     return pixels.to(**where), test_pixels.to(**where)
@@ -197,9 +201,10 @@ def _standardised(training: ImageData, test: ImageData, where: dict) -> tuple[Te
 
 
 class LanguageModel(nn.Module):
-    """A two-layer LSTM over words [B, length]; logits [B, words, length].
+    """A two-layer LSTM that predicts the next word.
 
-    Its hidden states are buffers: in training a window goes on where the last one ended.
+    Its states are a buffer [layers, 2 (output, cell), streams, units], so that in training a window
+    continues where the last one ended.
     """
 
     def __init__(self, words: int = WORDS, units: int = 650, streams: int = STREAMS) -> None:
@@ -210,7 +215,7 @@ class LanguageModel(nn.Module):
         self.register_buffer("hidden", torch.zeros(2, 2, streams, units))
 
     def forward(self, words: Tensor) -> Tensor:
-        """Logits of each next word."""
+        """Logits [streams, vocabulary, length] of the words that follow words [streams, length]."""
         states = [tuple(layer) for layer in self.hidden.detach().clone()]
         outputs = []
         for step in self.embedding(words).unbind(dim=1):
@@ -226,7 +231,7 @@ class LanguageModel(nn.Module):
 def _lstm_cell(
     gates: nn.Linear, entering: Tensor, state: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The next output and cell state; in plain operations, because vmap knows no nn.LSTMCell."""
+    """The next output and cell state; in plain operations, since vmap can't batch nn.LSTMCell."""
     output, cell = state
     i, f, g, o = gates(torch.cat([entering, output], dim=1)).chunk(4, dim=1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
@@ -234,16 +239,16 @@ def _lstm_cell(
 
 
 class TextObjective(ModuleObjective):
-    """A language model; evaluated window by window, because its hidden states go on."""
+    """A language model, evaluated window by window because its states carry over."""
 
     recurrent = True
 
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
     ) -> Evaluation:
-        """Mean loss and accuracy over windows [windows, B, length], read in order.
+        """Mean loss and accuracy [runs] over windows [windows, streams, length], read in order.
 
-        The first is read with hidden states 0, not with those that training has come to.
+        States are 0 at the first window, whatever they are in `buffers`.
         """
         self.module.eval()
         buffers = {name: torch.zeros_like(buffer) for name, buffer in buffers.items()}
@@ -257,9 +262,10 @@ class TextObjective(ModuleObjective):
 
 
 def read_text(folder: Path) -> tuple[list[Tensor], int]:
-    """Penn Treebank's three files as word numbers [N], and how many words there are.
+    """Penn Treebank's three files as word numbers [N], and the size of the vocabulary.
 
-    Words are numbered as they appear in the training file; each line ends with <eos>.
+    Words are numbered in the order of their first appearance in the training file; each line ends
+    with <eos>. Raises DataError if a file is missing or damaged, or holds unknown words.
     """
     paths = [folder / f"ptb.{part}.txt" for part in ("train", "valid", "test")]
     missing = [str(path) for path in paths if not path.exists()]
@@ -282,7 +288,10 @@ def read_text(folder: Path) -> tuple[list[Tensor], int]:
 
 
 def text_windows(words: Tensor) -> Part:
-    """Inputs and targets [windows, STREAMS, WINDOW]: the text in STREAMS parts, read in step."""
+    """Inputs and targets [windows, STREAMS, WINDOW] of a text [N], cut into STREAMS parts.
+
+    Raises DataError if the text is too short for one window.
+    """
     length = (len(words) - 1) // STREAMS // WINDOW * WINDOW
     if length == 0:
         raise DataError(
@@ -314,12 +323,16 @@ def _text(model: str, data_dir: Path, device: torch.device) -> Problem:
 
 # ---- toys ----
 
-TRAINING_LOSS, VALIDATION_LOSS = 0, 1  # a toy's targets say which of its two losses is meant
+TRAINING_LOSS, VALIDATION_LOSS = 0, 1  # values of a toy's targets, which select one of two losses
 
 
 @dataclass(frozen=True)
 class FunctionObjective:
-    """A loss that is a function of a few weights: (weights [P], inputs [B, ...], targets [B])."""
+    """A loss that is a function of a few weights, without a network.
+
+    loss: a function of weights [P], inputs [B, ...] and targets [B].
+    size: the number P of weights.
+    """
 
     loss: Callable[[Tensor, Tensor, Tensor], Tensor]
     size: int
@@ -328,12 +341,12 @@ class FunctionObjective:
     recurrent = False
 
     def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
-        """Standard normal weights; float64."""
+        """Standard normal weights [runs, P], float64, and no buffers."""
         rows = [torch.randn(self.size, generator=g, **CPU) for g in generators]
         return torch.stack(rows), {}
 
     def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
-        """The loss around `weights`."""
+        """The loss at `weights` [runs, P], with its gradient and Hessian-vector products."""
         samples = (None, None) if batch.shared else (0, 0)
         gradients = vmap(grad_and_value(self.loss), in_dims=(0, *samples))
 
@@ -344,14 +357,14 @@ class FunctionObjective:
         return Linearization(loss, gradient, buffers, lambda vectors: product(vectors)[0])
 
     def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
-        """As `linearize`: without buffers there is no difference."""
+        """Loss and gradient as in `linearize`, since there are no buffers."""
         linearization = self.linearize(weights, buffers, batch)
         return HeldOut(linearization.loss, linearization.gradient, buffers)
 
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
     ) -> Evaluation:
-        """The loss of all samples; accuracy 0."""
+        """The loss [runs] on all samples; the accuracy is 0."""
         loss = self.held_out(weights, buffers, Batch(inputs, targets, shared=True)).loss
         return Evaluation(loss, torch.zeros_like(loss))
 
@@ -373,7 +386,10 @@ def _toy(name: str, model: str, where: dict) -> Problem:
 
 
 def _quadratic_toy(size: int = 10, deviation: float = 0.1) -> tuple[Callable, int, Tensor]:
-    """w^T A w / 2, A rotated with eigenvalues 1 to 1/size; in training w is seen through noise."""
+    """w^T A w / 2 with A a rotated diag(1, 1/2, ..., 1/size); training adds noise to w.
+
+    Returns the loss, the number of weights and the noise [1000, size].
+    """
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(size, size, generator=generator, **CPU)
     rotation = torch.linalg.qr(drawn).Q
@@ -388,7 +404,7 @@ def _quadratic_toy(size: int = 10, deviation: float = 0.1) -> tuple[Callable, in
 
 
 def _two_weights_toy() -> tuple[Callable, int, Tensor]:
-    """Training: (w1 + sin w2)^2 + .2 (w2 + 2)^2; validation: (w1 - 1)^2 + (w2 - 1)^2."""
+    """Training loss (w1 + sin w2)^2 + .2 (w2 + 2)^2, validation loss (w1 - 1)^2 + (w2 - 1)^2."""
 
     def loss(weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         first, second = weights[0], weights[1]

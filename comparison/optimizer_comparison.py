@@ -1,10 +1,10 @@
-"""Optimisers side by side: learned ones, Adam, SGD with momentum and Lion, trained alike.
+"""Optimisers side by side: learned ones, Adam, SGD with momentum and Lion on the same task.
 
     contenders = [Contender("learned", lambda leaves: LearnedOptimizer(leaves, network)), ...]
     curves = train_all(contender, task, steps=200, draws=[(0, 1, k) for k in range(10)])
 
-Every optimiser sees the same initial parameters and batches. The rate of a tuned one is the best of
-RATES on draws of its own. Sources: Kingma, Ba 2015; Chen et al. 2023 (arXiv 2302.06675) for Lion.
+Every optimiser gets the same initial parameters and batches. A tuned learning rate is the best of
+RATES on separate draws. Sources: Kingma, Ba 2015; Chen et al. 2023 (arXiv 2302.06675) for Lion.
 """
 
 import math
@@ -32,17 +32,17 @@ from learned_optimizer import (
 from models_fully_local import Params
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
-LAST = 10  # steps over which the loss "at" a step is averaged, up to it
-EDGES = torch.logspace(-8, 1, 91, dtype=torch.float64)  # of histograms of |u|
-BLOCKS = (2, 5, 10)  # m of the tail index
-PUBLISHED = 200  # the step that published losses are of
-GOAL = 0.5  # a training loss; how soon it is reached tells the speed of the first steps
+LAST = 10  # the loss "at" a step is the mean of the last so many losses up to it
+EDGES = torch.logspace(-8, 1, 91, dtype=torch.float64)  # bins of the histograms of |u|
+BLOCKS = (2, 5, 10)  # block lengths m of the tail index
+PUBLISHED = 200  # the step at which published losses were measured
+GOAL = 0.5  # a training loss; the step that first reaches it measures the speed of the start
 
 
 class Lion(torch.optim.Optimizer):
     """theta <- theta - lr sign(b1 m + (1 - b1) g), then m <- b2 m + (1 - b2) g.
 
-    torch.optim has none, and a package for these two lines would be one more to keep up with.
+    torch.optim has no Lion, and these two lines are not worth another dependency.
     """
 
     def __init__(self, params, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99)) -> None:
@@ -50,7 +50,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step; the loss of the closure, where one is given."""
+        """Take one step; returns the loss of the closure if one is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -64,7 +64,7 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
-# Names to makers and default rates; the learned optimiser's rate is a factor of its steps
+# Constructors and default learning rates by name
 BASELINES: dict[str, tuple[Callable, float]] = {
     "adam": (torch.optim.Adam, 0.03),
     "sgd": (lambda leaves, lr: torch.optim.SGD(leaves, lr, momentum=0.9), 0.1),
@@ -74,7 +74,7 @@ BASELINES: dict[str, tuple[Callable, float]] = {
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimiser under a name: make(leaves) -> torch.optim.Optimizer."""
+    """A named optimiser; make(leaves) creates it for a list of parameters."""
 
     name: str
     make: Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -82,13 +82,15 @@ class Contender:
 
 @dataclass(frozen=True)
 class Curves:
-    """Trainings by one optimiser.
+    """The trainings by one optimiser, and measurements along the first of them.
 
-    losses: [runs, steps + 1], of each batch before the step on it, the last after all; inf from
-    where a training left the finite. update, gradient: a symmetry's label to the mean relative
-    |deviation| over units, [steps] of the first run. histograms: [steps measured, bins] of |u|, the
-    first run's changes of parameters; still: [steps measured], how many |u| are exactly 0;
-    parameters: how many there are, some of which may be in no bin.
+    losses: [runs, steps + 1], the loss of each batch before the step on it, and one after the last
+        step; inf from the first loss on that is not finite.
+    update, gradient: by a symmetry's label, the mean over units of the relative |deviation| of the
+        parameters' change and of the gradient, [steps].
+    histograms: [steps measured, bins], of |u|, the sizes of the parameters' changes.
+    still: [steps measured], the number of |u| that are exactly 0.
+    parameters: the number of parameters; those with |u| outside EDGES are in no bin.
     """
 
     losses: Tensor
@@ -99,13 +101,14 @@ class Curves:
     parameters: int
 
     def at(self, step: int) -> Tensor:
-        """[runs], the mean of the LAST losses up to a step."""
+        """The mean of the LAST losses up to a step, [runs]."""
         return self.losses[:, max(0, step - LAST + 1) : step + 1].mean(1)
 
     def summary(self) -> dict[str, float | list[float]]:
-        """The loss at the last step: mean, deviation and all runs; where the mean reaches GOAL.
+        """The loss at the last step (mean, deviation, all runs), and the step that reaches GOAL.
 
-        Of longer trainings also the loss at the step PUBLISHED.
+        That is the first step at which the mean loss is at most GOAL, or inf. Trainings longer than
+        PUBLISHED steps also have the loss at that step.
         """
         steps = self.losses.shape[1] - 1
         last, reached = self.at(steps), (self.losses.mean(0) <= GOAL).nonzero()
@@ -122,7 +125,7 @@ class Curves:
         return statistics
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All numbers by names such as "update/rescale"."""
+        """All fields as arrays, under names such as "losses" and "update/rescale"."""
         by_label = {
             f"{name}/{label}": values.numpy()
             for name in ("update", "gradient")
@@ -138,18 +141,18 @@ def _deviation(values: Tensor) -> float:
 
 
 def halves(data: ImageData) -> tuple[ImageData, ImageData]:
-    """The first half, to train optimisers on, and the second, to judge them on."""
+    """The first half of the images, to meta-train optimisers on, and the second, to judge them."""
     middle = len(data) // 2
     return data.subset(slice(middle)), data.subset(slice(middle, None))
 
 
 def learned(name: str, network: CoordinateNetwork, lr: float = 1.0) -> Contender:
-    """A learned optimiser as a contender."""
+    """A learned optimiser as a contender; `lr` is a factor of its steps."""
     return Contender(name, lambda leaves: LearnedOptimizer(leaves, network, lr))
 
 
 def baseline(name: str, lr: float | None = None) -> Contender:
-    """One of BASELINES at a learning rate, or its default."""
+    """One of BASELINES at a learning rate, by default its own."""
     make, default = BASELINES[name]
     rate = default if lr is None else lr
     return Contender(f"{name} {rate:g}", lambda leaves: make(leaves, lr=rate))
@@ -157,9 +160,10 @@ def baseline(name: str, lr: float | None = None) -> Contender:
 
 @dataclass(frozen=True)
 class OptimizerComparison:
-    """How optimisers are compared: `runs` trainings of `steps` steps, the same for all.
+    """A comparison of optimisers by `runs` trainings of `steps` steps, from the same draws.
 
-    weights: of their type and on their device the parameters are.
+    tuning_runs: the number of trainings that judge a learning rate.
+    weights: any tensor of the dtype and device that the parameters are to have.
     """
 
     seed: int
@@ -171,7 +175,11 @@ class OptimizerComparison:
     def contenders(
         self, name: str, network: CoordinateNetwork, task: Task, interrupt: Interrupt
     ) -> tuple[list[Contender], dict[str, float]]:
-        """The learned optimiser, or as in `at_default_and_best_rate` one of BASELINES."""
+        """The contenders for a name, and losses by rate.
+
+        For one of BASELINES they are those of `at_default_and_best_rate`. For another name it is
+        the learned optimiser of `network`, without losses. Both are empty if interrupted.
+        """
         if name in BASELINES:
             return self.at_default_and_best_rate(name, task, interrupt)
         return ([] if interrupt.requested else [learned(name, network)]), {}
@@ -179,8 +187,9 @@ class OptimizerComparison:
     def at_default_and_best_rate(
         self, name: str, task: Task, interrupt: Interrupt
     ) -> tuple[list[Contender], dict[str, float]]:
-        """A baseline at its default rate and, if another is better, at the best of RATES; the
-        losses at the last step that tell it, by rate. No contender where it is interrupted.
+        """A baseline at its default rate and, if another is better, also at the best of RATES.
+
+        The second result is the mean loss at the last step by rate. Both are empty if interrupted.
         """
         draws = [(self.seed, TUNING, k) for k in range(self.tuning_runs)]
         losses = {}
@@ -200,7 +209,7 @@ class OptimizerComparison:
         symmetries: Sequence[Symmetry],
         histogram_steps: Sequence[int],
     ) -> Curves:
-        """The trainings that count."""
+        """The trainings by which a contender is judged; for the arguments see `train_all`."""
         draws = [(self.seed, TEST, k) for k in range(self.runs)]
         return train_all(
             contender, task, self.steps, draws, self.weights, symmetries, histogram_steps
@@ -216,9 +225,11 @@ def train_all(
     symmetries: Sequence[Symmetry] = (),
     histogram_steps: Sequence[int] = (),
 ) -> Curves:
-    """A training from each draw; symmetries and |u| are measured along the first.
+    """One training from each draw; symmetries and |u| are measured along the first.
 
-    weights: of their type and on their device the parameters are. histogram_steps: counted from 1.
+    draws: keys of `seeded_generator`.
+    weights: any tensor of the dtype and device that the parameters are to have.
+    histogram_steps: the steps, counted from 1, whose |u| are counted in histograms.
     """
     losses, measured = [], _Measurements(symmetries, histogram_steps)
     for number, draw in enumerate(draws):
@@ -234,7 +245,7 @@ def _train(
     weights: Tensor,
     measured: "_Measurements | None",
 ) -> Tensor:
-    """The losses [steps + 1], read once at the end, lest each step wait for the device."""
+    """The losses [steps + 1], read only at the end so that no step waits for the device."""
     optimizee = task.optimizee
     params = optimizee.initial(seeded_generator(*draw, 0), weights.dtype, weights.device)
     leaves = [t.requires_grad_() for layer in params for t in layer.values()]
@@ -261,7 +272,7 @@ def _train(
 
 
 class _Measurements:
-    """What is seen along one training besides its losses."""
+    """Deviations from symmetries, and histograms of |u|, along one training."""
 
     def __init__(self, symmetries: Sequence[Symmetry], histogram_steps: Sequence[int]) -> None:
         self.symmetries, self.histogram_steps = symmetries, histogram_steps
@@ -272,7 +283,10 @@ class _Measurements:
 
     @torch.no_grad()
     def add(self, step: int, before: Params, after: Params) -> None:
-        """Parameters around a step; those after it hold the gradient before it."""
+        """Measure one step from the parameters before and after it.
+
+        The .grad of those after is the gradient that the step was made with.
+        """
         update = [
             {n: t - layer[n] for n, t in old.items()}
             for old, layer in zip(before, after, strict=True)
@@ -307,11 +321,15 @@ def noise_statistics(
     draw: tuple[int, ...],
     weights: Tensor,
 ) -> dict[str, dict]:
-    """What other minibatches would have done after `steps` steps of the learned optimiser.
+    """Statistics of minibatch noise after `steps` steps of the learned optimiser.
 
-    For gradients and updates, per layer that has parameters: the tail index of differences between
-    minibatches for each m of BLOCKS, and the share of the coordinates that it is of, those without
-    a difference of 0; trace and largest eigenvalue of the covariance.
+    From that point, gradients and updates are computed for many minibatches. For both, and for each
+    layer that has parameters: the tail index of the differences between minibatches for each m of
+    BLOCKS; the share of coordinates that it is estimated from, those whose differences are never 0;
+    trace and largest eigenvalue of the covariance over minibatches.
+
+    minibatches: the number of minibatches.
+    draw, weights: as in `train_all`.
     """
     optimizee = task.optimizee
     params = optimizee.initial(seeded_generator(*draw, 0), weights.dtype, weights.device)
@@ -333,7 +351,7 @@ def noise_statistics(
 
 def _by_layer(sizes: Sequence[int], samples: Tensor) -> dict[str, list]:
     parts = [part for part in samples.split(list(sizes), 1) if part.shape[1]]
-    # Differences of two draws are symmetric without a mean to subtract, and of the same index
+    # differences of two independent draws are symmetric, have mean 0, and the same tail index
     symmetric = [part[: len(part) // 2 * 2 : 2] - part[1::2] for part in parts]
     trace, largest = zip(*map(covariance_size, parts), strict=True)
     return {

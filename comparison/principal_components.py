@@ -1,4 +1,4 @@
-"""Principal components of images, and the projection onto them as a model without training.
+"""Principal components of images, and the projection onto them as a model that needs no training.
 
     covariance = 1/N sum_n (x_n - mean)(x_n - mean)^T = sum_i variance_i c_i c_i^T
     y_i = c_i . (x - mean),    variance_1 >= variance_2 >= ...
@@ -19,9 +19,11 @@ IMAGES_AT_ONCE = 4096  # bounds the float64 copies
 
 
 class PrincipalComponents(NamedTuple):
-    """mean [pixels], components [pixels, pixels] as orthonormal rows, variances [pixels]; float64.
+    """All principal components, by decreasing variance; float64.
 
-    Sorted by falling variance (the population's, divided by N).
+    mean: [pixels].
+    components: [pixels, pixels], orthonormal rows.
+    variances: [pixels], divided by N.
     """
 
     mean: Tensor
@@ -30,11 +32,12 @@ class PrincipalComponents(NamedTuple):
 
 
 def principal_components(data: ImageData) -> PrincipalComponents:
-    """All principal components of the images, normalised as the data says, on their device.
+    """All principal components of the images, normalised by the data's shift and scale.
 
-    Sums are of bytes, hence exact (up to 300,000 images): a pixel that never changes has variance
-    0 to the last bit. The entry of a component that is largest in size is positive.
-    Raises DataError where there are no images.
+    They are computed on the device of the images.
+    Sums are taken of bytes and hence exact (up to 300,000 images): a constant pixel has variance
+    exactly 0. The sign of a component is such that its largest entry in size is positive. Raises
+    DataError if there are no images.
     """
     if not len(data):
         raise DataError("the data set is empty: it has no principal components")
@@ -49,11 +52,11 @@ def principal_components(data: ImageData) -> PrincipalComponents:
 def projection(
     principal: PrincipalComponents, k: int, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, Params]:
-    """The map of images onto their first k components: a linear layer and its parameters.
+    """The map of images to their first k components: a linear layer and its parameters.
 
-    Outputs [batch, k] keep the variances of the components: they are not whitened. A penalised
-    probe on all of them is then the same as on the pixels, for the penalty sees no rotation.
-    Raises DataError where there are fewer than k components.
+    Outputs [batch, k] are not whitened, they have the variances of the components. With all
+    components, a probe with an L2 penalty is therefore the same as on the centred pixels, because
+    the penalty is invariant to rotation. Raises DataError unless 1 <= k <= number of components.
     """
     mean, components, _ = principal
     if not 1 <= k <= len(components):
@@ -64,7 +67,7 @@ def projection(
 
 
 def _mean_and_covariance(data: ImageData) -> tuple[Tensor, Tensor]:
-    """[pixels] and [pixels, pixels], float64, of the normalised images."""
+    """Mean [pixels] and covariance [pixels, pixels] of the normalised images, float64."""
     count, pixels = len(data), math.prod(data.shape)
     total = torch.zeros(pixels, dtype=torch.float64, device=data.images.device)
     products = total.new_zeros(pixels, pixels)

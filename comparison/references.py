@@ -1,8 +1,8 @@
-"""What a learned rule is told beside: other features of as many units, judged alike.
+"""References for a learned rule: other features of as many units, judged in the same way.
 
 accuracies = beside(["random", "pca", "oja"], training, setting, draws=3, steps=250, seed=0)
 
-random              the network as the learned rule finds it
+random              the initial network of the learned rule, untrained
 pca                 as many principal components
 oja, sanger         these rules, at the best of a few rates on held-out training images
 latent-predictive   the fixed rule of unit statistics with the constants of its authors' model
@@ -38,11 +38,14 @@ def beside(
     seed: int,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Test accuracies of each reference, one for each draw that ended in finite numbers.
+    """The test accuracies of each reference, one for each draw that stayed finite.
 
-    training: of the learned rule, whose outer loss judges the random features.
-    setting: images without normalisation, layers and probe of all others.
-    steps: updates of those that are trained. advance() is called after each training.
+    training: the training of the learned rule; the random features are its initial ones, judged by
+        its outer loss.
+    setting: the images, without normalisation, the layers and the probe for all other references.
+    draws: the number of trainings of each reference.
+    steps: the number of updates of the references that are trained.
+    advance: called after each training.
     """
     comparison = RuleComparison(
         {name: _method(name, training) for name in names}, [setting], [steps], draws, seed
@@ -58,7 +61,7 @@ def beside(
 
 
 def trainings(names: Sequence[str], draws: int) -> int:
-    """How many `beside` makes, those that choose a rate among them."""
+    """The number of trainings that `beside` makes, including those that choose a rate."""
     return sum(draws + len(RATES.get(name, ())) for name in names)
 
 

@@ -1,9 +1,9 @@
 """Learned rules, classical rules and references side by side, on any images and layer sizes.
 
-A method says what it would train in a setting (images, layer sizes, a probe): a Training, of a
-network, a rule, initial parameters, batches. It is trained from several draws, and the probe judges
-it after each of several numbers of steps on the way. What a method needs beyond its setting (the
-rate of a classical rule) is chosen on training images alone.
+A method turns a setting (images, layer sizes, a probe) into a Training (a network, a rule, initial
+parameters, batches). It is trained from several draws, and the probe judges it after each of
+several numbers of steps. What a method needs beyond its setting (the rate of a classical rule) is
+chosen on training images alone. Layers of a learned rule are extended to networks of any depth by
 
     rule of layer k, in a network of any depth = learned rule of layer min(k, depth when learned)
 """
@@ -38,26 +38,27 @@ from rules.classical import CLASSICAL
 from rules.layerwise import LayerwiseRule, LayerwiseTraining, image_inputs
 from train import Draw, Training, detached, evaluate_on_the_way
 
-RATES = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))  # of the classical rules
-HELD_OUT = 6  # one of so many training images is held out to choose a rate
+RATES = tuple(10 ** (exponent / 2) for exponent in range(-8, 1))  # for the classical rules
+HELD_OUT = 6  # one in so many training images is held out to choose a rate
 VICREG = VICRegSettings()
-ROTATION = 45.0  # degrees, to either side
+ROTATION = 45.0  # degrees, in either direction
 
 Row = dict[str, Any]
 
 
-# ---- what is compared, and where ----
+# ---- settings and methods ----
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Images, the units of a network's layers, and the probe that judges what it has learned.
+    """Images, the sizes of a network's layers, and the probe that judges what it has learned.
 
-    train, test: without normalisation; each method has its own.
-    C, outer_images: as in `linear_probe`.
-    batch_size: of methods that have none of their own.
-    layerwise: whether layers are trained one after the other, each by all steps; else as a rule was
-        learned.
+    train, test: images without normalisation, because each method normalises them in its way.
+    layers: units of each layer.
+    C, outer_images: as in linear_probe.py.
+    batch_size: for methods that don't specify one.
+    layerwise: whether layers are trained one after the other, each for all steps; otherwise a rule
+        is applied as it was learned.
     held_out: whether the test images are training images, held out to choose a rate.
     """
 
@@ -73,21 +74,22 @@ class Setting:
     held_out: bool = False
 
     def within_training(self) -> "Setting":
-        """The same without the test images: in their place, the last of the training images."""
+        """The setting in which the last training images take the place of the test images."""
         kept = len(self.train) - len(self.train) // HELD_OUT
         train, test = (self.train.subset(part) for part in (slice(kept), slice(kept, None)))
         return replace(self, train=train, test=test, held_out=True)
 
     def probe(self, images: tuple[ImageData, ImageData]) -> ProbeLoss:
-        """The probe, on training and test images that a method has normalised."""
+        """The probe on training and test images as a method has normalised them."""
         return ProbeLoss(*images, self.C, outer_images=self.outer_images)
 
 
 @dataclass(frozen=True)
 class Method:
-    """enter(setting) -> training, or enter(setting, rate) where there are rates to choose from.
+    """A method: its training in a setting, and the rates that it chooses from.
 
-    has_steps: whether the rule trains; else the initial parameters are judged.
+    enter: enter(setting) or, if there are rates, enter(setting, rate) returns the training.
+    has_steps: whether a rule trains the network; otherwise its initial parameters are judged.
     """
 
     enter: Callable[..., Training]
@@ -99,7 +101,7 @@ class Method:
 
 
 def learned(run: LearnedRun, setting: Setting) -> Training:
-    """Of the run's rule, network, initial distribution, normalisation and batches."""
+    """The training by a learned rule, with its run's network, start, normalisation and batches."""
     images = setting.train, setting.test
     if run.config["pixelwise_normalization"] or run.config.get("center"):
         images = normalize_pixels(*images, unit_variance=run.config["pixelwise_normalization"])
@@ -132,7 +134,7 @@ def _training(
     images: tuple[ImageData, ImageData],
     steps_below: Sequence[int] = (),
 ) -> Training:
-    """On images that were normalised; layer by layer where the rule is a LayerwiseRule."""
+    """A training on normalised images, layer by layer if the rule is a LayerwiseRule."""
     place = (images[0].images.device, setting.dtype)
     parts = (model, rule.to(*place), initializer.to(*place), draw_batches, setting.probe(images))
     if not isinstance(rule, LayerwiseRule):
@@ -145,7 +147,7 @@ def _training(
 
 
 def classical(name: str, setting: Setting, rate: float) -> Training:
-    """Of a classical rule in its own network, on pixel-centred images."""
+    """The training by a classical rule in its own kind of network, on pixel-centred images."""
     chosen = CLASSICAL[name]
     images = normalize_pixels(setting.train, setting.test, unit_variance=False)
     options = chosen.network | {"centred_layers": setting.layerwise}
@@ -162,7 +164,7 @@ def classical(name: str, setting: Setting, rate: float) -> Training:
 
 
 def reference_methods(run: LearnedRun) -> dict[str, Method]:
-    """What a rule is measured against; random features are those of the run's initial draw."""
+    """The references for a learned rule; random features are its run's network, untrained."""
     return {
         "random": Method(partial(learned, run), has_steps=False),
         "pca": Method(pca_features, has_steps=False),
@@ -171,7 +173,7 @@ def reference_methods(run: LearnedRun) -> dict[str, Method]:
 
 
 def pca_features(setting: Setting) -> Training:
-    """As many principal components as the last layer has units (as there are pixels, at most)."""
+    """As many principal components as the last layer has units, or as there are pixels if fewer."""
     principal = principal_components(setting.train)
     count = min(setting.layers[-1], len(principal.components))
     model, params = projection(principal, count, setting.dtype)
@@ -179,7 +181,7 @@ def pca_features(setting: Setting) -> Training:
 
 
 def vicreg_features(setting: Setting) -> Training:
-    """Sigmoid units trained by backpropagation on pairs, all epochs; its steps are its own."""
+    """Sigmoid units trained with VICReg by backpropagation, whatever the setting's steps."""
 
     def trained(model: nn.Module, generator: torch.Generator) -> Params:
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
@@ -205,7 +207,7 @@ def _without_steps(
 
 
 def rotated(data: ImageData, generator: torch.Generator, degrees: float = ROTATION) -> ImageData:
-    """The same images, each turned by an angle of its own, uniform within +-degrees."""
+    """The images, each rotated by its own angle, uniform in [-degrees, degrees]."""
     turn = partial(
         augment, generator=generator, padding=0, degrees=degrees, scale=(1.0, 1.0),
         ratio=(1.0, 1.0), brightness=0.0, contrast=0.0,
@@ -221,15 +223,15 @@ def rotated(data: ImageData, generator: torch.Generator, degrees: float = ROTATI
 def trajectory(
     training: Training, steps: Sequence[int], key: tuple[int, ...]
 ) -> list[dict[str, float]]:
-    """The outer loss and its numbers after each of `steps` (rising) of one training.
+    """The outer loss and its metrics after each of `steps` (increasing) of one training.
 
-    They are those that `evaluate_training` gives for the same key and as many steps; NaN from where
-    on the parameters or the loss are not finite. Where layers below the last make as many steps as
-    it does, each number of steps is a training of its own.
+    They are what `evaluate_training` returns for the same key and as many steps, and nan once the
+    parameters or the loss are no longer finite. If the layers below the last train for as many
+    steps as the last, each number of steps needs a separate training.
     """
     rows = []
     below = isinstance(training, LayerwiseTraining) and training.follows_the_draw
-    with suppress(FloatingPointError):  # what is missing in the rows says it
+    with suppress(FloatingPointError):  # the missing rows are filled with nan below
         for together in [[count] for count in steps] if below else [steps]:
             for numbers, _ in evaluate_on_the_way(training, Draw(key, together[-1]), together):
                 rows.append(numbers)
@@ -240,12 +242,12 @@ def trajectory(
 class RuleComparison:
     """All trainings of all methods in all settings; `run` makes those that have no rows yet.
 
-    rows: one for each number of steps of each training (only the last, where a rate is tried), in
-        the order of the trainings:
-        method, dataset, layers, held_out, rate, draw, inner_steps (0: nothing was trained),
-        meta_loss, train_accuracy, test_accuracy.
-    A draw is named (seed, EVALUATION, number), as in main.py, so that no training depends on
-    another; that of the search for a rate, which all rates share, is (seed, SELECTION, 0).
+    The key of a draw is (seed, EVALUATION, number), as in main.py, so that no training depends on
+    another. All rates of a search share the key (seed, SELECTION, 0).
+
+    rows: one for each number of steps of each training (only the last in the search for a rate), in
+        the order of the trainings, with method, dataset, layers, held_out, rate, draw, inner_steps
+        (0: nothing was trained), meta_loss, train_accuracy, test_accuracy.
     """
 
     def __init__(
@@ -263,16 +265,16 @@ class RuleComparison:
 
     @property
     def trainings(self) -> int:
-        """How many there are in all."""
+        """The number of trainings in all."""
         return len(self.settings) * sum(self.draws + len(m.rates) for m in self.methods.values())
 
     @property
     def done(self) -> int:
-        """How many of them have rows."""
+        """The number of trainings that have rows."""
         return len({tuple(_name(row).values()) for row in self.rows})
 
     def run(self) -> Iterator[list[Row]]:
-        """Makes the missing trainings one by one; yields the new rows of each."""
+        """Run the missing trainings one by one, and yield the new rows of each."""
         for setting, (name, method) in itertools.product(self.settings, self.methods.items()):
             rate = None
             if method.rates:
@@ -310,7 +312,7 @@ class RuleComparison:
         yield new
 
     def best_rate(self, name: str, setting: Setting) -> float:
-        """That with the highest accuracy on held-out training images after the last step."""
+        """The rate with the highest accuracy on held-out training images after the last step."""
         where = {"method": name, "dataset": setting.dataset, "held_out": True}
         where["layers"] = layers_text(setting.layers)
         trials = [row for row in self.rows if where.items() <= row.items()]
@@ -321,19 +323,20 @@ NAME = ("method", "dataset", "layers", "held_out", "rate", "draw")
 
 
 def _name(row: Row) -> Row:
-    """Which training a row is of."""
+    """The entries of a row that identify its training."""
     return {key: row[key] for key in NAME}
 
 
 def layers_text(layers: Sequence[int]) -> str:
-    """Layer sizes such as 256-32."""
+    """Layer sizes as a text such as 256-32."""
     return "-".join(map(str, layers))
 
 
 def run_comparison(comparison: RuleComparison, log: RunLog) -> bool:
-    """Makes all trainings that the log does not have, with its rows; True when none is missing.
+    """Run all trainings that are not in the log's checkpoint; return whether none is missing now.
 
-    metrics.csv tells methods, data sets and layers by their places in the comparison, from 0.
+    In metrics.csv, numbers from 0 stand for methods, data sets and layer sizes, in the order of the
+    comparison.
     """
     saved = log.load_checkpoint()
     if saved is not None:

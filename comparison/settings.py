@@ -1,4 +1,4 @@
-"""Settings of what rules are compared with: no torch is loaded with it."""
+"""Settings of the references that rules are compared with; importing it does not load torch."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from experiment.settings import setting
 
 @dataclass(frozen=True)
 class VICRegSettings:
-    """How VICReg trains a network, and the weights of its loss: comparison/vicreg.py."""
+    """How VICReg trains a network, and the weights of its loss; see comparison/vicreg.py."""
 
     epochs: int = setting(100, "passes over the training images", "nonnegative")
     lr: float = setting(1e-3, "learning rate (AdamW)", "positive")

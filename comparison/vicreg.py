@@ -1,4 +1,4 @@
-"""VICReg: trains a network so that two views of an image have the same features, yet rich ones.
+"""VICReg: trains features that agree on two views of an image without collapsing.
 
     loss = lambda s(Z1, Z2) + mu (v(Z1) + v(Z2)) + nu (c(Z1) + c(Z2))
     s = mean over images and features of (Z1 - Z2)^2
@@ -31,7 +31,7 @@ from models_fully_local import Params
 EPSILON = 1e-4  # under the square root of a variance: keeps its gradient finite
 TERMS = ("invariance", "variance", "covariance")
 DEFAULTS = VICRegSettings()
-CPU = {"dtype": torch.float64, "device": "cpu"}  # of draws, whatever the default device is
+CPU = {"dtype": torch.float64, "device": "cpu"}  # for random draws, whatever the default device
 
 
 def vicreg_loss(
@@ -45,9 +45,11 @@ def vicreg_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of features z1, z2 [B, D] of two views of B images, and its three terms.
 
-    invariance, variance, covariance: the weights lambda, mu, nu; hinge: gamma, the standard
-    deviation above which a feature costs nothing. The terms are detached scalars before their
-    weights, the two last summed over the views. Raises ValueError for other shapes and for B < 2.
+    The terms are detached scalars, not yet weighted; the variance and covariance terms are summed
+    over the two views. Raises ValueError for other shapes and for B < 2.
+
+    invariance, variance, covariance: the weights lambda, mu, nu.
+    hinge: gamma, the standard deviation above which a feature costs nothing.
     """
     if z1.dim() != 2 or z1.shape != z2.shape or len(z1) < 2:
         raise ValueError(
@@ -79,12 +81,13 @@ class VICReg:
             training.train_epoch()
         features = model(x, training.params)
 
+    The optimiser is AdamW (Loshchilov, Hutter 2019) with a constant learning rate. Raises DataError
+    for a batch size below 2 or above the number of images.
+
     model: called as model(x, params) on float [B, C, H, W], returns [B, D].
     params: a list with one dict of tensors per layer, on the data's device, changed in place.
-    epoch: how many passes are done. Each has a generator of its own, made from (seed, epoch), so
+    epoch: the number of passes done. Each pass has its own generator, seeded with (seed, epoch), so
         that a resumed run needs no generator's state.
-    The optimiser is AdamW (Loshchilov, Hutter 2019), its rate constant. Raises DataError for a
-    batch size that the data do not allow.
     """
 
     def __init__(
@@ -118,10 +121,10 @@ class VICReg:
         return [tensor for layer in self.params for tensor in layer.values()]
 
     def train_epoch(self) -> dict[str, float]:
-        """One pass over the images in a new order; means over its steps, and seconds.
+        """Make one pass over the images in a new order; return means over its steps, and seconds.
 
-        What is left at its end, less than a batch, is dropped. Raises NonFiniteError where the loss
-        or its gradient is not finite, before any step on it.
+        A last incomplete batch is dropped. Raises NonFiniteError if the loss or its gradient is not
+        finite, before the step is taken.
         """
         begin = time.perf_counter()
         generator = seeded_generator(self.seed, self.epoch, 1)
@@ -136,7 +139,7 @@ class VICReg:
         loss, terms = self.loss(self.model(x1, self.params), self.model(x2, self.params))
         gradient = torch.autograd.grad(loss, self._leaves())
         norm = torch.nn.utils.get_total_norm(gradient)
-        # all that this step tells the host, in one piece: each piece is a wait for the device
+        # everything the host needs in one transfer, because each transfer waits for the device
         values = torch.stack([t.detach() for t in (norm, loss, *terms.values())]).tolist()
         if not all(map(math.isfinite, values[:2])):
             raise NonFiniteError(
@@ -150,7 +153,7 @@ class VICReg:
         return numbers
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs, in plain containers of tensors."""
+        """Everything that a resumed run needs, in plain containers of tensors."""
         return {
             "epoch": self.epoch,
             "params": [{n: t.detach() for n, t in layer.items()} for layer in self.params],
@@ -158,7 +161,7 @@ class VICReg:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up a run where `state_dict` left it."""
+        """Go on from a state returned by `state_dict`."""
         self.epoch = state["epoch"]
         with torch.no_grad():
             for layer, saved in zip(self.params, state["params"], strict=True):
@@ -168,9 +171,9 @@ class VICReg:
 
 
 def uniform_parameters(model: nn.Module, generator: torch.Generator) -> Params:
-    """Initial parameters, float64: all uniform within +-1/sqrt(fan-in), as torch.nn.Linear's are.
+    """Initial parameters in float64, uniform within +-1/sqrt(fan-in), as those of torch.nn.Linear.
 
-    `generator` is on the CPU.
+    generator: a generator on the CPU.
     """
     params = []
     for layer in model.layers:

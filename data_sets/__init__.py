@@ -1,1 +1,1 @@
-"""Image and table sets: their files, checksums and downloads."""
+"""Sets of images and tables: their files, checksums and downloads, and views of images."""

@@ -2,12 +2,12 @@
 
     x = augment(images, generator)               # uint8 [B, C, H, W] -> float [B, C, H, W]
 
-    draws = draw_numbers(len(x), generator)      # or in parts, each with the strengths that it has
+    draws = draw_numbers(len(x), generator)      # the same step by step, with separate strengths
     x = warp(x, draws, degrees=25.0, scale=(0.7, 1.0), ratio=(0.75, 1.3333), padding=2)
     x = jitter(x, draws, brightness=0.5, contrast=0.5)
 
-The geometric steps are one affine warp. Degrees, brightness and contrast may be tensors: views are
-differentiable in them, at the same draws.
+The geometric steps are combined in one affine warp. Degrees, brightness and contrast may be
+tensors; with the draws fixed, views are differentiable in them.
 """
 
 import math
@@ -19,8 +19,8 @@ from torch.nn.functional import grid_sample
 
 from data_sets.image_data import DataError, working_dtype
 
-# Columns of the draws: first what every view takes, then those of crops, with ten attempts, and
-# last those of shifts.
+# Columns of the draws: those that every view needs, then those of crops (ten attempts), then those
+# of shifts
 ANGLE, POSITION, BRIGHTNESS, CONTRAST, ORDER = 0, slice(1, 3), 3, 4, 5
 AREAS, RATIOS, SHIFT = slice(6, 16), slice(16, 26), slice(-2, None)
 
@@ -39,12 +39,14 @@ def augment(
 ) -> Tensor:
     """Random views: uint8 [B, C, H, W] -> float [B, C, H, W] in [0, 1], on the images' device.
 
-    Each image is zero-padded, rotated by up to +-`degrees`, cropped to a random part (share of the
-    area in `scale`, width / height in `ratio`) that is stretched to the original size, and its
-    brightness and contrast are changed by factors from 1 -+ the argument, in either order. Random
-    numbers follow torchvision's Pad, RandomRotation, RandomResizedCrop (with its ten attempts) and
-    ColorJitter, but the geometric steps are one bilinear interpolation, and nothing is rounded to
-    bytes in between. All of them are drawn from `generator`, on the CPU: B rows of 26.
+    Each image is zero-padded, rotated by up to +-`degrees`, and cropped to a random part (share of
+    the area in `scale`, width / height in `ratio`) that is stretched to the original size. Then
+    brightness and contrast are multiplied by factors in [1 - strength, 1 + strength], in random
+    order. The distributions are those of torchvision's Pad, RandomRotation, RandomResizedCrop (with
+    its ten attempts) and ColorJitter, but there is only one bilinear interpolation, and nothing is
+    rounded to bytes between the steps. `generator` is on the CPU and gives B rows of 26 numbers.
+
+    Raises DataError for images of another type or shape.
     """
     if images.dtype != torch.uint8 or images.dim() != 4:
         raise DataError(
@@ -59,7 +61,7 @@ def augment(
 def draw_numbers(
     count: int, generator: torch.Generator, *, crops: bool = True, shifts: bool = False
 ) -> Tensor:
-    """Uniform in [0, 1), float64 [count, columns], on the CPU: all that a view takes."""
+    """The random numbers of views: float64 [count, columns], uniform in [0, 1), on the CPU."""
     columns = 6 + 20 * crops + 2 * shifts
     return torch.rand(count, columns, generator=generator, dtype=torch.float64, device="cpu")
 
@@ -74,11 +76,16 @@ def warp(
     padding: int = 0,
     shift: float = 0.0,
 ) -> Tensor:
-    """Each image of x [B, C, H, W] rotated, cropped, shifted, by one bilinear interpolation.
+    """Rotate, crop and shift each image of x [B, C, H, W] by one bilinear interpolation.
 
-    draws: from `draw_numbers`, with the columns of crops and shifts where there are any. scale
-    None: no crops. shift: in pixels of the view, uniform to either side, each way. What comes from
-    outside the image is 0.
+    Pixels from outside the image are 0.
+
+    draws: from `draw_numbers`, with columns for crops and shifts if they are used.
+    degrees: the largest angle, in either direction.
+    scale: the range of the crop's share of the padded image's area; None: no crops.
+    ratio: the range of the crop's width / height.
+    padding: pixels on each side.
+    shift: the largest shift in pixels of the view, in both dimensions and directions.
     """
     if _in_loops(x, degrees):
         return _warp_in_loops(x, draws, float(degrees), scale, ratio, padding, shift)
@@ -91,7 +98,7 @@ def warp(
             height, width, padding, scale, ratio,
         )  # fmt: skip
     if shift:
-        sides = box[:, 2:] / box.new_tensor([height, width])  # of a pixel of the view
+        sides = box[:, 2:] / box.new_tensor([height, width])  # the sides of a pixel of the view
         moved = (2 * draws[:, SHIFT] - 1) * shift * sides
         box = torch.cat([box[:, :2] + moved, box[:, 2:]], 1)
     angle = (2 * draws[:, ANGLE] - 1) * (degrees * (math.pi / 180))
@@ -102,9 +109,11 @@ def warp(
 def jitter(
     x: Tensor, draws: Tensor, brightness: float | Tensor, contrast: float | Tensor
 ) -> Tensor:
-    """Brightness and contrast of each image changed by factors from 1 -+ these, in either order.
+    """Multiply brightness and contrast of each image by random factors, in random order.
 
-    x: [B, C, H, W], changed in place; draws: from `draw_numbers`.
+    x: [B, C, H, W], changed in place.
+    draws: from `draw_numbers`.
+    brightness, contrast: factors are uniform in [1 - strength, 1 + strength], and at least 0.
     """
     if _in_loops(x, brightness, contrast) and x.is_contiguous():
         return _jitter_in_loops(x, draws, float(brightness), float(contrast))
@@ -126,10 +135,13 @@ def _random_boxes(
     scale: Sequence[float],
     ratio: Sequence[float],
 ) -> Tensor:
-    """Crops (top, left, height, width) [B, 4] of the padded image, as RandomResizedCrop draws them.
+    """Crops (top, left, height, width) [B, 4] of the padded image, drawn as by RandomResizedCrop.
 
-    Draws are uniform in [0, 1): [B, attempts] twice, [B, 2]. The first attempt that fits is taken;
-    where none does, the largest centred crop whose ratio is allowed.
+    The first attempt that fits is taken or, if none does, the largest centred crop whose ratio is
+    allowed.
+
+    area_draws, ratio_draws: [B, attempts], uniform in [0, 1).
+    position_draws: [B, 2], likewise.
     """
     padded_height, padded_width = height + 2 * padding, width + 2 * padding
     area = padded_height * padded_width * _between(area_draws, *scale)
@@ -165,20 +177,20 @@ def _crop_grid(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Where each pixel of the crop comes from in the unpadded, unrotated image: [B, H, W, 2].
+    """The position in the original image of each pixel of the crop, for grid_sample: [B, H, W, 2].
 
-    With u in [-1, 1]^2 the place in the crop, p = centre of the box + u * half its sides is the
-    place in the rotated image, relative to its centre, and R(angle)^-1 p that in the image itself.
-    R turns counter-clockwise as one sees it (rows count downwards). Padding only gives room to the
-    box: what lies outside the image is zero anyway.
+    For the position u in [-1, 1]^2 in the crop, p = centre of the box + u * half its sides is the
+    position in the rotated image, relative to its centre, and R(angle)^-1 p the position in the
+    original image. R turns counter-clockwise on the screen (rows count downwards). Padding only
+    enlarges the range of boxes, because everything outside the image is zero anyway.
 
-    The map is affine, so the grid is a sum of a column and a row; F.affine_grid gives the same, but
-    takes several times as long as the interpolation itself.
+    The map is affine, so the grid is the sum of a column and a row; F.affine_grid gives the same
+    but takes several times as long as the interpolation itself.
     """
     top, left, h, w = box.unbind(1)
     cos, sin = angle.cos(), angle.sin()
     x, y = left + w / 2 - (width / 2 + padding), top + h / 2 - (height / 2 + padding)
-    half = angle.new_tensor([2 / width, 2 / height])  # to grid_sample's [-1, 1]
+    half = angle.new_tensor([2 / width, 2 / height])  # from pixels to grid_sample's [-1, 1]
     matrix = torch.stack(
         [cos * w / 2, -sin * h / 2, cos * x - sin * y, sin * w / 2, cos * h / 2, sin * x + cos * y],
         1,
@@ -193,8 +205,11 @@ def _crop_grid(
 def _jitter(x: Tensor, b: Tensor, c: Tensor, brightness_first: Tensor) -> Tensor:
     """Brightness x -> b x and contrast x -> c x + (1 - c) grey mean, clamped to [0, 1] after each.
 
-    x: float [B, C, H, W], changed in place; b, c, brightness_first (0 or 1): [B, 1, 1, 1].
-    Brightness is a contrast towards black: two steps of one form, in the order of each image.
+    Since brightness is a contrast towards black, both steps have the same form, and each image can
+    have its own order.
+
+    x: float [B, C, H, W], changed in place.
+    b, c, brightness_first (0 or 1): [B, 1, 1, 1].
     """
     for now_brightness in (brightness_first, 1 - brightness_first):
         factor = torch.lerp(c, b, now_brightness)
@@ -212,7 +227,7 @@ def _grey_mean(x: Tensor) -> Tensor:
 
 
 def _in_loops(x: Tensor, *strengths: float | Tensor) -> bool:
-    """Whether compiled loops do the same: on the CPU, where nothing asks for its gradient."""
+    """Whether the compiled loops can be used: on the CPU, if no gradient is needed."""
     tensors = [x, *(s for s in strengths if isinstance(s, Tensor))]
     needed = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return x.device.type == "cpu" and not needed
@@ -227,7 +242,7 @@ def _warp_in_loops(
     padding: int,
     shift: float,
 ) -> Tensor:
-    """`warp`. exp, cos and sin stay torch's: those of other libraries differ in the last bit."""
+    """`warp` in compiled loops; exp, cos and sin are torch's, as others differ in the last bit."""
     from data_sets import view_loops
 
     height, width = x.shape[2:]

@@ -1,11 +1,16 @@
-"""The tables that there are, and what is known of each before it is read: no torch is loaded."""
+"""The available tables, with their expected sizes and sources; importing it does not load torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a set before it is read: rows, inputs, rows held out for the test."""
+    """Expected size and source of a table.
+
+    rows, inputs: the numbers of samples and of input columns.
+    test_rows: the number of rows held out for the test.
+    uci_id, openml_id: numbers of the data set in these repositories.
+    """
 
     rows: int
     inputs: int

@@ -1,14 +1,14 @@
-"""CIFAR-10: 50,000 + 10,000 colour images of 32 x 32 pixels in ten classes, from its files.
+"""CIFAR-10: 50,000 + 10,000 colour images of 32 x 32 pixels in ten classes, read from its files.
 
-Looked for under the data directory, in this order, then downloaded by torchvision:
+They are looked for in the data directory, in this order, and otherwise downloaded by torchvision:
 
     cifar-10-batches-bin/data_batch_1.bin ... 5.bin, test_batch.bin     the binary version
     cifar-10-batches-py/data_batch_1 ... 5, test_batch                  the python version
 
-A record of the binary version is a label and 3,072 pixels: a plane of 32 x 32 of each of red, green
-and blue. The python version is pickled: a file is read only where its MD5 is the published one, and
-by an unpickler that knows arrays and nothing else. For the binary files only the digest of their
-archive is published, checked when it is downloaded; later their sizes and classes are.
+A record of the binary version is a label and 3,072 pixels: planes of 32 x 32 for red, green and
+blue. The python version is pickled: a file is read only if its MD5 is the published one, and by an
+unpickler that accepts nothing but arrays. For the binary files only the digest of the archive is
+published, which is checked after the download; whenever they are read, sizes and classes are.
 Source: Krizhevsky 2009, Learning multiple layers of features from tiny images.
 """
 
@@ -40,7 +40,7 @@ PYTHON_MD5 = {
 }
 FILES = tuple(PYTHON_MD5)
 BINARY, PYTHON = "cifar-10-batches-bin", "cifar-10-batches-py"
-PICKLED_ARRAYS = {  # all that the published files ask for
+PICKLED_ARRAYS = {  # all names that the published files refer to
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy", "ndarray"),
@@ -54,11 +54,11 @@ Part = tuple[np.ndarray, np.ndarray]  # images [n, 3, 32, 32] and labels [n], bo
 def load_cifar10(data_dir: Path) -> tuple[ImageData, ImageData]:
     """Training and test set, uint8 [N, 3, 32, 32].
 
-    Raises DataError for a damaged file, and where they are neither there nor to be fetched.
+    Raises DataError if a file is damaged, or if the files are missing and can't be downloaded.
     """
     folders = [data_dir / name for name in READERS if (data_dir / name).is_dir()]
     whole = [folder for folder in folders if all(path.exists() for path in _paths(folder))]
-    for folder in whole or folders:  # of an incomplete one, what is missing is told
+    for folder in whole or folders:  # of an incomplete folder, to report the missing file
         return _as_data([READERS[folder.name](path) for path in _paths(folder)], folder)
     try:
         fetch(data_dir)
@@ -71,7 +71,7 @@ def load_cifar10(data_dir: Path) -> tuple[ImageData, ImageData]:
 
 
 def read_binary(path: Path) -> Part:
-    """The images and labels in a file of the binary version; DataError where it is not one."""
+    """The images and labels in a file of the binary version; raises DataError if it isn't one."""
     content, record = _contents(path), 1 + int(np.prod(SHAPE))
     if len(content) != IMAGES_PER_FILE * record:
         raise DataError(
@@ -83,7 +83,7 @@ def read_binary(path: Path) -> Part:
 
 
 def read_python(path: Path) -> Part:
-    """The images and labels in a file of the python version; DataError where it is not one."""
+    """The images and labels in a file of the python version; raises DataError if it isn't one."""
     content = _contents(path)
     digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if digest != PYTHON_MD5[path.name]:
@@ -100,7 +100,7 @@ def read_python(path: Path) -> Part:
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads plain values and NumPy's arrays; anything else that a pickle names is refused."""
+    """An unpickler of plain values and NumPy arrays that refuses everything else."""
 
     def find_class(self, module: str, name: str):
         if (module, name) not in PICKLED_ARRAYS:
@@ -109,7 +109,10 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def fetch(data_dir: Path) -> None:
-    """Downloads the binary version; its folder appears whole or not at all."""
+    """Download the binary version; its folder appears complete or not at all.
+
+    Raises DataError or OSError if that fails.
+    """
     data_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=".fetching-") as temporary:
         directory = Path(temporary)
@@ -130,7 +133,7 @@ def fetch(data_dir: Path) -> None:
         try:
             whole.rename(data_dir / BINARY)
         except OSError:
-            if not (data_dir / BINARY).is_dir():  # else another process was faster
+            if not (data_dir / BINARY).is_dir():  # otherwise another process was faster
                 raise
 
 
@@ -158,7 +161,7 @@ def _checked(images: np.ndarray, labels: np.ndarray, path: Path) -> Part:
 
 
 def _as_data(parts: list[Part], folder: Path) -> tuple[ImageData, ImageData]:
-    """The sets; their classes must be equally frequent, as they are in the published files."""
+    """Training and test set; raises DataError unless all classes are equally frequent."""
     sets = parts[:-1], parts[-1:]
     count = [len(part) * IMAGES_PER_FILE for part in sets]
     source = f"CIFAR-10: {count[0]:,} + {count[1]:,} images from {folder}"

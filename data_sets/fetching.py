@@ -1,7 +1,7 @@
-"""What fetching data needs: commands run silently and for a bounded time, torchvision's import.
+"""Tools for downloading data: silent commands with a time limit, and the import of torchvision.
 
-Not pooch: it fetches a file from an address it is given, and the addresses, mirrors and formats are
-what torchvision has already; checksums here are of the files' uncompressed content.
+pooch is not used, because it needs the addresses, mirrors and formats that torchvision already has,
+and because the checksums here are those of uncompressed files.
 """
 
 import importlib.util
@@ -21,12 +21,12 @@ from data_sets.image_data import DataError
 
 
 def import_torchvision():
-    """torchvision, also where its compiled operators do not load.
+    """The module torchvision, even if its compiled operators can't be loaded.
 
-    torchvision's wheel is built against one build of torch; with another (a CPU build) its library
-    does not load, and the import then fails because two operators, nms and qnms, have no schema.
-    Nothing here uses them, so the bare schemas are enough; they are defined only if still missing
-    after an attempt to load the library.
+    torchvision's wheel is built against one build of torch. With another, such as a CPU build, its
+    library does not load, and the import fails because two operators, nms and qnms, have no schema.
+    Nothing here uses them, so the bare schemas are enough; they are defined only if they are still
+    missing after an attempt to load the library. Raises DataError if torchvision is not installed.
     """
     if "torchvision" not in sys.modules:
         spec = importlib.util.find_spec("torchvision")
@@ -50,9 +50,10 @@ _KEPT_ALIVE: list = []
 
 
 def run_with_torchvision(statement: str, arguments: list[str], directory: Path) -> None:
-    """Run a statement that downloads into `directory`; its arguments are sys.argv[2:].
+    """Run a Python statement that downloads into `directory`; its arguments are sys.argv[2:].
 
-    In a process of its own: silent, and ended in time even if a name server never answers.
+    It runs in a process of its own, so that it is silent and can be ended even if a name server
+    never answers. Raises DataError if it fails.
     """
     code = (
         "import socket, sys; sys.path.insert(0, sys.argv[1]); socket.setdefaulttimeout(10);"
@@ -67,12 +68,13 @@ def run_with_torchvision(statement: str, arguments: list[str], directory: Path) 
 def run_silently(
     command: list[str], directory: Path, seconds: float, silence: float | None = None
 ) -> None:
-    """Run a command in `directory`, showing nothing; DataError with its last words if it fails.
+    """Run a command in `directory` without showing its output.
 
-    It is ended after `seconds`, or once nothing in `directory` has grown for `silence` seconds.
+    It is killed after `seconds`, or when the files in `directory` have not changed in size for
+    `silence` seconds. Raises DataError, with the last line of stderr, if it fails or is killed.
     """
     program = Path(command[0]).name
-    errors = directory / "errors.txt"  # a file, not a pipe: grandchildren cannot keep us waiting
+    errors = directory / "errors.txt"  # not a pipe, which grandchildren could keep open
     began = grew = time.monotonic()
     size = 0
     try:
@@ -108,17 +110,17 @@ def run_silently(
 def _bytes_under(directory: Path) -> int:
     total = 0
     for path in directory.rglob("*"):
-        with suppress(FileNotFoundError):  # the command may be renaming its files just now
+        with suppress(FileNotFoundError):  # the command may be renaming its files
             total += path.stat().st_size
     return total
 
 
-# what reading a damaged archive may raise, beside OSError
+# The errors, besides OSError, of reading a damaged archive
 ARCHIVE_ERRORS = (tarfile.TarError, KeyError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def member(archive: tarfile.TarFile, name: str) -> bytes:
-    """The content of a file in an archive; KeyError where it is none."""
+    """The content of a file in an archive; raises KeyError if there is no such file."""
     entry = archive.getmember(name)
     if not entry.isfile():
         raise KeyError(f"{name} is no file in it")
@@ -126,5 +128,5 @@ def member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The message of an error in one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

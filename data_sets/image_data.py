@@ -1,4 +1,4 @@
-"""Labelled images as one uint8 tensor, turned into floats batch by batch."""
+"""Labelled images, stored as one uint8 tensor and turned into floats batch by batch."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -10,19 +10,21 @@ from experiment.errors import WrongInputError
 
 
 class DataError(WrongInputError):
-    """Data that cannot be used; one line that says what is wrong and what would be right."""
+    """Data that cannot be used; the message is one line."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
     """Labelled images, kept as bytes and turned into floats batch by batch.
 
+    Raises DataError for tensors of another type or shape.
+
     Attributes:
         images: uint8 [N, C, H, W].
         labels: int64 [N].
-        source: where the images come from and how many they are, for logs and results.
-        shift: float [C, H, W], subtracted after the division by 255; None: nothing.
-        scale: float [C, H, W], divides after that; None: nothing.
+        source: where the images come from and how many there are, for logs and results.
+        shift: float [C, H, W], subtracted from images / 255; None: 0.
+        scale: float [C, H, W], the divisor of the result; None: 1.
     """
 
     images: Tensor
@@ -48,30 +50,30 @@ class ImageData:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
+        """The shape (C, H, W) of an image."""
         return tuple(self.images.shape[1:])
 
     @property
     def classes(self) -> int:
-        """Number of classes: the largest label plus one."""
+        """The number of classes: the largest label plus one, or 0 without images."""
         return int(self.labels.max()) + 1 if len(self) else 0
 
     def fingerprint(self) -> str:
-        """How many images, and a digest of their pixels."""
+        """The number of images and a digest of their pixels, as a text."""
         pixels = self.images.contiguous().numpy(force=True)
         return f"{len(self)}, sha256 {hashlib.sha256(pixels).hexdigest()[:16]}"
 
     def subset(self, rows: slice | Tensor) -> "ImageData":
-        """The images and labels of these rows; of a slice beyond the end there are none."""
+        """The images and labels of these rows; as in lists, a slice may extend beyond the end."""
         return replace(self, images=self.images[rows], labels=self.labels[rows])
 
     def floats(
         self, index: slice | Tensor | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """The images of `index` (all of them without it) as floats [n, C, H, W].
+        """The normalised images of `index`, by default all, as floats [n, C, H, W].
 
-        Without shift and scale the values are in [0, 1]. Below 32 bits the arithmetic is done in
-        float32 and rounded once.
+        Without shift and scale the values are in [0, 1]. For types of fewer than 32 bits the
+        arithmetic is done in float32 and rounded once.
         """
         images = self.images
         if isinstance(index, Tensor):
@@ -105,7 +107,7 @@ class ImageData:
 
 
 def pixel_sums(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of each pixel and of its square over uint8 images, int64 [C, H, W] on the CPU; exact."""
+    """The exact sums of each pixel and its square over uint8 images, int64 [C, H, W] on the CPU."""
     total = torch.zeros(images.shape[1:], dtype=torch.int64, device=images.device)
     total_of_squares = total.clone()
     for chunk in images.split(2048):
@@ -118,9 +120,11 @@ def pixel_sums(images: Tensor) -> tuple[Tensor, Tensor]:
 def batch_indices(
     data: ImageData | Tensor, batch_size: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """One epoch in an order drawn from `generator`, on the CPU: rows of whole batches.
+    """The rows of each batch of one epoch, [batch_size] on the data's device, in random order.
 
-    Raises DataError where there is not one whole batch.
+    A last incomplete batch is dropped. Raises DataError if there isn't one whole batch.
+
+    generator: a generator on the CPU.
     """
     if not 1 <= batch_size <= len(data):
         raise DataError(
@@ -133,17 +137,20 @@ def batch_indices(
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Several data sets of one run."""
+    """The data sets of a run that has several."""
 
     sets: tuple[ImageData, ...]
 
     def fingerprint(self) -> str:
-        """Those of all of them."""
+        """The fingerprints of all sets, as one text."""
         return "; ".join(data.fingerprint() for data in self.sets)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 at least: below it, eight bits of a pixel would not survive the arithmetic."""
+    """The type to compute in: at least float32, as with less a pixel would lose some of its 8 bits.
+
+    Raises DataError if `dtype` is not a floating-point type.
+    """
     if not dtype.is_floating_point:
         raise DataError(f"dtype {dtype} is not a floating point type; use torch.float32")
     return torch.promote_types(dtype, torch.float32)

@@ -1,13 +1,13 @@
-"""Images of your own: a folder with one folder per class, a .npz file, arrays, a torch Dataset.
+"""Your own images: a folder with one folder per class, a .npz file, arrays, or a torch Dataset.
 
     train, test = load_own_images(Path("photos"))       # photos/cat/1.png, photos/dog/7.jpg, ...
     train, test = load_own_images(Path("digits.npz"))   # arrays x_train, y_train, x_test, y_test
     data = image_data(images, labels)                   # NumPy arrays or tensors
     data = dataset_images(dataset)                      # a torch Dataset or DataLoader
 
-A folder with train/ and test/ has the folders of the classes in these. Where there is no test set,
-one image in six of each class becomes it, the same ones every time. Classes are numbered in the
-order of their sorted names or labels.
+If a folder has train/ and test/, the folders of the classes are in these. Without a test set, one
+image in six of each class is split off as the test set, always the same images. Classes are
+numbered in the order of their sorted names or labels.
 """
 
 import zipfile
@@ -25,7 +25,7 @@ from data_sets.image_data import DataError, ImageData
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 TEST_FOLDERS = ("test", "val", "valid", "validation")
-ARRAYS = (  # Keras' names, MedMNIST's, and one set to be split
+ARRAYS = (  # names used by Keras and by MedMNIST, and those of a single set to be split
     ("x_train", "y_train", "x_test", "y_test"),
     ("train_images", "train_labels", "test_images", "test_labels"),
     ("images", "labels"),
@@ -34,7 +34,7 @@ ARRAYS = (  # Keras' names, MedMNIST's, and one set to be split
 NPZ_ERRORS = (
     OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError,
 )  # fmt: skip
-TEST_SHARE = 6  # one image in so many
+TEST_SHARE = 6  # one image in so many is for the test
 MOST_CLASSES = 10_000
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images, and a label for each
@@ -43,7 +43,8 @@ Arrays = tuple[np.ndarray, np.ndarray]  # images, and a label for each
 def load_own_images(path: Path) -> tuple[ImageData, ImageData]:
     """Training and test images in a folder or a .npz file.
 
-    Raises DataError where there are none, where they differ in size, or cannot be read.
+    Raises DataError if there are no images, they differ in size, they can't be read, or a test
+    label does not occur in training.
     """
     train, test = _read_arrays(path) if path.suffix == ".npz" else _read_folder(path)
     if test is None:
@@ -68,13 +69,11 @@ def image_data(
     labels: np.ndarray | Tensor | Sequence | None = None,
     source: str = "images in memory",
 ) -> ImageData:
-    """Arrays or tensors as the data that every function here takes.
+    """Arrays or tensors as ImageData; raises DataError if they are not as described.
 
-    images: uint8, bool, or floats from 0 to 1 (kept as the nearest of 256 levels), [N, H, W],
-        [N, C, H, W] or [N, H, W, C] with 1 or 3 channels.
-    labels: N whole numbers or strings, numbered from 0 in sorted order; None: all are of one class.
-
-    Raises DataError for anything else.
+    images: [N, H, W], [N, C, H, W] or [N, H, W, C] with 1 or 3 channels: integers from 0 to 255,
+        bool, or floats from 0 to 1, which are rounded to 256 levels.
+    labels: N whole numbers or strings, numbered from 0 in sorted order; None: one class for all.
     """
     pixels = _bytes(_array(images), "images")
     labels = np.zeros(len(pixels), int) if labels is None else _labels(_array(labels), "labels")
@@ -85,10 +84,11 @@ def image_data(
 
 
 def dataset_images(dataset: Iterable, source: str = "a torch Dataset") -> ImageData:
-    """All of a torch Dataset of (image, label), or of a DataLoader of batches of them.
+    """A torch Dataset of pairs (image, label), or a DataLoader of batches of these, as ImageData.
 
-    An image is a tensor or array as `image_data` takes them, without N, or a PIL image. Raises
-    DataError for anything else.
+    Raises DataError if it is empty or images are of several sizes, and as `image_data`.
+
+    dataset: its images are tensors or arrays as for `image_data`, without N, or PIL images.
     """
     if isinstance(dataset, DataLoader):
         batches = [(_array(images), _array(labels)) for images, labels in dataset]
@@ -110,7 +110,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _bytes(images: np.ndarray, what: str) -> Tensor:
-    """uint8 [N, C, H, W] of `images` as `image_data` takes them."""
+    """Images as for `image_data`, as uint8 [N, C, H, W]; raises DataError for any others."""
     if not images.size:
         raise DataError(f"{what}: there are none")
     if images.ndim == 2:
@@ -128,14 +128,14 @@ def _bytes(images: np.ndarray, what: str) -> Tensor:
 
 
 def _levels(images: np.ndarray, what: str) -> np.ndarray:
-    """Pixels as bytes: 0 to 1 becomes 0 to 255."""
+    """Pixels as bytes; floats and bools from 0 to 1 become 0 to 255."""
     if images.dtype == np.uint8:
         return images
     if images.dtype == bool:
         return images.astype(np.uint8) * np.uint8(255)
     if images.dtype.kind == "f":
         low, high = float(images.min()), float(images.max())
-        if not (low >= 0 and high <= 1):  # also where a pixel is not a number
+        if not (low >= 0 and high <= 1):  # also true if a pixel is nan
             raise DataError(
                 f"{what} are floats from {low:.4g} to {high:.4g}; give floats from 0 to 1, or "
                 "uint8 from 0 to 255"
@@ -147,7 +147,7 @@ def _levels(images: np.ndarray, what: str) -> np.ndarray:
 
 
 def _labels(labels: np.ndarray, what: str) -> np.ndarray:
-    """One label for each image: whole numbers or strings, [N] or [N, 1]."""
+    """Labels [N] from whole numbers or strings [N] or [N, 1]; raises DataError for any others."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     whole = labels.dtype.kind in "iub" or (
@@ -162,7 +162,7 @@ def _labels(labels: np.ndarray, what: str) -> np.ndarray:
 
 
 def _classes(labels: np.ndarray, what: str) -> np.ndarray:
-    """The different labels, sorted."""
+    """The distinct labels, sorted."""
     classes = np.unique(labels)
     if len(classes) > MOST_CLASSES:
         raise DataError(f"{what} are {len(classes):,} different ones; at most {MOST_CLASSES:,}")
@@ -170,7 +170,10 @@ def _classes(labels: np.ndarray, what: str) -> np.ndarray:
 
 
 def _split(data: Arrays) -> tuple[Arrays, Arrays]:
-    """One image in six of each class apart from the others; every class keeps at least one."""
+    """Split off one image in TEST_SHARE of each class; each class keeps at least one image.
+
+    Raises DataError if no class has enough images for that.
+    """
     images, labels = data
     test = np.zeros(len(labels), bool)
     draws = np.random.RandomState(0)  # its stream is the same in every version of NumPy
@@ -189,7 +192,7 @@ def _split(data: Arrays) -> tuple[Arrays, Arrays]:
 
 
 def _read_arrays(path: Path) -> tuple[Arrays, Arrays | None]:
-    """Training and test arrays; None for the test's where the file has one set."""
+    """Training and test arrays; the latter are None if the file has a single set."""
     try:
         with np.load(path, allow_pickle=False) as file:
             names = next((names for names in ARRAYS if {*names} <= {*file.files}), None)
@@ -216,7 +219,7 @@ def _alternatives() -> str:
 
 
 def _read_folder(folder: Path) -> tuple[Arrays, Arrays | None]:
-    """Training and test images of train/ and test/; None for the test's where there are classes."""
+    """Training and test images from train/ and test/, or all images and None without these."""
     if not folder.is_dir():
         raise DataError(f"{folder} is neither a folder of images by class nor a .npz file")
     test = next((folder / name for name in TEST_FOLDERS if (folder / name).is_dir()), None)
@@ -226,7 +229,7 @@ def _read_folder(folder: Path) -> tuple[Arrays, Arrays | None]:
 
 
 def _decoded(folders: Sequence[Path]) -> list[Arrays]:
-    """The images below each folder's folders, all in grey or all in colour, and their classes."""
+    """The images in the subfolders of each folder, all grey or all in colour, and their classes."""
     files = [_image_files(folder) for folder in folders]
     modes = {_mode(path) for paths in files for path in paths}
     mode = "L" if modes == {"L"} else "RGB"
@@ -244,7 +247,7 @@ def _decoded(folders: Sequence[Path]) -> list[Arrays]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """Every image in a folder's folders, in order of their names."""
+    """The paths of all images in the subfolders of a folder, sorted."""
     files = sorted(
         path
         for path in folder.glob("*/*")
@@ -259,7 +262,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _mode(path: Path) -> str:
-    """L for an image in grey, else RGB."""
+    """The mode to read an image in: L if it is grey, else RGB."""
     with _opened(path) as image:
         if image.mode[0] in "IF":
             raise DataError(f"{path} has more than 8 bits for a pixel; convert it to 8 bits")
@@ -267,7 +270,7 @@ def _mode(path: Path) -> str:
 
 
 def _pixels(path: Path, mode: str) -> np.ndarray:
-    """uint8 [H, W] or [H, W, 3]."""
+    """The pixels of an image, uint8 [H, W] for the mode L or [H, W, 3] for RGB."""
     with _opened(path) as image:
         try:
             return np.asarray(image.convert(mode))
@@ -286,6 +289,6 @@ def _opened(path: Path):
 
 
 def _two(shapes: Iterable[tuple[int, ...]]) -> str:
-    """Two of these sizes, for a message."""
+    """The smallest two of these sizes, for a message."""
     first, second, *_ = sorted(shapes)
     return f"{' x '.join(map(str, first))} and {' x '.join(map(str, second))}"

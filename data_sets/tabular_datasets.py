@@ -1,11 +1,11 @@
-"""The eight UCI regression sets: where their rows come from, and how they are split.
+"""Eight UCI regression sets: where their rows come from, and how they are split.
 
     table = load_table("energy", "./data")
     split = split_table(table, validation_proportion=78 / 692)
 
-A set is looked for as DATA_DIR/uci/<name>.txt (rows of numbers, the last column the target), then
-fetched from OpenML or the UCI repository and kept there; Boston also comes with mlxtend. Where none
-of these has it, ../shared/data/uci beside the sources is looked into.
+A set is read from DATA_DIR/uci/<name>.txt (rows of numbers, the target in the last column). If that
+is missing, it is fetched from OpenML or the UCI repository (Boston from mlxtend, if installed) and
+saved there. If that fails, it is read from ../shared/data/uci beside the sources.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ class Table:
     Attributes:
         inputs: float64 [N, F].
         targets: float64 [N, 1].
-        test_rows: how many are held out for the test.
-        source: where the rows come from and how many they are.
+        test_rows: the number of rows held out for the test.
+        source: where the rows come from and how many there are.
     """
 
     inputs: Tensor
@@ -42,7 +42,7 @@ class Table:
     source: str
 
     def fingerprint(self) -> str:
-        """How many rows, and a digest of them."""
+        """The number of rows and a digest of them, as a text."""
         rows = torch.cat([self.inputs, self.targets], dim=1).contiguous().numpy()
         return f"{len(rows)}, sha256 {hashlib.sha256(rows).hexdigest()[:16]}"
 
@@ -53,7 +53,8 @@ class Split:
 
     Attributes:
         training, validation, test: (inputs [N, F], targets [N, 1]), float64.
-        target_variance: what turns a squared error into the units of the data.
+        target_variance: the factor from squared errors of standardised targets to squared units of
+            the raw targets.
     """
 
     training: tuple[Tensor, Tensor]
@@ -63,7 +64,10 @@ class Split:
 
 
 def load_table(name: str, data_dir: str | Path = "./data") -> Table:
-    """The rows of `name`; DataError where they are damaged, or neither there nor to be fetched."""
+    """The rows of the set `name`.
+
+    Raises DataError if the name is unknown, the file is damaged, or no source has the set.
+    """
     if name not in TABLES:
         raise DataError(f"unknown data set {name!r}; known are {', '.join(TABLES)}")
     path = Path(data_dir).expanduser() / "uci" / f"{name}.txt"
@@ -73,10 +77,10 @@ def load_table(name: str, data_dir: str | Path = "./data") -> Table:
     for title, fetch in _fetchers(name):
         try:
             table = _as_table(name, fetch(), title)
-        except Exception as error:  # a fetcher fails in whatever way its library likes
+        except Exception as error:  # the libraries' errors are of many types
             failures.append(f"{title}: {' '.join(str(error).split())[:120]}")
         else:
-            with suppress(OSError):  # of a folder that is not to be written to: fetched each time
+            with suppress(OSError):  # if the folder can't be written, rows are fetched each time
                 _keep(path, table)
             return table
     last = SHARED / path.name
@@ -89,10 +93,12 @@ def load_table(name: str, data_dir: str | Path = "./data") -> Table:
 
 
 def split_table(table: Table, validation_proportion: float, seed: int = 1) -> Split:
-    """Rows of the permutation `seed`: test rows first, then validation, the rest for training.
+    """Split permuted rows: test rows first, then validation rows, the rest for training.
 
     Inputs and targets are standardised by the mean and standard deviation of all but the test rows.
-    `validation_proportion` is that of the rows that are left after the test rows.
+
+    validation_proportion: the share of validation rows among all but the test rows.
+    seed: seeds the permutation.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(table.inputs), generator=generator, device="cpu")
@@ -118,7 +124,7 @@ def _read_rows(path: Path) -> np.ndarray:
 
 
 def _as_table(name: str, rows: np.ndarray, source: str) -> Table:
-    """Checked rows; naval's file has a second target in its last column, which is dropped."""
+    """The table of these rows, checked; the second target in naval's last column is dropped."""
     known = TABLES[name]
     if name == "naval" and rows.shape[1] == known.inputs + 2:
         rows = rows[:, :-1]
@@ -164,14 +170,14 @@ def _from_uci(name: str, number: int) -> np.ndarray:
 
     fetched = fetch_ucirepo(id=number).data
     inputs, targets = fetched.features, fetched.targets
-    if name == "wine":  # that set holds white wines too
+    if name == "wine":  # the repository's set also contains white wines
         red = fetched.original["color"] == "red"
         inputs, targets = inputs[red], targets[red]
     return np.column_stack([inputs.to_numpy(float), targets.to_numpy(float)[:, :1]])
 
 
 def _keep(path: Path, table: Table) -> None:
-    """Write the rows where the next call finds them, whole or not at all."""
+    """Write the rows atomically to the file that the next call reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with in_place(path) as new:
         np.savetxt(new, torch.cat([table.inputs, table.targets], dim=1).numpy(), fmt="%.17g")

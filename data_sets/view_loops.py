@@ -1,9 +1,9 @@
-"""Warps and changes of brightness as compiled loops for the CPU, with the bits that torch gives.
+"""Warps and changes of brightness as compiled loops for the CPU, with the same bits as in torch.
 
-What data_sets/augmentation.py does to views takes torch tens of small operations, and a grid twice
-the size of the images. Here an image stays in the cache. Operations and their order are those of
-the formulas there, rounded one by one, but for the products that grid_sample fuses with a sum. One
-thread.
+The functions of data_sets/augmentation.py need tens of small torch operations, and a grid twice the
+size of the images. Here an image stays in the cache. To give the same bits, operations and their
+order are those of the formulas there, each rounded by itself, except for the products that
+grid_sample fuses with a sum. The loops run in one thread.
 """
 
 import numpy as np
@@ -11,14 +11,14 @@ from numba.extending import intrinsic
 
 from experiment.compiling import compiled
 
-loop = compiled(nogil=True, error_model="numpy")  # without fastmath: nothing is fused
+loop = compiled(nogil=True, error_model="numpy")  # without fastmath, so that nothing is fused
 
-BORDER = 2  # pixels of 0 around an image: what is further outside is looked for there
+BORDER = 2  # pixels of 0 around an image; positions further outside are clamped to it
 
 
 @intrinsic
 def fused(typing_context, a, b, c):
-    """a b + c, rounded once."""
+    """The fused multiply-add a b + c, rounded once."""
 
     def code(context, builder, signature, arguments):
         return builder.fma(*arguments)
@@ -28,11 +28,15 @@ def fused(typing_context, a, b, c):
 
 @loop
 def warp(x, areas, aspects, positions, moves, cos, sin, padding, scale, fallback, warped):
-    """Each image of x [N, C, H, W], rotated, cropped and shifted, to `warped`.
+    """Rotate, crop and shift each image of x [N, C, H, W] into `warped` of the same shape.
 
-    areas [N, attempts], positions [N, 2]: uniform in [0, 1); aspects [N, attempts]: width / height;
-    all of length 0 where there are no crops. moves [N, 2]: shifts in pixels of the view, or [0, 2].
-    cos, sin [N]: of the angles. scale: of the area. fallback: the box where no attempt fits.
+    areas, aspects: [N, attempts], the areas' draws, uniform in [0, 1), and widths / heights.
+    positions: [N, 2], draws, uniform in [0, 1). Without crops these three have length 0.
+    moves: [N, 2], shifts in pixels of the view; [0, 2] without shifts.
+    cos, sin: [N], of the angles.
+    padding: pixels on each side.
+    scale: the range of the crop's share of the padded area.
+    fallback: the box (top, left, height, width) if no attempt fits.
     """
     count, channels, height, width = x.shape
     row = width + 2 * BORDER
@@ -61,7 +65,7 @@ def warp(x, areas, aspects, positions, moves, cos, sin, padding, scale, fallback
 
 @loop
 def _matrix(box, cos, sin, padding, height, width, like):
-    """The affine map [2, 3] of _crop_grid."""
+    """The affine map [2, 3] of augmentation._crop_grid."""
     top, left, h, w = box
     x, y = left + w / 2 - (width / 2 + padding), top + h / 2 - (height / 2 + padding)
     matrix = np.empty((2, 3), dtype=like.dtype)
@@ -76,8 +80,10 @@ def _matrix(box, cos, sin, padding, height, width, like):
 
 @loop
 def _look_up(matrix, across, down, size, stride, beyond, index):
-    """In one dimension, of each pixel of a view: the neighbour before it, added to `index` in steps
-    of `stride`, and how far it lies beyond that one.
+    """Find, along one dimension, the neighbour before the position of each pixel of a view.
+
+    Its number times `stride` is added to `index`, and the distance from it is written to `beyond`;
+    both are [H, W].
     """
     half = matrix.dtype.type(size / 2)
     one, shift, first = matrix.dtype.type(1), matrix.dtype.type(-0.5), matrix.dtype.type(-BORDER)
@@ -96,7 +102,7 @@ def _look_up(matrix, across, down, size, stride, beyond, index):
 
 @loop
 def _interpolate(padded, row, east, south, index, view):
-    """view: of each pixel the weighted mean of its four neighbours."""
+    """Write the bilinear mean of the four neighbours of each pixel to `view` [H, W]."""
     one = view.dtype.type(1)
     for i in range(view.shape[0]):
         for j in range(view.shape[1]):
@@ -110,7 +116,7 @@ def _interpolate(padded, row, east, south, index, view):
 
 @loop
 def _centres(size, like):
-    """Of so many pixels that fill [-1, 1]."""
+    """The centres of `size` pixels that fill [-1, 1]."""
     centres = np.empty(size, dtype=like.dtype)
     for j in range(size):
         centres[j] = like.dtype.type(2 * j + 1) / like.dtype.type(size) - like.dtype.type(1)
@@ -119,7 +125,7 @@ def _centres(size, like):
 
 @loop
 def _box(areas, aspects, position, padding, scale, fallback, height, width):
-    """Top, left, height and width of the first attempt that fits into the padded image."""
+    """Top, left, height, width of the first attempt that fits the padded image, or `fallback`."""
     padded_height, padded_width = height + 2 * padding, width + 2 * padding
     for attempt in range(len(areas)):
         area = padded_height * padded_width * (scale[0] + (scale[1] - scale[0]) * areas[attempt])
@@ -134,10 +140,13 @@ def _box(areas, aspects, position, padding, scale, fallback, height, width):
 
 @loop
 def change(draws, brightness, contrast, first, grey, x):
-    """Brightness of some images x [N, pixels], contrast of the others, as _jitter has them.
+    """Take one of the two steps of augmentation._jitter, in place: brightness or contrast.
 
-    draws [N, 3]: uniform in [0, 1), of the factors of brightness and contrast, which lie between
-    the two numbers given, and of what comes first. first: whether it does so now. grey [N]: means.
+    draws: [N, 3], uniform in [0, 1), for the factor of brightness, that of contrast, and the order.
+    brightness, contrast: the ranges of the factors.
+    first: whether this is the first step.
+    grey: [N], the mean grey values.
+    x: [N, pixels].
     """
     zero, one = x.dtype.type(0), x.dtype.type(1)
     for n in range(len(x)):

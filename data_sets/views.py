@@ -1,4 +1,4 @@
-"""Pairs of views of each image: what differs between the two says what a rule should ignore.
+"""Pairs of views of each image, whose differences a rule should learn to ignore.
 
     views = Views(train_data, 512, ViewStrengths("mixed", mask=(0.0, 0.7)), learn=["degrees"])
     for x1, x2 in views(generator): ...          # each [512, C, H, W], endless
@@ -6,15 +6,15 @@
     geometric   normalize( jitter( warp(image) ) ) - mean + noise
     masks       (normalize(image) - mean + noise) without some pixels
 
-normalize is the data's own shift and scale. The mean, subtracted where strengths.center says so, is
-that of each pixel over the data, normalised; a lost pixel is there what an average image has, hence
-0 after centring. Each image of each view draws the share p of its pixels that are lost, uniform in
-strengths.mask, and each pixel is lost with probability p, all channels of it together.
+normalize applies the data's own shift and scale. mean is that of each pixel over the normalised
+data; it is subtracted if strengths.center is true. A lost pixel takes the mean's value, which is 0
+after centring. For each image of each view, the share p of lost pixels is drawn uniformly from
+strengths.mask, and each pixel, with all its channels, is lost with probability p.
 
-A strength that is learned is its start times exp(0.3 u), u an nn.Parameter. Draws do not depend on
-it, so that views are differentiable in u: rotations through the grid of the interpolation, the rest
-directly. A mask's share and a crop's sides act through comparisons and roundings, whose derivatives
-are 0 wherever there are any; these stay as they are.
+A learned strength is its initial value times exp(0.3 u) with an nn.Parameter u. Draws do not depend
+on u, so views are differentiable in it: rotations through the grid of the interpolation, the others
+directly. The share of a mask and the sides of a crop act through comparisons and roundings, whose
+derivatives are 0 almost everywhere; they can't be learned.
 """
 
 import itertools
@@ -31,21 +31,22 @@ from data_sets.augmentation import draw_numbers, jitter, warp
 from data_sets.image_data import ImageData, batch_indices, pixel_sums, working_dtype
 from experiment.view_strengths import GEOMETRIC, MIXED, ViewError, ViewStrengths
 
-STRIDE = 0.3  # of logarithms, as for an initial distribution: one rate suits all
+STRIDE = 0.3  # d log strength / d u, as for initial distributions: one learning rate suits all
 
 Pair = tuple[Tensor, Tensor]
 
 
 class Views(nn.Module):
-    """Called with a CPU generator, draws endless pairs of batches; `batches` of a Training.
+    """Endless pairs of batches, drawn with a CPU generator; serves as the `batches` of a Training.
+
+    Raises ViewError for geometric views of features, and for strengths that cannot be learned.
 
     Attributes:
-        data: training images, or features [N, D] of no images, for which there are masks and noise.
-        batch_size: images of a pair; what is left at the end of an epoch is dropped.
-        start: how views are made, learned strengths where they start.
-        moved: nn.Parameters u of the learned strengths, by name, 0 at first.
-        dtype: of the views.
-    Raises ViewError for geometric views of features, and for strengths that cannot be learned.
+        data: training images, or features [N, D], for which there are only masks and noise.
+        batch_size: images in a batch; a last incomplete batch of an epoch is dropped.
+        start: how views are made, with the initial values of learned strengths.
+        moved: the nn.Parameters u of the learned strengths, by name, initially 0.
+        dtype: the type of the views.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Views(nn.Module):
         self.shift, self.lost_value = self._means()
 
     def _means(self) -> tuple[Tensor | None, Tensor | None]:
-        """What is subtracted from each pixel, and what a lost one becomes then; None: 0."""
+        """The mean to subtract and the value of lost pixels, each of an image's shape; None: 0."""
         if not (self.start.center or self.start.masks):
             return None, None
         if isinstance(self.data, Tensor):
@@ -81,10 +82,10 @@ class Views(nn.Module):
         return (mean, None) if self.start.center else (None, mean)
 
     def forward(self, generator: Generator) -> Iterator[Pair]:
-        """Pairs (x1, x2) of the shape of the data; every epoch has an order of its own.
+        """Endless pairs (x1, x2), each [batch_size, ...]; every epoch has its own order.
 
-        The same state of the generator gives the same pairs, on every device. Raises DataError
-        where the data are less than a batch.
+        The same state of the generator gives the same pairs on every device. Raises DataError if
+        the data are fewer than a batch.
         """
         draw_order = partial(batch_indices, self.data, self.batch_size, generator)
         epochs = itertools.chain([draw_order()], (draw_order() for _ in itertools.count()))
@@ -103,19 +104,19 @@ class Views(nn.Module):
         return first, second
 
     def _rows(self, index: Tensor) -> Tensor:
-        """The images in [0, 1], or the features, as floats."""
+        """The images in [0, 1], or the features, of these rows as floats."""
         work = working_dtype(self.dtype)
         if isinstance(self.data, Tensor):
             return self.data.index_select(0, index).to(work)
         return self.data.images.index_select(0, index).to(work).div_(255)
 
     def _normalized(self, x: Tensor, changed: bool = False) -> Tensor:
-        """Normalised and centred; what was warped or changed already may itself be changed."""
+        """x normalised and centred; `changed`: x is a copy already and may be modified."""
         if isinstance(self.data, ImageData):
             x = self.data.normalize(x)
         if self.shift is None:
             return x
-        # in place where it is no gradient's: a view of its own need not be written twice
+        # in place if autograd allows it, which saves writing the view twice
         fresh = changed and not x.requires_grad
         return x.sub_(self.shift) if fresh else x - self.shift
 
@@ -126,7 +127,7 @@ class Views(nn.Module):
             crops, shifts = self.start.crops, self.start.shift > 0
             draws = draw_numbers(len(x), generator, crops=crops, shifts=shifts)
             if torch.is_grad_enabled() and any(name != "noise" for name in self.moved):
-                # else the graph of each of many batches would be kept: seven times the view's size
+                # without it, the graphs of many batches would be kept, each seven times a view
                 x = checkpoint(
                     self._warped, x, draws, use_reentrant=False, preserve_rng_state=False
                 )
@@ -165,7 +166,7 @@ class Views(nn.Module):
     # ---- strengths ----
 
     def strength(self, name: str) -> float | Tensor:
-        """As it acts; where it is learned, a float64 scalar on the CPU, as the draws are."""
+        """The current value of a strength; if learned, a float64 scalar on the CPU, like draws."""
         start = getattr(self.start, name)
         if name not in self.moved:
             return start
@@ -173,7 +174,7 @@ class Views(nn.Module):
 
     @torch.no_grad()
     def set_values(self, strengths: ViewStrengths) -> None:
-        """Moves the learned strengths to those given; ViewError where one of these is 0."""
+        """Set the learned strengths to those given; raises ViewError if one of them is 0."""
         for name, u in self.moved.items():
             value = getattr(strengths, name)
             if not value > 0:
@@ -181,20 +182,20 @@ class Views(nn.Module):
             u.fill_(math.log(value / getattr(self.start, name)) / STRIDE)
 
     def strengths(self) -> ViewStrengths:
-        """As they act, to be saved."""
+        """All strengths with their current values, to be saved."""
         return replace(self.start, **self.effective())
 
     def effective(self) -> dict[str, float]:
-        """The learned strengths, as they act."""
+        """The current values of the learned strengths."""
         return {name: self.strength(name).item() for name in self.moved}
 
 
 def kept_pixels(shape: Sequence[int], share: tuple[float, float], generator: Generator) -> Tensor:
-    """False where a pixel is lost, bool of `shape` [B, ...]; of each image with a share of its own.
+    """A mask that is False for lost pixels, bool of `shape` [B, ...], on the CPU.
 
-    The share p is uniform in [low, high]. A pixel costs one byte of randomness: it is lost where
-    that is below 256 p, rounded up or down at random, so that the mean is p exactly (up to p =
-    255 / 256, above which it is that).
+    For each image the share p of lost pixels is uniform in `share` = [low, high]. One random byte
+    is drawn for each pixel, which is lost if the byte is below 256 p. This threshold is rounded up
+    or down at random, so that the mean share is exactly p, but at most 255 / 256.
     """
     low, high = share
     draws = torch.rand(2, shape[0], generator=generator, dtype=torch.float64, device="cpu")

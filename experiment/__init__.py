@@ -1,1 +1,1 @@
-"""What every command leans on: flags, run directories, steps, processes, seeds, whole files."""
+"""Shared by every command: flags, run directories, step loop, processes, seeds, atomic files."""

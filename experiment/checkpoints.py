@@ -1,9 +1,10 @@
-"""The checkpoints of a run: the last one, and the one before it, each with its checksum.
+"""The checkpoints of a run: the last one and the one before it, each with its checksum.
 
-A file is what torch.save writes, then its SHA-256 digest of 32 bytes, which torch.load passes over:
-torch.load(path, weights_only=True) opens it. Whenever the process is killed, a good checkpoint is
-on disk once the first has been saved. It carries the digests of config.json and of the rows of
-metrics.csv that it continues: files of different runs do not go together.
+A checkpoint file is the output of torch.save followed by its SHA-256 digest of 32 bytes, which
+torch.load ignores: torch.load(path, weights_only=True) opens it. Once the first checkpoint has been
+saved, a good one is on disk at whatever moment the process is killed. Each checkpoint holds the
+digests of config.json and of the rows of metrics.csv that it continues, so that files of different
+runs cannot be mixed.
 """
 
 import hashlib
@@ -25,17 +26,17 @@ from experiment.run_reader import read_config
 FORMAT = 1
 LAST, PREVIOUS, NEW = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.pt.new"
 DIGEST_BYTES = hashlib.sha256().digest_size
-MAY_DIFFER = ("data_dir", "save_state", "to_zoo")  # flags that change no number of a run
+MAY_DIFFER = ("data_dir", "save_state", "to_zoo")  # flags without effect on a run's numbers
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on after `step`, and what it belongs to.
+    """The state of a run after `step`, and digests of the files that it belongs to.
 
-    last_row: the last row of metrics.csv then; -1 where there was none, or where an older file
-        doesn't tell it.
-    configuration: the digest of config.json; None in an older file.
-    metrics: how many bytes metrics.csv had, and their digest; None in an older file.
+    last_row: the step of the last row of metrics.csv at that moment; -1 if it had no rows, or if
+        the file was saved before this field existed.
+    configuration: the digest of config.json; None in files saved before this field existed.
+    metrics: the size of metrics.csv in bytes, and the digest of those bytes; None likewise.
     """
 
     step: int
@@ -46,13 +47,14 @@ class Checkpoint:
 
 
 class _UnusableError(Exception):
-    """A checkpoint file that is not what was written, or is of another run."""
+    """A checkpoint file that is damaged or belongs to another run."""
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
-    """Save as checkpoint.pt; the one before it stays, as checkpoint.previous.pt.
+    """Save a checkpoint as checkpoint.pt and keep the one before it as checkpoint.previous.pt.
 
-    The state: tensors, numbers, strings, and dicts, lists and tuples of them; TypeError for others.
+    Raises TypeError if the state holds anything but tensors, numbers, strings, and dicts, lists
+    and tuples of them, and RunLogError if it can't be written.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **vars(checkpoint)}, buffer)
@@ -74,10 +76,12 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
 def load_checkpoint(
     directory: Path, configuration: str, warn: Callable[[str], None]
 ) -> Checkpoint | None:
-    """The checkpoint saved last under this configuration (its digest), None where there is none.
+    """The last checkpoint in the directory, or None if there is none.
 
-    One that is damaged, or of another configuration, is set aside, with a warning, and the one
-    before it is used; RunLogError where that is no better.
+    A checkpoint that is damaged, or was saved under another configuration, is set aside with a
+    warning, and the one before it is used. Raises RunLogError if neither can be used.
+
+    configuration: the digest of the run's configuration.
     """
     problems = []
     for name in _present(directory):
@@ -103,9 +107,9 @@ def load_checkpoint(
 
 
 def refuse_changed_files(directory: str | Path) -> None:
-    """RunLogError where config.json or metrics.csv are not those of the run's checkpoint.
+    """Raise RunLogError if config.json or metrics.csv is not the one the checkpoint belongs to.
 
-    Nothing is said of a run without a good checkpoint, or with one of before there were digests.
+    A run without a good checkpoint passes, and so does one whose checkpoint holds no digests.
     """
     directory, saved = Path(directory), []
     for name in _present(directory):
@@ -131,14 +135,14 @@ def _refuse_changed_metrics(path: Path, checkpoint: str, length: int, digest: st
 
 
 def configuration_digest(config: Mapping[str, Any]) -> str:
-    """Of a run's configuration, as config.json holds it; of all that may change a number."""
+    """The SHA-256 of everything in a configuration (as in config.json) that may change a number."""
     relevant = {name: value for name, value in config.items() if name not in MAY_DIFFER}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def taking_up_state() -> Iterator[None]:
-    """Turns what an algorithm raises where a checkpoint is of another one into a RunLogError."""
+    """Turn errors of `load_state_dict`, given a state it doesn't understand, into RunLogError."""
     try:
         yield
     except RunLogError:
@@ -152,7 +156,7 @@ def taking_up_state() -> Iterator[None]:
 
 
 def has_checkpoint(directory: str | Path) -> bool:
-    """Whether a run in `directory` goes on from a checkpoint, or is refused for a damaged one."""
+    """Whether `directory` holds a checkpoint file, good or damaged."""
     return bool(_present(Path(directory)))
 
 
@@ -161,20 +165,20 @@ def _present(directory: Path) -> list[str]:
 
 
 def _set_aside_damaged(directory: Path) -> None:
-    """Move a damaged checkpoint.pt away, lest the next save replace the good one by it."""
+    """Rename a damaged checkpoint.pt, so that the next save doesn't replace the good one by it."""
     with disk_errors(f"can't write to {directory}"), suppress(FileNotFoundError):
         os.replace(directory / LAST, directory / "checkpoint.damaged.pt")
 
 
 def _read(path: Path, configuration: str | None = None) -> Checkpoint:
-    """The checkpoint in a file, of this configuration; _UnusableError where it is not."""
+    """The checkpoint in a file; _UnusableError if it is damaged or of another configuration."""
     with disk_errors(f"can't read {path}"):
         content = path.read_bytes()
     payload = _checked(content)
     try:
         saved = _load(payload)
         form, step, state = saved["format"], saved.get("step"), saved.get("state")
-    except Exception as error:  # of torch, pickle or zipfile, or where it isn't a table
+    except Exception as error:  # from torch, pickle or zipfile, or because it isn't a dict
         raise _UnusableError(f"is no checkpoint of a run ({type(error).__name__})") from error
     if form != FORMAT:
         raise RunLogError(f"{path} is of format {form}, this program reads format {FORMAT}")
@@ -189,9 +193,9 @@ def _read(path: Path, configuration: str | None = None) -> Checkpoint:
 
 
 def _checked(content: bytes) -> bytes:
-    """A file's content without its digest; _UnusableError where that is not the content's."""
+    """The content of a file without its digest; raises _UnusableError if the digest is wrong."""
     behind = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
-    before = content[DIGEST_BYTES:], content[:DIGEST_BYTES]  # where older versions put it
+    before = content[DIGEST_BYTES:], content[:DIGEST_BYTES]  # the order in older versions
     for payload, digest in (behind, before):
         if hashlib.sha256(payload).digest() == digest:
             return payload

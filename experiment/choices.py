@@ -1,18 +1,18 @@
-"""What there is to choose from in the main job, for parsers: no torch is loaded with it."""
+"""The named options of the main job, for modules and parsers; importing it does not load torch."""
 
 # models_fully_local.py
 WITH_LATERAL_WEIGHTS = ("lateral", "equilibrium")
 INHIBITION = (*WITH_LATERAL_WEIGHTS, "none", "l1", "l2")
 
-# train.py: what is kept for the backward pass; experiment/precision.py
+# Memory policies of train.py; precisions of products (experiment/precision.py)
 MEMORY = ("fit", "keep", "segments", "recompute")
 PRODUCTS = ("float32", "tf32", "bfloat16")
 
-# linear_probe.py: ProbeLoss, SampledProbeLoss, RidgeLoss; the gradient of the first
+# linear_probe.py: ProbeLoss, SampledProbeLoss and RidgeLoss; how ProbeLoss is differentiated
 PROBES = ("logistic", "sampled", "ridge")
 PROBE_GRADIENTS = ("envelope", "implicit")
 
-# meta_gradients.py; hypgraddesc.py
+# meta_gradients.py and hypgraddesc.py
 METHODS = ("reverse", "truncated", "lookback", "implicit", "forward", "es", "pes")
 META_OPTIMIZERS = ("adam", "rmsprop")
 DECAYS = ("none", "cosine")

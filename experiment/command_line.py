@@ -1,4 +1,4 @@
-"""What all commands share, without torch: the common flags, one line for wrong input.
+"""The flags and the error handling that all commands share; importing it does not load torch.
 
     def make_parser():
         parser = common_parser("Meta-learn a rule.", "main")
@@ -20,8 +20,9 @@
     if __name__ == "__main__":
         run_command(main, wrong_input=(HypergradientError,))    # errors of libraries it uses
 
-A command on data of another kind takes computing_parser, one that computes nothing run_parser.
-Exit status: 0 done, 1 not finite, 2 wrong input, 130 interrupted.
+common_parser is for commands on images, computing_parser for those on other data, run_parser for
+those that compute nothing. Exit status: 0 done, 1 numbers that are not finite, 2 wrong input,
+130 interrupted.
 """
 
 import argparse
@@ -44,17 +45,18 @@ from experiment.screen import mute_broken_streams, repair_streams, show
 
 DTYPES = ("float32", "float64")
 
-# flags that belong to one call, not to the run
+# Flags that belong to one call, not to the run
 OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 
-# flags that name what is written outside the run's directory: --resume takes none from config.json
+# Flags that may name something to write outside the run's directory: --resume takes them from
+# config.json only if it is inside
 OUTSIDE = ("save_state", "to_zoo", "storage")
 
-LARGEST = 1e30  # number that a flag takes: float32 holds it, and the sum of many
-LARGEST_WHOLE = 10**9  # that a flag takes; experiment/seeds.py needs it to be below 2^31
-AT_MOST = {  # whole numbers by flag, where fewer are more than anyone has time or memory for
-    "seed": math.inf,  # experiment/seeds.py takes any, other commands say what theirs take
-    "threads": math.inf,  # experiment/devices.py knows how many there are
+LARGEST = 1e30  # the largest number a flag takes; sums of many such numbers still fit in float32
+LARGEST_WHOLE = 10**9  # the largest whole number; below 2^31, as experiment/seeds.py requires
+AT_MOST = {  # limits of single flags, beyond which time or memory would not suffice
+    "seed": math.inf,  # experiment/seeds.py takes any; commands with a limit check it themselves
+    "threads": math.inf,  # experiment/devices.py compares with the machine's cores
     "degree": 10,
     "draws": 10**6,
     "evaluations": 10**5,
@@ -70,7 +72,7 @@ AT_MOST = {  # whole numbers by flag, where fewer are more than anyone has time 
     "validation_runs": 10**5,
 }
 
-# what torch's allocators say where they raise a RuntimeError that is no torch.OutOfMemoryError
+# Messages of torch's allocators that raise a plain RuntimeError instead of OutOfMemoryError
 _ALLOCATOR_REFUSES = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory"
     r"|(MPS backend|CUDA error:) out of memory"
@@ -78,11 +80,14 @@ _ALLOCATOR_REFUSES = re.compile(
 
 
 class UserError(WrongInputError):
-    """Wrong input that a command notices."""
+    """Wrong input found by a command, such as flags that contradict each other."""
 
 
 def run_parser(description: str, command: str) -> argparse.ArgumentParser:
-    """A parser with the flags of any run; `command` names the run directories."""
+    """A parser with the flags of any run.
+
+    command: the name of the script without .py, after which run directories are named.
+    """
     parser = OneLineParser(
         prog=f"{command}.py",
         description=description,
@@ -104,7 +109,7 @@ def run_parser(description: str, command: str) -> argparse.ArgumentParser:
 
 
 def computing_parser(description: str, command: str) -> argparse.ArgumentParser:
-    """A parser with the flags of a run that computes with tensors, on data of any kind."""
+    """A parser with the flags of any run that computes with tensors; see `run_parser`."""
     parser = run_parser(description, command)
     add = parser.add_argument_group("computation").add_argument
     device = "auto, cpu, cuda, cuda:N or mps"
@@ -115,9 +120,9 @@ def computing_parser(description: str, command: str) -> argparse.ArgumentParser:
 
 
 class OneOrMore(argparse.Action):
-    """The value of a flag that is given once; the list of its values where it is given again.
+    """An action that stores one value, or a list of values if the flag is given several times.
 
-    Its default is to be None, and to be filled in after parsing.
+    The flag's default must be None; a command fills in the real one after parsing.
     """
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
@@ -133,8 +138,10 @@ class OneOrMore(argparse.Action):
 class SwitchWithNumber(argparse.Action):
     """A switch that may be followed by the number of another flag: --sparsify, --sparsify 100.
 
-    number: where that is kept. The number counts only where the positional arguments are given
-    beside it, or with an equals sign; else `parse` refuses it, as it may be one of them.
+    `parse` refuses a number after the switch if there are no other positional arguments, because
+    it may have been meant as one of them; --sparsify=100 is always clear.
+
+    number: the attribute of the namespace that the number is stored in.
     """
 
     def __init__(self, option_strings, dest, *, number: str, **form) -> None:
@@ -150,9 +157,9 @@ class SwitchWithNumber(argparse.Action):
 def common_parser(
     description: str, command: str, *, several_datasets: bool = False
 ) -> argparse.ArgumentParser:
-    """A parser with the flags that every command on images has.
+    """A parser with the flags of any command on images; see `run_parser`.
 
-    several_datasets: --dataset may be given again; args.dataset is None where it is not given.
+    several_datasets: allow several --dataset; args.dataset is then None if there is none.
     """
     parser = computing_parser(description, command)
     add = parser.add_argument_group("images").add_argument
@@ -169,9 +176,9 @@ def common_parser(
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse `argv` (default: sys.argv[1:]).
 
-    With --resume, flags that aren't given take the values that they have in that run. As that may
-    be a stranger's, what it has written outside its directory has to be asked for again, and a
-    --data-dir that is not there is not made.
+    With --resume, flags that aren't given take the values that they have in that run. The run may
+    come from somebody else: flags that write outside its directory must therefore be given again,
+    and a data_dir that doesn't exist here is not taken over.
     """
     repair_streams()
     explicit = vars(_relaxed(parser, without_defaults=True).parse_args(argv))
@@ -207,7 +214,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 
 
 def _is_within(directory: str, name: str, value: Any) -> bool:
-    """Whether what a flag names is a file inside the directory."""
+    """Whether the value of the flag `name` is the path of a file inside the directory."""
     is_path = name == "save_state" and isinstance(value, str)
     return is_path and Path(value).resolve().is_relative_to(Path(directory).resolve())
 
@@ -217,9 +224,10 @@ def refuse_idle_flags(
     parser: argparse.ArgumentParser,
     needs: Sequence[tuple[str, bool, str]],
 ) -> None:
-    """UserError where a flag was given that would do nothing.
+    """Raise UserError if a flag that has no effect in this run differs from its default.
 
-    needs: names of flags, whether they matter in this run, and what else they need.
+    needs: for each group of flags: their names, separated by blanks; whether they have an effect in
+        this run; what they need to have one, for the message.
     """
     for names, matter, needed in needs:
         for name in names.split():
@@ -228,15 +236,15 @@ def refuse_idle_flags(
 
 
 def refuse_large_seed(args: argparse.Namespace, bits: int) -> None:
-    """UserError where --seed is larger than the generators of this command take."""
+    """Raise UserError if --seed is not below 2^bits, the limit of this command's generators."""
     if args.seed >> bits:
         raise UserError(f"--seed {args.seed}: must be below 2^{bits} here")
 
 
 def save_whole_paths(args: argparse.Namespace, name: str) -> None:
-    """Makes the path or the paths of this flag absolute in a new run, to be resumed from anywhere.
+    """Make the path or paths of this flag absolute, so that the run can be resumed from anywhere.
 
-    Those of a run that is resumed stay as they were saved.
+    With --resume they stay as they were saved.
     """
     value = getattr(args, name)
     if args.resume is None and value is not None:
@@ -250,12 +258,15 @@ def run_command(
     *,
     wrong_input: tuple[type[Exception], ...] = (),
 ) -> None:
-    """Run a command's `main(argv)` and turn what ends it early into an exit status.
+    """Run a command's `main(argv)` and turn the errors that end it early into an exit status.
 
-    Wrong input: one line on stderr and 2. Numbers that are not finite: one line and 1. Ctrl-C: 130.
-    A pipe closed by its reader: silent, 1. Every other error keeps its traceback.
+    One line on stderr and status 2: wrong input, a file that can't be read or written, too little
+    memory. One line and 1: numbers that are not finite, the loss of another process of the team.
+    Nothing and 1: a pipe closed by its reader. One line and 130: Ctrl-C. Every other error keeps
+    its traceback.
 
-    wrong_input: what the libraries that the command uses raise for it, beside WrongInputError.
+    wrong_input: the errors that libraries of the command raise for wrong input, in addition to
+        WrongInputError.
     """
     repair_streams()
     try:
@@ -279,7 +290,7 @@ def run_command(
         show("interrupted", sys.stderr)
         sys.exit(130)
     finally:
-        mute_broken_streams()  # Python flushes them once more at exit
+        mute_broken_streams()  # because Python flushes them again at exit
 
 
 def _has_lost_its_team(error: Exception) -> bool:
@@ -300,9 +311,10 @@ def _exit_with_line(error: Exception | str, status: int) -> NoReturn:
 
 
 def _as_said_here(line: str) -> str:
-    """A line as this process says it; "" where the first one of its team says the same.
+    """The line this process prints for an error; "" if the team's first process prints the same.
 
-    Until its processes have met, all of them do the same, and end alike; then each says its own.
+    Until the processes have met, all of them do the same and fail alike, so only the first reports;
+    after that, each reports its own error with its rank.
     """
     try:
         rank, count = place_in_team()
@@ -316,10 +328,10 @@ def _as_said_here(line: str) -> str:
 
 
 def place_in_team() -> tuple[int, int]:
-    """The rank of this process and the number of all, as torchrun says; else 0 and 1.
+    """The rank of this process and the number of processes, from torchrun's variables; else (0, 1).
 
-    What is left of a torchrun that is over counts for nothing where WORLD_SIZE is not. Raises
-    UserError where it is above 1 and the rest is not as torchrun sets it.
+    Other variables of torchrun are ignored if WORLD_SIZE is unset or 1. Raises UserError if it is
+    anything else and they are not as torchrun sets them.
     """
     size = os.environ.get("WORLD_SIZE", "1")
     if size == "1":
@@ -334,43 +346,43 @@ def place_in_team() -> tuple[int, int]:
     return int(rank), int(size)
 
 
-# ---- types of arguments: text to value, or a message that says what is expected ----
+# ---- types of arguments: each turns text into a value or says what is expected ----
 
 
 def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
+    """The type of a flag: a whole number of at least 1."""
     return _number(int, text, lambda value: value >= 1, "a whole number of at least 1")
 
 
 def nonnegative_int(text: str) -> int:
-    """A whole number of at least 0."""
+    """The type of a flag: a whole number of at least 0."""
     return _number(int, text, lambda value: value >= 0, "a whole number of at least 0")
 
 
 def positive_float(text: str) -> float:
-    """A number above 0, up to LARGEST."""
+    """The type of a flag: a number above 0, at most LARGEST."""
     return _number(float, text, lambda value: value > 0, "a number above 0")
 
 
 def nonnegative_float(text: str) -> float:
-    """A number of at least 0, up to LARGEST."""
+    """The type of a flag: a number of at least 0, at most LARGEST."""
     return _number(float, text, lambda value: value >= 0, "a number of at least 0")
 
 
 def fraction(text: str) -> float:
-    """A number from 0 to 1."""
+    """The type of a flag: a number from 0 to 1."""
     return _number(float, text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def device_name(text: str) -> str:
-    """The name of a device, whether it is there or not."""
+    """The type of a flag: the name of a device, present or not."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", text):
         raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda, cuda:N or mps, not {text!r}")
     return text
 
 
 def fraction_below_1(text: str) -> float:
-    """A number from 0 to below 1."""
+    """The type of a flag: a number in [0, 1)."""
     return _number(float, text, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
@@ -384,7 +396,7 @@ def _number(kind: type, text: str, accepted: Callable[[Any], bool], expected: st
         value = kind(text)
     except ValueError:
         value = math.nan
-    if not accepted(value):  # nan never is
+    if not accepted(value):  # nan fails every comparison
         raise argparse.ArgumentTypeError(f"must be {expected}, not {text!r}")
     if kind is float and value > LARGEST:
         raise argparse.ArgumentTypeError(f"must be at most {LARGEST:g}, not {text!r}")
@@ -392,7 +404,7 @@ def _number(kind: type, text: str, accepted: Callable[[Any], bool], expected: st
 
 
 def check_whole(name: str, value: Any) -> None:
-    """ArgumentTypeError where the value of this flag is a whole number above its limit."""
+    """Raise ArgumentTypeError if the value of this flag is a whole number above its limit."""
     most = AT_MOST.get(name, LARGEST_WHOLE)
     if type(value) is int and value > most:
         shown = value if value < 10**30 else "one of more than 30 digits"
@@ -403,7 +415,7 @@ def check_whole(name: str, value: Any) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage; whole numbers have limits."""
+    """An ArgumentParser that reports errors in one line and limits whole numbers (AT_MOST)."""
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
@@ -420,8 +432,8 @@ class OneLineParser(argparse.ArgumentParser):
         return value
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """As argparse's; says so where a flag may have taken what stands behind its values."""
-        if action.option_strings and arg_strings == ["--"]:  # of --seed=--, else taken for []
+        """Like argparse's, with a hint if a flag may have swallowed a positional argument."""
+        if action.option_strings and arg_strings == ["--"]:  # from --seed=--, which would give []
             raise argparse.ArgumentError(action, "expected a value, not '--'")
         try:
             return super()._get_values(action, arg_strings)
@@ -435,7 +447,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default only where it tells something."""
+    """Shows a default unless it is None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -444,9 +456,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _relaxed(parser: argparse.ArgumentParser, without_defaults: bool) -> argparse.ArgumentParser:
-    """A copy of `parser` that requires nothing.
+    """A copy of `parser` in which no argument is required.
 
-    Without defaults, what it returns holds the flags that were given and no more.
+    Without defaults, the namespace that it returns holds only the flags that were given.
     """
     relaxed = copy.deepcopy(parser)
     relaxed.format_help = parser.format_help
@@ -457,13 +469,13 @@ def _relaxed(parser: argparse.ArgumentParser, without_defaults: bool) -> argpars
         if not action.option_strings:
             action.nargs = {None: "?", "+": "*"}.get(action.nargs, action.nargs)
         if without_defaults:
-            # else the default is converted
+            # otherwise argparse would convert the default SUPPRESS
             action.default, action.type, action.choices = argparse.SUPPRESS, None, None
     return relaxed
 
 
 def _refuse_doubtful_numbers(parser, args, argv: Sequence[str]) -> None:
-    """The error of a switch's number that may be a positional argument, where there is none."""
+    """Report an error if a switch took a number that may be the missing positional argument."""
     for positional in parser._get_positional_actions():
         for flag, number in reversed([*itertools.pairwise(argv)]):
             switch = isinstance(parser._option_string_actions.get(flag), SwitchWithNumber)
@@ -475,7 +487,7 @@ def _refuse_doubtful_numbers(parser, args, argv: Sequence[str]) -> None:
 
 
 def _takes(action: argparse.Action, text: str) -> bool:
-    """Whether a text is a value of a flag or argument that has a type."""
+    """Whether the type of a flag or argument accepts a text."""
     try:
         action.type(text)
     except (argparse.ArgumentTypeError, ValueError):
@@ -484,9 +496,9 @@ def _takes(action: argparse.Action, text: str) -> bool:
 
 
 def _from_saved(action: argparse.Action, value: Any) -> Any:
-    """A value of config.json as `action` would have made it from the command line.
+    """A value of config.json, converted as `action` would have converted it from the command line.
 
-    Raises ArgumentTypeError, or what the flag's type raises, for what it would have refused.
+    Raises ArgumentTypeError, or whatever the flag's type raises, for a value it would have refused.
     """
     if value is None and action.default is None and not action.required:
         return None
@@ -501,14 +513,14 @@ def _from_saved(action: argparse.Action, value: Any) -> Any:
 
 
 def _converted(action: argparse.Action, value: Any, depth: int) -> Any:
-    """`value`, lists of lists to this depth, with each element through the flag's type again."""
+    """`value`, nested lists of this depth, with each element converted by the flag's type."""
     if depth:
         if not isinstance(value, list):
             raise argparse.ArgumentTypeError(f"must be a list, not {value!r}")
         return [_converted(action, element, depth - 1) for element in value]
     if action.type is None and action.choices is None and not isinstance(value, str):
         raise argparse.ArgumentTypeError(f"must be a text, not {value!r}")
-    # a type that makes several values of a text, such as 16x5, takes them too
+    # a type that makes several values of one text, such as 16x5, also takes the list of them
     made = isinstance(value, list) and action.type not in NUMBERS
     text = json.dumps(value) if isinstance(value, dict) else value if made else str(value)
     converted = text if action.type is None else action.type(text)
@@ -520,7 +532,7 @@ def _converted(action: argparse.Action, value: Any, depth: int) -> Any:
 
 
 def new_directory(command: str, folder: Path = Path("runs")) -> Path:
-    """Makes <folder>/<command>-<time>, numbered where two runs start within a second."""
+    """Make <folder>/<command>-<time>, with a number if runs start within the same second."""
     first = folder / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = first, 1
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""How image sets are called on the command line, without torch: by a name, or by a path.
+"""Names of image sets on the command line: a known name or a path. Does not load torch.
 
 --dataset mnist, --dataset photos/ (a folder of images by class), --dataset digits.npz
 """
@@ -13,14 +13,14 @@ OWN = "a folder of images by class, or a .npz file"
 
 
 def is_path(name: str) -> bool:
-    """Whether a name that no known data set has is that of a folder or file."""
+    """Whether a name that is not that of a known data set is the path of a folder or file."""
     return os.sep in name or name.endswith(".npz") or Path(name).is_dir()
 
 
 def data_name(text: str, known: Sequence[str] = DATASETS) -> str:
-    """The type of --dataset: a known name as it is, a path made absolute.
+    """The type of --dataset: a known name unchanged, or a path made absolute.
 
-    Raises ArgumentTypeError for anything else, and for a path where nothing is.
+    Raises ArgumentTypeError for anything else, and for a path that doesn't exist.
     """
     if text in known:
         return text
@@ -35,6 +35,6 @@ def data_name(text: str, known: Sequence[str] = DATASETS) -> str:
 
 
 def data_titles(names: Sequence[str]) -> list[str]:
-    """What tables and figures call data sets: names, last parts of paths unless two agree."""
+    """The names of data sets in tables and figures: for paths their stems, unless titles agree."""
     titles = [Path(name).stem if is_path(name) else name for name in names]
     return titles if len({*titles}) == len(titles) else [*names]

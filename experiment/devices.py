@@ -1,4 +1,4 @@
-"""The device and type that a run computes with, and how torch and the allocator behave in it."""
+"""The device and dtype of a run, and the settings of torch and of the C library's allocator."""
 
 import argparse
 import ctypes
@@ -11,11 +11,14 @@ from experiment.precision import set_tensor_cores
 
 # glibc's mallopt parameters (malloc.h) and the values given to them
 M_TRIM_THRESHOLD, NEVER = -1, -1
-M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 25  # the largest that glibc accepts
+M_MMAP_THRESHOLD, MMAP_BYTES = -3, 1 << 25  # 32 MiB, the largest threshold that glibc accepts
 
 
 def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and type that `args` ask for; also sets threads, determinism and allocator."""
+    """Set threads, determinism and allocator as `args` ask; return their device and dtype.
+
+    Raises UserError if the device doesn't exist or there are far fewer cores than threads.
+    """
     device = find_device(args.device)
     if args.threads is not None:
         if args.threads > 64 * (os.cpu_count() or 1):
@@ -27,15 +30,16 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`, UserError where it isn't there.
+    """The device called `name`; raises UserError if this machine doesn't have it.
 
-    auto is the first CUDA device, else the CPU.
+    auto is cuda if there is a CUDA device, else cpu. cuda is the first CUDA device, or under
+    torchrun the one of this process (LOCAL_RANK).
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":  # not mps: it lacks the float64 that the probe needs
+    if name == "auto":  # not mps, which lacks the float64 that the probe needs
         name = "cuda" if cuda else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's: one device a process
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: one device per process
     device = torch.device(name)
     if device.type == "cuda" and (not cuda or device.index >= torch.cuda.device_count()):
         count = torch.cuda.device_count() if cuda else 0
@@ -48,11 +52,11 @@ def find_device(name: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed tensors of up to 32 MB for the next step.
+    """Let glibc keep the memory of freed tensors of up to 32 MiB for the next step.
 
-    Otherwise every tensor of a few megabytes is mapped, zeroed page by page and unmapped anew at
+    Otherwise every tensor of a few megabytes is mapped, zeroed page by page and unmapped again at
     each step: filling 500 tensors of 3 MB took 0.4 s instead of 0.1 s. The peak of memory is the
-    same, but it stays with the process until that ends. Under another C library nothing is done.
+    same, but the process keeps it until it ends. Does nothing under another C library.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -63,11 +67,11 @@ def keep_freed_memory() -> None:
 
 
 def _be_deterministic(device: torch.device) -> None:
-    """Prefer deterministic kernels, whole float32; an operation that has none warns."""
-    # use_deterministic_algorithms would tell torch's compiler too, which takes seconds to import
+    """Prefer deterministic kernels in full float32; an operation without such a kernel warns."""
+    # use_deterministic_algorithms would also import torch's compiler, which takes seconds
     torch.set_deterministic_debug_mode("warn")
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         set_tensor_cores("ieee")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # this part would cost time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling would cost time

@@ -1,4 +1,4 @@
-"""What a number may depend on beyond a run's configuration: versions, commit, machine."""
+"""What a result may depend on beyond the run's configuration: versions, commit, machine."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ import torch
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, commit, machine, and the command as it was called."""
+    """Versions of Python, torch and numpy, git commit, machine, command line and starting time."""
     here = Path(__file__).parent.parent
     commit = _git(here, "rev-parse", "HEAD")
     changes = _git(here, "status", "--porcelain", "--untracked-files=no")
@@ -32,7 +32,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
-    """What git answers about the sources; None where there is no git or no repository."""
+    """The output of a git command; None without git or outside a repository."""
     command = ["git", "--no-optional-locks", *arguments]
     try:
         answer = subprocess.run(

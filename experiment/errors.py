@@ -1,7 +1,7 @@
-"""What can go wrong in more than one module.
+"""Errors that more than one module raises.
 
-What a user can do wrong is a WrongInputError: every module's own error for it is of this kind. The
-libraries have errors of their own, which a command names to run_command.
+Every error that a user can cause derives from WrongInputError, except those of the libraries, which
+don't import this module; a command passes the types of these to run_command.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class WrongInputError(ValueError):
-    """Wrong input; the message is one line that says what is wrong and what would be right."""
+    """Wrong input by the user; the message is one line with what is wrong and what is expected."""
 
 
 class RunLogError(WrongInputError):
@@ -17,12 +17,12 @@ class RunLogError(WrongInputError):
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or hypergradient that is not finite, and where it arose."""
+    """A loss or hypergradient is not finite; the message says where it arose."""
 
 
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turn an error of the operating system into a RunLogError: `what`, and why."""
+    """Turn an OSError into a RunLogError with the message "<what>: <reason>"."""
     try:
         yield
     except OSError as error:

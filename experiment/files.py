@@ -1,10 +1,10 @@
-"""Files that are whole at every moment: the old one or the new one, also after a crash.
+"""Atomic writing of files: a reader finds the old or the new content, also after a crash.
 
     write_whole(directory / "results.json", json_text(results))
-    with in_place(directory / "table.csv") as path:      # for what writes files by itself
+    with in_place(directory / "table.csv") as path:      # for functions that write to a path
         np.savetxt(path, rows)
 
-Several processes may write the same file at the same moment: one of theirs stays.
+If several processes write the same file at the same time, the content of one of them remains.
 """
 
 import hashlib
@@ -19,17 +19,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-NEW = ".new-"  # how the folders begin that files are written in, before they take their place
+NEW = ".new-"  # prefix of the temporary folders that files are written in before they are renamed
 
 
 @contextmanager
 def in_place(path: str | Path) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` once the disk has it. Raises OSError."""
+    """A temporary path; the file written there replaces `path` at the end. Raises OSError."""
     path = Path(path)
     try:
         folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=NEW)
     except OSError as error:
-        error.filename = str(path)  # the name that was asked for, not that of the folder
+        error.filename = str(path)  # the caller's path, not that of the temporary folder
         raise
     with folder as aside:
         new = Path(aside) / path.name
@@ -40,23 +40,23 @@ def in_place(path: str | Path) -> Iterator[Path]:
 
 
 def write_whole(path: str | Path, content: bytes | str) -> None:
-    """Replace the file `path`, of text in UTF-8. Raises OSError.
+    """Replace the file `path` by this content atomically; text is written as UTF-8. Raises OSError.
 
-    In a text, bytes of a file's name that are not UTF-8 become \\udcff.
+    Bytes in the names of files that are not UTF-8 are written as escapes (see `displayable`).
     """
     with in_place(path) as new:
         new.write_bytes(displayable(content).encode() if isinstance(content, str) else content)
 
 
 def displayable(text: str) -> str:
-    """The same, with \\udcff in the place of what is no letter: bytes of a file's name."""
+    """`text` with an escape, such as \\udcff, for each byte of a file's name that isn't UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def remove_leftovers(folder: Path, seconds: float = 0.0) -> None:
-    """Removes what writers that were killed have left, where nobody has touched it for so long.
+    """Remove temporary folders left by killed writers, if unchanged for so many seconds.
 
-    Without `seconds` nobody else may be writing in this folder.
+    With seconds = 0 no other process may be writing in this folder.
     """
     for path in folder.glob(f"{NEW}*"):
         with suppress(OSError):  # another process may have removed it just now
@@ -65,7 +65,7 @@ def remove_leftovers(folder: Path, seconds: float = 0.0) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it. Raises OSError."""
+    """Write a file and wait until it is on disk. Raises OSError."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -73,7 +73,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a directory. Raises OSError."""
+    """Wait until a file, or the entries of a directory, are on disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -82,17 +82,17 @@ def sync(path: Path) -> None:
 
 
 def digest(content: bytes) -> str:
-    """What a file's content is told by in a configuration."""
+    """The short digest by which a configuration identifies a file's content."""
     return f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def json_text(value: Any) -> str:
-    """The text of a JSON file; what JSON doesn't know goes in as `str`."""
+    """`value` as the text of a JSON file; objects that JSON doesn't know are written as `str`."""
     return json.dumps(value, indent=2, default=str) + "\n"
 
 
 def finite_or_null(value: Any) -> Any:
-    """`value` with None for each number in it that is not finite, for which JSON has no word."""
+    """`value` with None in place of each float that is not finite, which JSON cannot express."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -103,5 +103,5 @@ def finite_or_null(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """`value` as it reads back from JSON: tuples as lists, what JSON doesn't know as strings."""
+    """`value` as JSON would return it: tuples as lists, objects that JSON doesn't know as `str`."""
     return json.loads(json.dumps(value, default=str))

@@ -1,8 +1,8 @@
-"""The loop of a run: steps an algorithm, records its rows, saves it, ends cleanly on Ctrl-C.
+"""The loop of every run: steps an algorithm, records its rows, saves it, ends cleanly on Ctrl-C.
 
     finished = run_steps(log, algorithm, "epoch", 100)
 
-Whatever is stepped, a run that was killed and is resumed leaves the same rows as one never killed.
+A run that was killed and resumed leaves the same rows as one that was never killed.
 """
 
 import os
@@ -21,22 +21,25 @@ from experiment.run_log import RunLog, SilentLog
 
 
 class Algorithm(Protocol):
-    """What `run_steps` steps.
+    """The interface that `run_steps` needs.
 
-    finished: whether no step is left.
+    finished: whether all steps have been taken.
     """
 
     @property
     def finished(self) -> bool: ...
 
     def step(self) -> Mapping[str, float]:
-        """The next step; the row to record. A NonFiniteError comes before anything has changed."""
+        """Take the next step and return the row to record.
+
+        If it raises NonFiniteError, it must not have changed anything.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, in plain containers of tensors and numbers."""
+        """Everything that a resumed run needs, in plain containers of tensors and numbers."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up the run where `state_dict` left it."""
+        """Go on from a state returned by `state_dict`."""
 
 
 def run_steps(
@@ -50,14 +53,16 @@ def run_steps(
     checkpoint_every: int = 1,
     team: Team = ALONE,
 ) -> bool:
-    """Steps the algorithm until it has finished; False where Ctrl-C ended that before.
+    """Step the algorithm until it has finished; return False if Ctrl-C ended the loop before that.
 
-    Goes on from the log's checkpoint if there is one. Ctrl-C ends it after the running step. Every
-    process of the team calls this.
-    name, total: what a step is called beside the progress, and how many there are, at most.
-    numbers: what the rows are called, rising; by default 1, 2, ...
-    shown: columns of the row that are shown beside the progress; by default all.
-    checkpoint_every: steps from the start of the run between checkpoints; one follows the last.
+    Goes on from the log's checkpoint if there is one. After Ctrl-C the current step is completed.
+    Every process of the team must call this.
+
+    name: what a step is called in the progress bar.
+    total: the largest number of steps.
+    numbers: the step numbers of the rows, increasing; by default 1, 2, ...
+    shown: the columns of the row shown in the progress bar; by default all.
+    checkpoint_every: save a checkpoint after every so many steps and after the last.
     """
     done, saved = 0, team.gathered(log.load_checkpoint())[0]
     numbers = range(1, total + 1) if numbers is None else numbers
@@ -78,7 +83,7 @@ def run_steps(
                 raise
             log.record(numbers[done], row)
             done += 1
-            # A signal may reach the processes at different moments: they end together.
+            # a signal may reach the processes at different moments, but they must end together
             stopped = any(team.gathered(interrupt.requested))
             if done % checkpoint_every == 0 or stopped or algorithm.finished:
                 log.save_checkpoint(numbers[done - 1], algorithm.state_dict())
@@ -87,22 +92,22 @@ def run_steps(
 
 
 def _told(row: Mapping[str, float], shown: Collection[str] | None) -> dict[str, float]:
-    """The columns to show, without those that were not measured in this step."""
+    """The columns to show, without those that are nan because they weren't measured."""
     return {n: v for n, v in row.items() if (shown is None or n in shown) and v == v}
 
 
 class Interrupt:
-    """Whether the user has asked the run to end: `requested`."""
+    """The attribute `requested` says whether the user has asked the run to end."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler: note the first signal; at a second Ctrl-C stop at once."""
+        """The signal handler: note the first signal, raise KeyboardInterrupt at a second Ctrl-C."""
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.requested:
-            with suppress(OSError, ValueError):  # not print, which a handler may interrupt
+            with suppress(OSError, ValueError):  # a print may be what the signal interrupted
                 os.write(
                     sys.stderr.fileno(), b"\nending after this step; Ctrl-C again stops at once\n"
                 )
@@ -111,11 +116,11 @@ class Interrupt:
 
 @contextmanager
 def finish_on_interrupt() -> Iterator[Interrupt]:
-    """Let the first SIGINT or SIGTERM only set `.requested`, so that a loop ends after its step.
+    """Let the first SIGINT or SIGTERM only set `.requested`, so that a loop can complete its step.
 
-    A second SIGINT raises KeyboardInterrupt, and so should the command once its results are
-    written: its exit status then tells that it was interrupted. Outside the main thread, where
-    Python can't handle signals, nothing changes.
+    A second SIGINT raises KeyboardInterrupt. A command that was interrupted should raise it too
+    after it has written its results, so that its exit status says so. Outside the main thread,
+    where Python can't handle signals, this does nothing.
     """
     interrupt = Interrupt()
     before: dict[int, Callable | int | None] = {}

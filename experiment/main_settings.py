@@ -1,4 +1,4 @@
-"""What is trained by the main job and what judges it, for parsers too: no torch is loaded."""
+"""Settings of the main job's units, rule and probe; importing it does not load torch."""
 
 import argparse
 from dataclasses import dataclass, fields
@@ -12,7 +12,7 @@ LEARNED = ("eta", "eps", "tau", "exponents")
 
 
 def term(text: str) -> str:
-    """A term of the rule, read later; a whole number other than 1 is none."""
+    """The type of a flag of terms: any text but whole numbers other than 1; parsed later."""
     if text.isdigit() and text != "1":
         raise argparse.ArgumentTypeError(f"must be a term, such as 'x gain y', not {text!r}")
     return text
@@ -20,7 +20,7 @@ def term(text: str) -> str:
 
 @dataclass(frozen=True)
 class UnitSettings:
-    """How the units of a layer compete: models_fully_local.py."""
+    """How the units of a layer compete; see models_fully_local.py."""
 
     inhibition: str = setting("lateral", "how units compete", choices=INHIBITION)
     inh_steps: int = setting(10, "steps of the lateral dynamics", "nonnegative")
@@ -34,7 +34,7 @@ UNIT_FLAGS = tuple(entry.name for entry in fields(UnitSettings))
 
 @dataclass(frozen=True)
 class StatisticsSettings:
-    """A rule of unit statistics, where its learning starts: rules/unit_statistics.py."""
+    """A rule of unit statistics with its initial hyperparameters; see rules/unit_statistics.py."""
 
     terms: tuple[str, ...] = setting(
         TERMS, 'what it adds up, such as "x gain y"; rules/unit_statistics_terms.py has the names',
@@ -54,7 +54,7 @@ class StatisticsSettings:
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What judges a training, in a meta-step and at the end: linear_probe.py."""
+    """The probe that judges a training, in meta-steps and at the end; see linear_probe.py."""
 
     C: float = setting(1000.0, "inverse penalty of the probe", "positive")
     probe: str = setting(

@@ -1,4 +1,4 @@
-"""The settings of hypergradient descent, for hypgraddesc.py and for parsers: no torch is loaded."""
+"""The settings of hypergradient descent (hypgraddesc.py); importing it does not load torch."""
 
 import math
 from collections.abc import Callable
@@ -14,12 +14,12 @@ Horizon = int | Callable[[int, Any], int]
 
 @dataclass(frozen=True)
 class MetaSettings:
-    """Everything about the meta-loop that is a number or a choice.
+    """The numbers and choices of the meta-loop.
 
-    A schedule is a number or a function of the meta-step (from 0); inner_steps are a number or a
-    function of the meta-step and a torch.Generator, from which each task may draw its own. method
-    is one of METHODS, or a MetaGradient of your own; what stands behind it, from K to loss_times,
-    is for some methods: meta_gradients.py.
+    A Schedule is a number or a function of the meta-step (counted from 0). inner_steps is a number
+    or a function of the meta-step and a torch.Generator, so that each task can draw its own. method
+    is one of METHODS or a MetaGradient; the fields after it, from K to loss_times, concern only
+    some methods, see meta_gradients.py.
     """
 
     metasteps: int = setting(1000, "meta-steps before the fine-tuning", "nonnegative")

@@ -1,4 +1,4 @@
-"""Opens the run directory that a command's flags ask for: a new one, or one to go on with.
+"""Opens the run directory that a command's flags ask for: a new one, or one to be resumed.
 
 with open_run(args, "main", data) as log:
     ...
@@ -19,26 +19,28 @@ from experiment.processes import ALONE, Team
 from experiment.run_log import RunLog, SilentLog
 from experiment.run_reader import read_config
 
-NOTED_LATER = ("run_found", "start_found")  # digests that runs of before do not have
+NOTED_LATER = ("run_found", "start_found")  # digests that older runs do not have
 
 
 class Data(Protocol):
-    """A data set that can say what it holds, so that a run isn't gone on with on other data."""
+    """A data set with a fingerprint, so that a run isn't resumed on other data."""
 
     def fingerprint(self) -> str:
-        """How many samples, and a digest of them."""
+        """A line with the number of samples and a digest of them."""
 
 
 def open_run(
     args: argparse.Namespace, command: str, data: Data | None = None, team: Team = ALONE
 ) -> RunLog | SilentLog:
-    """The run that `args` ask for: a new one, or with --resume one that has the same flags.
+    """Open the run that `args` ask for: a new one, or with --resume one that has the same flags.
 
-    Of a team only the first process opens it. When torchrun has restarted the team after the loss
-    of a worker, the run in --out is gone on with.
+    Only the first process of a team opens it; the others get a SilentLog. If torchrun has restarted
+    the team after the loss of a worker, the run in --out is resumed.
 
-    Device and number of threads are saved as they are in effect, because the last bits of a
-    result depend on them; and what data were found, because all of it does.
+    config.json holds the device and the number of threads actually used, because the last bits of
+    a result depend on them, and the fingerprint of the data.
+
+    Raises UserError if the flags differ from those of the run to be resumed.
     """
     if not team.first:
         return SilentLog()
@@ -56,7 +58,7 @@ def open_run(
 
 
 def _run_before_the_restart(args: argparse.Namespace) -> Path | None:
-    """What the team that torchrun has restarted was writing, None if nothing yet."""
+    """The run directory of a team that torchrun has restarted; None if there is none yet."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         return None
     if args.out is None:
@@ -67,7 +69,7 @@ def _run_before_the_restart(args: argparse.Namespace) -> Path | None:
 def _refuse_other_configuration(
     directory: Path, saved: dict[str, Any], given: dict[str, Any]
 ) -> None:
-    """UserError where a run with flags `saved` can't be gone on with under flags `given`."""
+    """Raise UserError if a run with flags `saved` can't be resumed with flags `given`."""
     names = [name for name in {**saved, **given} if name not in MAY_DIFFER]
     names = [name for name in names if name in saved or name not in NOTED_LATER]
     differing = [

@@ -1,16 +1,16 @@
-"""Matrix products and convolutions of float32 tensors, in less than float32.
+"""Matrix products and convolutions of float32 tensors, computed with reduced precision.
 
     with Products("bfloat16") as products:
-        theta = train(...)                  # and its backward pass
+        theta = train(...)                  # reduced, and so is its backward pass
         with products.exact():
-            loss = probe(theta)             # in float32 itself, though not its backward pass
+            loss = probe(theta)             # in float32, but its backward pass is reduced
 
-    float32    as they are
-    tf32       factors rounded to 10 bits by the GPU's tensor cores; needs CUDA
-    bfloat16   factors and products rounded to 7 bits; sums over a product's terms stay float32
+    float32    not reduced
+    tf32       the GPU's tensor cores round factors to 10 bits of mantissa; needs CUDA
+    bfloat16   factors and results are rounded to 7 bits of mantissa, sums are taken in float32
 
-Weights, updates, sums of products and everything elementwise remain float32: only what a product
-multiplies is rounded. Hypergradients then differ by what benchmarks/precision.py measures.
+Only products are reduced: weights, updates and all elementwise operations remain float32.
+benchmarks/precision.py measures how much the hypergradients change.
 """
 
 from collections.abc import Iterator
@@ -30,13 +30,15 @@ _CONVOLUTIONS = (_aten.convolution, _aten.convolution_backward)
 
 
 class PrecisionError(WrongInputError):
-    """A precision that is unknown, or not to be had on this device."""
+    """A precision that is unknown or not available on this machine."""
 
 
 class Products:
-    """While entered, products of float32 tensors are taken as `kind` says; in backward passes too.
+    """A context in which products of float32 tensors have the precision `kind`, backward too.
 
     Raises PrecisionError for an unknown kind, and for tf32 without CUDA.
+
+    kind: float32, tf32 or bfloat16.
     """
 
     def __init__(self, kind: str) -> None:
@@ -62,7 +64,7 @@ class Products:
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """Products as they are, for a while."""
+        """A context within it in which products are taken in float32."""
         self._rounding.resting = True
         if self.kind == "tf32":
             set_tensor_cores("ieee")
@@ -75,7 +77,7 @@ class Products:
 
 
 def set_tensor_cores(precision: str) -> None:
-    """What CUDA does with factors in float32: "ieee" leaves them, "tf32" rounds them.
+    """Whether CUDA rounds the float32 factors of products: "tf32" does, "ieee" does not.
 
     torch's own default is tf32 in convolutions.
     """
@@ -84,7 +86,7 @@ def set_tensor_cores(precision: str) -> None:
 
 
 class _Rounding(TorchDispatchMode):
-    """Sees every operation below autograd: forward and backward passes, whoever wrote them."""
+    """Intercepts products below autograd, so that backward passes of any origin are covered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,13 +111,13 @@ class _Rounding(TorchDispatchMode):
 
 
 def _rounded(value):
-    """In bfloat16 if it is a tensor in float32."""
+    """`value` in bfloat16 if it is a float32 tensor, else unchanged."""
     floating = isinstance(value, Tensor) and value.dtype == torch.float32
     return value.bfloat16() if floating else value
 
 
 def _exactly_typed(result: Tensor | tuple) -> Tensor | tuple:
-    """In float32 again."""
+    """One result or a tuple of them, converted back to float32."""
     if isinstance(result, tuple):
         return tuple(map(_exactly_typed, result))
     return result if result is None else result.float()

@@ -1,13 +1,13 @@
-"""Several processes, on one machine or many, that share the tasks of one meta-run.
+"""Several processes, on one machine or many, that share the tasks of each meta-step.
 
     torchrun --nproc_per_node 2 main.py 32 --tasks 4
     torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST \\
         main.py 32 --tasks 64 --out DIR
 
-Every process holds the same rule and the same optimiser. It unrolls the tasks of its share; then
-all processes learn all tasks' hypergradients, a few hundred numbers each, and make the same
-meta-step from them, in the same order as one process alone would: the numbers are the same to the
-last bit, however many processes there are. Only the first one writes.
+Every process holds the same rule and the same optimiser and unrolls its share of the tasks. The
+hypergradients of all tasks, a few hundred numbers each, are then exchanged, and every process makes
+the same meta-step from them, adding in the order of the tasks: the results are the same to the last
+bit for any number of processes. Only the first process writes.
 """
 
 import atexit
@@ -26,7 +26,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run, as one of them sees them: its rank among `count`."""
+    """The processes of a run, from the view of one of them: its rank, from 0, among `count`."""
 
     rank: int = 0
     count: int = 1
@@ -37,13 +37,13 @@ class Team:
         return self.rank == 0
 
     def share(self, tasks: int) -> range:
-        """Which of the tasks 0..tasks-1 this process has to do."""
+        """The tasks, out of 0..tasks-1, of this process."""
         return range(self.rank, tasks, self.count)
 
     def gathered(self, value: Value) -> list[Value]:
-        """The values of all processes, in order of their ranks; all must call it together.
+        """The values of all processes, in order of rank; every process must make this call.
 
-        A value is what `pickle` takes; its tensors should be on the CPU.
+        Values must be picklable, and tensors in them should be on the CPU.
         """
         if self.count == 1:
             return [value]
@@ -52,7 +52,7 @@ class Team:
         return values
 
     def first_then_others(self, function: Callable[[], Value]) -> Value:
-        """`function()`, called in the first process before the others call it."""
+        """`function()`, called by the first process and, once that has returned, by the others."""
         if not self.first:
             self.gathered(None)
         value = function()
@@ -65,12 +65,12 @@ ALONE = Team()
 
 
 def join_team() -> Team:
-    """The team that torchrun made this process a member of; without torchrun, a team of one.
+    """Join the team of processes started by torchrun; without torchrun, a team of one.
 
-    Raises UserError where the variables that say so are not as torchrun sets them.
+    The backend is gloo, also on machines with GPUs: so few numbers are exchanged that the way over
+    the CPU costs no noticeable time.
 
-    Gloo carries the numbers, on machines with GPUs too: they are so few that the way over the CPU
-    is not noticed.
+    Raises UserError if the environment variables are not as torchrun sets them.
     """
     rank, count = place_in_team()
     if count == 1:
@@ -81,17 +81,18 @@ def join_team() -> Team:
 
 
 def _meet(attempt: int) -> None:
-    """Wait for all processes of this attempt, the first or one after a restart.
+    """Wait for all processes of this attempt; attempts are counted from 0, one for each restart.
 
-    torchrun keeps its store over a restart, with the addresses of the processes that are gone;
-    without a prefix of its own, an attempt would call them.
+    torchrun's store survives a restart and still holds the addresses of the processes that have
+    ended. Each attempt has a prefix of its own, so that it doesn't try to reach them.
     """
     store, rank, count = next(distributed.rendezvous("env://"))
     store = distributed.PrefixStore(f"attempt {attempt}", store)
-    # torch._dynamo, which an optimiser's first step brings in, imports this module, whose
-    # functions keep the group of that moment as a default: the group would never be destroyed
+    # The functions of torch.distributed.nn.functional bind the current process group as a default
+    # argument. If torch._dynamo imported that module only at an optimiser's first step, they would
+    # bind our group, which then would never be destroyed.
     importlib.import_module("torch.distributed.nn.functional")
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=count)
-    # gloo's threads may still hold tensors that came from Python: they must let go of them, and
-    # be joined, before the interpreter ends, or its end aborts the process
+    # gloo's threads may still hold tensors created by Python. They must release them and be joined
+    # before the interpreter shuts down, or the process aborts.
     atexit.register(distributed.destroy_process_group)

@@ -1,4 +1,7 @@
-"""How far a run is, on the screen: a bar on a terminal or in a notebook, else some lines."""
+"""The progress of a run: a bar on a terminal or in a notebook, otherwise lines on stderr.
+
+There is a line after each tenth of the steps, and at least one every SECONDS, if steps permit.
+"""
 
 import sys
 import time
@@ -10,14 +13,14 @@ from tqdm import tqdm
 
 from experiment.screen import mute_broken_streams, show
 
-SECONDS = 60.0  # between lines, at most, where steps come more often
+SECONDS = 60.0  # the longest time between lines, unless a step takes longer
 
 
 @contextmanager
 def shown_progress(
     total: int, initial: int = 0, description: str = "", quiet: bool = False
 ) -> Iterator["Progress"]:
-    """Progress from `initial` to `total` on stderr, left as it is at the end."""
+    """A context with a Progress from `initial` to `total`, which stays on the screen afterwards."""
     progress = Progress(total, initial, description, quiet)
     try:
         yield progress
@@ -26,7 +29,7 @@ def shown_progress(
 
 
 class Progress:
-    """How far a loop is, with the numbers that matter; made by `shown_progress`."""
+    """The progress of a loop, with its current numbers; made by `shown_progress`."""
 
     def __init__(self, total: int, initial: int, description: str, quiet: bool) -> None:
         self.total, self.done, self.description = total, initial, description
@@ -45,7 +48,7 @@ class Progress:
         )
 
     def advance(self, numbers: Mapping[str, float] | None = None) -> None:
-        """One more step is done; `numbers` are shown beside it."""
+        """Count one more step and show `numbers` beside it."""
         tenth = self.done * 10 // max(self.total, 1)
         self.done += 1
         text = ", ".join(f"{name} {value:.4g}" for name, value in (numbers or {}).items())
@@ -68,7 +71,7 @@ class Progress:
         show("  ".join(part for part in parts if part), sys.stderr)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop updating the bar and leave it on the screen."""
         try:
             self._bar.close()
         except OSError:
@@ -76,7 +79,7 @@ class Progress:
 
 
 def _bar_class(in_notebook: bool) -> type[tqdm]:
-    """A notebook's own bar where it has the widgets for one, else that of a terminal."""
+    """The class of a notebook's bar if ipywidgets is installed, else that of a terminal's bar."""
     if in_notebook and find_spec("ipywidgets"):
         from tqdm.notebook import tqdm as widget
 

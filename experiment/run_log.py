@@ -1,13 +1,13 @@
-"""Writes one run's directory: configuration, metrics, TensorBoard events, checkpoints, results.
+"""Writes the directory of a run: configuration, metrics, TensorBoard events, checkpoints, results.
 
     with RunLog.create("runs/first", {"seed": 0}) as log:
         finished = run_steps(log, algorithm, "epoch", 100)      # experiment/loop.py
         log.write_json("results.json", {"accuracy": 0.9})
 
-A run may be killed at any moment. Whatever moment that is, a good checkpoint is on disk once the
-first has been saved, and `load_checkpoint` cuts metrics.csv back to that checkpoint, so that a
-resumed run leaves the same file as an uninterrupted one. What goes wrong between here and the disk
-is a `RunLogError` of one line. Another module reads such directories: run_reader.py.
+A run may be killed at any moment. Once the first checkpoint has been saved, a good one is on disk
+at all times, and `load_checkpoint` cuts metrics.csv back to it, so that a resumed run leaves the
+same file as an uninterrupted one. Errors of the disk are raised as a `RunLogError` of one line.
+Run directories are read by run_reader.py.
 """
 
 import csv
@@ -47,13 +47,13 @@ from experiment.tensorboard_events import EventFile
 
 
 class RunLog:
-    """The directory of one run: made by `create` or `reopen`, released by `close` or by `with`.
+    """The directory of one run, opened by `create` or `reopen` and closed by `close` or `with`.
 
     directory: where everything is written.
     config: the configuration as saved in config.json.
-    quiet: no progress and nothing on stdout; log.txt is written all the same.
-    figures: whether `draw` draws.
-    step: the last one that was recorded, or that the checkpoint loaded was saved after; or -1.
+    quiet: print no progress and nothing on stdout; log.txt is written all the same.
+    figures: whether `plot` draws.
+    step: the last step recorded, or that of the checkpoint loaded; -1 before the first.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class RunLog:
         self._metrics: BinaryIO | None = None
         self._columns: list[str] | None = None
         self.step = -1
-        self._written, self._digest = 0, hashlib.sha256()  # of metrics.csv
+        self._written, self._digest = 0, hashlib.sha256()  # bytes of metrics.csv, and their digest
         self._first_step: int | None = None
         self._events: EventFile | None = None
 
@@ -80,9 +80,9 @@ class RunLog:
         figures: bool = True,
         overwrite: bool = False,
     ) -> Self:
-        """Start a run in a new or empty directory.
+        """Start a run in a new or empty directory; raises RunLogError if it is neither.
 
-        overwrite: a run that is there already, and that nobody is writing, is removed first.
+        overwrite: remove a run in the directory first, unless a process is writing it.
         """
         directory = Path(directory)
         replaced = overwrite and (directory / "config.json").exists()
@@ -106,7 +106,10 @@ class RunLog:
 
     @classmethod
     def reopen(cls, directory: str | Path, quiet: bool = False, figures: bool = True) -> Self:
-        """Go on with the run in `directory`; call `load_checkpoint` before recording anything."""
+        """Resume the run in `directory`; call `load_checkpoint` before recording anything.
+
+        Raises RunLogError if it is not the directory of a run, or another process writes in it.
+        """
         directory = Path(directory)
         config = read_config(directory)
         refuse_links(directory)
@@ -127,7 +130,7 @@ class RunLog:
         self.close()
 
     def close(self) -> None:
-        """Flush and close every file and release the directory; nothing may be written after it."""
+        """Close every file and release the directory; nothing may be written afterwards."""
         try:
             with disk_errors(f"can't write to {self.directory}"):
                 if self._metrics is not None:
@@ -138,13 +141,13 @@ class RunLog:
             self._lock.close()
 
     def path(self, name: str) -> Path:
-        """Where the file `name` of this run is; RunLogError for a name that leads elsewhere."""
+        """The path of this run's file `name`; RunLogError for a name that leads elsewhere."""
         return path_within(self.directory, name)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` to the file `name`, atomically.
 
-        Numbers that are not finite go in as null, what else JSON doesn't know as `str`.
+        Numbers that are not finite become null, other objects that JSON doesn't know their `str`.
         """
         _write(self.path(name), json_text(finite_or_null(value)))
 
@@ -161,9 +164,12 @@ class RunLog:
     def write_parameters(
         self, params: Iterable[Mapping[str, torch.Tensor]], input_shape: Sequence[int]
     ) -> None:
-        """Write parameters.npz: "1.w" is w of the first layer that has any; the inputs' shape.
+        """Write parameters.npz: the tensors of each layer, and the shape of one input.
 
-        "1.input_mean" is what is subtracted from the inputs of that layer.
+        Layers that have parameters are numbered from 1: "1.w" is w of the first of them, and
+        "1.input_mean" is subtracted from its inputs. "input_shape" is the inputs' shape.
+
+        params: one dict of tensors per layer.
         """
         arrays, number = {}, 1
         for layer in params:
@@ -177,8 +183,8 @@ class RunLog:
     def record(self, step: int, row: Mapping[str, float]) -> None:
         """Append one row to metrics.csv and to the TensorBoard events.
 
-        Steps must rise from row to row; the columns of the first row are those of all rows. Floats
-        are written so that they read back exactly.
+        Floats are written so that they read back exactly. Raises RunLogError if `step` is not
+        above that of the last row, or if the columns are not those of the first row.
         """
         if step <= self.step:
             raise RunLogError(
@@ -218,10 +224,11 @@ class RunLog:
         self._events.add(step, row)
 
     def _rows_until(self, checkpoint: Checkpoint | None) -> bytes:
-        """The whole rows up to the checkpoint; the run will write the later ones again.
+        """The complete rows up to the checkpoint; a resumed run writes the later ones again.
 
-        RunLogError where they are not those that were there when it was saved. Where some are lost,
-        or it is of before there were digests, they need only be rows of numbers.
+        Raises RunLogError if they are not the rows that were there when the checkpoint was saved.
+        If the last of them are missing, or the checkpoint holds no digest of them, their content
+        can't be checked.
         """
         path = self.path("metrics.csv")
         if checkpoint is None or not path.exists():
@@ -244,7 +251,7 @@ class RunLog:
         return b"".join([header, *kept]) if kept else b""
 
     def _keep_rows(self, rows: bytes) -> None:
-        """Cut metrics.csv back to these rows, which may be none."""
+        """Cut metrics.csv back to these rows, possibly none."""
         path = self.path("metrics.csv")
         header, table = metrics_table(rows, path)
         self._columns = header[1:] or None
@@ -257,9 +264,8 @@ class RunLog:
     # ---- checkpoints ----
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Save as checkpoint.pt what the run needs to go on after `step`.
+        """Save the state after `step` as checkpoint.pt, keeping the one before it.
 
-        The checkpoint before it stays, as checkpoint.previous.pt.
         state: tensors, numbers, strings, and dicts, lists and tuples of them.
         """
         if self._metrics is not None:
@@ -275,10 +281,10 @@ class RunLog:
         checkpoints.save_checkpoint(self.directory, checkpoint)
 
     def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
-        """The step and state saved last, None where none were; cuts metrics.csv back to that step.
+        """The step and state saved last, or None; also cuts metrics.csv back to that step.
 
-        A checkpoint that is damaged, or of another run, is set aside and the one before it is used;
-        RunLogError where that is no better, and where rows before it have changed.
+        A checkpoint that is damaged or belongs to another run is set aside, and the one before it
+        is used. Raises RunLogError if neither can be used, or if earlier rows have changed.
         """
         digest = configuration_digest(self.config)
         checkpoint = checkpoints.load_checkpoint(self.directory, digest, self.warn)
@@ -292,7 +298,7 @@ class RunLog:
         return checkpoint.step, checkpoint.state
 
     def _warn_of_lost_rows(self, last_row: int) -> None:
-        """Say so where the rows that were there at the checkpoint are not all there any more."""
+        """Warn if metrics.csv ends before the last row that preceded the checkpoint."""
         if self.step < last_row:
             ending = f"ends at step {self.step}" if self.step >= 0 else "has no rows"
             self.warn(
@@ -301,10 +307,10 @@ class RunLog:
             )
 
     def history(self) -> dict[str, np.ndarray]:
-        """The columns of metrics.csv so far, as `read_metrics` gives them."""
+        """The columns of metrics.csv so far, as returned by `read_metrics`."""
         return read_metrics(self.directory)
 
-    # ---- what the user sees ----
+    # ---- output on the screen ----
 
     def say(self, text: str) -> None:
         """Print `text` on stdout, above a progress bar, unless quiet; append it to log.txt."""
@@ -324,13 +330,13 @@ class RunLog:
             file.write(line)
 
     def plot(self, figures_of: Callable[[Path], object]) -> None:
-        """Have `figures_of` draw the run in its directory, unless figures are left out."""
+        """Let `figures_of` draw the figures of the run in its directory, unless figures are off."""
         if self.figures:
             figures_of(self.directory)
 
     @contextmanager
     def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator[Progress]:
-        """Progress from `initial` to `total` on stderr: a bar on a terminal, else ten lines."""
+        """Progress from `initial` to `total` on stderr, unless quiet; see progress.py."""
         with shown_progress(total, initial, description, self.quiet) as progress:
             yield progress
 
@@ -343,7 +349,7 @@ class RunLog:
 
 
 class SilentLog:
-    """Stands for the RunLog of a run in those of its processes that write nothing."""
+    """Takes the place of RunLog in the processes of a team that write nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -352,32 +358,32 @@ class SilentLog:
         pass
 
     def load_checkpoint(self) -> None:
-        """Nothing: the first process tells the others what it found."""
+        """Load nothing: `run_steps` passes on what the first process has loaded."""
 
     def record(self, step: int, row: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def history(self) -> dict[str, np.ndarray]:
-        """Nothing."""
+        """No columns."""
         return {}
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def say(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def warn(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     @contextmanager
     def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator[Progress]:
-        """Progress that shows nothing."""
+        """A Progress that shows nothing."""
         yield Progress(total, initial, description, quiet=True)
 
 
 class MemoryLog(SilentLog):
-    """Keeps the rows of a run in memory, and writes no file."""
+    """Takes the place of RunLog in a run that keeps its rows in memory and writes no files."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, float]] = []
@@ -387,7 +393,7 @@ class MemoryLog(SilentLog):
         self._rows.append({"step": step, **row})
 
     def history(self) -> dict[str, np.ndarray]:
-        """The rows so far, an array for each column."""
+        """The rows so far, as one array [rows] per column."""
         names = self._rows[0] if self._rows else ()
         return {name: np.array([row[name] for row in self._rows]) for name in names}
 
@@ -401,7 +407,7 @@ class MemoryLog(SilentLog):
 
     @contextmanager
     def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator[Progress]:
-        """Progress from `initial` to `total`: a bar on a terminal and in a notebook, else lines."""
+        """Progress from `initial` to `total` on stderr; see progress.py."""
         with shown_progress(total, initial, description) as progress:
             yield progress
 
@@ -418,7 +424,7 @@ def _show_above_the_bar(text: str, stream: TextIO) -> None:
     try:
         with tqdm.external_write_mode(file=stream):
             show(text, stream)
-    except OSError:  # of the bar, whose terminal is gone
+    except OSError:  # raised by the bar if its terminal is gone
         mute_broken_streams()
 
 
@@ -437,7 +443,7 @@ def _refuse_occupied(directory: Path) -> None:
         raise RunLogError(f"{directory} is a file, not a directory: choose another --out")
     refuse_links(directory)
     names = [entry.name for entry in directory.iterdir()]
-    # what a process leaves that is killed before it has written config.json is in nobody's way
+    # a process killed before it had written config.json may have left these; they do no harm
     if any(name != "lock" and not name.startswith(NEW) for name in names):
         raise RunLogError(
             f"{directory} is not empty: choose another --out, or go on with --resume {directory}"
@@ -445,7 +451,10 @@ def _refuse_occupied(directory: Path) -> None:
 
 
 def _remove_run(directory: Path) -> None:
-    """Removes all that is in a run's directory but the lock."""
+    """Remove everything in a run's directory except the lock.
+
+    Raises RunLogError if it is not the directory of a run, holds links, or can't be emptied.
+    """
     refuse_links(directory)
     read_config(directory)
     with disk_errors(f"can't remove the run in {directory}"):
@@ -457,14 +466,17 @@ def _remove_run(directory: Path) -> None:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Removes what a process that was killed has left half written in a run's directory."""
+    """Remove the temporary files that a killed process has left in a run's directory."""
     for folder in (directory, directory / "figures"):
         remove_leftovers(folder)
     (directory / checkpoints.NEW).unlink(missing_ok=True)
 
 
 def _take_lock(directory: Path) -> BinaryIO:
-    """Hold the directory until the file returned is closed or this process ends in any way."""
+    """Lock the directory until the returned file is closed or this process ends in any way.
+
+    Raises RunLogError if another process holds the lock.
+    """
     with disk_errors(f"can't write the run directory {directory}"):
         lock = open(directory / "lock", "a+b", opener=_open_no_link)  # noqa: SIM115
         try:

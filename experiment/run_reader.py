@@ -1,6 +1,6 @@
-"""Reads the raw files of a run's directory, also of one that is being written.
+"""Reads the files of a run's directory, also while the run is being written.
 
-What isn't there, or can't be read, or is damaged is a `RunLogError` of one line.
+Files that are required and missing, unreadable or damaged raise a `RunLogError` of one line.
 """
 
 import csv
@@ -20,9 +20,9 @@ from experiment.files import displayable
 
 
 def read_metrics(directory: str | Path) -> dict[str, np.ndarray]:
-    """The columns of a run's metrics.csv as float64 arrays, "step" as int64; {} where it has none.
+    """The columns of a run's metrics.csv as float64 arrays, "step" as int64; {} if there are none.
 
-    Also of a run that is being written: a half-written last line is left out.
+    A half-written last line, of a run that is being written, is left out.
     """
     path = Path(directory) / "metrics.csv"
     if not path.exists():
@@ -42,7 +42,7 @@ def read_metrics(directory: str | Path) -> dict[str, np.ndarray]:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value in a JSON file; RunLogError where it can't be read."""
+    """The value in a JSON file; raises RunLogError if it can't be read."""
     with disk_errors(f"can't read {path}"):
         text = Path(path).read_bytes()
     try:
@@ -52,7 +52,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_results(directory: str | Path) -> dict[str, Any]:
-    """The table in a run's results.json, {} where there is none; RunLogError where it is none."""
+    """The table in a run's results.json, or {} without that file; RunLogError if it is no table."""
     path = Path(directory) / "results.json"
     results = read_json(path) if path.exists() else {}
     if not isinstance(results, dict):
@@ -61,7 +61,7 @@ def read_results(directory: str | Path) -> dict[str, Any]:
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, {} where there is none; RunLogError where it is damaged."""
+    """The arrays of an .npz file, or {} without that file; RunLogError if it is damaged."""
     path = Path(path)
     if not path.exists():
         return {}
@@ -70,14 +70,14 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
-    except Exception as error:  # of zipfile, zlib or numpy, whichever meets the damage first
-        # not what numpy says, which advises to load what is no array
+    except Exception as error:  # from zipfile, zlib or numpy, whichever meets the damage first
+        # not numpy's own message, which advises allow_pickle=True
         reason = f"not a file of arrays of numbers ({type(error).__name__})"
         raise RunLogError(f"{path} is damaged: {reason}") from error
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """The configuration of a run; RunLogError where `directory` isn't a run's directory."""
+    """The configuration of a run; raises RunLogError if `directory` isn't a run's directory."""
     path = Path(directory) / "config.json"
     if not path.exists():
         raise RunLogError(f"{directory} is not a run's directory: it holds no config.json")
@@ -88,14 +88,14 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def refuse_links(directory: str | Path) -> None:
-    """RunLogError where anything in a run's directory is neither a file nor a folder.
+    """Raise RunLogError if anything in a run's directory is neither a file nor a folder.
 
-    Whatever writes in the directory of a stranger would follow a symbolic link out of it. The
-    directory itself, or a folder above it, may be one.
+    Writing in a directory that came from somebody else could otherwise follow a symbolic link out
+    of it. The directory itself, or a folder above it, may be a link.
     """
     for folder, folders, files in os.walk(directory):
         for path in (Path(folder) / name for name in (*folders, *files)):
-            with suppress(FileNotFoundError):  # of a run that is being written
+            with suppress(FileNotFoundError):  # the run may be writing and removing files
                 mode = path.lstat().st_mode
                 if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                     kind = "a symbolic link" if stat.S_ISLNK(mode) else "no ordinary file"
@@ -106,9 +106,9 @@ def refuse_links(directory: str | Path) -> None:
 
 
 def path_within(folder: Path, name: str) -> Path:
-    """Where the file `name` in a folder is.
+    """The path of the file `name` in a folder.
 
-    RunLogError for a name that leads out of it, as one that a stranger's file tells may.
+    Raises RunLogError for a name that leads out of it, since names may come from untrusted files.
     """
     if Path(name).name != name or name in ("", "..") or "\0" in name:
         raise RunLogError(f"{name!r} is not the name of a file in {folder}")
@@ -116,7 +116,7 @@ def path_within(folder: Path, name: str) -> Path:
 
 
 def run_names(directories: Sequence[str | Path]) -> list[str]:
-    """What runs are called beside each other: their last names, or paths where two names agree."""
+    """The names of runs in a comparison: their directories' names, or paths if two names agree."""
     names = [displayable(Path(directory).resolve().name) for directory in directories]
     return [
         name if names.count(name) == 1 else displayable(str(directory))
@@ -128,9 +128,9 @@ def run_names(directories: Sequence[str | Path]) -> list[str]:
 
 
 def metrics_table(content: bytes, path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a metrics file; both empty where there are none. RunLogError if damaged.
+    """Header and rows of a metrics file, possibly empty; raises RunLogError if it is damaged.
 
-    path: where the content is from.
+    path: where the content is from, for the message.
     """
     try:
         table = list(csv.reader(line.decode() for line in complete_lines(content)))
@@ -145,7 +145,7 @@ def metrics_table(content: bytes, path: Path) -> tuple[list[str], list[list[str]
 
 
 def step_of(cell: str | bytes, path: Path) -> int:
-    """The step in the first cell of a row."""
+    """The step in the first cell of a row; raises RunLogError if it isn't a whole number."""
     try:
         return int(cell)
     except ValueError as error:
@@ -153,5 +153,5 @@ def step_of(cell: str | bytes, path: Path) -> int:
 
 
 def complete_lines(text: bytes) -> list[bytes]:
-    """The lines of `text`, each with its newline, without a last one that lacks it."""
+    """The lines of `text`, each with its newline; a last line without one is dropped."""
     return [line + b"\n" for line in text.split(b"\n")[:-1]]

@@ -1,9 +1,9 @@
-"""What a person sees: text on stdout and stderr, which may be closed, full, or lack letters.
+"""Output on stdout and stderr, which may be closed, broken, or unable to encode some characters.
 
-    repair_streams()            # first of all: there is somewhere to write, and it takes any letter
+    repair_streams()            # first: afterwards both streams exist and accept any character
     show("90 % ± 1", sys.stdout)
 
-What is shown is in files too: whatever becomes of these streams, a run goes on.
+Everything shown is also written to files, so that a run goes on whatever happens to the streams.
 """
 
 import io
@@ -14,16 +14,16 @@ from typing import TextIO
 
 
 def repair_streams() -> None:
-    """Opens those that were closed on nothing, and has the others write \\xb1 for what they lack.
+    """Open closed standard streams on the null device; let the others write escapes like \\xb1.
 
-    A file that is opened later would otherwise take the place of the closed stream, and be written
-    into by all that writes there.
+    A file opened later would otherwise get the descriptor of the closed stream, and everything
+    printed would be written into it. The escapes stand for characters that a stream can't encode.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -33,15 +33,15 @@ def repair_streams() -> None:
 
 
 def show(text: str, stream: TextIO) -> None:
-    """Prints a line, where that is possible."""
+    """Print a line; does nothing if the stream can't be written."""
     try:
         print(text, file=stream, flush=True)
-    except (OSError, ValueError):  # the latter of a stream that was closed
+    except (OSError, ValueError):  # ValueError: the stream was closed
         mute_broken_streams()
 
 
 def mute_broken_streams() -> None:
-    """Has what can't be written on stdout or stderr, now and later, go nowhere."""
+    """Redirect stdout and stderr to the null device if they can't be written."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

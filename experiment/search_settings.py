@@ -1,4 +1,4 @@
-"""The settings of a search for a rule without gradients, for parsers too: no torch is loaded."""
+"""The settings of a gradient-free search for a rule; importing it does not load torch."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,11 @@ SAMPLERS = ("random", "tpe")
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How sweeps/rule_search.py looks for hyperparameters, by trials in place of meta-steps.
+    """How sweeps/rule_search.py searches for hyperparameters, with trials in place of meta-steps.
 
-    trials: points that are tried, each by `tasks` trainings of inner_steps updates, which are
-        judged after 1/loss_times, 2/loss_times, ... of them.
-    seed: of points, trainings, and of the random numbers that choose the next point.
+    trials: number of points tried, each by `tasks` trainings of inner_steps updates, which are
+        judged after 1/loss_times, 2/loss_times, ... of their updates.
+    seed: seeds the points, the trainings, and the sampler that chooses the next point.
     """
 
     search: str | None = setting(

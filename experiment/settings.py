@@ -1,4 +1,4 @@
-"""Flags derived from the fields of settings, so that a setting is written once: where it is used.
+"""Flags derived from the fields of settings dataclasses, so that each setting is written once.
 
     @dataclass(frozen=True)
     class TrainingSettings:
@@ -6,11 +6,12 @@
         decay: str = setting("none", "how the rate falls", choices=("none", "cosine"))
         layers: tuple[int, ...] = setting((32,), "units of each layer", "positive")
 
-    add_settings(group, TrainingSettings, lr=0.1)   # a flag for each, with a default of its own
+    add_settings(group, TrainingSettings, lr=0.1)   # a flag for each field; --lr has default 0.1
     settings = settings_of(args, TrainingSettings)
 
-The type of a field says how its flag is read: bool a switch, tuple[int, ...] at least one number,
-tuple[int, int] two. The libraries know nothing of flags: the metadata of their fields say the same.
+The type of a field decides how its flag is read: bool is a switch, tuple[int, ...] takes one or
+more numbers, tuple[int, int] two. The libraries don't use this module, but the fields of their
+settings carry the same metadata.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from experiment.command_line import (
     positive_int,
 )
 
-RANGES = {  # what a number of this type, in this range, is read by
+RANGES = {  # the function that reads a number of this type and range
     (int, "positive"): positive_int,
     (int, "nonnegative"): nonnegative_int,
     (float, "positive"): positive_float,
@@ -41,10 +42,10 @@ Settings = TypeVar("Settings")
 
 
 def setting(default: Any, help: str, range: str = "", **metadata: Any) -> Any:
-    """A field of this default and help; the range is that of its numbers, one of RANGES.
+    """A dataclass field with a default, a help text, and the range of its numbers (see RANGES).
 
-    metadata: choices, metavar, nargs, type, as argparse has them, in the place of what follows from
-        the field; flag, its name where it is not the field's.
+    metadata: choices, metavar, nargs and type, as in argparse, override what the field's type
+        implies; flag is the flag's name if it differs from the field's.
     """
     return field(default=default, metadata={"help": help, "range": range, **metadata})
 
@@ -57,10 +58,10 @@ def add_settings(
     each_layer: bool = False,
     **defaults: Any,
 ) -> None:
-    """A flag for each of these fields, by default for all that have a help.
+    """Add a flag for each of these fields; by default for all that have a help text.
 
-    each_layer: the flags take several values, one for each layer.
-    defaults: those of this command that differ from the fields'.
+    each_layer: let the flags take several values, one for each layer.
+    defaults: this command's defaults if they differ from the fields', by the fields' names.
     """
     known = {entry.name: entry for entry in fields(settings)}
     for name in names or (name for name, entry in known.items() if "help" in entry.metadata):
@@ -73,14 +74,14 @@ def add_settings(
 
 
 def flags_of(settings: type) -> list[str]:
-    """The names of the flags that all fields with a help have, without dashes."""
+    """The names, without dashes, of the flags of all fields that have a help text."""
     return [flag_of(entry) for entry in fields(settings) if "help" in entry.metadata]
 
 
 def settings_of(args: argparse.Namespace, settings: type[Settings], **others: Any) -> Settings:
-    """The settings that the flags ask for; fields without a flag keep their defaults.
+    """The settings given by the flags; fields without a flag keep their defaults.
 
-    others: values of fields whose flags mean something else, or that are no flags.
+    others: values of fields that have no flag, or whose flag means something else.
     """
     values = {}
     for entry in fields(settings):
@@ -96,21 +97,21 @@ def flag_of(entry: Field) -> str:
 
 
 def type_of(entry: Field) -> type:
-    """The type of a field without what stands beside it in a union, such as None."""
+    """The type of a field; of a union, such as int | None, the first type that isn't None."""
     if get_origin(entry.type) is not UnionType:
         return entry.type
     return next(kind for kind in get_args(entry.type) if kind is not NoneType)
 
 
 def converter_of(entry: Field) -> type | None:
-    """What makes a value of a field, or an element of it, from text; None where it is text."""
+    """The function that reads a value of a field, or an element of it; None if it is a text."""
     kind = type_of(entry)
     kind = get_args(kind)[0] if get_origin(kind) is tuple else kind
     return None if kind is str else RANGES[kind, entry.metadata["range"]]
 
 
 def _form(entry: Field) -> dict[str, Any]:
-    """How argparse reads the flag of a field."""
+    """The keyword arguments of add_argument for a field."""
     kind, form = type_of(entry), {}
     if kind is bool:
         return {"action": "store_true"}
@@ -118,5 +119,5 @@ def _form(entry: Field) -> dict[str, Any]:
         elements = get_args(kind)
         form["nargs"] = "+" if elements[-1] is Ellipsis else len(elements)
     form["type"] = converter_of(entry)
-    said = ("choices", "metavar", "nargs", "type")
-    return form | {name: entry.metadata[name] for name in said if name in entry.metadata}
+    overrides = ("choices", "metavar", "nargs", "type")
+    return form | {name: entry.metadata[name] for name in overrides if name in entry.metadata}

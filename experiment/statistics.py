@@ -1,4 +1,4 @@
-"""What several trainings of one kind come to: mean and deviation, as results and as text."""
+"""Mean and standard deviation of several trainings, as results and as text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,10 +7,10 @@ import numpy as np
 
 
 def mean_and_deviation(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    """Of the values by this name, for results.json.
+    """The entries <name>_mean and <name>_standard_deviation of results.json for these values.
 
-    The deviation is the sample's (n - 1): None where there are less than two values, as the mean
-    is where there is none.
+    The deviation is the sample's (divided by n - 1), None for fewer than two values. The mean of no
+    values is None.
     """
     return {
         f"{name}_mean": float(np.mean(values)) if values else None,
@@ -19,6 +19,6 @@ def mean_and_deviation(name: str, values: Sequence[float]) -> dict[str, float | 
 
 
 def accuracy_text(results: Mapping[str, Any]) -> str:
-    """For the screen, what `mean_and_deviation` says of test accuracies."""
+    """The mean and deviation of "test_accuracy" in `results`, as a text for the screen."""
     mean, deviation = (results[f"test_accuracy_{n}"] for n in ("mean", "standard_deviation"))
     return f"test accuracy {mean:.2%}" + ("" if deviation is None else f" +- {deviation:.2%}")

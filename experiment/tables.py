@@ -1,10 +1,10 @@
-"""Tables of text: a list of rows of cells, the first row its heading."""
+"""Tables of text, given as a list of rows of cells; the first row is the heading."""
 
 from collections.abc import Sequence
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table for the screen, the first column to the left, the others to the right."""
+    """The lines of a table for the screen: first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
@@ -12,7 +12,7 @@ def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def markdown(cells: Sequence[Sequence[str]], others: str = "---:") -> str:
-    """A table in Markdown; `others` says how the columns after the first are aligned."""
+    """A table in Markdown; `others` is the rule that aligns the columns after the first."""
     heading, *body = cells
     rule = ["---", *[others] * (len(heading) - 1)]
     return "".join(f"| {' | '.join(row)} |\n" for row in (heading, rule, *body))

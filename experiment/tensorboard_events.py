@@ -1,10 +1,10 @@
-"""The numbers of a run as a file that TensorBoard reads, written at once and by this thread.
+"""Writes the numbers of a run for TensorBoard, immediately and in the calling thread.
 
     events = EventFile(directory, first_step=0)
     events.add(0, {"meta_loss": 0.7})
 
-torch's SummaryWriter leaves the writing to a thread of its own, in which a full disk is a traceback
-that nobody can catch; here it is the caller's OSError.
+torch's SummaryWriter writes in a thread of its own, where a full disk raises an error that nobody
+can catch; here the caller gets the OSError.
 """
 
 import re
@@ -21,9 +21,12 @@ NAME = "events.out.tfevents."
 
 
 class EventFile:
-    """A new event file in a directory, after all those that are there. Raises OSError.
+    """A new event file in a directory, which TensorBoard reads after the existing ones.
 
-    first_step: rows of this and later steps in earlier files count no more; None: all do.
+    Raises OSError if it can't be written.
+
+    first_step: TensorBoard discards the rows of this and later steps in earlier files; None: it
+        keeps all.
     """
 
     def __init__(self, directory: Path, first_step: int | None) -> None:
@@ -36,12 +39,12 @@ class EventFile:
             self._write(Event(step=first_step, session_log=again))
 
     def add(self, step: int, row: Mapping[str, float]) -> None:
-        """One row of numbers."""
+        """Write one row of numbers."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row.items()]
         self._write(Event(step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Nothing may be added after it."""
+        """Close the file; nothing may be added afterwards."""
         self._file.close()
 
     def _write(self, event: Event) -> None:
@@ -51,6 +54,9 @@ class EventFile:
 
 
 def _next_number(directory: Path) -> int:
-    """The time in seconds, or more: TensorBoard reads files in the order of these numbers."""
+    """The time in seconds, or one more than the last number if that is larger.
+
+    TensorBoard reads the files in the order of these numbers.
+    """
     matches = (re.match(r"\d+", path.name[len(NAME) :]) for path in directory.glob(f"{NAME}*"))
     return max([int(time.time()), *(int(match.group()) + 1 for match in matches if match)])

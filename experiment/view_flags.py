@@ -11,11 +11,11 @@ from experiment.command_line import UserError
 from experiment.settings import add_settings, settings_of
 from experiment.view_strengths import FIELDS, GEOMETRIC, KINDS, LEARNABLE, ViewStrengths
 
-WITHOUT_VIEWS = ("kind", "center")  # fields whose flags are of another form, or need no views
+WITHOUT_VIEWS = ("kind", "center")  # fields that have no flag of their own, or need no views
 
 
 def add_views(parser: argparse.ArgumentParser) -> None:
-    """A group of a flag for each strength, with its default; --views alone asks for pairs."""
+    """Add the flags for views; views are made only if --views or --pair_inputs is given."""
     group = parser.add_argument_group("views")
     add = group.add_argument
     add("--views", choices=KINDS, help=f"learn from pairs: {FIELDS['kind'].metadata['help']}")
@@ -26,9 +26,9 @@ def add_views(parser: argparse.ArgumentParser) -> None:
 
 
 def views_of_flags(args: argparse.Namespace) -> ViewStrengths | None:
-    """The strengths that the flags ask for; None where the inputs are single.
+    """The strengths that the flags ask for; None if the inputs are single images.
 
-    Raises ViewError for values that there are not, and UserError where the flags contradict.
+    Raises ViewError for strengths out of range, and UserError if the flags contradict each other.
     """
     if args.pair_inputs and args.views not in (None, GEOMETRIC):
         raise UserError(f"--pair_inputs is --views geometric: leave it out with {args.views}")
@@ -41,7 +41,7 @@ def views_of_flags(args: argparse.Namespace) -> ViewStrengths | None:
 
 
 def view_needs(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
-    """For `refuse_idle_flags`: which of these flags matter, and what else they need."""
+    """The argument `needs` of `refuse_idle_flags` for the flags of views."""
     strengths = views_of_flags(args)
     needs = [("learn_views", strengths is not None, "--views")]
     for name, entry in FIELDS.items():

@@ -1,4 +1,4 @@
-"""How the two views of each image are made, as plain values; data_sets/views.py makes them.
+"""How the two views of each image are made, as plain numbers; data_sets/views.py makes the views.
 
     strengths = ViewStrengths(kind="mixed", mask=(0.0, 0.7), center=True)
     ViewStrengths.from_dict(strengths.to_dict()) == strengths
@@ -16,17 +16,17 @@ from experiment.settings import setting
 
 GEOMETRIC, MASKS, MIXED, NONE = KINDS = ("geometric", "masks", "mixed", "none")
 
-# Those that a view depends on smoothly. Not so the share of lost pixels, since each of them is lost
-# or not, and crops, whose sides are whole numbers of pixels.
+# The strengths that a view depends on smoothly. It does not on the share of lost pixels, since each
+# pixel is lost or not, nor on crops, whose sides are whole numbers of pixels.
 LEARNABLE = ("degrees", "brightness", "contrast", "noise")
 
 
 class ViewError(WrongInputError):
-    """Strengths or data that no views can be made of; one line."""
+    """Strengths, or data, that no views can be made with; the message is one line."""
 
 
 def _strength(default: Any, kinds: tuple[str, ...], text: str) -> Any:
-    """A field of this default; `kinds`: the kinds of views that it matters to."""
+    """A field with a default and a help text; `kinds`: the kinds of views it has an effect on."""
     ends = {"metavar": ("LOW", "HIGH")} if isinstance(default, tuple) else {}
     return setting(default, text, "nonnegative", kinds=kinds, **ends)
 
@@ -36,12 +36,13 @@ _WARPED, _MASKED = (GEOMETRIC, MIXED), (MASKS, MIXED)
 
 @dataclass(frozen=True)
 class ViewStrengths:
-    """Each step of making a view, by its strength; a step of strength 0 is left out.
+    """The strength of each step in making a view; a step of strength 0 is left out.
 
-    kind: geometric (warped, brightness and contrast changed), masks (pixels lost), mixed (either,
-        drawn for each batch) or none; noise is added to views of any kind.
-    Crops of share (1, 1) and ratio (1, 1) are none, and need no padding.
-    Raises ViewError for values that there are not.
+    Images are not cropped if crop and crop_ratio are both (1, 1). Raises ViewError for strengths
+    out of range.
+
+    kind: geometric (warped, brightness and contrast changed), masks (pixels replaced by means),
+        mixed (one of the two, drawn for each batch) or none; noise is added to views of any kind.
     """
 
     kind: str = _strength(GEOMETRIC, KINDS, "how the two views of an image are made")
@@ -81,7 +82,7 @@ class ViewStrengths:
         pair = isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_number, value))
         if not pair or not right(*value):
             raise ViewError(f"{name} must be LOW HIGH with {expected}, not {value!r}")
-        object.__setattr__(self, name, tuple(value))  # a list, as JSON and flags have it, too
+        object.__setattr__(self, name, tuple(value))  # JSON and flags give a list
 
     @property
     def crops(self) -> bool:
@@ -90,17 +91,17 @@ class ViewStrengths:
 
     @property
     def warps(self) -> bool:
-        """Whether anything moves in geometric views."""
+        """Whether geometric views are cropped, rotated or shifted."""
         return self.crops or self.degrees > 0 or self.shift > 0
 
     @property
     def jitters(self) -> bool:
-        """Whether brightness or contrast change in geometric views."""
+        """Whether geometric views change in brightness or contrast."""
         return self.brightness > 0 or self.contrast > 0
 
     @property
     def masks(self) -> bool:
-        """Whether some views lose pixels."""
+        """Whether some views have lost pixels."""
         return self.matters("mask") and self.mask[1] > 0
 
     def matters(self, name: str) -> bool:
@@ -108,7 +109,7 @@ class ViewStrengths:
         return self.kind in FIELDS[name].metadata["kinds"]
 
     def check_learnable(self, names: tuple[str, ...]) -> None:
-        """ViewError unless all of these can be learned, as multiples of what they are."""
+        """Raise ViewError unless all of these can be learned, as factors of the given strengths."""
         for name in names:
             if name not in LEARNABLE:
                 raise ViewError(f"{name!r} cannot be learned; choose from {', '.join(LEARNABLE)}")
@@ -117,12 +118,12 @@ class ViewStrengths:
                 raise ViewError(f"to learn {name} needs views {kinds}, and a start above 0")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The strengths as plain values, for JSON."""
         return {n: list(v) if isinstance(v, tuple) else v for n, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, description: Mapping[str, Any]) -> "ViewStrengths":
-        """What to_dict described; ViewError for anything else."""
+        """The strengths that `to_dict` described; raises ViewError for anything else."""
         if unknown := set(description) - set(FIELDS):
             raise ViewError(f"views have no {sorted(unknown)[0]}: they have {', '.join(FIELDS)}")
         return cls(**description)

@@ -1,10 +1,10 @@
-"""Settings of a command that come from YAML files, merged left to right, and from flags, which win.
+"""Settings from YAML files, merged left to right, and from flags, which take precedence.
 
     add_keys(parser, KEYS)              # a flag for every key, and -c FILE...
     args = parse_settings(parser, KEYS, argv)   # every key has its value: flag, file or default
 
-Nested tables merge key by key; every other value replaces the one before it. A run's config.json is
-such a file too: it starts the same run again.
+Nested tables merge key by key; every other value replaces the one before it. The config.json of a
+run can be given as a file too, and starts the same run again.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from experiment.errors import WrongInputError
 from experiment.files import plain
 from experiment.settings import converter_of
 
-# what reading YAML or JSON raises, also for a date that does not exist and for tables too deep
+# The errors of reading YAML or JSON, also for dates that don't exist and for too deep nesting
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 
 
@@ -36,12 +36,13 @@ class Key:
     """One setting.
 
     Attributes:
-        name: of the key and of its flag.
-        kind: text to value, raising argparse.ArgumentTypeError; it also checks the files' values.
-        default: the value where neither flag nor file has one.
-        help: a line.
-        many: whether it is a list.
-        choices: the values that are allowed; None: those that `kind` takes.
+        name: the name of the key and of its flag.
+        kind: turns text into a value or raises argparse.ArgumentTypeError; values of files are
+            checked by it too.
+        default: the value if neither a flag nor a file gives one.
+        help: the help text of the flag.
+        many: whether the value is a list.
+        choices: the allowed values; None: all that `kind` accepts.
     """
 
     name: str
@@ -55,9 +56,10 @@ class Key:
 def keys_of(
     settings: type, names: Mapping[str, str], defaults: Mapping[str, Any]
 ) -> tuple[Key, ...]:
-    """Keys of these names for fields of these names, as experiment/settings.py makes flags of them.
+    """Keys for the fields of a settings dataclass, as experiment/settings.py makes flags for them.
 
-    defaults: those of a command that differ from the fields', by the keys' names.
+    names: the fields' names by the keys' names.
+    defaults: the command's defaults if they differ from the fields', by the keys' names.
     """
     known = {entry.name: entry for entry in fields(settings)}
     keys = []
@@ -72,14 +74,14 @@ def keys_of(
 
 
 def _reader(entry: Field) -> Callable[[str], Any]:
-    """What makes a value of a field from the text of a flag or a file."""
+    """The function that reads a value of a field from the text of a flag or a file."""
     if get_origin(entry.type) is dict:
         return mapping
     return truth if entry.type is bool else converter_of(entry) or str
 
 
 def add_keys(parser: argparse.ArgumentParser, keys: Sequence[Key]) -> None:
-    """A flag for every key, and -c for files of them."""
+    """Add a flag for every key, and -c for files of keys."""
     group = parser.add_argument_group("settings, as flags or as keys of the files after -c")
     files = {"nargs": "+", "default": [], "type": Path, "metavar": "FILE"}
     group.add_argument("-c", "--config", help="YAML files, merged left to right", **files)
@@ -104,11 +106,11 @@ def parse_settings(
 ) -> argparse.Namespace:
     """Parse `argv`; a key has the value of its flag, else of the files after -c, else its default.
 
-    run_flags: other flags of `parser` that the files may hold too.
-    of_one_run: what config.json holds beside; it is left out.
+    With --resume the files are not read again, since the run has its values already. Raises
+    SettingsError for a file that can't be read, a key that doesn't exist, or a wrong value.
 
-    Raises SettingsError for a file that can't be read, a key that doesn't exist, a wrong value.
-    A run that is resumed has its values already: the files are not read again.
+    run_flags: other flags of `parser` that may be set by the files too.
+    of_one_run: names in a config.json that are neither keys nor such flags, to be ignored.
     """
     args = parse(parser, argv)
     merged: dict[str, Any] = {}
@@ -117,7 +119,7 @@ def parse_settings(
         for path in args.config:
             merged = merge(merged, read_settings(path, [*keys, *flags], of_one_run))
         run_settings = {flag.name: merged[flag.name] for flag in flags if flag.name in merged}
-        parser.set_defaults(**run_settings)  # so that those on the command line win
+        parser.set_defaults(**run_settings)  # so that flags on the command line take precedence
         args = parse(parser, argv)
     for key in keys:
         value = getattr(args, key.name)
@@ -131,9 +133,10 @@ def parse_settings(
 def refuse_idle_settings(
     args: argparse.Namespace, keys: Sequence[Key], needs: Sequence[tuple[str, bool, str]]
 ) -> None:
-    """SettingsError where a setting has another value than its default, and would do nothing.
+    """Raise SettingsError if a setting that has no effect in this run differs from its default.
 
-    needs: names of settings, whether they matter in this run, and what else they need.
+    needs: for each group of settings: their names, separated by blanks; whether they have an effect
+        in this run; what they need to have one, for the message.
     """
     defaults = {key.name: key.default for key in keys}
     for names, matter, needed in needs:
@@ -143,7 +146,7 @@ def refuse_idle_settings(
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`old` with the values of `new`; tables within both merge in the same way."""
+    """`old` updated with the values of `new`; tables that are in both merge in the same way."""
     merged = dict(old)
     for name, value in new.items():
         nested = isinstance(value, dict) and isinstance(merged.get(name), dict)
@@ -154,14 +157,17 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 def read_settings(
     path: Path, keys: Sequence[Key], of_one_run: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The checked settings in one file; of a run's config.json without those `of_one_run`."""
+    """The settings in one file, checked; names in `of_one_run` are left out of a JSON file.
+
+    Raises SettingsError for a file that can't be read, a key that doesn't exist, or a wrong value.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SettingsError(f"can't read {path}: {reason}") from error
     try:
-        # not all that JSON writes is a number in YAML: 1e-05 is not
+        # JSON is not read as YAML, in which some of its numbers are texts
         settings = json.loads(text) if path.suffix == ".json" else read_yaml(text)
     except UNREADABLE as error:
         kind = "JSON" if path.suffix == ".json" else "YAML"
@@ -177,15 +183,18 @@ def read_settings(
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, with the numbers of YAML 1.2: 1e-1 is one, 010 is ten, 1:30 and 1_000 are texts."""
+    """PyYAML's loader with the numbers of YAML 1.2.
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it: by the first character
+    1e-1 is a number and 010 is ten; 1:30 and 1_000 are texts.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's form: resolvers by the first character
         first: [entry for entry in entries if entry[0].rpartition(":")[2] not in ("int", "float")]
         for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Decimal, also with zeros in front; 0o17 is octal, 0xf hexadecimal."""
+        """A whole number: decimal, also with leading zeros; 0o17 is octal, 0xf hexadecimal."""
         text = self.construct_scalar(node)
         return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
@@ -207,12 +216,12 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(text: str) -> Any:
-    """The value that a text says in YAML; raises one of UNREADABLE."""
-    return yaml.load(text, _Loader)  # of PyYAML, a safe one
+    """The value of a YAML text; raises one of UNREADABLE if it isn't YAML."""
+    return yaml.load(text, _Loader)  # derived from SafeLoader
 
 
 def mapping(text: str) -> dict[str, Any]:
-    """The type of a flag that is a table, written as in YAML: '{lr: [-10, 0]}'."""
+    """The type of a flag whose value is a table in YAML, such as '{lr: [-10, 0]}'."""
     try:
         value = read_yaml(text)
     except UNREADABLE:
@@ -223,7 +232,7 @@ def mapping(text: str) -> dict[str, Any]:
 
 
 def truth(text: str) -> bool:
-    """The type of a flag that is true or false."""
+    """The type of a flag whose value is true or false."""
     values = {"true": True, "false": False}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")

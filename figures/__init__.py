@@ -1,1 +1,1 @@
-"""All figures, and the reports that hold them."""
+"""All figures, and the reports that contain them."""

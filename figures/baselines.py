@@ -1,8 +1,8 @@
 """Figures of the baselines, drawn from the directories of their runs alone.
 
-    plot_pca_run("runs/baseline_pca-...")        # writes into figures/ there; the paths
+    plot_pca_run("runs/baseline_pca-...")        # writes into its figures/, returns the paths
 
-Each `draw_..._run` draws what its command draws at its end.
+Each `plot_..._run` draws what its command draws at its end.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from figures.style import COLOURS, add_legend, label_axes, one_panel, percent_ax
 
 
 def plot_pca_run(directory: str | Path) -> list[Path]:
-    """The accuracy over the number of components."""
+    """Draw the accuracy over the number of components."""
     metrics, path = read_metrics(directory), Path(directory) / "figures" / "accuracy.png"
     accuracies = {label: metrics[name] for name, label in ACCURACIES.items()}
     plot_accuracy_over_size(metrics["step"], accuracies, path, "principal components")
@@ -26,7 +26,7 @@ def plot_pca_run(directory: str | Path) -> list[Path]:
 
 
 def plot_mlp_run(directory: str | Path) -> list[Path]:
-    """The figures of every meta-learning run, and the four numbers of the distribution."""
+    """Draw the figures of any meta-learning run, and the numbers of the initial distribution."""
     drawn, metrics, prefix = plot_run(directory), read_metrics(directory), "initial/"
     numbers = {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)}
     if numbers:
@@ -37,7 +37,7 @@ def plot_mlp_run(directory: str | Path) -> list[Path]:
 
 
 def plot_vicreg_run(directory: str | Path) -> list[Path]:
-    """Accuracies and losses over epochs, and what the units of the first layer weigh."""
+    """Draw accuracies and losses over epochs, and the weights of the first layer."""
     config, metrics = read_config(directory), read_metrics(directory)
     drawn = plot_run(directory, "epoch")
     if metrics:
@@ -50,13 +50,13 @@ def plot_vicreg_run(directory: str | Path) -> list[Path]:
 def plot_accuracy_over_size(
     sizes: np.ndarray, accuracies: Mapping[str, np.ndarray], path: str | Path, x_label: str
 ) -> None:
-    """Accuracies of the probe (name to fractions [sizes]) over a size, on a logarithmic scale."""
+    """Draw accuracies of the probe (fractions [sizes] by name) over a size on a log scale."""
     figure, axes = one_panel()
     for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
         axes.plot(sizes, values, color=colour, marker="o", ms=3, lw=1.3, label=name)
     percent_axis(axes)
     label_axes(axes, "Accuracy of the linear probe", x_label, "images classified correctly")
-    axes.set_xscale("log", base=2)  # after label_axes, whose ticks are those of steps
+    axes.set_xscale("log", base=2)  # after label_axes, whose ticks are for linear scales
     axes.xaxis.set_major_formatter(ScalarFormatter())
     add_legend(axes)
     save_figure(figure, path)
@@ -65,7 +65,10 @@ def plot_accuracy_over_size(
 def plot_initial_numbers(
     step: np.ndarray, numbers: Mapping[str, np.ndarray], path: str | Path
 ) -> None:
-    """Means and spreads of the initial parameters ("mean_w" to values [steps]) over meta-steps."""
+    """Draw means and spreads of the initial parameters over meta-steps.
+
+    numbers: values [steps] by names such as "mean_w".
+    """
     figure, axes = one_panel()
     for colour, (name, values) in zip(COLOURS, numbers.items(), strict=False):
         axes.plot(step, values, color=colour, lw=1.3, label=name.replace("_", " of "))
@@ -77,7 +80,7 @@ def plot_initial_numbers(
 def plot_loss(
     metrics: Mapping[str, np.ndarray], weights: Mapping[str, float], path: str | Path
 ) -> None:
-    """The loss over epochs, and its weighted terms, which sum up to it."""
+    """Draw the loss over epochs, and its weighted terms, which add up to it."""
     figure, axes = one_panel()
     curves = {"loss": metrics["loss"]} | {name: weights[name] * metrics[name] for name in TERMS}
     for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):

@@ -1,8 +1,8 @@
 """Figures of competing units, drawn from the directories of their runs alone.
 
-    plot_competition_run("runs/train_krotov_hopfield-...")     # writes into figures/ there
+    plot_competition_run("runs/train_krotov_hopfield-...")     # writes into its figures/
 
-Each `draw_..._run` draws what its command draws at its end, and returns the paths.
+Each `plot_..._run` draws what its command draws at its end, and returns the paths.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ WAYS = {
 
 
 def plot_competition_run(directory: str | Path) -> list[Path]:
-    """Filters, convergence, the classifiers' course, and accuracy over depth."""
+    """Draw filters, convergence, the classifiers' accuracy over epochs, and accuracy over depth."""
     directory = Path(directory)
     parameters, metrics = read_arrays(directory / "parameters.npz"), read_metrics(directory)
     rows, place = read_results(directory)["classifiers"], directory / "figures"
@@ -54,18 +54,18 @@ def plot_competition_run(directory: str | Path) -> list[Path]:
 
 
 def plot_searches_run(directory: str | Path) -> list[Path]:
-    """What each search of examples/tune_competition.py began and ended with."""
+    """Draw the start and the end of each search of examples/tune_competition.py."""
     path = Path(directory) / "figures" / "searches.png"
     plot_searches(read_results(directory)["searches"], path)
     return [path]
 
 
 def plot_convergence(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """How far each layer's units are from rest, over the epochs of its training."""
+    """Draw each layer's largest distance of p-norms from 1 over the epochs of its training."""
     figure, axes = one_panel()
     axes.set_yscale("log")
     layers = [name for name in metrics if name.startswith("convergence/")]
-    names = [name for name in layers if np.isfinite(metrics[name]).any()]  # those that learned
+    names = [name for name in layers if np.isfinite(metrics[name]).any()]  # layers that learned
     for colour, name in zip(colours(len(names)), names, strict=True):
         finite = np.isfinite(metrics[name])
         axes.plot(metrics["epoch"][finite], metrics[name][finite], lw=1.3,
@@ -78,7 +78,7 @@ def plot_convergence(metrics: Mapping[str, np.ndarray], path: str | Path) -> Non
 
 
 def plot_classifiers(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """The validation accuracy of each classifier over its epochs."""
+    """Draw the validation accuracy of each classifier over its epochs."""
     figure, axes = one_panel()
     of_classifier = metrics["classifier"] == 1
     layers = np.unique(metrics["layer"][of_classifier])
@@ -94,7 +94,7 @@ def plot_classifiers(metrics: Mapping[str, np.ndarray], path: str | Path) -> Non
 
 
 def plot_accuracy_over_depth(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Test and validation accuracy over the number of layers before the classifier."""
+    """Draw test and validation accuracy over the number of layers before the classifier."""
     figure, axes = one_panel()
     depth = [row["layers"] for row in rows]
     for colour, name in zip(COLOURS, ("test", "validation"), strict=False):
@@ -107,9 +107,9 @@ def plot_accuracy_over_depth(rows: Sequence[Mapping[str, Any]], path: str | Path
 
 
 def plot_searches(rows: Sequence[Mapping[str, float]], path: str | Path) -> None:
-    """Loss and test accuracy of each search by its number, from 1; lines are means of a way.
+    """Draw loss and test accuracy of each search, numbered from 1, and the mean of each method.
 
-    A search whose end diverges has no point and is left out of the means.
+    A search that ends with a diverged training has no point and is left out of the mean.
     """
     figure = new_figure(9.6, 3.8)
     left, right = figure.subplots(1, 2)

@@ -1,8 +1,8 @@
 """The figure of evaluate.py, drawn from the directory of its run alone.
 
-    plot_evaluation_run("runs/evaluate-...")        # writes into figures/ there; the paths
+    plot_evaluation_run("runs/evaluate-...")        # writes into its figures/, returns the paths
 
-Panels in a column, of one data set, share their scale.
+A column of panels belongs to one data set and shares its vertical scale.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ Row = Mapping[str, Any]
 
 
 def plot_evaluation_run(directory: str | Path) -> list[Path]:
-    """The accuracies in results.json over inner steps; nothing where no training was made."""
+    """Draw the accuracies in results.json over inner steps, if there are any."""
     summary = read_results(directory)["summary"]
     if not summary:
         return []
@@ -37,9 +37,9 @@ def plot_evaluation_run(directory: str | Path) -> list[Path]:
 
 
 def plot_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
-    """Test accuracy over inner steps, a panel for each data set and layer sizes.
+    """Draw test accuracy over inner steps, in a panel for each data set and layer sizes.
 
-    Bars are standard deviations; what has no steps is a dashed line.
+    Error bars are standard deviations; methods without steps are dashed lines.
     """
     datasets = list(dict.fromkeys(row["dataset"] for row in summary))
     sizes = list(dict.fromkeys(row["layers"] for row in summary))
@@ -69,7 +69,7 @@ def plot_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
 
 
 def _step_axis(axes: Axes, steps: Sequence[int]) -> None:
-    """Ticks at these numbers of steps, logarithmic where they span a factor of ten."""
+    """Put ticks at these numbers of steps, on a log scale if they span a factor of ten."""
     if steps and steps[-1] >= 10 * steps[0]:
         axes.set_xscale("log")
     axes.set_xticks(steps, [f"{n:,}" for n in steps])

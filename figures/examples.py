@@ -1,8 +1,8 @@
 """Figures of the programs under examples/, drawn from the directories of their runs alone.
 
-    plot_imaml_run("runs/imaml-...")        # writes into figures/ there; the paths
+    plot_imaml_run("runs/imaml-...")        # writes into its figures/, returns the paths
 
-Each `draw_..._run` draws what its program draws at its end.
+Each `plot_..._run` draws what its program draws at its end.
 """
 
 import math
@@ -23,7 +23,7 @@ from figures.style import (
 )
 
 NETWORKS = {"equilibrium": "equilibrium network", "ordinary": "ordinary network"}
-# Methods of kernels/logistic_regression.py whose errors share a panel, and theory's rate of some
+# By panel: its hypergradient methods, and which method each theoretical rate belongs to
 PANELS = {
     "Along the trajectory": (
         ("reverse", "checkpointed_reverse", "forward_mode", "truncated_reverse",
@@ -38,7 +38,7 @@ PANELS = {
 
 
 def plot_imaml_run(directory: str | Path) -> list[Path]:
-    """The meta-loss over meta-steps, and the scores of test tasks over steps."""
+    """Draw the meta-loss over meta-steps, and the scores of test tasks over steps."""
     scores = read_arrays(Path(directory) / "scores.npz")
     path = Path(directory) / "figures" / "meta_learning.png"
     plot_meta_learning(read_metrics(directory), scores, read_results(directory)["score"], path)
@@ -46,14 +46,14 @@ def plot_imaml_run(directory: str | Path) -> list[Path]:
 
 
 def plot_equilibrium_run(directory: str | Path) -> list[Path]:
-    """Losses and accuracies of both networks over epochs."""
+    """Draw losses and accuracies of both networks over epochs."""
     path = Path(directory) / "figures" / "training.png"
     plot_both_networks(read_metrics(directory), path)
     return [path]
 
 
 def plot_logistic_run(directory: str | Path) -> list[Path]:
-    """The error of each method, and the validation loss over outer steps beside published ones."""
+    """Draw the methods' errors, and the validation loss over outer steps with published values."""
     directory = Path(directory)
     table, rates = read_arrays(directory / "errors.npz"), read_json(directory / "rates.json")
     ks, place = table.pop("k"), directory / "figures"
@@ -69,8 +69,10 @@ def plot_meta_learning(
     score: str,
     path: str | Path,
 ) -> None:
-    """The meta-loss over meta-steps; scores [tasks, steps + 1] over steps, mean and two standard
-    errors.
+    """Draw the meta-loss over meta-steps, and scores over steps with two standard errors.
+
+    scores: [tasks, steps + 1] by the name of the initial weights.
+    score: what they measure, for the axis.
     """
     figure = new_figure(9.6, 3.8)
     left, right = figure.subplots(1, 2)
@@ -87,7 +89,7 @@ def plot_meta_learning(
 
 
 def plot_both_networks(metrics: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """Losses and accuracies of both networks over epochs; training dashed."""
+    """Draw losses and accuracies of both networks over epochs, those on training images dashed."""
     figure = new_figure(9.6, 3.8)
     panels = {"loss": "cross-entropy", "accuracy": "images classified correctly"}
     for axes, (what, y_label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
@@ -107,12 +109,15 @@ def plot_errors(
     rates: Mapping[str, float],
     path: str | Path,
 ) -> None:
-    """Errors over k on a logarithmic scale, and theory's slopes, each through a curve's start."""
+    """Draw errors over k on a log scale, and theoretical rates as lines from a curve's start.
+
+    rates: the theoretical factor of the error from k to k + 1, by the names in PANELS.
+    """
     figure = new_figure(9.6, 4.2)
     for axes, (title, (names, slopes)) in zip(
         figure.subplots(1, 2, sharey=True), PANELS.items(), strict=True
     ):
-        for number, name in enumerate(names):  # hollow markers: several curves are the same
+        for number, name in enumerate(names):  # hollow markers, because several curves coincide
             axes.plot(ks, curves[name], color=COLOURS[number], lw=1, marker="o",
                       ms=9 - 1.4 * number, mfc="none", label=name)  # fmt: skip
         for rate, name in slopes.items():
@@ -129,7 +134,7 @@ def plot_errors(
 def plot_losses(
     metrics: Mapping[str, np.ndarray], published: Mapping[int, float], path: str | Path
 ) -> None:
-    """The validation loss over outer steps, and published values where there are."""
+    """Draw the validation loss over outer steps, and published values if there are any."""
     figure, axes = one_panel()
     axes.plot(metrics["step"], metrics["validation_loss"], color=COLOURS[0], lw=1.3, label="here")
     if published:

@@ -1,10 +1,10 @@
-"""Every figure of a meta-learning run, drawn from its directory alone.
+"""The figures of a meta-learning run, drawn from its directory alone.
 
-    plot_run("runs/main-20260101-120000")      # writes what it can into figures/ there
+    plot_run("runs/main-20260101-120000")      # writes into its figures/, returns the paths
 
-Each `plot_...` function takes arrays and the path of the PNG to write. Values that are not finite
-(failed steps) are left out of the curves and marked on the step axis. Nothing here keeps state:
-figures are matplotlib Figure objects, pyplot is not used.
+Each other `plot_...` function takes arrays and the path of the PNG to write. Values that are not
+finite (failed steps) are left out of the curves and marked on the step axis. Nothing here keeps
+state: figures are matplotlib Figure objects, pyplot is not used.
 """
 
 import itertools
@@ -39,14 +39,14 @@ from figures.style import (
     whole_ticks,
 )
 
-LABELLED = 8  # coefficients named in the legend
-LARGEST_GRID = 64  # units shown as images
-SHOWN_TERMS, SHOWN_FROM = 24, 0.05  # of a parameter, relative to a rule's largest term
-NUMBERED = 12  # rules; above, similarities are colours only
+LABELLED = 8  # the most coefficients of a panel named in the legend
+LARGEST_GRID = 64  # the most units shown as images
+SHOWN_TERMS, SHOWN_FROM = 24, 0.05  # the most terms that get a row; their least relative size
+NUMBERED = 12  # the most rules whose similarities are written out, beside their colours
 ACCURACIES = {"train_accuracy": "training images", "test_accuracy": "test images"}
 HELD_OUT = {"held_out_accuracy": "held-out training images"}
 GROUPS = {"w": "forward weights w", "b": "biases b", "m": "lateral weights m"}
-FACTOR = re.compile(r"([a-z])(\d*)_?([ij]?)\^?(\d*)")  # of a monomial: x, y^2, y1_j^2
+FACTOR = re.compile(r"([a-z])(\d*)_?([ij]?)\^?(\d*)")  # a factor of a monomial: x, y^2, y1_j^2
 
 Rules = Mapping[str, Mapping[str, float]]
 Curves = Mapping[str, np.ndarray]
@@ -54,9 +54,9 @@ Parameters = Mapping[str, np.ndarray]
 
 
 def plot_run(directory: str | Path, x_label: str = "meta-step") -> list[Path]:
-    """Draw what metrics.csv, parameters.npz and results.json in `directory` allow; the paths.
+    """Draw what metrics.csv, parameters.npz and results.json allow, and return the paths.
 
-    x_label: what a row of metrics.csv is of.
+    x_label: what a row of metrics.csv stands for, such as a meta-step or an epoch.
     """
     directory = Path(directory)
     metrics = read_metrics(directory)
@@ -72,7 +72,7 @@ def plot_run(directory: str | Path, x_label: str = "meta-step") -> list[Path]:
 
 
 def plot_oja_run(directory: str | Path) -> list[Path]:
-    """Draw what `plot_run` does and, where they were compared, the weights in directions.npz."""
+    """Draw what `plot_run` draws, and the weights in directions.npz if there are any."""
     drawn, compared = plot_run(directory), read_arrays(Path(directory) / "directions.npz")
     if compared:
         path = Path(directory) / "figures" / "directions.png"
@@ -89,7 +89,7 @@ def plot_meta_loss(
     x_label: str = "meta-step",
     y_label: str = "outer loss after the inner steps",
 ) -> None:
-    """The meta-loss over meta-steps, faint, and its running median."""
+    """Draw the meta-loss over meta-steps, faint, and its running median."""
     figure, axes = one_panel()
     _raw_and_median(axes, step, loss, COLOURS[0])
     _mark_failed(axes, step, loss)
@@ -101,7 +101,7 @@ def plot_meta_loss(
 def plot_accuracy(
     step: np.ndarray, accuracies: Curves, path: str | Path, x_label: str = "meta-step"
 ) -> None:
-    """Accuracies of the probe (name to fractions [steps]) over meta-steps."""
+    """Draw accuracies of the probe (fractions [steps] by name) over meta-steps."""
     figure, axes = one_panel()
     for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
         _raw_and_median(axes, step, values, colour, name)
@@ -114,7 +114,7 @@ def plot_accuracy(
 def plot_hypergradient(
     step: np.ndarray, norm: np.ndarray, path: str | Path, x_label: str = "meta-step"
 ) -> None:
-    """The norm of the hypergradient over meta-steps, on a logarithmic scale."""
+    """Draw the norm of the hypergradient over meta-steps on a logarithmic scale."""
     figure, axes = one_panel()
     axes.set_yscale("log")
     _raw_and_median(axes, step, np.where(norm > 0, norm, np.nan), COLOURS[0])
@@ -131,12 +131,15 @@ def plot_coefficients(
     x_label: str = "meta-step",
     effects: Mapping[str, float] | None = None,
 ) -> None:
-    """The coefficients of the rules over meta-steps.
+    """Draw the coefficients of the rules over meta-steps, in a panel for each layer and group.
 
-    coefficients: "<layer>/<group>/<term>", or "<group>/<term>" of a rule that all layers share, to
-    values [steps]; one panel per layer and group; a term has the same colour in all of them.
-    effects: how large the change by each of these terms is in the end, relative to all: each curve
-    is scaled so that it ends at its effect, in which terms can be compared; None: as they are.
+    A term has the same colour in all panels.
+
+    coefficients: values [steps] by "<layer>/<group>/<term>", or by "<group>/<term>" if all layers
+        share one rule.
+    effects: by the same names, the size of the change that each term makes at the end, relative to
+        the whole change. Each curve is scaled to end at its effect, so that terms can be compared.
+        None: the coefficients are drawn as they are.
     """
     panels = _panels(_scaled_to_effects(coefficients, effects) if effects else coefficients)
     y_label = "coefficient × effect of one" if effects else "coefficient"
@@ -160,10 +163,12 @@ def plot_coefficients(
 def plot_features(
     weights: np.ndarray, input_shape: Sequence[int], path: str | Path, title: str
 ) -> None:
-    """What each unit weighs, as an image; one scale for all, symmetric around 0.
+    """Draw the weights of each unit as an image, all on one scale that is symmetric around 0.
 
-    weights: [units, ...] with C*H*W numbers per unit for input_shape = [C, H, W]; several channels
-    are shown side by side. Each weight is a square of whole pixels.
+    Channels are shown side by side. Each weight is a square of whole pixels.
+
+    weights: [units, ...] with C*H*W numbers for each unit.
+    input_shape: [C, H, W].
     """
     channels, height, width = (int(size) for size in input_shape)
     images = weights.reshape(len(weights), channels, height, width)[:LARGEST_GRID]
@@ -177,9 +182,10 @@ def plot_features(
 
 
 def plot_lateral(lateral: Mapping[str, np.ndarray], path: str | Path) -> None:
-    """The lateral matrices (layer's name to m [out, out]), each on its scale around 0.
+    """Draw the lateral matrices (m [out, out] by the layer's name), each on its scale around 0.
 
-    The scale is that of the entries off the diagonal, which a rule often sets apart.
+    The scale is that of the off-diagonal entries, because those on the diagonal are often of
+    another size.
     """
     figure = new_figure(4.4 * max(len(lateral), 1), 3.8)
     grid = figure.subplots(1, max(len(lateral), 1), squeeze=False)[0]
@@ -201,9 +207,11 @@ def plot_lateral(lateral: Mapping[str, np.ndarray], path: str | Path) -> None:
 def plot_pruning(
     terms: np.ndarray, mean: np.ndarray, deviation: np.ndarray, path: str | Path
 ) -> None:
-    """Accuracy of shortened rules (fractions, mean and standard deviation) over their terms.
+    """Draw the accuracy of shortened rules over their numbers of terms.
 
-    The whole rule is the one with the most terms.
+    The one with the most terms is taken to be the whole rule.
+
+    mean, deviation: fractions [rules] and their standard deviations.
     """
     figure, axes = one_panel()
     colour, whole = COLOURS[0], mean[np.argmax(terms)]
@@ -223,11 +231,13 @@ def plot_pruning(
 
 
 def plot_rules(rules: Rules, path: str | Path, what: str) -> None:
-    """Rules beside each other, per parameter: their terms, and how similar they are.
+    """Draw the terms of several rules and the rules' similarity, in two panels for each parameter.
 
-    rules: a rule's name to its terms' ("w/x y") signed sizes; what: these sizes are. At the left a
-    row per term, each rule relative to its largest term; at the right cosines between rules. Terms
-    that are small in all rules are not shown, but count in the cosines.
+    At the left, a row for each term, relative to the largest term of each rule; at the right, the
+    cosines between rules. Terms that are small in all rules are not shown but count in the cosines.
+
+    rules: by a rule's name, the signed sizes of its terms ("w/x y").
+    what: what these sizes are, for the colour bar.
     """
     given = {name[0] for sizes in rules.values() for name, size in sizes.items() if size}
     groups = [group for group in GROUPS if group in given]
@@ -261,7 +271,7 @@ def plot_rules(rules: Rules, path: str | Path, what: str) -> None:
 def _plot_metrics(
     metrics: Curves, effects: Mapping[str, float], place: Path, x_label: str
 ) -> list[Path]:
-    """Draw the figures whose columns are there."""
+    """Draw the figures for which there are columns."""
     drawn = []
 
     def plot(function, values, name: str) -> None:
@@ -284,7 +294,7 @@ def _plot_metrics(
 
 
 def _plot_parameters(parameters: Parameters, place: Path) -> list[Path]:
-    """Draw the first layer's weights and all lateral matrices, where they are there."""
+    """Draw the first layer's weights and all lateral matrices, if there are any."""
     drawn = []
     weights = [(name[:-2], value) for name, value in parameters.items() if name.endswith(".w")]
     lateral = {name[:-2]: value for name, value in parameters.items() if name.endswith(".m")}
@@ -302,7 +312,7 @@ def _plot_parameters(parameters: Parameters, place: Path) -> list[Path]:
 
 
 def _plot_stages(stages: Sequence[Mapping], place: Path) -> list[Path]:
-    """Draw the accuracy of the rules that prune_rule.py judged, where it was finite."""
+    """Draw the accuracies of the rules that prune_rule.py judged, except those not finite."""
     names = ("terms", "test_accuracy_mean", "test_accuracy_standard_deviation")
     rows = [[stage[name] for name in names] for stage in stages]
     rows = [row for row in rows if row[1] is not None]
@@ -315,7 +325,7 @@ def _plot_stages(stages: Sequence[Mapping], place: Path) -> list[Path]:
 
 
 def _plot_references(results: Mapping, place: Path) -> list[Path]:
-    """Draw the accuracies of other features beside those of the learned rule, where judged."""
+    """Draw the accuracies of other features and of the learned rule, if they were judged."""
     drawn = []
     for dataset, others in results.get("beside", {}).items():
         rows = [r for r in results["evaluations"] if r.get("dataset", dataset) == dataset]
@@ -330,9 +340,9 @@ def _plot_references(results: Mapping, place: Path) -> list[Path]:
 
 
 def plot_beside(accuracies: Mapping[str, Sequence[float]], path: str | Path, dataset: str) -> None:
-    """A line of dots for each kind of features, one for each training, and their mean.
+    """Draw a line of dots for each kind of features, one dot for each training, and their mean.
 
-    accuracies: fractions, some for each name, from the top.
+    accuracies: at least one fraction for each name, in order from top to bottom.
     """
     rows = list(accuracies.items())
     figure = new_figure(6.4, 1.2 + 0.36 * len(rows))
@@ -358,7 +368,7 @@ def plot_beside(accuracies: Mapping[str, Sequence[float]], path: str | Path, dat
 
 
 def running_median(values: np.ndarray, window: int) -> np.ndarray:
-    """The median of the values in an odd `window` around each; the window is cut at the ends."""
+    """The median of an odd `window` of values around each; the window is cut off at the ends."""
     if not len(values):
         return values
     padded = np.pad(values.astype(float), window // 2, constant_values=np.nan)
@@ -368,7 +378,7 @@ def running_median(values: np.ndarray, window: int) -> np.ndarray:
 def _raw_and_median(
     axes: Axes, step: np.ndarray, values: np.ndarray, colour: str, name: str = ""
 ) -> None:
-    """The finite values faint and their running median strong; few values as they are."""
+    """Draw the finite values faint and their running median strong; if they are few, only them."""
     finite = np.isfinite(values)
     step, values = step[finite], values[finite]
     window = min(101, 2 * (len(values) // 50) + 1)
@@ -381,7 +391,7 @@ def _raw_and_median(
 
 
 def _mark_failed(axes: Axes, step: np.ndarray, values: np.ndarray) -> None:
-    """Mark on the step axis where `values` is not finite."""
+    """Mark the steps whose value is not finite on the step axis."""
     steps = step[~np.isfinite(values)]
     if len(steps):
         axes.plot(
@@ -408,7 +418,7 @@ def _panels(coefficients: Curves) -> dict[tuple[str, str], dict[str, np.ndarray]
 
 
 def _scaled_to_effects(coefficients: Curves, effects: Mapping[str, float]) -> Curves:
-    """The curves of the terms that have an effect, each times effect / |where it ends|."""
+    """The curves of the terms that have an effect, each times its effect / |its last value|."""
     return {
         name: values * (effects[name] / abs(_last_finite(values)))
         for name, values in coefficients.items()
@@ -417,13 +427,13 @@ def _scaled_to_effects(coefficients: Curves, effects: Mapping[str, float]) -> Cu
 
 
 def _colours_of_terms(panels: Mapping[tuple[str, str], Curves]) -> dict[str, str]:
-    """A colour for each of the terms that are named in any panel, as long as there are some."""
+    """A colour for each term that is named in any panel; colours repeat if there are too few."""
     named = [term for terms in panels.values() for term in _largest(terms)]
     return dict(zip(dict.fromkeys(named), itertools.cycle(COLOURS), strict=False))
 
 
 def _largest(terms: Curves) -> list[str]:
-    """Those that end farthest from 0, the farthest first."""
+    """At most LABELLED terms that end farthest from 0, the farthest first."""
     left = [term for term, values in terms.items() if _last_finite(values)]
     return sorted(left, key=lambda term: -abs(_last_finite(terms[term])))[:LABELLED]
 
@@ -431,7 +441,7 @@ def _largest(terms: Curves) -> list[str]:
 def _coefficient_curves(
     axes: Axes, step: np.ndarray, terms: Curves, colours: Mapping[str, str]
 ) -> None:
-    """The terms that end largest, named in the order in which they end, over thin grey others."""
+    """Draw the terms of `_largest`, named in the order of their last values, over grey others."""
     final, largest = {t: _last_finite(values) for t, values in terms.items()}, _largest(terms)
     marker = "o" if len(step) == 1 else ""
     for term, values in terms.items():
@@ -469,7 +479,7 @@ def _last_finite(values: np.ndarray) -> float:
 
 
 def _typeset(term: str) -> str:
-    """A monomial such as "x1 y2_j^2" in mathematical type; any other text as it is."""
+    """A monomial such as "x1 y2_j^2" as a formula; any other text unchanged."""
     factors = [FACTOR.fullmatch(factor) for factor in term.split()]
     if not all(factors):
         return term.replace("$", r"\$")
@@ -481,8 +491,11 @@ def _typeset(term: str) -> str:
 
 
 def table_of_terms(rules: Rules, group: str) -> tuple[list[str], np.ndarray, int]:
-    """The terms of a parameter worth a row, by mean size; values [all terms, rules] in that order,
-    each rule's relative to its largest (0 where it has none); how many terms got no row.
+    """The terms of a parameter that get a row, the values of all its terms, and how many get none.
+
+    Terms are sorted by decreasing mean size. The values [all terms, rules] are first those of the
+    terms with a row, then the others; each rule's are relative to its largest, and 0 for terms that
+    it doesn't have.
     """
     names = dict.fromkeys(n for sizes in rules.values() for n in sizes if n[0] == group)
     values = np.array([[sizes.get(n, 0.0) for sizes in rules.values()] for n in names])
@@ -496,14 +509,14 @@ def table_of_terms(rules: Rules, group: str) -> tuple[list[str], np.ndarray, int
 
 
 def cosines(values: np.ndarray) -> np.ndarray:
-    """Cosines [rules, rules] between the columns of [terms, rules]; NaN for columns of zeros."""
+    """Cosines [rules, rules] between the columns of values [terms, rules]; nan for zero columns."""
     length = np.linalg.norm(values, axis=0)
     unit = values / np.where(length > 0, length, np.nan)
     return unit.T @ unit
 
 
 def _matrix(axes: Axes, values: np.ndarray, title: str, numbered: bool = False) -> AxesImage:
-    """A heat map from -1 to 1, white lines between its cells; NaN stays grey."""
+    """Draw a heat map from -1 to 1 with white lines between its cells; nan is grey."""
     axes.set_facecolor("#eeeeee")
     norm = Normalize(-1, 1)
     image = axes.imshow(values, cmap=DIVERGING, norm=norm, interpolation="nearest", aspect="auto")
@@ -524,13 +537,13 @@ def _matrix(axes: Axes, values: np.ndarray, title: str, numbered: bool = False) 
 
 
 def _limit(values: np.ndarray) -> float:
-    """The end of a scale around 0 that holds all finite values."""
+    """The largest size of the finite values, to end a scale around 0; 1 if it is 0."""
     finite = np.abs(values[np.isfinite(values)])
     return float(finite.max(initial=0.0)) or 1.0
 
 
 def _mosaic(images: np.ndarray) -> np.ndarray:
-    """Images [n, h, w] in as full rows as can be, NaN between them."""
+    """Images [n, h, w] in a grid whose last row is as full as possible, with nan between them."""
     count, height, width = images.shape
     square = int(np.ceil(np.sqrt(count * height / width)))
     columns = min(range(square, 2 * square + 1), key=lambda number: -count % number)
@@ -543,7 +556,7 @@ def _mosaic(images: np.ndarray) -> np.ndarray:
 
 
 def _save_mosaic(pixels: np.ndarray, limit: float, title: str, path: str | Path) -> None:
-    """Write `pixels` one to one, with a title above and a colour bar at the right."""
+    """Write `pixels` at their own resolution, with a title above and a colour bar at the right."""
     height, width = pixels.shape
     margin, head, side = 20, 50, 110
     full_width, full_height = width + 2 * margin + side, height + margin + head

@@ -1,11 +1,12 @@
-"""What a run of tune_one_pass.py recorded of every draw; tables and figures of several such runs.
+"""The records of tune_one_pass.py for every draw, and tables and figures of several runs.
 
 draws.npz holds `step`, `seconds` (training alone) and `evaluation_seconds`, one value for each
 record, and for every metric an array [records, draws].
 
-A draw has diverged when its final loss is not finite or above ten times what it was at the start.
-Means are of those that did not, medians of all, a diverged one counting as infinite; each is
-averaged over 1000 bootstraps of the draws, +- their standard deviation.
+A draw has diverged if its final test loss is not finite or above ten times the draws' median at the
+start. Means are over draws that have not diverged; medians are over all, a diverged one counting as
+infinite. Tables give the average of both over 1000 bootstraps of the draws +- their standard
+deviation.
 """
 
 import math
@@ -38,17 +39,17 @@ from figures.style import (
 )
 
 BOOTSTRAPS = 1000
-ENVELOPE = (10, 90)  # percent of the bootstrapped medians
-DIVERGED = 10.0  # times the loss at the start
+ENVELOPE = (10, 90)  # percentiles of the bootstrapped medians
+DIVERGED = 10.0  # times the median loss at the start
 
-# what a run tells, without which there is neither table nor figure
+# Flags and columns that every table and figure needs
 CONFIG = ("dataset", "method", "network_weight_steps", "look_back")
 COLUMNS = (
     "step", "seconds", "Loss/Validation", "Loss/Test", "Hyperparameter/Lr",
     "Hyperparameter/Momentum", "Hyperparameter/Weight_Decay",
 )  # fmt: skip
 
-# wherein runs of one grid over T and i may differ: where they are, what draws, what follows from T
+# Flags in which the runs of one grid over T and i may differ: places, draws, what depends on T
 FREE_IN_A_GRID = (
     "network_weight_steps", "look_back", "steps", "log_every", "seed", "draws", "first_draw",
     "config", "data_dir", "device", "threads", "save_state", "log_root", "group", "name",
@@ -56,7 +57,7 @@ FREE_IN_A_GRID = (
 
 
 class Columns:
-    """The numbers of every draw, record by record."""
+    """The numbers of every draw, one row for each record; `saved` is a former `to_tensors()`."""
 
     def __init__(self, saved: Mapping[str, Tensor] | None = None) -> None:
         self._rows: dict[str, list[np.ndarray]] = {}
@@ -66,21 +67,21 @@ class Columns:
     def append(
         self, step: int, seconds: float, evaluation: float, row: Mapping[str, np.ndarray]
     ) -> None:
-        """One more record: `row` has an array [draws] for each metric."""
+        """Append a record: `row` has an array [draws] for each metric; times are in seconds."""
         times = {"step": step, "seconds": seconds, "evaluation_seconds": evaluation}
         for name, value in {**times, **row}.items():
             self._rows.setdefault(name, []).append(np.asarray(value, dtype=np.float64))
 
     def last(self, name: str) -> float:
-        """The latest value of a column that has one for each record."""
+        """The latest value of a column that has one value for each record."""
         return float(self._rows[name][-1])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Each column, [records] or [records, draws]."""
+        """The columns, each [records] or [records, draws]."""
         return {name: np.stack(values) for name, values in self._rows.items()}
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """What makes the same columns again."""
+        """The columns as tensors, from which Columns(saved) restores them."""
         return {name: torch.from_numpy(values) for name, values in self.arrays().items()}
 
 
@@ -88,7 +89,10 @@ class Columns:
 
 
 def final_losses(columns: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Each draw's last test loss, in the units of the data; inf where it has diverged."""
+    """The last test loss of each draw, [draws], inf if it has diverged.
+
+    It is in the units of the data, or a perplexity, if the run recorded that.
+    """
     losses = columns[_loss_name(columns)]
     start, end = np.nanmedian(losses[0]), losses[-1]
     with np.errstate(invalid="ignore"):
@@ -97,9 +101,10 @@ def final_losses(columns: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def summary(losses: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean, median, their bootstrap deviations and the share of draws that diverged.
+    """Mean and median of losses [draws], their bootstrap deviations, and the share that diverged.
 
-    Not scipy.stats.bootstrap: it resamples anew for each statistic, and drawing is the one line.
+    scipy.stats.bootstrap is not used: it would resample for each statistic, and resampling is a
+    single line.
     """
     generator = np.random.default_rng(seed)
     samples = losses[generator.integers(len(losses), size=(BOOTSTRAPS, len(losses)))]
@@ -116,13 +121,13 @@ def summary(losses: np.ndarray, seed: int = 0) -> dict[str, float]:
 
 
 def median_of_draws(values: np.ndarray) -> float:
-    """The median of [draws]; what is nan counts as infinite, unless nothing was measured at all."""
+    """The median of values [draws], nan counting as infinite; nan if all values are nan."""
     missing = np.isnan(values)
     return math.nan if missing.all() else float(np.median(np.where(missing, math.inf, values)))
 
 
 def best_of_groups(losses: np.ndarray, validation: np.ndarray, size: int) -> np.ndarray:
-    """Of each `size` draws in turn the test loss of the one with the least validation loss."""
+    """The test loss of the draw with the least validation loss in each `size` consecutive draws."""
     count = len(losses) // size
     order = np.where(np.isfinite(validation), validation, math.inf)[: count * size]
     chosen = order.reshape(count, size).argmin(axis=1)
@@ -137,7 +142,7 @@ def _means_of_finite(samples: np.ndarray) -> np.ndarray:
 
 
 def _finite_or(values: np.ndarray, statistic) -> float:
-    """`statistic` of the finite values, inf where most are not."""
+    """`statistic` of the finite values; inf unless more than half of the values are finite."""
     finite = values[np.isfinite(values)]
     return float(statistic(finite)) if len(finite) > len(values) / 2 else math.inf
 
@@ -147,7 +152,7 @@ def _finite_or(values: np.ndarray, statistic) -> float:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One run read back: its configuration and draws.npz; `title` names it in tables."""
+    """One run: its configuration, the columns of its draws.npz, and its title in tables."""
 
     title: str
     config: dict
@@ -155,7 +160,7 @@ class Recorded:
 
 
 def read_run(directory: str | Path) -> Recorded:
-    """The run in `directory`; RunLogError where it is none of tune_one_pass.py."""
+    """The run in `directory`; raises RunLogError if it is not one of tune_one_pass.py."""
     directory = Path(directory)
     config = read_config(directory)
     columns = read_arrays(directory / "draws.npz")
@@ -170,7 +175,7 @@ def read_run(directory: str | Path) -> Recorded:
 
 
 def read_runs(directories: Sequence[str | Path]) -> list[Recorded]:
-    """Several runs, as read_run, with titles that tell them apart."""
+    """Several runs, read by `read_run`, with distinct titles."""
     named = zip(directories, run_names(directories), strict=True)
     return [replace(read_run(directory), title=name) for directory, name in named]
 
@@ -181,10 +186,10 @@ def has_validation(run: Recorded) -> bool:
 
 
 def table(runs: Sequence[Recorded]) -> str:
-    """Markdown: mean and median of the final test loss of each run, and how many diverged.
+    """A Markdown table of mean, median and best final test loss, and the share that diverged.
 
-    A run of fixed hyperparameters that has a validation loss also gets a line for the best of each
-    three draws, "3-batched".
+    A run with fixed hyperparameters and a validation loss gets a second line, "3-batched", for the
+    best of each three draws.
     """
     cells = [["run", "data", "draws", "mean", "median", "best", "diverged", "seconds"]]
     for run in runs:
@@ -215,7 +220,7 @@ def _cells(run: Recorded, title: str, losses: np.ndarray) -> list[str]:
 
 
 def plot_report(runs: Sequence[Recorded], directory: Path) -> list[Path]:
-    """Every figure that `runs` allow, into `directory`; the paths."""
+    """Draw every figure that `runs` allow into `directory`, and return the paths."""
     drawn = {
         "loss_over_steps.png": _envelopes(runs, "step", "weight steps"),
         "loss_over_seconds.png": _envelopes(runs, "seconds", "seconds of training, all draws"),
@@ -236,20 +241,20 @@ def plot_report(runs: Sequence[Recorded], directory: Path) -> list[Path]:
 
 
 def plot_one_pass_run(directory: str | Path) -> list[Path]:
-    """The figures of one run, into its figures/; the paths."""
+    """Draw the figures of one run into its figures/, and return the paths."""
     return plot_report([read_run(directory)], Path(directory) / "figures")
 
 
 def _test_losses(run: Recorded) -> np.ndarray:
-    """[records, draws], in the units of the data; inf where not finite."""
+    """The test losses [records, draws], as in `final_losses`; inf if not finite."""
     losses = run.columns[_loss_name(run.columns)]
     return np.where(np.isfinite(losses), losses, math.inf)
 
 
 def _hyperparameters(run: Recorded, name: str) -> np.ndarray:
-    """[records, draws], to nine digits.
+    """A hyperparameter [records, draws], rounded to nine digits.
 
-    A logarithmic axis finds no limits where all values are 100000000.00000018.
+    A logarithmic axis finds no limits if all values are 100000000.00000018.
     """
     rounded = np.vectorize(lambda value: float(f"{value:.9g}"), otypes=[float])
     return rounded(run.columns[f"Hyperparameter/{name}"])
@@ -261,9 +266,9 @@ def _loss_name(columns: Mapping[str, np.ndarray]) -> str:
 
 
 def _envelopes(runs: Sequence[Recorded], column: str, label: str) -> Figure:
-    """The median test loss of each run, and where bootstrapped medians lie."""
+    """The median test loss of each run, with a band that holds 80 % of bootstrapped medians."""
     figure, axes = one_panel()
-    axes.set_yscale("log")  # later it would warn where nothing is drawn
+    axes.set_yscale("log")  # now, because later it would warn if nothing is drawn
     for colour, run in zip(colours(len(runs)), runs, strict=True):
         losses = _test_losses(run)
         generator = np.random.default_rng(0)
@@ -281,7 +286,7 @@ def _envelopes(runs: Sequence[Recorded], column: str, label: str) -> Figure:
 def _distributions(runs: Sequence[Recorded]) -> Figure:
     """The share of draws that end below each loss."""
     figure, axes = one_panel()
-    axes.set_xscale("log")  # later it would warn where nothing is drawn
+    axes.set_xscale("log")  # now, because later it would warn if nothing is drawn
     for colour, run in zip(colours(len(runs)), runs, strict=True):
         losses = np.sort(final_losses(run.columns))
         share = np.arange(1, len(losses) + 1) / len(losses)
@@ -294,7 +299,7 @@ def _distributions(runs: Sequence[Recorded]) -> Figure:
 
 
 def _hyperparameter_traces(runs: Sequence[Recorded], name: str, label: str) -> Figure:
-    """Up to thirty draws of each run, a panel a run."""
+    """A hyperparameter over steps, for up to thirty draws of each run, in a panel for each run."""
     count = len(runs)
     figure = new_figure(2.6 * min(count, 4) + 0.6, 2.4 * -(-count // 4) + 0.3)
     panels = figure.subplots(-(-count // 4), min(count, 4), squeeze=False, sharey=True)
@@ -312,12 +317,12 @@ def _hyperparameter_traces(runs: Sequence[Recorded], name: str, label: str) -> F
 
 
 def _best_so_far(runs: Sequence[Recorded]) -> Figure:
-    """The test loss of the draw with the least validation loss, over the number of draws.
+    """The test loss of the draw with the least validation loss so far, over the number of draws.
 
-    Each of `runs` has validation samples.
+    runs: runs with validation samples.
     """
     figure, axes = one_panel()
-    axes.set(xscale="log", yscale="log")  # later it would fail where nothing is drawn
+    axes.set(xscale="log", yscale="log")  # now, because later it would fail if nothing is drawn
     for colour, run in zip(colours(len(runs)), runs, strict=True):
         validation = run.columns["Loss/Validation"][-1]
         judged = np.where(np.isfinite(validation), validation, math.inf)
@@ -332,7 +337,7 @@ def _best_so_far(runs: Sequence[Recorded]) -> Figure:
 
 
 def _run_times(runs: Sequence[Recorded]) -> Figure:
-    """Seconds of training, evaluations left out."""
+    """Seconds of training for each draw, without evaluations."""
     figure, axes = one_panel()
     seconds = [run.columns["seconds"][-1] / run.columns["Loss/Test"].shape[1] for run in runs]
     axes.barh(range(len(runs)), seconds, color=colours(len(runs)))
@@ -344,9 +349,9 @@ def _run_times(runs: Sequence[Recorded]) -> Figure:
 
 
 def _trajectories(runs: Sequence[Recorded]) -> Figure:
-    """Where draws go in the plane of learning rate and momentum, and what they end with.
+    """The paths of draws in the plane of learning rate and momentum, coloured by their last loss.
 
-    Draws whose hyperparameters stay are the corners of a surface; over it go the others.
+    Draws with fixed hyperparameters are the corners of a surface beneath the other draws' paths.
     """
     figure, axes = one_panel()
     axes.set_xscale("log")
@@ -370,7 +375,7 @@ def _trajectories(runs: Sequence[Recorded]) -> Figure:
 
 
 def _plot_surface(axes: Axes, corners: np.ndarray, colour_of: Normalize) -> bool:
-    """What `corners`, as _ends gives them, say of the plane between; False where they span none."""
+    """Draw the loss interpolated between `corners` (as in `_ends`); False if they span no area."""
     rates, momenta, losses = corners
     points = np.stack([np.log10(rates), momenta], axis=1)  # as they lie in the figure
     if len(points) < 3 or np.linalg.matrix_rank(points - points[0]) < 2:
@@ -381,7 +386,7 @@ def _plot_surface(axes: Axes, corners: np.ndarray, colour_of: Normalize) -> bool
 
 
 def _ends(run: Recorded, part: str) -> np.ndarray:
-    """[3, draws]: last learning rate, momentum, and log10 of the last loss on `part`.
+    """Last learning rate, momentum, and log10 of the last loss on `part`, [3, draws].
 
     Diverged draws are left out.
     """
@@ -392,7 +397,7 @@ def _ends(run: Recorded, part: str) -> np.ndarray:
 
 
 def _grid_over_steps_and_terms(runs: Sequence[Recorded]) -> list[Recorded]:
-    """The runs with a look-back, if they differ in T and in i and in no other setting; else []."""
+    """The look-back runs, if they differ in T and in i and in no other setting; else []."""
     grid = [run for run in runs if run.config["method"] == "look_back"]
     others = [{n: v for n, v in r.config.items() if n not in FREE_IN_A_GRID} for r in grid]
     several = (
@@ -403,7 +408,7 @@ def _grid_over_steps_and_terms(runs: Sequence[Recorded]) -> list[Recorded]:
 
 
 def _sensitivity(runs: Sequence[Recorded]) -> Figure:
-    """The median final loss over T and i; of runs that agree in both, of the draws of all."""
+    """The median final loss over T and i; runs that agree in both count as one."""
     every = sorted({run.config["network_weight_steps"] for run in runs})
     terms = sorted({run.config["look_back"] for run in runs})
     grid = np.full((len(terms), len(every)), math.nan)

@@ -1,9 +1,9 @@
-"""Figures of learned optimisers, from the files of their runs alone.
+"""Figures of learned optimisers, drawn from the directories of their runs alone.
 
-    plot_optimizer_run("runs/learn_to_optimize-...")       # writes what it can into figures/ there
+    plot_optimizer_run("runs/learn_to_optimize-...")       # writes into its figures/
 
-comparison.npz holds "<optimizee>/<optimiser>/<what>", validation.npz a row per epoch. Panels that
-are compared share their scale.
+The arrays of comparison.npz are named "<optimizee>/<optimiser>/<what>"; those of validation.npz
+have a row for each epoch. Panels to be compared share their scale.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,19 +32,22 @@ from figures.style import (
 )
 from learned_optimizer import CONTROL
 
-SHOWN_EPOCHS = 4  # curves of short meta-training: the first, the last, and those between
-EVERY = 20  # epochs between the curves of meta-training that is longer than two of these
-SMOOTHED = 5  # steps of a running mean of losses
-LEAST, CUT = 1e-9, 1e-12  # deviations below the first are drawn at it; bars of zeros
+SHOWN_EPOCHS = 4  # curves of a short meta-training: the first, the last, and two between
+EVERY = 20  # epochs between curves, if there are more than twice as many
+SMOOTHED = 5  # steps in the running mean of losses
+LEAST, CUT = 1e-9, 1e-12  # smaller deviations, smaller covariances are drawn at these heights
 
 Arrays = Mapping[str, np.ndarray]
 
 
 def plot_optimizer_run(directory: str | Path) -> list[Path]:
-    """Draws what metrics.csv, comparison.npz, results.json and validation.npz allow; the paths."""
+    """Draw all that metrics.csv and the run's other files allow, and return the paths.
+
+    The other files are comparison.npz, results.json and validation.npz.
+    """
     directory = Path(directory)
     place = directory / "figures"
-    figure = partial(path_within, place)  # names of optimizees are a stranger's, perhaps
+    figure = partial(path_within, place)  # names of optimizees may come from untrusted files
     drawn = []
     metrics = read_metrics(directory)
     if metrics:
@@ -70,7 +73,7 @@ def plot_optimizer_run(directory: str | Path) -> list[Path]:
             plot_histograms(name, shown, compared["edges"], steps, figure(f"{name}_updates.png"))
             drawn.append(figure(f"{name}_updates.png"))
     for name, results in compared_optimizees(directory).items():
-        if "noise" in results:  # not where Ctrl-C ended the comparison before it
+        if "noise" in results:  # missing if Ctrl-C ended the comparison before it was measured
             plot_noise(name, results["noise"], figure(f"{name}_noise.png"))
             drawn.append(figure(f"{name}_noise.png"))
     validation = read_arrays(directory / "validation.npz")
@@ -81,7 +84,10 @@ def plot_optimizer_run(directory: str | Path) -> list[Path]:
 
 
 def plot_training(optimizee: str, losses: Arrays, path: Path) -> None:
-    """Training losses [runs, steps] of each optimiser: mean, and spread over the runs."""
+    """Draw training losses [runs, steps] of each optimiser: running mean over SMOOTHED steps.
+
+    Curves are means over runs, bands are one standard deviation.
+    """
     figure, axes = one_panel()
     for colour, (name, values) in zip(COLOURS, losses.items(), strict=False):
         smooth = np.apply_along_axis(
@@ -99,9 +105,9 @@ def plot_training(optimizee: str, losses: Arrays, path: Path) -> None:
 
 
 def plot_symmetry(optimizee: str, kind: str, optimizers: Mapping[str, Arrays], path: Path) -> None:
-    """A row per optimiser, relative deviations of updates at the left, of gradients at the right.
+    """Draw the relative deviations of updates (left) and gradients (right), a row per optimiser.
 
-    All panels have one scale, logarithmic above LEAST; the dashed line stands for 0.
+    All panels share a log scale; deviations below LEAST, also 0, are on the dashed line.
     """
     figure = new_figure(7.6, 1.35 * len(optimizers) + 0.9)
     grid = figure.subplots(len(optimizers), 2, sharex=True, sharey=True, squeeze=False)
@@ -130,16 +136,17 @@ def plot_histograms(
     steps: Sequence[int],
     path: Path,
 ) -> None:
-    """How large the changes of parameters |u| are, a panel per optimiser, a curve per step.
+    """Draw the distribution of |u|, the sizes of parameter changes, in a panel per optimiser.
 
-    Shares are of all parameters; how many stood still is told below each panel.
+    Each curve belongs to one step and gives shares of all parameters; the share of parameters that
+    don't change at all is written below each panel.
     """
     figure = new_figure(2.6 * len(optimizers), 2.9)
     grid = figure.subplots(1, len(optimizers), sharex=True, sharey=True, squeeze=False)[0]
     middles = np.sqrt(edges[1:] * edges[:-1])
     for axes, (name, arrays) in zip(grid, optimizers.items(), strict=True):
         counts = arrays["histograms"]
-        total = arrays.get("parameters", counts.sum(1).max(initial=1))  # runs of before lack it
+        total = arrays.get("parameters", counts.sum(1).max(initial=1))  # older runs lack it
         for number, (step, row) in enumerate(zip(steps, counts, strict=False)):
             opacity = (number + 1) / len(counts)
             axes.plot(
@@ -156,7 +163,7 @@ def plot_histograms(
 
 
 def plot_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None:
-    """Tail index and covariance over minibatches, of gradients and of learned updates, by layer."""
+    """Draw tail index and covariance over minibatches, for gradients and updates, by layer."""
     figure = new_figure(8.4, 3.6)
     left, right = figure.subplots(1, 2)
     for colour, (what, statistics) in zip(COLOURS, noise.items(), strict=False):
@@ -189,8 +196,10 @@ def plot_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None
 
 
 def plot_meta_training(validation: Arrays, path: Path) -> None:
-    """Losses of validation runs along meta-training, and a row for each kind of symmetry:
-    deviations of updates at the left, of gradients at the right. Later epochs are darker.
+    """Draw the losses of validation runs, a curve for each of some epochs of meta-training.
+
+    A row for each kind of symmetry shows the deviations of updates (left) and gradients (right).
+    Later epochs are darker.
     """
     kinds = kinds_of({"learned": validation})
     epochs = shown_epochs(len(validation["losses"]) - 1)
@@ -216,9 +225,9 @@ def plot_meta_training(validation: Arrays, path: Path) -> None:
 
 
 def plot_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """A heat map: optimisers in rows, optimizees in columns, the training loss in each cell.
+    """Draw a heat map of training losses, with optimisers in rows and optimizees in columns.
 
-    None is a loss that was not finite.
+    losses: by optimiser, then optimizee; None for a loss that was not finite.
     """
     rows = list(losses)
     columns = list(dict.fromkeys(name for row in losses.values() for name in row))
@@ -250,7 +259,7 @@ def plot_loss_grid(losses: Mapping[str, Mapping[str, float]], path: Path) -> Non
 
 
 def compared_optimizees(directory: Path) -> dict[str, dict]:
-    """results.json's "optimizees", {} where nothing has been compared; RunLogError if damaged."""
+    """The "optimizees" of results.json, or {} without them; raises RunLogError if damaged."""
     optimizees = read_results(directory).get("optimizees", {})
     if not isinstance(optimizees, dict) or not all(
         isinstance(results, dict) for results in optimizees.values()
@@ -260,14 +269,14 @@ def compared_optimizees(directory: Path) -> dict[str, dict]:
 
 
 def shown_epochs(last: int) -> list[int]:
-    """The epochs whose curves are drawn, of so many: every twentieth, or four of a short run."""
+    """The epochs out of 0, ..., last whose curves are drawn: every EVERY-th, or SHOWN_EPOCHS."""
     if last > 2 * EVERY:
         return list(range(0, last + 1, EVERY))
     return sorted(set(np.linspace(0, last, SHOWN_EPOCHS).round().astype(int).tolist()))
 
 
 def of_optimizee(arrays: Arrays, name: str) -> dict[str, dict[str, np.ndarray]]:
-    """What belongs to one optimizee: an optimiser's name to its arrays."""
+    """The arrays of one optimizee, by optimiser and then by name."""
     optimizers: dict[str, dict[str, np.ndarray]] = {}
     for key, values in arrays.items():
         if key.startswith(f"{name}/"):
@@ -277,7 +286,7 @@ def of_optimizee(arrays: Arrays, name: str) -> dict[str, dict[str, np.ndarray]]:
 
 
 def one_of_each_kind(optimizers: Mapping[str, Arrays]) -> dict[str, Arrays]:
-    """Of each optimiser at several rates the last: the best."""
+    """Each optimiser once: of several rates the last, which is the best."""
     return {name: optimizers[name] for name in {n.split()[0]: n for n in optimizers}.values()}
 
 
@@ -288,7 +297,7 @@ def kinds_of(optimizers: Mapping[str, Arrays]) -> list[str]:
 
 
 def histogram_steps(directory: Path, optimizers: Mapping[str, Arrays]) -> list[int]:
-    """The steps that the rows of the histograms are of."""
+    """The steps of the rows of the histograms; [] if an optimiser has another number of rows."""
     config = read_config(directory)
     steps = sorted({s for s in config["histogram_steps"] if s <= config["test_steps"]})
     return steps if all(len(a["histograms"]) == len(steps) for a in optimizers.values()) else []

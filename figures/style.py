@@ -1,6 +1,6 @@
-"""How every figure of the program looks: colours, sizes, axes, legends, files.
+"""The style of all figures: colours, sizes, axes, legends, files.
 
-Figures are matplotlib Figure objects with a canvas of their own; pyplot and its state are not used.
+Figures are matplotlib Figure objects with their own canvas; pyplot and its state are not used.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from experiment.errors import RunLogError
 from experiment.files import in_place
 
-# Okabe and Ito's colours, told apart also by the colour-blind; their yellow is darkened for paper
+# The palette of Okabe and Ito, safe for the colour-blind, with a darker yellow for white paper
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#b8a900")
 GREY, FAINT = "#4d4d4d", "#bbbbbb"
 DIVERGING = "RdBu_r"  # red above 0, blue below
@@ -23,18 +23,18 @@ FONT = 9
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """An empty figure; width and height in inches."""
     return Figure((width, height), dpi=DPI, layout="constrained")
 
 
 def one_panel() -> tuple[Figure, Axes]:
-    """A figure of one panel, in the usual size."""
+    """A figure with one panel, in the standard size."""
     figure = new_figure(6.4, 3.8)
     return figure, figure.subplots()
 
 
 def label_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Title, labels, a light grid, and no frame but the two axes."""
+    """Set title and labels, with a light grid and no frame except the two axes."""
     axes.set_title(title, fontsize=FONT + 1, loc="left", parse_math=False)
     axes.set_xlabel(x_label, fontsize=FONT, parse_math=False)
     axes.set_ylabel(y_label, fontsize=FONT, parse_math=False)
@@ -54,23 +54,23 @@ def label_axes(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 
 
 def percent_axis(axes: Axes) -> None:
-    """Fractions are told in percent on the vertical axis, at most eight of them, in few digits."""
+    """Label the vertical axis in percent, for fractions, with at most eight ticks."""
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], min_n_ticks=2))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
 
 
 def colours(count: int) -> list[str]:
-    """One for each of so many curves; over again where there are more curves than colours."""
+    """A colour for each of `count` curves; colours repeat if there are too few."""
     return [COLOURS[k % len(COLOURS)] for k in range(count)]
 
 
 def whole_ticks() -> MaxNLocator:
-    """At most six ticks, at whole numbers."""
+    """A locator for at most six ticks at whole numbers."""
     return MaxNLocator(6, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10])
 
 
 def add_legend(axes: Axes) -> None:
-    """A legend, where a curve has a name; beside the panel where it would hide too much."""
+    """Add a legend if any curve has a label; outside the panel if there are more than six."""
     names = axes.get_legend_handles_labels()[1]
     if len(names) > 6:
         axes.legend(fontsize=FONT - 1, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -81,18 +81,18 @@ def add_legend(axes: Axes) -> None:
 
 
 def without_formulas(legend: Legend) -> None:
-    """Has a legend show its names as they are: a run may be called run_$a_$b."""
+    """Turn off mathematical type in a legend, because a run may be called run_$a_$b."""
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
 def plain_text(name: str) -> str:
-    """A name that is no formula, for the ticks of an axis."""
+    """A name for the ticks of an axis, with each $ escaped."""
     return name.replace("$", r"\$")
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a PNG, whole or not at all, and makes its folder. RunLogError where that can't be."""
+    """Write a PNG atomically, creating its folder; raises RunLogError if that fails."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with in_place(path) as new:

@@ -1,1 +1,1 @@
-"""The mathematics that makes the main job fast: sums of local terms, probes, lateral dynamics."""
+"""The fast mathematics of the main job: sums of local terms, the probe, lateral dynamics."""

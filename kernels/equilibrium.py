@@ -1,21 +1,21 @@
-"""Lateral inhibition at its equilibrium, differentiated there instead of through steps towards it.
+"""The equilibrium of lateral inhibition, with implicit instead of unrolled differentiation.
 
     y = sigma(s + y m^T)                    the limit of the dynamics in models_fully_local.py
     v = grad_y + (v * d) m                  d = sigma'(s + y m^T)
     grad_s = v * d,   grad_m = grad_s^T y   (implicit function theorem; Bai et al. 2019, 1909.01377)
 
-Both equations are a = phi(a), and both maps have the eigenvalues of diag(d) m, sample by sample.
-Both are solved by the second-order Richardson iteration
+Both equations have the form a = phi(a), and for each sample both maps have the eigenvalues of
+diag(d) m. Both are solved by the second-order Richardson iteration
 
     c_{k+1} = beta c_k + alpha (phi(a_k) - a_k),   a_{k+1} = a_k + c_{k+1}
 
-whose alpha and beta follow from m, for all samples together. The equilibrium depends on no step
-size, and for the backward pass only y and m are kept, however many steps it takes.
+with alpha and beta derived from m, the same for all samples. The equilibrium does not depend on a
+step size, and only y and m are kept for the backward pass, however many steps are taken.
 
-There is one equilibrium where the largest eigenvalue of (m + m^T) / 2 times the steepest slope of
-sigma is below 1, since sigma never falls. (Winston and Kolter 2020, arXiv 2006.08591.) Where there
-are several, as with units that excite themselves or strongly inhibit others but not themselves, it
-is the one that the iteration reaches from sigma(s).
+The equilibrium is unique if the largest eigenvalue of (m + m^T) / 2 times the steepest slope of
+sigma is below 1, because sigma is nondecreasing (Winston and Kolter 2020, arXiv 2006.08591). If
+there are several, as with units that excite themselves or strongly inhibit others but not
+themselves, the result is the one that the iteration reaches from sigma(s).
 """
 
 import math
@@ -28,14 +28,14 @@ from torch.autograd.function import once_differentiable
 
 from kernels.own_precision import in_own_precision
 
-_STEEPEST = {"sigmoid": 0.25}  # largest derivative of a base function, where it is not 1
-_POWER_STEPS, _MARGIN = 10, 1.2  # of the norms; too small ones would make the iteration diverge
+_STEEPEST = {"sigmoid": 0.25}  # the largest derivative of a base function, if it is not 1
+_POWER_STEPS, _MARGIN = 10, 1.2  # steps and safety factor of norms: too small ones cause divergence
 
 
 class Activation(Protocol):
-    """sigma(u) = base(slope * u), which never falls where the slope is positive.
+    """sigma(u) = base(slope * u), which is nondecreasing for a positive slope.
 
-    base: "sigmoid" or another function whose largest derivative is 1.
+    base: "sigmoid" or another nondecreasing function, whose largest derivative is 1.
     """
 
     @property
@@ -45,10 +45,10 @@ class Activation(Protocol):
     def slope(self) -> float: ...
 
     def of_scaled_(self, scaled: Tensor) -> Tensor:
-        """base, in place, of a preactivation that was already multiplied by the slope."""
+        """Apply base in place to a preactivation already multiplied by the slope."""
 
     def backward(self, grad: Tensor, output: Tensor) -> Tensor:
-        """Gradient with respect to the scaled preactivation, from sigma's output."""
+        """The gradient with respect to the scaled preactivation, computed from sigma's output."""
 
 
 def equilibrium(
@@ -61,11 +61,12 @@ def equilibrium(
 ) -> Tensor:
     """y [samples, out] with y = sigma(s + y m^T), for s [samples, out] and m [out, out].
 
-    tolerance: no unit would change by more in an undamped step of the dynamics. The backward
-    pass takes the same relative to the largest entry of the gradient that it is given.
-    max_steps: of each of both solutions; a step costs one product with m.
-    Raises FloatingPointError, forward or backward, where they do not lead below the tolerance. The
-    gradient cannot be differentiated once more.
+    Raises FloatingPointError, in the forward or the backward pass, if max_steps do not reach the
+    tolerance. The gradient can't be differentiated again.
+
+    tolerance: the largest change of a unit in one more undamped step of the dynamics; in the
+        backward pass, relative to the largest entry of the incoming gradient.
+    max_steps: the largest number of steps in each pass; a step costs one product with m.
     """
     return _Equilibrium.apply(s, m, activation, tolerance, max_steps)
 
@@ -114,9 +115,12 @@ def _solve(
     tolerance: float,
     what: str,
 ) -> Tensor:
-    """phi(a) for an `a` that phi changes nowhere by more than the tolerance; overwrites `start`.
+    """phi(a) for an `a` with |phi(a) - a| <= tolerance in every entry; overwrites `start`.
 
-    phi(a, out) writes its value to `out`.
+    Raises FloatingPointError if max_steps do not find it.
+
+    phi: phi(a, out) writes its value to `out`.
+    what: what is solved for, for the message.
     """
     a, mapped, change, step = start, *(torch.zeros_like(start) for _ in range(3))
     largest = math.inf
@@ -135,14 +139,15 @@ def _solve(
 
 
 def _alpha_and_beta(m: Tensor, activation: Activation) -> tuple[float, float]:
-    """The best for I - diag(d) m, 0 <= d <= steepest slope of sigma, with eigenvalues in an ellipse
+    """The optimal alpha and beta for I - diag(d) m with 0 <= d <= steepest slope of sigma.
 
-        of centre c and foci c -+ f:   alpha = 2 / r,   beta = (f / r)^2,   r = c + sqrt(c^2 - f^2).
+        alpha = 2 / r,   beta = (f / r)^2,   r = c + sqrt(c^2 - f^2)
 
-    Its half axes are a / 2 and b, with a, b that slope times the norms of the symmetric and of the
-    skew part of m: a real part is between 1 and 1 + a, or less where units excite each other, an
-    imaginary part at most b. For symmetric m the number of steps grows as sqrt(1 + a), that of
-    damped ones as 1 + a. (Manteuffel 1977, Numer. Math. 28; Niethammer and Varga 1983, ibid. 41.)
+    They are optimal if the eigenvalues lie in an ellipse with centre c and foci c -+ f. Its half
+    axes are a / 2 and b, where a and b are that slope times the norms of the symmetric and the skew
+    part of m: real parts are between 1 and 1 + a, or less if units excite each other, imaginary
+    parts at most b. For symmetric m the number of steps grows like sqrt(1 + a), that of damped
+    steps like 1 + a. (Manteuffel 1977, Numer. Math. 28; Niethammer and Varga 1983, ibid. 41.)
     """
     steepest = abs(activation.slope) * _STEEPEST.get(activation.base, 1.0)
     a, b = (steepest * _spectral_norm((m + sign * m.t()) / 2) for sign in (1, -1))
@@ -152,9 +157,9 @@ def _alpha_and_beta(m: Tensor, activation: Activation) -> tuple[float, float]:
 
 
 def _spectral_norm(matrix: Tensor) -> float:
-    """The norm of a symmetric or skew matrix or somewhat more, by power iteration.
+    """An upper estimate of the norm of a symmetric or skew matrix, by power iteration.
 
-    That finds up to 15 % too little where many eigenvalues are large; the margin makes up for it.
+    This finds up to 15 % too little if many eigenvalues are large, for which _MARGIN compensates.
     """
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(len(matrix), generator=generator, device="cpu")
@@ -165,9 +170,9 @@ def _spectral_norm(matrix: Tensor) -> float:
 
 
 def _largest(tensor: Tensor) -> float:
-    """The largest absolute value; nan where there is one, 0 without entries.
+    """The largest absolute value; nan if any entry is nan, 0 if there are no entries.
 
-    In one pass over the tensor, for which torch.linalg.vector_norm takes seven times as long.
+    It takes one pass over the tensor, a seventh of the time of torch.linalg.vector_norm.
     """
     if not tensor.numel():
         return 0.0

@@ -1,11 +1,11 @@
-"""A whole update of a rule with unit statistics, for terms that all have the gain as prefactor.
+"""A whole update of a rule with unit statistics, if the gain is the prefactor of all terms but w.
 
     s_v = x_v w^T + b,  y_v = sigma(s_v)
     dw = sum_v (base'(slope s_v) l_v)^T x_v + (weight of w) w,  then rms_step
 
-l are the currents of kernels/unit_statistics.py, with statistics of this batch; the matrix K comes
-from the moments and a few weights. One step of autograd, whose parts are compiled loops on a CPU
-(unit_statistics_loops.py): where units are few, the time goes into the number of calls.
+l are the currents of kernels/unit_statistics.py, with statistics of this batch; the matrix K
+follows from the moments and a few weights. The update is one autograd function. On a CPU its parts
+are compiled loops (unit_statistics_loops.py), because with few units the time is that of the calls.
 """
 
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ from kernels.unit_statistics import (
     step_forward,
 )
 
-# What may multiply a column of weights: 1, <y>, v^-1/2, v^-1, and v_i^-1 sum_{k != i} Corr_ik^2.
+# Factors of a column of weights: 1, <y>, v^-1/2, v^-1, and v_i^-1 sum_{k != i} Corr_ik^2
 FACTORS = ("1", "mean", "d", "d2", "rz")
 LATERAL_CURRENTS = ("r", "r_cov", "r_cross")
 NUMPY_TYPES = {torch.float32: np.float32, torch.float64: np.float64}
-# base' = p0 + p1 y + p2 y^2 + p3 [y > 0] of y = base(u), and 2 p2.
+# p0, ..., p3 with base'(u) = p0 + p1 y + p2 y^2 + p3 [y > 0] for y = base(u); then 2 p2
 SLOPES = {
     "sigmoid": (0.0, 1.0, -1.0, 0.0, -2.0),
     "tanh": (1.0, 0.0, -1.0, 0.0, -2.0),
@@ -50,13 +50,13 @@ SLOPES = {
 
 @dataclass(frozen=True)
 class GatedTerms:
-    """How the weights of `gated_update` are laid out in one vector.
+    """The layout of the weights of `gated_update` in one vector.
 
     Attributes:
-        rows: kinds of currents among "c", "r", "r_cov", "r_cross" (one row for each view: for the
-            sum, then the difference) and "1" (one row), in this order.
-        factors: of FACTORS; each row has one weight for each.
-        of_s: whether weights of s, one for each view, follow.
+        rows: the kinds of currents, in this order: "c", "r", "r_cov", "r_cross", which have one row
+            for each view (for the sum, then for the difference), and "1", which has one row.
+        factors: some of FACTORS; each row has a weight for each.
+        of_s: whether weights of s follow, one for each view.
         of_w: whether the weight of a term w follows.
     """
 
@@ -67,7 +67,7 @@ class GatedTerms:
 
     @property
     def currents(self) -> tuple[str, ...]:
-        """The kinds that have a row for each view."""
+        """The kinds of currents that have a row for each view."""
         return tuple(kind for kind in self.rows if kind != "1")
 
     @property
@@ -76,26 +76,26 @@ class GatedTerms:
         return tuple(kind for kind in self.rows if kind in LATERAL_CURRENTS)
 
     def split(self, weights: Tensor, views: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[rows, factors], of s [views, 1] or None, of w [1] or None."""
+        """The weights of the rows [rows, factors], of s [views, 1] or None, of w [1] or None."""
         count = views * len(self.currents) + ("1" in self.rows)
         end = count * len(self.factors)
         of_s = weights[end : end + views].unsqueeze(1) if self.of_s else None
         return weights[:end].view(count, -1), of_s, weights[-1:] if self.of_w else None
 
     def places(self, views: int) -> np.ndarray:
-        """Where the rows of c, r, r_cov, r_cross and 1 begin, -1 where there are none."""
+        """The first rows of c, r, r_cov, r_cross and 1, [5]; -1 for kinds that don't occur."""
         order = ("c", *LATERAL_CURRENTS, "1")
         begin = {kind: views * number for number, kind in enumerate(self.rows)}
         return np.array([begin.get(kind, -1) for kind in order])
 
     @property
     def codes(self) -> np.ndarray:
-        """Factors as places in FACTORS."""
+        """The indices of the factors in FACTORS."""
         return np.array([FACTORS.index(name) for name in self.factors])
 
     @property
     def level(self) -> str:
-        """Which moments the currents need."""
+        """The moments that the currents need: "gram", "variance" or "mean"; see `moments`."""
         if self.lateral or "rz" in self.factors:
             return "gram"
         return "variance" if "d" in self.factors or "d2" in self.factors else "mean"
@@ -112,12 +112,13 @@ def gated_update(
     activation: Activation,
     place: Rows | Windows = ROWS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """w and b after the `rms_step` of dw = sum_v (f_v l_v)^T x_v + (weight of w) w, and y.
+    """w and b after the update of the module's formula, and y = sigma(s) [views, samples, units].
 
-    f_v = base'(slope s_v).
-    weights: all of `terms`, over the number of samples and times the slope, but that of w.
-    w: [units, inputs]; x: [samples, inputs] per view, or images in which `place` says where samples
-    are. s = x w^T + b and y = sigma(s): [views, samples, units]. Statistics are those of the batch.
+    Statistics are those of the batch.
+
+    weights: the weights of `terms`, all but that of w times slope / number of samples.
+    w: [units, inputs]; b: [units]; rate, eps: scalars, as in `rms_step`.
+    x: [samples, inputs] per view, or images, in which `place` defines the samples.
     """
     on_cpu = w.device.type == "cpu" and w.dtype in NUMPY_TYPES
     update = _CompiledUpdate if on_cpu and terms.level == "gram" else _GatedUpdate
@@ -127,7 +128,7 @@ def gated_update(
 def respond(
     w: Tensor, b: Tensor, x: Sequence[Tensor], activation: Activation, place: Rows | Windows
 ) -> tuple[Tensor, Tensor]:
-    """s and y, [views, samples, units]."""
+    """Preactivations s and activities y, both [views, samples, units]."""
     s = w.new_empty(len(x), place.count(x[0]), len(w))
     for inputs, of_view in zip(x, s, strict=True):
         place.project(inputs, w, out=of_view)
@@ -135,7 +136,7 @@ def respond(
 
 
 def through_products(grad_s: Tensor, w: Tensor, grad_w: Tensor, x, place, grad_x) -> None:
-    """Adds the gradients of w and of each x that needs one, through s, from that of s."""
+    """Add the gradients through s to grad_w and to each of grad_x that is not None."""
     for of_view, inputs, grad in zip(grad_s, x, grad_x, strict=True):
         place.correlate_(grad_w, of_view, inputs)
         if grad is not None:
@@ -204,7 +205,7 @@ class _GatedUpdate(torch.autograd.Function):
 
 
 def _filled(grads: Sequence[Tensor | None], w: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of the new w and b, zeros where there are none."""
+    """The gradients of the new w and b, with zeros instead of None."""
     grad_w, grad_b, _ = grads
     return (
         torch.zeros_like(w) if grad_w is None else grad_w.contiguous(),
@@ -213,7 +214,7 @@ def _filled(grads: Sequence[Tensor | None], w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _CompiledUpdate(torch.autograd.Function):
-    """_GatedUpdate with lateral currents; its parts are compiled loops, which fill arrays."""
+    """_GatedUpdate with lateral currents, in compiled loops that write to given arrays."""
 
     @staticmethod
     def forward(ctx, terms, activation, place, weights, w, b, rate, eps, *x):
@@ -288,15 +289,15 @@ class _CompiledUpdate(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Constants:
-    """What the loops are told besides tensors, in the types that keep them in single precision.
+    """The arguments of the loops that are no tensors, in the dtype of the tensors.
 
     Attributes:
-        layout: views, rows, factors, weights of s and of w, then where the rows of each kind begin
-            (see `GatedTerms.places`).
+        layout: the numbers of views, rows, factors, weights of s and weights of w, then the first
+            rows of each kind (see `GatedTerms.places`).
         codes: see `GatedTerms`.
-        counts: 1 / (c^T c over moments), and what is added to variances.
-        slope, slope_of: of the activation, and SLOPES.
-        numbers: of all that is kept for each unit or pair of units.
+        counts: the factor from c^T c to the moments, and what is added to variances.
+        slope, slope_of: the activation's slope and its SLOPES.
+        numbers: the length of the array of everything kept for each unit or pair of units.
     """
 
     layout: tuple[int, ...]
@@ -326,19 +327,19 @@ def _constants(
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    """The same memory, for the loops."""
+    """The tensors as arrays that share their memory, for the loops."""
     return [t.detach().numpy() for t in tensors]
 
 
 @dataclass
 class _Mixing:
-    """K_+- and the constant from moments and weights, and back.
+    """K_+- and the constant from moments and weights, and their backward pass.
 
-    With e = 1 / v, d = v^-1/2 and rows a of weights times factors, off the diagonal
+    With e = 1 / v, d = v^-1/2 and rows a of weights times factors, K is off the diagonal
 
         K_ki = e_k Cov_ki d_i a^r_i + Cov_ki a^cov_i + e_k Cross_ki d_i a^cross_i
 
-    and a^c on it.
+    and a^c on the diagonal.
     """
 
     terms: GatedTerms
@@ -370,25 +371,25 @@ class _Mixing:
 
     @property
     def const(self) -> Tensor | None:
-        """The last row, where there is one."""
+        """The row of the constant, [units], or None."""
         return self.a[-1] if "1" in self.terms.rows else None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What `backward` needs, with terms and rows."""
+        """The tensors that `backward` needs in addition to terms and rows."""
         return self.factors, self.a, self.d, self.cov, self.across, self.k
 
     def by_kind(self, rows: Tensor) -> dict[str, Tensor]:
-        """[views or 1, ...] by kind; views of `rows`."""
+        """`rows` split by kind, [views, ...] each, or [1, ...] for "1"; views of their memory."""
         views = (len(rows) - ("1" in self.terms.rows)) // max(1, len(self.terms.currents))
         sizes = [views] * len(self.terms.currents) + [1] * ("1" in self.terms.rows)
         return dict(zip(self.terms.rows, rows.split(sizes), strict=True))
 
     def moments_of(self, kind: str) -> Tensor:
-        """Covariances [units, units], across views for r_cross."""
+        """The covariances [units, units] of a kind: across views for r_cross, else pooled."""
         return self.across if kind == "r_cross" else self.cov
 
     def matrix(self, by_kind: dict[str, Tensor], views: int) -> Tensor:
-        """K [views, units, units]."""
+        """K_+- [views, units, units]."""
         k = self.d.new_zeros(views, *self.cov.shape)
         for kind in self.terms.lateral:
             moments, column = self.moments_of(kind), by_kind[kind]
@@ -402,7 +403,7 @@ class _Mixing:
     def backward(
         self, grad_k: Tensor, grad_const: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients of rows, mean and second; changes grad_k."""
+        """The gradients of rows, mean and second moments (None: 0); overwrites grad_k."""
         grad_a, lateral = torch.empty_like(self.a), self.terms.level == "gram"
         by_kind = self.by_kind(grad_a)
         if grad_const is not None:
@@ -428,7 +429,7 @@ class _Mixing:
         return grad_rows, grad_mean, grad_second
 
     def _through_matrix(self, grad_k: Tensor, grads: dict[str, Tensor]):
-        """Gradients of d, covariance and cross-view covariance; fills those of rows."""
+        """The gradients of d, covariance and cross-view covariance; writes those of rows."""
         grad_d, of_moments, e = torch.zeros_like(self.d), {}, self.d.square().unsqueeze(1)
         by_kind = self.by_kind(self.a)
         for kind in self.terms.lateral:
@@ -451,7 +452,7 @@ class _Mixing:
         return grad_d, of_moments["cov"], of_moments.get("across")
 
     def _through_rz(self, grad: Tensor, grad_d: Tensor, grad_cov: Tensor) -> None:
-        """Adds the gradients of d and covariance from that of the factor rz."""
+        """Add the gradients through the factor rz to those of d and covariance."""
         e, others = self.d.square(), _without_diagonal(self.cov)
         squares = others.square()
         grad_e = 2 * grad * e * (squares @ e) + squares.t() @ (grad * e * e)
@@ -459,7 +460,7 @@ class _Mixing:
         grad_cov.addcmul_(others * (grad * e * e).unsqueeze(1), e, value=2)
 
     def _second(self, views: int, grad_d, grad_cov, grad_across) -> Tensor | None:
-        """The gradient of the moments, from those of d, covariance, cross-view covariance."""
+        """The gradient of the second moments from those of d and both covariances, or None."""
         if self.terms.level == "mean":
             return None
         grad_var = grad_d * self.d.pow(3).mul_(-0.5)
@@ -472,7 +473,7 @@ class _Mixing:
 
 
 def _factors(names: Sequence[str], mean: Tensor, d: Tensor, cov: Tensor) -> Tensor:
-    """[factors, units], of FACTORS."""
+    """The values [factors, units] of these FACTORS."""
     factors = mean.new_empty(len(names), len(mean))
     for row, name in zip(factors.unbind(), names, strict=True):
         if name == "1":

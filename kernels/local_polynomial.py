@@ -1,22 +1,22 @@
-"""Local polynomial sums and their gradients, factored so that few matrix products are left.
+"""Local polynomial sums and their gradients, factored into few matrix products.
 
     delta_ij = sum_k psi_k mean_b( prod_v p_v[b,j]^a_kv  prod_u q_u[b,i]^c_ku ) w_ij^e_k
 
-p are presynaptic tensors [batch, in], q postsynaptic ones [batch, out], w the parameter [out, in].
-Terms with the same presynaptic powers a and the same parameter power e are a group: their
-postsynaptic monomials are added up to one [batch, out] matrix T_ae before the product with p^a.
+p are presynaptic tensors [batch, in], q postsynaptic tensors [batch, out], w is the parameter
+[out, in]. Terms with the same presynaptic powers a and the same parameter power e form a group:
+their postsynaptic monomials are summed to one matrix T_ae [batch, out] before the product with p^a.
 
     delta = sum_e w^e * ( sum_a T_ae^T p^a  +  r_e 1^T  +  1 k_e^T )
 
-Where a = 0, only a sum r over the batch of the postsynaptic monomials is needed, where c = 0 only
-one, k, of p^a. At total degree 3 the 35 terms of (x, s, y, w) become 3 products instead of 34.
+For a = 0, only the sum r of the postsynaptic monomials over the batch is needed; for c = 0, only
+the sum k of p^a. At total degree 3 the 35 terms of (x, s, y, w) need 3 products instead of 34.
 
-Several such sums, of different parameters, share their postsynaptic monomials. The backward pass
-recomputes all that is elementwise, and keeps no product but those that multiply a power of w.
+Several sums, of different parameters, share their postsynaptic monomials. The backward pass
+recomputes everything elementwise; the only products kept are those that multiply a power of w.
 
-In a convolutional layer a sample is a position, and its input the window that it sees. A monomial
-of a window is the window of the image's monomial: the products become convolutions and their
-gradients, and no window is ever cut out.
+In a convolutional layer a sample is a position, and its input is the window around it. A monomial
+of a window is the window of the image's monomial, so the products become convolutions and their
+gradients, and windows are never cut out.
 """
 
 import itertools
@@ -32,25 +32,26 @@ from kernels.own_precision import in_own_precision
 
 Exponents = tuple[int, ...]
 
-BLOCK_BYTES = 2**22  # of one presynaptic monomial worked on at a time, on a CPU
+BLOCK_BYTES = 2**22  # bytes of a presynaptic monomial that a CPU works on at a time
 
 
 def samples(image: Tensor) -> Tensor:
-    """[batch, features, H, W] to one row per position [batch * H * W, features], a view where the
-    channels are last in memory; [batch, features] stays as it is.
+    """Turn [batch, features, H, W] into one row per position, [batch * H * W, features].
+
+    The result is a view if the channels are last in memory. [batch, features] is returned as it is.
     """
     return image if image.dim() == 2 else image.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the input of a sample is: a row of p [batch, in]. Weights are [out, in].
+    """The linear maps of the sums and their gradients if the input of a sample is a row of p.
 
-    The four linear maps that the sums and their gradients consist of; a trailing _ adds to `total`.
+    p is [batch, in], weights are [out, in]. Methods with a trailing _ add to `total`.
     """
 
     def blocks(self, inputs: Sequence[Tensor]) -> Iterator[slice]:
-        """Slices of the samples, in which a presynaptic monomial fits into the cache."""
+        """Slices of the samples, so small that a presynaptic monomial fits into a CPU's cache."""
         batch, features = inputs[0].shape
         size = batch
         if inputs[0].device.type == "cpu":
@@ -59,15 +60,15 @@ class Rows:
             yield slice(start, start + size)
 
     def correlate_(self, total: Tensor, post: Tensor, p: Tensor) -> None:
-        """sum_b post_bi p_bj, to total [out, in]."""
+        """Add sum_b post_bi p_bj to total [out, in]."""
         total.addmm_(post.t(), p)
 
     def project(self, p: Tensor, weight: Tensor, out: Tensor) -> None:
-        """sum_j p_bj weight_ij, written to out [batch, out]."""
+        """Write sum_j p_bj weight_ij to out [batch, out]."""
         torch.mm(p, weight.t(), out=out)
 
     def spread_(self, total: Tensor, post: Tensor, weight: Tensor) -> None:
-        """sum_i post_bi weight_ij, to total [batch, in]."""
+        """Add sum_i post_bi weight_ij to total [batch, in]."""
         total.addmm_(post, weight)
 
     def sum(self, p: Tensor) -> Tensor:
@@ -75,24 +76,26 @@ class Rows:
         return p.sum(0)
 
     def spread_evenly(self, numbers: Tensor, like: Tensor) -> Tensor:
-        """The gradient of `numbers` [in] times the sum above, of the shape of `like`."""
+        """The gradient of numbers [in] . sum(p) by p, of the shape of `like`."""
         return numbers.expand_as(like)
 
     def count(self, p: Tensor) -> int:
-        """How many samples there are."""
+        """The number of samples."""
         return len(p)
 
     def image(self, rows: Tensor, p: Tensor) -> Tensor:
-        """Rows in the order of the samples as what a layer passes on: themselves."""
+        """Rows [samples, features] in the shape of a layer's output, which is the same here."""
         return rows
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Where the input of a sample is: a window of size (kh, kw) in images p [batch, in, H, W].
+    """The maps of Rows if the input of a sample is a window of images p [batch, in, H, W].
 
     There is one sample per image and position, in the order of `samples`; weights are
-    [out, in * kh * kw]. The maps are those of Rows.
+    [out, in * kh * kw].
+
+    size: (kh, kw).
     """
 
     size: tuple[int, int]
@@ -100,25 +103,28 @@ class Windows:
     padding: int = 0
 
     def convolve(self, p: Tensor, weight: Tensor) -> Tensor:
-        """[batch, out, H', W'] for weight [out, in, kh, kw], with the channels last in memory."""
+        """The convolution [batch, out, H', W'] of p with weight [out, in, kh, kw].
+
+        Its channels are last in memory.
+        """
         p, weight = (_channels_last(t) for t in (p, weight))
         return nn.functional.conv2d(p, weight, stride=self.stride, padding=self.padding)
 
     def blocks(self, inputs: Sequence[Tensor]) -> Iterator[slice]:
-        """All samples at once: a convolution looks after the cache itself."""
+        """One slice of all samples, because convolutions take care of the cache themselves."""
         yield slice(None)
 
     def correlate_(self, total: Tensor, post: Tensor, p: Tensor) -> None:
-        """sum_b post_bi p_bj, to total [out, in * kh * kw]."""
+        """Add sum_b post_bi p_bj to total [out, in * kh * kw]."""
         shape = (len(total), p.shape[1], *self.size)
         total.add_(self._gradient(p, shape, self.image(post, p), of_weight=True).flatten(1))
 
     def project(self, p: Tensor, weight: Tensor, out: Tensor) -> None:
-        """sum_j p_bj weight_ij, written to out [samples, out]."""
+        """Write sum_j p_bj weight_ij to out [samples, out]."""
         out.copy_(samples(self.convolve(p, self._kernels(weight))))
 
     def spread_(self, total: Tensor, post: Tensor, weight: Tensor) -> None:
-        """sum_i post_bi weight_ij, to total [batch, in, H, W]."""
+        """Add sum_i post_bi weight_ij to total [batch, in, H, W]."""
         kernels = self._kernels(weight)
         total.add_(self._gradient(total, kernels, self.image(post, total), of_weight=False))
 
@@ -129,7 +135,7 @@ class Windows:
         return self._gradient(whole, (1, p.shape[1], *self.size), ones, of_weight=True).flatten()
 
     def spread_evenly(self, numbers: Tensor, like: Tensor) -> Tensor:
-        """The gradient of `numbers` [in * kh * kw] times the sum above, of the shape of `like`."""
+        """The gradient of numbers [in * kh * kw] . sum(p) by p, of the shape of `like`."""
         one = like[:1]
         ones = one.new_ones(1, 1, *self._positions(like))
         kernel = self._kernels(numbers.unsqueeze(0))
@@ -139,7 +145,7 @@ class Windows:
         return weight.unflatten(1, (-1, *self.size))
 
     def count(self, p: Tensor) -> int:
-        """How many samples there are."""
+        """The number of samples."""
         return len(p) * math.prod(self._positions(p))
 
     def _positions(self, p: Tensor) -> tuple[int, int]:
@@ -147,11 +153,11 @@ class Windows:
         return tuple((n + 2 * self.padding - k) // self.stride + 1 for n, k in sizes)
 
     def image(self, rows: Tensor, p: Tensor) -> Tensor:
-        """Rows in the order of `samples` as [batch, features, H', W']; a view."""
+        """Rows [samples, features] as a view [batch, features, H', W']."""
         return rows.view(len(p), *self._positions(p), -1).permute(0, 3, 1, 2)
 
     def _gradient(self, p, weight, grad: Tensor, of_weight: bool) -> Tensor:
-        """Gradient of a convolution: of its weight, whose shape is given, or of its input p."""
+        """The gradient of a convolution by its weight, given as a shape, or by its input p."""
         if of_weight:
             p, weight = _channels_last(p), grad.new_empty(weight)
         weight = _channels_last(weight)
@@ -166,18 +172,18 @@ ROWS = Rows()
 
 
 def _channels_last(image: Tensor) -> Tensor:
-    # Not `contiguous`, which leaves the strides of a single channel as they are: convolutions then
-    # take the other layout, five times slower.
+    # `contiguous` would leave the strides of a single channel unchanged, and convolutions would use
+    # the other layout, which is five times slower
     return image.to(memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
 class LocalSum:
-    """One sum over local terms, without its numbers.
+    """The structure of one sum over local terms.
 
     Attributes:
-        exponents: one (a..., c..., e) per term, c for all postsynaptic tensors.
-        presynaptic: which of the tensors given are p, by their numbers; possibly none.
+        exponents: one (a..., c..., e) per term, with c for all postsynaptic tensors.
+        presynaptic: the indices of the tensors p among those given; possibly none.
     """
 
     exponents: tuple[Exponents, ...]
@@ -185,12 +191,11 @@ class LocalSum:
 
 
 class LocalPolynomials:
-    """Several sums with the same postsynaptic tensors, laid out for their factored evaluation.
+    """Several sums with the same postsynaptic tensors, planned for their factored evaluation.
 
-    Attributes:
-        sums: what they are.
-        postsynaptic: which of the tensors given are q, by their numbers; at least one.
-        device: where the tensors are.
+    sums: the structure of each.
+    postsynaptic: the indices of the tensors q among those given; at least one.
+    device: the device of the tensors.
     """
 
     def __init__(
@@ -207,15 +212,17 @@ class LocalPolynomials:
     ) -> tuple[Tensor, ...]:
         """delta [out, in] for each sum, differentiable once in every tensor.
 
-        psi: coefficients [terms] and weights: parameters [out, in], one per sum; tensors: what is
-        pre- and postsynaptic, [batch, in] and [batch, out]. With windows, presynaptic tensors may
-        be images [images, channels, H, W], and `batch` counts the windows in them.
+        psi: the coefficients [terms] of each sum.
+        weights: the parameter [out, in] of each sum.
+        tensors: the presynaptic [batch, in] and postsynaptic [batch, out] tensors.
+        windows: with them, presynaptic tensors may be images [images, channels, H, W], and `batch`
+            counts the windows in them.
         """
         return _LocalPolynomials.apply(self.joint, windows, *psi, *weights, *tensors)
 
 
 class _Monomials:
-    """The non-constant monomials of some variables, each a lower one times a variable."""
+    """The nonconstant monomials of some variables, each a lower one times a variable."""
 
     def __init__(self, exponents: set[Exponents]) -> None:
         lower = (itertools.product(*(range(p + 1) for p in powers)) for powers in exponents)
@@ -235,7 +242,7 @@ class _Monomials:
         return len(self.exponents)
 
     def each(self, variables: Sequence[Tensor], rows: int) -> Iterator[Tensor]:
-        """The first `rows` monomials one by one; the variables themselves are not copied."""
+        """The first `rows` monomials one by one; variables are not copied."""
         values: list[Tensor] = []
         for k in range(rows):
             v, lower = self.recipe[k]
@@ -243,7 +250,7 @@ class _Monomials:
             yield values[-1]
 
     def stacked(self, variables: Sequence[Tensor], rows: int) -> Tensor:
-        """The first `rows` monomials [rows, batch, features], so that sums of them are products."""
+        """The first `rows` monomials in one tensor [rows, batch, features]."""
         values = variables[0].new_empty(rows, *variables[0].shape)
         rows = values.unbind()
         for k, row in enumerate(rows):
@@ -257,7 +264,10 @@ class _Monomials:
     def pull_back(
         self, grads: Sequence[Tensor], values: Sequence[Tensor], totals: Sequence[Tensor]
     ) -> None:
-        """Adds to `totals`, one per variable or None, its gradient from all monomials'."""
+        """Add the gradient of each variable, from those of all monomials, to `totals`.
+
+        totals: one tensor per variable, or None if its gradient is not needed.
+        """
         for k, v, power, lower in self.divisions:
             if totals[v] is None:
                 continue
@@ -269,41 +279,41 @@ class _Monomials:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where each coefficient of one sum goes in the three matrices of its factored form.
+    """The positions of the coefficients of one sum in the three matrices of its factored form.
 
-    The matrices hold the coefficients of products [groups, rows of postsynaptic], of sums of
-    postsynaptic monomials [powers, 1 + rows], the constant first, and of sums of presynaptic ones
-    [powers, rows of presynaptic].
+    The matrices hold the coefficients of products [groups, postsynaptic monomials], of sums of
+    postsynaptic monomials [powers, 1 + monomials], the constant first, and of sums of presynaptic
+    monomials [powers, monomials].
     """
 
     presynaptic: _Monomials
-    inputs: tuple[int, ...]  # which tensors are presynaptic
+    inputs: tuple[int, ...]  # indices of the presynaptic tensors
     powers: int  # 1 + the highest power of the parameter
-    groups: tuple[tuple[int, ...], ...]  # per presynaptic monomial: the e of its products
-    product_rows: int  # how many presynaptic monomials are in products, the first ones
+    groups: tuple[tuple[int, ...], ...]  # for each presynaptic monomial, the e of its products
+    product_rows: int  # only so many presynaptic monomials, the first ones, occur in products
     shapes: tuple[tuple[int, int], ...]  # of the three matrices
-    places: Tensor  # of the coefficients, in the three matrices laid end to end
+    places: Tensor  # of the coefficients in the three flattened matrices, concatenated
 
     def matrices(self, psi: Tensor) -> list[Tensor]:
-        """The coefficients in their places."""
+        """The three matrices for coefficients psi [terms]."""
         sizes = [rows * columns for rows, columns in self.shapes]
         flat = psi.new_zeros(sum(sizes)).index_copy_(0, self.places, psi)
         return [m.view(s) for m, s in zip(flat.split(sizes), self.shapes, strict=True)]
 
     def collected(self, matrices: Sequence[Tensor]) -> Tensor:
-        """The entries of three such matrices, back in the order of the coefficients."""
+        """The entries of three matrices in the order of the coefficients, [terms]."""
         return torch.cat([m.flatten() for m in matrices]).index_select(0, self.places)
 
 
 @dataclass(frozen=True)
 class _JointPlan:
     sums: tuple[_Plan, ...]
-    outputs: tuple[int, ...]  # which tensors are postsynaptic
+    outputs: tuple[int, ...]  # indices of the postsynaptic tensors
     postsynaptic: _Monomials
-    needed_in_backward: int  # how many of the postsynaptic monomials, the first ones
+    needed_in_backward: int  # the number of postsynaptic monomials, the first ones, needed there
 
     def split(self, arguments: Sequence) -> tuple[Sequence, Sequence, Sequence]:
-        """psi, weights and tensors."""
+        """Split the arguments, or something with one entry for each, into psi, weights, tensors."""
         n = len(self.sums)
         return arguments[:n], arguments[n : 2 * n], arguments[2 * n :]
 
@@ -375,7 +385,7 @@ class _LocalPolynomials(torch.autograd.Function):
             for factor in reversed(_factors(correlations, rows @ post_sums, columns @ pre_sums)):
                 delta.mul_(weight).add_(factor)
             deltas.append(delta)
-            correlations[0] = None  # it multiplies w^0: the gradient does not need it
+            correlations[0] = None  # the gradient doesn't need it, because it multiplies w^0
             kept += [*matrices, pre_sums, *correlations]
         ctx.joint, ctx.windows = joint, windows
         ctx.save_for_backward(post_sums, *weights, *tensors, *kept)
@@ -417,7 +427,7 @@ class _LocalPolynomials(torch.autograd.Function):
 
 
 class _SumBackward:
-    """The backward pass of one sum; names as in the module's formula."""
+    """The backward pass of one sum."""
 
     def __init__(self, plan: _Plan, place, weight, inputs, post, post_sums, kept) -> None:
         self.plan, self.place, self.weight, self.inputs = plan, place, weight, inputs
@@ -425,7 +435,7 @@ class _SumBackward:
         self.products, self.rows, self.columns, self.pre_sums, *self.correlations = kept
 
     def run(self, grad, grad_post, grad_post_sums, grad_inputs) -> tuple[Tensor, Tensor]:
-        """Gradients of psi and weight; adds to those of monomials, their sums, and inputs."""
+        """The gradients of psi and weight; adds to those of monomials, their sums and inputs."""
         grad_weight, grad_powers = self._through_parameter(grad)
         grad_rows = torch.stack([g.sum(1) for g in grad_powers])
         grad_columns = torch.stack([g.sum(0) for g in grad_powers])
@@ -446,7 +456,7 @@ class _SumBackward:
         return grad_psi, grad_weight
 
     def _through_parameter(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Gradient of the parameter w, and grad * w^e for each e."""
+        """The gradient of the parameter w, and grad * w^e for each e."""
         by_row, by_column = self.rows @ self.post_sums, self.columns @ self.pre_sums
         factors = _factors(self.correlations, by_row, by_column)
         grad_weight, grad_powers = torch.zeros_like(grad), [grad]
@@ -456,7 +466,7 @@ class _SumBackward:
         return grad_weight, grad_powers
 
     def _through_products(self, grad_powers: list[Tensor]) -> Tensor:
-        """Gradient of T_ae [groups, batch, out]."""
+        """The gradient of T_ae [groups, batch, out]."""
         plan = self.plan
         grad_combined = self.post.new_empty(len(self.products), *self.post.shape[1:])
         for block in self.place.blocks(self.inputs) if self.inputs else ():
@@ -494,7 +504,7 @@ def _over_the_batch(
     inputs: Sequence[Tensor],
     place: Rows | Windows,
 ) -> tuple[list[Tensor | None], Tensor]:
-    """sum_a T_ae^T p^a [out, in] for each e (None: no such term), and sums of p^a [rows, in]."""
+    """sum_a T_ae^T p^a [out, in] for each e (None: no term), and sums of p^a, [monomials, in]."""
     used = {e for powers in plan.groups for e in powers}
     correlations = [torch.zeros_like(weight) if e in used else None for e in range(plan.powers)]
     pre_sums = weight.new_zeros(len(plan.presynaptic), weight.shape[1])
@@ -509,14 +519,14 @@ def _over_the_batch(
 
 
 def _place(inputs: Sequence[Tensor], windows: Windows | None) -> Rows | Windows:
-    """How the samples lie in the presynaptic tensors of a sum."""
+    """`windows` if the presynaptic tensors are images, else ROWS."""
     return windows if windows is not None and inputs and inputs[0].dim() == 4 else ROWS
 
 
 def _factors(
     correlations: Sequence[Tensor | None], by_row: Tensor, by_column: Tensor
 ) -> list[Tensor]:
-    """What multiplies w^e, for each e: [out, in]."""
+    """The factor of w^e for each e, [out, in]."""
     factors = []
     for correlation, row, column in zip(correlations, by_row, by_column, strict=True):
         sums = row.unsqueeze(1) + column

@@ -1,22 +1,22 @@
-"""Multinomial logistic regression of features that are already there: the solver of the probe.
+"""Multinomial logistic regression on given features: the solver of the linear probe.
 
     minimise over W, b:   C sum_n CE(softmax(W f_n + b), label_n) + 1/2 |W|^2
 
 which is scikit-learn's LogisticRegression(C=C) for three classes or more. (For two, scikit-learn
-penalises the difference w_1 - w_0 instead: its C is then twice the C here for the same answer.)
+penalises the difference w_1 - w_0 instead: its C is then twice the C here for the same solution.)
 
-L-BFGS on all rows, at a few milliseconds an iteration, made short by two metrics:
-1. Features are centred and whitened. There, Boehning's bound is Hessian <= I/2, and the quadratic
-   penalty stays exact, as a diagonal. (Boehning 1992, Multinomial logistic regression algorithm.)
-2. Every few iterations the Hessian of a strided subsample of rows replaces that bound: all of it
-   where classes x features is small, else (up to 512 features) its block for each class. (Byrd,
-   Chin, Neveitt, Nocedal 2011, On the use of stochastic Hessian information.)
-Beyond 2,048 features a D x D matrix would cost more than the solve: columns are scaled, no more.
-With fewer rows than features, W is a sum of the centred rows: directions outside are left out.
-Where one column is so large that the covariance does not see what others say, axes are computed for
-columns of like size together, in float64. (Not beyond 2,048 features: there columns that are nearly
-multiples of each other, to seven digits, stay hard to tell apart.)
-Products run in the features' dtype; whatever is small, and every sum over rows, is float64.
+The method is L-BFGS on all rows, a few milliseconds per iteration, preconditioned in two ways:
+1. Features are centred and whitened. In these coordinates, Boehning's bound is Hessian <= I/2, and
+   the quadratic penalty is diagonal. (Boehning 1992, Multinomial logistic regression algorithm.)
+2. Every few iterations the Hessian of a strided subsample of rows replaces that bound: the whole
+   Hessian if classes x features is small, else (up to 512 features) its block for each class.
+   (Byrd, Chin, Neveitt, Nocedal 2011, On the use of stochastic Hessian information.)
+Beyond 2,048 features, where a D x D matrix would cost more than the solve, columns are only scaled.
+With fewer rows than features, W is in the span of the centred rows; other directions are left out.
+If one column is so large that rounding hides the others in the covariance, axes are computed
+separately for groups of columns of similar size, in float64. (Not beyond 2,048 features: there,
+columns that are multiples of each other up to seven digits remain hard to distinguish.)
+Products are in the features' dtype; everything small, and every sum over rows, is in float64.
 """
 
 from __future__ import annotations
@@ -32,42 +32,43 @@ from experiment.errors import WrongInputError
 from hypergradients import ConjugateGradient
 from hypergradients.linear_solvers import Matvec, Vector
 
-NUMBERS_AT_ONCE = 2**19  # of features in a chunk; bounds the float64 copies
+NUMBERS_AT_ONCE = 2**19  # entries of a chunk of features; bounds the float64 copies
 WHITEN_UP_TO = 2048  # features; above, each column is only scaled
-WHITEN_IN_DOUBLE_UP_TO = 256  # features; above, N D^2 products in double would dominate the solve
-LEAST_VARIANCE = 1e-10  # of the largest, of a direction that fewer rows than features differ in
-LOST_SHARE = 1e-11  # of a column, in directions below that: more than rounding leaves there
-WORST_SCALE = 1e6  # of a direction's variance: the bound it is raised to may be so many times it
-LIKE_SIZE = 1e-4  # of the largest column, of one that is rotated together with it
+WHITEN_IN_DOUBLE_UP_TO = 256  # features; above, N D^2 products in float64 would dominate the solve
+LEAST_VARIANCE = 1e-10  # of an axis, relative to the largest, with fewer rows than features
+LOST_SHARE = 1e-11  # of a column's length: more than this, outside the axes, is not just rounding
+WORST_SCALE = 1e6  # a variance may be raised by at most this factor if it matters
+LIKE_SIZE = 1e-4  # columns at least this size, relative to the largest, are rotated with it
 JOINT_HESSIAN_UP_TO = 800  # classes * (features + 1); above, one block for each class
 BLOCKS_UP_TO = 512  # features; above, Boehning's bound stays: blocks cost more than they save
-JOINT_ROWS, BLOCK_ROWS = 4096, 16384
-JOINT_SCHEDULE, BLOCK_SCHEDULE = (4, 8), (10, 30)  # first iteration, and every so many
-HESSIAN_SHIFT = 0.03  # of its mean diagonal: a subsample misses some directions
-HUGE_ROW, HUGE_ROW_TOLERANCE = 1e4, 1e-12  # of the median row's length; see fit_logistic
+JOINT_ROWS, BLOCK_ROWS = 4096, 16384  # rows in the subsample of the Hessian, of its blocks
+JOINT_SCHEDULE, BLOCK_SCHEDULE = (4, 8), (10, 30)  # first iteration with a Hessian, and the period
+HESSIAN_SHIFT = 0.03  # added, times the mean diagonal, because a subsample misses some directions
+HUGE_ROW, HUGE_ROW_TOLERANCE = 1e4, 1e-12  # relative to the median row's length; see fit_logistic
 MEMORY = 30  # pairs kept by L-BFGS
 ABSENT_BIAS = -40.0  # see fit_logistic
-MOST_PRODUCTS = 500  # with the Hessian, of solve_hessian
-HESSIAN_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}  # relative, of its residual
-OBJECTIVE_NOISE = {torch.float32: 1e-8, torch.float64: 2e-15}  # relative, of one evaluation
+MOST_PRODUCTS = 500  # products with the Hessian in solve_hessian
+HESSIAN_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}  # relative, for its residual
+OBJECTIVE_NOISE = {torch.float32: 1e-8, torch.float64: 2e-15}  # relative error of one evaluation
 
 
 class ProbeError(WrongInputError):
-    """Wrong input to the probe: what is wrong and what would be right, in one line."""
+    """Wrong input to the probe; the message is one line."""
 
 
 class NonFiniteFeatures(ProbeError, FloatingPointError):  # noqa: N818 - the name says what it is
-    """Features that are NaN or infinite."""
+    """Features that are nan, infinite, or so large that sums overflow."""
 
 
 @dataclass(frozen=True)
 class LogisticFit:
     """A fitted classifier, logits = features @ weight.T + bias; tensors are float64.
 
-    objective: C * summed cross-entropy + 1/2 |weight|^2, evaluated in float64 on all rows
-    gradient_norm: Euclidean norm of its gradient with respect to (weight, bias), same units
-    iterations: steps of L-BFGS
-    converged: whether the predicted decrease fell below tolerance * objective
+    weight, bias: [classes, D] and [classes].
+    objective: C * summed cross-entropy + 1/2 |weight|^2, evaluated in float64 on all rows.
+    gradient_norm: the Euclidean norm of the objective's gradient with respect to (weight, bias).
+    iterations: the number of steps of L-BFGS.
+    converged: whether the predicted decrease fell below tolerance * objective.
     """
 
     weight: Tensor
@@ -78,7 +79,7 @@ class LogisticFit:
     converged: bool
 
     def logits(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B, classes], float64."""
+        """The logits [B, classes], float64, of features [B, D]; ProbeError for other shapes."""
         if features.ndim != 2 or features.shape[1] != self.weight.shape[1]:
             raise ProbeError(
                 f"features have shape {list(features.shape)}; "
@@ -100,14 +101,19 @@ def fit_logistic(
 ) -> LogisticFit:
     """Multinomial logistic regression of labels [N] on features [N, D]; see the module's formula.
 
-    Stops when a step promises to lower the objective by less than `tolerance` relative to it (at
-    float32, rounding leaves about 1e-8). The result is never worse than `start`, nor than the
-    constant classifier where the solver starts without one. The promise is that of a quadratic
-    model: a row far larger than the others bends the loss so sharply that the model holds close by
-    only; the tolerance is then 1e-12 at most.
+    The solver stops when the predicted decrease of the objective is less than `tolerance` times the
+    objective (in float32, rounding leaves about 1e-8). The result is never worse than `start` or,
+    without it, than the best constant classifier. The prediction is that of a quadratic model. If a
+    row is far larger than the others, the loss curves so sharply that this model holds only in a
+    small neighbourhood; the tolerance is then at most 1e-12.
 
-    A class without a label has its optimum at bias -> -inf, weight 0. It gets bias -40: since the
-    logits of the others sum to zero, their largest is >= 0, and its probability <= exp(-40).
+    For a class without labels the optimum is bias -> -inf, weight 0. Its bias is set to -40: since
+    the logits of the others sum to zero, their largest is >= 0, and its probability <= exp(-40).
+
+    Raises ProbeError for wrong input and NonFiniteFeatures, one of its subclasses, for features
+    that are not finite or too large.
+
+    start: a classifier to start from; by default the best constant one.
     """
     labels = _check(features, labels, classes, C, start)
     counts = torch.bincount(labels, minlength=classes)
@@ -143,12 +149,14 @@ def solve_hessian(
     weight: Tensor,
     bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """H^-1 (weight, bias), H the Hessian of the objective over C N at the classifier `fit`.
+    """H^-1 (weight, bias), float64, with H the Hessian of the objective / (C N) at `fit`.
 
-    features [N, D], labels [N] and C as they were given to fit_logistic; weight [classes, D] and
-    bias [classes], whose sum over classes must be 0 (H does not see a shift of all biases), and
-    likewise what is returned, float64. Classes without a label are left out: zeros.
-    Conjugate gradients in the whitened coordinates, preconditioned as the fit was.
+    The method is conjugate gradients in the whitened coordinates, preconditioned like the fit. The
+    result is 0 for classes without labels.
+
+    features, labels, C: [N, D], [N] and a number, as given to fit_logistic.
+    weight, bias: [classes, D] and [classes]; their sums over classes must be 0, as those of the
+        result are, because H is singular for a common shift of all biases.
     """
     present, labels = _present(torch.bincount(labels, minlength=len(bias)), labels)
     problem = LogisticProblem(features, labels, len(present), C)
@@ -166,7 +174,7 @@ def solve_hessian(
     (v,), _ = solver.solve(_hessian_complement(problem, V), [g - g.mean(0)])
     solved = problem.unwhiten(v)
     centred = weight[present] - bias[present][:, None] * problem.mean
-    rest = problem.outside(centred) / problem.ridge  # there, H is that of the penalty alone
+    rest = problem.outside(centred) / problem.ridge  # outside, H is that of the penalty alone
     solved = solved[0] + rest, solved[1] - rest @ problem.mean
     return (
         torch.zeros_like(fit.weight).index_copy(0, present, solved[0]),
@@ -180,7 +188,7 @@ def _has_a_huge_row(features: Tensor) -> bool:
 
 
 def _of_like_size(lengths: Tensor) -> list[Tensor]:
-    """The places of columns in groups, from those of the largest lengths to the smallest."""
+    """The indices of columns in groups of similar lengths, from the largest to the smallest."""
     order = lengths.argsort(descending=True)
     groups: list[list[int]] = []
     largest = 0.0
@@ -193,31 +201,36 @@ def _of_like_size(lengths: Tensor) -> list[Tensor]:
 
 
 def _present(counts: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes that have labels, and the labels as places in that list."""
+    """The classes that have labels, and the labels as indices into that list."""
     return counts.nonzero()[:, 0], (torch.cumsum(counts > 0, 0) - 1)[labels]
 
 
 class LogisticProblem:
-    """The objective over C N, in coordinates V [classes, D + 1] of whitened features.
+    """The objective / (C N) as a function of V [classes, D + 1], in whitened coordinates.
 
-    A row f has coordinates z = (f - mean) U * scale, then a one: they are the rows of Z [N, D + 1].
-    U [D, D] is orthogonal, so that the penalty is 1/2 sum V^2 penalty; None for no rotation. Where
-    there are fewer rows than features, it has a column for each direction in which they differ.
+    The coordinates of a row f are z = (f - mean) U * scale and a one; they are the rows of
+    Z [N, D + 1]. U [D, D] is orthogonal, so that the penalty is 1/2 sum V^2 penalty; None means no
+    rotation. With fewer rows than features, U [D, R] has a column for each direction in which the
+    rows differ, and R takes the place of D in V and Z.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, classes: int, C: float):
         N = len(features)
         self.classes, self.ridge = classes, 1 / (C * N)
-        self.of_label = labels * N + torch.arange(N, device=labels.device)  # in [classes, N]
+        # flat indices of the labels' entries in [classes, N]
+        self.of_label = labels * N + torch.arange(N, device=labels.device)
         self.mean = sum(rows.sum(0, dtype=torch.float64) for (rows,) in in_chunks(features)) / N
         if not bool(torch.isfinite(self.mean).all()):
             raise NonFiniteFeatures(_what_is_not_finite(features))
-        self.uneven = False  # columns of very unlike sizes, U [D, D]
+        self.uneven = False  # whether columns have very different sizes; U is then [D, D]
         if not (self._whitened_few_rows(features) or self._whitened(features)):
             self._whitened_by_size(features)
 
     def _fill(self, features: Tensor, variance: Tensor, product: torch.dtype) -> None:
-        """Scale, penalty and Z of the axes U with these variances, by products of this type."""
+        """Set scale, penalty and Z for the axes U, from the variances along them.
+
+        product: the dtype of matrix products.
+        """
         self._set_scale(variance)
         self.Z = features.new_ones(len(features), len(variance) + 1)
         T = None if self.U is None else (self.U * self.scale).to(product)
@@ -230,9 +243,9 @@ class LogisticProblem:
         self.penalty = self.ridge * torch.cat([self.scale**2, self.scale.new_zeros(1)])
 
     def _whitened_few_rows(self, features: Tensor) -> bool:
-        """Sets all of this up from the products of rows with each other; False where that cannot.
+        """Set U, scale, penalty and Z from the Gram matrix of the rows; False if not possible.
 
-        R < N < D axes are enough, unless a column shows in directions that were left out.
+        Applies if N < D; R < N axes suffice unless a column has a share in the axes left out.
         """
         N, D = features.shape
         if not (N < D and N <= WHITEN_UP_TO):
@@ -255,10 +268,10 @@ class LogisticProblem:
         return True
 
     def _whitened(self, features: Tensor) -> bool:
-        """The same from the covariance of the columns; False where it does not tell enough.
+        """Set U, scale, penalty and Z from the covariance of the columns; False if too inaccurate.
 
-        That is where a variance which matters beside the penalty is far below the bound that the
-        largest one imposes on all.
+        That is the case if a variance that matters beside the penalty is far below the rounding
+        error of the largest one, to which all variances are raised.
         """
         D = features.shape[1]
         product = torch.float64 if D <= WHITEN_IN_DOUBLE_UP_TO else features.dtype
@@ -278,14 +291,14 @@ class LogisticProblem:
         return not (bool(raised.any()) and self._some_matter(raised, bound))
 
     def _some_matter(self, raised: Tensor, bound: float) -> bool:
-        """Whether one of the variances that were raised to a bound matters, and is far below it."""
+        """Whether one of the variances that were raised to a bound matters and is far below it."""
         squares = sum(z[:, :-1].square().sum(0, dtype=torch.float64) for (z,) in in_chunks(self.Z))
         variance = squares / len(self.Z) / self.scale**2
         far = bound + 2 * self.ridge > WORST_SCALE * (variance + 2 * self.ridge)
         return bool((raised & far & (variance > self.ridge)).any())
 
     def _covariance(self, features: Tensor, product: torch.dtype, wide: bool) -> Tensor:
-        """[D, D], or of each column [D] where wide."""
+        """The covariance of the columns [D, D] or, if wide, their variances [D]."""
         N, D = features.shape
         covariance = self.mean.new_zeros(D) if wide else self.mean.new_zeros(D, D)
         for (rows,) in in_chunks(features):
@@ -294,10 +307,10 @@ class LogisticProblem:
         return covariance / N
 
     def _whitened_by_size(self, features: Tensor) -> None:
-        """The same with axes that combine columns of like size only, and variances along them.
+        """Set U, scale, penalty and Z with axes that combine only columns of similar size.
 
-        An axis of small columns would else hold a share of the large ones, by rounding, and its
-        variance be rounded to nothing beside theirs.
+        Otherwise, by rounding, an axis of small columns would contain a share of the large ones,
+        beside which its own variance would vanish.
         """
         N, D = features.shape
         covariance = self._covariance(features, torch.float64, wide=True)
@@ -317,7 +330,7 @@ class LogisticProblem:
         self._fill(features, squares / N, torch.float64)
 
     def whiten(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """Coordinates V of the classifier (weight, bias)."""
+        """The coordinates V of the classifier (weight, bias)."""
         rotated = weight if self.U is None else weight @ self.U
         return torch.cat([rotated / self.scale, (bias + weight @ self.mean)[:, None]], 1)
 
@@ -328,7 +341,7 @@ class LogisticProblem:
         return weight, V[:, -1] - weight @ self.mean
 
     def pull_back(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """A gradient by (weight, bias) as one by V: the transpose of `unwhiten`."""
+        """A gradient by (weight, bias) as one by V; the transpose of `unwhiten`."""
         centred = weight - bias[:, None] * self.mean
         rotated = centred if self.U is None else centred @ self.U
         return torch.cat([rotated * self.scale, bias[:, None]], 1)
@@ -340,7 +353,7 @@ class LogisticProblem:
         return weight - (weight @ self.U) @ self.U.T
 
     def value_and_gradient(self, V: Tensor) -> tuple[float, Tensor]:
-        """Objective and gradient [classes, D + 1]; rows come last, for wide loops."""
+        """The objective / (C N) at V, and its gradient [classes, D + 1]."""
         logits = V.to(self.Z.dtype) @ self.Z.T
         losses, residual = _losses_and_residual(logits, self.of_label)
         N = len(self.Z)
@@ -348,10 +361,10 @@ class LogisticProblem:
         return float(value), (residual @ self.Z).double() / N + V * self.penalty
 
     def curvature(self, V: Tensor) -> Tensor | None:
-        """Cholesky factors of the Hessian at V on evenly spaced rows; None where one fails.
+        """Cholesky factors of the Hessian at V on evenly spaced rows; None if one fails.
 
-        One factor, [1, classes * d, classes * d], or if that is large [classes, d, d], leaving out
-        what couples the classes.
+        With d = D + 1, it is one factor [1, classes * d, classes * d] or, if that is too large, one
+        for each class, [classes, d, d], without the coupling of classes.
         """
         N, d = self.Z.shape
         joint = self.classes * d <= JOINT_HESSIAN_UP_TO
@@ -371,7 +384,7 @@ class LogisticProblem:
 
 
 def _hessian_complement(problem: LogisticProblem, V: Tensor) -> Matvec:
-    """v -> v - H v, H the Hessian of a problem at V: what a solver of (I - M) v = b takes for M."""
+    """The map v -> v - H v, with H the Hessian at V: the M for a solver of (I - M) v = b."""
     P = torch.softmax(V.to(problem.Z.dtype) @ problem.Z.T, 0)
 
     def matvec(v: Vector) -> Vector:
@@ -387,10 +400,10 @@ def _hessian_complement(problem: LogisticProblem, V: Tensor) -> Matvec:
 def _lbfgs(
     problem: LogisticProblem, V: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, int, bool]:
-    """L-BFGS (Nocedal & Wright, algorithm 7.4) with the inverse curvature as its first matrix.
+    """L-BFGS (Nocedal & Wright, algorithm 7.4) with the inverse curvature as initial matrix.
 
-    Directions keep their sum over classes at zero, where the optimum lies: the loss does not see
-    that sum. Returns the last V, the number of steps, and whether it converged.
+    Directions sum to zero over the classes, as the optimum does; the loss does not depend on that
+    sum. Returns the last V, the number of steps, and whether it converged.
     """
     noise = OBJECTIVE_NOISE[problem.Z.dtype]
     value, gradient = problem.value_and_gradient(V)
@@ -426,7 +439,11 @@ def _lbfgs(
 
 
 def _inverse_hessian_product(gradient: Tensor, pairs, factors: Tensor | None) -> Tensor:
-    """The two-loop recursion around Boehning's bound (H^-1 >= 2) or Cholesky factors of H."""
+    """The two-loop recursion of L-BFGS.
+
+    Its initial matrix is given by Cholesky factors of H or, without these, is a multiple of the
+    identity: from the last pair, or from Boehning's bound (H^-1 >= 2 I) if there is none.
+    """
     q, alphas = gradient.clone(), []
     for s, y, rho in reversed(pairs):
         alphas.append(rho * (s * q).sum())
@@ -444,16 +461,18 @@ def _inverse_hessian_product(gradient: Tensor, pairs, factors: Tensor | None) ->
 
 
 def _interpolate(rise: float, slope: float) -> float:
-    """Factor on a rejected step: the minimum of the parabola through it, within [0.1, 0.5]."""
+    """The factor for a rejected step: the minimum of the parabola through it, in [0.1, 0.5]."""
     if not math.isfinite(rise):
         return 0.1
     return min(0.5, max(0.1, -slope / (2 * (rise - slope))))
 
 
 def _losses_and_residual(logits: Tensor, of_label: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy [N] and its gradient by logits [classes, N], which it overwrites.
+    """The cross-entropy [N] and its gradient by logits [classes, N], which are overwritten.
 
-    Without cancellation: a loss of 1e-12 keeps all its digits, which separable data need.
+    There is no cancellation: a loss of 1e-12 keeps all its digits, as separable data require.
+
+    of_label: [N], the flat indices of the labels' entries in the logits.
     """
     flat = logits.view(-1)
     top = logits.amax(0)
@@ -471,7 +490,7 @@ def _losses_and_residual(logits: Tensor, of_label: Tensor) -> tuple[Tensor, Tens
 def _objective_and_slope(
     features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, C: float
 ) -> tuple[float, float]:
-    """The objective as scikit-learn writes it and the norm of its gradient, in float64."""
+    """The objective of the module's formula and the norm of its gradient, in float64."""
     value, by_weight, by_bias = 0.5 * weight.square().sum(), weight.clone(), torch.zeros_like(bias)
     for rows, targets in in_chunks(features, labels):
         rows = rows.double()
@@ -485,7 +504,7 @@ def _objective_and_slope(
 
 
 def in_chunks(features: Tensor, *others: Tensor) -> zip:
-    """The same rows of features [N, D] and of other tensors, a chunk at a time."""
+    """Chunks of corresponding rows of features [N, D] and other tensors."""
     rows = max(256, NUMBERS_AT_ONCE // features.shape[1])
     return zip(features.split(rows), *(other.split(rows) for other in others), strict=True)
 
@@ -501,7 +520,7 @@ def _what_is_not_finite(features: Tensor) -> str:
 
 
 def _check(features: Tensor, labels: Tensor, classes: int, C: float, start) -> Tensor:
-    """Labels as int64 on the features' device; ProbeError where anything does not fit."""
+    """The labels as int64 on the features' device; raises ProbeError for any wrong argument."""
     if features.ndim != 2 or 0 in features.shape:
         raise ProbeError(f"features have shape {list(features.shape)}; expected [N, D], N, D >= 1")
     if features.dtype not in OBJECTIVE_NOISE:

@@ -1,10 +1,10 @@
-"""Computations in the type of their tensors, also under autocast.
+"""Computations in the dtype of their tensors, also under autocast.
 
     with own_precision(params):
         params = rule.update(model, params, batch)
 
-What an update adds up is less than what autocast would round away; and the steps of an autograd
-function that torch calls under autocast find tensors of one type, as its forward pass left them.
+The changes of an update are so small that autocast would round them away. And the backward pass of
+an autograd function, if torch calls it under autocast, must find the dtypes of its forward pass.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def own_precision(tensors: Iterable[Tensor]) -> AbstractContextManager:
-    """No autocast on the device of the first of these tensors, by default the CPU."""
+    """A context without autocast on the device of the first tensor, by default the CPU."""
     device = next((tensor.device.type for tensor in tensors), "cpu")
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
@@ -24,7 +24,7 @@ def own_precision(tensors: Iterable[Tensor]) -> AbstractContextManager:
 
 
 def in_own_precision(step: Callable) -> Callable:
-    """The forward or backward pass of an autograd function, of (ctx, ...), without autocast."""
+    """A decorator that runs a forward or backward pass of an autograd function without autocast."""
 
     @functools.wraps(step)
     def run(ctx, *arguments):

@@ -1,22 +1,22 @@
 """Sums over local terms with the statistics of units, factored into few products.
 
-Statistics are numbers per unit. So all terms that multiply one prefactor f (the gain, say) by a
-quantity that is linear in centred activities c = y - <y> and preactivations s collapse to
+Statistics are numbers per unit. Therefore all terms with the same prefactor f (the gain, say) times
+a quantity that is linear in centred activities c = y - <y> and preactivations s collapse to
 
     l = c K + c' K' + S s + S' s' + const    K [units, units], S and const per unit
     h = f l;      dw = sum_views h^T x
 
-For pairs everything is the same when the views are exchanged, so that sum and difference decouple:
+For pairs everything is symmetric under exchange of the views, so that sum and difference decouple:
 with c_+- = c_1 +- c_2 and K_+- = (K +- K') / 2,
 
     l_1 = c_+ K_+ + c_- K_-,    l_2 = c_+ K_+ - c_- K_-
 
-The moments are c_+^T c_+ and c_-^T c_-; covariance and cross-view covariance are their sum and
-difference. Tensors [views, samples, units] hold first the sum, then the difference; with one view
-there is the first only.
+The moments are c_+^T c_+ and c_-^T c_-, up to a factor; covariance and cross-view covariance are
+their sum and difference. c [views, samples, units] holds first the sum, then the difference; with
+one view only the first.
 
-Each function comes as a step of autograd, and as a forward and a backward pass of which a longer
-step is made (gated_update.py).
+Each function exists as an autograd function, and as separate forward and backward passes, of which
+gated_update.py makes a larger autograd function.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ FLOOR = 1e-4  # added to variances
 
 
 class Activation(Protocol):
-    """sigma(u) = base(slope * u), known by its output; see models_fully_local.py."""
+    """sigma(u) = base(slope * u), differentiated from its output; see models_fully_local.py."""
 
     base: str
     slope: float
@@ -44,7 +44,7 @@ class Activation(Protocol):
 
 
 def gain(sigma: Tensor, activation: Activation) -> Tensor:
-    """sigma'(s), slope included, from sigma(s); differentiable in it."""
+    """sigma'(s), slope included, as a differentiable function of sigma(s)."""
     slope = activation.slope
     if activation.base == "sigmoid":
         return slope * sigma * (1 - sigma)
@@ -53,7 +53,7 @@ def gain(sigma: Tensor, activation: Activation) -> Tensor:
     return slope * (sigma > 0).to(sigma) if activation.base == "relu" else sigma * 0 + slope
 
 
-# What multiplies a gradient in place: base'' / base' as a function of base's output.
+# Multiply a gradient in place by base'' / base', a function of base's output; 0 for other bases
 _CURVATURE = {
     "sigmoid": lambda grad, y: grad.addcmul_(grad, y, value=-2),
     "tanh": lambda grad, y: grad.mul_(y).mul_(-2),
@@ -66,10 +66,13 @@ _CURVATURE = {
 def moments(y: Sequence[Tensor], wanted: str) -> tuple[Tensor, Tensor, Tensor]:
     """Centred sum and difference of the views, the mean, and second moments of the batch.
 
-    y: [samples, units] per view. wanted: "mean", "variance" or "gram".
-    Returns c [views, samples, units], the mean [units] over samples and views, and c_v^T c_v over
-    the number of samples and views: [views, units, units] for "gram", its diagonals [views, units]
-    for "variance", [views, 0] for "mean". Pooled over views, the covariance is their sum.
+    Returns c [views, samples, units], the mean [units] over samples and views, and the moments
+    c_v^T c_v / (samples * views^2): [views, units, units] for "gram", its diagonals [views, units]
+    for "variance", [views, 0] for "mean". The sum of the moments is the covariance pooled over the
+    views.
+
+    y: [samples, units] per view.
+    wanted: "mean", "variance" or "gram".
     """
     return _Moments.apply(wanted, *y)
 
@@ -109,14 +112,14 @@ def moments_forward(y: Sequence[Tensor], wanted: str) -> tuple[Tensor, Tensor, T
 
 
 def count_of(c: Tensor) -> int:
-    # The sum of two views is sqrt(2) as long as in an orthogonal change of basis.
+    # one factor `views` for the mean over views, one because sum and difference are not normalised
     return c.shape[1] * len(c) ** 2
 
 
 def moments_backward(
     c: Tensor, wanted: str, grad_c: Tensor, grad_mean: Tensor | None, grad_second: Tensor | None
 ) -> list[Tensor]:
-    """Gradients of y per view."""
+    """The gradient of y of each view."""
     if wanted == "gram":
         both = grad_second + grad_second.transpose(1, 2)
         grad = torch.baddbmm(grad_c, c, both, alpha=1 / count_of(c))
@@ -138,10 +141,13 @@ def moments_backward(
 def currents(
     c: Tensor, k: Tensor, const: Tensor | None, s: Sequence[Tensor], of_s: Tensor | None
 ) -> Tensor:
-    """l above, [views, samples, units]: that of the first view, then of the second.
+    """The currents l of the module's formula for each view, [views, samples, units].
 
-    c: from `moments`; k: K_+- [views, units, units], or its diagonal [views, units]; const [units]
-    or None; s: [samples, units] per view; of_s: S, S' [views, units or 1], or None.
+    c: [views, samples, units], from `moments`.
+    k: K_+- [views, units, units], or its diagonal [views, units].
+    const: [units] or None.
+    s: [samples, units] per view.
+    of_s: S, S' [views, units or 1], or None.
     """
     return _Currents.apply(None, c, k, const, of_s, *s)
 
@@ -155,7 +161,10 @@ def gated_currents(
     sigma: Sequence[Tensor],
     activation: Activation,
 ) -> Tensor:
-    """base'(slope s) l, the gain over the slope times `currents`; sigma: sigma(s) per view."""
+    """base'(slope s) l, that is, `currents` times the gain without its factor `slope`.
+
+    sigma: sigma(s) [samples, units] per view; the other arguments are those of `currents`.
+    """
     return _Currents.apply(activation, c, k, const, of_s, *s, *sigma)
 
 
@@ -197,7 +206,7 @@ def currents_forward(c, k, const, s, of_s) -> Tensor:
 
 
 def currents_backward(grad, c, k, s, of_s, has_const: bool):
-    """Gradients of c, k, const, of_s, and of s per view."""
+    """The gradients of c, k, const, of_s, and of s per view; None if there are none."""
     grad_s, grad_of_s = [None] * len(s), None
     if of_s is not None:
         grad_s, grad_of_s = _through_preactivations(grad, s, of_s)
@@ -216,7 +225,7 @@ def currents_backward(grad, c, k, s, of_s, has_const: bool):
 def _through_preactivations(
     grad: Tensor, s: Sequence[Tensor], of_s: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """Gradients of s and of S, S', from that of l per view."""
+    """The gradients of s per view and of S, S', from that of l."""
     grads, per_unit, views = grad.unbind(), of_s.shape[1] > 1, range(len(s))
     grad_s = [grads[u] * of_s[0] for u in views]
     if len(s) == 2:
@@ -241,7 +250,7 @@ def gate_forward(total: Tensor, sigma: Sequence[Tensor], activation: Activation)
 def gate_backward(
     grad: Tensor, total: Tensor, sigma: Sequence[Tensor], activation: Activation
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradients of `total`, and of sigma per view (None: 0)."""
+    """The gradients of `total`, and of sigma per view (None: 0)."""
     grad_sigma = [None] * len(sigma)
     if activation.base in _CURVATURE:
         grad_sigma = list((grad * total).unbind())
@@ -258,8 +267,9 @@ def correlate(
 ) -> tuple[Tensor, Tensor]:
     """sum_v h_v^T x_v [units, inputs], and the sum of h over samples and views [units].
 
-    h: [views, samples, units]; x: [samples, inputs] per view, or with windows images of which each
-    window is a sample, [images, channels, H, W].
+    h: [views, samples, units].
+    x: [samples, inputs] per view; or, with windows, images [images, channels, H, W] of which each
+        window is a sample.
     """
     return _Correlate.apply(h, windows, *x)
 
@@ -285,7 +295,7 @@ def place_of(x: Sequence[Tensor], windows: Windows | None) -> Rows | Windows:
 
 
 def products_forward(h: Tensor, x: Sequence[Tensor], place: Rows | Windows) -> Tensor:
-    """sum_v h_v^T x_v."""
+    """sum_v h_v^T x_v, [units, inputs]."""
     if place is ROWS:
         total = torch.mm(h[0].t(), x[0])
         for of_view, inputs in zip(h[1:], x[1:], strict=True):
@@ -298,7 +308,7 @@ def products_forward(h: Tensor, x: Sequence[Tensor], place: Rows | Windows) -> T
 
 
 def products_backward(h: Tensor, x: Sequence[Tensor], grad: Tensor, place) -> Tensor:
-    """Gradient of h; of h itself only the shape matters."""
+    """The gradient of h, of which only the shape is used."""
     grad_h = torch.empty_like(h)
     for target, inputs in zip(grad_h, x, strict=True):
         place.project(inputs, grad, out=target)
@@ -306,7 +316,7 @@ def products_backward(h: Tensor, x: Sequence[Tensor], grad: Tensor, place) -> Te
 
 
 def inputs_backward(h, x, grad: Tensor, place, needed: Sequence[bool]) -> list[Tensor | None]:
-    """Gradient of each x that needs one."""
+    """The gradient of each x that needs one, else None."""
     grads = []
     for of_view, inputs, needs in zip(h, x, needed, strict=True):
         grads.append(torch.zeros_like(inputs) if needs else None)
@@ -344,7 +354,7 @@ class _RmsStep(torch.autograd.Function):
 
 
 def step_forward(w, b, dw, db, rate, eps) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """New w and b, 1 / sqrt(mean_j dw_ij^2 + eps^2) and f, both [units]."""
+    """The new w and b; 1 / sqrt(mean_j dw_ij^2 + eps^2) and f, both [units]."""
     square = torch.linalg.vector_norm(dw, dim=1).square_()
     root = torch.add(eps * eps, square, alpha=1 / dw.shape[1]).rsqrt_()
     factor = root * rate
@@ -353,9 +363,9 @@ def step_forward(w, b, dw, db, rate, eps) -> tuple[tuple[Tensor, Tensor], Tensor
 
 
 def step_backward(grad_w, grad_b, dw, db, eps, root, factor, needed: Sequence[bool]):
-    """Gradients of dw, db, rate and eps."""
+    """The gradients of dw, db, rate and eps; `needed`: whether rate and eps need theirs."""
     grad_factor = torch.linalg.vecdot(grad_w, dw).addcmul_(grad_b, db)
-    shrink = grad_factor * factor * root * root  # of f, by half the mean square
+    shrink = grad_factor * factor * root * root  # minus the gradient by half the mean square
     grad_dw = grad_w * factor.unsqueeze(1)
     grad_dw.addcmul_(dw, shrink.unsqueeze(1), value=-1 / dw.shape[1])
     grad_rate = torch.dot(grad_factor, root) if needed[0] else None

@@ -1,32 +1,33 @@
-"""The parts of a whole update, but its products, as compiled loops for the CPU.
+"""The parts of a whole update, except its products, as compiled loops for the CPU.
 
-An update of few units is ten products and more than a hundred small operations, each of which costs
-more to call than to compute. Here they are eight calls. Formulas, names and shapes are those of
-kernels/gated_update.py; sums over samples and inputs are kept in float64. One thread.
+An update of few units consists of ten products and more than a hundred small operations, each of
+which costs more to call than to compute. Here these are eight calls. Formulas, names and shapes are
+those of kernels/gated_update.py; sums over samples and inputs are accumulated in float64. The loops
+run in one thread.
 
     slope_of: (p0, p1, p2, p3, 2 p2) with base'(u) = p0 + p1 y + p2 y^2 + p3 [y > 0], y = base(u)
-    layout: views, rows, factors, weights of s and of w; where the rows of c, r, r_cov, r_cross and
-        1 begin, -1 where there are none
-    codes: factors, as places in FACTORS
-    weights, grad_weights: as `split` takes them apart
-    small: numbers of each unit or pair of units, as `per_unit` and `per_row` take them apart
-    sums [3, units]: gradients of db, of the constant and of the mean
+    layout: the numbers of views, rows, factors, weights of s and weights of w; the first rows of c,
+        r, r_cov, r_cross and 1, or -1 for kinds that don't occur
+    codes: the factors, as indices into FACTORS
+    weights, grad_weights: split by `split`
+    small: numbers for each unit or pair of units, split by `per_unit` and `per_row`
+    sums [3, units]: the gradients of db, of the constant and of the mean
 
-What a function is told comes first, what it fills or changes last.
+In each function the arguments that are read come first, those that are written come last.
 """
 
 import numpy as np
 
 from experiment.compiling import compiled
 
-# Sums may be reordered and divisions by a common factor shared; NaN stays NaN.
+# Sums may be reordered, and divisions by a common divisor shared; nan stays nan
 LOOSE = {"reassoc", "contract", "nsz", "arcp"}
 loop = compiled(nogil=True, fastmath=LOOSE, error_model="numpy")
 
 
 @loop
 def split(layout, weights):
-    """Weights of the rows [rows, factors], of s, and of w; of length 0 where there are none."""
+    """The weights of the rows [rows, factors], of s and of w; of length 0 if there are none."""
     rows, factors, of_s = layout[1], layout[2], layout[3]
     end = rows * factors
     return weights[:end].reshape(rows, factors), weights[end : end + of_s], weights[end + of_s :]
@@ -34,7 +35,7 @@ def split(layout, weights):
 
 @loop
 def per_unit(small, units):
-    """mean, d, root, factor of the step, and db, each [units]; then all that follows them."""
+    """mean, d, root, factor of the step and db, each [units], and the rest of `small`."""
     mean, d, root = small[:units], small[units : 2 * units], small[2 * units : 3 * units]
     scale, db = small[3 * units : 4 * units], small[4 * units : 5 * units]
     return mean, d, root, scale, db, small[5 * units :]
@@ -42,7 +43,7 @@ def per_unit(small, units):
 
 @loop
 def per_row(layout, rest, units):
-    """factors [factors, units], a [rows, units], cov and across [units, units]."""
+    """factors [factors, units], a [rows, units], cov [units, units], across (see `_square`)."""
     of_factors, of_rows = layout[2] * units, layout[1] * units
     factors = rest[:of_factors].reshape(layout[2], units)
     a = rest[of_factors : of_factors + of_rows].reshape(layout[1], units)
@@ -52,13 +53,13 @@ def per_row(layout, rest, units):
 
 @loop
 def _square(numbers, units):
-    """[units, units], or [0, units] of no numbers."""
+    """The numbers as a matrix [units, units], or [0, units] if there are none."""
     return numbers.reshape(len(numbers) // units, units)
 
 
 @loop
 def centre(y, c, small):
-    """Sum and difference of the centred views, c [views, samples, units], and the mean [units]."""
+    """Write the mean [units], and the centred sum and difference c [views, samples, units]."""
     views, samples, units = c.shape
     mean, y0, y1 = per_unit(small, units)[0], y[0], y[views - 1]
     total = np.zeros(units)
@@ -88,7 +89,11 @@ def squared_correlations(cov, d, i):
 
 @loop
 def mix(layout, codes, counts, gram, weights, small, k):
-    """factors, a, d, cov, across and k, from c^T c; counts: 1 / (c^T c over moments), the floor."""
+    """Write factors, a, d, cov, across and k.
+
+    gram: c^T c [views, units, units].
+    counts: the factor from c^T c to the moments, and what is added to variances.
+    """
     views, units, _ = gram.shape
     (inverse_count, floor), at, rows = counts, layout[5:], split(layout, weights)[0]
     mean, d, _, _, _, rest = per_unit(small, units)
@@ -133,7 +138,7 @@ def mix(layout, codes, counts, gram, weights, small, k):
 
 @loop
 def gate(layout, slope_of, weights, s, y, small, total, h):
-    """c K in `total` becomes l in its place; h = base' l, and its sum db [units]."""
+    """Turn c K in `total` into l in place; write h = base' l, and its sum db [units]."""
     views, samples, units = total.shape
     of_s, summed, rest = split(layout, weights)[1], *per_unit(small, units)[4:]
     a, last = per_row(layout, rest, units)[1], views - 1
@@ -176,7 +181,7 @@ def gate(layout, slope_of, weights, s, y, small, total, h):
 
 @loop
 def step(layout, weights, w, b, rate, eps, dw, small, new_w, new_b):
-    """dw += of_w w in its place, then the step."""
+    """Add (weight of w) w to dw in place, then take the step."""
     units, inputs = w.shape
     of_w, (_, _, root, factor, db, _) = split(layout, weights)[2], per_unit(small, units)
     for i in range(units):
@@ -200,7 +205,7 @@ def through_step(
     layout, weights, grad_w, grad_b, w, dw, eps, small, grad_dw, grad_old, grad_numbers,
     grad_weights, sums,
 ):  # fmt: skip
-    """Gradients of dw, db, the old w, the weight of w, and of rate and eps in grad_numbers."""
+    """Write the gradients of dw, db, the old w, the weight of w, rate and eps (grad_numbers)."""
     units, inputs = w.shape
     of_w, grad_of_w = split(layout, weights)[2], split(layout, grad_weights)[2]
     (_, _, root, factor, db, _), grad_db = per_unit(small, units), sums[0]
@@ -214,7 +219,7 @@ def through_step(
         of_rate += of_factor * root[i]
         of_eps -= shrink * eps.item()
         scale = factor[i]
-        grad_numbers[0] = shrink / inputs  # in the numbers' precision
+        grad_numbers[0] = shrink / inputs  # rounds to the dtype of the tensors
         back = grad_numbers[0]
         for j in range(inputs):
             grad_dw[i, j] = grad_w[i, j] * scale - dw[i, j] * back
@@ -236,8 +241,9 @@ def through_step(
 def through_gate(
     layout, slope_of, weights, s, y, total, grad, grad_y, grad_s, grad_weights, sums
 ):  # fmt: skip
-    """From the gradient of h in `grad`: in its place that of c K, of y through the gain, of s, its
-    weights, and the constant.
+    """Turn the gradient of h in `grad` into that of c K in place.
+
+    Writes the gradients of y through the gain, of s, of its weights and of the constant.
     """
     views, samples, units = total.shape
     of_s, grad_of_s = split(layout, weights)[1], split(layout, grad_weights)[1]
@@ -285,7 +291,7 @@ def through_gate(
 
 @loop
 def through_squared_correlations(grad, cov, d, i, grad_cov, grad_d):
-    """Adds the gradients of covariance and d from that of d_i^4 squared_correlations(cov, d, i)."""
+    """Add the gradients of covariance and d, for d_i^4 squared_correlations(cov, d, i)."""
     grad_d[i] += 4 * d[i] ** 3 * grad * squared_correlations(cov, d, i)
     each = 2 * d[i] ** 4 * grad
     for k in range(len(d)):
@@ -296,8 +302,9 @@ def through_squared_correlations(grad, cov, d, i, grad_cov, grad_d):
 
 @loop
 def through_mix(layout, codes, counts, weights, small, grad_k, grad_weights, sums, both):
-    """Gradients of rows and mean, and in `both` what c is multiplied by for its gradient through
-    its moments.
+    """Write the gradients of rows and mean, and `both` [views, units, units].
+
+    c @ both is the gradient of c through its moments.
     """
     views, units, _ = grad_k.shape
     at, inverse_count, grad_const, grad_mean = layout[5:], counts[0], sums[1], sums[2]
@@ -380,8 +387,9 @@ def through_mix(layout, codes, counts, weights, small, grad_k, grad_weights, sum
 
 @loop
 def through_centre(slope_of, slope, grad, sums, y, grad_y, grad_b, grad_s, through_b):
-    """Adds to grad_s what comes through y: grad_y, and through c, its gradient in `grad`, and the
-    mean; through_b: grad_b and the sum of it all, [units].
+    """Add the gradient through y to grad_s, and write grad_b plus the sum of grad_s to through_b.
+
+    The gradient of y is grad_y, which is overwritten, plus that through c (`grad`) and the mean.
     """
     views, samples, units = grad.shape
     p0, p1, p2, p3, _ = slope_of

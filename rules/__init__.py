@@ -1,4 +1,4 @@
-"""Families of learning rules beyond the polynomial one, and the files of all of them.
+"""Families of learning rules beyond the polynomial one, and the reading and writing of all rules.
 
     from rules import load_rule
 
@@ -8,7 +8,7 @@ Each name is loaded on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_NAMES = {  # the public face by module, each name of which is loaded on first use
+_NAMES = {  # the public names by module
     "competing_units": "KrotovHopfieldRule",
     "families": "FAMILIES load_rule rule_from_dict save_rule write_rule",
     "learned_optimizer_rule": "LearnedRule",

@@ -1,4 +1,4 @@
-"""Which rules the zoo has, for parsers: no torch is loaded with it."""
+"""The names of the rules in the zoo; importing it does not load torch."""
 
 from pathlib import Path
 
@@ -6,16 +6,16 @@ FOLDER = Path(__file__).parent / "zoo"
 
 
 def names() -> list[str]:
-    """Those of the rules in the zoo."""
+    """The names of the rules in the zoo."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def zoo_path(name: str) -> Path:
-    """Where the file of a rule of this name is, or is to be."""
+    """The path of the zoo's file for a rule of this name, whether it exists or not."""
     return FOLDER / f"{name}.json"
 
 
 def run_path(text: str) -> Path:
-    """A run's directory, or else the file of the zoo's rule of this name; for argparse."""
+    """The type of a flag: the path of a run, or else of the file of the zoo's rule of this name."""
     path = Path(text)
     return zoo_path(text) if not path.exists() and text in names() else path

@@ -1,9 +1,9 @@
-"""Classical rules, each with the network that it belongs to and how that starts.
+"""Classical rules, each with its network and the network's initial distribution.
 
-Oja's and Sanger's are for linear units, that of competing units (p = k = 2, Delta = 0.4) for
-rectified ones, without inhibition; instar and Foldiak's for sigmoid units that inhibit each other.
-All want inputs that are centred: on others every unit with positive weights is always active, and
-instar and Foldiak's rule end where all units respond alike.
+Oja's and Sanger's rules are for linear units, that of Krotov and Hopfield (p = k = 2, Delta = 0.4)
+for rectified units, all without inhibition; instar and Foldiak's rule are for sigmoid units that
+inhibit each other. Inputs should be centred: on others every unit with positive weights is always
+active, and instar and Foldiak's rule make all units respond alike.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,12 @@ from rules.competing_units import KrotovHopfieldRule
 
 @dataclass(frozen=True)
 class Classical:
-    """A rule at a rate, the options of the network that it belongs to, and how that starts.
+    """A rule, its network and the network's initial distribution.
 
-    rate: one that suits 28 x 28 images; comparison/rule_comparison.py chooses it anew.
+    make_rule: from the learning rate to the rule.
+    network: options of lateral_network.
+    start: the initial distribution, as in GaussianInitializer.with_values.
+    rate: a rate that suits 28 x 28 images; comparison/rule_comparison.py chooses its own.
     """
 
     make_rule: Callable[[float], LearningRule]

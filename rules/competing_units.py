@@ -5,9 +5,9 @@
 
 The update is that of krotov_hopfield/competition.py, for the layers of models_fully_local.py:
 fully connected, or convolutions whose channels compete at every position. Biases are the weights
-of a constant input 1, lateral weights stay. The layers themselves respond with W, not with f(W):
-with p = 2 that is the same. Who wins does not change with the hyperparameters, almost everywhere;
-the gradient is that of the update given the winners.
+of a constant input 1; lateral weights don't change. The layers themselves respond with W, not with
+f(W); for p = 2 that is the same. Almost everywhere, the winners don't change with the
+hyperparameters; the gradient is that of the update for given winners.
 """
 
 import math
@@ -22,7 +22,7 @@ from krotov_hopfield.competition import check_number, check_options, scaled_chan
 from learning_rules import LearningRule, RuleError, update_layers
 from models_fully_local import Params, has_weights
 
-SCALES = {  # what D is divided by, as text and in LaTeX
+SCALES = {  # the divisor of D, as text and in LaTeX
     "matrix": ("(max_oi |D_oi| + 1e-5)", r"(\max_{oi} |D_{oi}| + 10^{-5})"),
     "filter": ("(max_i |D_oi| + 1e-5)", r"(\max_i |D_{oi}| + 10^{-5})"),
     "clamp": ("max(max_oi |D_oi|, 1e-30)", r"\max(\max_{oi} |D_{oi}|, 10^{-30})"),
@@ -54,16 +54,18 @@ SYMBOLS = {"rate": r"\eta", "delta": r"\delta", "inverse_temperature": r"\beta"}
 
 
 class KrotovHopfieldRule(LearningRule):
-    """The update of competing hidden units, the same for every layer that it is given.
+    """The update of competing hidden units, the same for every layer.
+
+    Raises RuleError for options that don't fit together.
 
     Attributes:
-        log_rate, log_inverse_temperature: nn.Parameters, logarithms of the learning rate and of the
-            soft gate's inverse temperature: a step of an optimiser on them is a relative change,
+        log_rate, log_inverse_temperature: nn.Parameters, the logarithms of the learning rate and of
+            the soft gate's inverse temperature, so that an optimiser's step is a relative change
             and both stay positive.
-        delta: nn.Parameter, how much losers unlearn.
+        delta: nn.Parameter, the strength of unlearning.
         gate, ranking_param, lebesgue_p, normalization: as in krotov_hopfield/layers.py.
-        A parameter on which the gate does not depend needs no gradient.
-    Raises RuleError for options that do not fit together.
+
+    Parameters that the gate doesn't depend on don't require a gradient.
     """
 
     views = 1
@@ -109,7 +111,7 @@ class KrotovHopfieldRule(LearningRule):
     ) -> dict[str, Tensor]:
         """New parameters of one layer from its inputs x, as in PolynomialRule.update_layer.
 
-        Raises RuleError where fewer units compete than the rule ranks.
+        Raises RuleError if fewer units compete than the rule ranks.
         """
         self.check_units(len(old["w"]))
         inputs, windows = x[0], layer.windows or ROWS
@@ -128,7 +130,7 @@ class KrotovHopfieldRule(LearningRule):
         }
 
     def check_units(self, units: int) -> None:
-        """RuleError where fewer units compete than the rule ranks."""
+        """Raise RuleError if fewer units compete than the rule ranks."""
         try:
             self.competition.check(units)
         except CompetitionError as problem:
@@ -136,19 +138,19 @@ class KrotovHopfieldRule(LearningRule):
 
     @property
     def competition(self) -> Competition:
-        """The gates, with the parameters as they are now."""
+        """The gates, with the parameters' current values."""
         temperature = self.log_inverse_temperature.exp()
         return Competition(self.gate, self.ranking_param, self.delta, temperature)
 
     def _currents(self, layer: nn.Module, old: dict[str, Tensor], x: Tensor) -> Tensor:
-        """f(W) x + f(b), one row per sample, [samples, units]."""
+        """f(W) x + f(b), [samples, units]."""
         power, bias = (signed_power(old[name], self.lebesgue_p) for name in ("w", "b"))
         if layer.windows is None:
             return nn.functional.linear(x, power, bias)
         return samples(layer.windows.convolve(x, power)) + bias
 
     def coefficients(self) -> dict[str, float]:
-        """The hyperparameters that the gate depends on, as they act."""
+        """The rate, and the hyperparameters that the gate depends on, with their current values."""
         acting = {"w/rate": self.log_rate.exp().item()}
         if "delta" in ACTING[self.gate]:
             acting["w/delta"] = self.delta.item()
@@ -157,9 +159,9 @@ class KrotovHopfieldRule(LearningRule):
         return acting
 
     def formula(self, effects=None, *, latex: bool = False, max_terms: int | None = None) -> str:
-        """The update and its hyperparameters as text or LaTeX; effects and max_terms say nothing.
+        """The update and its hyperparameters as text or LaTeX.
 
-        Its terms are not added up: each is needed for the others.
+        effects and max_terms are ignored, because the update is not a sum of separable terms.
         """
         acting = {n.split("/")[1]: f"{v:.4g}" for n, v in self.coefficients().items()}
         scale, gates = SCALES[self.normalization], GATE_FORMULAS[self.gate]
@@ -183,28 +185,28 @@ class KrotovHopfieldRule(LearningRule):
         )
 
     def tex(self, effects=None) -> str:
-        """The whole formula as an align* environment, to be pasted; needs LaTeX's amsmath."""
+        """The formula as an align* environment of LaTeX's amsmath."""
         return "\\begin{align*}\n" + self.formula(latex=True) + "\n\\end{align*}"
 
     def start_from(self, other: LearningRule) -> None:
-        """Takes another such rule's hyperparameters; RuleError for any other rule or gate."""
+        """Take over another rule's hyperparameters; raises RuleError unless its options agree."""
         if not isinstance(other, KrotovHopfieldRule) or other.options() != self.options():
             raise RuleError("the run's rule is not of competing units with the same gate, k and p")
         self.load_state_dict(other.state_dict())
 
     def options(self) -> dict:
-        """What is not learned."""
+        """The options that are not learned."""
         names = ("gate", "ranking_param", "lebesgue_p", "normalization")
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict:
-        """A plain description of the rule, for JSON; rules/families.py reads it."""
+        """A description of the rule in plain values, for JSON; rules/families.py reads it."""
         numbers = {name: parameter.item() for name, parameter in self.named_parameters()}
         return {"kind": type(self).__name__, **self.options(), **numbers}
 
     @classmethod
     def from_dict(cls, description: dict) -> "KrotovHopfieldRule":
-        """The rule that `to_dict` described; in float64."""
+        """The rule that `to_dict` described, in float64."""
         names = ("gate", "ranking_param", "lebesgue_p", "normalization")
         rule = cls(1.0, **{name: description[name] for name in names}).double()
         with torch.no_grad():

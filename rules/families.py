@@ -2,8 +2,8 @@
 
     rule = load_rule("runs/main-.../rule.json")
 
-A saved rule names its kind; only the module of that kind is imported. A family of your own has
-to_dict, which holds "kind", and from_dict; it is known once it stands in FAMILIES.
+A saved rule names its kind, and only the module of that kind is imported. A new family needs
+to_dict, whose result has a "kind", and from_dict, and an entry in FAMILIES.
 """
 
 import json
@@ -15,7 +15,7 @@ from experiment.files import write_whole
 from experiment.run_log import RunLog
 from learning_rules import LearningRule, PerLayerRule, RuleError
 
-FAMILIES = {  # a rule's kind, its class, to the module that has it
+FAMILIES = {  # the module of each kind, which is the name of the rule's class
     "PolynomialRule": "learning_rules",
     "PolynomialPairRule": "learning_rules",
     "KrotovHopfieldRule": "rules.competing_units",
@@ -28,7 +28,7 @@ READING_ERRORS = (
 
 
 def rule_from_dict(description: dict) -> LearningRule:
-    """The rule that its to_dict described, in float64; raises RuleError for anything else."""
+    """The rule that `to_dict` described, in float64; raises RuleError for anything else."""
     try:
         if description["kind"] != PerLayerRule.__name__:
             return _of_one_layer(description)
@@ -46,7 +46,7 @@ def _of_one_layer(description: dict) -> LearningRule:
 
 
 def load_rule(path: Path | str) -> LearningRule:
-    """Reads a rule that `save_rule` wrote; coefficients in float64. Raises RuleError."""
+    """Read a rule that `save_rule` wrote, in float64; raises RuleError if that fails."""
     try:
         return rule_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as problem:
@@ -54,14 +54,15 @@ def load_rule(path: Path | str) -> LearningRule:
 
 
 def save_rule(rule: LearningRule, path: Path | str) -> None:
-    """Writes a rule as JSON, coefficients exact."""
+    """Write a rule as JSON, with exact coefficients."""
     write_whole(path, json.dumps(rule.to_dict(), indent=1) + "\n")
 
 
 def write_rule(log: RunLog, rule: LearningRule, effects: Mapping[str, float] | None = None) -> None:
-    """Writes a run's rule as rule.json, rule.txt and rule.tex, each atomically.
+    """Write a run's rule as rule.json, rule.txt and rule.tex, each atomically.
 
-    With the effects of its terms, as `term_effects` gives them, the latter are sorted by them.
+    effects: the effects of its terms, from `term_effects`, by which rule.txt and rule.tex sort
+        them; None: no effects.
     """
     log.write_json("rule.json", rule.to_dict())
     log.write_text("rule.txt", f"{rule.formula(effects)}\n")

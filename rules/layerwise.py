@@ -1,10 +1,10 @@
-"""Layers that are trained one after the other, each on the centred output of those before it.
+"""Layers trained one after the other, each on the centred output of those before it.
 
     params = train_layerwise(model, params, batches, rules, [250, 250], inputs)
 
-Layer 1 is trained to its end, by as many updates as it is given; then it is fixed, and a Centre
-behind it takes away the mean of its output over the training images; then layer 2, and so on. A
-Centre in front of the first layer does the same to the images. Views go through the fixed layers.
+Layer 1 is trained by its number of updates and then fixed; a Centre behind it subtracts the mean of
+its output over the training images; then layer 2 is trained, and so on. A Centre in front of the
+first layer does the same to the images. Views go through the fixed layers.
 
     training = LayerwiseTraining(
         model, LayerwiseRule(rules), initializer, batches, outer_loss, inputs=inputs
@@ -25,14 +25,14 @@ from learning_rules import LearningRule, PerLayerRule, RuleError
 from models_fully_local import Centre, Params, Sequential, has_weights
 from train import BATCHES, POOL, Draw, Training, TrainingError, check_finite, detached, train
 
-Inputs = Callable[[], Iterable[Tensor]]  # the training images, [n, ...] at a time
+Inputs = Callable[[], Iterable[Tensor]]  # the training images, in chunks [n, ...]
 
 
 class LayerwiseRule(PerLayerRule):
     """One rule per layer; an update changes the last layer and leaves the others as they are.
 
     Attributes:
-        rules: as of PerLayerRule; those before the last are copies that are not learned.
+        rules: as in PerLayerRule; those before the last are copies that are not learned.
     """
 
     def __init__(self, rules: Sequence[LearningRule]) -> None:
@@ -40,7 +40,7 @@ class LayerwiseRule(PerLayerRule):
         super().__init__([*below, *rules[-1:]])
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
-        """New parameters; RuleError where there is not one rule for each layer with weights."""
+        """New parameters; raises RuleError unless there is a rule for each layer with weights."""
         layers = _with_weights(params)
         if len(layers) != len(self.rules):
             raise RuleError(
@@ -49,12 +49,12 @@ class LayerwiseRule(PerLayerRule):
         return _LayerRule(self.rules[-1], layers[-1]).update(model, params, batch)
 
     def to_dict(self) -> dict:
-        """That of the rules alone: the way that layers are trained is the run's."""
+        """The description of a PerLayerRule; the run says how its layers were trained."""
         return super().to_dict() | {"kind": PerLayerRule.__name__}
 
 
 class _LayerRule(LearningRule):
-    """A rule for the layer of this number alone, on what those before it make of the inputs."""
+    """A rule that changes only the layer of this number, from the output of those before it."""
 
     def __init__(self, rule: LearningRule, number: int) -> None:
         super().__init__()
@@ -78,12 +78,14 @@ def train_layerwise(
     steps: Sequence[int],
     inputs: Inputs,
 ) -> Params:
-    """Parameters whose first layers were trained one after the other, without a graph.
+    """Parameters whose first layers are trained one after the other, without a graph.
 
-    rules, steps: of the layers with weights, from the first on; those for which there are none stay
-        as they are, with any graph they have.
-    inputs: what means are over. Every Centre up to the first layer that stays is set.
-    Raises RuleError for more rules than layers, and NonFiniteError.
+    Every Centre in front of the first layer that is not trained is set. Raises RuleError for more
+    rules than layers, and NonFiniteError if parameters are not finite after training.
+
+    rules, steps: for the layers with weights, from the first on; layers without a rule keep their
+        parameters, with any graph that these have.
+    inputs: the images over which means are taken.
     """
     layers = len(_with_weights(params))
     if len(rules) > layers:
@@ -104,9 +106,9 @@ def train_layerwise(
 
 @torch.no_grad()
 def mean_output(model: nn.Module, params: Params, inputs: Iterable[Tensor]) -> Tensor:
-    """The mean of what the model's first layers, those of params, make of all inputs; in float64.
+    """The mean output, in float64, of the first layers over all inputs; of one output's shape.
 
-    Its shape is that of one output.
+    params: the parameters of these layers; the model may have more.
     """
     total, count = torch.zeros(()), 0
     for x in inputs:
@@ -122,10 +124,10 @@ class LayerwiseTraining(Training):
     The model has a Centre in front of each layer (`lateral_network` with centred_layers).
 
     rule: a LayerwiseRule.
-    inputs: as of `train_layerwise`.
-    steps_below: updates of each of the layers before the last; () for as many as the draw has.
-    trainings_below: the layers before the last are those of one of so many trainings, each made
-        where it is first needed and kept; None: each draw trains its own. Needs steps_below.
+    inputs: as in `train_layerwise`.
+    steps_below: the number of updates of each layer before the last; (): as many as in the draw.
+    trainings_below: each draw takes the layers before the last from one of so many trainings, which
+        are made when first needed and kept; None: each draw trains them anew. Needs steps_below.
     """
 
     inputs: Inputs
@@ -138,9 +140,9 @@ class LayerwiseTraining(Training):
             raise TrainingError("trainings_below needs steps_below, the same for all draws")
 
     def initial(self, draw: Draw, batches: Iterator) -> Params:
-        """The last layer as the initializer draws it, those below trained.
+        """Initial parameters: the last layer drawn by the initializer, those below trained.
 
-        Raises NonFiniteError.
+        Raises NonFiniteError if those are not finite.
         """
         if self.trainings_below is None:
             return self._trained_below(draw, batches)
@@ -154,7 +156,7 @@ class LayerwiseTraining(Training):
         return train_layerwise(self.model, drawn, batches, below, steps, self.inputs)
 
     def _one_of_the_trainings(self, draw: Draw) -> Params:
-        """The parameters of one of trainings_below; those of the last layer are of no use."""
+        """The parameters of one of `trainings_below`; those of the last layer are not needed."""
         generator = draw.generator(POOL)
         number = int(torch.randint(self.trainings_below, (), generator=generator))
         key = (draw.key[0], BELOW, number)
@@ -166,30 +168,30 @@ class LayerwiseTraining(Training):
 
     @property
     def follows_the_draw(self) -> bool:
-        """Whether layers below the last train by as many updates as the draw has."""
+        """Whether the layers below the last train for as many updates as the draw."""
         return len(self.rule.rules) > 1 and not self.steps_below
 
     def drawn_anew(self, begun: Params, drawn: Params) -> Params:
-        """As of Training; what is below the last layer does not depend on the hyperparameters."""
+        """As in Training; layers below the last do not depend on the hyperparameters."""
         last = _with_weights(begun)[-1]
         return [*begun[:last], drawn[last], *begun[last + 1 :]]
 
 
 def image_inputs(data, dtype: torch.dtype, at_once: int = 4096) -> Inputs:
-    """The images of an ImageData, normalised as it says, as `inputs`."""
+    """The normalised images of an ImageData as the `inputs` of `train_layerwise`."""
     starts = range(0, len(data), at_once)
     return lambda: (data.floats(slice(k, k + at_once), dtype) for k in starts)
 
 
 def _output(model: nn.Module, params: Params, x: Tensor) -> Tensor:
-    """Of the first layers, those that params are of."""
+    """The output of the first layers, as many as there are in `params`."""
     for layer, of_layer in zip(model.layers, params, strict=False):
         x = layer(x, of_layer)
     return x
 
 
 def _with_weights(params: Params) -> list[int]:
-    """The numbers of the layers that have weights."""
+    """The indices of the layers that have weights."""
     return [k for k, of_layer in enumerate(params) if has_weights(of_layer)]
 
 

@@ -1,4 +1,4 @@
-"""A learned optimiser as a learning rule: what is learned are the weights of its network.
+"""A learned optimiser as a learning rule, whose hyperparameters are the weights of its network.
 
 rule = LearnedRule(load_network("runs/sigmoid20/optimizer.json"))
 params = rule.update(model, params, batch)     # theta' = theta + out_mul u
@@ -14,16 +14,17 @@ from learned_optimizer import CoordinateNetwork
 from learning_rules import LearningRule
 from models_fully_local import Params
 
-MEMORY = "optimizer_memory"  # its name among a layer's parameters
+MEMORY = "optimizer_memory"  # the memory's name among a layer's parameters
 
 
 class LearnedRule(LearningRule):
     """A learned optimiser as a rule: the network's weights are the hyperparameters.
 
-    loss(model, params, batch) -> scalar; by default model.loss(params, batch). The gradient is
-    detached, so that the result depends on the weights through the network and through the
-    parameters that are passed on, and on nothing of second order. The memory of all coordinates
-    [rows, n] lies in the first layer that has parameters.
+    The gradient is detached: the result depends on the network's weights through its output and
+    through the parameters that are passed on, but not through second derivatives of the loss. The
+    memory of all n coordinates, [rows, n], is kept in the first layer that has parameters.
+
+    loss: loss(model, params, batch) returns a scalar; by default model.loss(params, batch).
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class LearnedRule(LearningRule):
         self.network, self.loss = network, loss or _own_loss
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
-        """New parameters and memory; NonFiniteError where the gradient is not finite."""
+        """New parameters and memory; raises NonFiniteError if the gradient is not finite."""
         memory = next((layer[MEMORY] for layer in params if MEMORY in layer), None)
         bare = [{n: t for n, t in layer.items() if n != MEMORY} for layer in params]
         leaves = [tensor for layer in bare for tensor in layer.values()]
@@ -71,7 +72,7 @@ def _own_loss(model: nn.Module, params: Params, batch) -> Tensor:
 
 
 def _divided(flat: Tensor, memory: Tensor, like: Params) -> Params:
-    """Parameters of these shapes from one vector, the memory in the first layer that has any."""
+    """A vector as parameters of the shapes of `like`, with the memory in the first layer."""
     parts = iter(flat.split([tensor.numel() for layer in like for tensor in layer.values()]))
     new = [{n: next(parts).view_as(t) for n, t in layer.items()} for layer in like]
     first = next(layer for layer in new if layer)

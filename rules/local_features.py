@@ -1,13 +1,13 @@
-"""Features that a local rule learns without labels, as a scikit-learn transformer.
+"""Features learned by a local rule without labels, as a scikit-learn transformer.
 
     from rules import LocalFeatures
     features = LocalFeatures(rule="mnist32", units=32, steps=250).fit(X).transform(X)
 
-X is [n, features], or images [n, H, W] or [n, C, H, W]. Bytes are divided by 255; floats of images
-are in 0 to 1, and so may those of tables be. A table of other floats is standardised: each column
-minus its mean, over its standard deviation, times 0.25, about the spread of a pixel, since rules
-are learned on images. A rule for pairs gets views of images as its file says; rows of a table lose
-values (the file's share of them, or up to half, which become means) and get noise.
+X is a table [n, features], or images [n, H, W] or [n, C, H, W]. Bytes are divided by 255. Floats of
+images must be within 0 to 1. A table of such floats is treated like pixels; any other is
+standardised, with standard deviation 0.25, about that of a pixel, because rules are learned on
+images. A rule for pairs gets views of images as its file says. The views of a row of a table have
+noise, and a share of its values (the file's, or up to half) is replaced by the columns' means.
 """
 
 import copy
@@ -36,27 +36,31 @@ from rules.layerwise import train_layerwise
 from rules.zoo import Recipe, load_zoo
 
 AT_ONCE = 4096  # rows whose features are computed together
-COLUMN_SPREAD = 0.25  # of a standardised column: about that of a pixel
-ROW_MASK, ROW_NOISE = (0.0, 0.5), 0.1  # of tables, where a rule's file has no masks
+COLUMN_SPREAD = 0.25  # standard deviation of a standardised column, about that of a pixel
+ROW_MASK, ROW_NOISE = (0.0, 0.5), 0.1  # for tables, if a rule's file has no masks or no noise
 DTYPES = (np.float64, np.float32, np.uint8)
-START, BATCHES = range(2)  # what random numbers are for
+START, BATCHES = range(2)  # the use of random numbers, after the seed in their keys
 
 
 class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """The activities of units that a local rule has trained, layer after layer.
+    """The activities of units trained by a local rule, layer after layer.
 
     Parameters:
-        rule: a name in the zoo; the path of such a file; a classical rule: "oja", "sanger",
-            "instar", "foldiak" or "krotov_hopfield" (competing units), each in the network that it
-            belongs to; or a LearningRule, for units sigmoid(4 s) with weights of spread 0.167.
-        units: of the layer, or a tuple: of layers that are trained one after the other.
-        steps: updates of each layer.
-        batch_size: rows of each update; None for the rule's own. At most all rows.
-        rate: of a classical rule; None for one that suits images of digits.
-        image_shape: (H, W) or (C, H, W) of the images that are the rows of X; None for tables.
-        random_state: an int gives the same features each time.
+        rule: the name of a rule in the zoo; the path of such a file; a classical rule ("oja",
+            "sanger", "instar", "foldiak" or "krotov_hopfield"), each in its own network; or a
+            LearningRule, for units sigmoid(4 s) with initial weights of spread 0.167.
+        units: the number of units, or a tuple of numbers for layers trained one after the other.
+        steps: the number of updates of each layer.
+        batch_size: the number of rows in each update, at most all; None for the rule's own.
+        rate: the learning rate of a classical rule; None for one that suits images of digits.
+        image_shape: (H, W) or (C, H, W), if the rows of X are images; None for tables.
+        random_state: with an int, every fit gives the same features.
+
     Attributes:
-        recipe_: what the rule's file says; model_, params_: the network; shape_: of one input.
+        recipe_: the rule and its network, from the rule's file.
+        model_, params_: the network and its parameters.
+        shape_: the shape of one input.
+        shift_, scale_: inputs are (X - shift_) / scale_, bytes divided by 255 first.
     """
 
     def __init__(
@@ -79,10 +83,10 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         self.random_state = random_state
 
     def fit(self, X, y=None) -> "LocalFeatures":
-        """Trains the units on X; y is not looked at.
+        """Train the units on X; y is ignored.
 
-        Raises ValueError for wrong input and parameters, and FloatingPointError (NonFiniteError)
-        where the rule does not stay finite.
+        Raises ValueError for wrong input and parameters, and NonFiniteError, a FloatingPointError,
+        if the parameters do not stay finite.
         """
         units = _whole_numbers("units", self.units)
         (steps,) = _whole_numbers("steps", self.steps)
@@ -109,7 +113,7 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     @torch.no_grad()
     def transform(self, X) -> np.ndarray:
-        """The features of X, [n, units of the last layer]; float64 where X is, else float32."""
+        """The features of X, [n, units of the last layer]; float64 if X is, else float32."""
         check_is_fitted(self)
         X = self._checked(X, reset=False)
         dtype = torch.float64 if X.dtype == np.float64 else torch.float32
@@ -136,7 +140,7 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         return X
 
     def _take_scale(self, X: np.ndarray) -> None:
-        """The shape of one input, and what it is to be shifted by and divided by."""
+        """Set shape_, shift_ and scale_ from the training data."""
         self.shape_ = X.shape[1:]
         self.shift_, self.scale_ = np.zeros(()), np.ones(())
         in_range = X.dtype == np.uint8 or (X.min() >= 0 and X.max() <= 1)
@@ -152,14 +156,14 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             self.scale_ = np.where(self.scale_ == 0, 1, self.scale_)
 
     def _scaled(self, X: np.ndarray, dtype: torch.dtype = torch.float32) -> Tensor:
-        """X, shifted and divided."""
+        """(X - shift_) / scale_ as a tensor, bytes divided by 255 first."""
         X = X / 255.0 if X.dtype == np.uint8 else X
         return torch.from_numpy(np.asarray((X - self.shift_) / self.scale_)).to(dtype)
 
-    # ---- what the rule sees ----
+    # ---- batches ----
 
     def _batches(self, X: np.ndarray, x: Tensor, generator: Generator) -> Iterator:
-        """Endless batches of x, which is X scaled, or pairs of views of them."""
+        """Endless batches of x, which is X scaled, or pairs of views if the rule takes pairs."""
         (batch_size,) = _whole_numbers("batch_size", self.batch_size or self.recipe_.batch_size)
         batch_size = min(batch_size, len(x))
         if getattr(self.recipe_.rule.rules[0], "views", 1) == 1:
@@ -184,7 +188,7 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
 
 def recipe_of(rule: str | Path | LearningRule, rate: float | None = None) -> Recipe:
-    """What LocalFeatures does with a `rule` and a `rate`. Raises ValueError for others."""
+    """The recipe for the parameters `rule` and `rate` of LocalFeatures; raises ValueError."""
     if isinstance(rule, str) and rule in CLASSICAL:
         chosen = CLASSICAL[rule]
         made = chosen.make_rule(chosen.rate if rate is None else rate)
@@ -199,7 +203,7 @@ def recipe_of(rule: str | Path | LearningRule, rate: float | None = None) -> Rec
 
 
 def for_rows(strengths: ViewStrengths) -> ViewStrengths:
-    """The views of rows of a table that stand in the place of those of images."""
+    """The views of rows of a table that take the place of a rule's views of images."""
     if strengths.kind in (MASKS, NONE):
         return strengths
     mask = strengths.mask if strengths.masks else ROW_MASK
@@ -207,7 +211,7 @@ def for_rows(strengths: ViewStrengths) -> ViewStrengths:
 
 
 def _as_images(X: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """X as [n, C, H, W]; shape [n, H, W] or [n, C, H, W]."""
+    """X as images [n, C, H, W], given their shape [n, H, W] or [n, C, H, W]."""
     shape = tuple(shape)
     if len(shape) not in (3, 4) or min(shape) < 1 or int(np.prod(shape)) != X.size:
         raise ValueError(f"X of shape {X.shape} is no table and no images {shape}, [n, (C,) H, W]")
@@ -215,7 +219,7 @@ def _as_images(X: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:
-    """One or several, each at least 1."""
+    """One whole number or several as a tuple; raises ValueError unless all are at least 1."""
     values = tuple(value) if isinstance(value, tuple | list) else (value,)
     for number in values:
         if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:

@@ -1,27 +1,27 @@
-"""Local rules whose terms know the statistics of their unit, the other view, lateral currents.
+"""Local rules whose terms use the unit's statistics, the other view of the input, lateral currents.
 
-    rule = UnitStatisticsRule.of_terms(["x gain z'", "x gain r", "w"])     # from 0, to be learned
-    rule = preset("latent-predictive", eta=0.0054)                         # or a named point
+    rule = UnitStatisticsRule.of_terms(["x gain z'", "x gain r", "w"])     # coefficients 0
+    rule = preset("latent-predictive", eta=0.0054)                         # or a known rule
     params = train(model, params, pairs, rule, steps)
 
     dw_ij = sum_k psi_k mean_b( term_k + term_k with the views exchanged )
     w_ij += eta / (1 + t / tau) ( dw_ij / sqrt(mean_j dw_ij^2 + eps^2) - decay w_ij )
 
-The terms are those of rules/unit_statistics_terms.py. Where no quantity of a term differs from
-sample to sample, as in "w", it counts once. By default b has the terms of w that contain x, with
-x = 1, w = b and the same coefficients: it is the weight of a constant input.
+The terms are those of rules/unit_statistics_terms.py. A term in which nothing differs from sample
+to sample, such as "w", counts only once. By default b has the terms of w that contain x, with x = 1
+and w = b and the same coefficients: it is the weight of a constant input.
 
-All terms are local: with what the receiving unit i knows held (s and y of both views, lateral
-currents, statistics), the change dw_ij depends on no input but x_j and on no weight but w_ij. The
-step divides it by one number per unit, which does depend on the unit's whole dw_i; b_i has the
-divisor of w_i, and m_i one of its own, from mean_k dm_ik^2. The plain step divides by nothing.
+All terms are local: given what the receiving unit i knows (s and y of both views, lateral currents,
+statistics), the change dw_ij depends on no input except x_j and on no weight except w_ij. The step
+divides it by one number per unit, which does depend on all of the unit's dw_i. b_i has the divisor
+of w_i, and m_i has its own, from mean_k dm_ik^2. The plain step has no divisor.
 
-Statistics are those of the batch, over all its views, or where their time constant rho is below 1
-running ones, old + rho (batch - old), that this update takes part in. They lie in the layer's
-parameters as "mean", "square", "var" (without 1e-4), "cov", "corr", "cross" (without their
-diagonals); so does the number of updates, "updates", where tau is finite. They begin with the first
-update. Numbers that are not finite go through the update as torch's own functions have it; from
-finite ones none arise, also where units are dead, views equal, or the batch is one image.
+Statistics are those of the batch, over all its views. If their time constant rho is below 1, they
+are running averages old + rho (batch - old), which include the current batch and start from the
+first. These are kept in the layer's parameters as "mean", "square", "var" (without 1e-4), "cov",
+"corr" and "cross" (without their diagonals), as is the number of updates, "updates", if tau is
+finite. Values that are not finite propagate as in torch's own functions; finite values stay finite,
+even if units are dead, views equal, or the batch is one image.
 
 Sources: Halvagal, Zenke 2023 (latent predictive learning); Bienenstock, Cooper, Munro 1982 and
 Intrator, Cooper 1992 (BCM); Oja 1982; Foldiak 1990; Zbontar et al. 2021 (decorrelation across
@@ -61,9 +61,9 @@ from rules.unit_statistics_terms import Term, parse_term
 GROUPS = ("w", "b", "m")
 STEPS = ("rms", "plain")
 RUNNING = ("mean", "square", "var", "cov", "corr", "cross")
-UNITS, FAN_IN = 32, 784  # at which exponents of width and fan-in change nothing
+UNITS, FAN_IN = 32, 784  # the width and fan-in at which exponents have no effect
 
-# Of the step, as text and in LaTeX: the change, its divisor, the falling rate, the decay, where to.
+# Parts of the step as text and in LaTeX: change, divisor, decreasing rate, decay, assignment
 STEP_TEXTS = (
     ("Δw_ij", " / sqrt(mean_j Δw_ij^2 + eps^2)", "eta / (1 + t / tau)", "decay w_ij", "w_ij +="),
     (
@@ -84,22 +84,22 @@ SYMBOLS = {
 
 
 class UnitStatisticsRule(TermSumRule):
-    """A rule of the family above, the same for every layer that it is given.
+    """A rule of the family above, the same for every layer.
 
     Attributes:
         views: 2 for pairs, 1 for single inputs.
         terms: {"w": [Term, ...], "b": [...], "m": [...]}.
         w, b, m: the coefficients psi of these terms, nn.Parameters of the same lengths.
-        bias_like_w: whether b has w's terms in place of a group of its own.
+        bias_like_w: whether b has the terms of w instead of a group of its own.
         step: "rms" or "plain".
-        start: eta, eps, tau, decay and the time constants "rho_mean", ...: where they start.
-        moved: nn.Parameters u of those that are learned: the number is start exp(0.3 u), of a time
-            constant logistic(logit(start) + 0.3 u).
-        exponents: with learned exponents, nn.Parameters "w", "b", "m" [terms]: a coefficient is
-            multiplied by (units / 32)^exponent; "units", "fan_in": eta is multiplied by
-            (units / 32)^units (fan_in / 784)^fan_in.
-        signal: from the layer's inputs, one tensor per view, to the third factor, [batch] or a
-            scalar; it is no part of to_dict.
+        start: initial values of eta, eps, tau, decay and the time constants "rho_mean", ...
+        moved: the nn.Parameters u of those that are learned. Their values are start exp(0.3 u), or
+            logistic(logit(start) + 0.3 u) for a time constant.
+        exponents: if exponents are learned, the nn.Parameters "w", "b", "m" [terms] multiply each
+            coefficient by (units / 32)^exponent, and the scalars "units" and "fan_in" multiply eta
+            by (units / 32)^units (fan_in / 784)^fan_in.
+        signal: a function from the layer's inputs, one tensor per view, to the third factor,
+            [batch] or a scalar; `to_dict` leaves it out.
     """
 
     def __init__(
@@ -116,10 +116,11 @@ class UnitStatisticsRule(TermSumRule):
         learn: Sequence[str] = ("eta",),
         signal: Signal | None = None,
     ) -> None:
-        """terms: {"w": {"x gain z'": coefficient}, ...}; without "b", b has the terms of w.
+        """Make the rule; raises RuleError for an unknown term or option.
 
-        learn: of "eta", "eps", "tau", "decay", "rho_mean" and so on, and "exponents".
-        Raises RuleError for a term or an option that there is not.
+        terms: {"w": {"x gain z'": coefficient}, ...}; without "b", b has the terms of w.
+        rho: time constants by the names in RUNNING; those left out are 1.
+        learn: some of "eta", "eps", "tau", "decay", "rho_mean", ..., "exponents".
         """
         super().__init__()
         _check(terms, views, step)
@@ -156,14 +157,14 @@ class UnitStatisticsRule(TermSumRule):
         m: Sequence[str] = (),
         **options,
     ) -> "UnitStatisticsRule":
-        """The rule of these terms, all coefficients 0; options as of the class."""
+        """The rule with these terms, all coefficients 0; options as for the class."""
         groups = {"w": w, "m": m} if b is None else {"w": w, "b": b, "m": m}
         return cls({g: dict.fromkeys(texts, 0.0) for g, texts in groups.items()}, **options)
 
     # ---- the update ----
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
-        """New parameters after one batch [batch, ...], a pair of batches where views is 2."""
+        """New parameters after one batch [batch, ...], or a pair of batches if views is 2."""
         plastic = sum(map(has_weights, params))
         return update_layers(model, params, batch, [self] * plastic)
 
@@ -177,7 +178,7 @@ class UnitStatisticsRule(TermSumRule):
     ) -> dict[str, Tensor]:
         """New parameters of one layer; x [batch, in], s and y [batch, out], one per view.
 
-        Of a convolutional layer x [batch, in, H, W], s and y [batch, out, H', W'].
+        In a convolutional layer x is [batch, in, H, W], s and y are [batch, out, H', W'].
         """
         units, rate = self._units(layer, old, x, s, y), self._rate(old)
         delta = self._changes(units, {group: getattr(self, group) for group in GROUPS})
@@ -190,7 +191,7 @@ class UnitStatisticsRule(TermSumRule):
     def respond_and_update(
         self, layer: nn.Module, old: dict[str, Tensor], x: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-        """As LearningRule's; in one step of autograd where the terms and the layer allow it."""
+        """As in LearningRule; a single autograd function if the terms and the layer allow it."""
         gated = self._gated_plan()
         if gated.terms is None or layer.inhibition != "none":
             return super().respond_and_update(layer, old, x)
@@ -209,7 +210,7 @@ class UnitStatisticsRule(TermSumRule):
         return y, self._finished(layer, old, new, rate)
 
     def _finished(self, layer, old, new: dict[str, Tensor], rate) -> dict[str, Tensor]:
-        """`new` with decay, what the layer forbids taken away, and the number of updates."""
+        """`new` with decay, the layer's constraints on m, and the number of updates."""
         if self.start["decay"]:
             decayed = rate * self.number("decay")
             for name in ("w", "m") if self.terms["m"] and "m" in old else ("w",):
@@ -223,15 +224,16 @@ class UnitStatisticsRule(TermSumRule):
     def changes(
         self, layer: nn.Module, old: dict[str, Tensor], x, s, y, psi: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """What coefficients psi [terms] change before the step, of the shape of the parameters.
+        """The changes of the parameters, before the step, that coefficients psi [terms] make.
 
-        layer, old, x, s, y as in `update_layer`; a parameter without terms is left out.
+        Each has its parameter's shape; parameters without terms are left out. The other arguments
+        are as in `update_layer`.
         """
         delta = self._changes(self._units(layer, old, x, s, y), psi)
         return {group: d.view_as(old[group]) for group, d in delta.items()}
 
     def term_changes(self, layer: nn.Module, old: dict[str, Tensor], x, s, y) -> dict[str, Tensor]:
-        """What each term would change alone before the step, [terms, *shape] per parameter."""
+        """The change, before the step, that each term makes alone: [terms, *shape] by parameter."""
         psi = {group: getattr(self, group) for group in GROUPS if self.terms[group]}
         return changes_by_term(self, psi, layer, old, x, s, y)
 
@@ -241,7 +243,7 @@ class UnitStatisticsRule(TermSumRule):
         return Units(layer, old, x, s, y, wanted_statistics(self.terms.values()), rho, self.signal)
 
     def _changes(self, units: Units, psi: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As `changes`, of w and m as matrices."""
+        """Like `changes`, with w and m as matrices."""
         old, delta = units.old, {}
         for group in GROUPS:
             if not self.terms[group] or group not in old or group not in psi:
@@ -259,9 +261,10 @@ class UnitStatisticsRule(TermSumRule):
         self._gated: GatedPlan | None = None
 
     def _gated_plan(self) -> GatedPlan:
-        """How to do the whole update in one step; without terms where the rule is of no such form.
+        """The plan of the whole update in one step; its `terms` are None if that is not possible.
 
-        Time constants, step and terms do not change but by `keep` and `start_from`.
+        It may be kept because time constants, step and terms change only in `keep`, `start_from`
+        and `set_extra_state`, which forget it.
         """
         if self._gated is None:
             running = any(self.start[f"rho_{name}"] < 1 for name in RUNNING)
@@ -281,7 +284,7 @@ class UnitStatisticsRule(TermSumRule):
         return psi * (self.exponents[group] * math.log(units / UNITS)).exp()
 
     def _rate(self, old: dict[str, Tensor]) -> Tensor | float:
-        """eta of this update, for this width."""
+        """The rate of this update, at this width."""
         rate = self.number("eta")
         if math.isfinite(self.start["tau"]):
             rate = rate / (1 + _updates(old) / self.number("tau"))
@@ -293,7 +296,7 @@ class UnitStatisticsRule(TermSumRule):
         return rate
 
     def number(self, name: str) -> Tensor | float:
-        """eta, eps, tau, decay or a time constant "rho_mean", ..., as it acts."""
+        """The current value of eta, eps, tau, decay or a time constant "rho_mean", ..."""
         start = self.start[name]
         if name not in self.moved:
             return start
@@ -319,13 +322,13 @@ class UnitStatisticsRule(TermSumRule):
         rate, eps = (_scalar(number, old) for number in (rate, self.number("eps")))
         return rms_step(old, bias, delta, of_bias, rate, eps)
 
-    # ---- what it says of itself ----
+    # ---- coefficients and formulas ----
 
     def coefficients(self) -> dict[str, float]:
-        """Each coefficient by name, "w/x gain z'", and the step's numbers, "step/eta".
+        """The coefficients, named like "w/x gain z'", and the step's numbers, like "step/eta".
 
-        Learned exponents are called "exponent/w/x gain z'", "exponent/eta units"; time constants
-        "step/rho_mean".
+        Learned exponents are named like "exponent/w/x gain z'" and "exponent/eta units", time
+        constants like "step/rho_mean".
         """
         named = self.term_coefficients()
         for name in self._acting():
@@ -339,7 +342,7 @@ class UnitStatisticsRule(TermSumRule):
         return named
 
     def term_coefficients(self) -> dict[str, float]:
-        """Those of the terms alone."""
+        """The coefficients of the terms alone."""
         return {
             f"{group}/{term}": value
             for group, terms in self.terms.items()
@@ -347,7 +350,7 @@ class UnitStatisticsRule(TermSumRule):
         }
 
     def entries_by_term(self) -> dict[str, str]:
-        """The coefficients of each parameter, and their exponents."""
+        """The names of the nn.Parameters with one entry per term, and the group of each."""
         names = {group: group for group in GROUPS}
         return names | {f"exponents.{g}": g for g in GROUPS if g in self.exponents}
 
@@ -356,7 +359,7 @@ class UnitStatisticsRule(TermSumRule):
         return number.item() if isinstance(number, Tensor) else number
 
     def _acting(self) -> list[str]:
-        """The numbers of the step that change anything."""
+        """The names of the step's numbers that have an effect."""
         eps = ["eps"] if self.step == "rms" else []
         tau = ["tau"] if math.isfinite(self.start["tau"]) else []
         decay = ["decay"] if self.start["decay"] else []
@@ -371,7 +374,7 @@ class UnitStatisticsRule(TermSumRule):
     def _term_texts(
         self, group: str, effects: Mapping[str, float] | None, latex: bool
     ) -> list[str]:
-        """The terms of a group that are not 0, each with its sign, the largest first."""
+        """The nonzero terms of a group with their signs, sorted by decreasing size or effect."""
         terms = zip(self.terms[group], getattr(self, group).tolist(), strict=True)
         terms = [(term, value, f"{group}/{term}") for term, value in terms if value]
         terms.sort(key=lambda t: -(abs(t[1]) if effects is None else effects[t[2]]))
@@ -392,26 +395,26 @@ class UnitStatisticsRule(TermSumRule):
         return [f"{arrow} {rate} {change};  {values}"]
 
     def step_sizes(self) -> dict[str, Tensor]:
-        """The typical size of each coefficient: see LearningRule.step_sizes."""
+        """The typical size of each coefficient; see LearningRule.step_sizes."""
         return {
             group: torch.tensor([term.typical_size() for term in terms])
             for group, terms in self.terms.items()
             if terms
         }
 
-    # ---- files, shorter and longer rules ----
+    # ---- files, and changes of the terms ----
 
     def get_extra_state(self) -> dict[str, float]:
-        """Where eta, eps, ... start, which is no tensor of the module's but of its state."""
+        """The initial values of eta, eps, ..., which belong to the state but are no tensors."""
         return dict(self.start)
 
     def set_extra_state(self, state: Mapping[str, float]) -> None:
-        """Takes what `get_extra_state` gave."""
+        """Restore what `get_extra_state` returned."""
         self.start = dict(state)
         self._forget_plans()
 
     def to_dict(self) -> dict:
-        """A plain description of the rule, for JSON; `rule_from_dict` reads it."""
+        """A description of the rule in plain values, for JSON; `rule_from_dict` reads it."""
         groups = [g for g in GROUPS if not (g == "b" and self.bias_like_w)]
         return {
             "kind": type(self).__name__,
@@ -428,7 +431,7 @@ class UnitStatisticsRule(TermSumRule):
 
     @classmethod
     def from_dict(cls, description: dict) -> "UnitStatisticsRule":
-        """The rule that `to_dict` described, in float64; a signal is to be set."""
+        """The rule that `to_dict` described, in float64; a signal must be set anew."""
         start = {n: math.inf if v is None else v for n, v in description["start"].items()}
         learned = [*description["moved"], *(["exponents"] if description["exponents"] else [])]
         rule = cls(
@@ -448,9 +451,9 @@ class UnitStatisticsRule(TermSumRule):
         return rule
 
     def keep(self, masks: dict[str, Tensor]) -> None:
-        """Removes, for good, the terms whose mask is False; masks are named as the parameters.
+        """Remove the terms whose mask is False.
 
-        Those of numbers that are no terms' coefficients are not looked at.
+        masks: bool [terms] by the names of the nn.Parameters "w", "b", "m"; others are ignored.
         """
         for group in GROUPS:
             if group not in masks:
@@ -467,10 +470,10 @@ class UnitStatisticsRule(TermSumRule):
         self._forget_plans()
 
     def start_from(self, other: LearningRule) -> None:
-        """Takes another such rule's coefficients and numbers; terms that it lacks get 0.
+        """Take over another rule's coefficients and numbers; terms that it lacks get 0.
 
-        Exponents stay. Raises RuleError where it has terms that this rule lacks, another step, or
-        takes other inputs.
+        Exponents are kept. Raises RuleError if the other rule is of another family, has terms that
+        this one lacks, another step, another kind of biases, or another number of views.
         """
         if not isinstance(other, UnitStatisticsRule) or other.views != self.views:
             raise RuleError(f"the rule is not one of unit statistics with {self.views} views")
@@ -532,21 +535,21 @@ def _signed(term: Term, value: float, latex: bool) -> str:
     return f"{sign} {abs(value):.3g} {name if name != '1' else ''}".rstrip()
 
 
-# ---- named points ----
+# ---- named rules ----
 
 DEFAULT = ("x gain", "x gain y", "x gain y'", "x gain z", "x gain z'", "x gain r", "x gain r'",
            "x gain s", "w")  # fmt: skip
 
 
 def default_rule(**options) -> UnitStatisticsRule:
-    """The form to be learned from zero coefficients; options as of UnitStatisticsRule."""
+    """The default terms with coefficients 0, to be learned; options as for UnitStatisticsRule."""
     return UnitStatisticsRule.of_terms(DEFAULT, **{"eps": 0.1, **options})
 
 
 def latent_predictive(a: float = 33.0, d: float = 21.4, **options) -> UnitStatisticsRule:
-    """Latent predictive learning (Halvagal, Zenke 2023) in closed local form, inputs centred.
+    """Latent predictive learning (Halvagal, Zenke 2023) in closed local form, for centred inputs.
 
-    G = gain (-a (y - y') + 2 c / var - 4 d r_cov) x: predict the other view, keep the variance,
+    dw = gain (-a (y - y') + 2 c / var - 4 d r_cov) x: predict the other view, keep the variance,
     decorrelate. With statistics of the batch, dw is minus the gradient of
     sum_i [a/2 <(y - y')^2> - 2 log var_i] + 2 d sum_{i != k} Cov_ik^2.
     """
@@ -555,20 +558,22 @@ def latent_predictive(a: float = 33.0, d: float = 21.4, **options) -> UnitStatis
 
 
 def cross_view_decorrelation(strength: float = 0.1, **options) -> UnitStatisticsRule:
-    """Units that agree with themselves across views, and with no other unit (Zbontar et al. 2021).
+    """Each unit agrees with itself across views and with no other unit (Zbontar et al. 2021).
 
-    dw is minus the gradient of -sum_i X_ii + strength / 2 sum_{i != k} X_ik^2, X the correlation
-    across views, at variances that stay as they are.
+    dw is minus the gradient of -sum_i X_ii + strength / 2 sum_{i != k} X_ik^2 with X the
+    correlation across views, for fixed variances.
     """
     terms = {"x gain z' var^-1/2": 1.0, "x gain r_cross var^-1/2": -strength}
     return UnitStatisticsRule({"w": terms}, **options)
 
 
 def bcm(rate: float = 0.01, *, gain: bool = False, **options) -> UnitStatisticsRule:
-    """dw = rate y (y - <y^2>) x, a threshold that slides with the unit's activity.
+    """dw = rate y (y - <y^2>) x, with a threshold that slides with the unit's activity.
 
-    gain: times sigma'(s), as it follows from an objective. Sources: Bienenstock, Cooper, Munro 1982
-    (Journal of Neuroscience); Intrator, Cooper 1992 (Neural Networks).
+    Sources: Bienenstock, Cooper, Munro 1982 (Journal of Neuroscience); Intrator, Cooper 1992
+    (Neural Networks).
+
+    gain: multiply by sigma'(s), as in the derivation from an objective.
     """
     factor = "x gain" if gain else "x"
     terms = {f"{factor} y^2": 1.0, f"{factor} y square": -1.0}
@@ -576,13 +581,13 @@ def bcm(rate: float = 0.01, *, gain: bool = False, **options) -> UnitStatisticsR
 
 
 def oja(rate: float = 0.01, **options) -> UnitStatisticsRule:
-    """dw = rate (x y - y^2 w); biases stay (Oja 1982)."""
+    """dw = rate (x y - y^2 w), without a change of biases (Oja 1982)."""
     groups = {"w": {"x y": 1.0, "y^2 w": -1.0}, "b": {}}
     return UnitStatisticsRule(groups, **{"views": 1, "step": "plain", "eta": rate, **options})
 
 
 def foldiak(rate: float = 0.01, *, target: float = 0.1, **options) -> UnitStatisticsRule:
-    """Foldiak 1990 without his clipping: units decorrelate and aim at a mean activity.
+    """Foldiak 1990 without the clipping: units decorrelate and approach a mean activity.
 
     dw = rate (x y - y w), db = rate (target - y), dm = -rate (y_i y_j - target^2).
     """
@@ -605,7 +610,10 @@ PRESETS: dict[str, Callable[..., UnitStatisticsRule]] = {
 
 
 def preset(name: str, **numbers) -> UnitStatisticsRule:
-    """A named rule; its numbers and the options of UnitStatisticsRule may be given."""
+    """The rule of this name in PRESETS; raises RuleError if there is none.
+
+    numbers: arguments of its function and of UnitStatisticsRule.
+    """
     if name not in PRESETS:
         raise RuleError(f"no such rule is called {name!r}; choose from {', '.join(PRESETS)}")
     return PRESETS[name](**numbers)

@@ -1,6 +1,6 @@
-"""Terms of rules with unit statistics, laid out for few products, and their sums in one update.
+"""The sums of a rule's terms with unit statistics, laid out so that few matrix products are needed.
 
-The layout of a rule's terms is made once; see kernels/unit_statistics.py for what is computed.
+The layout of a rule's terms is planned once; kernels/unit_statistics.py has the formulas.
 """
 
 import math
@@ -24,21 +24,21 @@ from learning_rules import RuleError
 from rules.unit_statistics_terms import LATERAL, Linear, Term, split_linear
 
 Signal = Callable[[Sequence[Tensor]], Tensor]
-GATED = (("gain", 1),)  # the prefactor that kernels/unit_statistics.py has a way of its own for
+GATED = (("gain", 1),)  # the prefactor for which kernels/unit_statistics.py has a special function
 
 
-# ---- terms laid out for few products ----
+# ---- layout of terms ----
 
 
 @dataclass(frozen=True)
 class Currents:
-    """Terms with one prefactor, as columns whose weights are linear in the coefficients.
+    """Terms with the same prefactor, as columns whose weights are linear in the coefficients.
 
     Attributes:
         prefactor: powers of quantities of the receiving unit.
-        columns: by kind (see `Linear`), the powers of statistics of each.
-        place: of kind, [views, columns, terms]: the weights for sum and difference of the views (of
-            s, for its own and the other view) by coefficient.
+        columns: by kind (see `Linear`), the powers of statistics of each column.
+        place: by kind, the map [views, columns, terms] from coefficients to the weights of the
+            columns for the sum and the difference of the views (for s: the same, the other view).
     """
 
     prefactor: tuple[tuple[str, int], ...]
@@ -48,14 +48,14 @@ class Currents:
 
 @dataclass(frozen=True)
 class TermSum:
-    """Terms with the same powers of what is sent and of the parameter.
+    """Terms with the same powers of the sending unit's quantities and of the parameter.
 
     Attributes:
         sending: powers of the sending unit's quantities, possibly none.
-        own: power of the parameter.
-        currents: of terms that differ from sample to sample.
-        statistics: of the others, the powers of statistics of each column.
-        place: [columns, terms], the weights of these columns.
+        own: the power of the parameter.
+        currents: the terms that differ from sample to sample or have a sending quantity.
+        statistics: for the other terms, the powers of statistics of each column.
+        place: the map [columns, terms] from coefficients to the weights of these columns.
     """
 
     sending: tuple[tuple[str, int], ...]
@@ -110,7 +110,7 @@ def _laid_out(prefactor, linears, views: int, count: int) -> Currents:
 
 
 def _view_weights(linear: Linear, views: int) -> list[float]:
-    """Of sum and difference of the views; of s for its own and the other view."""
+    """The weights of sum and difference of the views; for s, of the same and the other view."""
     if views == 1:
         return [1.0]
     if linear.kind == "1":
@@ -123,12 +123,13 @@ def _view_weights(linear: Linear, views: int) -> list[float]:
 
 @dataclass(frozen=True)
 class GatedPlan:
-    """The terms of w for `gated_update`, where they are of its form.
+    """The terms of w for `gated_update`, if they have the necessary form.
 
     Attributes:
-        terms: how weights are laid out; None where they are not.
-        place: [weights, terms], the weights by coefficient.
-        fixed: how many weights at the end are no mean over the batch.
+        terms: the layout of the weights; None if the terms don't have that form.
+        place: the map [weights, terms] from coefficients to weights.
+        fixed: the number of weights at the end that don't multiply a mean over the batch.
+        scaled: results of `placed`.
     """
 
     terms: GatedTerms | None
@@ -137,7 +138,7 @@ class GatedPlan:
     scaled: dict[tuple, Tensor] = field(default_factory=dict)
 
     def placed(self, psi: Tensor, scale: float) -> Tensor:
-        """`place` for these coefficients, means over the batch multiplied by `scale`."""
+        """`place` in the type of psi, with the weights of means over the batch times `scale`."""
         key = (scale, psi.dtype, psi.device)
         if key not in self.scaled:
             place = self.place.to(psi, copy=True)
@@ -146,7 +147,7 @@ class GatedPlan:
         return self.scaled[key]
 
 
-# The powers of statistics that `gated_update` knows, by its names.
+# The names in `gated_update` of the powers of statistics that it supports
 _GATED_FACTORS = {
     (): "1",
     (("mean", 1),): "mean",
@@ -157,7 +158,7 @@ _GATED_FACTORS = {
 
 
 def planned_gated(sums: Sequence[TermSum], views: int, count: int) -> GatedPlan:
-    """The terms of w in one vector of weights, if all are the gain times a current, or w."""
+    """The plan of `gated_update` for sums whose terms are all x gain times a current, or w."""
     refused = GatedPlan(None, torch.zeros(0, count, device="cpu"), 0)
     currents, of_w = None, None
     for part in sums:
@@ -191,10 +192,11 @@ def planned_gated(sums: Sequence[TermSum], views: int, count: int) -> GatedPlan:
 
 
 class Units:
-    """What the units of one layer know in one update: quantities by name, and sums of terms.
+    """The quantities of one layer's units in one update, by name, and the sums of terms.
 
-    layer, old, x, s, y: as of UnitStatisticsRule.update_layer.
-    wanted: the statistics that are needed; rho: the time constants of those that are running ones.
+    layer, old, x, s, y: as in UnitStatisticsRule.update_layer.
+    wanted: the names of the statistics that are needed.
+    rho: the time constants of running statistics.
     signal: from the layer's inputs to the third factor, or None.
 
     Attributes:
@@ -224,10 +226,10 @@ class Units:
         self._take_statistics(batch_mean, level)
 
     def _take_statistics(self, batch_mean: Tensor, level: str) -> None:
-        """Statistics by name in `_values`, with their time constants."""
+        """Put the statistics, running or of this batch, into `_values`."""
         values = self._values
         values["mean"] = self._running("mean", batch_mean)
-        self.shift = None  # of the mean, from that of the batch
+        self.shift = None  # the batch's mean minus the running one
         if "mean" in self.rho:
             self.shift = batch_mean - values["mean"]
         if level == "mean":
@@ -267,13 +269,13 @@ class Units:
     # ---- quantities ----
 
     def statistic(self, name: str) -> Tensor:
-        """One number per unit."""
+        """A statistic [units], by name; "rz" is <r z>."""
         if name == "rz" and name not in self._values:
             self._values[name] = self._values["corr"].square().sum(1)
         return self._values[name]
 
     def factor(self, powers: tuple[tuple[str, float], ...]) -> Tensor | None:
-        """A product of powers of statistics [units]; None for 1."""
+        """A product of powers of statistics, [units]; None stands for 1."""
         result = None
         for name, power in powers:
             if name == "var" and power == -0.5:
@@ -285,7 +287,7 @@ class Units:
         return result
 
     def quantity(self, name: str, view: int) -> Tensor:
-        """A quantity of the receiving or sending unit, [samples, units], as one view has it."""
+        """A quantity of the receiving or sending units in one view, [samples, units]."""
         if name == "signal":
             return self._signal()
         if name.endswith("'"):
@@ -316,7 +318,7 @@ class Units:
         return self.quantity("z", view) @ self._values["corr"]
 
     def sigma(self, view: int) -> Tensor:
-        """sigma(s), which is y where nothing inhibits."""
+        """sigma(s), which is y without inhibition, [samples, units]."""
         if self.layer.inhibition == "none":
             return self.y[view]
         key = ("sigma", view)
@@ -338,8 +340,9 @@ class Units:
     # ---- sums of terms ----
 
     def total(self, plan: list[TermSum], psi: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-        """The change of a parameter `old` [units, inputs], and that of b by the terms that send
-        anything, with 1 in its place, [units].
+        """The change [units, inputs] of a parameter `old`, and the change [units] of b.
+
+        The latter is from the terms with a sending quantity, with 1 in its place.
         """
         change, alone = None, None
         for part in plan:
@@ -354,7 +357,10 @@ class Units:
         return change.expand_as(old), alone
 
     def _sum(self, part: TermSum, psi: Tensor) -> tuple[Tensor | None, Tensor]:
-        """[units, inputs] or None without any, and the sum [units] that has 1 in place of them."""
+        """The sum [units, inputs], and the sum [units] with 1 in place of sending quantities.
+
+        The first is None if the terms have no sending quantities.
+        """
         per_unit = None
         if part.statistics:
             weights = part.place.to(psi) @ psi
@@ -374,7 +380,7 @@ class Units:
         return matrix, per_unit
 
     def _sent(self, powers) -> tuple[list[Tensor], object]:
-        """Products of what is sent, per view, and how windows lie in them."""
+        """The product of powers of sending quantities in each view, and its windows or None."""
         if powers[0][0] == "x":
             power = powers[0][1]
             return [x if power == 1 else x**power for x in self.x], self.layer.windows
@@ -385,7 +391,7 @@ class Units:
         return sent, None
 
     def _received(self, part: Currents, psi: Tensor) -> Tensor:
-        """What multiplies what is sent: [views, samples, units], over the number of samples."""
+        """The factor of sending quantities / number of samples, [views, samples, units]."""
         gated = part.prefactor == GATED
         scale = (self.layer.activation.slope if gated else 1.0) / self.samples
         psi = psi * scale
@@ -419,7 +425,7 @@ class Units:
         return k, const, weights.get("s")
 
     def _weights(self, part: Currents, kind: str, psi: Tensor) -> Tensor:
-        """[views, units or 1], the columns of a kind added up."""
+        """The sum of the columns of a kind, [views, units or 1]."""
         weights = part.place[kind].to(psi) @ psi
         factors = [self.factor(powers) for powers in part.columns[kind]]
         if factors == [None]:
@@ -428,13 +434,13 @@ class Units:
         return weights @ torch.stack([ones if f is None else f for f in factors])
 
     def _lateral(self, kind: str) -> Tensor:
-        """What centred activities are multiplied by to give a lateral current."""
+        """The matrix [units, units] that maps centred activities to a lateral current."""
         matrix = self._values[LATERAL[kind]]
         return matrix if kind == "r_cov" else matrix * self._values["d"].unsqueeze(1)
 
 
 def wanted_statistics(groups) -> set[str]:
-    """The statistics that the terms of these groups need."""
+    """The names of the statistics that the terms of these groups need."""
     names = {name.rstrip("'") for terms in groups for t in terms for name, _ in t.powers}
     wanted = {"mean"} | (names & {"square", "var"})
     wanted |= {LATERAL[name] for name in names if name in LATERAL}

@@ -1,6 +1,7 @@
 """Terms of the rules with unit statistics: products of powers of named quantities of a synapse.
 
-A term is text such as "x gain z'", "x gain c var^-1", "y^2 w" or "y_j y_i". Of synapse ij:
+A term is a text such as "x gain z'", "x gain c var^-1", "y^2 w" or "y_j y_i". For synapse ij, the
+names mean:
 
     x; y_j, c_j, z_j     input j, for w; activity of the sending unit j, for m
     s, y, gain           preactivation, activity and sigma'(s) of the receiving unit i
@@ -10,7 +11,7 @@ A term is text such as "x gain z'", "x gain c var^-1", "y^2 w" or "y_j y_i". Of 
     r_exact              (r - z <r z>) var^-1/2: x gain r_exact is the gradient of squared Corr_ik
     r_cross              sum_{k != i} X_ik z'_k, X the correlation across views
     s' y' gain' c' z' r_cov' r' r_exact' r_cross'      the same in the other view of the input
-    signal               a number that is broadcast to all units, such as a reward
+    signal               a number broadcast to all units, such as a reward
     w, b, m              the parameter itself
 """
 
@@ -27,8 +28,9 @@ VARYING = (*(name + prime for name in RECEIVING for prime in ("", "'")), "signal
 STATISTICS = ("mean", "square", "var")
 LATERAL = {"r": "corr", "r_cov": "cov", "r_exact": "corr", "r_cross": "cross"}
 
-# Of coefficients where rules of this kind work: activities of two views differ little, currents are
-# sums over many units. Searches over coefficients move in these units; the rule does not need them.
+# Typical sizes of coefficients of working rules, by the quantity that they multiply: activities of
+# two views differ little, currents are sums over many units. Searches over coefficients take steps
+# of these sizes; the rule itself doesn't use them.
 SIZES = {"y": 10.0, "r": 0.3, "r_cov": 3.0, "r_exact": 0.1, "r_cross": 0.3, "var": 100.0, "w": 0.1}
 
 _FACTOR = re.compile(r"([A-Za-z_]+'?(?:_i)?)(?:\^(-?\d+(?:\.\d+)?(?:/\d+)?))?")
@@ -43,11 +45,11 @@ _TEX = {
 
 @dataclass(frozen=True)
 class Term:
-    """A product of powers of quantities, those that do not occur left out.
+    """A product of powers of quantities.
 
     Attributes:
         group: "w", "b" or "m", the parameter that it changes.
-        powers: (name, power) in the order above, each power other than 0.
+        powers: (name, power) in the order above, for the quantities whose power isn't 0.
     """
 
     group: str
@@ -62,15 +64,15 @@ class Term:
         return f"{name}_i" if of_unit else name
 
     def tex(self) -> str:
-        """The product in mathematical type."""
+        """The product in LaTeX."""
         return r" \, ".join(_tex_factor(name, power) for name, power in self.powers)
 
     def typical_size(self) -> float:
-        """Of a useful coefficient: the product of the SIZES of what the term multiplies."""
+        """The typical size of the coefficient: the product of the SIZES of the quantities."""
         return math.prod(SIZES.get(name.rstrip("'"), 1.0) ** power for name, power in self.powers)
 
     def power(self, name: str) -> float:
-        """Of a quantity, 0 where it does not occur."""
+        """The power of a quantity, 0 if it does not occur."""
         return dict(self.powers).get(name, 0)
 
     def sending(self) -> tuple[tuple[str, float], ...]:
@@ -87,10 +89,10 @@ class Term:
 
 
 def parse_term(text: str, group: str, views: int) -> Term:
-    """The term that a text such as "x gain z'" says, for a rule that takes so many views.
+    """The term written as a text such as "x gain z'", for a rule with this number of views.
 
-    Names may carry the index of their unit: x_j, y_i. Raises RuleError for a name or a power that
-    there is not.
+    Names may have the index of their unit: x_j, y_i. Raises RuleError for an unknown name or a
+    power that is not allowed.
     """
     allowed = [*SENDING[group], *VARYING, *STATISTICS, group]
     powers: dict[str, float] = {}
@@ -155,11 +157,11 @@ def _tex_factor(name: str, power: float) -> str:
 
 @dataclass(frozen=True)
 class Linear:
-    """A multiple of one of the quantities that currents add up; see kernels/unit_statistics.py.
+    """A multiple of a quantity that currents are linear in; see kernels/unit_statistics.py.
 
     Attributes:
-        kind: "1", "s", "c", "r", "r_cov" or "r_cross".
-        primed: whether it is that of the other view.
+        kind: the quantity: "1", "s", "c", "r", "r_cov" or "r_cross".
+        primed: whether it is the quantity of the other view.
         statistics: powers of the unit's statistics that multiply it; "rz" is <r z>.
         sign: 1 or -1.
     """
@@ -170,12 +172,12 @@ class Linear:
     sign: int = 1
 
 
-# In these, the first that occurs is the one that the current is linear in.
+# The first of these that occurs in a term is the quantity that its current is linear in
 _LINEAR_FIRST = ("r_exact", "r_cross", "r_cov", "r", "z", "c", "y", "s")
 
 
 def split_linear(varying: Mapping[str, int]) -> tuple[tuple[tuple[str, int], ...], list[Linear]]:
-    """A product as a prefactor, powers of quantities, times a sum that is linear in one of them."""
+    """Split a product into a prefactor (powers of quantities) and a sum linear in one quantity."""
     names = [n for n in (p + q for p in _LINEAR_FIRST for q in ("", "'")) if varying.get(n)]
     rest = dict(varying)
     if not names:

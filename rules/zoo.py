@@ -1,11 +1,11 @@
-"""Rules that are worth having, each a file with all that it takes to use it.
+"""A zoo of learned rules, each in a file with everything needed to use it.
 
     entry = load_zoo("latent-predictive")        # or the path of such a file
     entry.recipe.rule, entry.recipe.views, entry.accuracies
     save_zoo(entry, "rules/zoo/mnist32.json")
 
 The files are rules/zoo/NAME.json, some kB of JSON: `format` 1, and the fields of a ZooEntry and of
-its Recipe. They are read strictly: what is missing, unknown, not finite or beyond reason is a
+its Recipe. They are read strictly: anything missing, unknown, not finite or far too large raises a
 RuleError of one line.
 """
 
@@ -26,8 +26,8 @@ from rules.choices import names, zoo_path
 from rules.families import rule_from_dict
 
 FORMAT = 1
-CENTRINGS = ("none", "mean", "standardised")  # of each pixel over the training images
-LARGEST = {  # what a file may ask for
+CENTRINGS = ("none", "mean", "standardised")  # for each pixel, over the training images
+LARGEST = {  # limits of the values in a file
     "bytes": 2**18, "layers": 8, "units": 2**16, "kernel": 64, "pool": 64, "inh_steps": 1000,
     "steps": 10**7, "batch_size": 2**20,
 }  # fmt: skip
@@ -35,17 +35,18 @@ LARGEST = {  # what a file may ask for
 
 @dataclass(frozen=True)
 class Recipe:
-    """What features are made by: a rule, the units that it trains, how they start, what they see.
+    """A rule, the units that it trains, their initial distribution, and their inputs.
 
     Attributes:
-        rule: PerLayerRule; further layers have the last one's.
+        rule: a PerLayerRule; further layers use its last rule.
         activation, inhibition, inh_steps, inh_factor, forbid_self_inhibition, forbid_excitation: of
             the units, as in models_fully_local.py.
-        conv, pool: convolutions before the layers of units, (channels, kernel) each.
-        initial: the initial distribution, as `fixed_initializer` reads it.
-        centring: "none", "mean" or "standardised": of each pixel, over the training images.
-        views: how pairs are made; None where the rule takes single inputs.
-        batch_size: of each update.
+        conv, pool: (channels, kernel) of each convolution before the layers of units, and the size
+            of pooling, as in `lateral_network`.
+        initial: the initial distribution, as in `fixed_initializer`.
+        centring: "none", "mean" or "standardised", for each pixel over the training images.
+        views: how pairs are made; None if the rule takes single inputs.
+        batch_size: the number of inputs in each update.
     """
 
     rule: PerLayerRule
@@ -63,9 +64,9 @@ class Recipe:
     batch_size: int = 512
 
     def network(self, input_shape: Sequence[int], units: Sequence[int]) -> Sequential:
-        """For inputs [C, H, W] as they are, layers one after the other; it centres them itself.
+        """The network for inputs [C, H, W], which it centres itself, with Centres between layers.
 
-        Raises ValueError where its convolutions do not fit.
+        Raises ValueError if the convolutions do not fit the inputs.
         """
         return lateral_network(
             input_shape,
@@ -79,7 +80,7 @@ class Recipe:
         )
 
     def rules(self, layers: int) -> list[LearningRule]:
-        """One for each of so many layers."""
+        """A rule for each of so many layers."""
         known = self.rule.rules
         return [known[min(k, len(known) - 1)] for k in range(layers)]
 
@@ -89,14 +90,14 @@ class ZooEntry:
     """A rule in the zoo.
 
     Attributes:
-        layers: the units of the layers that it was made for, after the recipe's convolutions.
-        steps: updates that it was made for.
+        layers: units of each layer that it was learned with, after the recipe's convolutions.
+        steps: the number of updates that it was learned with.
         layerwise: whether these layers are trained one after the other.
-        dataset, data: what it was learned on: its name, and where that came from.
-        command: that made it.
-        accuracies: of a probe on test images, with dataset, layers, steps, mean, deviation (of the
-            sample; None for one training), trainings.
-        about: one line for readers.
+        dataset, data: the name of the data set that it was learned on, and its source.
+        command: the command that learned it.
+        accuracies: accuracies of a probe on test images, each with dataset, layers, steps, mean,
+            deviation (of the sample; None for one training) and number of trainings.
+        about: a one-line description.
     """
 
     name: str
@@ -111,7 +112,7 @@ class ZooEntry:
     about: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The entry as plain values, for JSON."""
         recipe = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe)}
         recipe["rule"] = self.recipe.rule.to_dict()
         recipe["activation"] = {
@@ -125,7 +126,7 @@ class ZooEntry:
 
 
 def load_zoo(name: str | Path) -> ZooEntry:
-    """The rule of this name, or in the file of this path. Raises RuleError."""
+    """The rule of this name or in this file; raises RuleError if there is none or it is damaged."""
     path = zoo_path(str(name)) if str(name) in names() else Path(name)
     if not path.is_file():
         raise RuleError(f"no rule is called {str(name)!r}; choose from {', '.join(names())}")
@@ -143,7 +144,7 @@ def load_zoo(name: str | Path) -> ZooEntry:
 
 
 def save_zoo(entry: ZooEntry, path: str | Path) -> None:
-    """Writes an entry's file; RuleError where `load_zoo` would not read it."""
+    """Write an entry's file; raises RuleError if `load_zoo` could not read it."""
     text = json.dumps(entry.to_dict(), indent=1) + "\n"
     try:
         _entry(entry.name, _parsed(text.encode()))

@@ -1,1 +1,1 @@
-"""Searches over the flags of any command: space, study, trial, report."""
+"""Searches over the flags of any command, and for a rule without gradients."""

@@ -1,10 +1,10 @@
-"""The journal of a study, as Optuna writes it, but with a checksum on every line.
+"""Optuna's journal of a study, with a checksum on every line.
 
     storage = JournalStorage(Journal(directory / "study.journal"))
 
-A line is a JSON record, a tab, and 16 digits of the SHA-256 of the line's place in the file and the
-record: a line that was changed, removed, or moved is noticed. Lines of before there were checksums,
-which can only come first, are read without.
+A line is a JSON record, a tab, and 16 digits of the SHA-256 of the line's offset in the file and
+the record, so that lines that were changed, removed or moved are noticed. Lines without a checksum,
+from older versions, are accepted only before the first line that has one.
 """
 
 import hashlib
@@ -24,17 +24,17 @@ DIGITS = 16
 
 
 class Journal(BaseJournalBackend):
-    """The records in a file, which is made where there is none; RunLogError where it is damaged."""
+    """The records in a file, created if it doesn't exist; raises RunLogError if it is damaged."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, JournalFileOpenLock(str(path))
-        self._places = [0]  # where each record begins, of those read so far, and where they end
+        self._places = [0]  # byte offsets of the records read so far, and the end of the last one
         self._checked = False  # whether a line with a checksum has been read
         with self._writing():
             _end_last_line(path)
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
-        """The records from this number on."""
+        """The records from number `log_number_from` on."""
         place = self._places[log_number_from]
         with disk_errors(f"can't read {self._path}"), self._path.open("rb") as file:
             file.seek(place)
@@ -47,9 +47,9 @@ class Journal(BaseJournalBackend):
             yield record
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Adds records, and waits until the disk has them."""
+        """Append records and wait until they are on disk."""
         with self._writing():
-            _end_last_line(self._path)  # of a process that was killed meanwhile
+            _end_last_line(self._path)  # another process may have been killed while writing
             with self._path.open("ab") as file:
                 place, lines = file.tell(), b""
                 for log in logs:
@@ -61,7 +61,7 @@ class Journal(BaseJournalBackend):
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """While no other process writes. A lock that a killed one has left counts for 30 s."""
+        """Hold the lock for writing. A lock left by a killed process expires after 30 s."""
         with disk_errors(f"can't write {self._path}"):
             self._lock.acquire()
             try:
@@ -90,7 +90,7 @@ def _checksum(place: int, text: bytes) -> bytes:
 
 
 def _end_last_line(path: Path) -> None:
-    """Ends the last line where only its newline is missing; takes off what a kill left of one."""
+    """Complete the last line if only its newline is missing, otherwise remove the fragment."""
     with path.open("a+b") as file:
         file.seek(0)
         content = file.read()
@@ -106,7 +106,7 @@ def _end_last_line(path: Path) -> None:
 
 
 def _is_json(text: bytes) -> bool:
-    """Whether a line of before there were checksums is whole: no beginning of a table is JSON."""
+    """Whether a line without a checksum is complete: a truncated JSON table is not valid JSON."""
     try:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):

@@ -1,7 +1,8 @@
-"""Which values a trial gets, by the number of its draw.
+"""The values of the searched flags in a trial, determined by the number of its draw.
 
-Draw number i depends on the seed, on i and on the list of searched flags, and on nothing else: it
-is the same for every algorithm, whatever the number of workers and whoever takes it.
+Random draw i depends only on the seed, on i and on the list of searched flags: it is the same for
+every variant of a command, any number of workers and whichever process takes it. A guided draw also
+depends on the results so far.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ GUIDED = ("tpe", "population")
 
 
 def random_point(flags: Sequence[SearchedFlag], seed: int, number: int) -> dict[str, Value]:
-    """Draw `number`, from 0, of all flags, each independent of the others."""
+    """Random draw `number`, counted from 0: independent values of all flags."""
     generator = seeded_generator(seed, number)
     options = {"dtype": torch.float64, "generator": generator, "device": "cpu"}
     shares = torch.rand(len(flags), **options).tolist()
@@ -32,7 +33,7 @@ def random_point(flags: Sequence[SearchedFlag], seed: int, number: int) -> dict[
 
 
 def distribution_of(flag: SearchedFlag) -> BaseDistribution:
-    """A flag's values as Optuna's guided samplers see them."""
+    """The values of a flag as a distribution for Optuna's guided samplers."""
     if flag.kind == "choice":
         return CategoricalDistribution(flag.choices)
     if flag.kind == "int":
@@ -43,13 +44,13 @@ def distribution_of(flag: SearchedFlag) -> BaseDistribution:
 
 
 class PointSampler(BaseSampler):
-    """Values by the number of the draw: random ones, points of a grid, or guided by results.
+    """Values by the number of the draw: random, points of a grid, or guided by earlier results.
 
     flags, seed: as in `random_point`.
-    points: the grid, instead of random draws.
-    guide: "tpe", tree-structured Parzen estimators (Watanabe, arXiv 2304.11127), "population", a
-        genetic algorithm (NSGA-II, Deb et al. 2002), or None: no draw is guided.
-    startup: so many random draws come before the guided ones; the size of a population.
+    points: the points of a grid, to be used instead of random draws.
+    guide: "tpe" (tree-structured Parzen estimators; Watanabe, arXiv 2304.11127), "population" (a
+        genetic algorithm, NSGA-II; Deb et al. 2002), or None for no guidance.
+    startup: the number of random draws before the guided ones; for "population" its size.
     """
 
     def __init__(
@@ -66,18 +67,18 @@ class PointSampler(BaseSampler):
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """All searched flags: their values are chosen together."""
+        """The distributions of all searched flags, because their values are chosen jointly."""
         return {flag.name: distribution_of(flag) for flag in self.flags}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Value]:
-        """The values of trial.user_attrs["draw"]."""
+        """The values of draw number trial.user_attrs["draw"]."""
         number = trial.user_attrs["draw"]
         if self.points is not None:
             return self.points[number]
         values = random_point(self.flags, self.seed, number)
-        # a population knows by itself which trials are its first generation
+        # NSGAIISampler decides itself which trials are its first, random generation
         if self.guide == "population" or (self.guide == "tpe" and number >= self.startup):
             values |= self._guide(number).sample_relative(study, trial, search_space)
         return values
@@ -85,11 +86,11 @@ class PointSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution
     ) -> Value:
-        """Not asked for, because all values are chosen together."""
+        """Never called, because all values are chosen jointly."""
         raise NotImplementedError(f"{param_name} was not chosen with the other flags")
 
     def _guide(self, number: int) -> BaseSampler:
-        """One for each trial: its suggestion depends on the results so far, not on who asks."""
+        """A sampler seeded for this trial, so that its suggestion doesn't depend on the process."""
         seed = seeded_generator(self.seed, number, 1).initial_seed() % 2**32
         if self.guide == "population":
             return NSGAIISampler(population_size=self.startup, seed=seed)
@@ -99,6 +100,6 @@ class PointSampler(BaseSampler):
 def make_sampler(
     flags: Sequence[SearchedFlag], seed: int, method: str, startup: int
 ) -> PointSampler:
-    """The draws of --method."""
+    """The sampler for a value of --method: random, grid, tpe or population."""
     points = list(grid(flags)) if method == "grid" else None
     return PointSampler(flags, seed, points, method if method in GUIDED else None, startup)

@@ -1,11 +1,11 @@
-"""What a sweep has found: table and summary from the study, figures from the table.
+"""The results of a sweep: table and summary from the study, figures from the table.
 
     trials.csv        a row for each trial
     results.json      counts, the best trial and its command line, for each variant
     figures/best.png  the best value so far, over the trials
     figures/flags.png the value against each searched flag
 
-Every file is made aside and then moved into place: processes that share a sweep may report at once.
+Every file is written atomically, because processes that share a sweep may report simultaneously.
 """
 
 import csv
@@ -49,9 +49,9 @@ Table = Mapping[str, Sequence[Mapping[str, str]]]  # by variant
 class Report:
     """All trials of a sweep, by variant, at one moment.
 
-    trials: each variant's, in order of their numbers; the name "" where there are no variants.
-    flags: the searched ones.
-    metric: what the value is.
+    trials: the trials by variant, in order of their numbers; without variants, the only key is "".
+    flags: the searched flags.
+    metric: the name of the value.
     maximize: whether a higher value is better.
     """
 
@@ -62,22 +62,22 @@ class Report:
 
     @classmethod
     def of(cls, studies: Mapping[str, Study], flags: Sequence[SearchedFlag], metric: str):
-        """What the studies hold now."""
+        """The report of the current state of the studies, which are given by variant."""
         trials = {name: counted_trials(study) for name, study in studies.items()}
         direction = next(iter(studies.values())).direction
         return cls(trials, flags, metric, direction == StudyDirection.MAXIMIZE)
 
     def counts(self, variant: str) -> dict[str, int]:
-        """How many trials are in each state."""
+        """The number of trials in each state that occurs."""
         numbers = Counter(map(state_of, self.trials[variant]))
         return {state: numbers[state] for state in STATES if numbers[state]}
 
     def done(self, variant: str) -> list[FrozenTrial]:
-        """The trials that have a finite value, and were not ended early."""
+        """The trials that ended by themselves with a finite value."""
         return [trial for trial in self.trials[variant] if state_of(trial) == "done"]
 
     def best(self, variant: str) -> FrozenTrial | None:
-        """The first of the trials with the best value; None where none is done."""
+        """The first of the trials with the best value; None if no trial is done."""
         sign = -1 if self.maximize else 1
         return min(self.done(variant), key=lambda trial: sign * trial.value, default=None)
 
@@ -86,12 +86,12 @@ class Report:
         return [self.row(variant, trial) for trial in self.trials[variant]]
 
     def row(self, variant: str, trial: FrozenTrial) -> dict[str, Any]:
-        """A trial's row of the table."""
-        said = trial.user_attrs
+        """The row of a trial in the table."""
+        attributes = trial.user_attrs
         return {
             "number": trial.number,
             "variant": variant,
-            "draw": said.get("draw"),
+            "draw": attributes.get("draw"),
             "state": state_of(trial),
             "value": trial.value,
             **{
@@ -99,11 +99,11 @@ class Report:
                 for flag in self.flags
                 if flag.name in trial.params
             },
-            **{name: said.get(name) for name in AFTER_FLAGS},
+            **{name: attributes.get(name) for name in AFTER_FLAGS},
         }
 
     def summary(self, variant: str) -> dict[str, Any]:
-        """Counts, values, and the best trial with its command line."""
+        """The counts, the mean and median value, and the best trial with its command line."""
         values = [trial.value for trial in self.done(variant)]
         best = self.best(variant)
         return {
@@ -117,7 +117,7 @@ class Report:
 
 
 def write_table(report: Report, directory: Path) -> None:
-    """trials.csv."""
+    """Write trials.csv."""
     columns = [*BEFORE_FLAGS, *(flag.name for flag in report.flags), *AFTER_FLAGS]
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
@@ -128,7 +128,7 @@ def write_table(report: Report, directory: Path) -> None:
 
 
 def write_results(report: Report, directory: Path) -> None:
-    """results.json."""
+    """Write results.json."""
     summaries = {variant: report.summary(variant) for variant in report.trials}
     results = {
         "metric": report.metric,
@@ -139,7 +139,7 @@ def write_results(report: Report, directory: Path) -> None:
 
 
 def write_report(report: Report, directory: Path, figures: bool) -> None:
-    """All of it; the figures only if asked for."""
+    """Write trials.csv, results.json and, if `figures`, the figures."""
     write_table(report, directory)
     write_results(report, directory)
     if figures:
@@ -147,7 +147,7 @@ def write_report(report: Report, directory: Path, figures: bool) -> None:
 
 
 def plot_sweep_run(directory: str | Path) -> list[Path]:
-    """figures/best.png and figures/flags.png, from config.json and trials.csv; the paths."""
+    """Draw both figures from config.json and trials.csv, and return their paths."""
     directory = Path(directory)
     config, rows = read_config(directory), read_table(directory)
     flags = [searched_flag(text) for text in config["search"]]
@@ -158,7 +158,7 @@ def plot_sweep_run(directory: str | Path) -> list[Path]:
 
 
 def read_table(directory: Path) -> Table:
-    """The rows of trials.csv by variant, as texts; RunLogError where it can't be read."""
+    """The rows of trials.csv by variant, as texts; raises RunLogError if it can't be read."""
     path, table = directory / "trials.csv", {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -172,7 +172,7 @@ def read_table(directory: Path) -> Table:
 
 
 def plot_best_so_far(table: Table, metric: str, maximize: bool, path: Path) -> None:
-    """The best value among the trials so far, a step curve for each variant; a dot each trial."""
+    """Draw a dot for each trial, and the best value so far as a step curve for each variant."""
     figure, axes = one_panel()
     best_of = np.maximum if maximize else np.minimum
     for colour, (variant, rows) in zip(colours(len(table)), table.items(), strict=True):
@@ -191,7 +191,7 @@ def plot_best_so_far(table: Table, metric: str, maximize: bool, path: Path) -> N
 def plot_values_over_flags(
     table: Table, flags: Sequence[SearchedFlag], metric: str, path: Path
 ) -> None:
-    """A panel for each searched flag: every trial that is done; pruned ones as ticks below."""
+    """Draw the values against each searched flag in a panel; pruned trials are ticks below."""
     columns = min(PANELS_A_ROW, len(flags))
     lines = math.ceil(len(flags) / columns)
     figure = new_figure(3.6 * columns + 0.4, 3.0 * lines)
@@ -208,7 +208,8 @@ def _plot_values_over_flag(table: Table, flag: SearchedFlag, metric: str, axes: 
         done, label = _in_state(rows, "done"), variant or None
         values = [float(row["value"]) for row in done]
         axes.plot(_places(done, flag), values, "o", color=colour, ms=4, alpha=0.6, label=label)
-        bottom = axes.get_xaxis_transform()  # what they were compared by need not be the value
+        # pruned trials have no value: they were compared by a column that may be another number
+        bottom = axes.get_xaxis_transform()
         places = _places(_in_state(rows, "pruned"), flag)
         axes.plot(places, [0.01] * len(places), "|", color=colour, ms=6, transform=bottom)
     label_axes(axes, f"--{flag.name}", "", metric)
@@ -221,13 +222,13 @@ def _in_state(rows: Sequence[Mapping[str, str]], state: str) -> list[Mapping[str
 
 
 def _places(rows: Sequence[Mapping[str, str]], flag: SearchedFlag) -> list[float]:
-    """Where the trials' values of a flag are on its axis; choices at 0, 1, 2, ..."""
+    """The positions of the trials' values on a flag's axis; choices are at 0, 1, 2, ..."""
     texts = [row[flag.name] for row in rows]
     return [*map(flag.choices.index if flag.choices else float, texts)]
 
 
 def _scale(axes: Axes, flag: SearchedFlag) -> None:
-    """The axis of a flag: its whole range, logarithmic or with the names of its choices."""
+    """Let the axis span a flag's range, on a log scale or with the names of choices if need be."""
     if flag.kind == "choice":
         axes.set_xticks(range(len(flag.choices)), map(plain_text, flag.choices))
         axes.set_xlim(-0.5, len(flag.choices) - 0.5)

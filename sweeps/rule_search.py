@@ -1,19 +1,19 @@
-"""A search for a rule without gradients: the rival of hypergradient descent at equal time.
+"""A gradient-free search for a rule, the baseline of hypergradient descent at equal time.
 
     finished = search_rule(training, SearchSettings(search="tpe", trials=150, tasks=2), log)
 
-A point is a number in [-1, 1] for each of the n hyperparameters of a training (coefficients, the
-step's numbers, the initial spread, strengths of views). Where number k is u_k, hyperparameter k is
+A point u in [-1, 1]^n stands for the n hyperparameters of a training (coefficients, the step's
+numbers, the initial spread, strengths of views). Hyperparameter k is
 
     start_k + range size_k u_k |u_k|
 
-with size_k the typical size that the rule gives it (LearningRule.step_sizes): small changes are as
-dense as large ones. A point is judged as a meta-step judges a rule, by the mean outer loss of some
-trainings, each trial with draws of its own. The points with the lowest losses are finalists: they
-are judged again, all on the same further draws, and the best of them is taken.
+with size_k the typical size that the rule gives it (LearningRule.step_sizes); the square makes
+small changes more frequent than large ones. As in a meta-step, a point is judged by the mean outer
+loss of some trainings, with new draws in each trial. The points with the lowest losses are
+finalists: they are judged again, all on the same new draws, and the best of them is taken.
 
-Points are uniform, or after N_RANDOM of these proposed by tree-structured Parzen estimators
-(Bergstra et al. 2011; Watanabe, arXiv 2304.11127; here Optuna's), all numbers together.
+Points are uniform; or, after N_RANDOM uniform ones, proposed by Optuna's tree-structured Parzen
+estimators (Bergstra et al. 2011; Watanabe, arXiv 2304.11127) over all numbers jointly.
 """
 
 import math
@@ -33,8 +33,8 @@ from experiment.seeds import TRIAL, seeded_generator
 from hypgraddesc import check_shared
 from train import HORIZON, Draw, Training, evaluate_on_the_way
 
-N_RANDOM = 20  # before estimators propose points
-POINT, FINAL = range(2)  # what random numbers of a search are for, after (seed, TRIAL)
+N_RANDOM = 20  # random points before the estimators propose points
+POINT, FINAL = range(2)  # the use of random numbers, after (seed, TRIAL) in their keys
 
 
 def search_rule(
@@ -46,11 +46,11 @@ def search_rule(
     checkpoint_every: int = 10,
     team: Team = ALONE,
 ) -> bool:
-    """Makes all trials, recording a row of each; True when it came to its end.
+    """Run all trials, recording a row of each; return whether the search came to its end.
 
     At the end the hyperparameters are those of the best point. Goes on from the log's checkpoint if
-    there is one; Ctrl-C ends it cleanly after the running trial. Arguments as in RuleSearch. Every
-    process of the team calls this.
+    there is one; after Ctrl-C the current trial is completed. For the arguments see RuleSearch.
+    Every process of the team must call this.
     """
     search = RuleSearch(training, settings, log.warn, team=team, hyperparameters=hyperparameters)
     finished = run_steps(
@@ -64,11 +64,12 @@ def search_rule(
 class RuleSearch:
     """The state of a search; `step` judges one point and returns its row of numbers.
 
-    training: what is learned by; of several, which must share their hyperparameters, task k takes
-        the one of number k modulo how many there are.
-    warn: told of each task that is left out.
-    hyperparameters: gives what to record beside the numbers of each trial.
-    Raises MetaError for trainings that do not share their hyperparameters.
+    Raises MetaError if several trainings do not share their hyperparameters.
+
+    training: the training whose hyperparameters are searched; of n trainings, task k uses number
+        k modulo n.
+    warn: called with a message for each task whose training is not finite.
+    hyperparameters: returns further columns for the row of each trial.
     """
 
     def __init__(
@@ -91,35 +92,35 @@ class RuleSearch:
             name: settings.search_range * sizes.get(name, torch.ones(())).to(p).expand_as(p)
             for name, p in self.start.items()
         }
-        self.points: list[Tensor] = []  # of the trials made, float64 [n]
-        self.losses: list[float] = []  # of these, then of finalists, the best first
-        optuna.logging.set_verbosity(optuna.logging.ERROR)  # the rows of the steps say it all
+        self.points: list[Tensor] = []  # of the trials so far, float64 [n]
+        self.losses: list[float] = []  # of the trials, then of the finalists in order of _order()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # our rows already report each trial
         self.study = optuna.create_study()
 
     @property
     def count(self) -> int:
-        """How many numbers a point is."""
+        """The number n of hyperparameters, the dimension of a point."""
         return sum(p.numel() for p in self.start.values())
 
     @property
     def total(self) -> int:
-        """Trials, and judgements of finalists."""
+        """The number of steps: the trials, then one for each finalist."""
         return self.settings.trials + min(self.settings.finalists, self.settings.trials)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The numbers of an outer loss, that first."""
+        """The names of the numbers that judge a training: the outer loss, then its metrics."""
         return ("meta_loss", *self.trainings[0].outer_loss.metrics)
 
     @property
     def finished(self) -> bool:
-        """Whether all trials are made and all finalists judged."""
+        """Whether all trials have been made and all finalists judged."""
         return len(self.losses) >= self.total
 
     # ---- one trial ----
 
     def step(self) -> dict[str, float]:
-        """Judges the next point, or the next finalist; returns the numbers of it."""
+        """Judge the next point or the next finalist, and return its row."""
         begin, number = time.perf_counter(), len(self.losses)
         final = number - self.settings.trials
         if final < 0:
@@ -132,7 +133,7 @@ class RuleSearch:
         self._put(point)
         rows = self._judged(number, keys)
         row = {name: _mean([r[name] for r in rows]) for name in self.names}
-        # One training that ends in numbers that are not finite is a point to keep away from.
+        # a point with even one training that is not finite is to be avoided
         loss = row["meta_loss"] if len(rows) == len(keys) else math.inf
         self._remember(point, loss)
         return {
@@ -145,7 +146,7 @@ class RuleSearch:
         }
 
     def _propose(self, number: int) -> Tensor:
-        """The point of this trial, which depends on those before and their losses alone."""
+        """The point of this trial, float64 [n], a function of the earlier points and losses."""
         if self.settings.search == "random" or number < N_RANDOM:
             generator = seeded_generator(self.settings.seed, TRIAL, POINT, number)
             return 2 * torch.rand(self.count, generator=generator, dtype=torch.float64) - 1
@@ -163,7 +164,7 @@ class RuleSearch:
         return {f"u{k}": optuna.distributions.FloatDistribution(-1, 1) for k in range(self.count)}
 
     def _judged(self, number: int, keys: Sequence[tuple[int, ...]]) -> list[dict[str, float]]:
-        """Numbers of the trainings of these keys that come to a finite end, in their order."""
+        """The mean numbers of each training that is finite, in order of the keys."""
         ours = [(task, self._numbers(number, task, keys[task]))
                 for task in self.team.share(len(keys))]  # fmt: skip
         everyone = sorted(
@@ -175,7 +176,7 @@ class RuleSearch:
         return [numbers for _, numbers in everyone if not isinstance(numbers, str)]
 
     def _numbers(self, number: int, task: int, key: tuple[int, ...]) -> dict[str, float] | str:
-        """Means over the times of one training, or what of it is not finite."""
+        """The mean numbers of one training over its loss times, or what in it is not finite."""
         steps, times = self._inner_steps(number, task), self.settings.loss_times
         draw = Draw(key, steps)
         training = self.trainings[task % len(self.trainings)].with_drawn_model(draw)
@@ -187,7 +188,7 @@ class RuleSearch:
         return {name: _mean([row[name] for row in rows]) for name in self.names}
 
     def _inner_steps(self, number: int, task: int) -> int:
-        """How many this task makes in this trial."""
+        """The number of updates of this task in this trial."""
         steps, seed = self.settings.inner_steps, self.settings.seed
         if not callable(steps):
             return steps
@@ -196,7 +197,7 @@ class RuleSearch:
     # ---- points ----
 
     def _put(self, point: Tensor) -> None:
-        """Gives the hyperparameters the values of a point."""
+        """Set the hyperparameters to those of a point."""
         parts = point.split([p.numel() for p in self.start.values()])
         with torch.no_grad():
             for (name, p), u in zip(self.trained.items(), parts, strict=True):
@@ -215,13 +216,13 @@ class RuleSearch:
             ))  # fmt: skip
 
     def _order(self) -> list[int]:
-        """The numbers of the trials made, the lowest loss first."""
+        """The numbers of the trials so far, the lowest loss first."""
         return sorted(range(len(self.points)), key=self.losses.__getitem__)
 
     def use_best(self) -> None:
-        """Gives the hyperparameters the values of the best point that there is, for good.
+        """Set the hyperparameters to those of the best point.
 
-        Of finalists, if all are judged; else of the trials.
+        It is the best of the finalists if all of them have been judged, else of the trials.
         """
         order, finals = self._order(), self.losses[self.settings.trials :]
         if self.finished:
@@ -232,12 +233,12 @@ class RuleSearch:
     # ---- state ----
 
     def state_dict(self) -> dict:
-        """All that a resumed search needs, in plain containers of tensors."""
+        """Everything that a resumed search needs, in plain containers of tensors."""
         modules = {name: m.state_dict() for name, m in self.trainings[0].modules.items()}
         return {"start": self.start, "points": self.points, "losses": self.losses, **modules}
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up a search where `state_dict` left it."""
+        """Go on from a state returned by `state_dict`."""
         for name, module in self.trainings[0].modules.items():
             module.load_state_dict(state[name])
         self.start = {n: p.to(self.start[n], copy=True) for n, p in state["start"].items()}

@@ -1,10 +1,10 @@
-"""What a sweep searches: flags of a command, their ranges, grids of them.
+"""The search space of a sweep: flags of a command, their ranges, and grids of them.
 
-lr=log:1e-6:1e-1      uniform in the logarithm
-momentum=0:1          uniform
-k=int:2:10            whole numbers, both ends included
+lr=log:1e-6:1e-1          uniform in the logarithm
+momentum=0:1              uniform
+k=int:2:10                whole numbers, both ends included
 delta=step:0:0.4:0.005    0, 0.005, ..., 0.4
-p=choice:2,3,4        any texts
+p=choice:2,3,4            any texts
 """
 
 import argparse
@@ -26,7 +26,7 @@ FORMS = {
     "": "NAME=LOW:HIGH",
 }
 
-MOST_VALUES = 10**5  # of a flag in steps, or of a grid
+MOST_VALUES = 10**5  # the most steps of a flag, or points of a grid
 
 Value = float | int | str
 
@@ -36,10 +36,10 @@ class SearchedFlag:
     """A flag of the command, without its dashes, and the values it may take.
 
     Attributes:
-        range: as it was written, from LOW or the kind on.
-        kind: one of FORMS.
-        low, high: the least and the greatest value; None of choices.
-        choices: texts; of the kind "choice" alone.
+        range: the text after NAME=.
+        kind: a key of FORMS.
+        low, high: the smallest and the largest value; None for the kind "choice".
+        choices: the texts of the kind "choice"; () for the others.
     """
 
     name: str
@@ -53,7 +53,7 @@ class SearchedFlag:
         return f"{self.name}={self.range}"
 
     def at(self, share: float) -> Value:
-        """The value below which `share`, from 0 to 1 without 1, of the range lies."""
+        """The value at the quantile `share` in [0, 1) of the flag's distribution."""
         values = self.values()
         if values is not None:
             return values[int(share * len(values))]
@@ -61,10 +61,10 @@ class SearchedFlag:
             value = self.low * math.exp(share * math.log(self.high / self.low))
         else:
             value = self.low + share * (self.high - self.low)
-        return min(max(value, self.low), self.high)  # not beyond them by rounding
+        return min(max(value, self.low), self.high)  # rounding may have left the range
 
     def values(self) -> Sequence[Value] | None:
-        """All values, in their order; None where they are a continuum."""
+        """All values in their order; None if they form a continuum."""
         if self.kind == "choice":
             return self.choices
         if self.kind == "int":
@@ -74,14 +74,14 @@ class SearchedFlag:
         return None
 
     def exact(self, value: Value) -> Value:
-        """`value`, as a multiple of a step without rounding errors."""
+        """`value` without rounding errors: for the kind "step" the nearest of its values."""
         if self.kind == "step":
             return min(self.values(), key=lambda multiple: abs(multiple - value))
         return value
 
 
 def searched_flag(text: str) -> SearchedFlag:
-    """`text` in one of the FORMS; argparse.ArgumentTypeError that says what form is right."""
+    """The flag described by a text in one of the FORMS; raises argparse.ArgumentTypeError."""
     name, equals, values = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z][\w-]*", name):
         raise _malformed(text, f"must be one of {', '.join(FORMS.values())}")
@@ -96,13 +96,13 @@ def searched_flag(text: str) -> SearchedFlag:
 
 
 def grid(flags: Sequence[SearchedFlag]) -> Iterator[dict[str, Value]]:
-    """All combinations; the last flag changes fastest. Every flag must have finite `values`."""
+    """All combinations, the last flag changing fastest. No flag's `values()` may be None."""
     for values in itertools.product(*(flag.values() for flag in flags)):
         yield {flag.name: value for flag, value in zip(flags, values, strict=True)}
 
 
 class _RangeError(ValueError):
-    """Ends of a range that are not in order."""
+    """A range that is not allowed; the message says what would be."""
 
 
 def _malformed(text: str, what: str) -> argparse.ArgumentTypeError:
@@ -110,7 +110,7 @@ def _malformed(text: str, what: str) -> argparse.ArgumentTypeError:
 
 
 def _limits(kind: str, text: str) -> dict[str, Any]:
-    """What the part behind the kind describes; ValueError or InvalidOperation where it can't be."""
+    """The ends or choices in the text after the kind; raises ValueError or InvalidOperation."""
     if kind == "choice":
         choices = text.split(",")
         if "" in choices or len(set(choices)) < len(choices):
@@ -129,7 +129,7 @@ def _limits(kind: str, text: str) -> dict[str, Any]:
 
 
 def _stepped(text: str) -> list[Decimal]:
-    """The values of [step:]LOW:HIGH:STEP, exact decimals."""
+    """The values of [step:]LOW:HIGH:STEP as exact decimals."""
     low, high, step = map(Decimal, text.removeprefix("step:").split(":"))
     _check_order(low, high)
     if not 0 < step <= high - low:

@@ -1,17 +1,17 @@
-"""An Optuna study that several processes and machines work on at once, and that survives kills.
+"""An Optuna study that several processes and machines share, and that survives kills.
 
-A trial's number is given out by the storage, once: so no two processes run the same trial, and all
-of them together run as many draws as were asked for. A process that works on a trial says so every
-HEARTBEAT seconds. When it has fallen silent, or is gone from this machine, its trial is closed as
-interrupted, and queued under a new number with the same values.
+The storage gives out each trial number once, so no two processes run the same trial, and together
+they run as many draws as were asked for. A process that works on a trial writes a sign of life
+every HEARTBEAT seconds. If that stops, or the process has ended on this machine, its trial is
+closed as interrupted and queued under a new number with the same values.
 
-    user attributes of a trial      what they are
-    draw                            which draw its values are
-    instead_of                      the number of the interrupted trial that it runs again
-    owner                           who runs it: host, process, session, and when it was seen last
-    directory, command              where, and what
+    user attributes of a trial      meaning
+    draw                            the number of the draw that gives its values
+    instead_of                      the number of the interrupted trial that it repeats
+    owner                           host, process and session that run it, and its last sign of life
+    directory, command              the run directory and the command line
     state, exit_status, error, seconds      how it ended (STATES)
-    surplus                         given out beyond the number of draws, in a race; never run
+    surplus                         given out in a race beyond the number of draws; never run
 """
 
 import os
@@ -41,10 +41,10 @@ from sweeps.journal import Journal
 
 JOURNAL = "study.journal"
 HEARTBEAT = 30.0  # seconds
-LOST_AFTER = 180.0  # seconds since the last sign of life, by the clock of whoever looks
-WATCHED_FOR = 2 * HEARTBEAT  # and so long without another one, by a clock that cannot jump
-SQLITE_WAIT = 60  # seconds for another process's lock
-RACES = 10
+LOST_AFTER = 180.0  # seconds since the last sign of life, by the wall clock of the observer
+WATCHED_FOR = 2 * HEARTBEAT  # seconds without a new one, by the observer's monotonic clock
+SQLITE_WAIT = 60  # seconds to wait for another process's lock
+RACES = 10  # attempts while another process creates the same tables or rows
 
 STATES = ("done", "pruned", "diverged", "failed", "interrupted", "running", "waiting")
 TOLD_AS = {
@@ -61,12 +61,18 @@ Made = TypeVar("Made")
 
 
 class StudyError(UserError):
-    """A study that can't be reached, or is of another search; the message is one line."""
+    """A study that can't be reached or belongs to another search; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a trial ended: one of STATES, the value if it is done, and what the process said."""
+    """How a trial ended.
+
+    state: one of STATES.
+    value: the metric, if the state is done.
+    exit_status, error: of the process; the error is one line.
+    seconds: how long it ran.
+    """
 
     state: str
     value: float | None = None
@@ -79,9 +85,10 @@ class Outcome:
 
 
 def open_storage(url: str | None, directory: Path) -> BaseStorage:
-    """The database at `url`, or a journal file in `directory` if None; StudyError if unreachable.
+    """The database at `url` or, if that is None, the journal file in `directory`.
 
-    A journal is safe on file systems that machines share (NFS 3 and later).
+    The journal may be on a file system that machines share (NFS 3 or later). Raises StudyError if
+    the storage can't be reached, and RunLogError if the journal is damaged.
     """
     with storage_errors(url):
         if url is not None:
@@ -91,7 +98,7 @@ def open_storage(url: str | None, directory: Path) -> BaseStorage:
 
 
 def _replayed(journal: Journal) -> BaseStorage:
-    """The storage of a journal; RunLogError where its records are not those of a study."""
+    """The storage of a journal; raises RunLogError if its records are not those of a study."""
     try:
         return JournalStorage(journal)
     except RunLogError:
@@ -109,9 +116,9 @@ def open_study(
     sampler: BaseSampler,
     pruner: BasePruner,
 ) -> Study:
-    """The study `name`, made if it isn't there; StudyError where it is of another search.
+    """The study `name`, created if necessary; raises StudyError if it belongs to another search.
 
-    definition: all that a trial's value depends on, as it reads back from JSON.
+    definition: everything that a trial's value depends on, as JSON would return it.
     """
     study = optuna.create_study(
         storage=storage,
@@ -136,14 +143,14 @@ def open_study(
 
 
 def _saved_definition(study: Study, definition: Mapping[str, Any]) -> dict[str, Any]:
-    """What the study was made for: `definition`, if it has just been made."""
+    """The definition saved in the study; in a new study `definition` is saved first."""
     if "definition" not in study.user_attrs:
         study.set_user_attr("definition", dict(definition))
     return study.user_attrs["definition"]
 
 
 def _unless_raced(make: Callable[[], Made]) -> Made:
-    """`make()`, once more where another process was making the same tables or row meanwhile."""
+    """`make()`, repeated if another process was creating the same tables or rows meanwhile."""
     for _ in range(RACES):
         try:
             return make()
@@ -157,7 +164,7 @@ def _unless_raced(make: Callable[[], Made]) -> Made:
 
 @contextmanager
 def storage_errors(url: str | None) -> Iterator[None]:
-    """Turn what a storage raises into a StudyError of one line."""
+    """Turn the errors of a storage into a StudyError of one line."""
     try:
         yield
     except (SQLAlchemyError, OptunaError, ImportError) as error:
@@ -171,7 +178,7 @@ def storage_errors(url: str | None) -> Iterator[None]:
 
 
 def claim(study: Study, draws: int) -> Trial | None:
-    """The next trial for this process, with its values chosen; None when all are given out."""
+    """The next trial for this process, with its values chosen; None if all are given out."""
     while True:
         trials = study.get_trials(deepcopy=False)
         waiting = any(trial.state == TrialState.WAITING for trial in trials)
@@ -191,9 +198,9 @@ def claim(study: Study, draws: int) -> Trial | None:
 
 
 def say_alive(trial: Trial) -> bool:
-    """Note that this process works on the trial; due every HEARTBEAT seconds.
+    """Write a sign of life for the trial; to be called every HEARTBEAT seconds.
 
-    False where another process has given the trial up, because this one was silent for so long.
+    Returns False if another process has given the trial up because this one was silent too long.
     """
     try:
         trial.set_user_attr("owner", HERE | {"seen": time.time()})
@@ -203,7 +210,7 @@ def say_alive(trial: Trial) -> bool:
 
 
 def finish(trial: Trial, outcome: Outcome) -> bool:
-    """Record how a trial ended; False where another process has given it up meanwhile."""
+    """Record how a trial ended; returns False if another process has given it up meanwhile."""
     study = trial.study
     value = outcome.value
     if outcome.state == "diverged":
@@ -218,10 +225,10 @@ def finish(trial: Trial, outcome: Outcome) -> bool:
 
 
 def run_again(trial: Trial, outcome: Outcome) -> None:
-    """Queue the trial's values anew, then close it as interrupted.
+    """Queue the trial's values again, then close the trial with this outcome.
 
-    In this order nothing is lost by a kill in between; and of two successors, queued by two
-    processes at the same moment, `claim` runs the first.
+    In this order a kill in between loses nothing. If two processes queue a successor at the same
+    moment, `claim` runs only the first.
     """
     study = trial.study
     study.enqueue_trial(
@@ -235,21 +242,21 @@ def run_again(trial: Trial, outcome: Outcome) -> None:
 
 
 class Watch:
-    """Tells trials whose process is gone from those that are being worked on.
+    """Finds running trials whose process is gone.
 
-    One that has ended on this machine is gone. Any other is given up when its last sign of life is
-    LOST_AFTER away from now, and no other comes while this process watches: so neither clocks that
-    disagree nor one that jumps cost anyone his trial.
+    A process of this machine that has ended is gone. Any other trial is given up if its last sign
+    of life is LOST_AFTER seconds from now, and no new one comes within WATCHED_FOR seconds of
+    watching: so no trial is lost because clocks disagree or one jumps.
 
-    suspects: whether any trial has to be watched for longer before that is known.
+    suspects: whether some trial must be watched longer before it can be given up.
     """
 
     def __init__(self) -> None:
         self.suspects = False
-        self._unchanged: dict[int, tuple[float, float]] = {}  # sign of life, and since when read
+        self._unchanged: dict[int, tuple[float, float]] = {}  # sign of life, and when first read
 
     def take_back_lost(self, study: Study) -> list[int]:
-        """Queue anew the trials whose process is gone, and return their numbers."""
+        """Queue the trials whose process is gone again, and return their numbers."""
         self.suspects = False
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         lost = [trial for trial in running if self._is_lost(trial)]
@@ -260,7 +267,7 @@ class Watch:
 
     def _is_lost(self, trial: FrozenTrial) -> bool:
         owner = trial.user_attrs.get("owner")
-        if owner is None:  # taken a moment ago, or by a process that was killed in that moment
+        if owner is None:  # just taken, or by a process that was killed before it could sign
             return self._is_silent(trial._trial_id, trial.datetime_start.timestamp())
         if owner["session"] == HERE["session"]:
             return False
@@ -282,14 +289,14 @@ class Watch:
 
 
 def state_of(trial: FrozenTrial) -> str:
-    """One of STATES."""
+    """The state of a trial, one of STATES."""
     if trial.state == TrialState.RUNNING:
         return "running"
     return trial.user_attrs.get("state", "waiting")
 
 
 def counted_trials(study: Study) -> list[FrozenTrial]:
-    """All trials but those that were given out beyond the number of draws."""
+    """All trials except those given out beyond the number of draws."""
     trials = study.get_trials(deepcopy=False)
     return [trial for trial in trials if not trial.user_attrs.get("surplus")]
 
@@ -299,9 +306,9 @@ def _first_run(trial: FrozenTrial) -> bool:
 
 
 def _draw_number(trial: Trial, trials: Sequence[FrozenTrial]) -> int | None:
-    """Which draw a trial is to run; None where an earlier one runs the same again.
+    """The number of a trial's draw; None if an earlier trial already repeats the same one.
 
-    The first trials of all draws, in order of their numbers, are draws 0, 1, 2, ...
+    Trials that repeat no other are draws 0, 1, 2, ..., in order of their numbers.
     """
     earlier = [other for other in trials if other.number < trial.number]
     replaced = trial.user_attrs.get("instead_of")
@@ -311,7 +318,7 @@ def _draw_number(trial: Trial, trials: Sequence[FrozenTrial]) -> int | None:
         return None
     if "draw" in trial.user_attrs:
         return trial.user_attrs["draw"]
-    # the one that it replaces was lost before it knew its draw
+    # the trial that it replaces was lost before its draw was recorded
     return sum(_first_run(other) for other in earlier if other.number < replaced)
 
 
@@ -325,7 +332,7 @@ def _suggest(trial: Trial, name: str, among: BaseDistribution) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether another process of this number is there."""
+    """Whether a process other than this one has this number."""
     if process == os.getpid():
         return False
     try:

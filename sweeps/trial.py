@@ -1,8 +1,8 @@
-"""One trial of a sweep as a process: started, watched, ended, and what came of it.
+"""One trial of a sweep as a process: how it is started, watched and ended, and its outcome.
 
-The process has a group of its own, so that Ctrl-C at the terminal reaches the sweep alone, which
-then ends its trials in order. On Linux the kernel ends the process cleanly (SIGTERM) when the sweep
-is killed; elsewhere it then goes on by itself, in a directory that nobody reads.
+The process has a session of its own, so that Ctrl-C at the terminal reaches only the sweep, which
+then ends its trials in order. If the sweep is killed, the Linux kernel ends the process cleanly
+(SIGTERM); on other systems it goes on, in a directory that nobody reads.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class RefusedCommand(UserError):  # noqa: N818 - a kind of wrong input
-    """The command refuses its flags, or has no such column or value as the sweep asks for."""
+    """The command refuses its flags, or lacks the column or value that the sweep asks for."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Worker:
     kill_at: float = math.inf
 
     def end(self, state: str) -> None:
-        """Ask the process to end, and note why; kill it when its time for that is over."""
+        """Ask the process to end, noting the state; kill it at a call more than GRACE s later."""
         if self.ending is None:
             self.ending, self.kill_at = state, time.monotonic() + GRACE
             self.process.send_signal(signal.SIGTERM)
@@ -59,7 +59,7 @@ class Worker:
             self.kill()
 
     def runs(self) -> bool:
-        """Whether the process has not ended yet."""
+        """Whether the process is still running."""
         return self.process.poll() is None
 
     def kill(self) -> None:
@@ -69,7 +69,7 @@ class Worker:
         self.process.wait()
 
     def last_words(self) -> tuple[str, str]:
-        """The last line on stderr that is not empty, and all of stderr."""
+        """The last nonempty line of stderr, at most 500 characters, and all of stderr."""
         self.stderr.seek(0)
         text = self.stderr.read().decode(errors="replace")
         lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
@@ -77,7 +77,10 @@ class Worker:
 
 
 def start(trial: Trial, command: Sequence[str], directory: Path, threads: int) -> Worker:
-    """Run the command of a trial, by default with so many threads; it writes to `directory`."""
+    """Run the command of a trial in a new process that writes to `directory`.
+
+    threads: the number of CPU threads, unless the command has --threads.
+    """
     environment = dict(os.environ)
     if not any(argument.split("=")[0] == "--threads" for argument in command):
         environment["OMP_NUM_THREADS"] = str(threads)
@@ -99,9 +102,10 @@ def start(trial: Trial, command: Sequence[str], directory: Path, threads: int) -
 
 @dataclass(frozen=True)
 class Rungs:
-    """Where trials are compared: at steps first, first * reduction, ...; every one if that is 1.
+    """The steps at which trials are compared: first, first * reduction, first * reduction^2, ...
 
-    column: the one of metrics.csv that is compared.
+    column: the column of metrics.csv that is compared.
+    reduction: 1 compares at every step from `first` on.
     """
 
     column: str
@@ -109,10 +113,11 @@ class Rungs:
     reduction: int
 
     def compare(self, worker: Worker) -> bool:
-        """Report the trial's value at each rung newly reached; whether it is among the bad ones.
+        """Report the trial's value at each rung newly reached; return whether to end the trial.
 
-        A value that is nan was not measured at that step: the next one counts; one that is infinite
-        was, and is as bad as can be. RefusedCommand where there is no such column.
+        A trial is ended if the pruner says so, or if another process has given it up. If a value is
+        nan, it was not measured at that step, and the next one counts; an infinite value counts as
+        the worst. Raises RefusedCommand if there is no such column.
         """
         columns = read_metrics(worker.directory)
         if columns and self.column not in columns:
@@ -132,7 +137,7 @@ class Rungs:
         return False
 
     def next_after(self, step: int) -> int:
-        """The first rung beyond `step`."""
+        """The first rung after `step`."""
         if self.reduction == 1:
             return max(self.first, step + 1)
         rung = self.first
@@ -142,7 +147,7 @@ class Rungs:
 
 
 def outcome_of(worker: Worker, metric: str) -> Outcome:
-    """How a trial whose process has ended came out."""
+    """The outcome of a trial whose process has ended."""
     status = worker.process.returncode
     line, text = worker.last_words()
     seconds = round(time.monotonic() - worker.began, 3)
@@ -152,7 +157,7 @@ def outcome_of(worker: Worker, metric: str) -> Outcome:
         return Outcome(state, value if state == "done" else None, status, error, seconds)
     if worker.ending is not None:
         return Outcome(worker.ending, None, status, "", seconds)
-    if status == 1 and line.startswith("error: "):  # how a command says that it is not finite
+    if status == 1 and line.startswith("error: "):  # a command's report of a number not finite
         return Outcome("diverged", None, status, line, seconds)
     if status != 2:
         worker.directory.mkdir(exist_ok=True)
@@ -163,9 +168,9 @@ def outcome_of(worker: Worker, metric: str) -> Outcome:
 
 
 def read_value(directory: Path, metric: str) -> tuple[float | None, str]:
-    """The number under a dotted key of results.json; or None, and what is wrong.
+    """The number at a dotted key of results.json and "", or None and what is wrong.
 
-    It is nan where JSON has null, the sign of a number that is not finite.
+    It is nan if JSON has null, which stands for a number that is not finite; the text then says so.
     """
     try:
         value = read_json(directory / "results.json")
@@ -188,5 +193,5 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _end_with_the_sweep() -> None:
-    """In a new process: have it end cleanly when the sweep is killed."""
+    """Called in the new process: let the kernel send it SIGTERM when the sweep dies."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
