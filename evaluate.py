@@ -42,6 +42,7 @@ from experiment.command_line import (
     save_whole_paths,
 )
 from experiment.data_names import DATASETS, OWN, data_name, data_titles
+from experiment.own_code import FORM, own_code_name
 from rules.choices import run_path, zoo_path
 
 ROTATED = "rotated"
@@ -52,6 +53,8 @@ def make_parser():
     parser = common_parser("Judge learned rules beyond their training.", "evaluate")
     parser.add_argument("runs", type=run_path, nargs="+", metavar="RUN",
                         help="directories of main.py, or names in the zoo")  # fmt: skip
+    parser.add_argument("--rule", type=own_code_name, metavar=FORM,
+                        help="the class of their rules, where it is of your own")  # fmt: skip
     group = parser.add_argument_group("what is compared", conflict_handler="resolve")
     add = group.add_argument
     known = (*DATASETS, ROTATED)
@@ -91,6 +94,7 @@ from comparison.rule_comparison import (
 )
 from experiment.devices import set_up
 from experiment.opening import open_run
+from experiment.own_code import load_own_code
 from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
 from experiment.statistics import mean_and_deviation
@@ -133,6 +137,10 @@ def refuse_what_is_not_for_the_zoo(args) -> None:
         raise UserError(f"--to_zoo keeps one rule: give one RUN, not {len(args.runs)}")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", args.to_zoo):
         raise UserError(f"--to_zoo {args.to_zoo!r}: take a name of a-z, 0-9, -, such as mnist32")
+    if args.rule:
+        raise UserError("--to_zoo keeps rules of the families here, not of a class of your own")
+    if args.held_out:
+        raise UserError("--to_zoo keeps accuracies on test images: leave out --held_out")
 
 
 def make_methods(args, runs: Sequence[LearnedRun]) -> dict[str, Method]:
@@ -316,7 +324,8 @@ def main(argv: list[str] | None = None) -> None:
     save_whole_paths(args, "runs")
     refuse_what_is_not_for_the_zoo(args)
     device, dtype = set_up(args)
-    runs = [load_run(directory) for directory in args.runs]
+    own_rule = load_own_code(args.rule) if args.rule else None
+    runs = [load_run(directory, own_rule) for directory in args.runs]
     fill_in(args, runs)
     refuse_what_cannot_be_compared(args, runs)
     settings = make_settings(args, runs[0], device, dtype)

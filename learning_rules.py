@@ -76,12 +76,39 @@ def without_swapped_views(exponents: Sequence[Exponents]) -> list[Exponents]:
 class LearningRule(nn.Module):
     """An update of a model's parameters; the hyperparameters are its nn.Parameters.
 
-    A rule that can be saved has to_dict and from_dict and is listed in rules/families.py.
+    A rule of your own defines `update_layer`, or `update` where layers need to know of each other.
+    The other methods have defaults that suit any hyperparameters, as long as the class can be made
+    without arguments.
+
+    views: how many views of each input the rule takes, 1 or 2.
     """
 
+    views = 1
+
     def update(self, model: nn.Module, params: Params, batch) -> Params:
-        """New parameters; the old ones and the batch are not modified."""
-        raise NotImplementedError
+        """New parameters after one batch [batch, ...], a pair of batches where views is 2.
+
+        The old parameters and the batch are not modified.
+        """
+        plastic = sum(map(has_weights, params))
+        return update_layers(model, params, batch, [self] * plastic)
+
+    def update_layer(
+        self,
+        layer: nn.Module,
+        old: dict[str, Tensor],
+        x: Sequence[Tensor],
+        s: Sequence[Tensor],
+        y: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """New parameters of one layer.
+
+        old: w [out, in], b [out], and m [out, out] where the layer has lateral weights.
+        x [batch, in], s and y [batch, out]: inputs, preactivations and activities, one tensor per
+            view. Of a convolutional layer w [out, in, k, k], x [batch, in, H, W], s and y
+            [batch, out, H', W'].
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither update_layer nor update")
 
     def forward(self, model: nn.Module, params: Params, batch) -> Params:
         """The same as `update`, for torch.func.functional_call."""
@@ -96,6 +123,59 @@ class LearningRule(nn.Module):
         """
         s, y = zip(*(layer.respond(view, old) for view in x), strict=True)
         return y, self.update_layer(layer, old, x, s, y)
+
+    def coefficients(self) -> dict[str, float]:
+        """The hyperparameters as numbers, named like "rule/rate" or, of several, "rule/rates 0"."""
+        return {
+            f"rule/{name}" if parameter.dim() == 0 else f"rule/{name} {k}": value
+            for name, parameter in self.named_parameters()
+            for k, value in enumerate(parameter.detach().flatten().tolist())
+        }
+
+    def formula(
+        self,
+        effects: Mapping[str, float] | None = None,
+        *,
+        latex: bool = False,
+        max_terms: int | None = None,
+    ) -> str:
+        """The rule as text or LaTeX; by default its name and its hyperparameters."""
+        named = self.coefficients().items()
+        values = [f"{name.removeprefix('rule/')} = {value:.4g}" for name, value in named]
+        text = ", ".join([type(self).__name__, *values])
+        return rf"& \text{{{text}}}".replace("_", r"\_") if latex else text
+
+    def tex(self, effects: Mapping[str, float] | None = None) -> str:
+        """The formula as an align* environment, to be pasted; needs LaTeX's amsmath."""
+        return "\\begin{align*}\n" + self.formula(effects, latex=True) + "\n\\end{align*}"
+
+    def start_from(self, other: "LearningRule") -> None:
+        """Take another such rule's hyperparameters. Raises RuleError for one of another class."""
+        if type(other).__name__ != type(self).__name__:
+            raise RuleError(f"the rule is a {type(other).__name__}, not a {type(self).__name__}")
+        self._set(other.to_dict()["hyperparameters"])
+
+    def to_dict(self) -> dict:
+        """A description of the rule in plain values, for JSON; `from_dict` reads it."""
+        values = {name: parameter.tolist() for name, parameter in self.named_parameters()}
+        return {"kind": type(self).__name__, "hyperparameters": values}
+
+    @classmethod
+    def from_dict(cls, description: dict) -> "LearningRule":
+        """The rule that `to_dict` described, in float64. Raises RuleError if it is another one."""
+        rule = cls().double()
+        rule._set(description["hyperparameters"])
+        return rule
+
+    def _set(self, values: Mapping[str, float | list]) -> None:
+        """Set all hyperparameters. Raises RuleError if names or shapes are not theirs."""
+        shapes = {name: list(parameter.shape) for name, parameter in self.named_parameters()}
+        given = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        if shapes != {name: list(value.shape) for name, value in given.items()}:
+            raise RuleError(f"the hyperparameters are {', '.join(values)}, not {', '.join(shapes)}")
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(given[name])
 
     def step_sizes(self) -> dict[str, Tensor]:
         """Typical sizes of the hyperparameters: an optimiser takes its steps in psi / size.
@@ -201,8 +281,6 @@ class PolynomialRule(TermSumRule):
         forward_weight_bound: w is clamped to [-bound, bound] after each update.
     """
 
-    views = 1
-
     def __init__(
         self,
         exponents: dict[str, Sequence[Exponents]],
@@ -298,11 +376,6 @@ class PolynomialRule(TermSumRule):
         incoming = [view[: len(sending)] for view in views] if sending else []
         s = [view[1] if group == "w" else 0 for view in views]
         return (*itertools.chain(*incoming), *s, *(view[-1] for view in views), term[-1])
-
-    def update(self, model: nn.Module, params: Params, batch) -> Params:
-        """New parameters after one batch [batch, ...], or a pair of batches for a pair rule."""
-        plastic = sum(map(has_weights, params))
-        return update_layers(model, params, batch, [self] * plastic)
 
     def update_layer(
         self,

@@ -22,6 +22,7 @@ the fit:
 with F, Y the features and one-hot labels of the images of the fit, Y' the labels of the others.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -153,6 +154,34 @@ class SampledProbeLoss:
         logits = fit.logits(features)
         loss = torch.nn.functional.cross_entropy(logits, labels).to(_dtype_and_device(params)[0])
         return loss, {"train_accuracy": _share_of_right(logits, labels)}
+
+
+class FunctionLoss:
+    """The loss that a function of your own gives to the parameters, on training images.
+
+    Each call draws `images` training images, or takes all if there are no more, and calls
+    function(model, params, x, labels) with x [images, C, H, W] and labels [images]. Raises
+    ProbeError if what comes back is not a scalar that depends on params.
+    """
+
+    metrics = ()
+
+    def __init__(self, function: Callable[..., Tensor], data, *, images: int = 4096) -> None:
+        self.function, self.data, self.images = function, data, images
+
+    def __call__(
+        self, model, params, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The function's loss, and no numbers beside it."""
+        index = _draw(len(self.data), self.images, generator)
+        x = self.data.floats(index, _dtype_and_device(params)[0])
+        labels = self.data.labels.index_select(0, index.to(self.data.labels.device))
+        loss = self.function(model, params, x, labels)
+        if not (isinstance(loss, Tensor) and loss.shape == () and loss.requires_grad):
+            name = getattr(self.function, "__name__", "the function")
+            raise ProbeError(f"{name} returned {loss!r:.60}; a scalar that depends on params is "
+                             "wanted")  # fmt: skip
+        return loss, {}
 
 
 class RidgeLoss:

@@ -21,7 +21,7 @@ all of them, to improve the rule and the initial weights.
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -47,6 +47,7 @@ from experiment.command_line import (
 )
 from experiment.main_settings import ProbeSettings, StatisticsSettings, UnitSettings
 from experiment.meta_settings import Horizon, MetaSettings
+from experiment.own_code import FORM, is_own_code, own_code_name
 from experiment.search_settings import SearchSettings
 from experiment.settings import add_settings, flags_of, settings_of
 from experiment.view_flags import add_views, view_needs, views_of_flags
@@ -133,7 +134,7 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Ar
     """The flags, with the defaults of the family of rules that is among them, and their parser."""
     parser = make_parser()
     args = parse(parser, argv)
-    if DEFAULTS[args.rule]:
+    if DEFAULTS.get(args.rule):
         parser = make_parser(args.rule)
         args = parse(parser, argv)
     return args, parser
@@ -193,7 +194,9 @@ def add_network_and_rule(parser) -> None:
         help="of the last layer in meta-steps, drawn log-uniformly for each task")  # fmt: skip
     add("--pool", type=positive_int, default=2, help="side of the squares averaged after each")
     add_settings(group, UnitSettings)
-    add("--rule", choices=RULES, default="polynomial", help="the family that it is learned in")
+    add("--rule", type=rule_name, default="polynomial", metavar="FAMILY",
+        help=f"the family that it is learned in: {', '.join(RULES)}, or a class of your own, as "
+             f"{FORM}")  # fmt: skip
     add("--degree", type=positive_int, default=3, help="total degree of the polynomial")
     add("--bound", type=nonnegative_float, default=0.1, help="of one update (tanh); 0: none")
     add("--l2_reg", type=fraction, default=0.0, help="decay of the network's parameters")
@@ -218,6 +221,9 @@ def add_probe(parser) -> None:
     group = parser.add_argument_group("probe")
     add = group.add_argument
     add_settings(group, ProbeSettings)
+    add("--objective", type=own_code_name, metavar=FORM,
+        help="a function of your own (model, params, images, labels) in the probe's place in "
+             "meta-steps")  # fmt: skip
     add("--evaluations", type=positive_int, default=5, help="trainings with the final rule")
     add("--evaluation_steps", type=positive_int, metavar="UPDATES",
         help="of each of them (default: as many as a training made at the end)")  # fmt: skip
@@ -227,6 +233,16 @@ def add_probe(parser) -> None:
         help="judge on so many training images, held out, not on the test images")  # fmt: skip
     add("--beside", nargs="*", choices=BESIDE, default=[], metavar="FEATURES",
         help=f"other features, judged alike: of {', '.join(BESIDE)}")  # fmt: skip
+
+
+def rule_name(text: str) -> str:
+    """A family of rules, or FILE.py:CLASS with an absolute path."""
+    if is_own_code(text):
+        return own_code_name(text)
+    if text not in RULES:
+        known = ", ".join(RULES)
+        raise argparse.ArgumentTypeError(f"unknown rule {text!r}; known are {known}, {FORM}")
+    return text
 
 
 def convolution(text: str | list) -> tuple[int, int]:
@@ -255,6 +271,8 @@ from experiment.checkpoints import has_checkpoint
 from experiment.data_names import data_titles
 from experiment.devices import set_up
 from experiment.opening import open_run
+from experiment.own_code import FLAGS as CODE_FLAGS
+from experiment.own_code import OwnCode, load_own_code
 from experiment.precision import Products
 from experiment.processes import Team, join_team
 from experiment.run_log import RunLog
@@ -279,6 +297,7 @@ from learning_rules import (
     term_grams,
 )
 from linear_probe import (
+    FunctionLoss,
     ProbeLoss,
     RidgeLoss,
     SampledProbeLoss,
@@ -340,6 +359,7 @@ def refuse_flags_without_effect(args, parser) -> None:
         raise UserError("--compile does not go with --inhibition equilibrium: leave one out")
     unrolls = args.method in ("reverse", "truncated")
     searches, takes_gradients = args.search, not args.search
+    own_objective = bool(args.objective)
     polynomial, lateral = args.rule == "polynomial", args.inhibition in WITH_LATERAL_WEIGHTS
     competing, statistics = args.rule == "krotov_hopfield", args.rule == "unit_statistics"
     refuse_idle_flags(args, parser, [
@@ -357,6 +377,7 @@ def refuse_flags_without_effect(args, parser) -> None:
          "no --horizon, which draws the number of updates"),
         ("memory compile adjoint_limit loss_times", unrolls, "--method reverse or truncated"),
         ("memory_limit", unrolls and args.memory == "fit", "--memory fit"),
+        ("probe probe_images probe_gradient", not own_objective, "the probe, without --objective"),
         ("probe_gradient", args.probe == "logistic", "--probe logistic"),
         ("clip_norm", args.clip_grads, "--clip_grads"),
         ("sparsify_from", args.sparsify, "--sparsify"),
@@ -428,18 +449,20 @@ def make_models(args, input_shape: tuple[int, int, int]) -> Callable[[Generator]
     )
 
 
-def make_rule(args) -> PerLayerRule:
+def make_rule(args, own: Mapping[str, OwnCode]) -> PerLayerRule:
     """One rule per layer; with --layerwise the last one's is learned."""
     per_layer = LayerwiseRule if args.layerwise else PerLayerRule
-    return per_layer([make_layer_rule(args) for _ in (*args.conv, *args.layers)])
+    return per_layer([make_layer_rule(args, own) for _ in (*args.conv, *args.layers)])
 
 
-def make_layer_rule(args) -> LearningRule:
+def make_layer_rule(args, own: Mapping[str, OwnCode]) -> LearningRule:
     """Sums of terms with all coefficients 0, or competition as the flags say."""
     if args.rule == "krotov_hopfield":
         return make_competing_rule(args)
     if args.rule == "unit_statistics":
         return make_statistics_rule(args)
+    if "rule" in own:
+        return make_own_rule(args, own["rule"].value)
     kind = PolynomialPairRule if views_of_flags(args) else PolynomialRule
     return kind.of_degree(
         args.degree,
@@ -473,6 +496,19 @@ def make_competing_rule(args) -> KrotovHopfieldRule:
     rule = KrotovHopfieldRule(args.rate, **{name: getattr(args, name) for name in names})
     channels, last = [channels for channels, _ in args.conv], args.units_range or ()
     rule.check_units(min(*channels, *args.layers, *last, LARGEST_WHOLE))
+    return rule
+
+
+def make_own_rule(args, kind: type) -> LearningRule:
+    """A rule of a class of the user's own, as it is made without arguments."""
+    if not (isinstance(kind, type) and issubclass(kind, LearningRule)):
+        raise UserError(f"{args.rule} is no class of learning_rules.LearningRule")
+    rule, views = kind(), 2 if views_of_flags(args) else 1
+    if rule.views != views:
+        raise UserError(f"{kind.__name__} takes {rule.views} view(s) of each input, not {views}: "
+                        f"give --views {'geometric' if rule.views == 2 else 'none'}")  # fmt: skip
+    if args.sparsify and kind.keep is LearningRule.keep:
+        raise UserError(f"--sparsify needs a rule with a method keep, which {kind.__name__} lacks")
     return rule
 
 
@@ -519,8 +555,12 @@ def begin_with(
         batches.set_values(run.views)
 
 
-def make_outer_loss(args, initializer: nn.Module, data: Sequence[ImageData]) -> OuterLoss:
+def make_outer_loss(
+    args, initializer: nn.Module, data: Sequence[ImageData], own: Mapping[str, OwnCode]
+) -> OuterLoss:
     """What judges a training in a meta-step, on training and test images or some of them."""
+    if "objective" in own:
+        return FunctionLoss(own["objective"].value, data[0], images=args.outer_images)
     if args.probe == "ridge":
         fit_images = args.probe_images or RIDGE_IMAGES
         return RidgeLoss(data[0], fit_images=fit_images, outer_images=args.outer_images)
@@ -815,6 +855,10 @@ def main(argv: list[str] | None = None) -> None:
     """Data, model, rule, loss; the loop; the report."""
     args, parser = parse_flags(argv)
     save_whole_paths(args, "start_from")
+    own = {name: load_own_code(getattr(args, name)) for name in CODE_FLAGS
+           if is_own_code(getattr(args, name))}  # fmt: skip
+    if own:
+        args.code_found = {name: code.digest for name, code in own.items()}
     refuse_flags_without_effect(args, parser)
     args.dataset = args.dataset or "mnist"
     args.outer_images = args.outer_images or default_outer_images(args)
@@ -825,17 +869,17 @@ def main(argv: list[str] | None = None) -> None:
     team = join_team()
     names = dataset_names(args)
     sets = [make_data(args, name, team, device) for name in names]
-    rule = make_rule(args).to(device, dtype)
+    rule = make_rule(args, own).to(device, dtype)
     initializer = make_initializer(args).to(device, dtype)
     streams = make_streams(args, [data[0] for data in sets], dtype)
     if args.start_from and not (args.resume and has_checkpoint(args.resume)):
-        begin_with(load_run(args.start_from), rule, initializer, streams[0])
+        begin_with(load_run(args.start_from, own.get("rule")), rule, initializer, streams[0])
     trainings = [
         make_training(
             args,
             (
                 make_model(args, data[0].shape), rule, initializer, stream,
-                make_outer_loss(args, initializer, data),
+                make_outer_loss(args, initializer, data, own),
                 title if len(sets) > 1 else "", make_models(args, data[0].shape),
             ),
             image_inputs(data[0], dtype),

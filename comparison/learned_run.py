@@ -20,6 +20,7 @@ from experiment.data_names import data_titles, is_path
 from experiment.errors import RunLogError
 from experiment.files import digest, displayable
 from experiment.main_settings import UNIT_FLAGS
+from experiment.own_code import OwnCode, is_own_code
 from experiment.run_reader import (
     read_arrays,
     read_config,
@@ -30,7 +31,7 @@ from experiment.run_reader import (
 from experiment.view_strengths import ViewStrengths
 from hypgraddesc import rising_steps
 from initializers import fixed_initializer
-from learning_rules import PerLayerRule
+from learning_rules import LearningRule, PerLayerRule
 from models_fully_local import network_of_flags
 from rules import load_rule
 from rules.zoo import Recipe, ZooEntry, load_zoo
@@ -67,10 +68,11 @@ class LearnedRun:
         return digest(json.dumps([self.rule.to_dict(), self.start, views]).encode())
 
 
-def load_run(directory: str | Path) -> LearnedRun:
+def load_run(directory: str | Path, own_rule: OwnCode | None = None) -> LearnedRun:
     """The rule in a run's directory or in a file of the zoo.
 
-    Raises RunLogError or RuleError if there is none.
+    own_rule: the class of the rule, where it is of the user's own: what a run names is not run.
+    Raises RunLogError or RuleError if there is no rule, or it is of a class that is not given.
     """
     directory = Path(directory).resolve()
     if directory.is_file():
@@ -87,7 +89,7 @@ def load_run(directory: str | Path) -> LearnedRun:
                 f"{directory} holds no {name}: it is not finished; "
                 f"end it with {command}.py --resume {directory}"
             )
-    rule = load_rule(directory / "rule.json")
+    rule = load_rule(directory / "rule.json", _own_class(directory, config, own_rule))
     if not isinstance(rule, PerLayerRule):
         raise RunLogError(f"{directory}/rule.json is one rule, expected one for each layer")
     results = read_results(directory)
@@ -112,6 +114,21 @@ def load_run(directory: str | Path) -> LearnedRun:
             f"{directory} is not a whole run of {command}.py: {problem!r}"
         ) from problem
     return run
+
+
+def _own_class(
+    directory: Path, config: Mapping[str, Any], own_rule: OwnCode | None
+) -> type[LearningRule] | None:
+    """The class of a run's rule where it is of the user's own; RunLogError unless it is given."""
+    name = config.get("rule")
+    if not is_own_code(name):
+        return None
+    if own_rule is None:
+        raise RunLogError(f"the rule of {directory} is of {name}, a program: give --rule "
+                          f"{Path(name).name} to have it run")  # fmt: skip
+    if config.get("code_found", {}).get("rule") != own_rule.digest:
+        raise RunLogError(f"the rule of {directory} was learned with another version of {name}")
+    return own_rule.value
 
 
 def _views(results: Mapping[str, Any], rule: PerLayerRule) -> ViewStrengths | None:

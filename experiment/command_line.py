@@ -40,6 +40,8 @@ from typing import Any, NoReturn
 
 from experiment.data_names import DATASETS, OWN, data_name
 from experiment.errors import RunLogError, WrongInputError
+from experiment.own_code import FLAGS as CODE
+from experiment.own_code import is_own_code
 from experiment.run_reader import read_config
 from experiment.screen import mute_broken_streams, repair_streams, show
 
@@ -199,6 +201,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         if config.get(name) is not None and not _is_within(directory, name, config[name]):
             parser.error(f"argument --resume: {directory} was run with --{name} {config[name]}, "
                          "which is not inside it: give that again")  # fmt: skip
+    for name in known.intersection(CODE) - {*explicit}:
+        if is_own_code(config.get(name)):
+            parser.error(f"argument --resume: {directory} was run with --{name} {config[name]}, "
+                         "which is a program: give that again to have it run")  # fmt: skip
     taken = {*config} - {*explicit, *OF_THE_CALL}
     if not Path(str(config.get("data_dir"))).is_dir():
         taken.discard("data_dir")

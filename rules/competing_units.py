@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from kernels.local_polynomial import ROWS, samples
 from krotov_hopfield import ACTING, Competition, CompetitionError
 from krotov_hopfield.competition import check_number, check_options, scaled_changes, signed_power
-from learning_rules import LearningRule, RuleError, update_layers
-from models_fully_local import Params, has_weights
+from learning_rules import LearningRule, RuleError
 
 SCALES = {  # the divisor of D, as text and in LaTeX
     "matrix": ("(max_oi |D_oi| + 1e-5)", r"(\max_{oi} |D_{oi}| + 10^{-5})"),
@@ -68,8 +67,6 @@ class KrotovHopfieldRule(LearningRule):
     Parameters that the gate doesn't depend on don't require a gradient.
     """
 
-    views = 1
-
     def __init__(
         self,
         rate: float,
@@ -95,11 +92,6 @@ class KrotovHopfieldRule(LearningRule):
         self.log_inverse_temperature = nn.Parameter(temperature, "inverse_temperature" in acts)
         self.gate, self.ranking_param = gate, int(ranking_param)
         self.lebesgue_p, self.normalization = lebesgue_p, normalization
-
-    def update(self, model: nn.Module, params: Params, batch) -> Params:
-        """New parameters after one batch [batch, ...]; see `update_layers`."""
-        plastic = sum(map(has_weights, params))
-        return update_layers(model, params, batch, [self] * plastic)
 
     def update_layer(
         self,
@@ -183,10 +175,6 @@ class KrotovHopfieldRule(LearningRule):
             f"{gates[0]}\n"
             f"gate {self.gate}{rank}, p = {self.lebesgue_p:g}; {values}"
         )
-
-    def tex(self, effects=None) -> str:
-        """The formula as an align* environment of LaTeX's amsmath."""
-        return "\\begin{align*}\n" + self.formula(latex=True) + "\n\\end{align*}"
 
     def start_from(self, other: LearningRule) -> None:
         """Take over another rule's hyperparameters; raises RuleError unless its options agree."""

@@ -8,6 +8,7 @@ to_dict, whose result has a "kind", and from_dict, and an entry in FAMILIES.
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -27,28 +28,37 @@ READING_ERRORS = (
 )  # fmt: skip
 
 
-def rule_from_dict(description: dict) -> LearningRule:
-    """The rule that `to_dict` described, in float64; raises RuleError for anything else."""
+def rule_from_dict(description: dict, own: type[LearningRule] | None = None) -> LearningRule:
+    """The rule that `to_dict` described, in float64; raises RuleError for anything else.
+
+    own: a class that is not in FAMILIES, for rules of its kind.
+    """
+    of_one_layer = partial(_of_one_layer, own=own)
     try:
         if description["kind"] != PerLayerRule.__name__:
-            return _of_one_layer(description)
-        return PerLayerRule.from_dict(description, _of_one_layer)
+            return of_one_layer(description)
+        return PerLayerRule.from_dict(description, of_one_layer)
     except READING_ERRORS as problem:
         what = problem if isinstance(problem, RuleError) else repr(problem)
         raise RuleError(f"not the description of a learning rule: {what}") from problem
 
 
-def _of_one_layer(description: dict) -> LearningRule:
+def _of_one_layer(description: dict, own: type[LearningRule] | None) -> LearningRule:
     kind = description["kind"]
+    if own is not None and kind == own.__name__:
+        return own.from_dict(description)
     if kind not in FAMILIES:
         raise RuleError(f"a layer's rule is one of {', '.join(FAMILIES)}, not {kind!r}")
     return getattr(import_module(FAMILIES[kind]), kind).from_dict(description)
 
 
-def load_rule(path: Path | str) -> LearningRule:
-    """Read a rule that `save_rule` wrote, in float64; raises RuleError if that fails."""
+def load_rule(path: Path | str, own: type[LearningRule] | None = None) -> LearningRule:
+    """Read a rule that `save_rule` wrote, in float64; raises RuleError if that fails.
+
+    own: see `rule_from_dict`.
+    """
     try:
-        return rule_from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return rule_from_dict(json.loads(Path(path).read_text(encoding="utf-8")), own)
     except (OSError, ValueError, RecursionError) as problem:
         raise RuleError(f"cannot read a learning rule from {path}: {problem}") from problem
 

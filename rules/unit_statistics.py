@@ -44,9 +44,7 @@ from learning_rules import (
     RuleError,
     TermSumRule,
     changes_by_term,
-    update_layers,
 )
-from models_fully_local import Params, has_weights
 from rules.unit_statistics_sums import (
     GatedPlan,
     Signal,
@@ -162,11 +160,6 @@ class UnitStatisticsRule(TermSumRule):
         return cls({g: dict.fromkeys(texts, 0.0) for g, texts in groups.items()}, **options)
 
     # ---- the update ----
-
-    def update(self, model: nn.Module, params: Params, batch) -> Params:
-        """New parameters after one batch [batch, ...], or a pair of batches if views is 2."""
-        plastic = sum(map(has_weights, params))
-        return update_layers(model, params, batch, [self] * plastic)
 
     def update_layer(
         self,

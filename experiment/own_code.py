@@ -1,0 +1,91 @@
+"""Code of your own, named on the command line: --rule my_file.py:Class, --objective my_file.py:f.
+
+    name = own_code_name("my_file.py:Class")     # the flag's type; nothing is run yet
+    code = load_own_code(name)
+    rule = code.value()
+
+Such a file is a program. It is run only where it is given on the command line of this call, never
+because the directory of a run names it.
+"""
+
+import argparse
+import hashlib
+import sys
+import traceback
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from experiment.errors import WrongInputError
+
+FLAGS = ("rule", "objective")  # that may name such code
+FORM = "FILE.py:NAME"
+
+
+class OwnCodeError(WrongInputError):
+    """A file of your own that cannot be run or lacks what was asked for; one line."""
+
+
+@dataclass(frozen=True)
+class OwnCode:
+    """What a file defines by a name, and the SHA-256 of the file."""
+
+    value: Any
+    digest: str
+
+
+def is_own_code(name: Any) -> bool:
+    """Whether the value of a flag names such code."""
+    return isinstance(name, str) and ".py:" in name
+
+
+def own_code_name(text: str) -> str:
+    """The type of a flag that takes FILE.py:NAME: the same with an absolute path.
+
+    Raises ArgumentTypeError for another form, and for a file that is not there.
+    """
+    file, _, name = text.rpartition(":")
+    path = Path(file).expanduser()
+    if path.suffix != ".py" or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be {FORM}, such as my_file.py:MyRule, not {text!r}")
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{file} is not there")
+    return f"{path.resolve()}:{name}"
+
+
+def load_own_code(text: str) -> OwnCode:
+    """Run a file, and return what it defines by a name; text as `own_code_name` returns it.
+
+    The file may import what lies beside it. Raises OwnCodeError if it does not run to its end, or
+    does not define the name.
+    """
+    file, _, name = text.rpartition(":")
+    path = Path(file)
+    content = path.read_bytes()
+    spec = spec_from_file_location(f"own_code_{path.stem}", path)
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickle look for a class's module
+    sys.path.append(str(path.parent))
+    try:
+        exec(compile(content, path, "exec"), module.__dict__)
+    except Exception as error:
+        raise OwnCodeError(f"{path}{_line_of(error, path)}: {_said(error)}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    if not hasattr(module, name):
+        raise OwnCodeError(f"{path} defines no {name}")
+    return OwnCode(getattr(module, name), hashlib.sha256(content).hexdigest())
+
+
+def _line_of(error: Exception, path: Path) -> str:
+    """Where in the file an error arose, as in ", line 3"."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f", line {error.lineno}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _said(error: Exception) -> str:
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split())}"

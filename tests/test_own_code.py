@@ -1,0 +1,176 @@
+"""Rules and objectives of your own, from a file that is named on the command line."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from commands import refused
+from torch import nn
+
+import evaluate
+import main
+from experiment.own_code import OwnCodeError, load_own_code, own_code_name
+from learning_rules import LearningRule, RuleError
+from linear_probe import FunctionLoss, ProbeError
+from mnist_datasets import image_data
+from rules import rule_from_dict
+
+CODE = """
+import torch
+from torch import nn
+from learning_rules import LearningRule
+
+class Decay(LearningRule):
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(1e-3))
+        self.decays = nn.Parameter(torch.tensor([1e-3, 2e-3]))
+
+    def update_layer(self, layer, old, x, s, y):
+        change = self.rate * y[0].T @ x[0] / len(x[0]) - self.decays.sum() * old["w"]
+        return old | {"w": old["w"] + change}
+
+class Pairs(Decay):
+    views = 2
+
+def spread(model, params, images, labels):
+    return (model(images, params).mean(0) - 0.5).square().mean()
+
+number = 3
+"""
+SMALL = [
+    "3", "--dataset", "mnist5k", "--metasteps", "2", "--initial_inner_steps", "2",
+    "--max_inner_steps", "2", "--batch_size", "32", "--evaluations", "1", "--outer_images", "100",
+    "--threads", "1", "--quiet", "--no_figures",
+]  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "my_rule.py"
+    path.write_text(CODE)
+    return path
+
+
+def test_the_name_of_code_becomes_absolute_and_nothing_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.py").write_text("raise SystemExit")
+    assert own_code_name("bad.py:Rule") == f"{tmp_path}/bad.py:Rule"
+    form = "must be FILE.py:NAME"
+    for text, message in (("bad.py:", form), ("bad.txt:A", form),
+                          ("no.py:A", "no.py is not there")):  # fmt: skip
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            own_code_name(text)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("x = 1\n\ny = (", r"my.py, line 3: SyntaxError"),
+    ("def f():\n    return 1 / 0\n\nf()\n", r"my.py, line 2: ZeroDivisionError: division by zero"),
+    ("import a_package_that_is_not_there", "line 1: ModuleNotFoundError"),
+    ("x = 1", "defines no Rule"),
+])  # fmt: skip
+def test_code_that_does_not_run_is_one_line_with_its_place(tmp_path, content, message):
+    (tmp_path / "my.py").write_text(content)
+    with pytest.raises(OwnCodeError, match=message):
+        load_own_code(f"{tmp_path}/my.py:Rule")
+
+
+def test_code_may_import_what_lies_beside_it(tmp_path):
+    (tmp_path / "beside_it.py").write_text("VALUE = 7")
+    (tmp_path / "my.py").write_text("from beside_it import VALUE")
+    assert load_own_code(f"{tmp_path}/my.py:VALUE").value == 7
+
+
+def test_a_rule_with_update_layer_alone_is_written_read_and_started_from(file):
+    kind = load_own_code(f"{file}:Decay").value
+    rule = kind()
+    with torch.no_grad():
+        rule.decays.copy_(torch.tensor([0.25, -0.5]))
+    assert rule.coefficients() == {
+        "rule/rate": pytest.approx(1e-3), "rule/decays 0": 0.25, "rule/decays 1": -0.5,
+    }  # fmt: skip
+    assert rule.formula() == "Decay, rate = 0.001, decays 0 = 0.25, decays 1 = -0.5"
+    assert r"\text{Decay, rate" in rule.tex()
+    again = rule_from_dict(json.loads(json.dumps(rule.to_dict())), own=kind)
+    assert again.coefficients() == rule.coefficients() and again.rate.dtype == torch.float64
+    other = kind()
+    other.start_from(rule)
+    assert other.coefficients() == rule.coefficients()
+    with pytest.raises(RuleError, match="not 'Decay'"):
+        rule_from_dict(rule.to_dict())
+    with pytest.raises(RuleError, match="the rule is a Pairs, not a Decay"):
+        rule.start_from(load_own_code(f"{file}:Pairs").value())
+    with pytest.raises(RuleError, match="the hyperparameters are rate, not rate, decays"):
+        kind.from_dict({"hyperparameters": {"rate": 1.0}})
+
+
+def test_a_rule_without_an_update_says_what_it_lacks():
+    layer = nn.Module()
+    layer.respond = lambda x, old: (x, x)
+    with pytest.raises(NotImplementedError, match="LearningRule has neither update_layer nor"):
+        LearningRule().respond_and_update(layer, {}, [torch.zeros(1)])
+
+
+def test_a_function_as_outer_loss_is_attached_and_checked():
+    data = image_data(torch.randint(256, (6, 2, 2), dtype=torch.uint8), range(6))
+    params = [{"w": torch.ones(3, 4, dtype=torch.float64, requires_grad=True)}]
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(model, params, images, labels):
+        return (images.flatten(1) @ params[0]["w"].T).square().mean() + labels.sum()
+
+    value, numbers = FunctionLoss(loss, data)(None, params, generator)
+    x = data.floats(None, torch.float64).flatten(1)
+    expected = (x @ params[0]["w"].T).square().mean() + 15
+    assert value.item() == pytest.approx(expected.item(), rel=1e-12) and numbers == {}
+    for wrong in (lambda *_: 3.0, lambda *_: torch.ones(2), lambda *_: torch.ones(())):
+        with pytest.raises(ProbeError, match="a scalar that depends on params is wanted"):
+            FunctionLoss(wrong, data)(None, params, generator)
+
+
+def test_main_learns_a_rule_of_ones_own_by_an_objective_of_ones_own(tmp_path, file, capsys):
+    out, judged = tmp_path / "run", tmp_path / "judged"
+    code = ["--rule", f"{file}:Decay", "--objective", f"{file}:spread"]
+    main.main([*SMALL, *code, "--out", str(out)])
+    assert json.loads((out / "rule.json").read_text())["rules"][0]["kind"] == "Decay"
+    results = json.loads((out / "results.json").read_text())
+    assert 0 < results["test_accuracy_mean"] < 1  # the probe judges what came of it
+
+    small = ["--steps", "1", "--evaluations", "1", "--quiet", "--no_figures", "--out", judged]
+    error = refused(capsys, evaluate.main, out, *small)
+    assert "a program: give --rule my_rule.py:Decay" in error and not judged.exists()
+    evaluate.main([str(out), "--rule", code[1], *map(str, small)])
+    assert (judged / "table.md").exists()
+    error = refused(capsys, evaluate.main, out, "--rule", code[1], "--to_zoo", "mine")
+    assert "not of a class of your own" in error
+
+
+def test_a_run_never_runs_code_that_is_not_given_again_or_has_changed(tmp_path, file, capsys):
+    out = tmp_path / "run"
+    code = ["--rule", f"{file}:Decay", "--objective", f"{file}:spread"]
+    main.main([*SMALL, *code, "--out", str(out)])
+    for given in ([], code[:2], code[2:]):
+        error = refused(capsys, main.main, "--resume", out, *given)
+        assert "which is a program: give that again to have it run" in error
+    main.main(["--resume", str(out), *code, "--quiet"])
+    file.write_text(CODE + "\n")
+    assert "code_found" in refused(capsys, main.main, "--resume", out, *code)
+    error = refused(capsys, evaluate.main, out, "--rule", code[1])
+    assert "was learned with another version of" in error
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--rule", "{file}:number"], "is no class of learning_rules.LearningRule"),
+    (["--rule", "{file}:Pairs"], "takes 2 view(s) of each input, not 1: give --views geometric"),
+    (["--rule", "{file}:Decay", "--sparsify"], "--sparsify needs a rule with a method keep"),
+    (["--rule", "{file}:Decay", "--degree", "2"], "--rule polynomial"),
+    (["--rule", "nowhere"], "unknown rule 'nowhere'; known are polynomial"),
+    (["--objective", "{file}:spread", "--probe", "ridge"], "the probe, without --objective"),
+    (["--objective", "{file}:nothing"], "defines no nothing"),
+])  # fmt: skip
+def test_wrong_uses_are_refused_before_a_folder_is_made(tmp_path, file, capsys, flags, message):
+    flags = [flag.format(file=file) for flag in flags]
+    out = tmp_path / "run"
+    assert message in refused(capsys, main.main, *SMALL, *flags, "--out", out)
+    assert not out.exists()
