@@ -447,9 +447,9 @@ def test_another_number_of_views_is_refused():
             PerLayerRule([pair]).update(model, params, batch)
 
 
-def test_a_base_rule_has_no_update():
-    with pytest.raises(NotImplementedError):
-        LearningRule().update(small_model(), [], None)
+def test_a_rule_without_an_update_says_what_it_lacks():
+    with pytest.raises(NotImplementedError, match="LearningRule has neither update_layer nor"):
+        LearningRule().update_layer(None, {}, (), (), ())
 
 
 # ---- removing terms ----

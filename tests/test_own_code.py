@@ -6,12 +6,11 @@ import json
 import pytest
 import torch
 from commands import refused
-from torch import nn
 
 import evaluate
 import main
 from experiment.own_code import OwnCodeError, load_own_code, own_code_name
-from learning_rules import LearningRule, RuleError
+from learning_rules import RuleError
 from linear_probe import FunctionLoss, ProbeError
 from mnist_datasets import image_data
 from rules import rule_from_dict
@@ -103,13 +102,6 @@ def test_a_rule_with_update_layer_alone_is_written_read_and_started_from(file):
         rule.start_from(load_own_code(f"{file}:Pairs").value())
     with pytest.raises(RuleError, match="the hyperparameters are rate, not rate, decays"):
         kind.from_dict({"hyperparameters": {"rate": 1.0}})
-
-
-def test_a_rule_without_an_update_says_what_it_lacks():
-    layer = nn.Module()
-    layer.respond = lambda x, old: (x, x)
-    with pytest.raises(NotImplementedError, match="LearningRule has neither update_layer nor"):
-        LearningRule().respond_and_update(layer, {}, [torch.zeros(1)])
 
 
 def test_a_function_as_outer_loss_is_attached_and_checked():
