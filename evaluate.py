@@ -1,14 +1,17 @@
 """Judges learned rules in other settings, and compares them with classical rules and references.
 
-    python evaluate.py runs/main-...                    as it was trained, from new draws
+    python evaluate.py runs/main-...                    does it generalise? other images, four times
+                                                        the updates, twice the units, references
+    python evaluate.py runs/main-... --steps 250        as it was trained, from new draws
     python evaluate.py runs/main-... --datasets mnist fashion rotated --layers 32 --layers 256 32 \\
         --steps 250 500 1000                            other images, sizes and numbers of steps
     python evaluate.py latent-predictive                a rule of the zoo, rules/zoo/NAME.json
     python evaluate.py runs/main-... --datasets mnist fashion --evaluations 10 --to_zoo NAME
     python evaluate.py runs/a runs/b --rules oja sanger instar foldiak --references random pca
 
---datasets, --layers and --steps default to those of the first RUN. One training is probed after
-each of the --steps. In a network deeper than the one that a rule was learned on, further layers use
+With any flag that says what is compared, --datasets, --layers and --steps default to those of the
+first RUN, and rules and references are those that are asked for. One training is probed after each
+of the --steps. In a network deeper than the one that a rule was learned on, further layers use
 the rule of its last layer. "rotated" stands for MNIST's digits, each rotated by a fixed angle of up
 to 45 degrees.
 
@@ -46,6 +49,7 @@ from experiment.own_code import FORM, own_code_name
 from rules.choices import run_path, zoo_path
 
 ROTATED = "rotated"
+OTHER = {"mnist": "fashion", "fashion": "mnist"}  # data of the same shape, to generalise to
 
 
 def make_parser():
@@ -69,8 +73,8 @@ def make_parser():
         help="trainings of each kind")  # fmt: skip
     add("--held_out", type=positive_int, metavar="IMAGES",
         help="judge on so many training images, held out, not on the test images")  # fmt: skip
-    add("--rules", nargs="+", choices=CLASSICAL_NAMES, help="classical rules")
-    add("--references", nargs="+", choices=REFERENCES, help="what has no steps")
+    add("--rules", nargs="*", choices=CLASSICAL_NAMES, help="classical rules")
+    add("--references", nargs="*", choices=REFERENCES, help="what has no steps")
     return parser
 
 
@@ -104,8 +108,22 @@ from mnist_datasets import ImageData, batches, hold_out, load_images
 from rules import save_zoo
 
 
+def ask_whether_it_generalises(args, run: LearnedRun) -> None:
+    """Where nothing is asked for, compare other images, more updates and units, and references."""
+    asked = (args.datasets, args.layers, args.steps, args.rules, args.references, args.to_zoo)
+    if any(value is not None for value in asked):
+        return
+    layers = run.config["layers"]
+    args.datasets = [*run.datasets, *(OTHER[name] for name in run.datasets if name in OTHER)]
+    args.layers = [layers, [*layers[:-1], 2 * layers[-1]]] if layers else None
+    args.steps = [run.steps, 4 * run.steps]
+    if layers:
+        args.rules, args.references = ["oja"], ["random", "pca"]
+
+
 def fill_in(args, runs: Sequence[LearnedRun]) -> None:
     """Take missing flags from the first run, and remove repeated values."""
+    ask_whether_it_generalises(args, runs[0])
     config = runs[0].config
     args.datasets = list(dict.fromkeys(args.datasets or runs[0].datasets))
     layers = args.layers or [config["layers"]]

@@ -809,6 +809,7 @@ def report(
     write_rule(log, training.rule, effects or None)
     log.write_parameters(params, data[0].shape)
     views = training.batches
+    text = partial(accuracy_text, held_out=bool(log.config["held_out"]))
     by_dataset = accuracies_by_dataset(rows)
     # Over the means of the data sets, draw by draw.
     means = [sum(some) / len(some) for some in zip(*by_dataset.values(), strict=False)]
@@ -832,13 +833,13 @@ def report(
     for dataset, features in others.items():
         for name, values in features.items():
             if values:
-                told = accuracy_text(mean_and_deviation("test_accuracy", values))
+                told = text(mean_and_deviation("test_accuracy", values))
                 log.say(f"{dataset}, {name}: {told}")
     for name, part in each.items() if training.name else ():
-        log.say(f"{name}: {accuracy_text(part)}")
+        log.say(f"{name}: {text(part)}")
     if means:
         log.say(
-            f"{accuracy_text(accuracies)} over {len(means)} trainings with the final rule, "
+            f"{text(accuracies)} over {len(means)} trainings with the final rule, "
             f"{steps} steps each"
         )
 

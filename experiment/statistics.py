@@ -18,7 +18,11 @@ def mean_and_deviation(name: str, values: Sequence[float]) -> dict[str, float | 
     }
 
 
-def accuracy_text(results: Mapping[str, Any]) -> str:
-    """The mean and deviation of "test_accuracy" in `results`, as a text for the screen."""
+def accuracy_text(results: Mapping[str, Any], *, held_out: bool = False) -> str:
+    """The mean and deviation of "test_accuracy" in `results`, as a text for the screen.
+
+    held_out: it is one of training images that were held out.
+    """
     mean, deviation = (results[f"test_accuracy_{n}"] for n in ("mean", "standard_deviation"))
-    return f"test accuracy {mean:.2%}" + ("" if deviation is None else f" +- {deviation:.2%}")
+    kind = "held-out" if held_out else "test"
+    return f"{kind} accuracy {mean:.2%}" + ("" if deviation is None else f" +- {deviation:.2%}")

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,13 +44,29 @@ def results(directory: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", ["single", "pairs", "views"])
-def test_without_flags_a_run_is_judged_as_it_was_trained(runs, tmp_path, name):
-    run(runs / name, "--evaluations", 2, "--out", tmp_path / "out")
+def test_a_run_is_judged_as_it_was_trained(runs, tmp_path, name):
+    run(runs / name, "--steps", 2, "--evaluations", 2, "--out", tmp_path / "out")
     trainings = results(tmp_path / "out")["trainings"]
     names = ("inner_steps", "meta_loss", "train_accuracy", "test_accuracy")
     own = results(runs / name)["evaluations"]
     assert [{key: row[key] for key in names} for row in trainings] == own
     assert {(row["dataset"], row["layers"]) for row in trainings} == {("mnist5k", "5")}
+
+
+def test_without_flags_the_question_is_whether_a_rule_generalises(runs):
+    learned = load_run(runs / "single")
+    on_mnist = replace(learned, config=learned.config | {"dataset": "mnist", "layers": [7, 5]})
+    args = evaluate.make_parser().parse_args(["RUN"])
+    evaluate.fill_in(args, [on_mnist])
+    assert args.datasets == ["mnist", "fashion"] and args.layers == [[7, 5], [7, 10]]
+    assert args.steps == [2, 8]
+    assert (args.rules, args.references) == (["oja"], ["random", "pca"])
+    for flags, datasets, steps in (([], ["mnist5k"], [2, 8]), (["--steps", "3"], ["mnist5k"], [3]),
+                                   (["--references"], ["mnist5k"], [2])):  # fmt: skip
+        args = evaluate.make_parser().parse_args(["RUN", *flags])
+        evaluate.fill_in(args, [learned])
+        assert args.datasets == datasets and args.steps == steps
+    assert args.layers == [[5]] and (args.rules, args.references) == ([], [])
 
 
 def test_a_comparison_leaves_a_table_all_numbers_and_a_figure(runs, tmp_path, monkeypatch, capsys):

@@ -961,6 +961,7 @@ def test_accuracies_are_told_by_mean_and_the_samples_deviation():
     single = mean_and_deviation("test_accuracy", [0.25])
     assert single["test_accuracy_standard_deviation"] is None
     assert accuracy_text(single) == "test accuracy 25.00%"
+    assert accuracy_text(single, held_out=True) == "held-out accuracy 25.00%"
     assert set(mean_and_deviation("loss", []).values()) == {None}
 
 
