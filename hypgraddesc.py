@@ -30,6 +30,7 @@ from meta_gradients import Hypergradient, Persistent, Strategies, make_method
 from models_fully_local import Params
 from train import (
     HORIZON,
+    UNGRADED,
     Draw,
     OuterLoss,
     Training,
@@ -84,6 +85,8 @@ def check_settings(settings: MetaSettings, *trainings: Training) -> None:
         raise MetaError("nonfinite is skip or stop, decay is none or cosine")
     if min(settings.tasks, settings.reinitialize_every) < 1:
         raise MetaError("tasks and reinitialize_every are at least 1")
+    if settings.stop_below is not None and not all(t.outer_loss.metrics for t in trainings):
+        raise MetaError("stop_below needs an outer loss that tells an accuracy: leave it out")
     if not 0 <= settings.average < 1:
         raise MetaError(f"average {settings.average:g}: a decay must be at least 0 and below 1")
 
@@ -161,7 +164,7 @@ class HypergradientDescent:
         self.method = make_method(settings)
         self.settings, self.warn, self.team = settings, warn, team
         self.hyperparameters, self.columns = hyperparameters, list(hyperparameters())
-        self.metastep = 0
+        self.metastep, self.stopped = 0, False
         self.carried: list[Params | None] = [None] * settings.tasks
         self.removals: list[dict[str, Tensor]] = []
         self.average = {name: p.detach().clone() for name, p in self._trained().items()}
@@ -179,8 +182,8 @@ class HypergradientDescent:
 
     @property
     def finished(self) -> bool:
-        """Whether all meta-steps are made."""
-        return self.metastep >= self.settings.total_steps
+        """Whether all meta-steps are made, or the accuracy was too low for more."""
+        return self.stopped or self.metastep >= self.settings.total_steps
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return self.trainings[0].hyperparameters
@@ -200,15 +203,26 @@ class HypergradientDescent:
         row.update(
             hypergradient_norm=self._collect([outcome.hypergradient for outcome in done]),
             skipped_tasks=settings.tasks - len(done),
-            inner_steps=_mean([self._inner_steps(task) for task in range(settings.tasks)]),
+            inner_steps=_mean([self._inner_steps(k) for k in range(settings.tasks)]),
             learning_rate=settings.rate(self.metastep),
         )
         last_before_restart = (self.metastep + 1) % settings.reinitialize_every == 0
         if self.collected and (last_before_restart or not settings.accumulate):
             self._update()
         self.metastep += 1
+        self._look_at_accuracy(row[self.names[-1]])
         row["seconds"] = time.perf_counter() - begin
         return row | {name: seen.get(name, 0.0) for name in self.columns}
+
+    def _look_at_accuracy(self, accuracy: float) -> None:
+        """Ends the run where it is below stop_below; not where nothing is known of it."""
+        least = self.settings.stop_below
+        if least is not None and accuracy < least:
+            self.stopped = True
+            self.warn(
+                f"meta-step {self.metastep}, {self.names[-1]} {accuracy:.4g} is below {least:g}: "
+                "the last one"
+            )
 
     def _mean_numbers(self, outcomes: list[TaskOutcome]) -> dict[str, float]:
         """Over all tasks, then over those of each name."""
@@ -253,7 +267,7 @@ class HypergradientDescent:
         draw = Draw(
             (settings.seed, self.metastep, task),
             self._inner_steps(task),
-            settings.ungraded_steps,
+            self._drawn(settings.ungraded_steps, task, UNGRADED),
             self.carried[task] if self.metastep % settings.reinitialize_every else None,
         )
         training = self._training(task).with_drawn_model(draw)
@@ -267,11 +281,15 @@ class HypergradientDescent:
 
     def _inner_steps(self, task: int) -> int:
         """How many this task makes in this meta-step."""
-        inner_steps = self.settings.inner_steps
-        if not callable(inner_steps):
-            return inner_steps
-        generator = seeded_generator(self.settings.seed, self.metastep, task, HORIZON)
-        return inner_steps(self.metastep, generator)
+        return self._drawn(self.settings.inner_steps, task, HORIZON)
+
+    def _drawn(self, steps: Horizon, task: int, purpose: int) -> int:
+        """The number of steps of this task in this meta-step."""
+        if not callable(steps):
+            return steps
+        return steps(
+            self.metastep, seeded_generator(self.settings.seed, self.metastep, task, purpose)
+        )
 
     def _sizes(self) -> list[Tensor | None]:
         """The unit that each trained hyperparameter is measured in; None: 1.
@@ -382,6 +400,7 @@ class HypergradientDescent:
         """
         return {
             "metastep": self.metastep,
+            "stopped": self.stopped,
             "removals": self.removals,
             **{name: module.state_dict() for name, module in self.trainings[0].modules.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -400,6 +419,7 @@ class HypergradientDescent:
     def load_state_dict(self, state: dict) -> None:
         """Takes up a run where `state_dict` left it."""
         self.metastep, self.removals = state["metastep"], list(state["removals"])
+        self.stopped = state.get("stopped", False)  # a run of before there was stop_below
         for keep in self.removals:
             self.rule.keep(keep)
         for name, module in self.trainings[0].modules.items():

@@ -100,7 +100,7 @@ DEFAULTS = {
 RULES = tuple(DEFAULTS)
 META_LEARNING = (
     "metasteps", "lr", "optimizer", "warmup_steps", "decay", "finetune_steps", "finetune_factor",
-    "clip_norm", "tasks", "average", "l1", "l2", "sparsify_from", "nonfinite",
+    "clip_norm", "tasks", "average", "l1", "l2", "sparsify_from", "stop_below", "nonfinite",
 )  # fmt: skip
 INNER_TRAINING = (
     "ungraded_steps", "reinitialize_every", "accumulate", "method", "K", "sigma", "pairs",
@@ -180,7 +180,9 @@ def add_inner_training(parser) -> None:
     add("--batch_size", type=positive_int, default=1024, help="images of one update")
     add_settings(group, MetaSettings, INNER_TRAINING)
     add("--compile", action="store_true", help="compile the update (needs a C++ compiler)")
-    add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
+    add("--pixelwise_normalization", action=PixelNormalization, number="center", type=mean_alone,
+        metavar="mean",
+        help="each pixel: mean 0, variance 1; with mean: mean 0, as --center")  # fmt: skip
 
 
 def add_network_and_rule(parser) -> None:
@@ -227,6 +229,22 @@ def add_probe(parser) -> None:
         help="judge on so many training images, held out, not on the test images")  # fmt: skip
     add("--beside", nargs="*", choices=BESIDE, default=[], metavar="FEATURES",
         help=f"other features, judged alike: of {', '.join(BESIDE)}")  # fmt: skip
+
+
+class PixelNormalization(SwitchWithNumber):
+    """The switch, or --center where "mean" follows."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest if values is None else self.number, True)
+
+
+def mean_alone(text: str) -> str:
+    """The word that may follow --pixelwise_normalization."""
+    if text != "mean":
+        raise argparse.ArgumentTypeError(
+            f"must be mean, or nothing, not {text!r}; layers stand before it"
+        )
+    return text
 
 
 def convolution(text: str | list) -> tuple[int, int]:
@@ -343,8 +361,8 @@ def refuse_flags_without_effect(args, parser) -> None:
     competing, statistics = args.rule == "krotov_hopfield", args.rule == "unit_statistics"
     refuse_idle_flags(args, parser, [
         ("lr optimizer warmup_steps decay finetune_steps finetune_factor clip_grads clip_norm "
-         "average l1_reg l2_coefficients sparsify sparsify_from nonfinite products method "
-         "reinitialize_every ungraded_steps memory adjoint_limit compile", takes_gradients,
+         "average l1_reg l2_coefficients sparsify sparsify_from stop_below nonfinite products "
+         "method reinitialize_every ungraded_steps memory adjoint_limit compile", takes_gradients,
          "hypergradients, without --search"),
         (" ".join(n for n in flags_of(SearchSettings) if n != "search"), searches, "--search"),
         ("K", args.method in ("truncated", "lookback", "implicit", "pes"),
@@ -401,7 +419,7 @@ def make_data(args, name: str, team: Team, device: torch.device) -> tuple[ImageD
     data = team.first_then_others(partial(load_judged, args, name))
     train_data, test_data = (part.to(device) for part in data)
     if args.pixelwise_normalization or args.center:
-        return normalize_pixels(train_data, test_data, unit_variance=not args.center)
+        return normalize_pixels(train_data, test_data, unit_variance=args.pixelwise_normalization)
     return train_data, test_data
 
 

@@ -43,9 +43,8 @@ from learning_rules import LearningRule
 from models_fully_local import Params
 
 MEMORY_LIMIT = int(MetaSettings.memory_limit * 2**30)  # peak below 4 GB in main.py
-START, BATCHES, OUTER, METHOD, HORIZON, MODEL, POOL = range(
-    7
-)  # what a draw's random numbers are for
+# what a draw's random numbers are for
+START, BATCHES, OUTER, METHOD, HORIZON, MODEL, POOL, UNGRADED = range(8)
 WITH_HYPERPARAMETERS = ("rule", "initializer", "batches")
 
 
@@ -160,10 +159,16 @@ class Training:
     def checked_outer_loss(self, params: Params, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         """The outer loss attached to params; as "meta_loss" it heads the numbers beside it.
 
-        Raises NonFiniteError for parameters or a loss that are not finite.
+        The model is in evaluation (no dropout). Raises NonFiniteError for parameters or a loss that
+        are not finite.
         """
         check_finite(params, f"parameters after {draw.steps} inner steps")
-        loss, numbers = self.outer_loss(self.model, params, draw.generator(OUTER))
+        training = self.model.training
+        try:
+            self.model.eval()
+            loss, numbers = self.outer_loss(self.model, params, draw.generator(OUTER))
+        finally:
+            self.model.train(training)
         check_finite(loss, "outer loss")
         return loss, {"meta_loss": loss.item(), **numbers}
 

@@ -16,8 +16,9 @@ Horizon = int | Callable[[int, Any], int]
 class MetaSettings:
     """Everything about the meta-loop that is a number or a choice.
 
-    A schedule is a number or a function of the meta-step (from 0); inner_steps are a number or a
-    function of the meta-step and a torch.Generator, from which each task may draw its own. method
+    A schedule is a number or a function of the meta-step (from 0); inner_steps and ungraded_steps
+    are a number or a function of the meta-step and a torch.Generator, from which each task may draw
+    its own. method
     is one of METHODS, or a MetaGradient of your own; what stands behind it, from K to loss_times,
     is for some methods: meta_gradients.py.
     """
@@ -32,7 +33,7 @@ class MetaSettings:
     finetune_steps: int = setting(0, "more, at a lower rate", "nonnegative")
     finetune_factor: float = setting(0.1, "times --lr is their rate", "positive")
     inner_steps: Horizon = setting(250, "differentiated updates", "positive")
-    ungraded_steps: int = setting(0, "updates before them, not differentiated", "nonnegative")
+    ungraded_steps: Horizon = setting(0, "updates before them, not differentiated", "nonnegative")
     tasks: int = setting(1, "draws averaged in one hypergradient", "positive")
     reinitialize_every: int = setting(
         1, "in between, training goes on from where it was", "positive", metavar="METASTEPS"
@@ -50,6 +51,10 @@ class MetaSettings:
     average: float = setting(
         0.0, "end with a running average of the coefficients of this decay", "fraction",
         metavar="DECAY",
+    )  # fmt: skip
+    stop_below: float | None = setting(
+        None, "end the meta-steps where the accuracy, seen before a meta-step, is below this",
+        "fraction", metavar="ACCURACY",
     )  # fmt: skip
     nonfinite: str = setting(
         "skip", "what to do with a hypergradient that is not finite", choices=NONFINITE

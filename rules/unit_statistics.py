@@ -46,7 +46,7 @@ from learning_rules import (
     changes_by_term,
     update_layers,
 )
-from models_fully_local import Params, has_weights
+from models_fully_local import Activation, Params, has_weights
 from rules.unit_statistics_sums import (
     GatedPlan,
     Signal,
@@ -190,7 +190,15 @@ class UnitStatisticsRule(TermSumRule):
     def respond_and_update(
         self, layer: nn.Module, old: dict[str, Tensor], x: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-        """As LearningRule's; in one step of autograd where the terms and the layer allow it."""
+        """As LearningRule's; in one step of autograd where the terms and the layer allow it.
+
+        Raises RuleError for a layer whose activation has no slope and gain.
+        """
+        if not isinstance(layer.activation, Activation):
+            raise RuleError(
+                "a rule of unit statistics knows the gain of its units: their activation must be "
+                f"an Activation, not {layer.activation}"
+            )
         gated = self._gated_plan()
         if gated.terms is None or layer.inhibition != "none":
             return super().respond_and_update(layer, old, x)
