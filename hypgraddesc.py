@@ -37,6 +37,7 @@ from train import (
     check_finite,
     detached,
     evaluate_training,
+    judged,
 )
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
@@ -107,6 +108,7 @@ def hypgraddesc(
     log: RunLog | SilentLog,
     *,
     hyperparameters: Callable[[], dict[str, float]] = dict,
+    samples: Tensor | None = None,
     checkpoint_every: int = 10,
     team: Team = ALONE,
 ) -> bool:
@@ -117,7 +119,7 @@ def hypgraddesc(
     HypergradientDescent. Every process of the team calls this.
     """
     descent = HypergradientDescent(
-        training, settings, log.warn, team=team, hyperparameters=hyperparameters
+        training, settings, log.warn, team=team, hyperparameters=hyperparameters, samples=samples
     )
     finished = run_steps(
         log, descent, "meta-step", settings.total_steps,
@@ -147,6 +149,8 @@ class HypergradientDescent:
     team: the processes that the tasks are spread over; every one makes the same steps.
     hyperparameters: gives what to record beside the numbers of each meta-step, as it was before the
         update; 0 for what is there at first and is removed later.
+    samples: inputs [n, ...] of the first training, whose outputs, of the network that the first
+        task has trained, are recorded as "output/<input>/<unit>"; nan where it is left out.
     """
 
     def __init__(
@@ -157,6 +161,7 @@ class HypergradientDescent:
         *,
         team: Team = ALONE,
         hyperparameters: Callable[[], dict[str, float]] = dict,
+        samples: Tensor | None = None,
     ) -> None:
         self.trainings = [training] if isinstance(training, Training) else list(training)
         check_shared(self.trainings)
@@ -164,6 +169,8 @@ class HypergradientDescent:
         self.method = make_method(settings)
         self.settings, self.warn, self.team = settings, warn, team
         self.hyperparameters, self.columns = hyperparameters, list(hyperparameters())
+        self.samples = samples
+        self.output_columns = [] if samples is None else list(self._outputs_at_start())
         self.metastep, self.stopped = 0, False
         self.carried: list[Params | None] = [None] * settings.tasks
         self.removals: list[dict[str, Tensor]] = []
@@ -212,6 +219,8 @@ class HypergradientDescent:
         self.metastep += 1
         self._look_at_accuracy(row[self.names[-1]])
         row["seconds"] = time.perf_counter() - begin
+        outputs = next((o.numbers for o in done if o.task == 0), {})
+        row |= {name: outputs.get(name, math.nan) for name in self.output_columns}
         return row | {name: seen.get(name, 0.0) for name in self.columns}
 
     def _look_at_accuracy(self, accuracy: float) -> None:
@@ -255,11 +264,28 @@ class HypergradientDescent:
         except FloatingPointError as problem:
             return TaskOutcome(task, None, {}, f"task {task}, {problem}")
         self.carried[task] = detached(result.params)
+        outputs = {} if task else self._outputs(self.trainings[0].model, self.carried[task])
         gradient = [
             (g if size is None else g * size.to(g)).cpu()
             for g, size in zip(result.gradient, self._sizes(), strict=True)
         ]
-        return TaskOutcome(task, gradient, result.numbers)
+        return TaskOutcome(task, gradient, result.numbers | outputs)
+
+    def _outputs_at_start(self) -> dict[str, float]:
+        model, generator = self.trainings[0].model, seeded_generator(self.settings.seed)
+        return self._outputs(model, self.trainings[0].initializer(model, generator))
+
+    def _outputs(self, model: nn.Module, params: Params) -> dict[str, float]:
+        """Those of the samples; none without samples."""
+        if self.samples is None:
+            return {}
+        with torch.no_grad(), judged(model):
+            outputs = model(self.samples, params).flatten(1).tolist()
+        return {
+            f"output/{sample}/{unit}": value
+            for sample, values in enumerate(outputs)
+            for unit, value in enumerate(values)
+        }
 
     def _hypergradient(self, task: int) -> Hypergradient:
         """That of one draw of initial parameters and batches."""

@@ -23,6 +23,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -163,14 +164,21 @@ class Training:
         are not finite.
         """
         check_finite(params, f"parameters after {draw.steps} inner steps")
-        training = self.model.training
-        try:
-            self.model.eval()
+        with judged(self.model):
             loss, numbers = self.outer_loss(self.model, params, draw.generator(OUTER))
-        finally:
-            self.model.train(training)
         check_finite(loss, "outer loss")
         return loss, {"meta_loss": loss.item(), **numbers}
+
+
+@contextmanager
+def judged(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation (no dropout), and after it as it was."""
+    training = model.training
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(training)
 
 
 def evaluate_training(training: Training, draw: Draw) -> tuple[dict[str, float], Params]:

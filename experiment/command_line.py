@@ -61,6 +61,7 @@ AT_MOST = {  # whole numbers by flag, where fewer are more than anyone has time 
     "inh_steps": 10**5,
     "loss_times": 10**4,
     "pairs": 10**5,
+    "sample_outputs": 100,
     "seeds": 10**5,  # evaluate.py's trainings
     "tasks": 10**5,
     "test_runs": 10**5,

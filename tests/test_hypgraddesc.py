@@ -703,6 +703,23 @@ def test_a_run_ends_where_its_accuracy_is_too_low_and_stays_ended():
         check_settings(MetaSettings(stop_below=0.5), replace(run.trainings[0], outer_loss=silent))
 
 
+def test_outputs_of_samples_are_those_of_the_first_tasks_network():
+    class Products(nn.Module):
+        def forward(self, x, params):
+            return x * params[0]["w"]
+
+    training = Training(
+        Products(), Drift([1.0, 2.0]), Start([0.0, 0.0]), ones, Outer(distance(0.0, 0.0))
+    )
+    settings = MetaSettings(2, lr=1e-9, inner_steps=3, tasks=2)
+    run = HypergradientDescent(training, settings, Said(), samples=double([1.0, 1.0], [0.0, -1.0]))
+    row = run.step()
+    found = {name: value for name, value in row.items() if name.startswith("output/")}
+    assert found == {"output/0/0": 3.0, "output/0/1": 6.0, "output/1/0": 0.0, "output/1/1": -6.0}
+    run.trainings[0].outer_loss.function = lambda w, call: w.sum() * math.nan
+    assert all(math.isnan(run.step()[name]) for name in found)
+
+
 # ---- sparsification ----
 
 

@@ -187,6 +187,7 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--products", "bfloat16"],
         ["--clip_grads"],
         ["--stop_below", "0.99"],
+        ["--sample_outputs", "2"],
         ["--clip_grads", "--clip_norm", "5"],
         ["--inh_steps", "3", "--inh_factor", "0.5"],
         ["--inhibition", "l2"],
