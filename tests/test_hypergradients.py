@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
 from torch.func import functional_call
 
+import hypergradients as hg
 from hypergradients import (
     CG,
     Adam,
@@ -645,6 +646,34 @@ def test_nan_is_reported_as_divergence():
 
 
 # ---- what HyperTorch accepts ----
+
+
+def test_the_lines_of_hypertorchs_logistic_regression_run_with_the_import_changed():
+    x, y = normal(51, 30, 3).detach(), (normal(52, 30).detach() > 0).double()
+    hparams, T = [torch.ones(3, dtype=DOUBLE).requires_grad_(True)], 60
+
+    def val_loss(params, hparams):
+        return torch.nn.functional.binary_cross_entropy_with_logits(x[20:] @ params[0], y[20:])
+
+    def fp_map(params, hparams):
+        w = params[0]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(x[:20] @ w, y[:20])
+        loss = loss + 0.5 * (w.unsqueeze(0) @ torch.diag(hparams[0]) @ w.unsqueeze(1)).sum()
+        return [params[0] - 0.5 * torch.autograd.grad(loss, params, create_graph=True)[0]]
+
+    params_history = [[torch.zeros(3, dtype=DOUBLE).requires_grad_(True)]]
+    for _ in range(T):
+        params_history.append(fp_map(params_history[-1], hparams))
+    unrolled = hg.reverse_unroll(params_history[-1], hparams, val_loss)
+    outer_opt = torch.optim.SGD(lr=1.0, momentum=0.9, params=hparams)
+    for k in (0, 10, T):
+        outer_opt.zero_grad()
+        h_grad = hg.reverse(params_history[-k - 1 :], hparams, [fp_map] * k, val_loss)
+        assert torch.equal(hparams[0].grad, h_grad[0])
+    assert_near(h_grad[0], unrolled[0], 1e-12)
+    for alg in (hg.fixed_point, hg.CG, hg.CG_normaleq, hg.neumann):
+        found = [alg(params_history[-1], hparams, k, fp_map, val_loss)[0] for k in (0, 1, 40)]
+        assert_near(found[-1], unrolled[0], 1e-6)
 
 
 def test_no_iteration_is_the_direct_gradient_or_that_of_one_term():
