@@ -3,6 +3,7 @@
     python baseline_mlp.py                       10,000 features
     python baseline_mlp.py 1000                  fewer
     python baseline_mlp.py 1000 --metasteps 0    as they are drawn without learning
+    python baseline_mlp.py --C 0.3 --pixelwise_normalization --metasteps 100 --finetune_steps 100
     python baseline_mlp.py --resume runs/baseline_mlp-...
 
     y = sigmoid(w x + b);   w = (mu_w + sd_w N(0, 1)) / sqrt(pixels),   b = mu_b + sd_b N(0, 1)
@@ -35,7 +36,7 @@ def make_parser():
     parser.add_argument("features", type=positive_int, nargs="?", default=10_000,
         help="random features, the units of the layer")  # fmt: skip
     group = parser.add_argument_group("meta-learning of the four numbers")
-    add_settings(group, MetaSettings, DEFAULTS, **DEFAULTS)
+    add_settings(group, MetaSettings, [*DEFAULTS, "warmup_steps", "finetune_steps"], **DEFAULTS)
     add = group.add_argument
     add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
     add = parser.add_argument_group("probe").add_argument

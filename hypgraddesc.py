@@ -31,12 +31,14 @@ from meta_gradients import Hypergradient, Persistent, Strategies, make_method
 from models_fully_local import Params
 from train import (
     HORIZON,
+    UNGRADED,
     Draw,
     OuterLoss,
     Training,
     check_finite,
     detached,
     evaluate_training,
+    judged,
 )
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
@@ -85,6 +87,8 @@ def check_settings(settings: MetaSettings, *trainings: Training) -> None:
         raise MetaError("nonfinite is skip or stop, decay is none or cosine")
     if min(settings.tasks, settings.reinitialize_every) < 1:
         raise MetaError("tasks and reinitialize_every are at least 1")
+    if settings.stop_below is not None and not all(t.outer_loss.metrics for t in trainings):
+        raise MetaError("stop_below needs an outer loss that tells an accuracy: leave it out")
     if not 0 <= settings.average < 1:
         raise MetaError(f"average {settings.average:g}: a decay must be at least 0 and below 1")
 
@@ -105,6 +109,7 @@ def hypgraddesc(
     log: RunLog | SilentLog | MemoryLog | None = None,
     *,
     hyperparameters: Callable[[], dict[str, float]] = dict,
+    samples: Tensor | None = None,
     checkpoint_every: int = 10,
     team: Team = ALONE,
 ) -> "History":
@@ -116,7 +121,7 @@ def hypgraddesc(
     """
     log = MemoryLog() if log is None else log
     descent = HypergradientDescent(
-        training, settings, log.warn, team=team, hyperparameters=hyperparameters
+        training, settings, log.warn, team=team, hyperparameters=hyperparameters, samples=samples
     )
     finished = run_steps(
         log, descent, "meta-step", settings.total_steps,
@@ -159,6 +164,8 @@ class HypergradientDescent:
     team: the processes that the tasks are spread over; every one makes the same steps.
     hyperparameters: gives what to record beside the numbers of each meta-step, as it was before the
         update; 0 for what is there at first and is removed later.
+    samples: inputs [n, ...] of the first training, whose outputs, of the network that the first
+        task has trained, are recorded as "output/<input>/<unit>"; nan where it is left out.
     """
 
     def __init__(
@@ -169,6 +176,7 @@ class HypergradientDescent:
         *,
         team: Team = ALONE,
         hyperparameters: Callable[[], dict[str, float]] = dict,
+        samples: Tensor | None = None,
     ) -> None:
         self.trainings = [training] if isinstance(training, Training) else list(training)
         check_shared(self.trainings)
@@ -176,7 +184,9 @@ class HypergradientDescent:
         self.method = make_method(settings)
         self.settings, self.warn, self.team = settings, warn, team
         self.hyperparameters, self.columns = hyperparameters, list(hyperparameters())
-        self.metastep = 0
+        self.samples = samples
+        self.output_columns = [] if samples is None else list(self._outputs_at_start())
+        self.metastep, self.stopped = 0, False
         self.carried: list[Params | None] = [None] * settings.tasks
         self.removals: list[dict[str, Tensor]] = []
         self.average = {name: p.detach().clone() for name, p in self._trained().items()}
@@ -194,8 +204,8 @@ class HypergradientDescent:
 
     @property
     def finished(self) -> bool:
-        """Whether all meta-steps are made."""
-        return self.metastep >= self.settings.total_steps
+        """Whether all meta-steps are made, or the accuracy was too low for more."""
+        return self.stopped or self.metastep >= self.settings.total_steps
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return self.trainings[0].hyperparameters
@@ -215,15 +225,28 @@ class HypergradientDescent:
         row.update(
             hypergradient_norm=self._collect([outcome.hypergradient for outcome in done]),
             skipped_tasks=settings.tasks - len(done),
-            inner_steps=_mean([self._inner_steps(task) for task in range(settings.tasks)]),
+            inner_steps=_mean([self._inner_steps(k) for k in range(settings.tasks)]),
             learning_rate=settings.rate(self.metastep),
         )
         last_before_restart = (self.metastep + 1) % settings.reinitialize_every == 0
         if self.collected and (last_before_restart or not settings.accumulate):
             self._update()
         self.metastep += 1
+        self._look_at_accuracy(row[self.names[-1]])
         row["seconds"] = time.perf_counter() - begin
+        outputs = next((o.numbers for o in done if o.task == 0), {})
+        row |= {name: outputs.get(name, math.nan) for name in self.output_columns}
         return row | {name: seen.get(name, 0.0) for name in self.columns}
+
+    def _look_at_accuracy(self, accuracy: float) -> None:
+        """Ends the run where it is below stop_below; not where nothing is known of it."""
+        least = self.settings.stop_below
+        if least is not None and accuracy < least:
+            self.stopped = True
+            self.warn(
+                f"meta-step {self.metastep}, {self.names[-1]} {accuracy:.4g} is below {least:g}: "
+                "the last one"
+            )
 
     def _mean_numbers(self, outcomes: list[TaskOutcome]) -> dict[str, float]:
         """Over all tasks, then over those of each name."""
@@ -256,11 +279,28 @@ class HypergradientDescent:
         except FloatingPointError as problem:
             return TaskOutcome(task, None, {}, f"task {task}, {problem}")
         self.carried[task] = detached(result.params)
+        outputs = {} if task else self._outputs(self.trainings[0].model, self.carried[task])
         gradient = [
             (g if size is None else g * size.to(g)).cpu()
             for g, size in zip(result.gradient, self._sizes(), strict=True)
         ]
-        return TaskOutcome(task, gradient, result.numbers)
+        return TaskOutcome(task, gradient, result.numbers | outputs)
+
+    def _outputs_at_start(self) -> dict[str, float]:
+        model, generator = self.trainings[0].model, seeded_generator(self.settings.seed)
+        return self._outputs(model, self.trainings[0].initializer(model, generator))
+
+    def _outputs(self, model: nn.Module, params: Params) -> dict[str, float]:
+        """Those of the samples; none without samples."""
+        if self.samples is None:
+            return {}
+        with torch.no_grad(), judged(model):
+            outputs = model(self.samples, params).flatten(1).tolist()
+        return {
+            f"output/{sample}/{unit}": value
+            for sample, values in enumerate(outputs)
+            for unit, value in enumerate(values)
+        }
 
     def _hypergradient(self, task: int) -> Hypergradient:
         """That of one draw of initial parameters and batches."""
@@ -268,7 +308,7 @@ class HypergradientDescent:
         draw = Draw(
             (settings.seed, self.metastep, task),
             self._inner_steps(task),
-            settings.ungraded_steps,
+            self._drawn(settings.ungraded_steps, task, UNGRADED),
             self.carried[task] if self.metastep % settings.reinitialize_every else None,
         )
         training = self._training(task).with_drawn_model(draw)
@@ -282,11 +322,15 @@ class HypergradientDescent:
 
     def _inner_steps(self, task: int) -> int:
         """How many this task makes in this meta-step."""
-        inner_steps = self.settings.inner_steps
-        if not callable(inner_steps):
-            return inner_steps
-        generator = seeded_generator(self.settings.seed, self.metastep, task, HORIZON)
-        return inner_steps(self.metastep, generator)
+        return self._drawn(self.settings.inner_steps, task, HORIZON)
+
+    def _drawn(self, steps: Horizon, task: int, purpose: int) -> int:
+        """The number of steps of this task in this meta-step."""
+        if not callable(steps):
+            return steps
+        return steps(
+            self.metastep, seeded_generator(self.settings.seed, self.metastep, task, purpose)
+        )
 
     def _sizes(self) -> list[Tensor | None]:
         """The unit that each trained hyperparameter is measured in; None: 1.
@@ -397,6 +441,7 @@ class HypergradientDescent:
         """
         return {
             "metastep": self.metastep,
+            "stopped": self.stopped,
             "removals": self.removals,
             **{name: module.state_dict() for name, module in self.trainings[0].modules.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -415,6 +460,7 @@ class HypergradientDescent:
     def load_state_dict(self, state: dict) -> None:
         """Takes up a run where `state_dict` left it."""
         self.metastep, self.removals = state["metastep"], list(state["removals"])
+        self.stopped = state.get("stopped", False)  # a run of before there was stop_below
         for keep in self.removals:
             self.rule.keep(keep)
         for name, module in self.trainings[0].modules.items():

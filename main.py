@@ -101,7 +101,7 @@ DEFAULTS = {
 RULES = tuple(DEFAULTS)
 META_LEARNING = (
     "metasteps", "lr", "optimizer", "warmup_steps", "decay", "finetune_steps", "finetune_factor",
-    "clip_norm", "tasks", "average", "l1", "l2", "sparsify_from", "nonfinite",
+    "clip_norm", "tasks", "average", "l1", "l2", "sparsify_from", "stop_below", "nonfinite",
 )  # fmt: skip
 INNER_TRAINING = (
     "ungraded_steps", "reinitialize_every", "accumulate", "method", "K", "sigma", "pairs",
@@ -147,6 +147,8 @@ def add_meta_learning(parser) -> None:
     add("--start_from", type=run_path, metavar="RUN",
         help="begin with the rule and initial parameters of this run, or zoo name")  # fmt: skip
     add_settings(group, MetaSettings, META_LEARNING)
+    add("--sample_outputs", type=positive_int, metavar="IMAGES",
+        help="record what the network makes of the first so many, at each meta-step")  # fmt: skip
     add("--clip_grads", action=SwitchWithNumber, number="clip_norm", type=positive_float,
         metavar="NORM",
         help="bound the norm of each task's hypergradient (by --clip_norm)")  # fmt: skip
@@ -181,7 +183,9 @@ def add_inner_training(parser) -> None:
     add("--batch_size", type=positive_int, default=1024, help="images of one update")
     add_settings(group, MetaSettings, INNER_TRAINING)
     add("--compile", action="store_true", help="compile the update (needs a C++ compiler)")
-    add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
+    add("--pixelwise_normalization", action=PixelNormalization, number="center", type=mean_alone,
+        metavar="mean",
+        help="each pixel: mean 0, variance 1; with mean: mean 0, as --center")  # fmt: skip
 
 
 def add_network_and_rule(parser) -> None:
@@ -245,6 +249,22 @@ def rule_name(text: str) -> str:
     return text
 
 
+class PixelNormalization(SwitchWithNumber):
+    """The switch, or --center where "mean" follows."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest if values is None else self.number, True)
+
+
+def mean_alone(text: str) -> str:
+    """The word that may follow --pixelwise_normalization."""
+    if text != "mean":
+        raise argparse.ArgumentTypeError(
+            f"must be mean, or nothing, not {text!r}; layers stand before it"
+        )
+    return text
+
+
 def convolution(text: str | list) -> tuple[int, int]:
     """Channels and kernel size of a convolutional layer, such as 16x5; saved as [16, 5]."""
     text = "x".join(map(str, text)) if isinstance(text, list) else text
@@ -260,7 +280,7 @@ if __name__ == "__main__":
     parse_flags(None)  # answers --help and wrong flags before torch is loaded
 
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from comparison.learned_run import LearnedRun, load_run, steps_to_judge
 from comparison.references import beside
@@ -364,9 +384,9 @@ def refuse_flags_without_effect(args, parser) -> None:
     competing, statistics = args.rule == "krotov_hopfield", args.rule == "unit_statistics"
     refuse_idle_flags(args, parser, [
         ("lr optimizer warmup_steps decay finetune_steps finetune_factor clip_grads clip_norm "
-         "average l1_reg l2_coefficients sparsify sparsify_from nonfinite products method "
-         "reinitialize_every ungraded_steps memory adjoint_limit compile", takes_gradients,
-         "hypergradients, without --search"),
+         "average l1_reg l2_coefficients sparsify sparsify_from stop_below sample_outputs "
+         "nonfinite products method reinitialize_every ungraded_steps memory adjoint_limit compile",
+         takes_gradients, "hypergradients, without --search"),
         (" ".join(n for n in flags_of(SearchSettings) if n != "search"), searches, "--search"),
         ("K", args.method in ("truncated", "lookback", "implicit", "pes"),
          "--method truncated, lookback, implicit or pes"),
@@ -385,6 +405,8 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("finetune_factor", args.finetune_steps, "--finetune_steps"),
         ("accumulate", args.reinitialize_every > 1 or windows_of_one,
          "--reinitialize_every of at least 2"),
+        ("sample_outputs", not args.units_range and args.method != "pes",
+         "networks of one width, each trained to its end: no --units_range, no --method pes"),
         ("units_range", args.layers, "a layer of units, such as 32, that evaluations have"),
         ("steps_below trainings_below", args.layerwise, "--layerwise"),
         ("trainings_below", args.steps_below, "--steps_below, the same for all tasks"),
@@ -423,7 +445,7 @@ def make_data(args, name: str, team: Team, device: torch.device) -> tuple[ImageD
     data = team.first_then_others(partial(load_judged, args, name))
     train_data, test_data = (part.to(device) for part in data)
     if args.pixelwise_normalization or args.center:
-        return normalize_pixels(train_data, test_data, unit_variance=not args.center)
+        return normalize_pixels(train_data, test_data, unit_variance=args.pixelwise_normalization)
     return train_data, test_data
 
 
@@ -684,15 +706,24 @@ def windows(args) -> int:
     return math.ceil(args.initial_inner_steps / args.K)
 
 
-def learn(args, trainings: Sequence[Training], log: RunLog, recorded, team: Team) -> bool:
+def learn(
+    args, trainings: Sequence[Training], log: RunLog, recorded, samples: Tensor | None, team: Team
+) -> bool:
     """The rule, by hypergradients or a search; False where Ctrl-C ended it before its time."""
     if args.search:
         from sweeps.rule_search import search_rule  # which needs Optuna
 
         settings = make_search_settings(args)
         return search_rule(trainings, settings, log, hyperparameters=recorded, team=team)
-    history = hypgraddesc(trainings, make_settings(args), log, hyperparameters=recorded, team=team)
+    history = hypgraddesc(
+        trainings, make_settings(args), log, hyperparameters=recorded, samples=samples, team=team
+    )
     return history.finished
+
+
+def make_samples(args, data: ImageData, dtype: torch.dtype) -> Tensor | None:
+    """The training images of --sample_outputs, none without it."""
+    return data.floats(slice(args.sample_outputs), dtype) if args.sample_outputs else None
 
 
 def hyperparameters(training: Training) -> dict[str, float]:
@@ -894,7 +925,9 @@ def main(argv: list[str] | None = None) -> None:
         for data in sets:
             log.say(data[0].source)
         recorded = partial(hyperparameters, trainings[0])
-        finished = learn(args, trainings, log, recorded, team)
+        finished = learn(
+            args, trainings, log, recorded, make_samples(args, sets[0][0], dtype), team
+        )
         if not team.first:
             return
         evaluated = evaluate_and_report(args, log, trainings, sets, finished)

@@ -125,13 +125,14 @@ def _without_the_files(
 
 
 def normalize_pixels(
-    train: ImageData, test: ImageData, *, unit_variance: bool = True
+    train: ImageData, test: ImageData, *, unit_variance: bool = True, pixelwise: bool = True
 ) -> tuple[ImageData, ImageData]:
     """Both sets centred (and scaled) pixel by pixel with the training set's mean (and std).
 
-    Any previous shift and scale are replaced. The standard deviation is the population's (divided
-    by N); constant pixels get scale 1. Sums are taken of integers and hence exact. Raises DataError
-    if there are no training images or the images differ in shape.
+    Not pixelwise: by one mean and one standard deviation of all pixels together. Any previous shift
+    and scale are replaced. The standard deviation is the population's (divided by N); constant
+    pixels get scale 1. Sums are taken of integers and hence exact. Raises DataError if there are no
+    training images or the images differ in shape.
     """
     if not len(train):
         raise DataError("the training set is empty: there is no mean to subtract")
@@ -139,6 +140,10 @@ def normalize_pixels(
         raise DataError(f"training images are {train.shape}, test images {test.shape}: must agree")
     n = len(train)
     total, total_of_squares = pixel_sums(train.images)
+    if not pixelwise:
+        total, total_of_squares = (
+            sums.double().mean().expand(sums.shape) for sums in (total, total_of_squares)
+        )
     shift = (total.double() / (255 * n)).float()
     scale = None
     if unit_variance:

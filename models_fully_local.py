@@ -9,7 +9,7 @@ parameters. In a convolutional layer w is [out, in, kh, kw], and channels compet
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from experiment.choices import INHIBITION, WITH_LATERAL_WEIGHTS
+from experiment.choices import INHIBITION, NORMS, WITH_LATERAL_WEIGHTS
 from experiment.main_settings import UNIT_FLAGS
 from kernels.equilibrium import equilibrium
 from kernels.local_polynomial import Windows, samples
@@ -46,6 +46,10 @@ class Activation:
         if self.base not in _BASES:
             raise ValueError(f"activation {self.base!r} is unknown; choose from {sorted(_BASES)}")
 
+    def __call__(self, s: Tensor) -> Tensor:
+        """sigma of preactivations."""
+        return self.of_scaled_(self.slope * s)
+
     def of_scaled_(self, scaled: Tensor) -> Tensor:
         """Apply base in place to a preactivation already multiplied by the slope."""
         return _BASES[self.base][0](scaled)
@@ -53,6 +57,34 @@ class Activation:
     def backward(self, grad: Tensor, output: Tensor) -> Tensor:
         """The gradient with respect to the scaled preactivation, given sigma's output."""
         return _BASES[self.base][1](grad, output)
+
+
+def activation_of(wanted: Activation | str | Callable[[Tensor], Tensor]) -> Callable:
+    """An Activation, that of the name of its base, or any function of each number by itself.
+
+    wanted: other names are those of functions in torch.nn.functional or torch, such as "gelu". Any
+        function is differentiated by autograd, which keeps more than an Activation does.
+    Raises ValueError for a name that there is not, and for what is no function of each number.
+    """
+    if isinstance(wanted, Activation):
+        return wanted
+    if isinstance(wanted, str) and wanted in _BASES:
+        return Activation(wanted)
+    function = wanted
+    if isinstance(wanted, str):
+        function = getattr(nn.functional, wanted, None) or getattr(torch, wanted, None)
+    probe = torch.tensor([[-1.0, 0.5]])
+    try:
+        at_once, each = function(probe), [function(part) for part in probe.split(1, dim=1)]
+        elementwise = torch.allclose(at_once, torch.cat(each, dim=1), equal_nan=True)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        elementwise = False
+    if not elementwise:
+        raise ValueError(
+            f"activation {wanted!r} is unknown: it must be one of {sorted(_BASES)}, an Activation, "
+            "or a function of each number by itself, such as torch.exp or 'gelu'"
+        )
+    return function
 
 
 class _LateralDynamics(torch.autograd.Function):
@@ -108,18 +140,25 @@ def _responses(outputs: Tensor, factor: float) -> Tensor:
 
 
 def lateral_dynamics(
-    s: Tensor, m: Tensor, activation: Activation, inh_steps: int, inh_factor: float
+    s: Tensor, m: Tensor, activation: Callable, inh_steps: int, inh_factor: float
 ) -> Tensor:
     """y_J [batch, out] of the dynamics above, for s [batch, out] and m [out, out]."""
-    return _LateralDynamics.apply(s, m, activation, inh_steps, inh_factor)
+    if isinstance(activation, Activation):
+        return _LateralDynamics.apply(s, m, activation, inh_steps, inh_factor)
+    y = activation(s)
+    for _ in range(inh_steps):
+        y = torch.lerp(y, activation(torch.addmm(s, y, m.t())), inh_factor)
+    return y
 
 
 class _LateralLayer(nn.Module):
     """The common part of layers of competing units. Raises ValueError for wrong sizes or options.
 
-    inhibition: "lateral" (the dynamics above), "equilibrium" (their limit, kernels/equilibrium.py),
-        "none" (y = sigma(s)), "l1" or "l2" (sigma(s) divided by 1e-6 + its norm). Only the first
-        two have the parameter m.
+    activation: as for `activation_of`; by default a sigmoid.
+    inhibition: "lateral" (the dynamics above), "equilibrium" (their limit, kernels/equilibrium.py,
+        for an Activation), "none" (y = sigma(s)), "l1" or "l2" (sigma(s) divided by 1e-6 + its
+        norm), "l1_image" or "l2_image" (the same with one norm for all positions of a convolution).
+        Only the first two have the parameter m.
     inh_steps, inh_factor: J and f of the lateral dynamics.
     forbid_self_inhibition: keep the diagonal of m at 0.
     forbid_excitation: keep m <= 0.
@@ -128,7 +167,7 @@ class _LateralLayer(nn.Module):
     def __init__(
         self,
         weight_shape: tuple[int, ...],
-        activation: Activation | None = None,
+        activation: Activation | str | Callable | None = None,
         *,
         inhibition: str = "lateral",
         inh_steps: int = 10,
@@ -142,7 +181,9 @@ class _LateralLayer(nn.Module):
         if inhibition not in INHIBITION:
             raise ValueError(f"inhibition {inhibition!r} is unknown; choose from {INHIBITION}")
         self.weight_shape = weight_shape
-        self.activation = activation or Activation()
+        self.activation = activation_of(activation or Activation())
+        if inhibition == "equilibrium" and not isinstance(self.activation, Activation):
+            raise ValueError(f"inhibition 'equilibrium' needs an activation of {sorted(_BASES)}")
         self.inhibition = inhibition
         self.inh_steps, self.inh_factor = inh_steps, inh_factor
         self.forbid_self_inhibition = forbid_self_inhibition
@@ -168,11 +209,11 @@ class _LateralLayer(nn.Module):
             )
         if self.inhibition == "equilibrium":
             return equilibrium(s, params["m"], self.activation)
-        y = self.activation.of_scaled_(self.activation.slope * s)
-        if self.inhibition != "none":
-            order = 1 if self.inhibition == "l1" else 2
-            y = y / (1e-6 + torch.linalg.vector_norm(y, order, dim=1, keepdim=True))
-        return y
+        y = self.activation(s)
+        if self.inhibition == "none":
+            return y
+        norms = torch.linalg.vector_norm(y, NORMS[self.inhibition], dim=1, keepdim=True)
+        return y / (1e-6 + norms)
 
     def forward(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
         """The activation y of inputs x, with shapes as in `respond`."""
@@ -202,7 +243,7 @@ class LateralLinear(_LateralLayer):
         self,
         in_features: int,
         out_features: int,
-        activation: Activation | None = None,
+        activation: Activation | str | Callable | None = None,
         **options,
     ) -> None:
         super().__init__((out_features, in_features), activation, **options)
@@ -234,7 +275,7 @@ class LateralConv2d(_LateralLayer):
         in_channels: int,
         out_channels: int,
         kernel_size: int | tuple[int, int],
-        activation: Activation | None = None,
+        activation: Activation | str | Callable | None = None,
         *,
         stride: int = 1,
         padding: int = 0,
@@ -252,7 +293,10 @@ class LateralConv2d(_LateralLayer):
         """
         self.check(x)
         s = self.windows.convolve(x, params["w"]) + params["b"].view(-1, 1, 1)
-        y = self.compete(samples(s), params)
+        rows = samples(s)
+        if self.inhibition.endswith("image"):  # all positions share one norm
+            rows = rows.reshape(len(s), -1)
+        y = self.compete(rows, params)
         return s, y.view(*s.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
 
     def check(self, x: Tensor) -> None:
@@ -267,31 +311,28 @@ class LateralConv2d(_LateralLayer):
             )
 
 
-class AveragePool2d(nn.Module):
-    """Average pooling over squares of size x size pixels, without parameters.
+class Parameterless(nn.Module):
+    """A module without parameters or buffers, such as nn.Flatten or nn.Dropout, as a layer.
 
-    [batch, channels, H, W] becomes [batch, channels, H // size, W // size].
+    Random ones must draw from torch's global generators. Raises ValueError for a module with
+    parameters or buffers: those of a model are given at each call.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.size = size
+        held = next((name for name, _ in (*module.named_parameters(), *module.named_buffers())), "")
+        if held:
+            raise ValueError(
+                f"{type(module).__name__} holds {held}, but parameters are given at each call: "
+                "take a layer with parameter_shapes() and forward(x, params)"
+            )
+        self.module = module
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         return {}
 
     def forward(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
-        return nn.functional.avg_pool2d(x, self.size)
-
-
-class Flatten(nn.Module):
-    """Flattens [batch, ...] to [batch, features]; has no parameters."""
-
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {}
-
-    def forward(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
-        return x.flatten(1)
+        return self.module(x)
 
 
 class Centre(nn.Module):
@@ -313,11 +354,18 @@ def has_weights(params: dict[str, Tensor]) -> bool:
 
 
 class Sequential(nn.Module):
-    """Layers in order; params has one dict per layer ({} for those without parameters)."""
+    """Layers in order; params has one dict per layer ({} for those without parameters).
+
+    layers: those of this module, or any that is Parameterless. Some, such as nn.Dropout, act
+        differently in evaluation, which Training switches to for the outer loss.
+    """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(
+            layer if hasattr(layer, "parameter_shapes") else Parameterless(layer)
+            for layer in layers
+        )
 
     def forward(self, x: Tensor, params: Params) -> Tensor:
         if len(params) != len(self.layers):
@@ -336,7 +384,7 @@ def lateral_mlp(
         LateralLinear(fan_in, fan_out, activation, **options)
         for fan_in, fan_out in itertools.pairwise(sizes)
     ]
-    return Sequential([Flatten(), *layers])
+    return Sequential([nn.Flatten(), *layers])
 
 
 def lateral_network(
@@ -371,7 +419,7 @@ def lateral_network(
                 f"nothing is left of images {list(input_shape)} after convolutions "
                 f"{list(convolutions)} with pooling {pool}"
             )
-        layers += [AveragePool2d(pool)] if pool > 1 else []
+        layers += [nn.AvgPool2d(pool)] if pool > 1 else []
         channels = out_channels
     dense = lateral_mlp(channels * height * width, layer_sizes, activation, **options)
     layers += dense.layers
@@ -384,7 +432,7 @@ def with_centres(layers: Sequence[nn.Module]) -> list[nn.Module]:
     """The layers, with a Centre in front of each that has weights except the first of these."""
     new, first = [], True
     for layer in layers:
-        if has_weights(layer.parameter_shapes()):
+        if isinstance(layer, _LateralLayer):
             new += [] if first else [Centre()]
             first = False
         new.append(layer)

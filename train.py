@@ -23,6 +23,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -43,9 +44,8 @@ from learning_rules import LearningRule
 from models_fully_local import Params
 
 MEMORY_LIMIT = int(MetaSettings.memory_limit * 2**30)  # peak below 4 GB in main.py
-START, BATCHES, OUTER, METHOD, HORIZON, MODEL, POOL = range(
-    7
-)  # the purposes of a draw's random numbers
+# the purposes of a draw's random numbers
+START, BATCHES, OUTER, METHOD, HORIZON, MODEL, POOL, UNGRADED = range(8)
 WITH_HYPERPARAMETERS = ("rule", "initializer", "batches")
 
 
@@ -163,12 +163,25 @@ class Training:
     def checked_outer_loss(self, params: Params, draw: Draw) -> tuple[Tensor, dict[str, float]]:
         """The outer loss attached to params, and the numbers to record, "meta_loss" first.
 
-        Raises NonFiniteError if the parameters or the loss are not finite.
+        The model is in evaluation mode (no dropout). Raises NonFiniteError if the parameters or the
+        loss are not finite.
         """
         check_finite(params, f"parameters after {draw.steps} inner steps")
-        loss, numbers = self.outer_loss(self.model, params, draw.generator(OUTER))
+        with judged(self.model):
+            loss, numbers = self.outer_loss(self.model, params, draw.generator(OUTER))
         check_finite(loss, "outer loss")
         return loss, {"meta_loss": loss.item(), **numbers}
+
+
+@contextmanager
+def judged(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation (no dropout), and after it as it was."""
+    training = model.training
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(training)
 
 
 def evaluate_training(training: Training, draw: Draw) -> tuple[dict[str, float], Params]:

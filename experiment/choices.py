@@ -2,7 +2,8 @@
 
 # models_fully_local.py
 WITH_LATERAL_WEIGHTS = ("lateral", "equilibrium")
-INHIBITION = (*WITH_LATERAL_WEIGHTS, "none", "l1", "l2")
+NORMS = {"l1": 1, "l2": 2, "l1_image": 1, "l2_image": 2}  # order of each
+INHIBITION = (*WITH_LATERAL_WEIGHTS, "none", *NORMS)
 
 # Memory policies of train.py; precisions of products (experiment/precision.py)
 MEMORY = ("fit", "keep", "segments", "recompute")

@@ -65,6 +65,7 @@ AT_MOST = {  # limits of single flags, beyond which time or memory would not suf
     "inh_steps": 10**5,
     "loss_times": 10**4,
     "pairs": 10**5,
+    "sample_outputs": 100,
     "seeds": 10**5,  # evaluate.py's trainings
     "tasks": 10**5,
     "test_runs": 10**5,

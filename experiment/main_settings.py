@@ -22,7 +22,11 @@ def term(text: str) -> str:
 class UnitSettings:
     """How the units of a layer compete; see models_fully_local.py."""
 
-    inhibition: str = setting("lateral", "how units compete", choices=INHIBITION)
+    inhibition: str = setting(
+        "lateral",
+        "how units compete; l1, l2: y over its norm at each position, or over a whole image",
+        choices=INHIBITION,
+    )
     inh_steps: int = setting(10, "steps of the lateral dynamics", "nonnegative")
     inh_factor: float = setting(0.2, "size of such a step", "fraction")
     forbid_self_inhibition: bool = setting(False, "keep the diagonal of m at 0")

@@ -16,10 +16,10 @@ Horizon = int | Callable[[int, Any], int]
 class MetaSettings:
     """The numbers and choices of the meta-loop.
 
-    A Schedule is a number or a function of the meta-step (counted from 0). inner_steps is a number
-    or a function of the meta-step and a torch.Generator, so that each task can draw its own. method
-    is one of METHODS or a MetaGradient; the fields after it, from K to loss_times, concern only
-    some methods, see meta_gradients.py.
+    A Schedule is a number or a function of the meta-step (counted from 0). inner_steps and
+    ungraded_steps are a number or a function of the meta-step and a torch.Generator, so that each
+    task can draw its own. method is one of METHODS or a MetaGradient; the fields after it, from K
+    to loss_times, concern only some methods, see meta_gradients.py.
     """
 
     metasteps: int = setting(1000, "meta-steps before the fine-tuning", "nonnegative")
@@ -32,7 +32,7 @@ class MetaSettings:
     finetune_steps: int = setting(0, "more, at a lower rate", "nonnegative")
     finetune_factor: float = setting(0.1, "times --lr is their rate", "positive")
     inner_steps: Horizon = setting(250, "differentiated updates", "positive")
-    ungraded_steps: int = setting(0, "updates before them, not differentiated", "nonnegative")
+    ungraded_steps: Horizon = setting(0, "updates before them, not differentiated", "nonnegative")
     tasks: int = setting(1, "draws averaged in one hypergradient", "positive")
     reinitialize_every: int = setting(
         1, "in between, training goes on from where it was", "positive", metavar="METASTEPS"
@@ -50,6 +50,10 @@ class MetaSettings:
     average: float = setting(
         0.0, "end with a running average of the coefficients of this decay", "fraction",
         metavar="DECAY",
+    )  # fmt: skip
+    stop_below: float | None = setting(
+        None, "end the meta-steps where the accuracy, seen before a meta-step, is below this",
+        "fraction", metavar="ACCURACY",
     )  # fmt: skip
     nonfinite: str = setting(
         "skip", "what to do with a hypergradient that is not finite", choices=NONFINITE

@@ -4,8 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _NAMES = {  # the public face by module, each name of which is loaded on first use
-    "errors": "DivergenceError HypergradientError",
-    "inner_optimizers": "Adam GradientDescent HeavyBall InnerOptimizer Momentum Nesterov",
+    "errors": "DivergenceError DivergenceWarning HypergradientError",
+    "inner_optimizers": (
+        "Adam DifferentiableOptimizer GradientDescent HeavyBall Momentum Nesterov gd_step"
+    ),
     "linear_solvers": (
         "ConjugateGradient FixedPoint NormalEquations NystromConjugateGradient Optimizer Solver"
     ),
@@ -15,7 +17,7 @@ _NAMES = {  # the public face by module, each name of which is loaded on first u
         "truncated_reverse"
     ),
     "strategies": "Pairs evolution_strategies persistent_evolution_strategies",
-    "update_maps": "OuterLoss UpdateMap advance",
+    "update_maps": "OuterLoss UpdateMap advance jvp update_tensor_grads",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -23,13 +25,15 @@ __all__ = list(_MODULES)
 
 if TYPE_CHECKING:  # the same names for type checkers
     from hypergradients.errors import DivergenceError as DivergenceError
+    from hypergradients.errors import DivergenceWarning as DivergenceWarning
     from hypergradients.errors import HypergradientError as HypergradientError
     from hypergradients.inner_optimizers import Adam as Adam
+    from hypergradients.inner_optimizers import DifferentiableOptimizer as DifferentiableOptimizer
     from hypergradients.inner_optimizers import GradientDescent as GradientDescent
     from hypergradients.inner_optimizers import HeavyBall as HeavyBall
-    from hypergradients.inner_optimizers import InnerOptimizer as InnerOptimizer
     from hypergradients.inner_optimizers import Momentum as Momentum
     from hypergradients.inner_optimizers import Nesterov as Nesterov
+    from hypergradients.inner_optimizers import gd_step as gd_step
     from hypergradients.linear_solvers import ConjugateGradient as ConjugateGradient
     from hypergradients.linear_solvers import FixedPoint as FixedPoint
     from hypergradients.linear_solvers import NormalEquations as NormalEquations
@@ -60,6 +64,8 @@ if TYPE_CHECKING:  # the same names for type checkers
     from hypergradients.update_maps import OuterLoss as OuterLoss
     from hypergradients.update_maps import UpdateMap as UpdateMap
     from hypergradients.update_maps import advance as advance
+    from hypergradients.update_maps import jvp as jvp
+    from hypergradients.update_maps import update_tensor_grads as update_tensor_grads
 else:
 
     def __getattr__(name: str) -> Any:

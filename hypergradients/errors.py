@@ -7,3 +7,7 @@ class HypergradientError(ValueError):
 
 class DivergenceError(HypergradientError, FloatingPointError):
     """A linear system that was not solved, and its residual."""
+
+
+class DivergenceWarning(RuntimeWarning):
+    """The same, where what was reached is wanted nevertheless."""

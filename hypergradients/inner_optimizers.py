@@ -31,10 +31,13 @@ Setting = float | Tensor | Callable[[Tree], float | Tensor]  # a number or a fun
 GRADIENTS = ("graph", "mixed", "func")
 
 
-class InnerOptimizer:
-    """What the optimisers share.
+class DifferentiableOptimizer:
+    """What the optimisers share, and what one of your own begins with.
+
+    Either `update` is written, from which all else follows, or `step`, from get_loss.
 
     loss_f(params, hparams), or loss_f(params, hparams, data) where data are given: a scalar.
+    dim_mult: copies of the parameters in the list: themselves, and what is remembered of each.
     data_or_iter: the data of every step, or an iterator over those of each. Methods that run a map
         again need the same data again, and refuse others: give them one optimiser per batch.
     gradient: how g gets its own derivative.
@@ -46,24 +49,30 @@ class InnerOptimizer:
                (MixFlow; Kemaev 2025, arXiv 2505.00793)
         func   torch.func.grad, for maps inside torch.func transforms
     settings: numbers, or functions of hparams to numbers, such as step_size.
-    curr_loss: the loss at the params of the last call, detached; None with func.
+    curr_loss: the loss at the params of the last call: attached, so that it keeps its graph until
+        the next, where the step is and gradient is graph; detached else; None with func.
 
     A frozen parameter, an nn.Parameter with requires_grad=False among params that are not all of
     this kind, stays as it is. Raises HypergradientError for a loss that is no attached scalar, for
     params that do not begin with get_opt_params, and where an iterator's data have ended.
     """
 
-    copies = 1  # of the parameters in the list: themselves, and what is remembered of each
-    extra = 0  # tensors after them
+    extra = 0  # tensors in the list, after the copies of the parameters
 
     def __init__(
-        self, loss_f: Callable, data_or_iter: Any, gradient: str, **settings: Setting
+        self,
+        loss_f: Callable,
+        dim_mult: int,
+        data_or_iter: Any = None,
+        gradient: str = "graph",
+        **settings: Setting,
     ) -> None:
         if gradient not in GRADIENTS:
             raise HypergradientError(
                 f"gradient {gradient!r} is unknown; choose from {', '.join(GRADIENTS)}"
             )
-        self.loss_f, self.gradient, self.settings = loss_f, gradient, settings
+        self.loss_f, self.dim_mult = loss_f, dim_mult
+        self.gradient, self.settings = gradient, settings
         self.data_iterator: Iterator | None = None
         if data_or_iter is not None:
             is_iterator = hasattr(data_or_iter, "__next__")
@@ -73,13 +82,24 @@ class InnerOptimizer:
     def get_opt_params(self, params: Tree) -> list:
         """The list to start with: params, a list of tensors or trees, and an empty memory."""
         zeros = tree_map(torch.zeros_like, list(params))
-        return [*params, *zeros * (self.copies - 1)]
+        return [*params, *zeros * (self.dim_mult - 1)]
 
     def __call__(self, params: Tree, hparams: Tree, create_graph: bool = True) -> list:
         """The list after one step.
 
         It is detached without create_graph, and where nothing in the step wants a gradient.
         """
+        self.curr_loss = None  # and its graph, before there is another
+        with torch.enable_grad():
+            return self.step(params, hparams, create_graph)
+
+    def get_loss(self, params: Tree, hparams: Tree) -> Tensor:
+        """The loss on the next data, attached; also curr_loss."""
+        self.curr_loss = self.loss_f(params, hparams, *self._next_data())
+        return self.curr_loss
+
+    def step(self, params: Tree, hparams: Tree, create_graph: bool) -> list:
+        """The list after one step, made of the gradient of the loss by `update`."""
         copies, extra, spec = self._divided(params)
         fixed = frozen(copies[0])
         w, *memory = ([t for t, f in zip(c, fixed, strict=True) if not f] for c in copies)
@@ -96,14 +116,13 @@ class InnerOptimizer:
             w = [t.detach() for t in w]
         if self.gradient != "func":
             w = [t if t.requires_grad else t.detach().requires_grad_() for t in w]
-        with torch.enable_grad():
-            g, attached = self._differentiated(loss, w, hparams, create_graph, wanted)
+        g, attached = self._differentiated(loss, w, hparams, create_graph, wanted)
         with torch.set_grad_enabled(attached):
             values = {n: s(hparams) if callable(s) else s for n, s in self.settings.items()}
             new = self.update(w, g, *memory, *extra, **values)
-        pairs = zip(new[: self.copies], copies, strict=True)
+        pairs = zip(new[: self.dim_mult], copies, strict=True)
         trees = [tree_unflatten(_merged(leaves, old, fixed), spec) for leaves, old in pairs]
-        return [entry for tree in trees for entry in tree] + new[self.copies :]
+        return [entry for tree in trees for entry in tree] + new[self.dim_mult :]
 
     def update(self, w: Vector, g: Vector, *memory, **settings: float | Tensor) -> list:
         """New parameters and memory from the old and the gradient, as flat lists of tensors."""
@@ -122,13 +141,13 @@ class InnerOptimizer:
 
     def _divided(self, params: Tree) -> tuple[list[Vector], list, Any]:
         """Parameters and memory as flat lists, what is after them, the structure of the first."""
-        count, rest = divmod(len(params) - self.extra, self.copies)
+        count, rest = divmod(len(params) - self.extra, self.dim_mult)
         if rest or count < 1:
             raise HypergradientError(
-                f"{type(self).__name__} takes {self.copies} entries per parameter and "
+                f"{type(self).__name__} takes {self.dim_mult} entries per parameter and "
                 f"{self.extra} besides, got {len(params)}; start with get_opt_params(params)"
             )
-        chunks = [list(params[k * count : (k + 1) * count]) for k in range(self.copies)]
+        chunks = [list(params[k * count : (k + 1) * count]) for k in range(self.dim_mult)]
         w, spec = tree_flatten(chunks[0])
         memory = [spec.flatten_up_to(chunk) for chunk in chunks[1:]]
         if any(a.shape != b.shape for leaves in memory for a, b in zip(w, leaves, strict=True)):
@@ -136,7 +155,7 @@ class InnerOptimizer:
                 "what is remembered has not the shapes of the parameters; "
                 "start with get_opt_params(params)"
             )
-        return [w, *memory], list(params[self.copies * count :]), spec
+        return [w, *memory], list(params[self.dim_mult * count :]), spec
 
     def _differentiated(
         self, loss: Callable, w: Vector, hparams: Tree, create_graph: bool, wanted: bool
@@ -152,29 +171,28 @@ class InnerOptimizer:
             return list(_MixedGradient.apply(loss, spec, len(w), *w, *leaves)), True
         value = attached_scalar(loss(w, hparams), "the inner loss")
         attached = create_graph and (wanted or bool(other_leaves(value, w)))
+        self.curr_loss = value if attached else value.detach()
         return vjp([value], w, [None], create_graph=attached), attached
 
 
-class GradientDescent(InnerOptimizer):
+class GradientDescent(DifferentiableOptimizer):
     """w' = w - step g."""
 
     def __init__(self, loss_f, step_size: Setting, data_or_iter=None, *, gradient="graph") -> None:
-        super().__init__(loss_f, data_or_iter, gradient, step_size=step_size)
+        super().__init__(loss_f, 1, data_or_iter, gradient, step_size=step_size)
 
     def update(self, w, g, *, step_size):
         return [_moved(w, g, step_size)]
 
 
-class HeavyBall(InnerOptimizer):
+class HeavyBall(DifferentiableOptimizer):
     """w' = w - step g + momentum (w - previous), previous' = w."""
-
-    copies = 2
 
     def __init__(
         self, loss_f, step_size: Setting, momentum: Setting, data_or_iter=None, *, gradient="graph"
     ) -> None:
         settings = {"step_size": step_size, "momentum": momentum}
-        super().__init__(loss_f, data_or_iter, gradient, **settings)
+        super().__init__(loss_f, 2, data_or_iter, gradient, **settings)
 
     def get_opt_params(self, params: Tree) -> list:
         """The list to start with, at rest: the previous parameters are the parameters."""
@@ -185,45 +203,41 @@ class HeavyBall(InnerOptimizer):
         return [[m + momentum * (a - b) for m, a, b in zip(moved, w, previous, strict=True)], w]
 
 
-class Momentum(InnerOptimizer):
+class Momentum(DifferentiableOptimizer):
     """v' = momentum v + g, w' = w - step v'."""
-
-    copies = 2
 
     def __init__(
         self, loss_f, step_size: Setting, momentum: Setting, data_or_iter=None, *, gradient="graph"
     ) -> None:
         settings = {"step_size": step_size, "momentum": momentum}
-        super().__init__(loss_f, data_or_iter, gradient, **settings)
+        super().__init__(loss_f, 2, data_or_iter, gradient, **settings)
 
     def update(self, w, g, v, *, step_size, momentum):
         v = [momentum * a + b for a, b in zip(v, g, strict=True)]
         return [_moved(w, v, step_size), v]
 
 
-class Nesterov(InnerOptimizer):
+class Nesterov(DifferentiableOptimizer):
     """v' = momentum v + g, w' = w - step (g + momentum v')."""
-
-    copies = 2
 
     def __init__(
         self, loss_f, step_size: Setting, momentum: Setting, data_or_iter=None, *, gradient="graph"
     ) -> None:
         settings = {"step_size": step_size, "momentum": momentum}
-        super().__init__(loss_f, data_or_iter, gradient, **settings)
+        super().__init__(loss_f, 2, data_or_iter, gradient, **settings)
 
     def update(self, w, g, v, *, step_size, momentum):
         v = [momentum * a + b for a, b in zip(v, g, strict=True)]
         return [_moved(w, [b + momentum * a for a, b in zip(v, g, strict=True)], step_size), v]
 
 
-class Adam(InnerOptimizer):
+class Adam(DifferentiableOptimizer):
     """m' = beta1 m + (1 - beta1) g, v' = beta2 v + (1 - beta2) g^2, both divided by 1 - beta^t.
 
     Where v is 0, as for an input that is always 0, the derivative of its root is taken as 0.
     """
 
-    copies, extra = 3, 1
+    extra = 1
 
     def __init__(
         self,
@@ -237,7 +251,7 @@ class Adam(InnerOptimizer):
         gradient="graph",
     ) -> None:
         settings = {"step_size": step_size, "beta1": beta1, "beta2": beta2, "eps": eps}
-        super().__init__(loss_f, data_or_iter, gradient, **settings)
+        super().__init__(loss_f, 3, data_or_iter, gradient, **settings)
 
     def get_opt_params(self, params: Tree) -> list:
         """The list to start with: params, zeros for both moments, and the number of steps.
@@ -260,6 +274,14 @@ class Adam(InnerOptimizer):
         pairs = zip(m, v, strict=True)
         direction = [(a / scale1) / (_root(b / scale2) + eps) for a, b in pairs]
         return [_moved(w, direction, step_size), m, v, step]
+
+
+def gd_step(
+    params: Vector, loss: Tensor, step_size: float | Tensor, create_graph: bool = True
+) -> list[Tensor]:
+    """params - step_size d loss / d params, for a loss made of these params. HyperTorch's name."""
+    g = vjp([attached_scalar(loss, "loss")], params, [None], create_graph=create_graph)
+    return _moved(params, g, step_size)
 
 
 class _MixedGradient(torch.autograd.Function):

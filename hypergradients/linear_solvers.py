@@ -9,6 +9,7 @@ first of FixedPoint, and in NormalEquations one with its adjoint besides.
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,17 +17,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hypergradients.errors import DivergenceError, HypergradientError
+from hypergradients.errors import DivergenceError, DivergenceWarning, HypergradientError
 
 Vector = Sequence[Tensor]
 Matvec = Callable[[Vector], Vector]
 # No solution: so many times the residual of x = 0. CG's residual may rise to the square root of the
 # condition number before it falls, that of a map with momentum to about 1 / (1 - momentum).
 DIVERGED = 1e3
+ON_DIVERGENCE = ("raise", "warn")
 
 
 class Solver(Protocol):
-    """One way to solve (I - M) x = b, in at most so many iterations."""
+    """One way to solve (I - M) x = b, in at most so many iterations.
+
+    An attribute on_divergence that is "warn" takes what so many iterations have reached for a
+    solution: each DivergenceError below is then a DivergenceWarning, but for numbers that are not
+    finite.
+    """
 
     iterations: int
 
@@ -52,8 +59,11 @@ class FixedPoint:
 
     iterations: int
     tol: float = 1e-10
+    on_divergence: str = "raise"
 
     def solve(self, matvec: Matvec, b: Vector) -> tuple[Vector, list[float]]:
+        if not self.iterations:
+            return [torch.zeros_like(t) for t in b], []
         x, residuals = b, [norm(b)]
         while len(residuals) < self.iterations and residuals[-1] >= self.tol:
             new = torch._foreach_add(matvec(x), b)
@@ -86,19 +96,20 @@ class ConjugateGradient:
     Raises HypergradientError where I - M is seen not to be symmetric, from <(I - M) p, x> and
     <p, (I - M) x> of each direction p and the iterate x before it: from the second iteration on, at
     the cost of a few inner products. Raises DivergenceError where it is seen not to be positive
-    definite.
+    definite; with on_divergence="warn" it goes on, until a direction has no curvature at all.
     """
 
     iterations: int
     tol: float = 1e-10
     precondition: Matvec | None = None
     assume_symmetric: bool = False
+    on_divergence: str = "raise"
 
     def solve(self, matvec: Matvec, b: Vector) -> tuple[Vector, list[float]]:
         precondition = self.precondition or (lambda r: r)
         x, r = [torch.zeros_like(t) for t in b], b
         z = p = precondition(r)
-        rz, residuals, largest = dot(r, z), [norm(b)], 1.0
+        rz, residuals, largest, definite = dot(r, z), [norm(b)], 1.0, True
         if rz <= 0 < residuals[0]:
             raise HypergradientError(f"<b, precondition(b)> is {rz:.3g}: it must be above 0")
         enough = max(self.tol, rounding_error(b))
@@ -108,13 +119,17 @@ class ConjugateGradient:
                 largest = max(largest, norm(q) / norm(p))
                 _check_symmetric((p, q), (x, torch._foreach_sub(b, r)), largest)
             curvature = dot(p, q)
-            if not curvature > 0:
-                raise DivergenceError(
+            if definite and not curvature > 0:
+                definite = False
+                report_divergence(
                     f"conjugate gradients need I - M symmetric positive definite, but met the "
                     f"curvature {curvature:.3g} at iteration {len(residuals)}, residual "
                     f"{residuals[-1]:.3g}, {residuals[0]:.3g} at the start; "
-                    f"take CG_normaleq or fixed_point"
+                    f"take CG_normaleq or fixed_point",
+                    self.on_divergence,
                 )
+            if curvature == 0:
+                break
             x = axpy(rz / curvature, p, x)
             r = axpy(-rz / curvature, q, r)
             residuals.append(norm(r))
@@ -205,6 +220,7 @@ class NormalEquations:
 
     iterations: int
     tol: float = 1e-10
+    on_divergence: str = "raise"
 
     needs_adjoint = True
 
@@ -220,14 +236,22 @@ class NormalEquations:
             q = torch._foreach_sub(p, product)
             qq = dot(q, q)
             if qq == 0:
-                raise DivergenceError(f"I - M is singular; residual {residuals[-1]:.3g}")
+                report_divergence(
+                    f"I - M is singular; residual {residuals[-1]:.3g}", self.on_divergence
+                )
+                break
             step = ss / qq
             x, r = axpy(step, p, x), axpy(-step, q, r)
             residuals.append(norm(r))
             s = torch._foreach_sub(r, adjoint(r))
             ss, before = dot(s, s), ss
             p = axpy(ss / before, p, s)
-        _check_regular(math.sqrt(ss), residuals[-1], residuals[0], b)
+        if self.iterations and _is_singular(math.sqrt(ss), residuals, b):
+            report_divergence(
+                f"I - M is singular, or too nearly so: the residual stays at {residuals[-1]:.3g}, "
+                f"{residuals[0]:.3g} at the start",
+                self.on_divergence,
+            )
         return x, residuals[:-1]
 
     def diverges(self, residuals: Sequence[float], start: float) -> bool:
@@ -249,6 +273,7 @@ class Optimizer:
     options: dict[str, Any] = field(default_factory=dict)
     start: Vector | None = None
     progress: Callable[[int, float], None] | None = None
+    on_divergence: str = "raise"
 
     def solve(self, matvec: Matvec, b: Vector) -> tuple[Vector, list[float]]:
         x = [t.detach().clone() for t in (b if self.start is None else self.start)]
@@ -270,6 +295,13 @@ class Optimizer:
         return x, residuals
 
     diverges = FixedPoint.diverges
+
+
+def report_divergence(message: str, on_divergence: str) -> None:
+    """A DivergenceError, or with "warn" a DivergenceWarning."""
+    if on_divergence != "warn":
+        raise DivergenceError(message)
+    warnings.warn(message, DivergenceWarning, stacklevel=4)
 
 
 def hopeless(residual: float, start: float) -> bool:
@@ -336,17 +368,14 @@ def _check_adjoint(one: float, other: float, size: float) -> None:
         )
 
 
-def _check_regular(gradient: float, residual: float, start: float, b: Vector) -> None:
-    """DivergenceError where only a residual is left that I - M^T takes to nothing.
+def _is_singular(gradient: float, residuals: Sequence[float], b: Vector) -> bool:
+    """Whether only a residual r is left that I - M^T takes to nothing.
 
-    gradient: the length of (I - M^T) r; residual: that of r; start: that of b.
+    gradient: the length of (I - M^T) r; residuals: from that of x = 0 to |r|.
     """
     precision = math.sqrt(max(torch.finfo(t.dtype).eps for t in b))
-    if residual > precision * start and gradient <= precision * residual:
-        raise DivergenceError(
-            f"I - M is singular, or too nearly so: the residual stays at {residual:.3g}, "
-            f"{start:.3g} at the start"
-        )
+    residual = residuals[-1]
+    return residual > precision * residuals[0] and gradient <= precision * residual
 
 
 def _flat(v: Vector) -> Tensor:

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hypergradients.errors import DivergenceError, HypergradientError
 from hypergradients.linear_solvers import (
+    ON_DIVERGENCE,
     ConjugateGradient,
     FixedPoint,
     NormalEquations,
@@ -44,6 +45,7 @@ from hypergradients.linear_solvers import (
     Solver,
     hopeless,
     norm,
+    report_divergence,
 )
 from hypergradients.replays import Moment
 from hypergradients.update_maps import (
@@ -101,7 +103,7 @@ def reverse(
     """Reverse mode from the kept states: each update runs once more, and only its graph is kept.
 
     params_history: w_0, ..., w_T, each a tree of tensors, or only the last k + 1 of them: truncated
-        reverse, which leaves out what hparams did to w_{T-k}.
+        reverse, which leaves out what hparams did to w_{T-k}. One state alone: grad_lambda E.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
         each with requires_grad, each once.
     update_map_history: Phi_0, ..., Phi_{T-1}, of which the last k are used, each (params, hparams)
@@ -115,16 +117,17 @@ def reverse(
     Memory: the states and the graph of one update. (Franceschi et al. 2017, arXiv 1703.01785.)
     """
     steps = len(params_history) - 1
-    if steps < 1 or len(update_map_history) < steps:
+    if steps < 0 or len(update_map_history) < steps:
         raise HypergradientError(
-            f"the history is too short: {steps + 1} states need {max(1, steps)} update maps and "
+            f"the history is too short: {steps + 1} states need {max(0, steps)} update maps and "
             f"there are {len(update_map_history)}; give w_0 to w_T and Phi_0 to Phi_(T-1)"
         )
-    adjoint, gradient = Point(params_history[-1], hparams).loss_gradients(outer_loss)
-    updates, depends, elsewhere = update_map_history[-steps:], False, []
+    point = Point(params_history[-1], hparams)
+    adjoint, gradient = point.loss_gradients(outer_loss)
+    first, depends, elsewhere = len(update_map_history) - steps, not steps, []
     for t in reversed(range(steps)):
         point = Point(params_history[t], hparams)
-        mapped = point.apply(updates[t])
+        mapped = point.apply(update_map_history[first + t])
         elsewhere.append(point.leads_elsewhere(mapped, params_history[t + 1]))
         depends = depends or point.depends_on_hparams(mapped)
         adjoint, indirect = point.vjp(mapped, adjoint)
@@ -375,11 +378,12 @@ def implicit(
     end, for the hyperparameters and the residual; modules in it keep their buffers. How far params
     are from a fixed point is not judged: the error grows with |fp_map(w) - w|. Raises
     HypergradientError for arguments that are not so and where fp_map depends on no hyperparameter,
-    DivergenceError where the solution is worse than v = 0 and getting worse, or where I - J^T
-    vanishes on it, and what the solver raises. (Pedregosa 2016, arXiv 1602.02355; Grazzi et al.
+    DivergenceError where the solution is worse than v = 0 and getting worse, which a solver with
+    on_divergence="warn" makes a DivergenceWarning, where it is not finite, or I - J^T vanishes on
+    it, and what the solver raises. (Pedregosa 2016, arXiv 1602.02355; Grazzi et al.
     2020, 2006.16218.)
     """
-    _check_solver(solver)
+    on_divergence = _check_solver(solver)
     _check_count("outer_draws", outer_draws)
     _check_count("map_draws", map_draws)
     point = Point(params, hparams)
@@ -401,10 +405,11 @@ def implicit(
     start = max(norm(b), residuals[0])
     refuse = hopeless(residuals[-1], start) if stochastic else solver.diverges(residuals, start)
     if refuse or (isinstance(solver, FixedPoint) and _stays(residuals, b)):
-        raise DivergenceError(
+        report_divergence(
             f"the linear system (I - J^T) v = b diverges: residual {residuals[-1]:.3g} after "
             f"{len(residuals) - 1} iterations, {start:.3g} at v = 0; fp_map must be a contraction "
-            f"for fixed_point, I - J symmetric positive definite for CG, regular for CG_normaleq"
+            f"for fixed_point, I - J symmetric positive definite for CG, regular for CG_normaleq",
+            on_divergence if math.isfinite(residuals[-1]) else "raise",
         )
     gradient = point.delivered(torch._foreach_add(direct, indirect), set_grad)
     return gradient, LinearSolve(point.tree(v), residuals)
@@ -419,26 +424,29 @@ def fixed_point(
     tol: float = 1e-10,
     set_grad: bool = True,
     stochastic: bool = False,
+    on_divergence: str = "raise",
 ) -> Tree:
     """The hypergradient at a fixed point, by K iterations v <- J^T v + grad_w E.
 
     params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
         each with requires_grad, each once.
-    K: iterations, at least 1; the first, v = grad_w E, costs no product.
+    K: iterations; the first, v = grad_w E, costs no product. 0 leaves v = 0: grad_lambda E alone.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
         with create_graph=True. It must be a contraction.
     outer_loss: (params, hparams) -> scalar tensor.
     tol: ends earlier when what v moves by is less.
     set_grad: whether to add the result to each hyperparameter's .grad too.
     stochastic: fp_map is drawn anew for every product.
+    on_divergence: "raise", or "warn" to take what K iterations have reached where the linear system
+        is seen to diverge: a DivergenceWarning in the place of the DivergenceError.
 
     Returns a tree like hparams. The error falls with the contraction's rate, as that of K steps of
     reverse. Raises HypergradientError for arguments that are not so and where fp_map depends on no
     hyperparameter, DivergenceError where the residual shows that fp_map is no contraction. (Grazzi
     et al. 2020, arXiv 2006.16218.)
     """
-    solver = FixedPoint(K, tol)
+    solver = FixedPoint(K, tol, on_divergence)
     return implicit(params, hparams, fp_map, outer_loss, solver, set_grad, stochastic)[0]
 
 
@@ -450,25 +458,29 @@ def neumann(
     outer_loss: OuterLoss,
     tol: float = 1e-10,
     set_grad: bool = True,
+    on_divergence: str = "raise",
 ) -> Tree:
     """The hypergradient at a fixed point, by K terms of the Neumann series beyond the first.
 
     params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
         each with requires_grad, each once.
-    K: terms beyond the first, at least 1: fixed_point with K + 1 iterations.
+    K: terms beyond the first, at least 0: fixed_point with K + 1 iterations.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
         with create_graph=True. It must be a contraction.
     outer_loss: (params, hparams) -> scalar tensor.
     tol: ends earlier when what v moves by is less.
     set_grad: whether to add the result to each hyperparameter's .grad too.
+    on_divergence: "raise", or "warn" to take what K iterations have reached where the linear system
+        is seen to diverge: a DivergenceWarning in the place of the DivergenceError.
 
     Returns a tree like hparams. Raises HypergradientError for arguments that are not so and where
     fp_map depends on no hyperparameter, DivergenceError where the residual shows that fp_map is no
     contraction. (Lorraine et al. 2020, arXiv 1911.02590.)
     """
-    _check_count("K", K)
-    return implicit(params, hparams, fp_map, outer_loss, FixedPoint(K + 1, tol), set_grad)[0]
+    _check_count("K", K, least=0)
+    solver = FixedPoint(K + 1, tol, on_divergence)
+    return implicit(params, hparams, fp_map, outer_loss, solver, set_grad)[0]
 
 
 def CG(  # noqa: N802 - HyperTorch's name
@@ -480,13 +492,14 @@ def CG(  # noqa: N802 - HyperTorch's name
     tol: float = 1e-10,
     set_grad: bool = True,
     stochastic: bool = False,
+    on_divergence: str = "raise",
 ) -> Tree:
     """The hypergradient at a fixed point, its linear system solved by conjugate gradients.
 
     params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
         each with requires_grad, each once.
-    K: most iterations, at least 1.
+    K: most iterations; 0 leaves v = 0: grad_lambda E alone.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
         with create_graph=True. I - J must be symmetric positive definite, J its Jacobian by params,
         as for a gradient step on a convex loss.
@@ -494,6 +507,8 @@ def CG(  # noqa: N802 - HyperTorch's name
     tol: ends earlier when the residual |grad_w E - (I - J^T) v| is less.
     set_grad: whether to add the result to each hyperparameter's .grad too.
     stochastic: fp_map is drawn anew for every product. Symmetry is then taken for granted.
+    on_divergence: "raise", or "warn" to take what K iterations have reached where the linear system
+        is seen to diverge: a DivergenceWarning in the place of the DivergenceError.
 
     Returns a tree like hparams. The error falls as (1 - 2 / sqrt(cond))^K. Raises
     HypergradientError for arguments that are not so and where fp_map depends on no hyperparameter,
@@ -501,7 +516,7 @@ def CG(  # noqa: N802 - HyperTorch's name
     it is seen not to be positive definite. (Hestenes and Stiefel 1952; Grazzi et al. 2020, arXiv
     2006.16218.)
     """
-    solver = ConjugateGradient(K, tol, assume_symmetric=stochastic)
+    solver = ConjugateGradient(K, tol, assume_symmetric=stochastic, on_divergence=on_divergence)
     return implicit(params, hparams, fp_map, outer_loss, solver, set_grad, stochastic)[0]
 
 
@@ -513,18 +528,21 @@ def CG_normaleq(  # noqa: N802 - HyperTorch's name
     outer_loss: OuterLoss,
     tol: float = 1e-10,
     set_grad: bool = True,
+    on_divergence: str = "raise",
 ) -> Tree:
     """The hypergradient at a fixed point, by conjugate gradients on the normal equations.
 
     params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
         each with requires_grad, each once.
-    K: most iterations, at least 1.
+    K: most iterations; 0 leaves v = 0: grad_lambda E alone.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
         with create_graph=True. It must be differentiable twice, and I - J regular.
     outer_loss: (params, hparams) -> scalar tensor.
     tol: ends earlier when the residual of the normal equations is less.
     set_grad: whether to add the result to each hyperparameter's .grad too.
+    on_divergence: "raise", or "warn" to take what K iterations have reached where the linear system
+        is seen to diverge: a DivergenceWarning in the place of the DivergenceError.
 
     Returns a tree like hparams. Each iteration costs a product with J besides that with J^T; the
     error falls as (1 - 2 / cond)^K. Raises HypergradientError for arguments that are not so and
@@ -532,7 +550,8 @@ def CG_normaleq(  # noqa: N802 - HyperTorch's name
     other; DivergenceError where I - J is seen to be singular. (Bjorck 1996, Numerical methods for
     least squares problems, 7.4; Grazzi et al. 2020, arXiv 2006.16218.)
     """
-    return implicit(params, hparams, fp_map, outer_loss, NormalEquations(K, tol), set_grad)[0]
+    solver = NormalEquations(K, tol, on_divergence)
+    return implicit(params, hparams, fp_map, outer_loss, solver, set_grad)[0]
 
 
 def nystrom(
@@ -551,7 +570,7 @@ def nystrom(
     params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
         each with requires_grad, each once.
-    K: most iterations, at least 1.
+    K: most iterations; 0 leaves v = 0: grad_lambda E alone.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
         with create_graph=True. I - J must be symmetric positive definite, J its Jacobian by params.
     outer_loss: (params, hparams) -> scalar tensor.
@@ -584,6 +603,7 @@ def stoch_AID(  # noqa: N802 - HyperTorch's name
     opt_params: dict | None = None,
     set_grad: bool = True,
     verbose: bool = True,
+    on_divergence: str = "raise",
 ) -> tuple[Tree, Tree]:
     """The hypergradient at a fixed point, by K steps of any torch optimiser on the linear system.
 
@@ -591,7 +611,7 @@ def stoch_AID(  # noqa: N802 - HyperTorch's name
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
         each with requires_grad, each once.
     outer_loss: (params, hparams) -> scalar tensor.
-    K: steps, at least 1.
+    K: steps; 0 leaves v where it begins.
     J_inner, J_outer: the last product and the outer gradients are means of so many draws; they need
         stoch_inner and stoch_outer.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
@@ -603,6 +623,8 @@ def stoch_AID(  # noqa: N802 - HyperTorch's name
     opt_params: for optim_build.
     set_grad: whether to add the result to each hyperparameter's .grad too.
     verbose: whether to print the residual of some steps.
+    on_divergence: "raise", or "warn" to take what K steps have reached where the linear system
+        is seen to diverge: a DivergenceWarning in the place of the DivergenceError.
 
     Returns a tree like hparams, and v, a tree like params. Raises HypergradientError for arguments
     that are not so and where fp_map depends on no hyperparameter, DivergenceError where the
@@ -621,7 +643,7 @@ def stoch_AID(  # noqa: N802 - HyperTorch's name
         if verbose and (k % max(1, K // 5) == 0 or k == K - 1):
             print(f"k={k}: |v - J^T v - grad_w E| = {residual:.3e}")
 
-    solver = Optimizer(K, optim_build, opt_params or {}, start, progress)
+    solver = Optimizer(K, optim_build, opt_params or {}, start, progress, on_divergence)
     gradient, solve = implicit(
         params, hparams, fp_map or functools.partial(_gradient_step, inner_loss), outer_loss,
         solver, set_grad, stoch_inner, J_outer, J_inner,
@@ -725,20 +747,27 @@ class _Attached(torch.autograd.Function):
 # ---- helpers ----
 
 
-def _check_count(what: str, count: int) -> None:
+def _check_count(what: str, count: int, least: int = 1) -> None:
     try:
         whole = operator.index(count)
     except TypeError:
-        whole = 0
-    if whole < 1:
-        raise HypergradientError(f"{what} must be a whole number of at least 1, got {count!r}")
+        whole = -1
+    if whole < least:
+        raise HypergradientError(
+            f"{what} must be a whole number of at least {least}, got {count!r}"
+        )
 
 
-def _check_solver(solver: Solver) -> None:
-    _check_count("K", solver.iterations)
+def _check_solver(solver: Solver) -> str:
+    """What it does on divergence; HypergradientError where its numbers are none."""
+    _check_count("K", solver.iterations, least=0)
     _check_count("rank", getattr(solver, "rank", 1))
     if not getattr(solver, "tol", 0.0) >= 0:
         raise HypergradientError(f"tol must be at least 0, got {solver.tol}")
+    on_divergence = getattr(solver, "on_divergence", "raise")
+    if on_divergence not in ON_DIVERGENCE:
+        raise HypergradientError(f"on_divergence is raise or warn, not {on_divergence!r}")
+    return on_divergence
 
 
 def _stays(residuals: Sequence[float], b: Sequence[Tensor]) -> bool:
@@ -783,10 +812,10 @@ def _repeated(
 
 def _check_repeated(elsewhere: Sequence[Tensor]) -> None:
     """HypergradientError where any update, of those in order, has led elsewhere."""
-    steps = torch.stack([step.cpu() for step in elsewhere]).nonzero()
-    if len(steps):
+    steps = [number for number, step in enumerate(elsewhere) if bool(step)]
+    if steps:
         raise HypergradientError(
-            f"update {int(steps[0])} leads from its state to another than the next one: what runs "
+            f"update {steps[0]} leads from its state to another than the next one: what runs "
             "again must do the same, each map with its batch, not an iterator, and without random "
             "numbers of its own"
         )

@@ -1,4 +1,4 @@
-"""Update maps and outer losses at one point: their checks, and their vjp and jvp.
+"""Update maps and outer losses at one point: their checks, their vjp and jvp.
 
     mapped = Phi(params, hparams);   vjp J^T v,   jvp J v,   J = d mapped / d params
 
@@ -203,6 +203,29 @@ def vjp(
     return [torch.zeros_like(t) if g is None else g for g, t in pairs]
 
 
+def jvp(fp_map: Callable[[Tree], Tree], params: Tree, vs: Tree) -> Tree:
+    """J v, the derivative of u -> J^T u, where J is the Jacobian of params -> fp_map(params).
+
+    params, vs: trees of tensors of the same shapes. Returns a tree like params, attached to all
+    that fp_map uses and wants a gradient. Takes maps that contain torch.autograd.grad, with
+    create_graph=True. HyperTorch's name.
+    """
+    point, spec = tree_flatten(params)
+    point = [t if t.requires_grad else t.detach().requires_grad_() for t in point]
+    with torch.enable_grad():
+        mapped = spec.flatten_up_to(fp_map(tree_unflatten(point, spec)))
+        u = [torch.zeros_like(t, requires_grad=True) for t in mapped]
+        transposed = vjp(mapped, point, u, create_graph=True)
+        return tree_unflatten(vjp(transposed, u, tree_flatten(vs)[0], create_graph=True), spec)
+
+
+def update_tensor_grads(hparams: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Adds each gradient, None for 0, into its hyperparameter's .grad. HyperTorch's name."""
+    for h, g in zip(hparams, grads, strict=True):
+        g = torch.zeros_like(h) if g is None else g
+        h.grad = g.clone() if h.grad is None else h.grad.add_(g)
+
+
 def frozen(leaves: Sequence[Tensor]) -> list[bool]:
     """Which of some params stay as they are: each nn.Parameter that wants no gradient.
 
@@ -292,6 +315,5 @@ def delivered(
 ) -> Tree:
     """A tree of the structure `spec`, also added to the hyperparameters' .grad on request."""
     if set_grad:
-        for h, g in zip(hparams, gradient, strict=True):
-            h.grad = g.clone() if h.grad is None else h.grad.add_(g)
+        update_tensor_grads(hparams, gradient)
     return tree_unflatten(gradient, spec)

@@ -45,6 +45,7 @@ from learning_rules import (
     TermSumRule,
     changes_by_term,
 )
+from models_fully_local import Activation
 from rules.unit_statistics_sums import (
     GatedPlan,
     Signal,
@@ -184,7 +185,15 @@ class UnitStatisticsRule(TermSumRule):
     def respond_and_update(
         self, layer: nn.Module, old: dict[str, Tensor], x: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-        """As in LearningRule; a single autograd function if the terms and the layer allow it."""
+        """As in LearningRule; a single autograd function if the terms and the layer allow it.
+
+        Raises RuleError for a layer whose activation is not an Activation, which has the gain.
+        """
+        if not isinstance(layer.activation, Activation):
+            raise RuleError(
+                "a rule of unit statistics knows the gain of its units: their activation must be "
+                f"an Activation, not {layer.activation}"
+            )
         gated = self._gated_plan()
         if gated.terms is None or layer.inhibition != "none":
             return super().respond_and_update(layer, old, x)

@@ -12,9 +12,9 @@ from learning_rules import PerLayerRule, PolynomialPairRule, PolynomialRule
 from models_fully_local import (
     INHIBITION,
     Activation,
-    AveragePool2d,
     LateralConv2d,
     LateralLinear,
+    Parameterless,
     lateral_network,
 )
 from train import MEMORY, train
@@ -98,7 +98,7 @@ def fits(geometry) -> bool:
     return all(n + 2 * geometry["padding"] >= k for n, k in sizes)
 
 
-@pytest.mark.parametrize("inhibition", INHIBITION)
+@pytest.mark.parametrize("inhibition", [n for n in INHIBITION if not n.endswith("image")])
 @given(geometries.filter(fits))
 @hypothesis_settings
 def test_a_convolutional_layer_is_a_dense_layer_on_patches(inhibition, geometry):
@@ -156,7 +156,21 @@ def test_channels_are_last_in_memory_so_that_rows_are_views():
 
 def test_pooling_averages_squares():
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    assert AveragePool2d(2)(x, {}).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert Parameterless(torch.nn.AvgPool2d(2))(x, {}).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_norm_over_the_image_is_that_of_all_its_positions_and_channels(order):
+    layer = LateralConv2d(2, 3, 2, ACTIVATION, inhibition=f"l{order}_image", stride=2)
+    params = {"w": normal(1, 3, 2, 2, 2), "b": normal(2, 3)}
+    x = normal(3, 4, 2, 6, 6).detach()
+    y = layer(x, params)
+    sigma = torch.sigmoid(2 * torch.nn.functional.conv2d(x, params["w"], params["b"], stride=2))
+    expected = sigma / (1e-6 + sigma.pow(order).sum((1, 2, 3), True) ** (1 / order))
+    assert_near(y, expected)
+    found, wanted = (gradients(weighted_sum([t]), params.values()) for t in (y, expected))
+    for a, b in zip(found, wanted, strict=True):
+        assert_near(a, b)
 
 
 def test_images_that_a_kernel_does_not_fit_in_are_refused_with_both_shapes():

@@ -18,7 +18,7 @@ from oracles import (
 
 from kernels.equilibrium import equilibrium
 from learning_rules import PolynomialRule
-from models_fully_local import Activation, Flatten, LateralLinear, Sequential, lateral_mlp
+from models_fully_local import Activation, LateralLinear, Sequential, lateral_mlp
 from train import graph_bytes, train
 
 ACTIVATIONS = [
@@ -182,10 +182,10 @@ def meta_gradients(model, memory):
 def test_a_longer_graph_is_differentiated_through_it_whatever_is_kept():
     sizes = [(6, 5), (5, 3)]
     layers = [EquilibriumLayer(*size, Activation("sigmoid", 4.0)) for size in sizes]
-    found = meta_gradients(Sequential([Flatten(), *layers]), "keep")
+    found = meta_gradients(Sequential([torch.nn.Flatten(), *layers]), "keep")
     options = {"inh_steps": 250, "inh_factor": 0.2}
     sought = meta_gradients(lateral_mlp(6, [5, 3], Activation("sigmoid", 4.0), **options), "keep")
-    again = meta_gradients(Sequential([Flatten(), *layers]), "recompute")
+    again = meta_gradients(Sequential([torch.nn.Flatten(), *layers]), "recompute")
     for a, b, c in zip(found, sought, again, strict=True):
         assert_near(a, b, 1e-8)
         assert torch.equal(a, c)

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
 from torch.func import functional_call
 
+import hypergradients as hg
 from hypergradients import (
     CG,
     Adam,
     CG_normaleq,
     ConjugateGradient,
     DivergenceError,
+    DivergenceWarning,
     FixedPoint,
     GradientDescent,
     HeavyBall,
@@ -29,6 +31,7 @@ from hypergradients import (
     fixed_point,
     forward_mode,
     implicit,
+    jvp,
     neumann,
     neumann_lookback,
     nystrom,
@@ -36,6 +39,7 @@ from hypergradients import (
     reverse_unroll,
     stoch_AID,
     truncated_reverse,
+    update_tensor_grads,
 )
 from learning_rules import PolynomialRule
 from models_fully_local import Activation, lateral_mlp
@@ -636,8 +640,117 @@ def test_nan_is_reported_as_divergence():
     problem = Ridge()
     problem.solution = [problem.solution[0] * torch.nan]
     for method in (fixed_point, CG, CG_normaleq):
+        for on_divergence in ("raise", "warn"):
+            with pytest.raises(DivergenceError):
+                at_fixed_point(method, K=5, on_divergence=on_divergence)(problem)
+
+
+# ---- what HyperTorch accepts ----
+
+
+def test_the_lines_of_hypertorchs_logistic_regression_run_with_the_import_changed():
+    x, y = normal(51, 30, 3).detach(), (normal(52, 30).detach() > 0).double()
+    hparams, T = [torch.ones(3, dtype=DOUBLE).requires_grad_(True)], 60
+
+    def val_loss(params, hparams):
+        return torch.nn.functional.binary_cross_entropy_with_logits(x[20:] @ params[0], y[20:])
+
+    def fp_map(params, hparams):
+        w = params[0]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(x[:20] @ w, y[:20])
+        loss = loss + 0.5 * (w.unsqueeze(0) @ torch.diag(hparams[0]) @ w.unsqueeze(1)).sum()
+        return [params[0] - 0.5 * torch.autograd.grad(loss, params, create_graph=True)[0]]
+
+    params_history = [[torch.zeros(3, dtype=DOUBLE).requires_grad_(True)]]
+    for _ in range(T):
+        params_history.append(fp_map(params_history[-1], hparams))
+    unrolled = hg.reverse_unroll(params_history[-1], hparams, val_loss)
+    outer_opt = torch.optim.SGD(lr=1.0, momentum=0.9, params=hparams)
+    for k in (0, 10, T):
+        outer_opt.zero_grad()
+        h_grad = hg.reverse(params_history[-k - 1 :], hparams, [fp_map] * k, val_loss)
+        assert torch.equal(hparams[0].grad, h_grad[0])
+    assert_near(h_grad[0], unrolled[0], 1e-12)
+    for alg in (hg.fixed_point, hg.CG, hg.CG_normaleq, hg.neumann):
+        found = [alg(params_history[-1], hparams, k, fp_map, val_loss)[0] for k in (0, 1, 40)]
+        assert_near(found[-1], unrolled[0], 1e-6)
+
+
+def test_no_iteration_is_the_direct_gradient_or_that_of_one_term():
+    problem = Ridge()
+    l2, t = (h.detach() for h in problem.hparams)
+    direct = [torch.full_like(l2, float(t**2)), 2 * t * l2.sum()]
+    for method in (fixed_point, CG, CG_normaleq):
+        for a, b in zip(at_fixed_point(method, K=0)(problem), direct, strict=True):
+            assert_near(a, b, 1e-12)
+    one_state = reverse([problem.solution], problem.hparams, [], problem.outer_loss, set_grad=False)
+    assert_near(one_state[0], direct[0], 1e-12)
+    first, one = at_fixed_point(neumann, K=0)(problem), at_fixed_point(fixed_point, K=1)(problem)
+    assert torch.equal(first[0], one[0]) and not torch.equal(first[0], direct[0])
+    start = [normal(4, 4).detach()]
+    unmoved = at_fixed_point(stoch_AID, K=0, linsys_start=start, verbose=False)(problem)[1]
+    assert torch.equal(unmoved[0], start[0])
+
+
+class Indefinite:
+    """p = (I - A) p + h u, A symmetric with eigenvalues of both signs; outer loss |p|^2 / 2."""
+
+    def __init__(self):
+        basis = torch.linalg.qr(normal(41, 4, 4).detach())[0]
+        self.A = basis @ torch.tensor([3.0, 2.0, -1.0, -2.5], dtype=DOUBLE).diag() @ basis.T
+        self.u = normal(42, 4).detach()
+        self.hparams = [torch.tensor(1.0, dtype=DOUBLE, requires_grad=True)]
+        self.solution = [torch.linalg.solve(self.A, self.u)]
+
+    def map(self, params, hparams):
+        return [params[0] - self.A @ params[0] + hparams[0] * self.u]
+
+    def outer_loss(self, params, hparams):
+        return params[0].square().sum() / 2
+
+
+def test_a_truncated_solve_is_accepted_with_a_warning_where_it_is_asked_for():
+    problem = Indefinite()
+    w, jacobian = problem.solution[0], torch.eye(4, dtype=DOUBLE) - problem.A
+    series = sum(torch.linalg.matrix_power(jacobian, k) @ w for k in range(6))
+    for method, K in ((fixed_point, 6), (neumann, 5)):
         with pytest.raises(DivergenceError):
-            at_fixed_point(method, K=5)(problem)
+            at_fixed_point(method, K=K)(problem)
+        with pytest.warns(DivergenceWarning, match="residual .* after 6 iterations"):
+            found = at_fixed_point(method, K=K, on_divergence="warn")(problem)
+        assert_near(found[0], series @ problem.u, 1e-10)
+    with pytest.raises(DivergenceError):
+        at_fixed_point(CG, K=4)(problem)
+    with pytest.warns(DivergenceWarning, match="the curvature -"):
+        found = at_fixed_point(CG, K=4, on_divergence="warn")(problem)
+    assert_near(found[0], torch.linalg.solve(problem.A, w) @ problem.u, 1e-8)
+    rates = {"optim_build": lambda v: (torch.optim.SGD(v, lr=0.5), None), "verbose": False}
+    with pytest.warns(DivergenceWarning):
+        at_fixed_point(stoch_AID, K=9, on_divergence="warn", **rates)(problem)
+    with pytest.raises(HypergradientError, match="on_divergence is raise or warn, not 'ignore'"):
+        at_fixed_point(CG, K=4, on_divergence="ignore")(problem)
+
+
+def test_a_product_with_the_jacobian_is_that_of_torch_func_and_is_attached():
+    def phi(params):
+        a, b = params
+        return [(a * b).sin() * a.sum(), b.pow(3)]
+
+    params = [normal(1, 3, 3).detach(), normal(2, 3).detach()]
+    directions = [normal(3, 3, 3).detach(), normal(4, 3).detach()]
+
+    expected = torch.func.jvp(phi, (params,), (directions,))[1]
+    found = jvp(phi, params, directions)
+    for a, b in zip(found, expected, strict=True):
+        assert_near(a, b, 1e-12)
+    assert all(t.requires_grad for t in found)
+
+
+def test_gradients_are_added_and_none_counts_as_zero():
+    hparams = [torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)]
+    for _ in range(2):
+        update_tensor_grads(hparams, [torch.tensor([1.0, 2.0]), None])
+    assert hparams[0].grad.tolist() == [2.0, 4.0] and hparams[1].grad.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("momentum", [0.5, 0.9, 0.99])
@@ -1348,7 +1461,7 @@ def wrong(change) -> dict:
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda p: {"K": 0}, "K must be a whole number of at least 1, got 0"),
+    (lambda p: {"K": -1}, "K must be a whole number of at least 0, got -1"),
     (lambda p: {"hparams": [p.hparams[0].detach(), p.hparams[1]]},
      r"hyperparameter 0 has requires_grad=False; call requires_grad_\(\)"),
     (lambda p: {"hparams": [p.hparams[0], 0.5]}, "hparams must be .* entry 1 is float"),
@@ -1390,7 +1503,6 @@ def test_wrong_use_of_reverse_methods_gets_one_line():
     start, maps = p.solution, [p.map] * 3
     arguments = p.hparams, maps, p.outer_loss
     for run, message in [
-        (lambda: reverse([start], *arguments), "the history is too short: 1 states need 1"),
         (lambda: reverse([], *arguments), "too short"),
         (lambda: reverse([start] * 5, *arguments), "5 states need 4 update maps and there are 3"),
         (lambda: reverse([start, [start[0][:2]]], *arguments), "."),
@@ -1451,7 +1563,7 @@ def test_an_outer_gradient_that_is_not_finite_is_refused(method):
             method(w, h, 10, phi, outer, set_grad=False)
 
 
-@pytest.mark.parametrize("K", [float("nan"), 2.5, 0, "3", None])
+@pytest.mark.parametrize("K", [float("nan"), 2.5, -1, "3", None])
 @pytest.mark.parametrize("method", [CG, CG_normaleq, nystrom, fixed_point, neumann])
 def test_iterations_are_a_whole_number(method, K):
     w, h, phi = _at_fixed_point()

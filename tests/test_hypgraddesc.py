@@ -27,6 +27,7 @@ from hypgraddesc import (
     HypergradientDescent,
     MetaError,
     MetaSettings,
+    check_settings,
     evaluate_draws,
     hypgraddesc,
     random_steps,
@@ -677,6 +678,46 @@ def test_ungraded_steps_come_also_where_a_failure_made_training_start_anew():
     for _ in range(4):
         run.step()
     assert torch.cat(outer_loss_of(run).seen).tolist() == [5.0, 7.0, 5.0, 7.0]
+
+
+def test_ungraded_steps_may_follow_a_schedule():
+    run = descent(
+        [1.0], slopes(*[(0.0,)] * 3), ungraded_steps=lambda metastep, generator: 2 * metastep
+    )
+    assert [run.step()["first"] for _ in range(3)] == [1.0, 3.0, 5.0]
+
+
+def test_a_run_ends_where_its_accuracy_is_too_low_and_stays_ended():
+    run = descent([1.0], slopes((10.0,), (10.0,), (10.0,)), lr=0.4, stop_below=0.5)
+    seen = []
+    while not run.finished:
+        seen.append(run.step()["first"])
+    assert len(seen) == 3 and seen[1] >= 0.5 > seen[2]
+    assert "meta-step 3, first 0.2 is below 0.5: the last one" in run.warn[-1]
+    again = descent([1.0], slopes((1.0,)), stop_below=0.5)
+    again.load_state_dict(stored(run.state_dict()))
+    assert again.finished
+    with pytest.raises(MetaError, match="needs an outer loss that tells an accuracy"):
+        silent = Outer(distance(0.0))
+        silent.metrics = ()
+        check_settings(MetaSettings(stop_below=0.5), replace(run.trainings[0], outer_loss=silent))
+
+
+def test_outputs_of_samples_are_those_of_the_first_tasks_network():
+    class Products(nn.Module):
+        def forward(self, x, params):
+            return x * params[0]["w"]
+
+    training = Training(
+        Products(), Drift([1.0, 2.0]), Start([0.0, 0.0]), ones, Outer(distance(0.0, 0.0))
+    )
+    settings = MetaSettings(2, lr=1e-9, inner_steps=3, tasks=2)
+    run = HypergradientDescent(training, settings, Said(), samples=double([1.0, 1.0], [0.0, -1.0]))
+    row = run.step()
+    found = {name: value for name, value in row.items() if name.startswith("output/")}
+    assert found == {"output/0/0": 3.0, "output/0/1": 6.0, "output/1/0": 0.0, "output/1/1": -6.0}
+    run.trainings[0].outer_loss.function = lambda w, call: w.sum() * math.nan
+    assert all(math.isnan(run.step()[name]) for name in found)
 
 
 # ---- sparsification ----

@@ -8,6 +8,7 @@ from oracles import DOUBLE, assert_near, normal
 
 from hypergradients import (
     Adam,
+    DifferentiableOptimizer,
     GradientDescent,
     HeavyBall,
     HypergradientError,
@@ -15,6 +16,7 @@ from hypergradients import (
     Nesterov,
     checkpointed_reverse,
     forward_mode,
+    gd_step,
     reverse,
     reverse_unroll,
 )
@@ -129,7 +131,7 @@ def test_parameters_may_be_a_dict_per_layer(name, gradient):
     for _ in range(3):
         expected = optimizer(expected, hparams)
         params = optimizer_on_trees(params, {"all": hparams})
-    assert len(params) == optimizer.copies * 3 + optimizer.extra and params[1] == {}
+    assert len(params) == optimizer.dim_mult * 3 + optimizer.extra and params[1] == {}
     assert torch.equal(params[0]["a"], expected[0]) and torch.equal(params[2]["b"], expected[1])
     found = torch.autograd.grad(params[0]["a"].sum(), hparams[0])[0]
     assert torch.equal(found, torch.autograd.grad(expected[0].sum(), hparams[0])[0])
@@ -170,12 +172,46 @@ def test_heavy_ball_starts_at_rest():
         assert torch.equal(a, b)
 
 
-def test_the_loss_of_the_last_call_is_kept_without_its_graph():
-    optimizer = GradientDescent(loss, 0.05)
-    assert optimizer.curr_loss is None
-    optimizer(start(), hyperparameters())
-    assert optimizer.curr_loss == loss(start(), hyperparameters()).detach()
-    assert not optimizer.curr_loss.requires_grad
+def test_the_loss_of_the_last_call_is_kept_with_the_graph_of_its_step():
+    for gradient, create_graph, attached in (
+        ("graph", True, True), ("graph", False, False), ("mixed", True, False),
+    ):  # fmt: skip
+        h = hyperparameters()
+        optimizer = GradientDescent(loss, 0.05, gradient=gradient)
+        assert optimizer.curr_loss is None
+        optimizer(start(), h, create_graph)
+        assert optimizer.curr_loss.detach() == loss(start(), h).detach()
+        assert optimizer.curr_loss.requires_grad == attached
+    attached = GradientDescent(loss, 0.05)
+    attached(start(), h)
+    expected = sum((t.square().sum() for t in start()[:1]), start()[1].pow(4).sum())
+    assert_near(torch.autograd.grad(attached.curr_loss, h[0])[0], expected, 1e-12)
+
+
+def test_a_differentiable_optimizer_of_ones_own_is_a_map_for_the_methods():
+    class WithPrevious(DifferentiableOptimizer):
+        def __init__(self, loss_f, data_or_iter=None):
+            super().__init__(loss_f, dim_mult=2, data_or_iter=data_or_iter)
+
+        def step(self, params, hparams, create_graph):
+            half = len(params) // 2
+            value = self.get_loss(params[:half], hparams)
+            new = gd_step(params[:half], value, hparams[1], create_graph=create_graph)
+            return [*new, *params[:half]]
+
+    h = hyperparameters()
+    ours, plain = WithPrevious(lambda p, h, data: loss(p, h), [1]), GradientDescent(loss, step_size)
+    history = [ours.get_opt_params([t.requires_grad_() for t in start()])]
+    assert [t.shape for t in history[0]] == [t.shape for t in start() * 2]
+    for _ in range(3):
+        history.append(ours(history[-1], h))
+    found = reverse(history, h, [ours] * 3, lambda p, h: p[0].sum(), set_grad=False)
+    plainly = [start()]
+    for _ in range(3):
+        plainly.append(plain(plainly[-1], h, create_graph=False))
+    expected = reverse(plainly, h, [plain] * 3, lambda p, h: p[0].sum(), set_grad=False)
+    for a, b in zip(found, expected, strict=True):
+        assert_near(a, b, 1e-12)
 
 
 def test_mixed_mode_keeps_params_and_hyperparameters_only():

@@ -17,6 +17,7 @@ import baseline_pca
 import main
 from comparison.learned_run import load_run
 from experiment.errors import RunLogError
+from experiment.processes import ALONE
 from mnist_datasets import load_images
 from rules import load_rule
 
@@ -185,9 +186,12 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--reinitialize_every", "2", "--accumulate"],
         ["--products", "bfloat16"],
         ["--clip_grads"],
+        ["--stop_below", "0.99"],
+        ["--sample_outputs", "2"],
         ["--clip_grads", "--clip_norm", "5"],
         ["--inh_steps", "3", "--inh_factor", "0.5"],
         ["--inhibition", "l2"],
+        ["--inhibition", "l1_image", "--conv", "3x5"],
         ["--inhibition", "equilibrium"],
         ["--l2_reg", "0.01"],
         ["--optimizer", "rmsprop"],
@@ -596,6 +600,22 @@ def test_a_switch_of_the_original_takes_its_number_where_layers_stand_beside_it(
     assert (settings.clip_norm, settings.sparsify_from) == (clip, sparsify)
 
 
+@pytest.mark.parametrize(
+    ("line", "variance", "center"),
+    [
+        ("32 --pixelwise_normalization", True, False),
+        ("--pixelwise_normalization mean 32", False, True),
+        ("32 --rule unit_statistics --pixelwise_normalization", True, True),
+    ],
+)
+def test_pixels_are_normalised_or_centred_alone(line, variance, center):
+    args, parser = main.parse_flags([*line.split(), "--dataset", "mnist5k"])
+    main.refuse_flags_without_effect(args, parser)
+    assert (args.pixelwise_normalization, args.center) == (variance, center)
+    train, _ = main.make_data(args, "mnist5k", ALONE, torch.device("cpu"))
+    assert train.shift is not None and (train.scale is not None) == variance
+
+
 def test_a_switch_with_its_number_is_resumed(tmp_path):
     out = tmp_path / "run"
     run(4, *TINY, "--clip_grads", 5, "--sparsify", 1, "--out", out)
@@ -621,6 +641,7 @@ def test_a_switch_with_its_number_is_resumed(tmp_path):
         ("--beside 32", "layers stand before --beside"),
         ("--views mixed --learn_views degrees 32", "layers stand before --learn_views"),
         ("--layerwise --steps_below 250 32", "before flags that take several numbers"),
+        ("--pixelwise_normalization 32", "must be mean, or nothing, not '32'; layers stand before"),
         ("32 --clip_grads 5 16", "unrecognized arguments: 16"),
     ],
 )

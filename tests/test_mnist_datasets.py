@@ -513,6 +513,15 @@ def test_centring_alone_leaves_the_scale_out_and_a_second_time_changes_nothing()
     assert torch.equal(again.shift, train.shift) and torch.equal(again.scale, train.scale)
 
 
+def test_all_pixels_together_have_mean_zero_and_variance_one():
+    train, test = m.normalize_pixels(
+        random_data(50, channels=2, size=4), random_data(9, channels=2, size=4), pixelwise=False
+    )
+    x = train.floats(dtype=torch.float64)
+    assert abs(x.mean()) < 1e-6 and abs(x.var(correction=0) - 1) < 1e-6
+    assert train.shift.unique().numel() == 1 and torch.equal(train.scale, test.scale)
+
+
 # Batches -----------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,6 @@ from models_fully_local import (
     INHIBITION,
     Activation,
     Centre,
-    Flatten,
     LateralLinear,
     Sequential,
     lateral_dynamics,
@@ -31,7 +30,8 @@ from models_fully_local import (
     lateral_network,
 )
 
-STEPWISE = [kind for kind in INHIBITION if kind != "equilibrium"]
+PER_POSITION = [kind for kind in INHIBITION if not kind.endswith("image")]
+STEPWISE = [kind for kind in PER_POSITION if kind != "equilibrium"]
 BASES = list(SIGMAS)
 hypothesis_settings = settings(deadline=None, max_examples=40, derandomize=True)
 
@@ -250,10 +250,47 @@ def test_a_model_has_no_parameters_of_its_own():
     assert not list(lateral_mlp(6, [4, 3], Activation()).parameters())
 
 
-def test_flatten_keeps_the_batch():
-    x = normal(0, 3, 2, 4)
-    assert torch.equal(Flatten()(x, {}), x.reshape(3, 8))
-    assert Flatten().parameter_shapes() == {}
+def test_modules_without_numbers_are_layers_and_others_are_refused():
+    x = normal(0, 3, 2, 4, 4).detach()
+    model = Sequential([nn.MaxPool2d(2), nn.Dropout(0.5), nn.Flatten(), LateralLinear(8, 2)])
+    assert [layer.parameter_shapes() for layer in model.layers[:3]] == [{}, {}, {}]
+    params = [{}, {}, {}, layer_params(model.layers[3])]
+    pooled = x.view(3, 2, 2, 2, 2, 2).amax((3, 5)).flatten(1)
+    dropped = [model(x, params) for _ in range(2)]
+    assert not torch.equal(*dropped)
+    assert_near(model.eval()(x, params), model.layers[3](pooled, params[3]))
+    for module in (nn.Linear(2, 2), nn.BatchNorm2d(3, affine=False)):
+        with pytest.raises(ValueError, match=r"holds .* parameters are given at each call"):
+            Sequential([module])
+
+
+@pytest.mark.parametrize("inhibition", ["lateral", "none", "l1", "l2"])
+def test_any_function_of_each_number_is_an_activation(inhibition):
+    x = normal(1, 5, 4).detach()
+    exact, free = (
+        LateralLinear(4, 3, activation, inhibition=inhibition, inh_steps=4, inh_factor=0.3)
+        for activation in (Activation("tanh"), lambda u: torch.tanh(u))
+    )
+    params = layer_params(exact)
+    found, expected = free(x, params), exact(x, params)
+    assert_near(found, expected)
+    for a, b in zip(gradients(weighted_sum([found]), params.values()),
+                    gradients(weighted_sum([expected]), params.values()), strict=True):  # fmt: skip
+        assert_near(a, b)
+    named = LateralLinear(4, 3, "gelu", inhibition="none")
+    s, y = named.respond(x, params)
+    assert_near(y, s * (1 + torch.erf(s / 2**0.5)) / 2)
+    exponential = LateralLinear(4, 3, torch.exp, inhibition="l1").respond(x, params)
+    assert_near(exponential[1], exponential[0].softmax(1), 1e-5)
+    assert LateralLinear(4, 3, "relu").activation == Activation("relu")
+
+
+def test_what_is_no_activation_is_refused_when_the_layer_is_made():
+    for wanted in ("quux", "pi", 3, lambda u: u.sum(), lambda u: u.softmax(1), lambda u, v: u):
+        with pytest.raises(ValueError, match=r"is unknown: it must be one of .*'sigmoid', 'tanh'"):
+            LateralLinear(4, 3, wanted)
+    with pytest.raises(ValueError, match="'equilibrium' needs an activation of"):
+        LateralLinear(4, 3, torch.exp, inhibition="equilibrium")
 
 
 def test_parameter_shapes_are_those_of_the_layer():
@@ -298,7 +335,7 @@ def test_inputs_of_another_shape_are_refused_with_both_shapes(shape):
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_another_number_of_parameter_dicts_is_refused(count):
-    model = Sequential([Flatten(), Flatten()])
+    model = Sequential([nn.Flatten(), nn.Flatten()])
     with pytest.raises(ValueError, match=f"expected 2 dicts of parameters, got {count}"):
         model(torch.zeros(1, 2), [{}] * count)
 
@@ -328,8 +365,8 @@ def test_a_centre_takes_away_the_mean_that_it_is_given():
     assert torch.equal(Centre()(x, {"input_mean": x.mean(0)}), x - x.mean(0))
     options = {"inhibition": "none", "convolutions": [(2, 3)], "centred_inputs": True}
     layers = lateral_network((1, 8, 8), [4], Activation(), centred_layers=True, **options).layers
-    assert [type(layer).__name__ for layer in layers] == [
-        "Centre", "LateralConv2d", "AveragePool2d", "Flatten", "Centre", "LateralLinear"
+    assert [type(getattr(layer, "module", layer)).__name__ for layer in layers] == [
+        "Centre", "LateralConv2d", "AvgPool2d", "Flatten", "Centre", "LateralLinear"
     ]  # fmt: skip
 
 

@@ -163,7 +163,8 @@ def test_choices_and_settings_load_nothing_heavy():
 def test_errors_are_kinds_of_the_built_in_ones(library):
     errors = vars(importlib.import_module(f"{library}.errors"))
     own = [e for e in errors.values() if isinstance(e, type) and e.__module__.startswith(library)]
-    assert own and all(issubclass(e, ValueError | RuntimeError | FloatingPointError) for e in own)
+    kinds = ValueError | RuntimeError | FloatingPointError | RuntimeWarning
+    assert own and all(issubclass(e, kinds) for e in own)
 
 
 @pytest.mark.parametrize(

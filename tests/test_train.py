@@ -11,9 +11,18 @@ from torch import nn
 
 from initializers import TRAINABLE, GaussianInitializer
 from learning_rules import LearningRule, PerLayerRule, PolynomialPairRule, PolynomialRule
-from models_fully_local import Activation, lateral_mlp
+from models_fully_local import Activation, LateralLinear, Sequential, lateral_mlp
 from rules import preset
-from train import MEMORY, AdjointLimit, TrainingError, graph_bytes, train, train_on_the_way
+from train import (
+    MEMORY,
+    AdjointLimit,
+    Draw,
+    Training,
+    TrainingError,
+    graph_bytes,
+    train,
+    train_on_the_way,
+)
 
 STEPS, BATCH, INPUTS, SIZES = 7, 6, 4, (3, 2)
 
@@ -542,6 +551,36 @@ def test_no_policy_changes_what_is_drawn_nor_moves_statistics_more_often(memory)
     for rule in rules:
         assert int(rule.norm.num_batches_tracked) == 5
     assert torch.equal(rules[0].norm.running_var, rules[1].norm.running_var)
+
+
+class Hebbian(LearningRule):
+    """w + y^T x / 100, of a network that ends in a layer of units."""
+
+    def update(self, model, params, batch):
+        y = model(batch, params)
+        hidden = nn.Sequential(*(layer.module for layer in model.layers[:-1]))(batch)
+        return [*params[:-1], params[-1] | {"w": params[-1]["w"] + y.T @ hidden / 100}]
+
+
+def test_dropout_is_repeated_in_training_and_off_where_the_training_is_judged():
+    model = Sequential([nn.Flatten(), nn.Dropout(0.5), LateralLinear(4, 3, inhibition="none")])
+    w = normal(1, 3, 4)
+    batch, found = normal(2, 5, 4).detach(), []
+    for memory in ("keep", "recompute"):
+        torch.manual_seed(3)
+        start = [{}, {}, {"w": w, "b": torch.zeros(3, dtype=DOUBLE)}]
+        end = train(model, start, itertools.repeat(batch), Hebbian(), 3, memory=memory)
+        found.append(torch.autograd.grad(end[2]["w"].square().sum(), w)[0])
+    assert torch.equal(*found)
+
+    def judge(model, params, generator):
+        assert not any(module.training for module in model.modules())
+        return model(batch, params).square().mean(), {}
+
+    judge.metrics = ()
+    training = Training(model, Hebbian(), lambda *_: start, lambda _: iter(()), judge)
+    losses = {training.checked_outer_loss(start, Draw((0,), 0))[0].item() for _ in range(2)}
+    assert len(losses) == 1 and all(module.training for module in model.modules())
 
 
 def test_random_numbers_of_a_rule_itself_are_refused_where_it_runs_again():

@@ -283,6 +283,13 @@ def test_bcm_moves_by_activity_beyond_a_sliding_threshold(gain):
     assert_near(new["b"], old["b"] + 0.1 * post.mean(0))
 
 
+def test_a_layer_whose_gain_is_not_known_is_refused():
+    rule = UnitStatisticsRule.of_terms(["x gain y"], views=1)
+    model = network(activation=torch.exp)
+    with pytest.raises(RuleError, match="their activation must be an Activation, not"):
+        rule.update(model, parameters_of(model), batch_for(rule))
+
+
 def test_the_signal_multiplies_what_each_sample_changes():
     reward = torch.tensor([1.0, 0.0, -2.0, 0.5, 0.0, 0.0], dtype=DOUBLE)
     rule = UnitStatisticsRule(
