@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _NAMES = {  # the public face by module, each name of which is loaded on first use
+    "biopytorch": "bio_train load_biopytorch same_padding",
     "choices": "ACTING AUGMENTATIONS FEATURE_NORMS GATES NORMALIZATIONS SCHEDULES gate_needs",
     "competition": "Competition",
     "errors": "CompetitionError NonFiniteError",
@@ -17,6 +18,9 @@ _MODULES = {name: module for module, names in _NAMES.items() for name in names.s
 __all__ = list(_MODULES)
 
 if TYPE_CHECKING:  # the same names for type checkers
+    from krotov_hopfield.biopytorch import bio_train as bio_train
+    from krotov_hopfield.biopytorch import load_biopytorch as load_biopytorch
+    from krotov_hopfield.biopytorch import same_padding as same_padding
     from krotov_hopfield.choices import ACTING as ACTING
     from krotov_hopfield.choices import AUGMENTATIONS as AUGMENTATIONS
     from krotov_hopfield.choices import FEATURE_NORMS as FEATURE_NORMS
