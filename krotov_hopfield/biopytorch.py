@@ -1,7 +1,6 @@
-"""What else BioPyTorch has: one layer's training on anybody's loader, and its saved networks.
+"""What else BioPyTorch offers: one layer's training on anybody's loader, and its padding.
 
     convergence = bio_train(layer, dataset, n_epochs=5, lr_scheduler=(0.007, 0.0001, 0.8))
-    network = load_biopytorch("layers1.pt")          # its layers are those of layers.py
 
 Source: https://github.com/Einlar/biopytorch.
 """
@@ -9,15 +8,11 @@ Source: https://github.com/Einlar/biopytorch.
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from krotov_hopfield.errors import CompetitionError
 from krotov_hopfield.layers import BioConv2d, BioLinear
 from krotov_hopfield.recipes import exponential_rate
 
@@ -116,69 +111,3 @@ def same_padding(
     if rows % 2 == columns % 2 == 0:
         return rows // 2, columns // 2
     return columns // 2, columns - columns // 2, rows // 2, rows - rows // 2
-
-
-# ---- saved networks ----
-
-
-class _SavedConv2d(nn.Module):
-    """Stands for BioPyTorch's while a file is read; its attributes are those of the file."""
-
-    def ours(self) -> BioConv2d:
-        return BioConv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.lebesgue_p,
-            self.ranking_param, float(self.delta), self.stride, self.padding, self.dilation, self.groups,
-            padding_mode={"constant": "zeros"}.get(self.padding_mode, self.padding_mode),
-            dtype=self.weight.dtype,
-        )  # fmt: skip
-
-
-class _SavedLinear(nn.Module):
-    """Likewise."""
-
-    def ours(self) -> BioLinear:
-        if self.bias is not None:
-            raise CompetitionError("its BioLinear has a bias, which responds otherwise here")
-        return BioLinear(
-            int(self.in_features), self.out_features, False, float(self.delta), self.ranking_param,
-            self.lebesgue_p, dtype=self.weight.dtype,
-        )  # fmt: skip
-
-
-_KNOWN = [  # all that its files may ask for
-    nn.Sequential, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU, nn.Dropout, nn.Linear,
-    nn.Flatten,
-    (_SavedConv2d, "biopytorch.bioconv2d.BioConv2d"),
-    (_SavedLinear, "biopytorch.biolinear.BioLinear"),
-    np.dtype, type(np.dtype(np.int64)), type(np.dtype(np.float64)),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-]  # fmt: skip
-
-
-def load_biopytorch(path: Path | str) -> nn.Sequential:
-    """A network that BioPyTorch's experiments have saved, with layers of this library, to evaluate.
-
-    Nothing of the file is run: it may ask for torch's layers and BioPyTorch's alone. Raises
-    CompetitionError where it is something else.
-    """
-    try:
-        with torch.serialization.safe_globals(_KNOWN):
-            network = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(network, nn.Sequential):
-            raise CompetitionError(f"a {type(network).__name__}, expected an nn.Sequential")
-        return _with_our_layers(network).eval()
-    except CompetitionError as problem:
-        raise CompetitionError(f"{path} is no network of BioPyTorch: {problem}") from problem
-    except (OSError, UnpicklingError, RuntimeError, AttributeError, TypeError, EOFError) as problem:
-        reason = str(problem).strip().split("\n")[0]
-        raise CompetitionError(f"{path} is no network of BioPyTorch: {reason}") from problem
-
-
-def _with_our_layers(module: nn.Module) -> nn.Module:
-    if isinstance(module, _SavedConv2d | _SavedLinear):
-        layer = module.ours()
-        layer.load_state_dict(module.state_dict())
-        return layer
-    for name, child in module.named_children():
-        module.add_module(name, _with_our_layers(child))
-    return module

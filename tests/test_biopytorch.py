@@ -1,8 +1,7 @@
-"""BioPyTorch's training of a layer, its padding, and its saved networks."""
+"""BioPyTorch's training of a layer and its padding; what its layers have beside a step."""
 
 import math
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -14,7 +13,6 @@ from krotov_hopfield import (
     BioLinear,
     CompetitionError,
     bio_train,
-    load_biopytorch,
     same_padding,
 )
 
@@ -136,62 +134,3 @@ def test_delta_and_k_may_be_set_and_are_checked_as_at_the_beginning():
         with pytest.raises(CompetitionError):
             setattr(layer, name, value)
     assert (layer.delta, layer.ranking_param) == (0.4, 3)
-
-
-# ---- saved networks: written by classes of BioPyTorch's names and attributes ----
-
-
-class TheirConv2d(nn.Module):
-    __module__, __qualname__ = "biopytorch.bioconv2d", "BioConv2d"
-
-    def __init__(self, channels: int, units: int) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels, self.groups = channels, units, 1
-        self.kernel_size, self.stride, self.dilation = (3, 3), (1, 1), (1, 1)
-        self.padding, self.padding_mode = 0, "zeros"
-        self.F_padding, self.conv2d_padding, self.F_pad = (0, 0, 0, 0), (0, 0), False
-        weight = torch.randn(units, channels, 3, 3)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.lebesgue_p, self.ranking_param, self.delta = 3, 2, 0.25
-        self.batch_norm = nn.BatchNorm2d(channels, affine=False)
-
-    def forward(self, x):
-        weight = self.weight.sign() * self.weight.abs() ** 2
-        return nn.functional.conv2d(self.batch_norm(x), weight)
-
-
-@pytest.fixture
-def saved(monkeypatch, tmp_path):
-    """A network in the form of BioPyTorch's files, and the file."""
-    module = ModuleType(TheirConv2d.__module__)
-    module.BioConv2d = TheirConv2d
-    for name in ("biopytorch", module.__name__):
-        monkeypatch.setitem(sys.modules, name, module)
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Sequential(nn.Sequential(TheirConv2d(3, 5), nn.ReLU(), nn.MaxPool2d(2))),
-        nn.BatchNorm2d(5, affine=False), nn.Flatten(), nn.Dropout(0.3), nn.Linear(45, 10),
-    )  # fmt: skip
-    network(torch.rand(20, 3, 8, 8))  # running statistics
-    network.eval()
-    torch.save(network, tmp_path / "theirs.pt")
-    return network, tmp_path / "theirs.pt"
-
-
-def test_a_saved_network_answers_as_it_did(saved):
-    theirs, path = saved
-    ours, x = load_biopytorch(path), torch.rand(4, 3, 8, 8)
-    layer = ours[0][0][0]
-    assert isinstance(layer, BioConv2d) and (layer.delta, layer.ranking_param) == (0.25, 2)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
-
-
-def test_other_files_are_refused_and_nothing_in_them_is_run(tmp_path):
-    for content in (torch.nn.GRU(2, 3), {"weight": torch.ones(2)}):
-        torch.save(content, tmp_path / "other.pt")
-        with pytest.raises(CompetitionError, match="is no network of BioPyTorch"):
-            load_biopytorch(tmp_path / "other.pt")
-    (tmp_path / "other.pt").write_bytes(b"nothing")
-    for path in (tmp_path / "other.pt", tmp_path / "none.pt"):
-        with pytest.raises(CompetitionError, match="is no network of BioPyTorch"):
-            load_biopytorch(path)
