@@ -47,10 +47,13 @@ def make_parser():
     add("--hidden", type=positive_int, metavar="UNITS",
         help="units of its layers (default: 20 for lstm, 32 for mlp)")  # fmt: skip
     add("--raw_gradients", action="store_true", help="lstm: gradients without preprocessing")
+    add("--preprocess_factor", type=positive_float, default=10.0, metavar="P",
+        help="lstm: gradients below e^-P are passed on times e^P")  # fmt: skip
     add("--extra_inputs", choices=EXTRA_INPUTS, nargs="*", default=[], help="lstm: further inputs")
     add("--out_mul", type=positive_float, metavar="FACTOR",
         help="of its steps (default: as in --start_from; .01 or .1; mlp .001)")  # fmt: skip
-    add("--start_from", type=Path, metavar="RUN", help="go on from the optimiser of another run")
+    add("--start_from", type=Path, metavar="RUN", 
+        help="go on from the optimiser of another run, or l2o_optimizer.pt")  # fmt: skip
     add_settings(parser.add_argument_group("meta-training"), MetaTrainingSettings)
     add = parser.add_argument_group("optimizees").add_argument
     add("--batch_size", type=positive_int, default=BATCH_SIZE, help="images of an inner step")
@@ -117,6 +120,8 @@ def check(args, parser) -> None:
     refuse_idle_flags(args, parser, [
         (" ".join(f for f in flags_of(MetaTrainingSettings) if f != "epochs"), args.epochs,
          "--epochs of at least 1"),
+        ("preprocess_factor", not args.raw_gradients and args.network != "mlp"
+         and args.start_from is None, "a new lstm without --raw_gradients"),
         ("sigma pairs", args.estimator in ("es", "pes"), "--estimator es or pes"),
         ("penalty_kinds penalty_relative", args.penalty, "--penalty"),
         ("norm_eps", any(name.endswith("bn") for name in names),
@@ -136,6 +141,7 @@ def make_optimizer(args) -> CoordinateNetwork:
     if kind == "lstm":
         small = args.optimizee.startswith(SMALL_STEPS)
         settings |= {"preprocess": not args.raw_gradients, "extra_inputs": args.extra_inputs}
+        settings["preprocess_factor"] = args.preprocess_factor
         settings["out_mul"] = args.out_mul or (0.01 if small else 0.1)
     elif args.raw_gradients or args.extra_inputs:
         raise OptimizerError("--raw_gradients and --extra_inputs are for --network lstm")
@@ -147,7 +153,10 @@ def make_optimizer(args) -> CoordinateNetwork:
 def start_from(args) -> CoordinateNetwork:
     """The network of --start_from; OptimizerError where flags ask for another one."""
     directory = args.resume or args.out  # of the latter, where torchrun has restarted the run
-    path = args.start_from / "optimizer.json" if args.start_from.is_dir() else args.start_from
+    path = args.start_from
+    if path.is_dir():
+        theirs = path / "l2o_optimizer.pt"
+        path = theirs if theirs.exists() else path / "optimizer.json"
     if directory is not None and (directory / START).exists():
         path = directory / START
     network = load_network(path)
