@@ -20,6 +20,8 @@ from pathlib import Path
 from experiment.command_line import (
     UserError,
     common_parser,
+    fraction,
+    nonnegative_int,
     parse,
     positive_float,
     positive_int,
@@ -62,6 +64,12 @@ def make_parser():
     add("--compare", nargs="*", metavar="OPTIMIZEE", help="default: the one trained on")
     add("--test_runs", type=positive_int, default=10, help="trainings by each optimiser")
     add("--test_steps", type=positive_int, default=200, help="of each training")
+    add("--test_images", type=positive_int, default=1000, metavar="N",
+        help="test images that optimizees are judged on")  # fmt: skip
+    add("--test_every", type=nonnegative_int, default=10, metavar="STEPS",
+        help="when; 0: never")  # fmt: skip
+    add("--lion_shares", type=fraction, nargs="+", default=[], metavar="SHARE",
+        help="SGD and Lion mixed, so much of Lion")  # fmt: skip
     add("--tuning_runs", type=positive_int, default=3, help="to find the best learning rate")
     add("--histogram_steps", type=positive_int, nargs="*", default=[1, 5, 10, 30, 100, 500],
         help="where |u| is counted")  # fmt: skip
@@ -74,13 +82,14 @@ if __name__ == "__main__":
 import torch
 
 from comparison.optimizer_comparison import (
-    BASELINES,
     EDGES,
     PUBLISHED,
+    HeldOut,
     OptimizerComparison,
     halves,
     noise_statistics,
 )
+from data_sets.image_data import ImageData
 from experiment.devices import set_up
 from experiment.files import digest
 from experiment.loop import finish_on_interrupt, run_steps
@@ -124,6 +133,7 @@ def check(args, parser) -> None:
          and args.start_from is None, "a new lstm without --raw_gradients"),
         ("sigma pairs", args.estimator in ("es", "pes"), "--estimator es or pes"),
         ("penalty_kinds penalty_relative", args.penalty, "--penalty"),
+        ("test_images", args.test_every, "--test_every of at least 1"),
         ("norm_eps", any(name.endswith("bn") for name in names),
          "an optimizee with batch norm, such as relu20bn"),
     ])  # fmt: skip
@@ -212,33 +222,39 @@ def save(training: MetaTraining, source: str, log: RunLog) -> dict:
     return results
 
 
-def compare(args, network: CoordinateNetwork, make, results: dict, log: RunLog) -> bool:
+def compare(
+    args, network: CoordinateNetwork, make, test: HeldOut | None, results: dict, log: RunLog
+) -> bool:
     """Every optimiser on every optimizee of --compare; False where Ctrl-C ended it.
 
-    make(name, half) -> Task, on half 0 or 1 of the training images. results: what is known so far;
-    the comparison is added, and written with the curves after each optimiser.
+    make(name, half) -> Task, on half 0 or 1 of the training images. test: of images. results: what
+    is known so far; the comparison is added, and written with the curves after each optimiser.
     """
     weights = next(network.parameters())
     names = [args.optimizee] if args.compare is None else args.compare
     comparison = OptimizerComparison(
-        args.seed, args.test_steps, args.test_runs, args.tuning_runs, weights
+        args.seed, args.test_steps, args.test_runs, args.tuning_runs, weights, args.lion_shares
     )
     arrays = {"edges": EDGES.numpy()}
     with (
         finish_on_interrupt() as interrupt,
-        log.progress(len(names) * (1 + len(BASELINES)), 0, "comparison") as progress,
+        log.progress(len(names) * len(comparison.names), 0, "comparison") as progress,
     ):
         for name in names:
             task, outcome = make(name, 1), {"optimizers": {}, "tuning": {}}
+            outcome["tensors"] = task.optimizee.names()
+            judged_on = None if name == "quadratic" else test
             symmetries = symmetries_of(task, args.seed)
-            for optimizer in ("learned", *BASELINES):
+            for optimizer in comparison.names:
                 contenders, rates = comparison.contenders(
                     optimizer, network, make(name, 0), interrupt
                 )
                 if not contenders:
                     return False
                 for contender in contenders:
-                    curves = comparison.curves(contender, task, symmetries, args.histogram_steps)
+                    curves = comparison.curves(
+                        contender, task, symmetries, args.histogram_steps, judged_on
+                    )
                     outcome["optimizers"][contender.name] = curves.summary()
                     recorded = curves.arrays().items()
                     arrays |= {f"{name}/{contender.name}/{key}": array for key, array in recorded}
@@ -255,6 +271,14 @@ def compare(args, network: CoordinateNetwork, make, results: dict, log: RunLog) 
             write_comparison(name, outcome, arrays, args, results, log)
             say_losses(name, outcome["optimizers"], args, log)
     return True
+
+
+def held_out(args, test_data: ImageData, dtype: torch.dtype) -> HeldOut | None:
+    """The first test images, where they are looked at."""
+    if not args.test_every:
+        return None
+    first = slice(args.test_images)
+    return HeldOut(test_data.floats(first, dtype), test_data.labels[first], args.test_every)
 
 
 def symmetries_of(task: Task, seed: int) -> list[Symmetry]:
@@ -276,10 +300,14 @@ def say_losses(name: str, summaries: dict, args, log: RunLog) -> None:
     if args.test_steps > PUBLISHED:
         early = (f"loss_at_{PUBLISHED}", f"deviation_at_{PUBLISHED}")
         keys = {PUBLISHED: early} | keys
+    tested = "test_loss" in next(iter(summaries.values()))
+    also = "; loss and accuracy on test images" if tested else ""
     log.say(f"{name}: training loss at step {' and '.join(map(str, keys))}, mean and deviation of "
-            f"{args.test_runs} runs")  # fmt: skip
+            f"{args.test_runs} runs{also}")  # fmt: skip
     for contender, summary in summaries.items():
         texts = [f"{summary[loss]:.4f} +- {summary[spread]:.4f}" for loss, spread in keys.values()]
+        if tested:
+            texts.append(f"{summary['test_loss']:.4f} {summary['test_accuracy']:.2%}")
         log.say(f"  {contender:14} {'   '.join(texts)}")
 
 
@@ -290,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
     check(args, parser)
     device, dtype = set_up(args)
     team = join_team()
-    data, _ = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
+    data, test_data = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
     parts = [half.to(device) for half in halves(data)]
 
     @cache
@@ -316,7 +344,8 @@ def main(argv: list[str] | None = None) -> None:
         if not team.first:
             return
         results = save(training, data.source, log)
-        finished = finished and compare(args, network, make, results, log)
+        test = held_out(args, test_data.to(device), dtype)
+        finished = finished and compare(args, network, make, test, results, log)
         log.plot(plot_optimizer_run)
         log.say(f"everything is in {log.directory}")
     if not finished:

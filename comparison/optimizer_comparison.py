@@ -10,6 +10,7 @@ RATES on draws of its own. Sources: Kingma, Ba 2015; Chen et al. 2023 (arXiv 230
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -64,12 +65,53 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
+class Mixed(torch.optim.Optimizer):
+    """theta <- theta + sum_i share_i (step of optimiser i at theta); each keeps a state of its own.
+
+    parts: (share, maker of an optimiser of these parameters), ....
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        parts: Sequence[tuple[float, Callable[[Sequence[Tensor]], torch.optim.Optimizer]]],
+    ) -> None:
+        params = list(params)
+        super().__init__(params, {})
+        self.parts = [(share, make(params)) for share, make in parts]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step on the gradients at hand."""
+        params = self.param_groups[0]["params"]
+        before = [p.clone() for p in params]
+        steps = [torch.zeros_like(p) for p in params]
+        for share, part in self.parts:
+            part.step()
+            for p, start, step in zip(params, before, steps, strict=True):
+                step.add_(p - start, alpha=share)
+                p.copy_(start)
+        torch._foreach_add_(params, steps)
+
+
 # Names to makers and default rates; the learned optimiser's rate is a factor of its steps
 BASELINES: dict[str, tuple[Callable, float]] = {
     "adam": (torch.optim.Adam, 0.03),
     "sgd": (lambda leaves, lr: torch.optim.SGD(leaves, lr, momentum=0.9), 0.1),
     "lion": (Lion, 1e-4),
 }
+
+
+MIXED_RATES = (0.5, 0.005)  # of SGD, momentum .9, and of Lion, where their steps are mixed
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Inputs and targets of no training, on which the loss is told every so many steps."""
+
+    inputs: Tensor
+    targets: Tensor
+    every: int
 
 
 @dataclass(frozen=True)
@@ -85,13 +127,22 @@ class Curves:
     """Trainings by one optimiser.
 
     losses: [runs, steps + 1], of each batch before the step on it, the last after all; inf from
-    where a training left the finite. update, gradient: a symmetry's label to the mean relative
+    where a training left the finite. accuracies: likewise, the shares of inputs that were
+    classified as they should; nan where they are no classes, and after the end of a training.
+    test_losses, test_accuracies: [runs, tests], on a test set at each of test_steps. norms: of
+    "parameter" (before the step), "gradient" and "update" that of each tensor, [steps, tensors] of
+    the first run. update, gradient: a symmetry's label to the mean relative
     |deviation| over units, [steps] of the first run. histograms: [steps measured, bins] of |u|, the
     first run's changes of parameters; still: [steps measured], how many |u| are exactly 0;
     parameters: how many there are, some of which may be in no bin.
     """
 
     losses: Tensor
+    accuracies: Tensor
+    test_losses: Tensor
+    test_accuracies: Tensor
+    test_steps: Tensor
+    norms: dict[str, Tensor]
     update: dict[str, Tensor]
     gradient: dict[str, Tensor]
     histograms: Tensor
@@ -105,7 +156,8 @@ class Curves:
     def summary(self) -> dict[str, float | list[float]]:
         """The loss at the last step: mean, deviation and all runs; where the mean reaches GOAL.
 
-        Of longer trainings also the loss at the step PUBLISHED.
+        Of longer trainings also the loss at the step PUBLISHED; of classes the accuracy, as the
+        loss; with a test set its last loss and accuracy.
         """
         steps = self.losses.shape[1] - 1
         last, reached = self.at(steps), (self.losses.mean(0) <= GOAL).nonzero()
@@ -115,6 +167,12 @@ class Curves:
             "runs": last.tolist(),
             f"steps_to_{GOAL}": int(reached[0, 0]) if len(reached) else math.inf,
         }
+        if not self.accuracies.isnan().all():
+            accuracy = self.accuracies[:, max(0, steps - LAST + 1) :].mean().item()
+            statistics["train_accuracy"] = accuracy
+        if len(self.test_steps):
+            statistics["test_loss"] = self.test_losses[:, -1].mean().item()
+            statistics["test_accuracy"] = self.test_accuracies[:, -1].mean().item()
         if steps > PUBLISHED:
             early = self.at(PUBLISHED)
             statistics[f"loss_at_{PUBLISHED}"] = early.mean().item()
@@ -129,8 +187,10 @@ class Curves:
             for label, values in getattr(self, name).items()
         }
         counts = {"still": self.still.numpy(), "parameters": np.array(self.parameters)}
-        histograms = self.histograms.numpy()
-        return {"losses": self.losses.numpy(), "histograms": histograms, **counts, **by_label}
+        told = ("losses", "accuracies", "test_losses", "test_accuracies", "test_steps",
+                "histograms")  # fmt: skip
+        norms = {f"norms/{name}": values.numpy() for name, values in self.norms.items()}
+        return {name: getattr(self, name).numpy() for name in told} | norms | counts | by_label
 
 
 def _deviation(values: Tensor) -> float:
@@ -155,11 +215,23 @@ def baseline(name: str, lr: float | None = None) -> Contender:
     return Contender(f"{name} {rate:g}", lambda leaves: make(leaves, lr=rate))
 
 
+def sgd_and_lion(share: float) -> Contender:
+    """SGD with momentum and Lion mixed, so much of Lion."""
+    makers = BASELINES["sgd"][0], BASELINES["lion"][0]
+    shares = (1 - share, share)
+    parts = [
+        (part, partial(make, lr=rate))
+        for part, make, rate in zip(shares, makers, MIXED_RATES, strict=True)
+    ]
+    return Contender(f"sgd-lion {share:g}", lambda leaves: Mixed(leaves, parts))
+
+
 @dataclass(frozen=True)
 class OptimizerComparison:
     """How optimisers are compared: `runs` trainings of `steps` steps, the same for all.
 
-    weights: of their type and on their device the parameters are.
+    weights: of their type and on their device the parameters are. lion_shares: of SGD and Lion
+    mixed, beside BASELINES.
     """
 
     seed: int
@@ -167,14 +239,24 @@ class OptimizerComparison:
     runs: int
     tuning_runs: int
     weights: Tensor
+    lion_shares: Sequence[float] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """What `contenders` takes, in the order in which it is told."""
+        return ["learned", *BASELINES, *(["sgd-lion"] if self.lion_shares else [])]
 
     def contenders(
         self, name: str, network: CoordinateNetwork, task: Task, interrupt: Interrupt
     ) -> tuple[list[Contender], dict[str, float]]:
-        """The learned optimiser, or as in `at_default_and_best_rate` one of BASELINES."""
+        """The learned optimiser, "sgd-lion", or as in `at_default_and_best_rate` a baseline."""
         if name in BASELINES:
             return self.at_default_and_best_rate(name, task, interrupt)
-        return ([] if interrupt.requested else [learned(name, network)]), {}
+        if interrupt.requested:
+            return [], {}
+        if name == "sgd-lion":
+            return [*map(sgd_and_lion, self.lion_shares)], {}
+        return [learned(name, network)], {}
 
     def at_default_and_best_rate(
         self, name: str, task: Task, interrupt: Interrupt
@@ -199,11 +281,12 @@ class OptimizerComparison:
         task: Task,
         symmetries: Sequence[Symmetry],
         histogram_steps: Sequence[int],
+        test: HeldOut | None = None,
     ) -> Curves:
         """The trainings that count."""
         draws = [(self.seed, TEST, k) for k in range(self.runs)]
         return train_all(
-            contender, task, self.steps, draws, self.weights, symmetries, histogram_steps
+            contender, task, self.steps, draws, self.weights, symmetries, histogram_steps, test
         )
 
 
@@ -215,49 +298,95 @@ def train_all(
     weights: Tensor,
     symmetries: Sequence[Symmetry] = (),
     histogram_steps: Sequence[int] = (),
+    test: HeldOut | None = None,
 ) -> Curves:
-    """A training from each draw; symmetries and |u| are measured along the first.
+    """A training from each draw; symmetries, norms and |u| are measured along the first.
 
     weights: of their type and on their device the parameters are. histogram_steps: counted from 1.
+    Batch norm normalises the test inputs, all at once, by their own statistics.
     """
-    losses, measured = [], _Measurements(symmetries, histogram_steps)
+    runs, measured = [], _Measurements(symmetries, histogram_steps)
     for number, draw in enumerate(draws):
-        losses.append(_train(contender, task, steps, draw, weights, None if number else measured))
-    return Curves(torch.stack(losses), **measured.tensors())
+        run = _Training(contender, task, draw, weights, test)
+        run.advance(steps, None if number else measured)
+        runs.append(run.curves(steps))
+    return Curves(*map(torch.stack, zip(*runs, strict=True)), steps_of_tests(steps, test),
+                  **measured.tensors())  # fmt: skip
 
 
-def _train(
-    contender: Contender,
-    task: Task,
-    steps: int,
-    draw: tuple[int, ...],
-    weights: Tensor,
-    measured: "_Measurements | None",
-) -> Tensor:
-    """The losses [steps + 1], read once at the end, lest each step wait for the device."""
-    optimizee = task.optimizee
-    params = optimizee.initial(seeded_generator(*draw, 0), weights.dtype, weights.device)
-    leaves = [t.requires_grad_() for layer in params for t in layer.values()]
-    optimizer, seen = contender.make(leaves), []
-    batches = task.batches(seeded_generator(*draw, 1))
-    for step in range(steps + 1):
-        loss = optimizee.loss(params, next(batches))
-        seen.append(loss.detach())
-        if step == steps:
-            break
-        gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
-        for leaf, g in zip(leaves, gradients, strict=True):
-            leaf.grad = g
-        before = _copied(params) if measured else None
-        try:
-            optimizer.step()
-        except NonFiniteError:
-            break
-        if measured:
-            measured.add(step + 1, before, params)
-    losses = torch.full((steps + 1,), math.inf, dtype=torch.float64)
-    losses[: len(seen)] = torch.stack(seen).double().cpu()
-    return losses.where((~losses.isfinite()).cumsum(0) == 0, math.inf)
+def steps_of_tests(steps: int, test: HeldOut | None) -> Tensor:
+    """Before which steps the test set is looked at; of the last it is after it."""
+    return torch.arange(0) if test is None else torch.arange(0, steps + 1, test.every)
+
+
+class _Training:
+    """One training, and its numbers so far; they are read at its end, lest each step wait."""
+
+    def __init__(
+        self,
+        contender: Contender,
+        task: Task,
+        draw: tuple[int, ...],
+        weights: Tensor,
+        test: HeldOut | None,
+    ) -> None:
+        self.optimizee, self.test = task.optimizee, test
+        self.params = self.optimizee.initial(
+            seeded_generator(*draw, 0), weights.dtype, weights.device
+        )
+        self.leaves = [t.requires_grad_() for layer in self.params for t in layer.values()]
+        self.optimizer = contender.make(self.leaves)
+        self.batches = task.batches(seeded_generator(*draw, 1))
+        self.seen: list[tuple[Tensor, Tensor]] = []  # loss and accuracy of each batch
+        self.tested: list[tuple[Tensor, Tensor]] = []
+
+    def advance(self, steps: int, measured: "_Measurements | None") -> None:
+        """So many steps and a loss after them; it ends early where a gradient is not finite."""
+        for step in range(steps + 1):
+            loss, accuracy = self._judged(*next(self.batches))
+            self.seen.append((loss.detach(), accuracy))
+            self._look_at_test(step)
+            if step == steps:
+                return
+            gradients = torch.autograd.grad(loss, self.leaves, materialize_grads=True)
+            for leaf, g in zip(self.leaves, gradients, strict=True):
+                leaf.grad = g
+            before = _copied(self.params) if measured else None
+            try:
+                self.optimizer.step()
+            except NonFiniteError:
+                return
+            if measured:
+                measured.add(step + 1, before, self.params)
+
+    def _judged(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the share of inputs that are classified as they should, or nan."""
+        outputs = self.optimizee(inputs, self.params)
+        loss = self.optimizee.loss_of(outputs, targets)
+        if targets.is_floating_point():
+            return loss, loss.new_full((), math.nan)
+        return loss, (outputs.argmax(1) == targets).to(loss.dtype).mean()
+
+    @torch.no_grad()
+    def _look_at_test(self, step: int) -> None:
+        if self.test is not None and step % self.test.every == 0:
+            self.tested.append(self._judged(self.test.inputs, self.test.targets))
+
+    def curves(self, steps: int) -> list[Tensor]:
+        """Losses and accuracies of batches [steps + 1] and of the test set [tests]."""
+        count = len(steps_of_tests(steps, self.test))
+        return [*_padded(self.seen, steps + 1), *_padded(self.tested, count)]
+
+
+def _padded(rows: Sequence[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Losses [count], inf from the first that is not finite on, and accuracies, then nan."""
+    losses = torch.full((count,), math.inf, dtype=torch.float64)
+    accuracies = torch.full((count,), math.nan, dtype=torch.float64)
+    if rows:
+        seen = torch.stack([torch.stack(row) for row in rows]).double().cpu()
+        losses[: len(rows)], accuracies[: len(rows)] = seen.T
+    left = (~losses.isfinite()).cumsum(0) > 0
+    return losses.where(~left, math.inf), accuracies.where(~left, math.nan)
 
 
 class _Measurements:
@@ -265,7 +394,7 @@ class _Measurements:
 
     def __init__(self, symmetries: Sequence[Symmetry], histogram_steps: Sequence[int]) -> None:
         self.symmetries, self.histogram_steps = symmetries, histogram_steps
-        self.found: dict[str, dict[str, list[Tensor]]] = {"update": {}, "gradient": {}}
+        self.found: dict[str, dict[str, list[Tensor]]] = {"update": {}, "gradient": {}, "norms": {}}
         self.histograms: list[Tensor] = []
         self.still: list[int] = []
         self.parameters = 0
@@ -281,6 +410,9 @@ class _Measurements:
         for name, v in (("update", update), ("gradient", gradient)):
             for label, size in mean_deviations(self.symmetries, v, before).items():
                 self.found[name].setdefault(label, []).append(size)
+        for name, v in (("parameter", before), ("gradient", gradient), ("update", update)):
+            norms = torch._foreach_norm([t for layer in v for t in layer.values()])
+            self.found["norms"].setdefault(name, []).append(torch.stack(norms))
         if step in self.histogram_steps:
             sizes = torch.cat([t.flatten() for layer in update for t in layer.values()]).abs()
             self.histograms.append(torch.histogram(sizes.double().cpu(), EDGES).hist)

@@ -76,6 +76,10 @@ class Optimizee(nn.Module):
     def extra_repr(self) -> str:
         return f"{sum(self.sizes())} parameters"
 
+    def names(self) -> list[str]:
+        """The full name of each tensor of params, in order."""
+        return [name for names in self._names for name in names]
+
     def sizes(self) -> list[int]:
         """How many numbers each tensor of params holds, in order."""
         return [shape.numel() for shapes in self._shapes for shape in shapes]
