@@ -59,6 +59,10 @@ def make_parser():
     add_settings(parser.add_argument_group("meta-training"), MetaTrainingSettings)
     add = parser.add_argument_group("optimizees").add_argument
     add("--batch_size", type=positive_int, default=BATCH_SIZE, help="images of an inner step")
+    add("--classes", type=nonnegative_int, nargs="+", metavar="CLASS",
+        help="of the images (default: all)")  # fmt: skip
+    add("--grey", action="store_true", help="one channel, the mean of the images'")
+    add("--resize", type=positive_int, metavar="PIXELS", help="images of so many by so many")
     add("--norm_eps", type=positive_float, default=1e-5, help="eps of batch norm")
     add = parser.add_argument_group("comparison").add_argument
     add("--compare", nargs="*", metavar="OPTIMIZEE", help="default: the one trained on")
@@ -89,6 +93,7 @@ from comparison.optimizer_comparison import (
     halves,
     noise_statistics,
 )
+from data_sets.image_changes import grey, of_classes, resized
 from data_sets.image_data import ImageData
 from experiment.devices import set_up
 from experiment.files import digest
@@ -134,6 +139,7 @@ def check(args, parser) -> None:
         ("sigma pairs", args.estimator in ("es", "pes"), "--estimator es or pes"),
         ("penalty_kinds penalty_relative", args.penalty, "--penalty"),
         ("test_images", args.test_every, "--test_every of at least 1"),
+        ("grey", args.dataset == "cifar10", "--dataset cifar10, whose images have three channels"),
         ("norm_eps", any(name.endswith("bn") for name in names),
          "an optimizee with batch norm, such as relu20bn"),
     ])  # fmt: skip
@@ -273,6 +279,15 @@ def compare(
     return True
 
 
+def changed(args, data: ImageData) -> ImageData:
+    """The images that optimizees see."""
+    if args.classes is not None:
+        data = of_classes(data, args.classes)
+    if args.grey:
+        data = grey(data)
+    return data if args.resize is None else resized(data, args.resize)
+
+
 def held_out(args, test_data: ImageData, dtype: torch.dtype) -> HeldOut | None:
     """The first test images, where they are looked at."""
     if not args.test_every:
@@ -318,13 +333,15 @@ def main(argv: list[str] | None = None) -> None:
     check(args, parser)
     device, dtype = set_up(args)
     team = join_team()
-    data, test_data = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
+    loaded = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
+    data, test_data = (changed(args, images) for images in loaded)
+    classes = loaded[0].classes
     parts = [half.to(device) for half in halves(data)]
 
     @cache
     def make(name: str, half: int) -> Task:
         images, labels = parts[half].images, parts[half].labels
-        return make_task(name, images, labels, args.batch_size, dtype, args.norm_eps)
+        return make_task(name, images, labels, args.batch_size, dtype, args.norm_eps, classes)
 
     network, task = make_optimizer(args), make(args.optimizee, 0)
     start = network_to_dict(network)
