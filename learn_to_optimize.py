@@ -72,6 +72,8 @@ def make_parser():
         help="test images that optimizees are judged on")  # fmt: skip
     add("--test_every", type=nonnegative_int, default=10, metavar="STEPS",
         help="when; 0: never")  # fmt: skip
+    add("--running_statistics", action="store_true",
+        help="batch norm of test images by those of training batches, not their own")  # fmt: skip
     add("--lion_shares", type=fraction, nargs="+", default=[], metavar="SHARE",
         help="SGD and Lion mixed, so much of Lion")  # fmt: skip
     add("--tuning_runs", type=positive_int, default=3, help="to find the best learning rate")
@@ -140,6 +142,8 @@ def check(args, parser) -> None:
         ("penalty_kinds penalty_relative", args.penalty, "--penalty"),
         ("test_images", args.test_every, "--test_every of at least 1"),
         ("grey", args.dataset == "cifar10", "--dataset cifar10, whose images have three channels"),
+        ("running_statistics", args.test_every and any(n.endswith("bn") for n in names),
+         "--test_every, and an optimizee with batch norm, such as relu20bn"),
         ("norm_eps", any(name.endswith("bn") for name in names),
          "an optimizee with batch norm, such as relu20bn"),
     ])  # fmt: skip
@@ -293,7 +297,8 @@ def held_out(args, test_data: ImageData, dtype: torch.dtype) -> HeldOut | None:
     if not args.test_every:
         return None
     first = slice(args.test_images)
-    return HeldOut(test_data.floats(first, dtype), test_data.labels[first], args.test_every)
+    inputs, labels = test_data.floats(first, dtype), test_data.labels[first]
+    return HeldOut(inputs, labels, args.test_every, args.running_statistics)
 
 
 def symmetries_of(task: Task, seed: int) -> list[Symmetry]:

@@ -8,13 +8,16 @@ RATES on draws of its own. Sources: Kingma, Ba 2015; Chen et al. 2023 (arXiv 230
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_sets.image_data import ImageData
 from experiment.loop import Interrupt
@@ -107,11 +110,16 @@ MIXED_RATES = (0.5, 0.005)  # of SGD, momentum .9, and of Lion, where their step
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Inputs and targets of no training, on which the loss is told every so many steps."""
+    """Inputs and targets of no training, on which the loss is told every so many steps.
+
+    running: batch norm normalises the inputs by its running statistics of the training batches,
+    else by the inputs' own, all at once.
+    """
 
     inputs: Tensor
     targets: Tensor
     every: int
+    running: bool = False
 
 
 @dataclass(frozen=True)
@@ -303,7 +311,6 @@ def train_all(
     """A training from each draw; symmetries, norms and |u| are measured along the first.
 
     weights: of their type and on their device the parameters are. histogram_steps: counted from 1.
-    Batch norm normalises the test inputs, all at once, by their own statistics.
     """
     runs, measured = [], _Measurements(symmetries, histogram_steps)
     for number, draw in enumerate(draws):
@@ -339,11 +346,14 @@ class _Training:
         self.batches = task.batches(seeded_generator(*draw, 1))
         self.seen: list[tuple[Tensor, Tensor]] = []  # loss and accuracy of each batch
         self.tested: list[tuple[Tensor, Tensor]] = []
+        running = test is not None and test.running
+        self.statistics = RunningStatistics(self.optimizee.layers) if running else None
 
     def advance(self, steps: int, measured: "_Measurements | None") -> None:
         """So many steps and a loss after them; it ends early where a gradient is not finite."""
         for step in range(steps + 1):
-            loss, accuracy = self._judged(*next(self.batches))
+            with self.statistics.learned() if self.statistics else nullcontext():
+                loss, accuracy = self._judged(*next(self.batches))
             self.seen.append((loss.detach(), accuracy))
             self._look_at_test(step)
             if step == steps:
@@ -370,12 +380,56 @@ class _Training:
     @torch.no_grad()
     def _look_at_test(self, step: int) -> None:
         if self.test is not None and step % self.test.every == 0:
-            self.tested.append(self._judged(self.test.inputs, self.test.targets))
+            with self.statistics.used() if self.statistics else nullcontext():
+                self.tested.append(self._judged(self.test.inputs, self.test.targets))
 
     def curves(self, steps: int) -> list[Tensor]:
         """Losses and accuracies of batches [steps + 1] and of the test set [tests]."""
         count = len(steps_of_tests(steps, self.test))
         return [*_padded(self.seen, steps + 1), *_padded(self.tested, count)]
+
+
+class RunningStatistics:
+    """Running means and variances of what batch norm layers see, as torch has them.
+
+    They stand beside the layers, which keep none of a training. Momentum: the layers' own.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = [layer for layer in layers if isinstance(layer, _BatchNorm)]
+        self.of: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def learned(self) -> AbstractContextManager:
+        """While it is open, statistics of each batch enter."""
+        return self._hooked(self._learn)
+
+    def used(self) -> AbstractContextManager:
+        """While it is open, layers normalise by the statistics so far."""
+        return self._hooked(self._normalise)
+
+    @contextmanager
+    def _hooked(self, hook: Callable) -> Iterator[None]:
+        hooks = [layer.register_forward_hook(hook) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for each in hooks:
+                each.remove()
+
+    @torch.no_grad()
+    def _learn(self, layer: _BatchNorm, inputs: tuple[Tensor], _: Tensor) -> None:
+        (x,) = inputs
+        zeros = x.new_zeros(x.shape[1])
+        mean, variance = self.of.get(layer, (zeros, zeros + 1))
+        mean, variance = mean.clone(), variance.clone()
+        functional.batch_norm(x, mean, variance, training=True, momentum=layer.momentum)
+        self.of[layer] = mean, variance
+
+    def _normalise(self, layer: _BatchNorm, inputs: tuple[Tensor], _: Tensor) -> Tensor:
+        mean, variance = self.of[layer]
+        return functional.batch_norm(
+            inputs[0], mean, variance, layer.weight, layer.bias, eps=layer.eps
+        )
 
 
 def _padded(rows: Sequence[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:

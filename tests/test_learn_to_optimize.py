@@ -247,6 +247,7 @@ def test_losses_are_said_at_the_last_step_and_of_long_trainings_at_the_published
         (["relu3", "--penalty_relative"], "--penalty"),
         (["relu3", "--norm_eps", "0.1"], "relu20bn"),
         (["relu3", "--classes", "3", "10"], "no class 10: they are from 0 to 9"),
+        (["relu3", "--running_statistics"], "with batch norm, such as relu20bn"),
         (["relu3", "--grey"], "--dataset cifar10"),
         (["lenet"], "resize them"),
         (["relu3", "--test_every", "0", "--test_images", "9"], "--test_every of at least 1"),

@@ -173,6 +173,35 @@ def test_accuracies_and_test_losses_are_those_of_the_parameters_before_each_step
     assert summary["train_accuracy"] == pytest.approx(curves.accuracies.mean().item())
 
 
+def test_running_statistics_are_those_of_torchs_batch_norm():
+    task = make_task("relu4bn", *labelled_images(60), 12, torch.float64)
+    inputs, targets = next(task.batches(seeded_generator(9)))
+    found = [
+        train_all(baseline("sgd"), task, 5, DRAWS[:1], WEIGHTS,
+                  test=HeldOut(inputs, targets, 1, running))
+        for running in (True, False)
+    ]  # fmt: skip
+    assert torch.equal(found[0].losses, found[1].losses)
+    assert not torch.equal(found[0].test_losses, found[1].test_losses)
+    module = task.optimizee.make_module().double()
+    module[2] = nn.BatchNorm1d(4).double()  # the obvious training
+    params = task.optimizee.initial(seeded_generator(*DRAWS[0], 0), torch.float64)
+    with torch.no_grad():
+        values = (t for layer in params for t in layer.values())
+        for p, value in zip(module.parameters(), values, strict=True):
+            p.copy_(value)
+    sgd = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+    batches = task.batches(seeded_generator(*DRAWS[0], 1))
+    for step in range(6):
+        x, y = next(batches)
+        loss = nn.functional.cross_entropy(module.train()(x), y)
+        tested = nn.functional.cross_entropy(module.eval()(inputs), targets)
+        torch.testing.assert_close(found[0].test_losses[0, step], tested.detach())
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+
+
 def test_what_has_no_classes_has_no_accuracy_and_a_lost_training_none_from_there(task):
     quadratic = make_task("quadratic", *labelled_images(), dtype=torch.float64)
     curves = train_all(baseline("adam"), quadratic, 3, DRAWS, WEIGHTS)
