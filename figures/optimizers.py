@@ -138,7 +138,7 @@ def plot_norms(
 ) -> None:
     """Norms of parameters, gradients and updates along the first run, a row for each tensor."""
     shown = tensors[:MOST_TENSORS]
-    figure = new_figure(8.4, 1.5 * len(shown) + 0.9)
+    figure = new_figure(8.4, 1.5 * len(shown) + 1.1)
     grid = figure.subplots(len(shown), 3, sharex=True, squeeze=False)
     for number, (row, tensor) in enumerate(zip(grid, shown, strict=True)):
         for axes, what in zip(row, ("parameter", "gradient", "update"), strict=True):
@@ -150,7 +150,11 @@ def plot_norms(
             bottom = "step" if number == len(shown) - 1 else ""
             label_axes(axes, f"{tensor}: {what}", bottom, "")
             axes.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
-    add_legend(grid[0, 2])
+    legend = figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside lower center",
+        ncols=len(optimizers), fontsize=FONT - 1, frameon=False,
+    )  # fmt: skip
+    without_formulas(legend)
     figure.suptitle(f"{optimizee}: norms", fontsize=FONT + 2, parse_math=False)
     save_figure(figure, path)
 
