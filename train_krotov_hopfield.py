@@ -46,6 +46,17 @@ CLASSIFIER = (
     "feature_norm", "dropout", "classifier_epochs", "classifier_lr", "classifier_batch_size",
 )  # fmt: skip
 ORDERS = ("one_by_one", "together")
+OF_BIOPYTORCH = {  # flags of its experiments, and what they are here
+    "--layers": "--depth", "--random": "--epochs 0", "--data_augment": "--augmentation flip",
+    "--restart_db": "another --out of sweep.py",
+}  # fmt: skip
+
+
+class Elsewhere(argparse.Action):
+    """Refuses a flag of BioPyTorch's with the one that it is here."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        parser.error(f"{option_string} is {OF_BIOPYTORCH[option_string]} here")
 
 
 def make_parser():
@@ -73,6 +84,8 @@ def make_parser():
     add("--round_batches", type=positive_int, default=100, help="batches between two rows")
     add("--evaluate", type=Path, metavar="FILE", help="train nothing: judge this saved network")
     add("--cache", type=nonnegative_float, default=4.0, metavar="GB", help="most for features")
+    for flag in OF_BIOPYTORCH:
+        add(flag, nargs="*", action=Elsewhere, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
@@ -235,7 +248,7 @@ def say_parameters(network: nn.Module, log: RunLog) -> None:
 def evaluate(args, parser: argparse.ArgumentParser) -> None:
     """The test accuracy of a saved network; UserError where it does not take these images."""
     common = {action.dest for action in common_parser("", "train_krotov_hopfield")._actions}
-    own = [action.dest for action in parser._actions if action.dest not in {*common, "evaluate"}]
+    own = [name for name in vars(args) if name not in {*common, "evaluate"}]
     refuse_idle_flags(args, parser, [(" ".join(own), False, "a training: leave out --evaluate")])
     save_whole_paths(args, "evaluate")
     device, dtype = set_up(args)

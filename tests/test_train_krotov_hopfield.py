@@ -191,6 +191,8 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["--schedule", "constant", "--rate_waits_above", "1"], "--schedule linear or exp"),
         (["--evaluate", "none.pt"], "--depth needs a training: leave out --evaluate"),
         (["--epochs", "-1"], "at least 0"),
+        (["--layers", "3"], "--layers is --depth here"),
+        (["--data_augment"], "--data_augment is --augmentation flip here"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line_and_leaves_no_directory(
