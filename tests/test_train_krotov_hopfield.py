@@ -60,6 +60,8 @@ def test_a_saved_network_is_judged_as_when_it_was_trained(plain, tmp_path):
         kept = ("layers", "test_accuracy", "parameters")
         assert judged == [{name: row[name] for name in kept}]
         assert (out / "figures" / "filters.png").exists()
+    run("--resume", out, "--quiet")
+    assert json.loads((out / "results.json").read_text())["classifiers"] == judged
     convolutions = 8 * 25, 8 * 9 * 8
     assert [row["parameters"] for row in found] == [
         200 + 8 * 12 * 12 * 10 + 10, sum(convolutions) + 8 * 10 * 10 * 10 + 10,
