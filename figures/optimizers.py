@@ -62,11 +62,11 @@ def plot_optimizer_run(directory: str | Path) -> list[Path]:
         )
         drawn.append(figure(f"{name}_loss.png"))
         shown = one_of_each_kind(optimizers)
-        if len(shown["learned"].get("test_steps", ())):  # runs of before lack them
+        if len(shown.get("learned", {}).get("test_steps", ())):  # runs of before lack them
             plot_generalisation(name, shown, figure(f"{name}_curves.png"))
             drawn.append(figure(f"{name}_curves.png"))
         tensors = compared_optimizees(directory).get(name, {}).get("tensors")
-        if tensors and len(shown["learned"].get("norms/update", ())):
+        if tensors and len(shown.get("learned", {}).get("norms/update", ())):
             plot_norms(name, tensors, shown, figure(f"{name}_norms.png"))
             drawn.append(figure(f"{name}_norms.png"))
         for kind in kinds_of(optimizers):
