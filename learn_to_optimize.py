@@ -20,6 +20,8 @@ from pathlib import Path
 from experiment.command_line import (
     UserError,
     common_parser,
+    fraction,
+    nonnegative_int,
     parse,
     positive_float,
     positive_int,
@@ -47,18 +49,33 @@ def make_parser():
     add("--hidden", type=positive_int, metavar="UNITS",
         help="units of its layers (default: 20 for lstm, 32 for mlp)")  # fmt: skip
     add("--raw_gradients", action="store_true", help="lstm: gradients without preprocessing")
+    add("--preprocess_factor", type=positive_float, default=10.0, metavar="P",
+        help="lstm: gradients below e^-P are passed on times e^P")  # fmt: skip
     add("--extra_inputs", choices=EXTRA_INPUTS, nargs="*", default=[], help="lstm: further inputs")
     add("--out_mul", type=positive_float, metavar="FACTOR",
         help="of its steps (default: as in --start_from; .01 or .1; mlp .001)")  # fmt: skip
-    add("--start_from", type=Path, metavar="RUN", help="go on from the optimiser of another run")
+    add("--start_from", type=Path, metavar="RUN", 
+        help="go on from the optimiser of another run, or l2o_optimizer.pt")  # fmt: skip
     add_settings(parser.add_argument_group("meta-training"), MetaTrainingSettings)
     add = parser.add_argument_group("optimizees").add_argument
     add("--batch_size", type=positive_int, default=BATCH_SIZE, help="images of an inner step")
+    add("--classes", type=nonnegative_int, nargs="+", metavar="CLASS",
+        help="of the images (default: all)")  # fmt: skip
+    add("--grey", action="store_true", help="one channel, the mean of the images'")
+    add("--resize", type=positive_int, metavar="PIXELS", help="images of so many by so many")
     add("--norm_eps", type=positive_float, default=1e-5, help="eps of batch norm")
     add = parser.add_argument_group("comparison").add_argument
     add("--compare", nargs="*", metavar="OPTIMIZEE", help="default: the one trained on")
     add("--test_runs", type=positive_int, default=10, help="trainings by each optimiser")
     add("--test_steps", type=positive_int, default=200, help="of each training")
+    add("--test_images", type=positive_int, default=1000, metavar="N",
+        help="test images that optimizees are judged on")  # fmt: skip
+    add("--test_every", type=nonnegative_int, default=10, metavar="STEPS",
+        help="when; 0: never")  # fmt: skip
+    add("--running_statistics", action="store_true",
+        help="batch norm of test images by those of training batches, not their own")  # fmt: skip
+    add("--lion_shares", type=fraction, nargs="+", default=[], metavar="SHARE",
+        help="SGD and Lion mixed, so much of Lion")  # fmt: skip
     add("--tuning_runs", type=positive_int, default=3, help="to find the best learning rate")
     add("--histogram_steps", type=positive_int, nargs="*", default=[1, 5, 10, 30, 100, 500],
         help="where |u| is counted")  # fmt: skip
@@ -71,13 +88,15 @@ if __name__ == "__main__":
 import torch
 
 from comparison.optimizer_comparison import (
-    BASELINES,
     EDGES,
     PUBLISHED,
+    HeldOut,
     OptimizerComparison,
     halves,
     noise_statistics,
 )
+from data_sets.image_changes import grey, of_classes, resized
+from data_sets.image_data import ImageData
 from experiment.devices import set_up
 from experiment.files import digest
 from experiment.loop import finish_on_interrupt, run_steps
@@ -117,8 +136,14 @@ def check(args, parser) -> None:
     refuse_idle_flags(args, parser, [
         (" ".join(f for f in flags_of(MetaTrainingSettings) if f != "epochs"), args.epochs,
          "--epochs of at least 1"),
+        ("preprocess_factor", not args.raw_gradients and args.network != "mlp"
+         and args.start_from is None, "a new lstm without --raw_gradients"),
         ("sigma pairs", args.estimator in ("es", "pes"), "--estimator es or pes"),
         ("penalty_kinds penalty_relative", args.penalty, "--penalty"),
+        ("test_images", args.test_every, "--test_every of at least 1"),
+        ("grey", args.dataset == "cifar10", "--dataset cifar10, whose images have three channels"),
+        ("running_statistics", args.test_every and any(n.endswith("bn") for n in names),
+         "--test_every, and an optimizee with batch norm, such as relu20bn"),
         ("norm_eps", any(name.endswith("bn") for name in names),
          "an optimizee with batch norm, such as relu20bn"),
     ])  # fmt: skip
@@ -136,6 +161,7 @@ def make_optimizer(args) -> CoordinateNetwork:
     if kind == "lstm":
         small = args.optimizee.startswith(SMALL_STEPS)
         settings |= {"preprocess": not args.raw_gradients, "extra_inputs": args.extra_inputs}
+        settings["preprocess_factor"] = args.preprocess_factor
         settings["out_mul"] = args.out_mul or (0.01 if small else 0.1)
     elif args.raw_gradients or args.extra_inputs:
         raise OptimizerError("--raw_gradients and --extra_inputs are for --network lstm")
@@ -147,7 +173,10 @@ def make_optimizer(args) -> CoordinateNetwork:
 def start_from(args) -> CoordinateNetwork:
     """The network of --start_from; OptimizerError where flags ask for another one."""
     directory = args.resume or args.out  # of the latter, where torchrun has restarted the run
-    path = args.start_from / "optimizer.json" if args.start_from.is_dir() else args.start_from
+    path = args.start_from
+    if path.is_dir():
+        theirs = path / "l2o_optimizer.pt"
+        path = theirs if theirs.exists() else path / "optimizer.json"
     if directory is not None and (directory / START).exists():
         path = directory / START
     network = load_network(path)
@@ -203,33 +232,39 @@ def save(training: MetaTraining, source: str, log: RunLog) -> dict:
     return results
 
 
-def compare(args, network: CoordinateNetwork, make, results: dict, log: RunLog) -> bool:
+def compare(
+    args, network: CoordinateNetwork, make, test: HeldOut | None, results: dict, log: RunLog
+) -> bool:
     """Every optimiser on every optimizee of --compare; False where Ctrl-C ended it.
 
-    make(name, half) -> Task, on half 0 or 1 of the training images. results: what is known so far;
-    the comparison is added, and written with the curves after each optimiser.
+    make(name, half) -> Task, on half 0 or 1 of the training images. test: of images. results: what
+    is known so far; the comparison is added, and written with the curves after each optimiser.
     """
     weights = next(network.parameters())
     names = [args.optimizee] if args.compare is None else args.compare
     comparison = OptimizerComparison(
-        args.seed, args.test_steps, args.test_runs, args.tuning_runs, weights
+        args.seed, args.test_steps, args.test_runs, args.tuning_runs, weights, args.lion_shares
     )
     arrays = {"edges": EDGES.numpy()}
     with (
         finish_on_interrupt() as interrupt,
-        log.progress(len(names) * (1 + len(BASELINES)), 0, "comparison") as progress,
+        log.progress(len(names) * len(comparison.names), 0, "comparison") as progress,
     ):
         for name in names:
             task, outcome = make(name, 1), {"optimizers": {}, "tuning": {}}
+            outcome["tensors"] = task.optimizee.names()
+            judged_on = None if name == "quadratic" else test
             symmetries = symmetries_of(task, args.seed)
-            for optimizer in ("learned", *BASELINES):
+            for optimizer in comparison.names:
                 contenders, rates = comparison.contenders(
                     optimizer, network, make(name, 0), interrupt
                 )
                 if not contenders:
                     return False
                 for contender in contenders:
-                    curves = comparison.curves(contender, task, symmetries, args.histogram_steps)
+                    curves = comparison.curves(
+                        contender, task, symmetries, args.histogram_steps, judged_on
+                    )
                     outcome["optimizers"][contender.name] = curves.summary()
                     recorded = curves.arrays().items()
                     arrays |= {f"{name}/{contender.name}/{key}": array for key, array in recorded}
@@ -246,6 +281,24 @@ def compare(args, network: CoordinateNetwork, make, results: dict, log: RunLog) 
             write_comparison(name, outcome, arrays, args, results, log)
             say_losses(name, outcome["optimizers"], args, log)
     return True
+
+
+def changed(args, data: ImageData) -> ImageData:
+    """The images that optimizees see."""
+    if args.classes is not None:
+        data = of_classes(data, args.classes)
+    if args.grey:
+        data = grey(data)
+    return data if args.resize is None else resized(data, args.resize)
+
+
+def held_out(args, test_data: ImageData, dtype: torch.dtype) -> HeldOut | None:
+    """The first test images, where they are looked at."""
+    if not args.test_every:
+        return None
+    first = slice(args.test_images)
+    inputs, labels = test_data.floats(first, dtype), test_data.labels[first]
+    return HeldOut(inputs, labels, args.test_every, args.running_statistics)
 
 
 def symmetries_of(task: Task, seed: int) -> list[Symmetry]:
@@ -267,10 +320,14 @@ def say_losses(name: str, summaries: dict, args, log: RunLog) -> None:
     if args.test_steps > PUBLISHED:
         early = (f"loss_at_{PUBLISHED}", f"deviation_at_{PUBLISHED}")
         keys = {PUBLISHED: early} | keys
+    tested = "test_loss" in next(iter(summaries.values()))
+    also = "; loss and accuracy on test images" if tested else ""
     log.say(f"{name}: training loss at step {' and '.join(map(str, keys))}, mean and deviation of "
-            f"{args.test_runs} runs")  # fmt: skip
+            f"{args.test_runs} runs{also}")  # fmt: skip
     for contender, summary in summaries.items():
         texts = [f"{summary[loss]:.4f} +- {summary[spread]:.4f}" for loss, spread in keys.values()]
+        if tested:
+            texts.append(f"{summary['test_loss']:.4f} {summary['test_accuracy']:.2%}")
         log.say(f"  {contender:14} {'   '.join(texts)}")
 
 
@@ -281,13 +338,15 @@ def main(argv: list[str] | None = None) -> None:
     check(args, parser)
     device, dtype = set_up(args)
     team = join_team()
-    data, _ = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
+    loaded = team.first_then_others(partial(load_images, args.dataset, args.data_dir))
+    data, test_data = (changed(args, images) for images in loaded)
+    classes = loaded[0].classes
     parts = [half.to(device) for half in halves(data)]
 
     @cache
     def make(name: str, half: int) -> Task:
         images, labels = parts[half].images, parts[half].labels
-        return make_task(name, images, labels, args.batch_size, dtype, args.norm_eps)
+        return make_task(name, images, labels, args.batch_size, dtype, args.norm_eps, classes)
 
     network, task = make_optimizer(args), make(args.optimizee, 0)
     start = network_to_dict(network)
@@ -307,7 +366,8 @@ def main(argv: list[str] | None = None) -> None:
         if not team.first:
             return
         results = save(training, data.source, log)
-        finished = finished and compare(args, network, make, results, log)
+        test = held_out(args, test_data.to(device), dtype)
+        finished = finished and compare(args, network, make, test, results, log)
         log.plot(plot_optimizer_run)
         log.say(f"everything is in {log.directory}")
     if not finished:

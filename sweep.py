@@ -214,19 +214,24 @@ def _refuse_to_write_elsewhere(directory: Path, arguments: Sequence[str]) -> Non
 
 
 def _refuse_flags_given_twice(args) -> None:
-    names = [flag.name for flag in args.search]
+    names, flags = [flag.name for flag in args.search], {flag.flag for flag in args.search}
     groups = [each.name for each in args.variant or ()]
     for kind, given in (("--search", names), ("--variant", groups)):
         if twice := [name for name in given if given.count(name) > 1]:
             raise UserError(f"{kind}: {twice[0]} comes twice")
-    if taken := set(names) & {*BEFORE_FLAGS, *AFTER_FLAGS, *GIVEN_BY_THE_SWEEP}:
+    for name in flags:
+        places = sorted(p for each in args.search if each.flag == name for p in each.places)
+        if not places or places != [*range(1, len(places) + 1)]:
+            raise UserError(f"--search: the values of {name} must be those from 1 on, each once, "
+                            f"as in {name}.1-4=... {name}.5=...")  # fmt: skip
+    if taken := {*names, *flags} & {*BEFORE_FLAGS, *AFTER_FLAGS, *GIVEN_BY_THE_SWEEP}:
         raise UserError(f"--search: {taken.pop()} is a column of the table, or the sweep gives it")
-    if places := set(names) & {"save_state", "to_zoo", "data_dir", "data-dir"}:
+    if places := flags & {"save_state", "to_zoo", "data_dir", "data-dir"}:
         raise UserError(f"--search: {places.pop()} says where to write: it is nothing to search")
     arguments = [a for each in args.variant or () for a in each.arguments] + args.trial_command
     for argument in arguments:
         flag = argument.removeprefix("--").partition("=")[0]
-        if argument.startswith("--") and flag in (*names, *GIVEN_BY_THE_SWEEP):
+        if argument.startswith("--") and flag in (*flags, *GIVEN_BY_THE_SWEEP):
             raise UserError(f"--{flag} is given by the sweep: leave it out of the command")
 
 
@@ -459,11 +464,16 @@ class Sweep:
 
 def flags_of(trial: Trial, searched: Sequence[SearchedFlag]) -> list[str]:
     """The values of a trial as arguments of the command."""
-    arguments = []
-    for flag in searched:
+    texts: dict[str, list[str]] = {}
+    for flag in sorted(searched, key=lambda flag: flag.places[0]):
         text = str(flag.exact(trial.params[flag.name]))
+        texts.setdefault(flag.flag, []).extend([text] * len(flag.places))
+    arguments = []
+    for name in dict.fromkeys(flag.flag for flag in searched):
+        first, *others = texts[name]
         # argparse takes -1e-05 for a flag unless it is joined with = to its own flag
-        arguments += [f"--{flag.name}={text}"] if text.startswith("-") else [f"--{flag.name}", text]
+        arguments += [f"--{name}={first}"] if first.startswith("-") else [f"--{name}", first]
+        arguments += others
     return arguments
 
 

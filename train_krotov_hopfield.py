@@ -4,15 +4,19 @@
     python train_krotov_hopfield.py --dataset fashion --depth 5 --classify_after 1 2 3 4 5
     python train_krotov_hopfield.py --preset dense                        2,000 units, whole images
     python train_krotov_hopfield.py --preset softhebb                     three layers, soft gates
+    python train_krotov_hopfield.py --evaluate RUN/classifier_4.pt --dataset cifar10
     python train_krotov_hopfield.py --resume runs/train_krotov_hopfield-...
 
 A preset is a network and everything about its training; flags change single values of it. A layer
 learns by competition alone; what the classifier gets from its features says what they are worth.
+--evaluate trains nothing: it judges a network that a run, or BioPyTorch, has saved.
 """
 
 import argparse
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 from experiment.command_line import (
     UserError,
@@ -23,6 +27,7 @@ from experiment.command_line import (
     positive_int,
     refuse_idle_flags,
     run_command,
+    save_whole_paths,
 )
 from experiment.settings import add_settings
 from krotov_hopfield.choices import AUGMENTATIONS, gate_needs
@@ -33,10 +38,25 @@ COMPETITION_OF_LAYERS = ("lebesgue_p", "ranking_param", "delta", "inverse_temper
 RATES_OF_LAYERS = ("lr", "lr_end", "lr_speed")
 OF_LAYERS = ("units", "power", *COMPETITION_OF_LAYERS, *RATES_OF_LAYERS)
 COMPETITION = ("gate", "normalization", "rate_exponent")
-TRAINING = ("schedule", "epochs", "batch_size", "patience", "threshold")
+TRAINING = (
+    "schedule", "rate_waits_above", "epochs", "batch_size", "patience", "patience_epochs",
+    "threshold",
+)  # fmt: skip
 CLASSIFIER = (
     "feature_norm", "dropout", "classifier_epochs", "classifier_lr", "classifier_batch_size",
 )  # fmt: skip
+ORDERS = ("one_by_one", "together")
+OF_BIOPYTORCH = {  # flags of its experiments, and what they are here
+    "--layers": "--depth", "--random": "--epochs 0", "--data_augment": "--augmentation flip",
+    "--restart_db": "another --out of sweep.py",
+}  # fmt: skip
+
+
+class Elsewhere(argparse.Action):
+    """Refuses a flag of BioPyTorch's with the one that it is here."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        parser.error(f"{option_string} is {OF_BIOPYTORCH[option_string]} here")
 
 
 def make_parser():
@@ -53,10 +73,7 @@ def make_parser():
     group = parser.add_argument_group("training of the layers (default: the preset's)")
     add_changes(group, LayerPlan, RATES_OF_LAYERS)
     add_changes(group, Recipe, TRAINING)
-    order = parser.add_mutually_exclusive_group()
-    order.add_argument("--together", action="store_true", default=None, help="all layers at once")
-    order.add_argument("--one_by_one", dest="together", action="store_false", default=None,
-                       help="each after those before it")  # fmt: skip
+    group.add_argument("--order", choices=ORDERS, help="layers learn one by one, or all at once")
     add_changes(parser.add_argument_group("classifier (default: the preset's)"), Recipe, CLASSIFIER)
     add = parser.add_argument_group("images and rounds").add_argument
     add("--augmentation", choices=AUGMENTATIONS, default="none", help="flip: crop and mirror")
@@ -65,7 +82,10 @@ def make_parser():
     add("--classify_after", type=positive_int, nargs="+", metavar="LAYER",
         help="classifiers behind these layers (default: the last)")  # fmt: skip
     add("--round_batches", type=positive_int, default=100, help="batches between two rows")
+    add("--evaluate", type=Path, metavar="FILE", help="train nothing: judge this saved network")
     add("--cache", type=nonnegative_float, default=4.0, metavar="GB", help="most for features")
+    for flag in OF_BIOPYTORCH:
+        add(flag, nargs="*", action=Elsewhere, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
@@ -78,14 +98,32 @@ def add_changes(group, settings: type, names: Sequence[str]) -> None:
 if __name__ == "__main__":
     parse(make_parser())  # answers --help and wrong flags before torch is loaded
 
+import torch
+from torch import nn
+
+from data_sets.image_data import ImageData
 from experiment.devices import set_up
+from experiment.files import write_whole
 from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
+from experiment.tables import aligned
 from figures.competition import plot_competition_run
-from krotov_hopfield import CompetitionError, HebbianNetwork, LayerwiseTraining, split_validation
+from krotov_hopfield import (
+    BioConv2d,
+    BioLinear,
+    CompetitionError,
+    HebbianNetwork,
+    LayerwiseTraining,
+    load_network,
+    network_to_dict,
+    parameter_table,
+    split_validation,
+)
 from mnist_datasets import load_images
+
+EVALUATED_AT_ONCE = 256  # images
 
 
 def make_recipe(args) -> Recipe:
@@ -106,6 +144,8 @@ def make_recipe(args) -> Recipe:
         layers = [replace(plan, **{name: v}) for plan, v in zip(layers, values, strict=True)]
     given = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
     given = {name: v for name, v in given.items() if v is not None and name != "layers"}
+    if args.order is not None:
+        given["together"] = args.order == "together"
     return replace(recipe, layers=tuple(layers), **given)
 
 
@@ -116,6 +156,9 @@ def refuse_flags_without_effect(args, parser: argparse.ArgumentParser, recipe: R
         ("power", powers, "--preset dense or softhebb, whose activations have one"),
         *gate_needs(recipe.gate),
         ("lr_end lr_speed", recipe.schedule == "exponential", "--schedule exponential"),
+        ("rate_waits_above", recipe.schedule != "constant", "--schedule linear or exponential"),
+        ("classify_after feature_norm dropout classifier_lr classifier_batch_size",
+         recipe.classifier_epochs, "--classifier_epochs of at least 1"),
     ])  # fmt: skip
 
 
@@ -150,32 +193,103 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
     """The accuracies of all classifiers; weights, results and figures as files."""
     params = [block.layer.state_dict() for block in training.network.blocks]
     log.write_parameters(params, test_data.shape)
-    rows = []
+    rows, convergence = [], [training.reached.get(k + 1) for k in range(len(params))]
     for depth, outcome in sorted(training.outcomes.items()):
+        network = training.classifying_network(depth)
+        write_whole(log.path(f"classifier_{depth}.pt"), file_of(network))
         row = {name: v for name, v in outcome.items() if name != "state"}
         rows.append({"layers": depth} | row | {
-            "test_accuracy": training.test_accuracy(depth, test_data.images, test_data.labels)
+            "test_accuracy": training.test_accuracy(depth, test_data.images, test_data.labels),
+            "parameters": parameters_of(network),
         })  # fmt: skip
     last = rows[-1] if rows and rows[-1]["layers"] == training.stages[-1][1][0] else {}
     log.write_json("results.json", {
         "data": test_data.source,
         "recipe": asdict(recipe),
+        "convergence": convergence[-1],
+        "convergences": convergence,
         "classifiers": rows,
         "validation_accuracy": last.get("validation_accuracy"),
         "test_accuracy": last.get("test_accuracy"),
     })  # fmt: skip
     log.plot(plot_competition_run)
+    say_parameters(training.network if not rows else network, log)
     for row in rows:
         log.say(
             f"{row['layers']} layers: test accuracy {row['test_accuracy']:.2%}, validation "
-            f"{row['validation_accuracy']:.2%} in epoch {row['epoch']} of the classifier"
+            f"{row['validation_accuracy']:.2%} in epoch {row['epoch']} of the classifier; "
+            f"{row['parameters']:,} parameters"
         )
+    if None not in convergence:
+        log.say("convergence by layer: " + ", ".join(f"{value:.3g}" for value in convergence))
+
+
+def file_of(network: nn.Sequential) -> bytes:
+    """A saved network, for `load_network`."""
+    file = io.BytesIO()
+    torch.save(network_to_dict(network), file)
+    return file.getvalue()
+
+
+def parameters_of(network: nn.Module) -> int:
+    """How many there are, those of the classifier included."""
+    return sum(count for _, _, count in parameter_table(network))
+
+
+def say_parameters(network: nn.Module, log: RunLog) -> None:
+    """A table: each layer, the shape of its weights, its parameters; the sum."""
+    rows = [(name, " x ".join(map(str, shape)), f"{count:,}")
+            for name, shape, count in parameter_table(network)]  # fmt: skip
+    total = ("all", "", f"{parameters_of(network):,}")
+    for line in aligned([("layer", "weights", "parameters"), *rows, total]):
+        log.say(line)
+
+
+def evaluate(args, parser: argparse.ArgumentParser) -> None:
+    """The test accuracy of a saved network; UserError where it does not take these images."""
+    common = {action.dest for action in common_parser("", "train_krotov_hopfield")._actions}
+    own = [name for name in vars(args) if name not in {*common, "evaluate"}]
+    refuse_idle_flags(args, parser, [(" ".join(own), False, "a training: leave out --evaluate")])
+    save_whole_paths(args, "evaluate")
+    device, dtype = set_up(args)
+    network = load_network(args.evaluate).to(dtype)
+    _, test_data = load_images(args.dataset, args.data_dir)
+    try:
+        network(test_data.floats(slice(1), dtype))
+    except (CompetitionError, RuntimeError) as problem:
+        reason = str(problem).split("\n")[0]
+        message = f"{args.evaluate} takes no images {list(test_data.shape)}: {reason}"
+        raise UserError(message) from problem
+    with open_run(args, "train_krotov_hopfield", test_data) as log:
+        accuracy = accuracy_of(network.to(device), test_data.to(device), dtype)
+        layers = [m for m in network.modules() if isinstance(m, BioConv2d | BioLinear)]
+        log.write_parameters([layer.state_dict() for layer in layers], test_data.shape)
+        row = {"layers": len(layers), "test_accuracy": accuracy,
+               "parameters": parameters_of(network)}  # fmt: skip
+        log.write_json("results.json", {
+            "data": test_data.source, "classifiers": [row], "test_accuracy": accuracy
+        })  # fmt: skip
+        log.plot(plot_competition_run)
+        say_parameters(network, log)
+        log.say(f"{test_data.source}\ntest accuracy {accuracy:.2%}")
+        log.say(f"everything is in {log.directory}")
+
+
+@torch.no_grad()
+def accuracy_of(network: nn.Module, data: ImageData, dtype: torch.dtype) -> float:
+    """The share of images that the network classifies as they are labelled."""
+    right = 0
+    for rows in torch.arange(len(data), device=data.images.device).split(EVALUATED_AT_ONCE):
+        right += (network(data.floats(rows, dtype)).argmax(1) == data.labels[rows]).sum()
+    return int(right) / len(data)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Data; network and its training; the loop over rounds; the report."""
     parser = make_parser()
     args = parse(parser, argv)
+    if args.evaluate is not None:
+        return evaluate(args, parser)
     recipe = make_recipe(args)
     refuse_flags_without_effect(args, parser, recipe)
     device, dtype = set_up(args)

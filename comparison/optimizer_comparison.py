@@ -8,12 +8,16 @@ RATES on separate draws. Sources: Kingma, Ba 2015; Chen et al. 2023 (arXiv 2302.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_sets.image_data import ImageData
 from experiment.loop import Interrupt
@@ -64,12 +68,58 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
+class Mixed(torch.optim.Optimizer):
+    """theta <- theta + sum_i share_i (step of optimiser i at theta); each keeps a state of its own.
+
+    parts: (share, maker of an optimiser of these parameters), ....
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        parts: Sequence[tuple[float, Callable[[Sequence[Tensor]], torch.optim.Optimizer]]],
+    ) -> None:
+        params = list(params)
+        super().__init__(params, {})
+        self.parts = [(share, make(params)) for share, make in parts]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step on the gradients at hand."""
+        params = self.param_groups[0]["params"]
+        before = [p.clone() for p in params]
+        steps = [torch.zeros_like(p) for p in params]
+        for share, part in self.parts:
+            part.step()
+            for p, start, step in zip(params, before, steps, strict=True):
+                step.add_(p - start, alpha=share)
+                p.copy_(start)
+        torch._foreach_add_(params, steps)
+
+
 # Constructors and default learning rates by name
 BASELINES: dict[str, tuple[Callable, float]] = {
     "adam": (torch.optim.Adam, 0.03),
     "sgd": (lambda leaves, lr: torch.optim.SGD(leaves, lr, momentum=0.9), 0.1),
     "lion": (Lion, 1e-4),
 }
+
+
+MIXED_RATES = (0.5, 0.005)  # of SGD, momentum .9, and of Lion, where their steps are mixed
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Inputs and targets of no training, on which the loss is told every so many steps.
+
+    running: batch norm normalises the inputs by its running statistics of the training batches,
+    else by the inputs' own, all at once.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    every: int
+    running: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,6 +136,10 @@ class Curves:
 
     losses: [runs, steps + 1], the loss of each batch before the step on it, and one after the last
         step; inf from the first loss on that is not finite.
+    accuracies: [runs, steps + 1], likewise the share of inputs classified correctly; nan where
+        targets are no classes, and after a training has ended early.
+    test_losses, test_accuracies: [runs, tests], on a test set, at each of test_steps.
+    norms: [steps, tensors], of each tensor's "parameter" (before the step), "gradient", "update".
     update, gradient: by a symmetry's label, the mean over units of the relative |deviation| of the
         parameters' change and of the gradient, [steps].
     histograms: [steps measured, bins], of |u|, the sizes of the parameters' changes.
@@ -94,6 +148,11 @@ class Curves:
     """
 
     losses: Tensor
+    accuracies: Tensor
+    test_losses: Tensor
+    test_accuracies: Tensor
+    test_steps: Tensor
+    norms: dict[str, Tensor]
     update: dict[str, Tensor]
     gradient: dict[str, Tensor]
     histograms: Tensor
@@ -108,7 +167,8 @@ class Curves:
         """The loss at the last step (mean, deviation, all runs), and the step that reaches GOAL.
 
         That is the first step at which the mean loss is at most GOAL, or inf. Trainings longer than
-        PUBLISHED steps also have the loss at that step.
+        PUBLISHED steps also have the loss at that step; classifiers the accuracy as the loss; with
+        a test set its last loss and accuracy.
         """
         steps = self.losses.shape[1] - 1
         last, reached = self.at(steps), (self.losses.mean(0) <= GOAL).nonzero()
@@ -118,6 +178,12 @@ class Curves:
             "runs": last.tolist(),
             f"steps_to_{GOAL}": int(reached[0, 0]) if len(reached) else math.inf,
         }
+        if not self.accuracies.isnan().all():
+            accuracy = self.accuracies[:, max(0, steps - LAST + 1) :].mean().item()
+            statistics["train_accuracy"] = accuracy
+        if len(self.test_steps):
+            statistics["test_loss"] = self.test_losses[:, -1].mean().item()
+            statistics["test_accuracy"] = self.test_accuracies[:, -1].mean().item()
         if steps > PUBLISHED:
             early = self.at(PUBLISHED)
             statistics[f"loss_at_{PUBLISHED}"] = early.mean().item()
@@ -132,8 +198,10 @@ class Curves:
             for label, values in getattr(self, name).items()
         }
         counts = {"still": self.still.numpy(), "parameters": np.array(self.parameters)}
-        histograms = self.histograms.numpy()
-        return {"losses": self.losses.numpy(), "histograms": histograms, **counts, **by_label}
+        told = ("losses", "accuracies", "test_losses", "test_accuracies", "test_steps",
+                "histograms")  # fmt: skip
+        norms = {f"norms/{name}": values.numpy() for name, values in self.norms.items()}
+        return {name: getattr(self, name).numpy() for name in told} | norms | counts | by_label
 
 
 def _deviation(values: Tensor) -> float:
@@ -158,12 +226,24 @@ def baseline(name: str, lr: float | None = None) -> Contender:
     return Contender(f"{name} {rate:g}", lambda leaves: make(leaves, lr=rate))
 
 
+def sgd_and_lion(share: float) -> Contender:
+    """SGD with momentum and Lion mixed, so much of Lion."""
+    makers = BASELINES["sgd"][0], BASELINES["lion"][0]
+    shares = (1 - share, share)
+    parts = [
+        (part, partial(make, lr=rate))
+        for part, make, rate in zip(shares, makers, MIXED_RATES, strict=True)
+    ]
+    return Contender(f"sgd-lion {share:g}", lambda leaves: Mixed(leaves, parts))
+
+
 @dataclass(frozen=True)
 class OptimizerComparison:
     """A comparison of optimisers by `runs` trainings of `steps` steps, from the same draws.
 
     tuning_runs: the number of trainings that judge a learning rate.
     weights: any tensor of the dtype and device that the parameters are to have.
+    lion_shares: the shares of Lion where SGD and Lion are mixed, beside BASELINES.
     """
 
     seed: int
@@ -171,18 +251,29 @@ class OptimizerComparison:
     runs: int
     tuning_runs: int
     weights: Tensor
+    lion_shares: Sequence[float] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """What `contenders` takes, in the order in which it is told."""
+        return ["learned", *BASELINES, *(["sgd-lion"] if self.lion_shares else [])]
 
     def contenders(
         self, name: str, network: CoordinateNetwork, task: Task, interrupt: Interrupt
     ) -> tuple[list[Contender], dict[str, float]]:
         """The contenders for a name, and losses by rate.
 
-        For one of BASELINES they are those of `at_default_and_best_rate`. For another name it is
-        the learned optimiser of `network`, without losses. Both are empty if interrupted.
+        For one of BASELINES they are those of `at_default_and_best_rate`; for "sgd-lion" a mixture
+        for each of lion_shares; for another name the learned optimiser of `network`. The latter
+        two have no losses by rate. Both are empty if interrupted.
         """
         if name in BASELINES:
             return self.at_default_and_best_rate(name, task, interrupt)
-        return ([] if interrupt.requested else [learned(name, network)]), {}
+        if interrupt.requested:
+            return [], {}
+        if name == "sgd-lion":
+            return [*map(sgd_and_lion, self.lion_shares)], {}
+        return [learned(name, network)], {}
 
     def at_default_and_best_rate(
         self, name: str, task: Task, interrupt: Interrupt
@@ -208,11 +299,12 @@ class OptimizerComparison:
         task: Task,
         symmetries: Sequence[Symmetry],
         histogram_steps: Sequence[int],
+        test: HeldOut | None = None,
     ) -> Curves:
         """The trainings by which a contender is judged; for the arguments see `train_all`."""
         draws = [(self.seed, TEST, k) for k in range(self.runs)]
         return train_all(
-            contender, task, self.steps, draws, self.weights, symmetries, histogram_steps
+            contender, task, self.steps, draws, self.weights, symmetries, histogram_steps, test
         )
 
 
@@ -224,51 +316,143 @@ def train_all(
     weights: Tensor,
     symmetries: Sequence[Symmetry] = (),
     histogram_steps: Sequence[int] = (),
+    test: HeldOut | None = None,
 ) -> Curves:
-    """One training from each draw; symmetries and |u| are measured along the first.
+    """One training from each draw; symmetries, norms and |u| are measured along the first.
 
     draws: keys of `seeded_generator`.
     weights: any tensor of the dtype and device that the parameters are to have.
     histogram_steps: the steps, counted from 1, whose |u| are counted in histograms.
     """
-    losses, measured = [], _Measurements(symmetries, histogram_steps)
+    runs, measured = [], _Measurements(symmetries, histogram_steps)
     for number, draw in enumerate(draws):
-        losses.append(_train(contender, task, steps, draw, weights, None if number else measured))
-    return Curves(torch.stack(losses), **measured.tensors())
+        run = _Training(contender, task, draw, weights, test)
+        run.advance(steps, None if number else measured)
+        runs.append(run.curves(steps))
+    return Curves(*map(torch.stack, zip(*runs, strict=True)), steps_of_tests(steps, test),
+                  **measured.tensors())  # fmt: skip
 
 
-def _train(
-    contender: Contender,
-    task: Task,
-    steps: int,
-    draw: tuple[int, ...],
-    weights: Tensor,
-    measured: "_Measurements | None",
-) -> Tensor:
-    """The losses [steps + 1], read only at the end so that no step waits for the device."""
-    optimizee = task.optimizee
-    params = optimizee.initial(seeded_generator(*draw, 0), weights.dtype, weights.device)
-    leaves = [t.requires_grad_() for layer in params for t in layer.values()]
-    optimizer, seen = contender.make(leaves), []
-    batches = task.batches(seeded_generator(*draw, 1))
-    for step in range(steps + 1):
-        loss = optimizee.loss(params, next(batches))
-        seen.append(loss.detach())
-        if step == steps:
-            break
-        gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
-        for leaf, g in zip(leaves, gradients, strict=True):
-            leaf.grad = g
-        before = _copied(params) if measured else None
+def steps_of_tests(steps: int, test: HeldOut | None) -> Tensor:
+    """Before which steps the test set is looked at; of the last it is after it."""
+    return torch.arange(0) if test is None else torch.arange(0, steps + 1, test.every)
+
+
+class _Training:
+    """One training, and its numbers so far; they are read at its end, lest each step wait."""
+
+    def __init__(
+        self,
+        contender: Contender,
+        task: Task,
+        draw: tuple[int, ...],
+        weights: Tensor,
+        test: HeldOut | None,
+    ) -> None:
+        self.optimizee, self.test = task.optimizee, test
+        self.params = self.optimizee.initial(
+            seeded_generator(*draw, 0), weights.dtype, weights.device
+        )
+        self.leaves = [t.requires_grad_() for layer in self.params for t in layer.values()]
+        self.optimizer = contender.make(self.leaves)
+        self.batches = task.batches(seeded_generator(*draw, 1))
+        self.seen: list[tuple[Tensor, Tensor]] = []  # loss and accuracy of each batch
+        self.tested: list[tuple[Tensor, Tensor]] = []
+        running = test is not None and test.running
+        self.statistics = RunningStatistics(self.optimizee.layers) if running else None
+
+    def advance(self, steps: int, measured: "_Measurements | None") -> None:
+        """So many steps and a loss after them; it ends early where a gradient is not finite."""
+        for step in range(steps + 1):
+            with self.statistics.learned() if self.statistics else nullcontext():
+                loss, accuracy = self._judged(*next(self.batches))
+            self.seen.append((loss.detach(), accuracy))
+            self._look_at_test(step)
+            if step == steps:
+                return
+            gradients = torch.autograd.grad(loss, self.leaves, materialize_grads=True)
+            for leaf, g in zip(self.leaves, gradients, strict=True):
+                leaf.grad = g
+            before = _copied(self.params) if measured else None
+            try:
+                self.optimizer.step()
+            except NonFiniteError:
+                return
+            if measured:
+                measured.add(step + 1, before, self.params)
+
+    def _judged(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the share of inputs that are classified as they should, or nan."""
+        outputs = self.optimizee(inputs, self.params)
+        loss = self.optimizee.loss_of(outputs, targets)
+        if targets.is_floating_point():
+            return loss, loss.new_full((), math.nan)
+        return loss, (outputs.argmax(1) == targets).to(loss.dtype).mean()
+
+    @torch.no_grad()
+    def _look_at_test(self, step: int) -> None:
+        if self.test is not None and step % self.test.every == 0:
+            with self.statistics.used() if self.statistics else nullcontext():
+                self.tested.append(self._judged(self.test.inputs, self.test.targets))
+
+    def curves(self, steps: int) -> list[Tensor]:
+        """Losses and accuracies of batches [steps + 1] and of the test set [tests]."""
+        count = len(steps_of_tests(steps, self.test))
+        return [*_padded(self.seen, steps + 1), *_padded(self.tested, count)]
+
+
+class RunningStatistics:
+    """Running means and variances of what batch norm layers see, as torch has them.
+
+    They stand beside the layers, which keep none of a training. Momentum: the layers' own.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self.layers = [layer for layer in layers if isinstance(layer, _BatchNorm)]
+        self.of: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def learned(self) -> AbstractContextManager:
+        """While it is open, statistics of each batch enter."""
+        return self._hooked(self._learn)
+
+    def used(self) -> AbstractContextManager:
+        """While it is open, layers normalise by the statistics so far."""
+        return self._hooked(self._normalise)
+
+    @contextmanager
+    def _hooked(self, hook: Callable) -> Iterator[None]:
+        hooks = [layer.register_forward_hook(hook) for layer in self.layers]
         try:
-            optimizer.step()
-        except NonFiniteError:
-            break
-        if measured:
-            measured.add(step + 1, before, params)
-    losses = torch.full((steps + 1,), math.inf, dtype=torch.float64)
-    losses[: len(seen)] = torch.stack(seen).double().cpu()
-    return losses.where((~losses.isfinite()).cumsum(0) == 0, math.inf)
+            yield
+        finally:
+            for each in hooks:
+                each.remove()
+
+    @torch.no_grad()
+    def _learn(self, layer: _BatchNorm, inputs: tuple[Tensor], _: Tensor) -> None:
+        (x,) = inputs
+        zeros = x.new_zeros(x.shape[1])
+        mean, variance = self.of.get(layer, (zeros, zeros + 1))
+        mean, variance = mean.clone(), variance.clone()
+        functional.batch_norm(x, mean, variance, training=True, momentum=layer.momentum)
+        self.of[layer] = mean, variance
+
+    def _normalise(self, layer: _BatchNorm, inputs: tuple[Tensor], _: Tensor) -> Tensor:
+        mean, variance = self.of[layer]
+        return functional.batch_norm(
+            inputs[0], mean, variance, layer.weight, layer.bias, eps=layer.eps
+        )
+
+
+def _padded(rows: Sequence[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Losses [count], inf from the first that is not finite on, and accuracies, then nan."""
+    losses = torch.full((count,), math.inf, dtype=torch.float64)
+    accuracies = torch.full((count,), math.nan, dtype=torch.float64)
+    if rows:
+        seen = torch.stack([torch.stack(row) for row in rows]).double().cpu()
+        losses[: len(rows)], accuracies[: len(rows)] = seen.T
+    left = (~losses.isfinite()).cumsum(0) > 0
+    return losses.where(~left, math.inf), accuracies.where(~left, math.nan)
 
 
 class _Measurements:
@@ -276,7 +460,7 @@ class _Measurements:
 
     def __init__(self, symmetries: Sequence[Symmetry], histogram_steps: Sequence[int]) -> None:
         self.symmetries, self.histogram_steps = symmetries, histogram_steps
-        self.found: dict[str, dict[str, list[Tensor]]] = {"update": {}, "gradient": {}}
+        self.found: dict[str, dict[str, list[Tensor]]] = {"update": {}, "gradient": {}, "norms": {}}
         self.histograms: list[Tensor] = []
         self.still: list[int] = []
         self.parameters = 0
@@ -295,6 +479,9 @@ class _Measurements:
         for name, v in (("update", update), ("gradient", gradient)):
             for label, size in mean_deviations(self.symmetries, v, before).items():
                 self.found[name].setdefault(label, []).append(size)
+        for name, v in (("parameter", before), ("gradient", gradient), ("update", update)):
+            norms = torch._foreach_norm([t for layer in v for t in layer.values()])
+            self.found["norms"].setdefault(name, []).append(torch.stack(norms))
         if step in self.histogram_steps:
             sizes = torch.cat([t.flatten() for layer in update for t in layer.values()]).abs()
             self.histograms.append(torch.histogram(sizes.double().cpu(), EDGES).hist)

@@ -45,8 +45,10 @@ def plot_competition_run(directory: str | Path) -> list[Path]:
     drawn = [place / "filters.png"]
     if metrics:
         plot_convergence(metrics, place / "convergence.png")
+        drawn.append(place / "convergence.png")
+    if metrics and metrics["classifier"].any():
         plot_classifiers(metrics, place / "classifier.png")
-        drawn += [place / "convergence.png", place / "classifier.png"]
+        drawn.append(place / "classifier.png")
     if len(rows) > 1:
         plot_accuracy_over_depth(rows, place / "accuracy_over_depth.png")
         drawn.append(place / "accuracy_over_depth.png")

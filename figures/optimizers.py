@@ -34,6 +34,7 @@ from learned_optimizer import CONTROL
 
 SHOWN_EPOCHS = 4  # curves of a short meta-training: the first, the last, and two between
 EVERY = 20  # epochs between curves, if there are more than twice as many
+MOST_TENSORS = 8  # whose norms are drawn
 SMOOTHED = 5  # steps in the running mean of losses
 LEAST, CUT = 1e-9, 1e-12  # smaller deviations, smaller covariances are drawn at these heights
 
@@ -64,6 +65,13 @@ def plot_optimizer_run(directory: str | Path) -> list[Path]:
         )
         drawn.append(figure(f"{name}_loss.png"))
         shown = one_of_each_kind(optimizers)
+        if len(shown.get("learned", {}).get("test_steps", ())):  # runs of before lack them
+            plot_generalisation(name, shown, figure(f"{name}_curves.png"))
+            drawn.append(figure(f"{name}_curves.png"))
+        tensors = compared_optimizees(directory).get(name, {}).get("tensors")
+        if tensors and len(shown.get("learned", {}).get("norms/update", ())):
+            plot_norms(name, tensors, shown, figure(f"{name}_norms.png"))
+            drawn.append(figure(f"{name}_norms.png"))
         for kind in kinds_of(optimizers):
             path = figure(f"{name}_{kind}.png")
             plot_symmetry(name, kind, shown, path)
@@ -101,6 +109,59 @@ def plot_training(optimizee: str, losses: Arrays, path: Path) -> None:
     label_axes(axes, f"{optimizee}: training loss", "step", "mean over runs, band: one deviation")
     axes.tick_params(which="minor", labelsize=FONT - 1, colors=GREY)
     add_legend(axes)
+    save_figure(figure, path)
+
+
+def plot_generalisation(optimizee: str, optimizers: Mapping[str, Arrays], path: Path) -> None:
+    """Loss and accuracy, of training batches and of test images: means over runs, and spread."""
+    figure = new_figure(8.4, 5.6)
+    grid = figure.subplots(2, 2, sharex=True, sharey="row")
+    for row, what in zip(grid, ("losses", "accuracies"), strict=True):
+        for axes, of in zip(row, ("", "test_"), strict=True):
+            for colour, (name, arrays) in zip(COLOURS, optimizers.items(), strict=False):
+                values = arrays[of + what]
+                values = np.where(np.isfinite(values), values, np.nan)
+                steps = arrays["test_steps"] if of else np.arange(values.shape[1])
+                if not of:
+                    values = np.apply_along_axis(_running_mean, 1, values)
+                mean, deviation = values.mean(0), values.std(0)
+                axes.plot(steps, mean, color=colour, lw=1.3, label=name)
+                axes.fill_between(
+                    steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, lw=0
+                )
+            if what == "losses":
+                axes.set_yscale("log")
+            title = f"{'test images' if of else 'training batches'}: {what}"
+            label_axes(axes, title, "step" if what == "accuracies" else "", "mean over runs")
+            axes.tick_params(which="minor", labelsize=FONT - 1, colors=GREY)
+    add_legend(grid[1, 1])
+    figure.suptitle(optimizee, fontsize=FONT + 2, parse_math=False)
+    save_figure(figure, path)
+
+
+def plot_norms(
+    optimizee: str, tensors: Sequence[str], optimizers: Mapping[str, Arrays], path: Path
+) -> None:
+    """Norms of parameters, gradients and updates along the first run, a row for each tensor."""
+    shown = tensors[:MOST_TENSORS]
+    figure = new_figure(8.4, 1.5 * len(shown) + 1.1)
+    grid = figure.subplots(len(shown), 3, sharex=True, squeeze=False)
+    for number, (row, tensor) in enumerate(zip(grid, shown, strict=True)):
+        for axes, what in zip(row, ("parameter", "gradient", "update"), strict=True):
+            for colour, (name, arrays) in zip(COLOURS, optimizers.items(), strict=False):
+                norms = arrays[f"norms/{what}"][:, number]
+                finite = np.isfinite(norms) & (norms > 0)
+                axes.plot(np.flatnonzero(finite), norms[finite], color=colour, lw=1.1, label=name)
+            axes.set_yscale("log")
+            bottom = "step" if number == len(shown) - 1 else ""
+            label_axes(axes, f"{tensor}: {what}", bottom, "")
+            axes.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
+    legend = figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside lower center",
+        ncols=len(optimizers), fontsize=FONT - 1, frameon=False,
+    )  # fmt: skip
+    without_formulas(legend)
+    figure.suptitle(f"{optimizee}: norms", fontsize=FONT + 2, parse_math=False)
     save_figure(figure, path)
 
 

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _NAMES = {  # the public face by module, each name of which is loaded on first use
+    "biopytorch": "bio_train same_padding",
     "choices": "ACTING AUGMENTATIONS FEATURE_NORMS GATES NORMALIZATIONS SCHEDULES gate_needs",
     "competition": "Competition",
     "errors": "CompetitionError NonFiniteError",
@@ -11,12 +12,15 @@ _NAMES = {  # the public face by module, each name of which is loaded on first u
     "layers": "BioConv2d BioLinear Triangle",
     "layerwise_training": "LayerwiseTraining split_validation",
     "recipes": "DEEPEST RECIPES LayerPlan Recipe exponential_rate learning_rate",
+    "saved_networks": "classifying load_network network_to_dict parameter_table",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = list(_MODULES)
 
 if TYPE_CHECKING:  # the same names for type checkers
+    from krotov_hopfield.biopytorch import bio_train as bio_train
+    from krotov_hopfield.biopytorch import same_padding as same_padding
     from krotov_hopfield.choices import ACTING as ACTING
     from krotov_hopfield.choices import AUGMENTATIONS as AUGMENTATIONS
     from krotov_hopfield.choices import FEATURE_NORMS as FEATURE_NORMS
@@ -41,6 +45,10 @@ if TYPE_CHECKING:  # the same names for type checkers
     from krotov_hopfield.recipes import Recipe as Recipe
     from krotov_hopfield.recipes import exponential_rate as exponential_rate
     from krotov_hopfield.recipes import learning_rate as learning_rate
+    from krotov_hopfield.saved_networks import classifying as classifying
+    from krotov_hopfield.saved_networks import load_network as load_network
+    from krotov_hopfield.saved_networks import network_to_dict as network_to_dict
+    from krotov_hopfield.saved_networks import parameter_table as parameter_table
 else:
 
     def __getattr__(name: str) -> Any:

@@ -80,7 +80,8 @@ class HebbianNetwork(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.recipe, self.blocks = recipe, nn.ModuleList()
+        self.input_shape, self.recipe = tuple(input_shape), recipe
+        self.blocks = nn.ModuleList()
         x = torch.zeros(1, *input_shape, dtype=dtype)
         for plan in recipe.layers:
             layer = make_layer(x.shape[1:], plan, recipe, dtype)

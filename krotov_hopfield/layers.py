@@ -15,6 +15,7 @@ Everywhere else it is two products, without patches and without waiting for the 
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -67,13 +68,26 @@ class _Competing:
 
     @property
     def delta(self) -> float:
-        """The gate's; read only, as is the gate."""
+        """The gate's; may be set, also between two steps."""
         return self.competition.delta
+
+    @delta.setter
+    def delta(self, delta: float) -> None:
+        self._compete(delta=delta)
 
     @property
     def ranking_param(self) -> int:
-        """The gate's k."""
+        """The gate's k; may be set."""
         return self.competition.ranking_param
+
+    @ranking_param.setter
+    def ranking_param(self, ranking_param: int) -> None:
+        self._compete(ranking_param=ranking_param)
+
+    def _compete(self, **changes: float) -> None:
+        competition = replace(self.competition, **changes)
+        competition.check(len(self.weight) // self._groups)
+        self.competition = competition
 
     @torch.no_grad()
     def reset_parameters(
@@ -137,14 +151,32 @@ class _Competing:
         radius = torch.linalg.vector_norm(self.weight.flatten(1), dim=1)
         return learning_rate * (radius - 1).abs() ** self.rate_exponent
 
-    def _dense_step(self, x: Tensor, learning_rate: float | Tensor) -> Tensor:
-        """The update by products, on any device; x is normalised and padded."""
-        currents = self._respond(x, *self._powers())
+    @torch.no_grad()
+    def delta_weights(self, x: Tensor, weight: Tensor) -> Tensor:
+        """D / scale: what weights shaped as the layer's change by, at a rate of 1, for a batch x.
+
+        x: shaped as for `forward`, and taken as it is: in a step it is behind the batch norm. Those
+        of a fully connected layer may be [batch, N] and [O, N] for any N: a bias is a column of
+        weights for a column of ones.
+        """
+        return self._changes(self._padded(x), weight, None)[0]
+
+    def _changes(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The scaled changes of weights and biases; x is normalised and padded."""
+        p = self.lebesgue_p
+        of_bias = None if bias is None else signed_power(bias, p)
+        currents = self._respond(x, signed_power(weight, p), of_bias)
         g = self._by_group(currents, self.competition.gates)
         over = [d for d in range(g.dim()) if d != 1]
         pull = (g * currents).sum(over)
-        hebbian = self._correlate(g, x), None if self.bias is None else g.sum(over)
-        change, of_bias = scaled_changes(self.weight, self.bias, hebbian, pull, self.normalization)
+        hebbian = self._correlate(g, x, weight), None if bias is None else g.sum(over)
+        return scaled_changes(weight, bias, hebbian, pull, self.normalization)
+
+    def _dense_step(self, x: Tensor, learning_rate: float | Tensor) -> Tensor:
+        """The update by products, on any device; x is normalised and padded."""
+        change, of_bias = self._changes(x, self.weight, self.bias)
         rates = self._rates(learning_rate)
         self.weight.add_(rates.view(-1, *[1] * (change.dim() - 1)) * change)
         if of_bias is not None:
@@ -285,8 +317,8 @@ class BioLinear(_Competing, nn.Linear):
         """`gates` of currents [batch, out], of the same shape."""
         return gates(currents, 1)
 
-    def _correlate(self, g: Tensor, x: Tensor) -> Tensor:
-        """g^T x [out, in] of gates [batch, out]."""
+    def _correlate(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """g^T x [out, in] of gates [batch, out], shaped as the weights."""
         return g.t() @ x
 
     def _weight_rows(self) -> Tensor:
@@ -406,13 +438,13 @@ class BioConv2d(_Competing, nn.Conv2d):
         """`gates` of currents [batch, out, H', W'] within each group, of the same shape."""
         return gates(currents.unflatten(1, (self.groups, -1)), 2).flatten(1, 2)
 
-    def _correlate(self, g: Tensor, x: Tensor) -> Tensor:
+    def _correlate(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """sum over samples of their gates times their windows [out, in / groups, kh, kw].
 
         That is the weight gradient for the gradient g [batch, out, H', W'] of the output.
         """
         return torch.ops.aten.convolution_backward(
-            g, x, self.weight, None, self.stride, (0, 0), self.dilation, False, (0, 0), self.groups,
+            g, x, weight, None, self.stride, (0, 0), self.dilation, False, (0, 0), self.groups,
             (False, True, False),
         )[1]  # fmt: skip
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 from krotov_hopfield.errors import CompetitionError, NonFiniteError
 from krotov_hopfield.hebbian_network import Classifier, HebbianNetwork
 from krotov_hopfield.recipes import learning_rate
+from krotov_hopfield.saved_networks import classifying
 from krotov_hopfield.seeds import seeded_generator
 
 Labelled = tuple[Tensor, Tensor]  # images, uint8 [N, C, H, W], and their labels, int64 [N]
@@ -96,7 +97,8 @@ class LayerwiseTraining:
     batches of a round of a layer. cache_bytes: the most that kept features may take. classes: how
     many the classifiers tell apart; the images at hand need not show all of them.
 
-    outcomes: what each finished classifier reached, by its number of layers: epoch (of its best
+    reached: the convergence of each layer after its last batch, by its number. outcomes: what each
+    finished classifier reached, by its number of layers: epoch (of its best
     state), train_accuracy, validation_accuracy, and that state. Raises CompetitionError for images
     or labels of another type or shape, and for a batch size that the images do not allow.
     """
@@ -122,9 +124,10 @@ class LayerwiseTraining:
         self.classes = classes
         self.augmentation, self.round_batches = augmentation, round_batches
         self.cache_bytes = cache_bytes
+        classify_after = classify_after if self.recipe.classifier_epochs else ()
         self._check_batch_sizes(classify_after)
         self.stages = stages_of(len(network.blocks), classify_after, self.recipe.together)
-        self.stage, self.outcomes = 0, {}
+        self.stage, self.outcomes, self.reached = 0, {}, {}
         self._order, self._order_of = None, None  # of the images, in which stage and epoch
         self._kept: dict[tuple[int, bool], Tensor] = {}
         self._begin_stage()
@@ -132,7 +135,7 @@ class LayerwiseTraining:
     def _check_batch_sizes(self, classify_after: Sequence[int]) -> None:
         """CompetitionError where images do not fill a batch, or a classifier's has no variance."""
         count, of_classifier = len(self.images), self.recipe.classifier_batch_size
-        for size in (self.recipe.batch_size, of_classifier):
+        for size in (self.recipe.batch_size, of_classifier if classify_after else 0):
             if size > count:
                 raise CompetitionError(f"batch size {size} is above {count}, the training images")
         alone = of_classifier == 1 and self.recipe.feature_norm == "batch"
@@ -172,6 +175,7 @@ class LayerwiseTraining:
         self.convergence = [math.inf] * len(self.network.blocks)  # of each layer, where judged
         self.closest = list(self.convergence)
         self.without_progress = 0
+        self.counted = [0] * len(self.network.blocks)  # batches that the schedule has seen
         self.classifier = self.optimizer = self.best = None
         self._kept = {}
         if self.finished:
@@ -229,9 +233,10 @@ class LayerwiseTraining:
 
     def _need_no_more(self, layers: Sequence[int]) -> bool:
         """Whether patience with these layers is at its end, or all of them are at rest."""
-        patience, threshold = self.recipe.patience, self.recipe.threshold
-        at_rest = all(self.convergence[k - 1] < threshold for k in layers)
-        return 0 < patience <= self.without_progress or at_rest
+        recipe, idle = self.recipe, self.without_progress
+        at_rest = all(self.convergence[k - 1] < recipe.threshold for k in layers)
+        epochs = idle / self.batches_per_epoch
+        return at_rest or 0 < recipe.patience <= idle or 0 < recipe.patience_epochs <= epochs
 
     # ---- layers ----
 
@@ -241,23 +246,35 @@ class LayerwiseTraining:
         return round(self.recipe.epochs * (len(self.images) // self.recipe.batch_size))
 
     def _train_layers(self, layers: Sequence[int]) -> dict[str, float]:
-        last, rows = min(self.done + self.round_batches, self._batches), []
-        judged = self.recipe.patience or self.recipe.threshold  # only then waits for each batch
+        last, rows, recipe = min(self.done + self.round_batches, self._batches), [], self.recipe
+        # only then waits for each batch
+        judged = recipe.patience or recipe.patience_epochs or recipe.threshold
+        judged = judged or recipe.rate_waits_above
         while self.done < last and not self._need_no_more(layers):
+            rate = self._rate(layers[0])
             rows.append(self._step(layers, self.done))
             self.done += 1
             if judged:
                 self._judge(layers, rows[-1].tolist())
+            self._count(layers)
         if not rows:
             return {"epoch": 0.0}
-        self._check_finite(layers, torch.stack(rows).tolist())
-        epochs = self.done / self.batches_per_epoch
-        plan = self.recipe.layers[layers[0] - 1]
-        rate = learning_rate(plan, self.recipe, (self.done - 1) / self.batches_per_epoch)
-        numbers = {"epoch": epochs, "learning_rate": rate}
-        return numbers | {
-            f"convergence/{k}": value.item() for k, value in zip(layers, rows[-1], strict=True)
-        }
+        values = torch.stack(rows).tolist()
+        self._check_finite(layers, values)
+        self.reached |= dict(zip(layers, values[-1], strict=True))
+        numbers = {"epoch": self.done / self.batches_per_epoch, "learning_rate": rate}
+        return numbers | {f"convergence/{k}": self.reached[k] for k in layers}
+
+    def _rate(self, layer: int) -> float:
+        """The learning rate of a layer's next batch."""
+        epochs = self.counted[layer - 1] / self.batches_per_epoch
+        return learning_rate(self.recipe.layers[layer - 1], self.recipe, epochs)
+
+    def _count(self, layers: Sequence[int]) -> None:
+        """Has the layers' schedules go on by a batch, unless they are too far from rest."""
+        limit = self.recipe.rate_waits_above
+        for k in layers:
+            self.counted[k - 1] += not limit or self.convergence[k - 1] < limit
 
     @torch.no_grad()
     def _step(self, layers: Sequence[int], batch: int) -> Tensor:
@@ -265,9 +282,8 @@ class LayerwiseTraining:
         x = self._batch(layers[0] - 1, batch)
         reached = []
         for k in layers:
-            block, epochs = self.network.blocks[k - 1], batch / self.batches_per_epoch
-            rate = learning_rate(self.recipe.layers[k - 1], self.recipe, epochs)
-            reached.append(block.layer.training_step(x, rate))
+            block = self.network.blocks[k - 1]
+            reached.append(block.layer.training_step(x, self._rate(k)))
             if k != layers[-1]:
                 x = block(x)
         return torch.stack(reached)
@@ -330,9 +346,16 @@ class LayerwiseTraining:
 
         images: uint8 [N, C, H, W]; labels: int64 [N].
         """
+        return self._accuracy(self._best_classifier(depth), images, labels, depth)
+
+    def classifying_network(self, depth: int) -> nn.Sequential:
+        """The first `depth` layers and the best state of the classifier behind them."""
+        return classifying(self.network, self._best_classifier(depth), depth)
+
+    def _best_classifier(self, depth: int) -> Classifier:
         classifier = self._make_classifier(depth)
         classifier.load_state_dict(self.outcomes[depth]["state"])
-        return self._accuracy(classifier, images, labels, depth)
+        return classifier
 
     @torch.no_grad()
     def _accuracy(self, classifier: nn.Module, images: Tensor, labels: Tensor, depth: int) -> float:
@@ -406,6 +429,8 @@ class LayerwiseTraining:
             "done": self.done,
             "closest": self.closest,
             "without_progress": self.without_progress,
+            "counted": self.counted,
+            "reached": self.reached,
             "network": self.network.state_dict(),
             "classifier": self.classifier.state_dict() if busy else None,
             "optimizer": self.optimizer.state_dict() if busy else None,
@@ -421,6 +446,7 @@ class LayerwiseTraining:
         self._begin_stage()
         self.done, self.best = state["done"], state["best"]
         self.closest, self.without_progress = state["closest"], state["without_progress"]
+        self.counted, self.reached = state["counted"], state["reached"]
         if self.classifier is not None:
             self.classifier.load_state_dict(state["classifier"])
             self.optimizer.load_state_dict(state["optimizer"])

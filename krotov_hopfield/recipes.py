@@ -62,11 +62,15 @@ class Recipe:
         together: all layers learn from each batch; else each after those before it.
         epochs: passes of each layer's training, also a fraction of one.
         patience: a layer's training ends after so many batches that did not bring it closer to
-            rest than any before; 0: never. threshold: or once its convergence is below this. Both
-            are looked at after every batch.
+            rest than any before; 0: never. patience_epochs: or after as many as are in so many
+            epochs. threshold: or once its convergence is below this. All are looked at after every
+            batch.
+        rate_waits_above: batches that leave a layer's convergence at this or above do not count
+            in its schedule; 0: all count.
         feature_norm: what the classifier does to features first: "batch", batch norm; "image",
             those of each image are divided by their root mean square.
-        dropout, classifier_epochs, classifier_lr, classifier_batch_size: of the classifier.
+        dropout, classifier_epochs, classifier_lr, classifier_batch_size: of the classifier; with no
+            epochs there is none.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -87,13 +91,22 @@ class Recipe:
     patience: int = _setting(
         0, "end after so many without progress; 0: never", "nonnegative", metavar="BATCHES"
     )
+    patience_epochs: float = _setting(
+        0.0, "end after so many epochs without progress; 0: never", "nonnegative", metavar="EPOCHS"
+    )
     threshold: float = _setting(0.0, "end once the convergence is below this", "nonnegative")
+    rate_waits_above: float = _setting(
+        0.0, "the rate falls only while the convergence is below this; 0: always", "nonnegative",
+        metavar="CONVERGENCE",
+    )  # fmt: skip
     feature_norm: str = _setting(
         "batch", "features by batch norm, or by the root mean square of each image's",
         choices=FEATURE_NORMS,
     )  # fmt: skip
     dropout: float = _setting(0.0, "of the features", "fraction below 1")
-    classifier_epochs: int = _setting(150, "passes over their features", "positive")
+    classifier_epochs: int = _setting(
+        150, "passes over their features; 0: no classifier", "nonnegative"
+    )
     classifier_lr: float = _setting(0.05, "its first learning rate (SGD)", "positive")
     classifier_batch_size: int = _setting(64, "features of one step", "positive")
 
@@ -154,7 +167,7 @@ DEEPEST = {"deep": len(DEEP_LAYERS), "dense": 1, "softhebb": len(SOFTHEBB_LAYERS
 
 
 def learning_rate(plan: LayerPlan, recipe: Recipe, epochs: float) -> float:
-    """The learning rate of a layer that has been trained for so many epochs."""
+    """The learning rate of a layer for which so many epochs count."""
     if recipe.schedule == "linear":
         return plan.lr * (1 - math.floor(epochs) / recipe.epochs)
     if recipe.schedule == "exponential":

@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any
 _NAMES = {  # the public face by module, each name of which is loaded on first use
     "errors": "NonFiniteError OptimizerError",
     "meta_training": "MetaTraining Team Validation",
-    "networks": (
-        "CoordinateLSTM CoordinateMLP CoordinateNetwork load_network make_network network_to_dict "
-        "save_network"
-    ),
+    "networks": "CoordinateLSTM CoordinateMLP CoordinateNetwork make_network",
     "optimizees": "Optimizee Task image_optimizee make_task",
     "optimizer": "LearnedOptimizer",
+    "saved_optimizers": "load_network network_to_dict save_network",
     "settings": (
         "BATCH_SIZE CONTROL ESTIMATORS EXTRA_INPUTS NETWORK_KINDS SELECTIONS SMALL_STEPS "
         "SYMMETRY_KINDS MetaTrainingSettings"
@@ -34,15 +32,15 @@ if TYPE_CHECKING:  # the same names for type checkers
     from learned_optimizer.networks import CoordinateLSTM as CoordinateLSTM
     from learned_optimizer.networks import CoordinateMLP as CoordinateMLP
     from learned_optimizer.networks import CoordinateNetwork as CoordinateNetwork
-    from learned_optimizer.networks import load_network as load_network
     from learned_optimizer.networks import make_network as make_network
-    from learned_optimizer.networks import network_to_dict as network_to_dict
-    from learned_optimizer.networks import save_network as save_network
     from learned_optimizer.optimizees import Optimizee as Optimizee
     from learned_optimizer.optimizees import Task as Task
     from learned_optimizer.optimizees import image_optimizee as image_optimizee
     from learned_optimizer.optimizees import make_task as make_task
     from learned_optimizer.optimizer import LearnedOptimizer as LearnedOptimizer
+    from learned_optimizer.saved_optimizers import load_network as load_network
+    from learned_optimizer.saved_optimizers import network_to_dict as network_to_dict
+    from learned_optimizer.saved_optimizers import save_network as save_network
     from learned_optimizer.settings import BATCH_SIZE as BATCH_SIZE
     from learned_optimizer.settings import CONTROL as CONTROL
     from learned_optimizer.settings import ESTIMATORS as ESTIMATORS

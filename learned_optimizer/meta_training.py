@@ -35,12 +35,14 @@ from learned_optimizer.window_gradients import (
     persistent_gradient,
     roll_out,
     start,
+    steps_of_adam,
     strategies_gradient,
     suffix_sum_gradient,
 )
 
 VALIDATION = 2**31  # stands where a run does in the names of draws for validation
 VALIDATION_WINDOW = 20
+STARTING_RATE = 0.05  # of Adam, before a random start
 LAST_STEPS = 10  # whose mean loss is that at the end
 
 Value = TypeVar("Value")
@@ -140,13 +142,15 @@ class MetaTraining:
             self._validate()
         for group in self.optimizer.param_groups:
             group["lr"] = settings.rate(self.run)
-        losses, norms = self._windows()
+        begun = self._start_of(self.run)
+        losses, norms = self._windows(begun)
         self.run += 1
         numbers = {
             "meta_loss": _mean(losses),
             "last_window_loss": losses[-1] if losses else math.nan,
             "meta_gradient_norm": _mean(norms),
-            "skipped_windows": math.ceil(settings.inner_steps / settings.unroll) - len(losses),
+            "skipped_windows": math.ceil((settings.inner_steps - begun) / settings.unroll)
+            - len(losses),
             "learning_rate": settings.rate(self.run - 1),
             "validation_loss": math.nan,
             "validation_end": math.nan,
@@ -159,12 +163,21 @@ class MetaTraining:
     def epoch(self) -> int:
         return self.run // self.settings.runs_per_epoch
 
-    def _windows(self) -> tuple[list[float], list[float]]:
-        """Mean losses of the run's windows, and norms of their gradients."""
+    def _start_of(self, run: int) -> int:
+        """How many steps Adam makes in a run before the learned optimiser."""
+        settings = self.settings
+        if not settings.random_start:
+            return 0
+        generator = seeded_generator(settings.seed, run, 3)
+        return int(torch.randint(settings.inner_steps, (), generator=generator, device="cpu"))
+
+    def _windows(self, begun: int) -> tuple[list[float], list[float]]:
+        """Mean losses of the run's windows after so many steps, and norms of their gradients."""
         settings, losses, norms = self.settings, [], []
         trainings = self._started(self.run, self.team.share(settings.tasks))
+        trainings = steps_of_adam(self.task.optimizee, trainings, begun, STARTING_RATE)
         estimate = self._estimator()
-        for first in range(0, settings.inner_steps, settings.unroll):
+        for first in range(begun, settings.inner_steps, settings.unroll):
             steps = min(settings.unroll, settings.inner_steps - first)
             window = estimate(trainings, steps)
             loss, mean_loss, *gradient = self._pooled(window)

@@ -13,18 +13,15 @@ Sources: Andrychowicz et al. 2016 (arXiv 1606.04474) with the preprocessing of i
 et al. 2020 (arXiv 2009.11243) for the MLP.
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from learned_optimizer import coordinate_lstm
 from learned_optimizer.errors import OptimizerError
-from learned_optimizer.files import write_whole
 from learned_optimizer.seeds import seeded_generator
 from learned_optimizer.settings import EXTRA_INPUTS
 
@@ -32,13 +29,10 @@ LARGEST_LOG = 10.0  # p: gradients below e^-p are passed on as they are, times e
 TIME_SCALE = 100.0  # steps
 DECAYS = (0.5, 0.9, 0.99)  # of the MLP's running averages of g; of g^2 the last
 MLP_CHUNK = 1 << 14  # columns whose graph is kept at once
-# what reading a description that is none may raise
-_UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
 LARGEST_HIDDEN = 4096  # units
 LARGEST_FACTOR = sys.float_info.max
 LARGEST_GRADIENT = 1e15  # for the MLP, whose averages of squares stay finite in float32
-TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TYPES}
+LARGEST_PREPROCESS_FACTOR = 80.0  # e^p is a number of float32
 
 
 def log_and_sign(g: Tensor, p: float = LARGEST_LOG) -> Tensor:
@@ -115,7 +109,8 @@ class CoordinateNetwork(nn.Module):
 class CoordinateLSTM(CoordinateNetwork):
     """The LSTM optimiser.
 
-    hidden: units of both layers. preprocess: log_and_sign of the gradient, else the gradient.
+    hidden: units of both layers. preprocess: log_and_sign of the gradient, with preprocess_factor
+    for p, else the gradient.
     extra_inputs: of "time" (tanh(step / 100)), "relative_update" (log |d theta| / |theta| of the
     tensor, over p, at least -1, and -1 before the first update) and "parameter". out_mul: .1, for
     nets of ReLUs better .01.
@@ -130,9 +125,12 @@ class CoordinateLSTM(CoordinateNetwork):
         preprocess: bool = True,
         extra_inputs: Sequence[str] = (),
         out_mul: float = 0.1,
+        preprocess_factor: float = LARGEST_LOG,
     ) -> None:
         chosen = [name for name in EXTRA_INPUTS if name in extra_inputs]
         settings = {"hidden": hidden, "preprocess": bool(preprocess), "extra_inputs": chosen}
+        if preprocess_factor != LARGEST_LOG:  # files of before do not have it
+            settings["preprocess_factor"] = float(preprocess_factor)
         super().__init__(out_mul, settings)
         _check_hidden(hidden)
         if len(chosen) != len(extra_inputs):
@@ -140,14 +138,20 @@ class CoordinateLSTM(CoordinateNetwork):
                 f"extra inputs are {', '.join(EXTRA_INPUTS)}, each at most once, got "
                 f"{', '.join(map(str, extra_inputs))}"
             )
+        if not 0 < preprocess_factor <= LARGEST_PREPROCESS_FACTOR:
+            raise OptimizerError(
+                f"preprocess_factor must be a number above 0, at most "
+                f"{LARGEST_PREPROCESS_FACTOR:g}, got {preprocess_factor}"
+            )
         self.extra_inputs, self.preprocess = tuple(chosen), bool(preprocess)
+        self.preprocess_factor = float(preprocess_factor)
         self.state_rows = 4 * hidden
         self.seen_rows = ("time" in chosen) + ("relative_update" in chosen)
         self.lstm = nn.LSTM(1 + self.preprocess + len(chosen), hidden, 2)
         self.output = nn.Linear(hidden, 1)
 
     def observe(self, g, theta, memory, sizes):
-        rows = [log_and_sign(g) if self.preprocess else g[None]]
+        rows = [log_and_sign(g, self.preprocess_factor) if self.preprocess else g[None]]
         if not self.extra_inputs:
             return rows[0], memory
         seen = list(memory[self.state_rows :])
@@ -253,40 +257,6 @@ def make_network(kind: str, seed: int = 0, **settings) -> CoordinateNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded_generator(seed).initial_seed())
         return NETWORKS[kind](**settings)
-
-
-def save_network(network: CoordinateNetwork, path: Path | str) -> None:
-    """Writes a network as JSON, weights exact."""
-    write_whole(path, json.dumps(network_to_dict(network)) + "\n")
-
-
-def network_to_dict(network: CoordinateNetwork) -> dict:
-    """Kind, settings, type and weights, in plain values."""
-    weights = {name: p.tolist() for name, p in network.state_dict().items()}
-    dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
-    return {"kind": network.kind, "settings": network.settings, "dtype": dtype, "weights": weights}
-
-
-def load_network(path: Path | str) -> CoordinateNetwork:
-    """Reads what `save_network` wrote, of its type; OptimizerError where it is something else."""
-    try:
-        description = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise OptimizerError(f"cannot read a learned optimiser from {path}: {problem}") from problem
-    try:
-        network = make_network(description["kind"], **description["settings"])
-        network.to(DTYPES[description.get("dtype", "float32")])  # older files do not tell it
-        weights = description["weights"].items()
-        network.load_state_dict({n: torch.tensor(w, dtype=torch.float64) for n, w in weights})
-    except OptimizerError:
-        raise
-    except _UNREADABLE as problem:
-        raise OptimizerError(
-            f"{path} is no learned optimiser, or one of another architecture: {problem}"
-        ) from problem
-    if not all(p.isfinite().all() for p in network.parameters()):
-        raise OptimizerError(f"{path} holds weights that are not finite")
-    return network
 
 
 def _check_hidden(hidden: int) -> None:

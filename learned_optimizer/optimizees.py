@@ -5,10 +5,13 @@
     for batch in task.batches(generator):             # (images, labels), endless
         loss = task.optimizee.loss(params, batch)
 
-Names are an activation and the sizes of the hidden layers, "bn" after them for batch norm (affine,
-statistics of the batch) before each activation; conv16-32 for two convolutions 3x3 of ReLUs, each
-with a maximum over 2x2; quadratic for |W theta - y|^2 of ten parameters. `Optimizee` takes any
-nn.Module. Source of the choice: Andrychowicz et al. 2016, section 3.
+Names are an activation, or several with + between them, which the units of a layer have in turn,
+and the sizes of the hidden layers, "bn" after them for batch norm (affine, statistics of the batch)
+before each activation; conv16-32 for two convolutions 3x3 of ReLUs that keep the size, each with a
+maximum over 2x2; conv16k3-32k5 for kernels of 3x3 and 5x5 without padding; lenet for LeNet-5, of
+ReLUs, on images of 32x32; quadratic for |W theta - y|^2 of ten parameters. `Optimizee` takes any
+nn.Module. Sources of the choice: Andrychowicz et al. 2016, section 3; Chen et al. 2020 (arXiv
+2010.09089) for conv16k3-32k5; LeCun et al. 1998 for LeNet-5.
 """
 
 import re
@@ -34,8 +37,25 @@ ACTIVATIONS = {
     "leaky_relu": nn.LeakyReLU,
     "softplus": nn.Softplus,
     "linear": nn.Identity,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "mish": nn.Mish,
+    "elu": nn.ELU,
+    "celu": nn.CELU,
+    "selu": nn.SELU,
+    "log_sigmoid": nn.LogSigmoid,
+    "softsign": nn.Softsign,
+    "softshrink": nn.Softshrink,
+    "hardshrink": nn.Hardshrink,
+    "tanhshrink": nn.Tanhshrink,
+    "hardtanh": nn.Hardtanh,
+    "hardsigmoid": nn.Hardsigmoid,
+    "hardswish": nn.Hardswish,
+    "prelu": nn.PReLU,
 }
-NAMED = re.compile(rf"({'|'.join(ACTIVATIONS)}|conv)(\d+(?:-\d+)*)(bn)?")
+ONE = "|".join(ACTIVATIONS)
+NAMED = re.compile(rf"((?:{ONE})(?:\+(?:{ONE}))*)(\d+(?:-\d+)*)(bn)?")
+CONVOLUTIONS = re.compile(r"conv(\d+(?:k\d+)?(?:-\d+(?:k\d+)?)*)(bn)?")
 QUADRATIC = 10  # parameters
 LARGEST_LAYER = 1_000_000  # units
 
@@ -75,6 +95,10 @@ class Optimizee(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{sum(self.sizes())} parameters"
+
+    def names(self) -> list[str]:
+        """The full name of each tensor of params, in order."""
+        return [name for names in self._names for name in names]
 
     def sizes(self) -> list[int]:
         """How many numbers each tensor of params holds, in order."""
@@ -207,11 +231,13 @@ def make_task(
     batch_size: int = BATCH_SIZE,
     dtype: torch.dtype = torch.float32,
     norm_eps: float = 1e-5,
+    classes: int | None = None,
 ) -> Task:
     """The task of a name as above on these images.
 
     images: [N, C, H, W], uint8 or, in [0, 1] or otherwise scaled, floating-point numbers. labels:
-    int64 [N], the largest of which tells how many classes there are. norm_eps: of batch norm.
+    int64 [N]. norm_eps: of batch norm. classes: how many outputs there are, by default as many as
+    the largest label tells.
     Raises OptimizerError for an unknown name, where the images do not fill a batch or have not a
     label each, and for batch norm where a batch is one number for each unit.
     """
@@ -230,7 +256,8 @@ def make_task(
             f"expected images [N, C, H, W] and labels [N], got {list(images.shape)} and "
             f"{list(labels.shape)}"
         )
-    optimizee = image_optimizee(name, images.shape[1:], int(labels.max()) + 1, norm_eps)
+    classes = int(labels.max()) + 1 if classes is None else classes
+    optimizee = image_optimizee(name, images.shape[1:], classes, norm_eps)
     if batch_size == 1:
         _refuse_batch_norm_of_one(name, optimizee, _floats(images[:1], dtype))
     return Task(
@@ -242,20 +269,48 @@ def image_optimizee(
     name: str, input_shape: Sequence[int] = (1, 28, 28), classes: int = 10, norm_eps: float = 1e-5
 ) -> Optimizee:
     """A network of the names above, its outputs the logits of the classes."""
-    parts = NAMED.fullmatch(name)
-    sizes = [int(size) for size in parts[2].split("-")] if parts else []
-    if not parts or 0 in sizes:
+    dense, convolutions = NAMED.fullmatch(name), CONVOLUTIONS.fullmatch(name)
+    if name == "lenet":
+        return Optimizee(lambda: lenet(input_shape, classes))
+    parts = dense or convolutions
+    layers = parts[2 if dense else 1].split("-") if parts else []
+    sizes = [[int(number) for number in layer.split("k")] for layer in layers]
+    if not parts or any(0 in layer for layer in sizes):
         raise OptimizerError(
-            f"unknown optimizee {name!r}; such as sigmoid20, relu128-128, relu20bn, leaky_relu20, "
-            "softplus20, conv16-32, quadratic"
+            f"unknown optimizee {name!r}; such as sigmoid20, relu128-128, relu20bn, "
+            "sigmoid+tanh+relu20, conv16-32, conv16k3-32k5, lenet, quadratic; activations are "
+            + ", ".join(ACTIVATIONS)
         )
-    if max(sizes) > LARGEST_LAYER:
+    if max(map(max, sizes)) > LARGEST_LAYER:
         raise OptimizerError(f"{name} is too large: layers have at most {LARGEST_LAYER:,} units")
-    make = convolutional if parts[1] == "conv" else perceptron
-    activation = ACTIVATIONS.get(parts[1], nn.ReLU)
+    if convolutions:
+        return Optimizee(
+            lambda: convolutional(input_shape, sizes, classes, bool(parts[2]), norm_eps)
+        )
+    kinds, units = [ACTIVATIONS[kind] for kind in parts[1].split("+")], [size for (size,) in sizes]
     return Optimizee(
-        lambda: make(input_shape, sizes, classes, activation, bool(parts[3]), norm_eps)
+        lambda: perceptron(
+            input_shape, units, classes, lambda: activation_of(kinds), bool(parts[3]), norm_eps
+        )
     )
+
+
+def activation_of(kinds: Sequence[Callable[[], nn.Module]]) -> nn.Module:
+    """One of these activations, or a mixture of several."""
+    return kinds[0]() if len(kinds) == 1 else Mixture(kind() for kind in kinds)
+
+
+class Mixture(nn.ModuleList):
+    """Activations that the units of a layer [batch, units, ...] have in turn."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As x."""
+        turn = torch.arange(x.shape[1], device=x.device) % len(self)
+        turn = turn.view(-1, *[1] * (x.dim() - 2))
+        y = self[0](x)
+        for number, activation in enumerate(self[1:], 1):
+            y = torch.where(turn == number, activation(x), y)
+        return y
 
 
 def perceptron(
@@ -279,24 +334,43 @@ def perceptron(
 
 def convolutional(
     input_shape: Sequence[int],
-    sizes: Sequence[int],
+    sizes: Sequence[Sequence[int]],
     classes: int,
-    activation: Callable[[], nn.Module],
     norm: bool = False,
     norm_eps: float = 1e-5,
 ) -> nn.Sequential:
-    """Convolutions 3x3 that keep the size, each followed by a maximum over 2x2."""
+    """Convolutions of ReLUs, each followed by a maximum over 2x2, and a fully connected layer.
+
+    sizes: of each its channels, and the side of its kernels; without that 3x3, padded by 1.
+    """
     layers: list[nn.Module] = []
     channels, height, width = input_shape
-    for out in sizes:
-        layers += [nn.Conv2d(channels, out, 3, padding=1)]
+    for out, *side in sizes:
+        kernel, padding = (side[0], 0) if side else (3, 1)
+        layers += [nn.Conv2d(channels, out, kernel, padding=padding)]
         if norm:
             layers += [nn.BatchNorm2d(out, norm_eps, track_running_stats=False)]
-        layers += [activation(), nn.MaxPool2d(2)]
-        channels, height, width = out, height // 2, width // 2
-    if not height * width:
-        raise OptimizerError(f"nothing is left of images {list(input_shape)} after {sizes}")
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
+        lost = kernel - 1 - 2 * padding
+        channels, height, width = out, (height - lost) // 2, (width - lost) // 2
+        if min(height, width) < 1:
+            raise OptimizerError(f"nothing is left of images {list(input_shape)} after {out} units")
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * height * width, classes))
+
+
+def lenet(input_shape: Sequence[int], classes: int) -> nn.Sequential:
+    """LeNet-5 with ReLUs and maxima over 2x2; 61,706 parameters for grey images, ten classes."""
+    if tuple(input_shape[1:]) != (32, 32):
+        raise OptimizerError(
+            f"lenet takes images of 32 x 32 pixels, not {' x '.join(map(str, input_shape[1:]))}: "
+            "resize them"
+        )
+    return nn.Sequential(
+        nn.Conv2d(input_shape[0], 6, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 120, 5), nn.ReLU(), nn.Flatten(),
+        nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes),
+    )  # fmt: skip
 
 
 class Quadratic(nn.Module):

@@ -8,12 +8,18 @@ from learned_optimizer.errors import OptimizerError
 
 NETWORK_KINDS = ("lstm", "mlp")
 EXTRA_INPUTS = ("time", "relative_update", "parameter")  # of an LSTM
-SMALL_STEPS = ("relu", "leaky_relu", "conv")  # optimizees for which out_mul .01 is better than .1
+SMALL_STEPS = (
+    "relu",
+    "leaky_relu",
+    "conv",
+    "lenet",
+)  # optimizees for which out_mul .01 is better than .1
 BATCH_SIZE = 128  # images of a step of an optimizee
 ESTIMATORS = ("suffix_sum", "autograd", "es", "pes")
 SELECTIONS = ("sum", "end")
 DECAYS = ("none", "cosine")
 SYMMETRY_KINDS = ("translation", "scale", "rescale")
+NORM = "norm"  # a penalty on the size of updates, for comparison with those on symmetries
 CONTROL = "_control"  # after the kind: a symmetry that is not there
 
 
@@ -51,9 +57,13 @@ class MetaTrainingSettings:
         "nonnegative", metavar="BETA",
     )  # fmt: skip
     penalty_kinds: tuple[str, ...] = _setting(
-        ("rescale",), "symmetries whose deviations are penalised", choices=SYMMETRY_KINDS
-    )
+        ("rescale",), "symmetries whose deviations are penalised; norm: the norms of the updates",
+        choices=(*SYMMETRY_KINDS, NORM),
+    )  # fmt: skip
     penalty_relative: bool = _setting(False, "deviations over |v| |theta|")
+    random_start: bool = _setting(
+        False, "each run begins where so many steps of Adam have led, a new number each time"
+    )
     seed: int = 0
 
     def __post_init__(self) -> None:

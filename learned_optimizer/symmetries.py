@@ -29,7 +29,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from learned_optimizer.errors import OptimizerError
 from learned_optimizer.optimizees import Optimizee, Params
 from learned_optimizer.seeds import seeded_generator
-from learned_optimizer.settings import CONTROL
+from learned_optimizer.settings import CONTROL, NORM
 
 # sigma(a z) = a sigma(z) for a > 0, channel by channel
 HOMOGENEOUS = (
@@ -260,13 +260,14 @@ def symmetry_penalty(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """(theta, v) [n] -> beta times the sum over units of |deviation| (or of the relative one).
 
+    kinds: of symmetries, and "norm": the sum over tensors of |v|, or of |v| / |theta|.
     symmetries: the optimizee's, whose controls are left out. Raises OptimizerError where it has
     none of one of these kinds.
     """
     held = [s for s in symmetries if not s.control]
     present = list(dict.fromkeys(s.kind for s in held))
     for kind in kinds:
-        if kind not in present:
+        if kind not in (*present, NORM):
             raise OptimizerError(
                 f"a penalty on {kind}: the optimizee has no {kind} symmetry; it has "
                 f"{' and '.join(present) or 'none'}"
@@ -275,9 +276,22 @@ def symmetry_penalty(
 
     def penalty(theta: Tensor, v: Tensor) -> Tensor:
         at, update = optimizee.unflat(theta), optimizee.unflat(v)
-        return beta * sum(deviations(update, at).abs().sum() for deviations in penalized)
+        total = sum(deviations(update, at).abs().sum() for deviations in penalized)
+        if NORM in kinds:
+            total = total + _norms(update, at, relative)
+        return beta * total
 
     return penalty
+
+
+def _norms(v: Params, theta: Params, relative: bool) -> Tensor:
+    """The sum over tensors of |v|, or of |v| / |theta|; a tensor of zeros has |v|."""
+    total = 0
+    for of_v, of_theta in zip(v, theta, strict=True):
+        for name, tensor in of_v.items():
+            size = of_theta[name].norm() if relative else tensor.new_ones(())
+            total = total + tensor.norm() / torch.where(size == 0, torch.ones_like(size), size)
+    return total
 
 
 # ---- statistics of gradients and updates over minibatches ----

@@ -96,6 +96,17 @@ def start(
     return Trainings(theta, network.memory(theta.numel(), theta), gradient, batches), losses
 
 
+def steps_of_adam(optimizee: Optimizee, trainings: Trainings, steps: int, lr: float) -> Trainings:
+    """The trainings after so many steps of Adam, of which the network's memory knows nothing."""
+    theta, g = trainings.theta.clone(), trainings.gradient
+    adam = torch.optim.Adam([theta], lr)
+    for _ in range(steps):
+        theta.grad = g
+        adam.step()
+        _, g = optimizee.gradients(theta, _next_of(trainings.batches))
+    return replace(trainings, theta=theta.detach(), gradient=g)
+
+
 def _next_of(iterators: Sequence[Iterator]) -> list:
     """The next batch of each training. Raises OptimizerError where one has ended."""
     try:

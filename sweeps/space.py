@@ -5,6 +5,7 @@ momentum=0:1              uniform
 k=int:2:10                whole numbers, both ends included
 delta=step:0:0.4:0.005    0, 0.005, ..., 0.4
 p=choice:2,3,4            any texts
+p.1-4=int:2:8             the first four values of a flag with several; beside it, p.5=...
 """
 
 import argparse
@@ -36,6 +37,7 @@ class SearchedFlag:
     """A flag of the command, without its dashes, and the values it may take.
 
     Attributes:
+        name: the flag, and after a dot which of its values, from 1, all of which are the same.
         range: the text after NAME=.
         kind: a key of FORMS.
         low, high: the smallest and the largest value; None for the kind "choice".
@@ -51,6 +53,17 @@ class SearchedFlag:
 
     def __str__(self) -> str:
         return f"{self.name}={self.range}"
+
+    @property
+    def flag(self) -> str:
+        """The name of the command's flag."""
+        return self.name.partition(".")[0]
+
+    @property
+    def places(self) -> range:
+        """Which of the flag's values these are, from 1."""
+        first, _, last = (self.name.partition(".")[2] or "1").partition("-")
+        return range(int(first), int(last or first) + 1)
 
     def at(self, share: float) -> Value:
         """The value at the quantile `share` in [0, 1) of the flag's distribution."""
@@ -83,7 +96,7 @@ class SearchedFlag:
 def searched_flag(text: str) -> SearchedFlag:
     """The flag described by a text in one of the FORMS; raises argparse.ArgumentTypeError."""
     name, equals, values = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z][\w-]*", name):
+    if not equals or not re.fullmatch(r"[A-Za-z][\w-]*(\.\d{1,3}(-\d{1,3})?)?", name):
         raise _malformed(text, f"must be one of {', '.join(FORMS.values())}")
     kind, colon, rest = values.partition(":")
     if kind not in FORMS or not colon:

@@ -19,6 +19,7 @@ from krotov_hopfield import (
     LayerwiseTraining,
     NonFiniteError,
     Recipe,
+    exponential_rate,
     learning_rate,
     split_validation,
 )
@@ -240,6 +241,38 @@ def test_where_a_layer_ends_does_not_depend_on_how_many_batches_are_a_round(limi
     assert one[1] < 20
     for last, other in others:
         assert last == one and torch.equal(weight, other)
+
+
+def test_patience_may_be_told_in_epochs():
+    restless = replace(TINY, epochs=20, classifier_epochs=0, layers=(LayerPlan(4, 3, 30.0),))
+    by_batches = run(training(replace(restless, patience=6), after=()))
+    assert run(training(replace(restless, patience_epochs=2), after=())) == by_batches
+    ends = [run(training(replace(restless, patience_epochs=e), after=()))[-1]["epoch"]
+            for e in (1, 1.5)]  # fmt: skip
+    assert ends[0] < ends[1] < by_batches[-1]["epoch"]
+
+
+def test_the_rate_falls_only_while_a_layer_is_near_rest():
+    recipe = replace(TINY, schedule="exponential", together=True, classifier_epochs=0)
+    for limit, counts in ((0.0, [6, 6, 6]), (1e-9, [0, 0, 0])):
+        part = training(replace(recipe, rate_waits_above=limit), after=())
+        part.round_batches = 5
+        part.train_round()
+        assert part.counted == [min(count, 5) for count in counts]
+    part, near = training(replace(recipe, rate_waits_above=20.0), after=(), round_batches=1), 0
+    for _ in range(5):
+        row = part.train_round()
+        plan = recipe.layers[0]
+        assert row["learning_rate"] == exponential_rate(plan.lr, 0.0, 1.0, near / 3)
+        near += row["convergence/1"] < 20
+    assert part.counted[0] == near
+
+
+def test_without_epochs_of_a_classifier_there_is_none():
+    part = training(replace(TINY, classifier_epochs=0, classifier_batch_size=1000))
+    rows = run(part)
+    assert part.outcomes == {} and len(rows) == 3
+    assert part.reached == {k: rows[k - 1][f"convergence/{k}"] for k in (1, 2, 3)}
 
 
 def test_a_layer_is_at_rest_where_its_convergence_is_now_and_not_where_it_once_was():

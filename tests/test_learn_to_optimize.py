@@ -55,7 +55,15 @@ def test_a_run_leaves_its_files_and_an_optimizer_for_any_model(plain):
     assert results["best_validation_loss"] <= np.nanmin(seen)
     with np.load(plain / "comparison.npz") as arrays:
         assert arrays["relu3/learned/losses"].shape == (2, 4)
-    for name in ("relu3_loss", "relu3_rescale", "relu3_updates", "relu3_noise", "meta_training"):
+    for name in (
+        "relu3_loss",
+        "relu3_curves",
+        "relu3_norms",
+        "relu3_rescale",
+        "relu3_updates",
+        "relu3_noise",
+        "meta_training",
+    ):
         assert (plain / "figures" / f"{name}.png").stat().st_size > 1000
     model = nn.Linear(4, 2)
     optimizer = LearnedOptimizer(model.parameters(), load_network(plain / "optimizer.json"))
@@ -80,6 +88,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, 
     [
         ["--network", "mlp"],
         ["--raw_gradients"],
+        ["--preprocess_factor", "3"],
         ["--extra_inputs", "time"],
         ["--out_mul", "0.5"],
         ["--lr", "0.1"],
@@ -90,9 +99,16 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, 
         ["--tasks", "2"],
         ["--unroll", "2"],
         ["--penalty", "10"],
+        ["--random_start"],
+        ["--penalty", "1", "--penalty_kinds", "norm"],
+        ["--classes", "0", "1"],
+        ["--resize", "14"],
         ["--batch_size", "64"],
         ["--compare", "sigmoid2"],
         ["--test_steps", "4"],
+        ["--test_images", "50"],
+        ["--test_every", "2"],
+        ["--lion_shares", "0.1"],
         ["--dtype", "float64"],
     ],
     ids=" ".join,
@@ -226,9 +242,16 @@ def test_losses_are_said_at_the_last_step_and_of_long_trainings_at_the_published
         (["sigmoid3", "--penalty", "1"], "no rescale symmetry; it has translation"),
         (["relu3", "--penalty", "1", "--penalty_kinds", "scale"], "no scale symmetry"),
         (["quadratic", "--penalty", "1", "--estimator", "pes"], "it has none"),
+        (["relu3", "--raw_gradients", "--preprocess_factor", "3"], "without --raw_gradients"),
         (["relu3", "--sigma", "0.1"], "--estimator es or pes"),
         (["relu3", "--penalty_relative"], "--penalty"),
         (["relu3", "--norm_eps", "0.1"], "relu20bn"),
+        (["relu3", "--classes", "3", "10"], "no class 10: they are from 0 to 9"),
+        (["relu3", "--running_statistics"], "with batch norm, such as relu20bn"),
+        (["relu3", "--grey"], "--dataset cifar10"),
+        (["lenet"], "resize them"),
+        (["relu3", "--test_every", "0", "--test_images", "9"], "--test_every of at least 1"),
+        (["relu3", "--lion_shares", "1.5"], "from 0 to 1"),
         (["relu3", "--epochs", "0", "--unroll", "5"], "--epochs of at least 1"),
     ],
 )

@@ -13,10 +13,12 @@ from learned_optimizer import (
     MetaTraining,
     MetaTrainingSettings,
     OptimizerError,
+    Task,
     find_symmetries,
     make_network,
     make_task,
 )
+from learned_optimizer.window_gradients import steps_of_adam
 
 SMALL = {"runs_per_epoch": 2, "inner_steps": 7, "unroll": 3, "validation_runs": 2}
 
@@ -76,6 +78,29 @@ def test_windows_cover_all_steps_and_validation_comes_at_the_end_of_an_epoch():
         for kind in ("rescale", "translation")
     }
     assert max(values.max() for values in learning.deviations["gradient/rescale"]) < 1e-5
+
+
+def test_a_random_start_is_where_steps_of_adam_have_led():
+    plain = training(random_start=True)
+    begun = [plain._start_of(run) for run in range(40)]
+    assert set(begun) == set(range(SMALL["inner_steps"]))
+    run = next(run for run, steps in enumerate(begun) if steps == 5)
+    task, K = plain.task, 2
+    before = plain._started(run, range(K))
+    after = steps_of_adam(task.optimizee, plain._started(run, range(K)), 5, 0.05)
+    for k in range(K):  # the obvious training
+        theta = before.theta[k].clone().requires_grad_()
+        adam = torch.optim.Adam([theta], 0.05)
+        batches = task.batches(seeded_generator(0, run, k, 1))
+        for _ in range(5):
+            adam.zero_grad()
+            task.optimizee.loss(task.optimizee.unflat(theta), next(batches)).backward()
+            adam.step()
+        torch.testing.assert_close(after.theta[k], theta.detach(), rtol=1e-5, atol=1e-6)
+    plain.run, seen = run, []
+    plain.task = Task(task.optimizee, lambda g: (seen.append(1) or b for b in task.batches(g)))
+    assert plain.train_run()["skipped_windows"] == 0
+    assert len(seen) == (SMALL["validation_runs"] + 1) * (SMALL["inner_steps"] + 1)
 
 
 def test_the_best_weights_are_those_of_the_smallest_validation_loss():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from learned_optimizer import Optimizee, OptimizerError, image_optimizee, make_task
-from learned_optimizer.optimizees import labelled_batches, quadratic_batches
+from learned_optimizer import Optimizee, OptimizerError, image_optimizee, make_task, optimizees
+from learned_optimizer.optimizees import activation_of, labelled_batches, quadratic_batches
 from learned_optimizer.seeds import seeded_generator
 
 
@@ -27,13 +27,50 @@ def labelled_images(count: int = 40, size: int = 8) -> tuple[torch.Tensor, torch
         ("sigmoid20-20", 15910 + 420),
         ("relu20bn", 15910 + 40),
         ("conv16-32", 16 * 9 + 16 + 32 * 145 + 32 * 49 * 10 + 10),
+        ("conv16k3-32k5", 18_122),
+        ("gelu20", 15910),
+        ("sigmoid+tanh+relu20", 15910),
     ],
 )
 def test_a_name_tells_the_layers(name, parameters):
     assert sum(image_optimizee(name).sizes()) == parameters
 
 
-@pytest.mark.parametrize("name", ["sigmoid6", "relu5-4", "softplus5", "relu6bn", "conv3-4"])
+def test_lenet_has_its_published_size_on_images_of_its_size_alone():
+    assert sum(image_optimizee("lenet", (1, 32, 32)).sizes()) == 61_706
+    with pytest.raises(OptimizerError, match="32 x 32 pixels, not 28 x 28"):
+        image_optimizee("lenet", (1, 28, 28))
+
+
+@pytest.mark.parametrize("name", optimizees.ACTIVATIONS)
+def test_any_activation_may_be_named(name):
+    module = image_optimizee(f"{name}3", (1, 2, 2)).make_module()
+    x = torch.rand(5, 1, 2, 2)
+    hidden = module[2](module[1](x.flatten(1)))
+    torch.testing.assert_close(module(x), module[3](hidden))
+    by_functions = {"linear": lambda x: x, "hardtanh": lambda x: x.clamp(-1, 1),
+                    "prelu": lambda x: torch.where(x > 0, x, 0.25 * x)}  # fmt: skip
+    function = by_functions.get(name) or getattr(nn.functional, name.replace("log_", "log"))
+    torch.testing.assert_close(hidden, function(module[1](x.flatten(1))))
+
+
+def test_units_have_the_activations_of_a_mixture_in_turn():
+    mixture, x = activation_of([nn.Sigmoid, nn.Tanh, nn.ReLU]), torch.randn(4, 7)
+    y = mixture(x)
+    for unit in range(7):
+        function = (torch.sigmoid, torch.tanh, torch.relu)[unit % 3]
+        assert torch.equal(y[:, unit], function(x[:, unit]))
+
+
+def test_there_may_be_more_classes_than_the_images_show():
+    images, labels = labelled_images(40)
+    task = make_task("relu3", images, labels % 2, 8, classes=10)
+    assert task.optimizee.layers[-1].out_features == 10
+
+
+@pytest.mark.parametrize(
+    "name", ["sigmoid6", "relu5-4", "softplus5", "relu6bn", "conv3-4", "conv2k3-3k2", "tanh+gelu5"]
+)
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_gradients_are_those_of_the_module_itself(name, tasks):
     optimizee = image_optimizee(name, (1, 8, 8), 10)
@@ -168,8 +205,10 @@ def test_the_quadratic_is_the_same_problem_at_every_step():
 
 
 @pytest.mark.parametrize(
-    "name", ["sigmoid", "relu0", "gru20", "relu20-", "conv8-8-8-8", "", f"relu{10**23}"]
-)
+    "name",
+    ["sigmoid", "relu0", "gru20", "relu20-", "conv8-8-8-8", "conv8k9", "relu+gru5", "relu+5", "",
+     f"relu{10**23}"],
+)  # fmt: skip
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(OptimizerError):
         image_optimizee(name, (1, 8, 8))

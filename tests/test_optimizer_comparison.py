@@ -1,6 +1,7 @@
 """Optimisers compared: Lion, equal starts and batches, rates, measurements, diverging runs."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from comparison.optimizer_comparison import (
     PUBLISHED,
     RATES,
     Contender,
+    HeldOut,
     Lion,
+    Mixed,
     OptimizerComparison,
     baseline,
     halves,
@@ -137,6 +140,109 @@ def test_no_rate_is_tried_once_the_comparison_is_interrupted(task, monkeypatch):
     comparison = OptimizerComparison(0, 2, 1, 1, WEIGHTS)
     assert comparison.contenders("adam", None, task, interrupt) == ([], {}) and len(tried) == 2
     assert comparison.contenders("learned", None, task, interrupt) == ([], {})
+
+
+def test_accuracies_and_test_losses_are_those_of_the_parameters_before_each_step(task):
+    inputs, targets = next(task.batches(seeded_generator(9)))
+    test = HeldOut(inputs, targets, every=3)
+    curves = train_all(baseline("sgd"), task, 7, DRAWS, WEIGHTS, test=test)
+    assert curves.test_steps.tolist() == [0, 3, 6]
+    assert curves.accuracies.shape == (2, 8) and curves.test_losses.shape == (2, 3)
+    for run, draw in enumerate(DRAWS):  # the obvious training
+        params = task.optimizee.initial(seeded_generator(*draw, 0), torch.float64)
+        leaves = [t.requires_grad_() for layer in params for t in layer.values()]
+        sgd, batches = (
+            torch.optim.SGD(leaves, 0.1, momentum=0.9),
+            task.batches(seeded_generator(*draw, 1)),
+        )
+        for step in range(8):
+            x, y = next(batches)
+            logits = task.optimizee(x, params)
+            assert curves.accuracies[run, step] == (logits.argmax(1) == y).double().mean()
+            if step in (0, 3, 6):
+                logits = task.optimizee(inputs, params)
+                loss = nn.functional.cross_entropy(logits, targets).item()
+                assert curves.test_losses[run, step // 3].item() == pytest.approx(loss)
+                share = (logits.argmax(1) == targets).double().mean()
+                assert curves.test_accuracies[run, step // 3] == share
+            sgd.zero_grad()
+            task.optimizee.loss(params, (x, y)).backward()
+            sgd.step()
+    summary = curves.summary()
+    assert summary["test_loss"] == curves.test_losses[:, -1].mean().item()
+    assert summary["train_accuracy"] == pytest.approx(curves.accuracies.mean().item())
+
+
+def test_running_statistics_are_those_of_torchs_batch_norm():
+    task = make_task("relu4bn", *labelled_images(60), 12, torch.float64)
+    inputs, targets = next(task.batches(seeded_generator(9)))
+    found = [
+        train_all(baseline("sgd"), task, 5, DRAWS[:1], WEIGHTS,
+                  test=HeldOut(inputs, targets, 1, running))
+        for running in (True, False)
+    ]  # fmt: skip
+    assert torch.equal(found[0].losses, found[1].losses)
+    assert not torch.equal(found[0].test_losses, found[1].test_losses)
+    module = task.optimizee.make_module().double()
+    module[2] = nn.BatchNorm1d(4).double()  # the obvious training
+    params = task.optimizee.initial(seeded_generator(*DRAWS[0], 0), torch.float64)
+    with torch.no_grad():
+        values = (t for layer in params for t in layer.values())
+        for p, value in zip(module.parameters(), values, strict=True):
+            p.copy_(value)
+    sgd = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+    batches = task.batches(seeded_generator(*DRAWS[0], 1))
+    for step in range(6):
+        x, y = next(batches)
+        loss = nn.functional.cross_entropy(module.train()(x), y)
+        tested = nn.functional.cross_entropy(module.eval()(inputs), targets)
+        torch.testing.assert_close(found[0].test_losses[0, step], tested.detach())
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+
+
+def test_what_has_no_classes_has_no_accuracy_and_a_lost_training_none_from_there(task):
+    quadratic = make_task("quadratic", *labelled_images(), dtype=torch.float64)
+    curves = train_all(baseline("adam"), quadratic, 3, DRAWS, WEIGHTS)
+    assert curves.accuracies.isnan().all() and "train_accuracy" not in curves.summary()
+    test = HeldOut(*next(task.batches(seeded_generator(9))), every=2)
+    lost = train_all(baseline("sgd", 1e200), task, 6, DRAWS, WEIGHTS, test=test)
+    assert lost.test_losses[:, -1].isinf().all() and lost.test_accuracies[:, -1].isnan().all()
+    assert lost.test_losses.shape == (2, 4)
+
+
+def test_norms_are_of_each_tensor_along_the_first_run(task):
+    curves = train_all(Contender("sgd", lambda ps: torch.optim.SGD(ps, 0.1)), task, 4, DRAWS,
+                       WEIGHTS)  # fmt: skip
+    tensors = len(task.optimizee.names())
+    assert all(norms.shape == (4, tensors) for norms in curves.norms.values())
+    torch.testing.assert_close(curves.norms["update"], 0.1 * curves.norms["gradient"])
+    params = task.optimizee.initial(seeded_generator(*DRAWS[0], 0), torch.float64)
+    first = [t.norm() for layer in params for t in layer.values()]
+    torch.testing.assert_close(curves.norms["parameter"][0], torch.stack(first))
+
+
+def test_mixed_steps_are_the_sum_of_their_shares_each_with_its_own_memory():
+    p = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    parts = [(0.75, partial(torch.optim.SGD, lr=0.1, momentum=0.5)), (0.25, partial(Lion, lr=0.2))]
+    mixed, theta = Mixed([p], parts), p.detach().clone()
+    momentum = m = torch.zeros(2, dtype=torch.float64)
+    for g in torch.randn(4, 2, generator=seeded_generator(0), dtype=torch.float64):
+        p.grad = g.clone()
+        mixed.step()
+        momentum = 0.5 * momentum + g
+        theta = theta - 0.75 * 0.1 * momentum - 0.25 * 0.2 * torch.sign(0.9 * m + 0.1 * g)
+        m = 0.99 * m + 0.01 * g
+        torch.testing.assert_close(p.detach(), theta)
+
+
+@pytest.mark.parametrize(("share", "name", "rate"), [(0.0, "sgd", 0.5), (1.0, "lion", 0.005)])
+def test_all_of_one_optimiser_is_that_optimiser(task, share, name, rate):
+    comparison = OptimizerComparison(0, 4, 2, 1, WEIGHTS, (share,))
+    (mixed,), _ = comparison.contenders("sgd-lion", None, task, Interrupt())
+    found = comparison.curves(mixed, task, (), ()).losses
+    torch.testing.assert_close(found, comparison.curves(baseline(name, rate), task, (), ()).losses)
 
 
 def test_a_summary_is_of_the_last_ten_losses():

@@ -1,6 +1,5 @@
-"""The networks of learned optimisers: their inputs, sizes, files."""
+"""The networks of learned optimisers: their inputs, sizes."""
 
-import json
 import math
 
 import pytest
@@ -11,9 +10,7 @@ from learned_optimizer import (
     CoordinateLSTM,
     CoordinateMLP,
     OptimizerError,
-    load_network,
     make_network,
-    save_network,
 )
 from learned_optimizer.networks import log_and_sign
 
@@ -50,6 +47,14 @@ def test_gradients_become_a_logarithm_and_a_sign_or_if_small_a_scaled_value():
     assert logarithm[2:].tolist() == [-1.0, -1.0, -1.0]
     expected = torch.tensor([1.0, -1.0, 0.0, math.exp(-1), -1e-30 * math.exp(10)])
     torch.testing.assert_close(sign, expected.double(), rtol=1e-7, atol=0)
+
+
+def test_the_factor_of_the_preprocessing_may_be_another():
+    network, g = CoordinateLSTM(preprocess_factor=5.0), torch.tensor([1.0, -1e-2, 1e-3])
+    (logarithm, sign), _ = network.observe(g, g, network.memory(3, g), [3])
+    torch.testing.assert_close(logarithm, torch.tensor([0.0, math.log(1e-2) / 5, -1.0]))
+    torch.testing.assert_close(sign, torch.tensor([1.0, -1.0, 1e-3 * math.exp(5)]))
+    assert CoordinateLSTM().settings == CoordinateLSTM(preprocess_factor=10.0).settings
 
 
 @pytest.mark.parametrize("extra", [(), ("time",), ("relative_update",), EXTRA_INPUTS])
@@ -93,74 +98,6 @@ def test_a_huge_gradient_leaves_the_mlps_averages_finite():
     assert memory.isfinite().all() and torch.equal(x[0], torch.ones(10))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [("lstm", {"hidden": 3, "extra_inputs": ["time"]}), ("lstm", {"preprocess": False}),
-     ("mlp", {"hidden": 5, "out_mul": 0.02})],
-)  # fmt: skip
-def test_a_saved_network_reads_back_exactly(tmp_path, kind, settings, dtype):
-    network = make_network(kind, 7, **settings).to(dtype)
-    with torch.no_grad():
-        next(network.parameters()).mul_(1 / 3)
-    network.out_mul = 0.5
-    save_network(network, tmp_path / "optimizer.json")
-    back = load_network(tmp_path / "optimizer.json")
-    assert back.settings == network.settings and back.kind == kind and back.out_mul == 0.5
-    for ours, theirs in zip(network.parameters(), back.parameters(), strict=True):
-        assert torch.equal(ours, theirs) and theirs.dtype == dtype
-
-
-def test_a_file_that_tells_no_type_is_of_float32(tmp_path):
-    path = tmp_path / "optimizer.json"
-    save_network(CoordinateLSTM(3), path)
-    description = json.loads(path.read_text())
-    del description["dtype"]
-    path.write_text(json.dumps(description))
-    assert load_network(path).output.weight.dtype == torch.float32
-
-
-def spoil(description: dict, how: str) -> str:
-    if how == "no json":
-        return "{"
-    if how == "other shapes":
-        description["settings"]["hidden"] = 4
-    if how == "other kind":
-        description["kind"] = "gru"
-    if how == "other type":
-        description["dtype"] = "int8"
-    if how == "no weights":
-        del description["weights"]
-    if how == "no table":
-        return "[1]"
-    if how == "nested":
-        return 10**5 * "["
-    if how == "many units":
-        description["settings"]["hidden"] = 10**9
-    if how == "units beyond floats":
-        description["settings"]["hidden"] = 10**400
-    if how == "factor beyond floats":
-        description["settings"]["out_mul"] = 10**400
-    if how == "weight beyond floats":
-        description["weights"]["output.bias"] = [10**400]
-    if how == "not finite":
-        description["weights"]["output.bias"] = [math.nan]
-    return json.dumps(description)
-
-
-@pytest.mark.parametrize(
-    "how",
-    ["no json", "other shapes", "other kind", "other type", "no weights", "no table", "not finite",
-     "nested", "many units", "units beyond floats", "factor beyond floats", "weight beyond floats"],
-)  # fmt: skip
-def test_a_file_that_is_no_such_optimiser_is_refused_in_one_line(tmp_path, how):
-    path = tmp_path / "optimizer.json"
-    save_network(CoordinateLSTM(3), path)
-    path.write_text(spoil(json.loads(path.read_text()), how))
-    with pytest.raises(OptimizerError):
-        load_network(path)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -169,6 +106,8 @@ def test_a_file_that_is_no_such_optimiser_is_refused_in_one_line(tmp_path, how):
         {"out_mul": 0.0},
         {"out_mul": math.inf},
         {"extra_inputs": ["x"]},
+        {"preprocess_factor": 0.0},
+        {"preprocess_factor": math.nan},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings):

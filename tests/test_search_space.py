@@ -18,6 +18,7 @@ RANGES = [
     "delta=step:0:0.4:0.005",
     "p=choice:2,3,4",
     "shift=-1:-1e-5",
+    "q.1-4=int:2:8",
 ]
 
 
@@ -38,6 +39,7 @@ def test_a_flag_reads_back_from_its_text(text):
         ("=0:1", "NAME=LOW:HIGH"),
         ("--lr=0:1", "NAME=LOW:HIGH"),
         ("lr=1", "NAME=LOW:HIGH"),
+        ("lr.first=0:1", "NAME=LOW:HIGH"),
         ("lr=1:0", "LOW below HIGH"),
         ("lr=0:nan", "LOW below HIGH"),
         ("lr=0:inf", "LOW below HIGH"),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commands import redraw, refused
@@ -388,6 +389,8 @@ def test_the_job_array_shares_the_trials_and_runs_as_it_is_written(tmp_path, com
         (["--search", "x=log:0:1"], "NAME=log:LOW:HIGH (LOW above 0), not 'x=log:0:1'"),
         (["--search", "x"], "must be one of NAME=log:LOW:HIGH"),
         (["--search", "x=0:1", "x=0:2"], "x comes twice"),
+        (["--search", "y.1=0:1", "y.3=0:1"], "y must be those from 1 on, each once"),
+        (["--search", "x.1-2=0:1"], "x must be those from 1 on, each once"),
         (["--search", "value=0:1"], "value is a column"),
         (["--search", "out=choice:a,b"], "the sweep gives it"),
         (["--method", "grid"], "--search x=0:1: a grid needs choice, int or step"),
@@ -491,6 +494,13 @@ def test_a_command_of_this_project_is_swept(tmp_path):
     best = results(out)["best"]
     (found,) = json.loads((Path(best["directory"]) / "results.json").read_text())["table"]
     assert best["C"] == "0.1" and best["value"] == found["test_accuracy"] > 0.3
+
+
+def test_each_of_a_flags_values_may_be_searched():
+    searched = [searched_flag(text) for text in ("d.5=0:1", "k=int:1:9", "d.1-4=step:0:1:0.5")]
+    trial = SimpleNamespace(params={"d.5": 0.25, "k": 3, "d.1-4": 0.5})
+    flags = ["--d", "0.5", "0.5", "0.5", "0.5", "0.25", "--k", "3"]
+    assert sweep.flags_of(trial, searched) == flags
 
 
 COMPETING = [

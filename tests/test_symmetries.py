@@ -327,3 +327,14 @@ def test_the_covariances_size_is_that_of_numpys_matrix():
     assert largest_value == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item())
     samples[3, 2] = math.inf
     assert all(map(math.isnan, covariance_size(samples)))
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_penalty_on_norms_is_the_sum_over_tensors(relative):
+    optimizee = image_optimizee("relu3", (1, 4, 4), 5)
+    theta, v = (torch.randn(sum(optimizee.sizes())) for _ in range(2))
+    penalty = symmetry_penalty(optimizee, [], ["norm"], 0.3, relative)
+    pairs = zip(v.split(optimizee.sizes()), theta.split(optimizee.sizes()), strict=True)
+    expected = sum(0.3 * a.norm() / (b.norm() if relative else 1) for a, b in pairs)
+    torch.testing.assert_close(penalty(theta, v), expected)
+    assert penalty(torch.zeros_like(theta), v).isfinite()

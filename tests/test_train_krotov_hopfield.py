@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import interrupt_at_row, kill_at_row, outcome, redraw, refused, rows
 
 import train_krotov_hopfield
 from experiment.command_line import run_command
+from krotov_hopfield import RECIPES, Classifier, HebbianNetwork, classifying, network_to_dict
 
 SCRIPT = "train_krotov_hopfield.py"
 TINY = [
@@ -47,6 +49,41 @@ def test_a_run_leaves_all_its_files(plain):
     redraw(plain)
 
 
+def test_a_saved_network_is_judged_as_when_it_was_trained(plain, tmp_path):
+    flags = ["--dataset", "mnist5k", "--threads", 1, "--quiet"]
+    found = json.loads((plain / "results.json").read_text())["classifiers"]
+    for row in found:
+        out = tmp_path / str(row["layers"])
+        saved = plain / f"classifier_{row['layers']}.pt"
+        run_with_figures("--evaluate", saved, *flags, "--out", out)
+        judged = json.loads((out / "results.json").read_text())["classifiers"]
+        kept = ("layers", "test_accuracy", "parameters")
+        assert judged == [{name: row[name] for name in kept}]
+        assert (out / "figures" / "filters.png").exists()
+    run("--resume", out, "--quiet")
+    assert json.loads((out / "results.json").read_text())["classifiers"] == judged
+    convolutions = 8 * 25, 8 * 9 * 8
+    assert [row["parameters"] for row in found] == [
+        200 + 8 * 12 * 12 * 10 + 10, sum(convolutions) + 8 * 10 * 10 * 10 + 10,
+    ]  # fmt: skip
+
+
+def test_without_a_classifier_the_results_are_how_near_the_layers_came_to_rest(tmp_path):
+    flags = ["--dataset", "mnist5k", "--train_images", 400, "--depth", 2, "--units", 8, "--epochs",
+             1, "--classifier_epochs", 0, "--threads", 1, "--quiet"]  # fmt: skip
+    run_with_figures(*flags, "--out", tmp_path / "run")
+    results, last = json.loads((tmp_path / "run" / "results.json").read_text()), rows(
+        tmp_path / "run"
+    )  # fmt: skip
+    assert [float(row["classifier"]) for row in last] == [0, 0] and results["classifiers"] == []
+    reached = [float(last[k][f"convergence/{k + 1}"]) for k in (0, 1)]
+    assert results["convergences"] == reached and results["convergence"] == reached[1]
+    with np.load(tmp_path / "run" / "parameters.npz") as arrays:
+        norms = (np.abs(arrays["2.weight"].astype(float)) ** 8).sum((1, 2, 3))
+    assert reached[1] == pytest.approx(np.abs(norms - 1).max(), rel=1e-4)
+    redraw(tmp_path / "run")
+
+
 def test_rows_tell_which_layer_learned_and_what_a_classifier_reached(plain):
     table = [{name: float(value) for name, value in row.items()} for row in rows(plain)]
     assert [row["layer"] for row in table] == [1, 1, 1, 1, 2, 2, 2, 2]
@@ -81,7 +118,9 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, 
         ["--batch_size", "32"],
         ["--patience", "1"],
         ["--threshold", "1e9"],
-        ["--together"],
+        ["--order", "together"],
+        ["--schedule", "linear", "--rate_waits_above", "1e-9"],
+        ["--patience_epochs", "0.1"],
         ["--augmentation", "flip"],
         ["--train_images", "300"],
         ["--validation", "0.4"],
@@ -150,7 +189,12 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["--validation", "1"], "between 0 and 1"),
         (["--batch_size", "400"], "above 320, the training images"),
         (["--gate", "loud"], "invalid choice"),
+        (["--classifier_epochs", "0", "--dropout", "0.3"], "--dropout needs --classifier_epochs"),
+        (["--schedule", "constant", "--rate_waits_above", "1"], "--schedule linear or exp"),
+        (["--evaluate", "none.pt"], "--depth needs a training: leave out --evaluate"),
         (["--epochs", "-1"], "at least 0"),
+        (["--layers", "3"], "--layers is --depth here"),
+        (["--data_augment"], "--data_augment is --augmentation flip here"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line_and_leaves_no_directory(
@@ -159,6 +203,18 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_no_directory(
     out = tmp_path / "run"
     assert message in refused(capsys, train_krotov_hopfield.main, *TINY, *flags, "--out", out)
     assert not out.exists()
+
+
+def test_what_is_no_saved_network_or_takes_other_images_is_refused(capsys, tmp_path):
+    flags = ["--dataset", "mnist5k", "--out", tmp_path / "run"]
+    (tmp_path / "text.pt").write_text("nothing")
+    layers = HebbianNetwork((3, 9, 9), RECIPES["deep"](1), torch.Generator())
+    network = classifying(layers, Classifier((96, 2, 2), 10, 0.1, torch.Generator()), 1)
+    torch.save(network_to_dict(network), tmp_path / "colours.pt")
+    for name, message in (("text", "no network of"), ("colours", "takes no images [1, 28, 28]")):
+        path = tmp_path / f"{name}.pt"
+        assert message in refused(capsys, train_krotov_hopfield.main, "--evaluate", path, *flags)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_diverges_stops_with_its_layer_and_status_1(capsys, tmp_path):

@@ -84,7 +84,7 @@ def test_suffix_sums_are_the_gradient_through_the_unrolled_window(optimizee, nam
         torch.testing.assert_close(ends[0].end.theta, ends[1].end.theta, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("kind", ["translation", "scale", "rescale"])
+@pytest.mark.parametrize("kind", ["translation", "scale", "rescale", "norm"])
 @pytest.mark.parametrize("relative", [False, True])
 def test_a_penalty_on_one_kind_alone_has_the_gradient_of_autograd(kind, relative):
     optimizee = Optimizee(
