@@ -62,6 +62,12 @@ FIELDS = {
 }
 DEFAULTS = {"method": "fixed", "final_hyperparameter_lr": None}
 
+
+def row_split(text: str) -> int | str:
+    """The type of --split: a seed, or else a text."""
+    return int(text) if text.isdecimal() else text
+
+
 KEYS = (
     Key("dataset", str, "energy", "the problem's data", choices=PROBLEMS),
     Key("model", str, None, "the network; by default the one published", choices=MODELS),
@@ -70,7 +76,9 @@ KEYS = (
     Key("total_step_limit", positive_int, None, "weight steps in all, if fewer than both make"),
     Key("batch_size", positive_int, None, "training and validation samples a step; none: all"),
     Key("validation_proportion", fraction, 0.0, "of the training data, held out"),
-    Key("split_seed", nonnegative_int, 1, "of the permutation of the rows before they are split"),
+    Key(
+        "split", row_split, 1, "of the rows: a permutation's seed, published, or a file of numbers"
+    ),
     Key("lr", positive_float, None, "of every draw at the start; none: drawn"),
     Key("weight_decay", nonnegative_float, None, "of every draw at the start; none: drawn"),
     Key("momentum", fraction_below_1, None, "of every draw at the start; none: drawn"),
@@ -155,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         args.dataset,
         args.model,
         args.validation_proportion,
-        args.split_seed,
+        args.split,
         args.data_dir,
         dtype,
         device,
@@ -237,7 +245,7 @@ def check_idle_settings(args: argparse.Namespace) -> None:
             ("reset_model_after_hyperparameter_update",
              method not in ("fixed", "successive_gradients"),
              "a method other than fixed and successive_gradients"),
-            ("validation_proportion split_seed", not has_validation,
+            ("validation_proportion split", not has_validation,
              f"a dataset other than {', '.join(OWN_VALIDATION)}"),
             ("batch_size", args.dataset != "ptb", "a dataset other than ptb"),
         ],

@@ -1,6 +1,6 @@
 """What one_pass/tuning.py is tried on: data in three parts, a network, and batches for many runs.
 
-    problem = make_problem("energy", "mlp", 78 / 692, split_seed, "./data", torch.float32, device)
+    problem = make_problem("energy", "mlp", 78 / 692, split, "./data", torch.float32, device)
     training = make_samples(problem.training, None, problem.sequential, generators)  # full batches
 
 UCI regression (an MLP of 50 hidden units), Fashion-MNIST and MNIST (784-50-10, also with batch
@@ -19,7 +19,8 @@ from torch.func import grad_and_value, vjp, vmap
 
 from comparison.choices import IMAGES, TOYS
 from data_sets.image_data import DataError, ImageData
-from data_sets.tabular_datasets import load_table, split_table
+from data_sets.splits import read_order, split_rows
+from data_sets.tabular_datasets import load_table, order_from_file, published_order, split_table
 from experiment.errors import WrongInputError
 from mnist_datasets import import_torchvision, load_images
 from one_pass import (
@@ -85,12 +86,16 @@ def make_problem(
     name: str,
     model: str,
     validation_proportion: float,
-    split_seed: int,
+    split: int | str,
     data_dir: str | Path,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Problem:
-    """The problem `name` with the network `model`; split_seed permutes rows before the split.
+    """The problem `name` with the network `model`.
+
+    split: the seed of a permutation of the rows (images: of the training images); "published", the
+    order of Clarke et al. (images: that of the files); or a file of row numbers, training rows
+    first, then validation, the test rows last.
 
     Raises DataError where the data are not there, ProblemError where the network does not fit them.
     """
@@ -100,8 +105,8 @@ def make_problem(
     if name == "ptb":
         return _text(model, Path(data_dir), device)
     if name in IMAGES:
-        return _images(name, model, validation_proportion, split_seed, data_dir, where)
-    return _regression(name, model, validation_proportion, split_seed, data_dir, where)
+        return _images(name, model, validation_proportion, split, data_dir, where)
+    return _regression(name, model, validation_proportion, split, data_dir, where)
 
 
 # ---- batches ----
@@ -122,37 +127,55 @@ def make_samples(
 
 
 def _regression(
-    name: str, model: str, proportion: float, split_seed: int, data_dir: str, where: dict
+    name: str, model: str, proportion: float, split: int | str, data_dir: str, where: dict
 ) -> Problem:
     if model != "mlp":
         raise ProblemError(f"model {model} is not for {name}: take mlp")
     table = load_table(name, data_dir)
-    split = split_table(table, proportion, split_seed)
+    order = split
+    if split == "published":
+        order = published_order(name, table, data_dir)
+    elif isinstance(split, str):
+        order = order_from_file(Path(split), table)
+    found = split_table(table, proportion, order)
     parts = [
-        tuple(t.to(**where) for t in p) for p in (split.training, split.validation, split.test)
+        tuple(t.to(**where) for t in p) for p in (found.training, found.validation, found.test)
     ]
     sizes = (table.inputs.shape[1], HIDDEN_UNITS, 1)
     objective = CompiledMLPObjective(sizes, "mse")
-    return Problem(objective, *parts, table.source, table.fingerprint, split.target_variance)
+    fingerprint = _with_order(table.fingerprint, order)
+    return Problem(objective, *parts, table.source, fingerprint, found.target_variance)
+
+
+def _with_order(fingerprint: Callable[[], str], order: int | Tensor) -> Callable[[], str]:
+    """The fingerprint, with a digest of the order where that is one given; a seed is a setting."""
+    if isinstance(order, int):
+        return fingerprint
+    digest = hashlib.sha256(order.numpy()).hexdigest()[:16]
+    return lambda: f"{fingerprint()}, their order {digest}"
 
 
 def _images(
-    name: str, model: str, proportion: float, split_seed: int, data_dir: str, where: dict
+    name: str, model: str, proportion: float, split: int | str, data_dir: str, where: dict
 ) -> Problem:
     training, test = load_images(name, data_dir)
     network = _image_network(model, training)
-    generator = torch.Generator().manual_seed(split_seed)
-    order = torch.randperm(len(training), generator=generator, device="cpu")
-    held_out = round(proportion * len(training))
+    order = split
+    if split == "published":
+        order = torch.arange(len(training))
+    elif isinstance(split, str):
+        order = read_order(Path(split), len(training))
+        if len(order.unique()) < len(order):
+            raise DataError(f"{split} must hold each row number once")
+    training_rows, validation_rows, _ = split_rows(len(training), 0, proportion, order)
     inputs, test_inputs = _standardised(training, test, where)
     if model.startswith("mlp"):
         inputs, test_inputs = inputs.flatten(1), test_inputs.flatten(1)
     labels = training.labels.to(where["device"])
-    validation, rest = (
-        (inputs[rows], labels[rows]) for rows in (order[:held_out], order[held_out:])
-    )
+    parts = [(inputs[rows], labels[rows]) for rows in (training_rows, validation_rows)]
     test_part = test_inputs, test.labels.to(where["device"])
-    return Problem(network, rest, validation, test_part, training.source, training.fingerprint)
+    fingerprint = _with_order(training.fingerprint, order)
+    return Problem(network, *parts, test_part, training.source, fingerprint)
 
 
 def _image_network(model: str, data: ImageData) -> Objective:

@@ -77,6 +77,20 @@ def test_a_resnet_for_small_images_has_gradients_and_curvature():
     assert found.gradient.isfinite().all() and product.isfinite().all()
 
 
+def test_images_are_split_in_the_order_of_their_files_or_of_a_file_of_numbers(tmp_path):
+    def parts(split):
+        return make_problem("mnist5k", "mlp", 0.25, split, tmp_path, torch.float32, CPU)
+
+    path, published = tmp_path / "order.txt", parts("published")
+    path.write_text("\n".join(map(str, reversed(range(4000)))))
+    backwards = parts(str(path))
+    assert published.validation[1].equal(backwards.training[1][:1000].flip(0))
+    assert published.fingerprint() != backwards.fingerprint()
+    path.write_text("\n".join(["0"] * 4000))
+    with pytest.raises(DataError, match="must hold each row number once"):
+        parts(str(path))
+
+
 @pytest.mark.parametrize(
     ("name", "model"),
     [("boston", "resnet18"), ("mnist5k", "lstm"), ("ptb", "mlp"), ("two_weights", "resnet18")],

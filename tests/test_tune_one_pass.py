@@ -235,7 +235,7 @@ def test_a_run_goes_on_without_the_state_that_it_began_with(tmp_path):
         (["--reset_model_after_hyperparameter_update", "true"], "needs a method other than fixed"),
         ([*OURS, "--high_dimensional_hyperparameters", "weight_decay"], "is not among those"),
         (["--dataset", "ptb", "--batch_size", "3"], "batch_size needs a dataset other than ptb"),
-        (["--dataset", "ptb", "--split_seed", "3"], "split_seed needs a dataset other than ptb"),
+        (["--dataset", "ptb", "--split", "3"], "split needs a dataset other than ptb"),
         (["--dataset", "quadratic", "--validation_proportion", "1"], "needs a dataset other than"),
         (["-g", "group"], "leave out -l, -g and -n"),
         (["--network_weight_grad_clipping", "{nrom: 1}"], "knows norm, not 'nrom'"),
@@ -274,7 +274,7 @@ def built(tmp_path, *flags):
     args = filled_in(*flags, "--dtype", "float64", "--data-dir", tmp_path)
     device, dtype = torch.device("cpu"), torch.float64
     problem = tune_one_pass.make_problem(
-        args.dataset, args.model, args.validation_proportion, args.split_seed, args.data_dir,
+        args.dataset, args.model, args.validation_proportion, args.split, args.data_dir,
         dtype, device,
     )  # fmt: skip
     return tune_one_pass.make_tuning(args, problem, device, dtype)
