@@ -13,14 +13,14 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from experiment.seeds import seeded_generator
 from sweeps.space import SearchedFlag, Value, grid
 
-GUIDED = ("tpe", "population")
+GUIDED = ("tpe", "gp", "population")
 
 
 def random_point(flags: Sequence[SearchedFlag], seed: int, number: int) -> dict[str, Value]:
@@ -47,8 +47,9 @@ class PointSampler(BaseSampler):
 
     flags, seed: as in `random_point`.
     points: the grid, instead of random draws.
-    guide: "tpe", tree-structured Parzen estimators (Watanabe, arXiv 2304.11127), "population", a
-        genetic algorithm (NSGA-II, Deb et al. 2002), or None: no draw is guided.
+    guide: "tpe", tree-structured Parzen estimators (Watanabe, arXiv 2304.11127), "gp", a Gaussian
+        process and its expected improvement (Jones et al. 1998), "population", a genetic algorithm
+        (NSGA-II, Deb et al. 2002), or None: no draw is guided.
     startup: so many random draws come before the guided ones; the size of a population.
     """
 
@@ -78,7 +79,7 @@ class PointSampler(BaseSampler):
             return self.points[number]
         values = random_point(self.flags, self.seed, number)
         # a population knows by itself which trials are its first generation
-        if self.guide == "population" or (self.guide == "tpe" and number >= self.startup):
+        if self.guide == "population" or (self.guide is not None and number >= self.startup):
             values |= self._guide(number).sample_relative(study, trial, search_space)
         return values
 
@@ -93,6 +94,8 @@ class PointSampler(BaseSampler):
         seed = seeded_generator(self.seed, number, 1).initial_seed() % 2**32
         if self.guide == "population":
             return NSGAIISampler(population_size=self.startup, seed=seed)
+        if self.guide == "gp":
+            return GPSampler(seed=seed, n_startup_trials=1)
         return TPESampler(seed=seed, n_startup_trials=1, constant_liar=True)
 
 
