@@ -546,8 +546,16 @@ def measured(problem: Problem, tuning: Tuning) -> dict[str, np.ndarray]:
         title = {"lr": "Lr", "weight_decay": "Weight_Decay", "momentum": "Momentum"}[name]
         middle = values.double().log().mean(dim=1).exp()  # of many values the geometric mean
         numbers[f"Hyperparameter/{title}"] = middle.cpu().numpy()
+        if name in tuning.settings.high_dimensional:
+            for share, values_there in zip((10, 90), deciles(values), strict=True):
+                numbers[f"Hyperparameter/{title}_{share}_Percent"] = values_there
     numbers["Skipped_Updates"] = state.skipped[:, 0].double().cpu().numpy()
     return numbers
+
+
+def deciles(values: torch.Tensor) -> np.ndarray:
+    """Below which a tenth, and nine tenths, of each draw's values [D, P] are; [2, D]."""
+    return np.quantile(values.double().cpu().numpy(), (0.1, 0.9), axis=1)
 
 
 def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: RunLog) -> None:

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from experiment.errors import RunLogError
 from experiment.run_reader import read_arrays, read_config, run_names
-from experiment.tables import markdown
 from figures.style import (
     FAINT,
     add_legend,
@@ -180,8 +179,8 @@ def has_validation(run: Recorded) -> bool:
     return not np.isnan(run.columns["Loss/Validation"]).all()
 
 
-def table(runs: Sequence[Recorded]) -> str:
-    """Markdown: mean and median of the final test loss of each run, and how many diverged.
+def table(runs: Sequence[Recorded]) -> list[list[str]]:
+    """Cells: mean and median of the final test loss of each run, and how many diverged.
 
     A run of fixed hyperparameters that has a validation loss also gets a line for the best of each
     three draws, "3-batched".
@@ -194,7 +193,7 @@ def table(runs: Sequence[Recorded]) -> str:
         if run.config["method"] == "fixed" and has_validation(run) and len(losses) > 2:
             best = best_of_groups(losses, validation, 3)
             cells.append(_cells(run, f"{run.title}, 3-batched", best))
-    return markdown(cells, "---")
+    return cells
 
 
 def _cells(run: Recorded, title: str, losses: np.ndarray) -> list[str]:

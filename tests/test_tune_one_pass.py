@@ -169,6 +169,17 @@ def test_root_group_and_name_make_the_directory(tmp_path):
     assert by_time.name.startswith("tune_one_pass-") and (by_time / "draws.npz").exists()
 
 
+def test_of_a_rate_for_every_weight_the_tenths_are_recorded(tmp_path):
+    weights = torch.arange(11.0).repeat(2, 1) * torch.tensor([[1.0], [10.0]])
+    assert tune_one_pass.deciles(weights).tolist() == [[1, 10], [9, 90]]
+    flags = ("--first_draw", 3, "--hyperparameter_lr", 0.3)
+    columns = read_run(tune(tmp_path, *config("boston", "ours_hdlr_momentum"), *flags)).columns
+    low, mean, high = (columns[f"Hyperparameter/Lr{n}"] for n in ("_10_Percent", "", "_90_Percent"))
+    assert (
+        np.allclose(low[0], high[0]) and (low[-1] < mean[-1]).all() and (mean[-1] < high[-1]).all()
+    )
+
+
 def test_the_factor_of_a_stepped_rate_may_be_given(tmp_path):
     tuning = built(tmp_path, *config("boston", "random_stepped_lr"), "--lr_multiplier", 0.5)
     assert (tuning.state.factor == 0.5).all()
