@@ -267,9 +267,9 @@ def _steps(to: _Translation) -> None:
         to.take(name, True, network_weight_steps=1, hyperparameter_steps=steps)
     elif name in to.theirs:
         to.take(name, False, "as here")
-    name, every = "reset_loop_before_hyperparameter_step", to.ours.get("network_weight_steps")
+    name, every = "reset_loop_before_hyperparameter_step", to.ours.get("network_weight_steps", 10)
     window = to.theirs.get(name, -1)
-    if to.ours.get("method") == "unrolled" and every is not None:
+    if to.ours.get("method") == "unrolled":
         steps = every if window == -1 else min(window, every)
         to.take(name, window, look_back=steps)
     elif name in to.theirs:

@@ -134,7 +134,10 @@ def parse_settings(
     merged: dict[str, Any] = {}
     others = {key.name: getattr(args, key.name) for key in (foreign.keys if foreign else ())}
     others = {name: value for name, value in others.items() if value is not None}
-    if getattr(args, "resume", None) is None and (args.config or others):
+    resumed = getattr(args, "resume", None) is not None
+    if resumed and others:
+        raise SettingsError(f"--{min(others)}: a run that is gone on with has its settings already")
+    if not resumed and (args.config or others):
         flags = [_as_key(action) for action in parser._actions if action.dest in run_flags]
         known = [*keys, *flags, *(foreign.keys if foreign else ())]
         for path in args.config:

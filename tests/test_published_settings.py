@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from commands import ROOT
+from commands import ROOT, refused
 
 import tune_one_pass
 from comparison.published_settings import THEIR_KEYS, translated
@@ -167,6 +167,14 @@ def test_their_flags_are_taken_and_ours_win(tmp_path):
     assert "config_dicts.network_weight.lr -2.0: lr 0.01" in notes
     ours = tune_one_pass.parse_all(["-c", str(ROOT / "configs" / "energy.yaml")])
     assert ours[1] == []
+
+
+def test_a_run_that_is_gone_on_with_takes_no_flag_of_theirs(tmp_path, capsys):
+    out, tiny = tmp_path / "run", ("--total_step_limit", "10", "--threads", "1", "--no_figures")
+    flags = ("--dataset", "boston", "--data-dir", str(tmp_path), "--out", str(out), "--quiet")
+    tune_one_pass.main([*flags, *tiny])
+    message = refused(capsys, tune_one_pass.main, "--resume", out, "--algorithm", "Random")
+    assert "--algorithm: a run that is gone on with has its settings already" in message
 
 
 @pytest.mark.parametrize(
