@@ -126,8 +126,8 @@ def published_order(name: str, table: Table, data_dir: str | Path = "./data") ->
     order = read_order(path, len(table.inputs))
     if not table.digest(order).startswith(TABLES[name].published):
         raise DataError(
-            f"{table.source} are not those of {ROWS_AT.format(folder=TABLES[name].folder)}, "
-            f"or {path} is not their published order: put them at {data_dir}/uci/{name}.txt"
+            f"{table.source} are not those of {ROWS_AT.format(folder=TABLES[name].folder)}, or in "
+            f"another order: put that file at {data_dir}/uci/{name}.txt (or {path} is damaged)"
         )
     return order
 
