@@ -4,6 +4,7 @@ Draw number i depends on the seed, on i and on the list of searched flags, and o
 is the same for every algorithm, whatever the number of workers and whoever takes it.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -80,7 +81,9 @@ class PointSampler(BaseSampler):
         values = random_point(self.flags, self.seed, number)
         # a population knows by itself which trials are its first generation
         if self.guide == "population" or (self.guide is not None and number >= self.startup):
-            values |= self._guide(number).sample_relative(study, trial, search_space)
+            with warnings.catch_warnings():  # a diverged trial counts as the worst that was finite
+                warnings.filterwarnings("ignore", "Clip non-finite values")
+                values |= self._guide(number).sample_relative(study, trial, search_space)
         return values
 
     def sample_independent(
