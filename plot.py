@@ -67,6 +67,7 @@ from experiment.checkpoints import refuse_changed_files
 from experiment.errors import WrongInputError
 from experiment.files import write_whole
 from experiment.run_reader import read_config, read_results, refuse_links, run_names
+from experiment.tables import latex, markdown
 from figures.baselines import plot_mlp_run, plot_pca_run, plot_vicreg_run
 from figures.competition import plot_competition_run, plot_searches_run
 from figures.evaluation import plot_evaluation_run
@@ -200,15 +201,17 @@ def rules_side_by_side(args: argparse.Namespace) -> list[Path]:
 
 
 def plot_one_pass(args: argparse.Namespace) -> list[Path]:
-    """Write and show the table, and draw the figures."""
+    """Write and show the table, also in LaTeX, and draw the figures."""
     runs = read_runs(args.runs)
-    text = table(runs)
+    cells = table(runs)
+    text, tables = markdown(cells, "---"), [args.out / f"table.{kind}" for kind in ("md", "tex")]
     args.out.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out / "table.md", text)
+    for path, content in zip(tables, (text, latex(cells)), strict=True):
+        write_whole(path, content)
     drawn = plot_report(runs, args.out)
     if not args.quiet:
         print(text)
-    return [args.out / "table.md", *drawn]
+    return [*tables, *drawn]
 
 
 @dataclass(frozen=True)

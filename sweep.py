@@ -40,7 +40,7 @@ from experiment.command_line import (
 )
 from sweeps.space import MOST_VALUES, SearchedFlag, searched_flag
 
-METHODS = ("random", "tpe", "population", "asha", "grid")
+METHODS = ("random", "tpe", "gp", "population", "asha", "grid")
 TRIALS = 30
 
 
@@ -83,7 +83,7 @@ def make_parser():
     add("--variant", type=variant, action="append", metavar='"NAME=ARGUMENTS"',
         help="further arguments; may come several times, all on the same draws")  # fmt: skip
     add("--startup", type=positive_int, default=5, metavar="N",
-        help="tpe: random draws first; population: its size; --watch: never ended")  # fmt: skip
+        help="tpe, gp: random draws first; population: its size; --watch: never ended")  # fmt: skip
     add = parser.add_argument_group("value").add_argument
     add("--metric", required=True, metavar="KEY",
         help="of results.json; a.b is b in a, a number counts in a list")  # fmt: skip
@@ -248,7 +248,7 @@ def _refuse_flags_of_another_method(args) -> None:
         make_parser(),
         [
             ("startup", args.method in GUIDED or (watched and not asha),
-             "--method tpe or population, or --watch without asha"),
+             "--method tpe, gp or population, or --watch without asha"),
             ("reduction", asha, "--method asha"),
             ("min_steps", watched, "--watch COLUMN"),
             ("array_tasks", args.slurm is not None, "--slurm FILE"),

@@ -19,7 +19,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from comparison.choices import MODELS, OWN_VALIDATION, PROBLEMS
+from comparison.choices import (
+    ACTIVATIONS,
+    HIDDEN_SIZES,
+    IMAGES,
+    MODELS,
+    OWN_VALIDATION,
+    PERCEPTRONS,
+    PROBLEMS,
+    STANDARDISED,
+)
+from comparison.published_settings import THEIR_KEYS, translated
 from experiment.command_line import (
     UserError,
     computing_parser,
@@ -35,7 +45,9 @@ from experiment.command_line import (
     run_command,
 )
 from experiment.yaml_settings import (
+    Foreign,
     Key,
+    add_flags,
     add_keys,
     keys_of,
     mapping,
@@ -52,6 +64,7 @@ FIELDS = {
     "network_weight_steps": "every",
     "hyperparameter_steps": "updates",
     "look_back": "look_back",
+    "hyperparameter_optimiser": "optimizer",
     "hyperparameter_lr": "lr",
     "final_hyperparameter_lr": "final_lr",
     "chain_rule": "chain_rule",
@@ -59,21 +72,34 @@ FIELDS = {
     "hyperparameter_clipping": "bounds",
     "transformed_hyperparameters": "transforms",
     "reset_model_after_hyperparameter_update": "reset",
+    "renew_model_reset_state_interval": "renew",
 }
 DEFAULTS = {"method": "fixed", "final_hyperparameter_lr": None}
+
+
+def row_split(text: str) -> int | str:
+    """The type of --split: a seed, or else a text."""
+    return int(text) if text.isdecimal() else text
+
 
 KEYS = (
     Key("dataset", str, "energy", "the problem's data", choices=PROBLEMS),
     Key("model", str, None, "the network; by default the one published", choices=MODELS),
+    Key("hidden_sizes", positive_int, [], "units of each hidden layer; none: as published", True),
+    Key("activation", str, "ReLU", "of a perceptron", choices=ACTIVATIONS),
+    Key("standardise", str, "pixels", "mean and deviation, of images", choices=STANDARDISED),
     *keys_of(Settings, FIELDS, DEFAULTS),
     Key("network_weight_grad_clipping", mapping, {}, "of the training gradient: {norm: .25}"),
     Key("total_step_limit", positive_int, None, "weight steps in all, if fewer than both make"),
     Key("batch_size", positive_int, None, "training and validation samples a step; none: all"),
     Key("validation_proportion", fraction, 0.0, "of the training data, held out"),
-    Key("split_seed", nonnegative_int, 1, "of the permutation of the rows before they are split"),
+    Key(
+        "split", row_split, 1, "of the rows: a permutation's seed, published, or a file of numbers"
+    ),
     Key("lr", positive_float, None, "of every draw at the start; none: drawn"),
     Key("weight_decay", nonnegative_float, None, "of every draw at the start; none: drawn"),
     Key("momentum", fraction_below_1, None, "of every draw at the start; none: drawn"),
+    Key("lr_multiplier", positive_float, None, "of every draw's stepped_lr; none: drawn"),
     Key("draws", positive_int, 1, "runs"),
     Key("first_draw", nonnegative_int, 0, "number of the first one"),
     Key("log_every", positive_int, None, "weight steps; none: a fortieth of the run"),
@@ -91,9 +117,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("-S", "--save_state", type=Path, metavar="FILE", help="write the last state here too")
     add("-s", "--load_state", type=Path, metavar="FILE", help="start from a state that -S wrote")
     add("-l", "--log_root", type=Path, metavar="DIR", help="runs are made in it (default: runs)")
-    add("-g", "--group", metavar="NAME", help="of runs that belong together: a folder of log_root")
-    add("-n", "--name", metavar="NAME", help="of the run's folder in it (default: by the time)")
+    add(
+        "-g",
+        "--group",
+        "--run_group_name",
+        metavar="NAME",
+        help="of runs that belong together: a folder of log_root",
+    )
+    add(
+        "-n",
+        "--name",
+        "--run_name",
+        metavar="NAME",
+        help="of the run's folder in it (default: by the time)",
+    )
     add_keys(parser, KEYS)
+    group = parser.add_argument_group("flags and keys of Clarke et al., translated line by line")
+    add_flags(group, THEIR_KEYS)
     return parser
 
 
@@ -104,7 +144,14 @@ import numpy as np
 import torch
 from torch import Generator
 
-from comparison.one_pass_problems import Part, Problem, default_model, make_problem, make_samples
+from comparison.one_pass_problems import (
+    Network,
+    Part,
+    Problem,
+    default_model,
+    make_problem,
+    make_samples,
+)
 from experiment.checkpoints import has_checkpoint
 from experiment.devices import set_up
 from experiment.files import digest, write_whole
@@ -148,23 +195,26 @@ OF_ONE_RUN = (
 
 def main(argv: list[str] | None = None) -> None:
     """Data; objective and settings; the loop over records; the report."""
-    args = parse_settings(make_parser(), KEYS, argv, RUN_FLAGS, OF_ONE_RUN)
+    args, notes = parse_all(argv)
     fill_in(args)
     device, dtype = set_up(args)
     problem = make_problem(
         args.dataset,
-        args.model,
+        Network(args.model, tuple(args.hidden_sizes), args.activation),
         args.validation_proportion,
-        args.split_seed,
+        args.split,
         args.data_dir,
         dtype,
         device,
+        args.standardise,
     )
     tuning = make_tuning(args, problem, device, dtype)
     if args.load_state is not None:
         args.state_found = state_digest(args)
     name_directory(args)  # makes it: only now that nothing can be refused any more
     with open_run(args, "tune_one_pass", problem) as log:
+        for note in notes:
+            log.say(note)
         log.say(f"{problem.source}; {args.draws} runs of {args.steps:,} steps")
         columns, finished = train_draws(args, problem, tuning, log)
         if args.save_state is not None:
@@ -172,6 +222,20 @@ def main(argv: list[str] | None = None) -> None:
         report(args, problem, columns, log)
     if not finished:
         raise KeyboardInterrupt
+
+
+def parse_all(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and a line for each key of Clarke et al. that has become one of ours."""
+    notes: list[str] = []
+
+    def translate(given: dict[str, Any]) -> dict[str, Any]:
+        settings, lines = translated(given)
+        notes.extend(lines)
+        return settings
+
+    foreign = Foreign(THEIR_KEYS, translate)
+    args = parse_settings(make_parser(), KEYS, argv, RUN_FLAGS, OF_ONE_RUN, foreign)
+    return args, notes
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -231,15 +295,23 @@ def check_idle_settings(args: argparse.Namespace) -> None:
             ("optimised_hyperparameters", method in (*BY_HYPERGRADIENTS, "population"),
              f"{by_hypergradients}, population"),
             ("high_dimensional_hyperparameters hyperparameter_lr final_hyperparameter_lr "
-             "chain_rule recover", method in BY_HYPERGRADIENTS, by_hypergradients),
+             "hyperparameter_optimiser chain_rule recover", method in BY_HYPERGRADIENTS,
+             by_hypergradients),
             ("look_back", method in WITH_VALIDATION_BATCHES, "method look_back or unrolled"),
             ("hyperparameter_clipping", method != "fixed", "a method other than fixed"),
             ("reset_model_after_hyperparameter_update",
              method not in ("fixed", "successive_gradients"),
              "a method other than fixed and successive_gradients"),
-            ("validation_proportion split_seed", not has_validation,
+            ("validation_proportion split", not has_validation,
              f"a dataset other than {', '.join(OWN_VALIDATION)}"),
             ("batch_size", args.dataset != "ptb", "a dataset other than ptb"),
+            ("renew_model_reset_state_interval", args.reset_model_after_hyperparameter_update,
+             "reset_model_after_hyperparameter_update true"),
+            ("lr_multiplier", method == "stepped_lr", "method stepped_lr"),
+            ("hidden_sizes", args.model in HIDDEN_SIZES,
+             f"a model out of {', '.join(HIDDEN_SIZES)}"),
+            ("activation", args.model in PERCEPTRONS, f"a model out of {', '.join(PERCEPTRONS)}"),
+            ("standardise", args.dataset in IMAGES, f"a dataset out of {', '.join(IMAGES)}"),
         ],
     )  # fmt: skip
     for name in args.high_dimensional_hyperparameters:
@@ -319,6 +391,8 @@ def make_tuning(
     for name in NAMES:
         if getattr(args, name) is not None:
             hyperparameters[name].fill_(getattr(args, name))
+    if args.lr_multiplier is not None:
+        hyperparameters["factor"].fill_(args.lr_multiplier)
     weights, buffers = problem.objective.initial(generators(args, WEIGHTS))
     buffers = {
         name: buffer.to(device, dtype if buffer.is_floating_point() else buffer.dtype)
@@ -472,8 +546,16 @@ def measured(problem: Problem, tuning: Tuning) -> dict[str, np.ndarray]:
         title = {"lr": "Lr", "weight_decay": "Weight_Decay", "momentum": "Momentum"}[name]
         middle = values.double().log().mean(dim=1).exp()  # of many values the geometric mean
         numbers[f"Hyperparameter/{title}"] = middle.cpu().numpy()
+        if name in tuning.settings.high_dimensional:
+            for share, values_there in zip((10, 90), deciles(values), strict=True):
+                numbers[f"Hyperparameter/{title}_{share}_Percent"] = values_there
     numbers["Skipped_Updates"] = state.skipped[:, 0].double().cpu().numpy()
     return numbers
+
+
+def deciles(values: torch.Tensor) -> np.ndarray:
+    """Below which a tenth, and nine tenths, of each draw's values [D, P] are; [2, D]."""
+    return np.quantile(values.double().cpu().numpy(), (0.1, 0.9), axis=1)
 
 
 def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: RunLog) -> None:

@@ -1,6 +1,7 @@
 """Test problems of one_pass/tuning.py: data in three parts, a network, batches for many runs.
 
-    problem = make_problem("energy", "mlp", 78 / 692, split_seed, "./data", torch.float32, device)
+    network = Network("mlp", hidden_sizes=(50,))
+    problem = make_problem("energy", network, 78 / 692, split, "./data", torch.float32, device)
     training = make_samples(problem.training, None, problem.sequential, generators)  # full batches
 
 UCI regression (an MLP of 50 hidden units), Fashion-MNIST and MNIST (784-50-10, also with batch
@@ -11,15 +12,17 @@ functions of a few weights.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import grad_and_value, vjp, vmap
 
-from comparison.choices import IMAGES, TOYS
+from comparison.choices import HIDDEN_SIZES, IMAGES, PERCEPTRONS, TOYS
 from data_sets.image_data import DataError, ImageData
-from data_sets.tabular_datasets import load_table, split_table
+from data_sets.splits import read_order, split_rows
+from data_sets.tabular_datasets import load_table, order_from_file, published_order, split_table
 from experiment.errors import WrongInputError
 from mnist_datasets import import_torchvision, load_images
 from one_pass import (
@@ -39,7 +42,6 @@ from one_pass import (
 )
 from one_pass.objectives import summed
 
-HIDDEN_UNITS = 50
 WORDS = 10_000  # the size of Penn Treebank's vocabulary
 CPU = {"dtype": torch.float64, "device": "cpu"}  # for random draws, whatever the default device
 STREAMS, WINDOW = 40, 70  # parts of the text read in parallel; words of each part in a batch
@@ -49,6 +51,25 @@ Part = tuple[Tensor, Tensor]  # inputs [N, ...], targets [N, ...]
 
 class ProblemError(WrongInputError):
     """A network that does not fit the data; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is trained.
+
+    Attributes:
+        model: one of comparison/choices.py.
+        hidden_sizes: units of each hidden layer; none: as published.
+        activation: of a perceptron, a class of torch.nn.
+    """
+
+    model: str
+    hidden_sizes: tuple[int, ...] = ()
+    activation: str = "ReLU"
+
+    def sizes(self) -> tuple[int, ...]:
+        """Units of each hidden layer."""
+        return self.hidden_sizes or HIDDEN_SIZES[self.model]
 
 
 @dataclass(frozen=True)
@@ -84,14 +105,20 @@ def default_model(problem: str) -> str:
 
 def make_problem(
     name: str,
-    model: str,
+    network: Network,
     validation_proportion: float,
-    split_seed: int,
+    split: int | str,
     data_dir: str | Path,
     dtype: torch.dtype,
     device: torch.device,
+    standardise: str = "pixels",
 ) -> Problem:
-    """The problem `name` with the network `model`.
+    """The problem `name` with `network`.
+
+    split: the seed of a permutation of the rows (of images: of the training images); "published",
+        the order of Clarke et al. (of images: that of the files); or a file of row numbers,
+        training rows first, then validation rows, the test rows last.
+    standardise: images by the mean and deviation of each of their "pixels" or "channels".
 
     Raises DataError if the data are missing, ProblemError if the network doesn't fit them.
 
@@ -100,12 +127,12 @@ def make_problem(
     """
     where = {"dtype": dtype, "device": device}
     if name in TOYS:
-        return _toy(name, model, where)
+        return _toy(name, network.model, where)
     if name == "ptb":
-        return _text(model, Path(data_dir), device)
+        return _text(network, Path(data_dir), device)
     if name in IMAGES:
-        return _images(name, model, validation_proportion, split_seed, data_dir, where)
-    return _regression(name, model, validation_proportion, split_seed, data_dir, where)
+        return _images(name, network, validation_proportion, split, data_dir, where, standardise)
+    return _regression(name, network, validation_proportion, split, data_dir, where)
 
 
 # ---- batches ----
@@ -126,72 +153,124 @@ def make_samples(
 
 
 def _regression(
-    name: str, model: str, proportion: float, split_seed: int, data_dir: str, where: dict
+    name: str, network: Network, proportion: float, split: int | str, data_dir: str, where: dict
 ) -> Problem:
-    if model != "mlp":
-        raise ProblemError(f"model {model} is not for {name}: take mlp")
+    if network.model != "mlp":
+        raise ProblemError(f"model {network.model} is not for {name}: take mlp")
     table = load_table(name, data_dir)
-    split = split_table(table, proportion, split_seed)
+    order = split
+    if split == "published":
+        order = published_order(name, table, data_dir)
+    elif isinstance(split, str):
+        order = order_from_file(Path(split), table)
+    found = split_table(table, proportion, order)
     parts = [
-        tuple(t.to(**where) for t in p) for p in (split.training, split.validation, split.test)
+        tuple(t.to(**where) for t in p) for p in (found.training, found.validation, found.test)
     ]
-    sizes = (table.inputs.shape[1], HIDDEN_UNITS, 1)
-    objective = CompiledMLPObjective(sizes, "mse")
-    return Problem(objective, *parts, table.source, table.fingerprint, split.target_variance)
+    objective = _perceptron(network, table.inputs.shape[1], 1, "mse")
+    fingerprint = _with_order(table.fingerprint, order)
+    return Problem(objective, *parts, table.source, fingerprint, found.target_variance)
+
+
+def _with_order(fingerprint: Callable[[], str], order: int | Tensor) -> Callable[[], str]:
+    """The fingerprint, with a digest of the order where that is one given; a seed is a setting."""
+    if isinstance(order, int):
+        return fingerprint
+    digest = hashlib.sha256(order.numpy()).hexdigest()[:16]
+    return lambda: f"{fingerprint()}, their order {digest}"
+
+
+def _perceptron(network: Network, inputs: int, outputs: int, loss: str) -> Objective:
+    """A multilayer perceptron, by the fastest way that there is for it."""
+    sizes = (inputs, *network.sizes(), outputs)
+    batch_norm = network.model == "mlp_batch_norm"
+    if batch_norm or network.activation != "ReLU":
+        return ModuleObjective(_layers(sizes, network.activation, batch_norm), loss)
+    compiled = len(sizes) == 3 and outputs == 1
+    return (CompiledMLPObjective if compiled else MLPObjective)(sizes, loss)
+
+
+def _layers(sizes: Sequence[int], activation: str, batch_norm: bool) -> nn.Sequential:
+    """Linear layers with the activation between; batch norm has the biases of hidden ones."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(sizes[:-1]):
+        layers.append(nn.Linear(fan_in, fan_out, bias=not batch_norm))
+        layers += [nn.BatchNorm1d(fan_out)] if batch_norm else []
+        layers.append(getattr(nn, activation)())
+    return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
 
 
 def _images(
-    name: str, model: str, proportion: float, split_seed: int, data_dir: str, where: dict
+    name: str,
+    network: Network,
+    proportion: float,
+    split: int | str,
+    data_dir: str,
+    where: dict,
+    standardise: str,
 ) -> Problem:
     training, test = load_images(name, data_dir)
-    network = _image_network(model, training)
-    generator = torch.Generator().manual_seed(split_seed)
-    order = torch.randperm(len(training), generator=generator, device="cpu")
-    held_out = round(proportion * len(training))
-    inputs, test_inputs = _standardised(training, test, where)
-    if model.startswith("mlp"):
+    objective = _image_objective(network, training)
+    order = split
+    if split == "published":
+        order = torch.arange(len(training))
+    elif isinstance(split, str):
+        order = read_order(Path(split), len(training))
+        if len(order.unique()) < len(order):
+            raise DataError(f"{split} must hold each row number once")
+    training_rows, validation_rows, _ = split_rows(len(training), 0, proportion, order)
+    inputs, test_inputs = _standardised(training, test, where, standardise)
+    if network.model in PERCEPTRONS:
         inputs, test_inputs = inputs.flatten(1), test_inputs.flatten(1)
     labels = training.labels.to(where["device"])
-    validation, rest = (
-        (inputs[rows], labels[rows]) for rows in (order[:held_out], order[held_out:])
-    )
+    parts = [(inputs[rows], labels[rows]) for rows in (training_rows, validation_rows)]
     test_part = test_inputs, test.labels.to(where["device"])
-    return Problem(network, rest, validation, test_part, training.source, training.fingerprint)
+    fingerprint = _with_order(training.fingerprint, order)
+    return Problem(objective, *parts, test_part, training.source, fingerprint)
 
 
-def _image_network(model: str, data: ImageData) -> Objective:
-    inputs, classes = data.images[0].numel(), data.classes
-    if model == "mlp":
-        return MLPObjective((inputs, HIDDEN_UNITS, classes), "cross_entropy")
-    if model == "mlp_batch_norm":
-        network = nn.Sequential(
-            nn.Linear(inputs, HIDDEN_UNITS),
-            nn.BatchNorm1d(HIDDEN_UNITS),
-            nn.ReLU(),
-            nn.Linear(HIDDEN_UNITS, classes),
-        )
-        return ModuleObjective(network, "cross_entropy")
-    if model == "resnet18":
-        return ModuleObjective(_small_image_resnet(data.shape[0], classes), "cross_entropy")
-    raise ProblemError(f"model {model} is not for images: take mlp, mlp_batch_norm or resnet18")
+def _image_objective(network: Network, data: ImageData) -> Objective:
+    if network.model in PERCEPTRONS:
+        return _perceptron(network, data.images[0].numel(), data.classes, "cross_entropy")
+    if network.model in ("resnet18", "resnet18_unmodified"):
+        small = network.model == "resnet18"
+        return ModuleObjective(_resnet(data.shape[0], data.classes, small), "cross_entropy")
+    raise ProblemError(
+        f"model {network.model} is not for images: take mlp, mlp_batch_norm, resnet18 or "
+        f"resnet18_unmodified"
+    )
 
 
-def _small_image_resnet(channels: int, classes: int) -> nn.Module:
-    """ResNet-18 for images of about 32 x 32: a 3 x 3 first convolution and no pooling after it."""
+def _resnet(channels: int, classes: int, small: bool) -> nn.Module:
+    """torchvision's ResNet-18.
+
+    small: for images of about 32 x 32, a 3 x 3 first convolution and no pooling after it.
+    """
     import_torchvision()
     from torchvision.models import resnet18
 
     network = resnet18(num_classes=classes)
-    network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-    network.maxpool = nn.Identity()
+    if small:
+        network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    elif channels != 3:
+        raise ProblemError(
+            f"resnet18_unmodified is for 3 channels, the images have {channels}: take resnet18"
+        )
     return network
 
 
-def _standardised(training: ImageData, test: ImageData, where: dict) -> tuple[Tensor, Tensor]:
-    """Both sets' pixels, standardised by each pixel's mean and deviation over training images."""
+def _standardised(
+    training: ImageData, test: ImageData, where: dict, standardise: str
+) -> tuple[Tensor, Tensor]:
+    """Pixels less their mean over the training images, divided by their standard deviation.
+
+    standardise: both are those of each of the "pixels", or of each of the "channels".
+    """
     pixels = training.images.to(dtype=torch.float32).div_(255)
-    mean, deviation = pixels.mean(dim=0), pixels.std(dim=0, correction=0)
-    deviation = torch.where(deviation > 0, deviation, 1)  # pixels at the border may be constant
+    over = {"dim": (0, 2, 3) if standardise == "channels" else 0, "keepdim": True}
+    mean, deviation = pixels.mean(**over), pixels.std(**over, correction=0)
+    deviation = torch.where(deviation > 0, deviation, 1)  # border pixels never change
     pixels.sub_(mean).div_(deviation)
     test_pixels = test.images.to(dtype=torch.float32).div_(255).sub_(mean).div_(deviation)
     return pixels.to(**where), test_pixels.to(**where)
@@ -201,18 +280,23 @@ def _standardised(training: ImageData, test: ImageData, where: dict) -> tuple[Te
 
 
 class LanguageModel(nn.Module):
-    """A two-layer LSTM that predicts the next word.
+    """An LSTM that predicts the next word: words [B, length] to logits [B, words, length].
 
     Its states are a buffer [layers, 2 (output, cell), streams, units], so that in training a window
     continues where the last one ended.
     """
 
-    def __init__(self, words: int = WORDS, units: int = 650, streams: int = STREAMS) -> None:
+    def __init__(
+        self, words: int = WORDS, units: int = 650, streams: int = STREAMS, layers: int = 2
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(words, units)
-        self.gates = nn.ModuleList([nn.Linear(2 * units, 4 * units) for _ in range(2)])
+        # of what enters, and of the last output: each with a bias, as nn.LSTM has two
+        self.gates = nn.ModuleList(
+            [nn.ModuleList([nn.Linear(units, 4 * units) for _ in range(2)]) for _ in range(layers)]
+        )
         self.decoder = nn.Linear(units, words)
-        self.register_buffer("hidden", torch.zeros(2, 2, streams, units))
+        self.register_buffer("hidden", torch.zeros(layers, 2, streams, units))
 
     def forward(self, words: Tensor) -> Tensor:
         """Logits [streams, vocabulary, length] of the words that follow words [streams, length]."""
@@ -229,11 +313,11 @@ class LanguageModel(nn.Module):
 
 
 def _lstm_cell(
-    gates: nn.Linear, entering: Tensor, state: tuple[Tensor, Tensor]
+    gates: nn.ModuleList, entering: Tensor, state: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The next output and cell state; in plain operations, since vmap can't batch nn.LSTMCell."""
     output, cell = state
-    i, f, g, o = gates(torch.cat([entering, output], dim=1)).chunk(4, dim=1)
+    i, f, g, o = (gates[0](entering) + gates[1](output)).chunk(4, dim=1)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
     return o.sigmoid() * cell.tanh(), cell
 
@@ -305,13 +389,17 @@ def text_windows(words: Tensor) -> Part:
     return folded(words[:-1]), folded(words[1:])
 
 
-def _text(model: str, data_dir: Path, device: torch.device) -> Problem:
-    if model != "lstm":
-        raise ProblemError(f"model {model} is not for text: take lstm")
+def _text(network: Network, data_dir: Path, device: torch.device) -> Problem:
+    if network.model != "lstm":
+        raise ProblemError(f"model {network.model} is not for text: take lstm")
+    units, *others = network.sizes()
+    if any(size != units for size in others):
+        raise ProblemError(f"hidden_sizes of an lstm are equal, not {[units, *others]}")
     parts, words = read_text(data_dir.expanduser() / "ptb")
     windows = [tuple(t.to(device) for t in text_windows(part)) for part in parts]
     counts = " + ".join(f"{len(part):,}" for part in parts)
-    objective = TextObjective(LanguageModel(words), "cross_entropy")
+    model = LanguageModel(words, units, layers=len(network.sizes()))
+    objective = TextObjective(model, "cross_entropy")
     source = f"{counts} words of Penn Treebank in {data_dir / 'ptb'}"
 
     def fingerprint() -> str:

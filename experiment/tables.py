@@ -11,6 +11,24 @@ def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def latex(cells: Sequence[Sequence[str]]) -> str:
+    """A table in LaTeX, without packages; the columns after the first to the right."""
+    lines = [" & ".join(map(_in_latex, row)) + r" \\" for row in cells]
+    columns = "l" + "r" * (len(cells[0]) - 1)
+    return "\n".join([
+        rf"\begin{{tabular}}{{{columns}}}", r"\hline", lines[0], r"\hline", *lines[1:], r"\hline",
+        r"\end{tabular}", "",
+    ])  # fmt: skip
+
+
+def _in_latex(text: str) -> str:
+    special = {c: rf"\{c}" for c in "&%$#_{}"} | {
+        "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+        "±": r"$\pm$",
+    }  # fmt: skip
+    return "".join(special.get(character, character) for character in text)
+
+
 def markdown(cells: Sequence[Sequence[str]], others: str = "---:") -> str:
     """A table in Markdown; `others` is the rule that aligns the columns after the first."""
     heading, *body = cells

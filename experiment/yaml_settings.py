@@ -53,6 +53,19 @@ class Key:
     choices: Sequence[str] | None = None
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """Settings of another program, that files and flags may hold too.
+
+    Attributes:
+        keys: those that this command does not have.
+        translate: all that files and these flags hold to settings of the command's own keys.
+    """
+
+    keys: Sequence[Key]
+    translate: Callable[[dict[str, Any]], dict[str, Any]]
+
+
 def keys_of(
     settings: type, names: Mapping[str, str], defaults: Mapping[str, Any]
 ) -> tuple[Key, ...]:
@@ -85,6 +98,11 @@ def add_keys(parser: argparse.ArgumentParser, keys: Sequence[Key]) -> None:
     group = parser.add_argument_group("settings, as flags or as keys of the files after -c")
     files = {"nargs": "+", "default": [], "type": Path, "metavar": "FILE"}
     group.add_argument("-c", "--config", help="YAML files, merged left to right", **files)
+    add_flags(group, keys)
+
+
+def add_flags(group: argparse._ArgumentGroup, keys: Sequence[Key]) -> None:
+    """A flag for every key."""
     for key in keys:
         shown = "" if key.default in (None, [], {}) else f" (default: {key.default})"
         group.add_argument(
@@ -103,8 +121,11 @@ def parse_settings(
     argv: Sequence[str] | None = None,
     run_flags: Sequence[str] = (),
     of_one_run: Sequence[str] = (),
+    foreign: Foreign | None = None,
 ) -> argparse.Namespace:
     """Parse `argv`; a key has the value of its flag, else of the files after -c, else its default.
+
+    foreign: settings of another program, whose flags `parser` has too.
 
     With --resume the files are not read again, since the run has its values already. Raises
     SettingsError for a file that can't be read, a key that doesn't exist, or a wrong value.
@@ -114,10 +135,17 @@ def parse_settings(
     """
     args = parse(parser, argv)
     merged: dict[str, Any] = {}
-    if getattr(args, "resume", None) is None and args.config:
+    others = {key.name: getattr(args, key.name) for key in (foreign.keys if foreign else ())}
+    others = {name: value for name, value in others.items() if value is not None}
+    resumed = getattr(args, "resume", None) is not None
+    if resumed and others:
+        raise SettingsError(f"--{min(others)}: a run that is gone on with has its settings already")
+    if not resumed and (args.config or others):
         flags = [_as_key(action) for action in parser._actions if action.dest in run_flags]
+        known = [*keys, *flags, *(foreign.keys if foreign else ())]
         for path in args.config:
-            merged = merge(merged, read_settings(path, [*keys, *flags], of_one_run))
+            merged = merge(merged, read_settings(path, known, of_one_run))
+        merged = _translated(merge(merged, others), known, foreign)
         run_settings = {flag.name: merged[flag.name] for flag in flags if flag.name in merged}
         parser.set_defaults(**run_settings)  # so that flags on the command line take precedence
         args = parse(parser, argv)
@@ -127,7 +155,22 @@ def parse_settings(
         if isinstance(key.default, dict):
             value = merge(key.default, value)
         setattr(args, key.name, value)
+    for key in foreign.keys if foreign else ():
+        delattr(args, key.name)
     return args
+
+
+def _translated(
+    merged: dict[str, Any], known: Sequence[Key], foreign: Foreign | None
+) -> dict[str, Any]:
+    """Without keys of another program."""
+    if foreign is None or not any(key.name in merged for key in foreign.keys):
+        return merged
+    by_name = {key.name: key for key in known}
+    return {
+        name: _checked("translated", name, value, by_name)
+        for name, value in foreign.translate(merged).items()
+    }
 
 
 def refuse_idle_settings(
@@ -243,7 +286,7 @@ def _as_key(action: argparse.Action) -> Key:
     return Key(action.dest, action.type or str, action.default, action.help, choices=action.choices)
 
 
-def _checked(path: Path, name: Any, value: Any, known: dict[str, Key]) -> Any:
+def _checked(path: Path | str, name: Any, value: Any, known: dict[str, Key]) -> Any:
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
         raise SettingsError(f"{path}: unknown key {name!r}; the nearest known key is {near!r}")
@@ -257,7 +300,7 @@ def _checked(path: Path, name: Any, value: Any, known: dict[str, Key]) -> Any:
     return _one(path, key, value)
 
 
-def _one(path: Path, key: Key, value: Any) -> Any:
+def _one(path: Path | str, key: Key, value: Any) -> Any:
     try:
         whole = isinstance(value, dict) and key.kind is mapping
         converted = value if whole else key.kind(str(value))

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from experiment.errors import RunLogError
 from experiment.run_reader import read_arrays, read_config, run_names
-from experiment.tables import markdown
 from figures.style import (
     FAINT,
     add_legend,
@@ -185,8 +184,8 @@ def has_validation(run: Recorded) -> bool:
     return not np.isnan(run.columns["Loss/Validation"]).all()
 
 
-def table(runs: Sequence[Recorded]) -> str:
-    """A Markdown table of mean, median and best final test loss, and the share that diverged.
+def table(runs: Sequence[Recorded]) -> list[list[str]]:
+    """Cells: mean and median of the final test loss of each run, and how many diverged.
 
     A run with fixed hyperparameters and a validation loss gets a second line, "3-batched", for the
     best of each three draws.
@@ -199,7 +198,7 @@ def table(runs: Sequence[Recorded]) -> str:
         if run.config["method"] == "fixed" and has_validation(run) and len(losses) > 2:
             best = best_of_groups(losses, validation, 3)
             cells.append(_cells(run, f"{run.title}, 3-batched", best))
-    return markdown(cells, "---")
+    return cells
 
 
 def _cells(run: Recorded, title: str, losses: np.ndarray) -> list[str]:

@@ -9,6 +9,7 @@ NAMES = ("lr", "weight_decay", "momentum")
 METHODS = (
     "fixed", "look_back", "unrolled", "successive_gradients", "stepped_lr", "population",
 )  # fmt: skip
+OPTIMIZERS = ("adam", "sgd")  # of the raw hyperparameters
 TRANSFORM_KINDS = ("10^", "exp", "sigmoid")  # how a raw value becomes the hyperparameter
 DEFAULT_TRANSFORMS = {"lr": "10^", "weight_decay": "10^", "momentum": "sigmoid"}
 SMALLEST_POPULATION = 5  # of which one goes on from another
@@ -27,14 +28,18 @@ class Settings:
         method: fixed, stepped_lr, look_back (this paper's), successive_gradients (Baydin et al.),
             unrolled (exact derivatives through the last `look_back` steps), or population.
         optimised, high_dimensional: names of hyperparameters.
-        lr, final_lr: Adam's on the raw values, at the first and at the last hyperparameter step.
-        updates: hyperparameter steps over which Adam's rate falls; beyond them it stays.
-        chain_rule: False feeds Adam the derivative for the natural value, as Baydin et al. do.
+        optimizer: adam or sgd, of the raw values.
+        lr, final_lr: the optimizer's, at the first and at the last hyperparameter step.
+        updates: hyperparameter steps over which this rate falls; beyond them it stays.
+        chain_rule: False feeds the optimizer the derivative for the natural value, as Baydin et
+            al. do.
         recover: a run whose training loss is not finite, or far above where it began, goes on from
             the weights of its last good hyperparameter step at a third of its learning rate.
         transforms: {name: kind}, how raw values become hyperparameters.
         bounds: {name: (lowest, highest)} of raw values.
         reset: weights, momentum and buffers start anew after each hyperparameter step but the last.
+        renew: after every so many hyperparameter steps they go on instead, and what they are then
+            is the new start; None: never.
         seed: of what a population draws.
     Raises OnePassError for an unknown method, name or transform, and for counts below 1.
     """
@@ -51,10 +56,11 @@ class Settings:
     look_back: int = _setting(
         5, "terms of the series, i (odd is safer), or unrolled steps", "positive"
     )
-    lr: float = _setting(0.05, "Adam's rate on the raw values", "positive")
+    optimizer: str = _setting("adam", "of the raw values", choices=OPTIMIZERS)
+    lr: float = _setting(0.05, "the optimizer's rate on the raw values", "positive")
     final_lr: float = _setting(0.05, "the rate falls to this; none: stays", "positive")
     updates: int = _setting(400, "hyperparameter steps", "positive")
-    chain_rule: bool = _setting(True, "false: Adam is fed the derivative for the natural value")
+    chain_rule: bool = _setting(True, "false: the derivative for the natural value is followed")
     recover: bool = _setting(
         False, "a run that diverges goes on from its last good weights, slower"
     )
@@ -64,6 +70,7 @@ class Settings:
         metadata={"help": "bounds of raw values; null: none"},
     )
     reset: bool = _setting(False, "train from the start again")
+    renew: int | None = _setting(None, "go on instead after every so many of them", "positive")
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,6 +89,10 @@ class Settings:
                     f"{name} can be transformed by {', '.join(TRANSFORM_KINDS)}, not "
                     f"{self.transforms.get(name)!r}"
                 )
+        if self.optimizer not in OPTIMIZERS:
+            raise OnePassError(
+                f"optimizer {self.optimizer!r} is unknown; choose from {', '.join(OPTIMIZERS)}"
+            )
         if self.every < 1 or self.look_back < 1:
             raise OnePassError(
                 f"every and look_back must be at least 1, got {self.every} and {self.look_back}"

@@ -14,9 +14,9 @@ du/dw = eta (H + xi I), and v_0 the gradient of the validation loss at w':
     v_{j+1} = v_j - (du/dw)^T v_j,    p = v_0 + ... + v_{i-1}
     h_eta = -<p, b'>,    h_xi = -eta <p, w>,    h_mu = -eta <p, b>
 
-Adam then moves the raw hyperparameters (log10 eta, log10 xi, logit mu) against h, and training goes
-on. Everything here is done for D runs at once: weights are [D, P], hyperparameters [D, 1], or
-[D, P] where every weight has its own.
+Adam or SGD then moves the raw hyperparameters (log10 eta, log10 xi, logit mu) against h, and
+training goes on. Everything here is done for D runs at once: weights are [D, P], hyperparameters
+[D, 1], or [D, P] where every weight has its own.
 """
 
 import math
@@ -358,7 +358,7 @@ class Tuning:
                 self.hyperparameters = natural(state.raw, settings)
                 window.clear()
                 if settings.reset and state.step < settings.updates * settings.every:
-                    self._reset()
+                    self._reset_or_renew()
 
     def _weight_step(self) -> WeightStep:
         state = self.state
@@ -465,7 +465,7 @@ class Tuning:
             state.raw[name][worst] = self._bounded(name, inverse(value))
 
     def _descend(self, hypergradients: dict[str, Tensor], step: WeightStep) -> None:
-        """One step of Adam on the raw values of every run for which all of it is finite.
+        """One step of the optimizer on raw values of every run for which all of it is finite.
 
         A finite gradient does not suffice: its square may overflow, in Adam's second moment.
         """
@@ -475,7 +475,10 @@ class Tuning:
         proposed, finite = {}, torch.ones_like(failed)
         for name in settings.optimised:
             gradient = self._raw_gradient(name, hypergradients[name])
-            moved, moments = adam(state.raw[name], gradient, state.moments[name], count, lr)
+            if settings.optimizer == "sgd":
+                moved, moments = state.raw[name] - lr * gradient, state.moments[name]
+            else:
+                moved, moments = adam(state.raw[name], gradient, state.moments[name], count, lr)
             proposed[name] = moved, *moments
             for values in (gradient, *proposed[name]):
                 finite = finite & values.isfinite().all(dim=1, keepdim=True)
@@ -500,14 +503,22 @@ class Tuning:
         return hypergradient
 
     def _hyperparameter_lr(self) -> Tensor:
-        """Adam's rate at each run's next step, [D, 1]: from lr to final_lr, geometrically."""
+        """The optimizer's rate at each run's next step, [D, 1]; geometric, lr to final_lr."""
         settings, state = self.settings, self.state
         done = ((state.updates - state.begun) / max(settings.updates - 1, 1)).clamp(0, 1)
         return settings.lr * (settings.final_lr / settings.lr) ** done
 
-    def _reset(self) -> None:
-        """Weights and buffers as at the start; neither momentum nor last gradient count then."""
-        weights, buffers = self.state.start
+    def _reset_or_renew(self) -> None:
+        """Weights and buffers as at the start; neither momentum nor last gradient count then.
+
+        Or they are the new start themselves, where it is time to renew that.
+        """
+        settings, state = self.settings, self.state
+        if settings.renew and state.step % (settings.renew * settings.every) == 0:
+            buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
+            state.start = state.weights.clone(), buffers
+            return
+        weights, buffers = state.start
         self.state.weights = weights.clone()
         self.state.buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         self.state.held_out_buffers = self.state.start[1]

@@ -5,6 +5,7 @@ every variant of a command, any number of workers and whichever process takes it
 depends on the results so far.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -14,14 +15,14 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from experiment.seeds import seeded_generator
 from sweeps.space import SearchedFlag, Value, grid
 
-GUIDED = ("tpe", "population")
+GUIDED = ("tpe", "gp", "population")
 
 
 def random_point(flags: Sequence[SearchedFlag], seed: int, number: int) -> dict[str, Value]:
@@ -48,8 +49,9 @@ class PointSampler(BaseSampler):
 
     flags, seed: as in `random_point`.
     points: the points of a grid, to be used instead of random draws.
-    guide: "tpe" (tree-structured Parzen estimators; Watanabe, arXiv 2304.11127), "population" (a
-        genetic algorithm, NSGA-II; Deb et al. 2002), or None for no guidance.
+    guide: "tpe" (tree-structured Parzen estimators; Watanabe, arXiv 2304.11127), "gp" (a Gaussian
+        process and its expected improvement; Jones et al. 1998), "population" (a genetic algorithm,
+        NSGA-II; Deb et al. 2002), or None for no guidance.
     startup: the number of random draws before the guided ones; for "population" its size.
     """
 
@@ -79,8 +81,10 @@ class PointSampler(BaseSampler):
             return self.points[number]
         values = random_point(self.flags, self.seed, number)
         # NSGAIISampler decides itself which trials are its first, random generation
-        if self.guide == "population" or (self.guide == "tpe" and number >= self.startup):
-            values |= self._guide(number).sample_relative(study, trial, search_space)
+        if self.guide == "population" or (self.guide is not None and number >= self.startup):
+            with warnings.catch_warnings():  # a diverged trial counts as the worst that was finite
+                warnings.filterwarnings("ignore", "Clip non-finite values")
+                values |= self._guide(number).sample_relative(study, trial, search_space)
         return values
 
     def sample_independent(
@@ -94,6 +98,8 @@ class PointSampler(BaseSampler):
         seed = seeded_generator(self.seed, number, 1).initial_seed() % 2**32
         if self.guide == "population":
             return NSGAIISampler(population_size=self.startup, seed=seed)
+        if self.guide == "gp":
+            return GPSampler(seed=seed, n_startup_trials=1)
         return TPESampler(seed=seed, n_startup_trials=1, constant_liar=True)
 
 

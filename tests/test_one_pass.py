@@ -342,6 +342,34 @@ def test_the_momentum_is_reset_with_the_weights():
     assert not torch.equal(tuning.state.weights, start)  # not after the last update
 
 
+def test_the_start_is_renewed_at_intervals_in_the_place_of_a_reset():
+    tuning = make_tuning(2, reset=True, renew=2, updates=5)
+    first = tuning.state.weights.clone()
+    tuning.advance(5)
+    assert torch.equal(tuning.state.weights, first)
+    tuning.advance(5)
+    renewed = tuning.state.weights.clone()
+    assert torch.equal(tuning.state.start[0], renewed) and not torch.equal(renewed, first)
+    assert not tuning.state.fresh
+    tuning.advance(5)
+    assert torch.equal(tuning.state.weights, renewed) and tuning.state.fresh
+
+
+def test_sgd_moves_raw_values_by_its_rate_times_the_derivative():
+    by_sgd = make_tuning(
+        2, method="successive_gradients", optimised=("lr",), every=1, optimizer="sgd", lr=0.003,
+        chain_rule=False,
+    )  # fmt: skip
+    raw = by_sgd.state.raw["lr"].clone()
+    by_sgd.advance(1)
+    old = by_sgd.state.previous_gradient
+    by_sgd.advance(1)
+    product = (old * by_sgd.state.previous_gradient).sum(dim=1, keepdim=True)
+    assert torch.allclose(by_sgd.state.raw["lr"], raw + 0.003 * product, rtol=1e-12)
+    with pytest.raises(OnePassError, match="optimizer 'lbfgs' is unknown; choose from adam, sgd"):
+        Settings("fixed", optimizer="lbfgs")
+
+
 def test_successive_gradients_give_minus_their_product():
     old, new = torch.randn(2, 3), torch.randn(2, 3)
     assert torch.equal(successive_gradients(old, new)["lr"], -new * old)
@@ -361,7 +389,7 @@ def test_gradients_at_weights_that_were_left_are_compared_with_none():
     tuning.advance(1)
     assert (tuning.state.previous_gradient[1] == 0).all()
     assert (tuning.state.previous_gradient[0] != 0).any()
-    tuning._reset()
+    tuning._reset_or_renew()
     assert tuning.state.previous_gradient is None
 
 

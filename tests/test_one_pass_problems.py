@@ -7,6 +7,7 @@ from comparison import one_pass_problems
 from comparison.choices import MODELS, PROBLEMS
 from comparison.one_pass_problems import (
     LanguageModel,
+    Network,
     ProblemError,
     TextObjective,
     default_model,
@@ -26,7 +27,7 @@ def generators(runs):
 
 def problem(name, tmp_path, model=None, proportion=0.2):
     return make_problem(
-        name, model or default_model(name), proportion, 1, tmp_path, torch.float64, CPU
+        name, Network(model or default_model(name)), proportion, 1, tmp_path, torch.float64, CPU
     )
 
 
@@ -60,13 +61,13 @@ def test_images_are_split_and_standardised_pixel_by_pixel(tmp_path, model):
     pixels = torch.cat([found.training[0], found.validation[0]])
     assert torch.allclose(pixels.mean(dim=0), torch.zeros(784).double(), atol=1e-5)
     weights, buffers = found.objective.initial(generators(1))
-    assert weights.shape[1] == 784 * 50 + 50 + 500 + 10 + (100 if model == "mlp_batch_norm" else 0)
+    assert weights.shape[1] == 784 * 50 + 500 + 10 + (100 if model == "mlp_batch_norm" else 50)
     assert bool(buffers) == (model == "mlp_batch_norm")
 
 
 def test_a_resnet_for_small_images_has_gradients_and_curvature():
-    objective = one_pass_problems._image_network(
-        "resnet18", one_pass_problems.ImageData(
+    objective = one_pass_problems._image_objective(
+        Network("resnet18"), one_pass_problems.ImageData(
             torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.arange(10), "none"
         )
     )  # fmt: skip
@@ -75,6 +76,57 @@ def test_a_resnet_for_small_images_has_gradients_and_curvature():
     found = objective.linearize(weights.float(), buffers, batch)
     product = found.hessian_product(torch.ones_like(found.gradient))
     assert found.gradient.isfinite().all() and product.isfinite().all()
+
+
+def test_images_are_split_in_the_order_of_their_files_or_of_a_file_of_numbers(tmp_path):
+    def parts(split):
+        return make_problem("mnist5k", Network("mlp"), 0.25, split, tmp_path, torch.float32, CPU)
+
+    path, published = tmp_path / "order.txt", parts("published")
+    path.write_text("\n".join(map(str, reversed(range(4000)))))
+    backwards = parts(str(path))
+    assert published.validation[1].equal(backwards.training[1][:1000].flip(0))
+    assert published.fingerprint() != backwards.fingerprint()
+    path.write_text("\n".join(["0"] * 4000))
+    with pytest.raises(DataError, match="must hold each row number once"):
+        parts(str(path))
+
+
+def test_hidden_layers_and_activation_are_those_that_are_asked_for(tmp_path):
+    def objective(*network):
+        return make_problem(
+            "boston", Network("mlp", *network), 0.2, 1, tmp_path, torch.float64, CPU
+        ).objective
+
+    assert objective((7, 5)).sizes == (13, 7, 5, 1)
+    smooth = objective((7,), "Tanh")
+    weights, buffers = smooth.initial(generators(1))
+    inputs = torch.randn(4, 13, dtype=torch.float64)
+    first, bias, last, end = weights[0].split([91, 7, 7, 1])
+    outputs = (inputs @ first.view(7, 13).T + bias).tanh() @ last[:, None] + end
+    targets = torch.zeros(4, 1, dtype=torch.float64)
+    loss = smooth.linearize(weights, buffers, Batch(inputs, targets, shared=True)).loss
+    assert torch.allclose(loss, outputs.square().mean())
+
+
+def test_channels_are_standardised_as_wholes_where_that_is_asked_for():
+    images = torch.arange(48, dtype=torch.uint8).view(2, 3, 2, 4)
+    data = one_pass_problems.ImageData(images, torch.arange(2), "none")
+    training, test = one_pass_problems._standardised(data, data, {"device": CPU}, "channels")
+    channel = images[:, 1].float()
+    expected = (channel - channel.mean()) / channel.std(correction=0)
+    assert torch.allclose(training[:, 1], expected, atol=1e-6) and torch.equal(training, test)
+
+
+def test_torchvisions_own_resnet_is_for_three_channels():
+    def objective(channels):
+        images = torch.zeros(10, channels, 8, 8, dtype=torch.uint8)
+        data = one_pass_problems.ImageData(images, torch.arange(10), "none")
+        return one_pass_problems._image_objective(Network("resnet18_unmodified"), data)
+
+    assert objective(3).module.conv1.kernel_size == (7, 7)
+    with pytest.raises(ProblemError, match="for 3 channels, the images have 1"):
+        objective(1)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +172,9 @@ def test_the_language_model_is_torchs_lstm_and_goes_on_where_it_ended():
     theirs = torch.nn.LSTM(units, units, num_layers=2, batch_first=True).double()
     with torch.no_grad():
         for layer, gates in enumerate(model.gates):
-            getattr(theirs, f"weight_ih_l{layer}").copy_(gates.weight[:, :units])
-            getattr(theirs, f"weight_hh_l{layer}").copy_(gates.weight[:, units:])
-            getattr(theirs, f"bias_ih_l{layer}").copy_(gates.bias)
-            getattr(theirs, f"bias_hh_l{layer}").zero_()
+            for part, linear in zip(("ih", "hh"), gates, strict=True):
+                getattr(theirs, f"weight_{part}_l{layer}").copy_(linear.weight)
+                getattr(theirs, f"bias_{part}_l{layer}").copy_(linear.bias)
     text = torch.randint(words, (streams, 8))
     pieces = torch.cat([model(text[:, :5]), model(text[:, 5:])], dim=2)
     expected = model.decoder(theirs(model.embedding(text))[0]).movedim(-1, 1)

@@ -10,6 +10,7 @@ import torch
 
 import plot
 from experiment.errors import RunLogError
+from experiment.tables import markdown
 from figures import one_pass_report
 from figures.one_pass_report import (
     Columns,
@@ -86,7 +87,7 @@ def test_columns_come_back_as_they_were():
 
 
 def test_the_table_has_a_line_for_each_run_and_one_for_triples():
-    text = table([recorded("a"), recorded("b", method="look_back")])
+    text = markdown(table([recorded("a"), recorded("b", method="look_back")]))
     lines = text.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["a", "a, 3-batched", "b"]
     assert "0.0%" in lines[2]

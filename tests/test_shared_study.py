@@ -97,6 +97,16 @@ def test_guided_trials_come_nearer_to_the_optimum_than_random_ones():
         assert np.median(values[method]) < 0.7 * np.median(values["random"])
 
 
+def test_a_gaussian_process_comes_near_the_optimum_in_few_trials_and_after_diverged_ones(tmp_path):
+    def value(params):
+        return math.inf if params["x"] > 0.9 else (params["x"] + 0.6) ** 2
+
+    study = study_in(tmp_path, "gp")
+    taken = run_all(study, 8, value)
+    assert taken[:5] == [random_point(FLAGS, 0, number) for number in range(5)]
+    assert min(map(value, taken[5:])) < 0.2 * min(map(value, taken[:5]))
+
+
 @pytest.mark.parametrize("method", ["tpe", "population"])
 def test_a_guided_search_gone_on_with_suggests_what_one_never_stopped_does(tmp_path, method):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

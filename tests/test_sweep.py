@@ -385,7 +385,10 @@ def test_the_job_array_shares_the_trials_and_runs_as_it_is_written(tmp_path, com
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--method", "annealing"], "choose from 'random', 'tpe', 'population', 'asha', 'grid'"),
+        (
+            ["--method", "annealing"],
+            "choose from 'random', 'tpe', 'gp', 'population', 'asha', 'grid'",
+        ),
         (["--search", "x=log:0:1"], "NAME=log:LOW:HIGH (LOW above 0), not 'x=log:0:1'"),
         (["--search", "x"], "must be one of NAME=log:LOW:HIGH"),
         (["--search", "x=0:1", "x=0:2"], "x comes twice"),
@@ -397,7 +400,7 @@ def test_the_job_array_shares_the_trials_and_runs_as_it_is_written(tmp_path, com
         (["--trials", "9" * 14], "--trials: must be at most 1000000, not 99999999999999"),
         (["--method", "asha"], "--watch COLUMN"),
         (["--method", "population", "--startup", "1"], "at least 2"),
-        (["--startup", "3"], "--startup needs --method tpe or population"),
+        (["--startup", "3"], "--startup needs --method tpe, gp or population"),
         (["--reduction", "7"], "--reduction needs --method asha"),
         (["--min_steps", "9"], "--min_steps needs --watch"),
         (["--array_tasks", "3"], "--array_tasks needs --slurm"),

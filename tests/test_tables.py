@@ -1,6 +1,6 @@
-"""What a table looks like, on the screen and in Markdown."""
+"""What a table looks like, on the screen, in Markdown and in LaTeX."""
 
-from experiment.tables import aligned, markdown
+from experiment.tables import aligned, latex, markdown
 
 CELLS = [["method", "d", "e"], ["a", "50.00 ± 0.00 %", ""], ["longest name", "-", "1"]]
 
@@ -19,3 +19,16 @@ def test_a_table_in_markdown_has_its_rule_below_the_heading():
         "| longest name | - | 1 |",
     ]
     assert markdown(CELLS, "---").splitlines()[1] == "| --- | --- | --- |"
+
+
+def test_a_table_in_latex_has_no_character_that_means_something_there():
+    cells = [["run", "a_b"], ["c & d", r"5 ± 1 %, {x^2}\\"]]
+    assert latex(cells).splitlines() == [
+        r"\begin{tabular}{lr}",
+        r"\hline",
+        r"run & a\_b \\",
+        r"\hline",
+        r"c \& d & 5 $\pm$ 1 \%, \{x\textasciicircum{}2\}\textbackslash{}\textbackslash{} \\",
+        r"\hline",
+        r"\end{tabular}",
+    ]

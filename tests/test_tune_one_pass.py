@@ -11,7 +11,7 @@ from commands import ROOT, interrupt_at_row, kill_at_row, outcome, redraw, refus
 
 import tune_one_pass
 from experiment.run_reader import read_config, read_json
-from experiment.yaml_settings import parse_settings, read_settings
+from experiment.yaml_settings import read_settings
 from figures.one_pass_report import read_run
 
 CONFIGS = ROOT / "configs"
@@ -20,7 +20,8 @@ SMALL = (
     "--total_step_limit", "60", "--log_every", "20",
 )  # fmt: skip
 ALGORITHMS = (
-    "random", "random_validation", "random_stepped_lr", "lorraine", "baydin", "ours_lr",
+    "random", "random_validation", "random_stepped_lr", "lorraine", "baydin", "baydin_published",
+    "ours_lr",
     "ours_lr_momentum", "ours_hdlr_momentum", "ours_guarded", "diff_through_opt", "population",
 )  # fmt: skip
 
@@ -50,7 +51,7 @@ def test_every_configuration_is_read(path):
 
 
 def filled_in(*flags):
-    args = parse_settings(tune_one_pass.make_parser(), tune_one_pass.KEYS, [*map(str, flags)])
+    args, _ = tune_one_pass.parse_all([*map(str, flags)])
     tune_one_pass.fill_in(args)
     return args
 
@@ -59,12 +60,10 @@ def test_every_problem_goes_with_every_algorithm():
     paths = sorted(CONFIGS.glob("*.yaml"))
     problems = [path for path in paths if "dataset:" in path.read_text()]
     algorithms = [path for path in paths if path not in problems]
-    assert len(problems) == 14 and len(algorithms) == 14
+    assert len(problems) == 14 and len(algorithms) == 16
     for problem in problems:
         for algorithm in algorithms:
             args = filled_in("-c", problem, algorithm, "--draws", 5)
-            if args.dataset in ("quadratic", "two_weights") and args.look_back < 4000:
-                assert args.steps <= 10000
             assert args.steps >= args.network_weight_steps
 
 
@@ -170,6 +169,22 @@ def test_root_group_and_name_make_the_directory(tmp_path):
     assert by_time.name.startswith("tune_one_pass-") and (by_time / "draws.npz").exists()
 
 
+def test_of_a_rate_for_every_weight_the_tenths_are_recorded(tmp_path):
+    weights = torch.arange(11.0).repeat(2, 1) * torch.tensor([[1.0], [10.0]])
+    assert tune_one_pass.deciles(weights).tolist() == [[1, 10], [9, 90]]
+    flags = ("--first_draw", 3, "--hyperparameter_lr", 0.3)
+    columns = read_run(tune(tmp_path, *config("boston", "ours_hdlr_momentum"), *flags)).columns
+    low, mean, high = (columns[f"Hyperparameter/Lr{n}"] for n in ("_10_Percent", "", "_90_Percent"))
+    assert (
+        np.allclose(low[0], high[0]) and (low[-1] < mean[-1]).all() and (mean[-1] < high[-1]).all()
+    )
+
+
+def test_the_factor_of_a_stepped_rate_may_be_given(tmp_path):
+    tuning = built(tmp_path, *config("boston", "random_stepped_lr"), "--lr_multiplier", 0.5)
+    assert (tuning.state.factor == 0.5).all()
+
+
 def test_a_bound_is_taken_away_by_null(tmp_path):
     flags = ("--hyperparameter_clipping", "{lr: null}")
     args = filled_in(*config("boston", "ours_lr"), *flags)
@@ -235,8 +250,20 @@ def test_a_run_goes_on_without_the_state_that_it_began_with(tmp_path):
         (["--reset_model_after_hyperparameter_update", "true"], "needs a method other than fixed"),
         ([*OURS, "--high_dimensional_hyperparameters", "weight_decay"], "is not among those"),
         (["--dataset", "ptb", "--batch_size", "3"], "batch_size needs a dataset other than ptb"),
-        (["--dataset", "ptb", "--split_seed", "3"], "split_seed needs a dataset other than ptb"),
+        (["--dataset", "ptb", "--split", "3"], "split needs a dataset other than ptb"),
         (["--dataset", "quadratic", "--validation_proportion", "1"], "needs a dataset other than"),
+        (["--renew_model_reset_state_interval", "2"], "needs reset_model_after_hyper"),
+        (["--lr_multiplier", "0.9"], "lr_multiplier needs method stepped_lr"),
+        (["--standardise", "channels"], "standardise needs a dataset out of mnist"),
+        (["--split", "none.txt"], "can't read the rows' order in none.txt"),
+        (
+            ["--dataset", "two_weights", "--hidden_sizes", "3"],
+            "hidden_sizes needs a model out of mlp, mlp_batch_norm, lstm",
+        ),
+        (
+            ["--dataset", "two_weights", "--activation", "Tanh"],
+            "activation needs a model out of mlp, mlp_batch_norm",
+        ),
         (["-g", "group"], "leave out -l, -g and -n"),
         (["--network_weight_grad_clipping", "{nrom: 1}"], "knows norm, not 'nrom'"),
         (["--network_weight_grad_clipping", "{norm: x}"], "a number above 0, not 'x'"),
@@ -274,8 +301,8 @@ def built(tmp_path, *flags):
     args = filled_in(*flags, "--dtype", "float64", "--data-dir", tmp_path)
     device, dtype = torch.device("cpu"), torch.float64
     problem = tune_one_pass.make_problem(
-        args.dataset, args.model, args.validation_proportion, args.split_seed, args.data_dir,
-        dtype, device,
+        args.dataset, tune_one_pass.Network(args.model), args.validation_proportion, args.split,
+        args.data_dir, dtype, device,
     )  # fmt: skip
     return tune_one_pass.make_tuning(args, problem, device, dtype)
 
