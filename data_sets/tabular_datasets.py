@@ -7,9 +7,9 @@
 
 A set is read from DATA_DIR/uci/<name>.txt (rows of numbers, the target in the last column). If that
 is missing, it is fetched from the files that Clarke et al. took, OpenML or the UCI repository and
-saved there; Boston also comes with mlxtend. If that fails, it is read from ../shared/data/uci beside
-the sources. The same holds for the published order: DATA_DIR/uci_permutations/<name>.txt, their
-repository, ../shared.
+saved there; Boston also comes with mlxtend. If that fails, it is read from ../shared/data/uci
+beside the sources. The same holds for the published order: DATA_DIR/uci_permutations/<name>.txt,
+their repository, ../shared.
 """
 
 import hashlib

@@ -125,13 +125,12 @@ def parse_settings(
 ) -> argparse.Namespace:
     """Parse `argv`; a key has the value of its flag, else of the files after -c, else its default.
 
-    foreign: settings of another program, whose flags `parser` has too.
-
     With --resume the files are not read again, since the run has its values already. Raises
     SettingsError for a file that can't be read, a key that doesn't exist, or a wrong value.
 
     run_flags: other flags of `parser` that may be set by the files too.
     of_one_run: names in a config.json that are neither keys nor such flags, to be ignored.
+    foreign: settings of another program, whose flags `parser` has too.
     """
     args = parse(parser, argv)
     merged: dict[str, Any] = {}
