@@ -105,7 +105,7 @@ def make_outer_loss(args, train_data: ImageData, test_data: ImageData) -> ProbeL
 def report(log: RunLog, source: str, initializer, rows: list[dict[str, float]]) -> None:
     """The four numbers and the accuracies, on the screen and as a file; the figures."""
     accuracies = mean_and_deviation("test_accuracy", [row["test_accuracy"] for row in rows])
-    log.write_json("results.json", {
+    log.write_results({
         "data": source,
         "initializer": initializer.effective(),
         "evaluations": rows,

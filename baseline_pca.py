@@ -119,7 +119,7 @@ class ProbedComponents:
 
 def report(args, log: RunLog, source: str, table: list[dict[str, float]]) -> None:
     """The table, on the screen and as a file, and its figure."""
-    log.write_json("results.json", {"data": source, "C": args.C, "table": table})
+    log.write_results({"data": source, "C": args.C, "table": table})
     log.plot(plot_pca_run)
     log.say(f"{'components':>10}  {'variance':>9}  {'training':>9}  {'test':>9}")
     for row in table:

@@ -104,7 +104,7 @@ def report(args, training: VICReg, test_data, log: RunLog) -> None:
     accuracies = probe(training, test_data, args.C)
     log.write_parameters(training.params, training.data.shape)
     results = {"data": training.data.source, "epochs": training.epoch, **accuracies}
-    log.write_json("results.json", results)
+    log.write_results(results)
     log.plot(plot_vicreg_run)
     log.say(
         f"test accuracy {accuracies['test_accuracy']:.2%}, training accuracy "

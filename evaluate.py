@@ -285,7 +285,7 @@ def write_results(log: RunLog, comparison: RuleComparison) -> None:
         if row["held_out"]:
             plain["held_out_accuracy"] = plain.pop("test_accuracy")
         (trials if row["held_out"] else trainings).append(plain)
-    log.write_json("results.json", {
+    log.write_results({
         "data": {s.dataset: s.train.source for s in comparison.settings},
         "methods": list(comparison.methods),
         "summary": summary,

@@ -202,7 +202,7 @@ def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direct
     shape = np.array(data.shape)
     log.write_arrays("parameters.npz", {"1.w": weights[:1], "input_shape": shape})
     log.write_arrays("directions.npz", {"weights": weights, "input_shape": shape})
-    log.write_json("results.json", {
+    log.write_results({
         "data": data.source,
         "is_oja": is_oja,
         "coefficients": rule.coefficients(),

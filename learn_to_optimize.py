@@ -222,7 +222,7 @@ def save(training: MetaTraining, source: str, log: RunLog) -> dict:
         "best_validation_loss": training.best_loss if validated else None,
         "best_epoch": training.best_epoch if validated else None,
     }
-    log.write_json("results.json", results)
+    log.write_results(results)
     arrays = {name: torch.stack(values).numpy() for name, values in training.deviations.items()}
     if training.curves:
         arrays["losses"] = torch.stack(training.curves).numpy(force=True)
@@ -311,7 +311,7 @@ def write_comparison(name: str, outcome: dict, arrays: dict, args, results: dict
     """comparison.npz, and results.json with what has been found on one more optimizee."""
     results.setdefault("optimizees", {})[name] = outcome
     log.write_arrays("comparison.npz", arrays)
-    log.write_json("results.json", results | {"steps": args.test_steps})
+    log.write_results(results | {"steps": args.test_steps})
 
 
 def say_losses(name: str, summaries: dict, args, log: RunLog) -> None:

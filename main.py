@@ -846,7 +846,7 @@ def report(
     means = [sum(some) / len(some) for some in zip(*by_dataset.values(), strict=False)]
     accuracies = mean_and_deviation("test_accuracy", means)
     each = {name: mean_and_deviation("test_accuracy", v) for name, v in by_dataset.items()}
-    log.write_json("results.json", {
+    log.write_results({
         "data": "; ".join(images.source for images in data),
         "inner_steps": steps,
         "evaluations": rows,

@@ -303,7 +303,7 @@ def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: 
     best = shortest(stages, args.tolerance)
     rule = rule_from_dict(best["rule"])
     write_rule(log, rule, best["term_effects"])
-    log.write_json("results.json", {
+    log.write_results({
         "data": source,
         "learned_from": {"run": str(args.run), "config": run.config, "inner_steps": steps},
         "initializer": run.start,

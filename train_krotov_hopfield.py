@@ -203,7 +203,7 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
             "parameters": parameters_of(network),
         })  # fmt: skip
     last = rows[-1] if rows and rows[-1]["layers"] == training.stages[-1][1][0] else {}
-    log.write_json("results.json", {
+    log.write_results({
         "data": test_data.source,
         "recipe": asdict(recipe),
         "convergence": convergence[-1],
@@ -266,7 +266,7 @@ def evaluate(args, parser: argparse.ArgumentParser) -> None:
         log.write_parameters([layer.state_dict() for layer in layers], test_data.shape)
         row = {"layers": len(layers), "test_accuracy": accuracy,
                "parameters": parameters_of(network)}  # fmt: skip
-        log.write_json("results.json", {
+        log.write_results({
             "data": test_data.source, "classifiers": [row], "test_accuracy": accuracy
         })  # fmt: skip
         log.plot(plot_competition_run)

@@ -566,7 +566,7 @@ def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: Ru
         last = columns.arrays().get(name, np.full((1, 1), math.nan))[-1]
         if not np.isnan(last).all():
             results[name.replace("/", "_").lower()] = median_of_draws(last)
-    log.write_json("results.json", results)
+    log.write_results(results)
     log.plot(plot_one_pass_run)
     log.say(
         f"final test loss: median {results['median']:.4g}, mean {results['mean']:.4g} of those "

@@ -273,7 +273,7 @@ class BothNetworks:
 
 def report(args, log: RunLog, source: str, epochs: int, last: Mapping[str, float]) -> None:
     """The numbers of the last epoch on the screen and as a file, and the figure."""
-    log.write_json("results.json", {"data": source, "method": args.method,
+    log.write_results({"data": source, "method": args.method,
                                     "epochs": epochs, **last})  # fmt: skip
     log.plot(plot_equilibrium_run)
     for name, title in NETWORKS.items():

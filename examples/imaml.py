@@ -448,7 +448,7 @@ def report(args, tasks: Tasks, log: RunLog, source: str, scores: Mapping[str, np
             "standard_error": float(last.std(ddof=1) / math.sqrt(len(last))),
             "over_steps": values.mean(0).tolist(),
         }
-    log.write_json("results.json", results)
+    log.write_results(results)
     log.write_arrays("scores.npz", scores)
     log.plot(plot_imaml_run)
     for name, values in scores.items():

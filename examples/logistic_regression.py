@@ -372,7 +372,7 @@ def report(args, log: RunLog, source: str, rows: Sequence[Mapping[str, float]]) 
             shown = {name: row[name] for name in ("validation_loss", "validation_accuracy")}
             told = {"published_loss": published[step]} if step in published else {}
             table.append({"step": step, **shown, **told})
-    log.write_json("results.json", {"data": source, "method": args.method, "table": table,
+    log.write_results({"data": source, "method": args.method, "table": table,
                                     "published": published})  # fmt: skip
     log.plot(plot_logistic_run)
     log.say(

@@ -224,7 +224,7 @@ def report(rows: list[dict[str, float]], source: str, log: RunLog) -> None:
         values = {n: [row[f"{way}/{n}"] for row in finite] or [math.nan] for n in names}
         summary[way] = {n: [float(np.mean(v)), float(np.std(v))] for n, v in values.items()}
         summary[way]["diverged"] = len(rows) - len(finite)
-    log.write_json("results.json", {"data": source, "summary": summary, "searches": rows})
+    log.write_results({"data": source, "summary": summary, "searches": rows})
     log.plot(plot_searches_run)
     for way, found in summary.items():
         loss, accuracy = found["meta_loss"], found["test_accuracy"]

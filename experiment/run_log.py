@@ -2,7 +2,7 @@
 
     with RunLog.create("runs/first", {"seed": 0}) as log:
         finished = run_steps(log, algorithm, "epoch", 100)      # experiment/loop.py
-        log.write_json("results.json", {"accuracy": 0.9})
+        log.write_results({"accuracy": 0.9})
 
 A run may be killed at any moment. Once the first checkpoint has been saved, a good one is on disk
 at all times, and `load_checkpoint` cuts metrics.csv back to it, so that a resumed run leaves the
@@ -151,6 +151,16 @@ class RunLog:
         """
         _write(self.path(name), json_text(finite_or_null(value)))
 
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Write results.json as `write_json` does; TensorBoard shows its numbers."""
+        self.write_json("results.json", results)
+        numbers = {
+            name: float(value) for name, value in results.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }  # fmt: skip
+        settings = {name: value for name, value in self.config.items() if value is not None}
+        self._show(lambda events: events.add_results(max(self.step, 0), settings, numbers))
+
     def write_text(self, name: str, text: str) -> None:
         """Write `text` to the file `name`, atomically."""
         _write(self.path(name), text)
@@ -177,6 +187,7 @@ class RunLog:
                 arrays[f"{number}.{name}"] = tensor.numpy(force=True)
             number += bool(layer.keys() - {"input_mean"})
         self.write_arrays("parameters.npz", arrays | {"input_shape": np.array(input_shape)})
+        self._show(lambda events: events.add_histograms(max(self.step, 0), arrays))
 
     # ---- metrics ----
 
@@ -201,7 +212,7 @@ class RunLog:
         lines.append([str(int(step)), *(repr(float(value)) for value in row.values())])
         with disk_errors(f"can't write {self.path('metrics.csv')}"):
             self._append(lines)
-            self._add_events(step, row)
+        self._show(lambda events: events.add(step, row))
         self.step = step
 
     def _append(self, lines: list[list[str]]) -> None:
@@ -218,10 +229,12 @@ class RunLog:
         self._written += len(content)
         self._digest.update(content)
 
-    def _add_events(self, step: int, row: Mapping[str, float]) -> None:
-        if self._events is None:
-            self._events = EventFile(self.directory, self._first_step)
-        self._events.add(step, row)
+    def _show(self, add: Callable[[EventFile], None]) -> None:
+        """Add to what TensorBoard shows of the run."""
+        with disk_errors(f"can't write to {self.directory}"):
+            if self._events is None:
+                self._events = EventFile(self.directory, self._first_step)
+            add(self._events)
 
     def _rows_until(self, checkpoint: Checkpoint | None) -> bytes:
         """The complete rows up to the checkpoint; a resumed run writes the later ones again.
@@ -333,6 +346,8 @@ class RunLog:
         """Let `figures_of` draw the figures of the run in its directory, unless figures are off."""
         if self.figures:
             figures_of(self.directory)
+            drawn = sorted((self.directory / "figures").glob("*.png"))
+            self._show(lambda events: events.add_images(max(self.step, 0), drawn))
 
     @contextmanager
     def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator[Progress]:

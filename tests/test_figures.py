@@ -39,7 +39,7 @@ def run_of(directory, rows, parameters=None, columns=COLUMNS):
     """A run with these rows (numbers, one for all columns)."""
     with RunLog.create(directory, {}, quiet=True) as log:
         for step, value in enumerate(rows):
-            log._add_events = lambda *_: None
+            log._show = lambda *_: None
             log.record(step, dict.fromkeys(columns, value))
         if parameters is not None:
             log.write_arrays("parameters.npz", parameters)

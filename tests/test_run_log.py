@@ -20,7 +20,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from experiment import checkpoints, tensorboard_events
 from experiment.checkpoints import Checkpoint, refuse_changed_files
@@ -248,7 +250,7 @@ def test_what_is_no_ordinary_file_is_refused(tmp_path):
 def test_every_float_reads_back_exactly(tmp_path_factory, rows):
     directory = tmp_path_factory.mktemp("metrics") / "run"
     with RunLog.create(directory, {}, quiet=True) as log:
-        log._add_events = lambda *_: None
+        log._show = lambda *_: None
         for step, (a, b) in enumerate(rows):
             log.record(step, {"a": a, "b, with a comma": np.float32(b)})
     columns = read_metrics(directory)
@@ -300,6 +302,32 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
         (1, 0.25),
         (2, 8.0),
     ]
+
+
+def test_tensorboard_shows_figures_parameters_and_the_settings_with_the_results(tmp_path):
+    def draw(directory):
+        (directory / "figures").mkdir()
+        Image.new("RGB", (7, 5)).save(directory / "figures" / "features.png")
+
+    with new_run(tmp_path, 2) as log:
+        weights = torch.tensor([[1.0, 2.0, math.nan]])
+        log.write_parameters([{}, {"w": weights, "b": torch.tensor([math.nan])}], (1, 1, 3))
+        log.write_results({"accuracy": 0.5, "done": True, "rows": [1], "nothing": None})
+        log.plot(draw)
+    events = EventAccumulator(str(log.directory)).Reload()
+    assert json.loads((log.directory / "results.json").read_text())["rows"] == [1]
+    assert events.Tags()["scalars"] == ["loss", "results/accuracy"]
+    assert events.Scalars("results/accuracy")[0].step == 1
+    (image,) = events.Images("figures/features")
+    assert (image.width, image.height) == (7, 5)
+    (drawn,) = events.Histograms("parameters/1.w")
+    assert (drawn.histogram_value.num, drawn.histogram_value.sum) == (2, 3.0)
+    assert sum(drawn.histogram_value.bucket) == 2 and events.Tags()["histograms"] == [
+        "parameters/1.w"
+    ]
+    start = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
+    settings = HParamsPluginData.FromString(start.content).session_start_info.hparams
+    assert settings["seed"].number_value == 0
 
 
 def test_tensorboard_shows_the_last_values_also_after_the_clock_was_set_back(tmp_path, monkeypatch):
@@ -573,7 +601,7 @@ def test_a_resumed_run_leaves_the_rows_of_an_uninterrupted_one(
     place = tmp_path_factory.mktemp("runs")
 
     def go_on(log: RunLog, end: int) -> None:
-        log._add_events = lambda *_: None
+        log._show = lambda *_: None
         last, state = log.load_checkpoint() or (-1, {"x": torch.zeros(())})
         x = state["x"]
         for step in range(last + 1, end):
