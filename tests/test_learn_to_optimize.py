@@ -173,10 +173,10 @@ def test_another_factor_of_the_steps_may_be_given_to_a_saved_optimizer(tmp_path,
 
 
 def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_path):
-    flags = [*TINY, "--epochs", "8"]
+    flags = [*TINY, "--epochs", "3"]
     run(*flags, "--out", tmp_path / "whole")
     killed = tmp_path / "killed"
-    kill_at_row(3, killed, "learn_to_optimize.py", *flags, "--out", killed)
+    kill_at_row(3, "learn_to_optimize.py", *flags, "--out", killed)
     run("--resume", killed, "--quiet")
     assert outcome(killed) == outcome(tmp_path / "whole")
 
@@ -184,7 +184,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_pat
 def test_ctrl_c_ends_a_run_cleanly_with_figures_and_the_optimizer_so_far(tmp_path):
     out = tmp_path / "run"
     flags = [*TINY, "--epochs", "5000", "--out", out]
-    interrupt_at_row(4, out, "learn_to_optimize.py", *flags)
+    interrupt_at_row(4, learn_to_optimize.main, *flags)
     assert (out / "figures" / "meta_training.png").exists()
     assert load_network(out / "optimizer.json").kind == "lstm"
     results = json.loads((out / "results.json").read_text())

@@ -86,10 +86,10 @@ def test_rules_of_unit_statistics_have_defaults_of_their_own_and_end_beside_refe
 
 
 def test_a_killed_run_of_unit_statistics_goes_on_to_the_same_numbers(tmp_path):
-    flags = [*STATISTICS, "--metasteps", "13", "--start_from", "mnist32", "--beside"]
+    flags = [*STATISTICS, "--metasteps", "12", "--start_from", "mnist32", "--beside"]
     run(6, *flags, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    kill_at_row(11, out, "main.py", 6, *flags, "--out", out)
+    kill_at_row(11, "main.py", 6, *flags, "--out", out)
     assert (out / "checkpoint.pt").exists()
     run("--resume", tmp_path / "killed", "--quiet")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
@@ -364,12 +364,11 @@ def test_a_start_that_does_not_fit_is_refused_in_one_line(capsys, tmp_path, plai
 
 
 def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_path):
-    flags = [*TINY, "--metasteps", "40", "--sparsify", "--sparsify_from", "10", "--average", "0.9"]
+    flags = [*TINY, "--metasteps", "22", "--sparsify", "--sparsify_from", "10", "--average", "0.9"]
     run(4, *flags, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    kill_at_row(7, out, "main.py", 4, *flags, "--out", out)
-    for count in (18, 29):
-        kill_at_row(count, out, "main.py", "--resume", out, "--quiet")
+    kill_at_row(7, "main.py", 4, *flags, "--out", out)  # before the first checkpoint
+    kill_at_row(18, "main.py", "--resume", out, "--quiet")  # after one, without some terms
     run("--resume", tmp_path / "killed", "--quiet")
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     for name in ("results.json", "rule.json"):
@@ -395,7 +394,7 @@ def test_a_run_whose_disk_fills_up_is_one_line_and_goes_on_when_there_is_room(tm
 
 def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
     out = tmp_path / "run"
-    interrupt_at_row(3, out, "main.py", 4, *TINY, "--metasteps", "100000", "--out", out)
+    interrupt_at_row(3, main.main, 4, *TINY, "--metasteps", "100000", "--out", out)
     assert (out / "figures" / "meta_loss.png").exists() and (out / "checkpoint.pt").exists()
     assert (out / "results.json").exists()
 
