@@ -2,16 +2,14 @@
 
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
+from forked import Command
 
 import baseline_pca
 import main
@@ -168,8 +166,8 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--pair_inputs"],
         ["--views", "masks", "--mask", "0.1", "0.5"],
         ["--center"],
-        ["--conv", "3x5", "2x3"],
-        ["--conv", "3x5", "--pool", "4"],
+        ["--conv", "2x9", "2x9"],
+        ["--conv", "2x9", "--pool", "4"],
         ["--pixelwise_normalization"],
         ["--l1_reg", "1"],
         ["--sparsify"],
@@ -381,13 +379,16 @@ def test_a_run_whose_disk_fills_up_is_one_line_and_goes_on_when_there_is_room(tm
     run(4, *flags, "--out", tmp_path / "whole")
     out = tmp_path / "full"
     size = 1024 * kilobytes
-    process = subprocess.run(
-        [sys.executable, "main.py", *map(str, (4, *flags, "--out", out))],
-        cwd=ROOT, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )  # fmt: skip
-    assert process.returncode == 2
-    assert process.stderr.startswith("error: can't write") and process.stderr.count("\n") == 1
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import resource, runpy\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+        "runpy.run_path('main.py', run_name='__main__')\n"
+    )
+    process = Command(script, 4, *flags, "--out", out, stderr=tmp_path / "stderr.txt")
+    assert process.wait(120) == 2
+    said = (tmp_path / "stderr.txt").read_text()
+    assert said.startswith("error: can't write") and said.count("\n") == 1
     run("--resume", out, "--quiet")
     assert outcome(out) == outcome(tmp_path / "whole")
 
