@@ -193,15 +193,10 @@ def live_tensors() -> int:
 def test_nothing_is_left_behind_by_a_training_and_its_backward_pass(memory):
     problem = Problem()
     problem.loss_and_gradient(memory=memory)  # lays out the sums
-    gc.freeze()  # what all tests before have left is not looked through
-    try:
+    before = live_tensors()
+    for _ in range(3):
         problem.loss_and_gradient(memory=memory)
-        before = live_tensors()
-        for _ in range(3):
-            problem.loss_and_gradient(memory=memory)
-        assert live_tensors() == before
-    finally:
-        gc.unfreeze()
+    assert live_tensors() == before
 
 
 def test_the_default_keeps_everything_that_is_small():
