@@ -3,15 +3,15 @@
 import csv
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import Command
+from forked import Command, record_and_signal
 
 import plot
 from experiment.command_line import run_command
+from experiment.run_log import RunLog
 from hypergradients import HypergradientError
 from krotov_hopfield import CompetitionError
 from learned_optimizer import OptimizerError
@@ -51,28 +51,15 @@ def refused(capsys, main: Callable, *flags) -> str:
     return lines[0]
 
 
-def wait_for_rows(directory: Path, count: int, process: Command) -> None:
-    """Returns when metrics.csv has so many rows."""
-    metrics = directory / "metrics.csv"
-    for _ in range(2400):
-        assert process.poll() is None, f"the run ended before row {count}"
-        if metrics.exists() and metrics.read_text().count("\n") > count:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no row {count} within two minutes")
+def kill_at_row(count: int, script: str | Path, *flags) -> None:
+    """Starts a command that is ended by SIGKILL once it has recorded so many rows."""
+    process = Command(script, *flags, killed_at_row=count)
+    assert process.wait(120) == -signal.SIGKILL
 
 
-def kill_at_row(count: int, directory: Path, script: str, *flags) -> None:
-    """Starts a command, and ends it with SIGKILL once it has recorded so many rows."""
-    process = Command(script, *flags)
-    wait_for_rows(directory, count, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def interrupt_at_row(count: int, directory: Path, script: str, *flags) -> None:
-    """Starts a command, and ends it with Ctrl-C: cleanly, exit status 130."""
-    process = Command(script, *flags)
-    wait_for_rows(directory, count, process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 130
+def interrupt_at_row(count: int, main: Callable, *flags) -> None:
+    """Runs a command, here, that gets Ctrl-C at so many rows: it ends cleanly, exit status 130."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(RunLog, "record", record_and_signal(signal.SIGINT, count))
+        run_command(main, [*map(str, flags)], wrong_input=LIBRARY_ERRORS)
+    assert stop.value.code == 130

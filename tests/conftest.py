@@ -1,6 +1,7 @@
 """What makes all tests quick: one thread, no waiting for the disk, digits that are read once."""
 
 import functools
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # their tensors are small, the second core is busy
@@ -19,3 +20,9 @@ def quick():
         digits = functools.cache(mnist_datasets._embedded_digits)
         patch.setattr(mnist_datasets, "_embedded_digits", digits)
         yield
+
+
+def pytest_collection_finish():
+    """What all modules have loaded stays: the garbage collector need not look through it again."""
+    gc.collect()
+    gc.freeze()

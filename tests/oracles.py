@@ -10,8 +10,11 @@ One product per monomial, one line per term, autograd for the gradients: slow, a
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
+
+from hypergradients import strategies
 
 DOUBLE = torch.float64
 
@@ -42,6 +45,26 @@ def gradients(value: Tensor, variables: Sequence[Tensor]) -> list[Tensor]:
 def weighted_sum(tensors: Sequence[Tensor], seed: int = 7) -> Tensor:
     """A scalar whose gradient with respect to each entry of the tensors is a number of its own."""
     return sum((normal(seed + k, *t.shape).detach().to(t) * t).sum() for k, t in enumerate(tensors))
+
+
+def perturb_in_all_directions(
+    patch: pytest.MonkeyPatch, hparams: Sequence[Tensor], unrolls: int = 1
+) -> int:
+    """Has evolution strategies perturb by orthogonal directions; returns how many pairs these are.
+
+    Over all of them the mean of e e^T is sigma^2 I, as it is for normal noise in expectation: an
+    estimate is then the mean of all estimates, up to O(sigma^2), with hardly any pairs. Each row of
+    an orthogonal matrix is one pair's perturbations, one unroll after the other.
+    """
+    sizes = [h.numel() for h in hparams]
+    pairs = unrolls * sum(sizes)
+    rows = torch.linalg.qr(normal(0, pairs, pairs).detach())[0] * pairs**0.5
+    of_unrolls = rows.split(sum(sizes), 1)
+    noise = iter([part for rows in of_unrolls for row in rows for part in row.split(sizes)])
+    patch.setattr(
+        strategies, "_normal", lambda like, sigma, generator: sigma * next(noise).view(like.shape)
+    )
+    return pairs
 
 
 # ---- sums of monomials ----

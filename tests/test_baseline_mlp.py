@@ -174,17 +174,17 @@ def test_unless_told_a_meta_step_sees_fewer_images_the_more_features_there_are(
 
 
 def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
-    flags = [*TINY, "--metasteps", 30]
+    flags = [*TINY, "--metasteps", 13]
     run(*flags, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    kill_at_row(13, out, "baseline_mlp.py", *flags, "--out", out)
+    kill_at_row(12, "baseline_mlp.py", *flags, "--out", out)
     run("--resume", tmp_path / "killed", "--quiet")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
     out = tmp_path / "run"
-    interrupt_at_row(2, out, "baseline_mlp.py", *TINY, "--metasteps", 100_000, "--out", out)
+    interrupt_at_row(2, baseline_mlp.main, *TINY, "--metasteps", 100_000, "--out", out)
     assert json.loads((out / "results.json").read_text())["evaluations"] == []
     assert (out / "figures" / "initial.png").exists() and (out / "checkpoint.pt").exists()
 

@@ -115,8 +115,8 @@ def _flags(runs, out, seeds) -> list:
 
 def test_a_run_killed_and_resumed_ends_as_one_never_killed(runs, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    evaluate.main([*map(str, _flags(runs, whole, 8))])
-    kill_at_row(5, killed, "evaluate.py", *_flags(runs, killed, 8))
+    run(*_flags(runs, whole, 3))
+    kill_at_row(5, "evaluate.py", *_flags(runs, killed, 3), "--no_figures")
     assert not (killed / "results.json").exists()
     run("--resume", killed)
     assert rows(killed) == rows(whole)
@@ -126,7 +126,7 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(runs, tmp_path):
 
 def test_an_interrupted_run_ends_cleanly_with_what_it_has_and_status_130(runs, tmp_path):
     out = tmp_path / "out"
-    interrupt_at_row(3, out, "evaluate.py", *_flags(runs, out, 100_000))
+    interrupt_at_row(3, evaluate.main, *_flags(runs, out, 100_000))
     assert len(results(out)["trainings"]) == len(rows(out)) < 100
     assert (out / "figures" / "accuracy_over_steps.png").exists()
     assert (out / "table.md").exists()

@@ -202,10 +202,10 @@ def test_meta_learning_of_sine_waves_beats_the_start(tmp_path):
 
 
 def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
-    flags = [*WAVES, "--metasteps", "40"]
+    flags = [*WAVES, "--metasteps", "5"]
     run(*flags, "--out", tmp_path / "whole")
-    kill_at_row(2, tmp_path / "killed", str(SCRIPT), *flags, "--out", tmp_path / "killed")
-    assert len(rows(tmp_path / "killed")) < 40
+    kill_at_row(2, str(SCRIPT), *flags, "--out", tmp_path / "killed")
+    assert len(rows(tmp_path / "killed")) == 2
     run("--resume", tmp_path / "killed", "--quiet")
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     results = [(tmp_path / name / "results.json").read_text() for name in ("killed", "whole")]

@@ -3,17 +3,13 @@
 import csv
 import importlib.util
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from commands import redraw
+from commands import kill_at_row, redraw
 
 from experiment.command_line import run_command
 from hypergradients import reverse_unroll
@@ -160,25 +156,17 @@ def test_digits_are_told_apart_better_with_learned_weights(tmp_path, few_curves)
 
 
 def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path, few_curves):
-    flags = [*TINY, "--steps", 10, "--outer_steps", 45]
+    flags = [*TINY, "--steps", 10, "--outer_steps", 14]
     run(*flags, "--out", tmp_path / "whole")
-    code = (
-        "import runpy, sys; script = runpy.run_path(sys.argv[1]); main = script['main'];"
-        "main.__globals__['CURVE'] = (2, 3); main(sys.argv[2:])"
+    script, killed = tmp_path / "script.py", tmp_path / "killed"
+    script.write_text(
+        "import runpy, sys\n"
+        f"main = runpy.run_path({str(SCRIPT)!r})['main']\n"
+        "main.__globals__['CURVE'] = (2, 3)\n"
+        "main(sys.argv[1:])\n"
     )
-    flags = [*map(str, flags), "--out", str(tmp_path / "killed")]
-    command = [sys.executable, "-c", code, str(SCRIPT), *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment)
-    metrics = tmp_path / "killed" / "metrics.csv"
-    for _ in range(2400):
-        assert process.poll() is None, "the run ended too early"
-        if metrics.exists() and metrics.read_text().count("\n") > 12:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert len(rows(tmp_path / "killed")) < 45
+    kill_at_row(12, script, *flags, "--no_figures", "--out", killed)
+    assert len(rows(killed)) == 12
     run("--resume", tmp_path / "killed", "--quiet")
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 

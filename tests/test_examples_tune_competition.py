@@ -25,7 +25,7 @@ def run(*flags) -> None:
 @pytest.mark.parametrize("gate", ["ranked", "soft"])
 def test_all_ways_begin_at_one_draw_and_are_judged_alike(tmp_path, gate):
     out = tmp_path / "run"
-    run(*TINY, "--gate", gate, "--out", out)
+    run(*TINY, "--gate", gate, "--no_figures", "--out", out)
     assert len(rows(out)) == 2
     results = json.loads((out / "results.json").read_text())
     assert set(results["summary"]) == {"start", "hypergradients", "random", "tpe"}

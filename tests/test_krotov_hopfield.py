@@ -171,7 +171,7 @@ def convolutions(draw) -> tuple[BioConv2d, torch.Tensor]:
     return seeded(layer, draw(st.integers(0, 10))), x
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(convolutions())
 def test_a_step_of_any_convolution_is_the_sum_over_its_patches(given_):
     layer, x = given_
@@ -246,8 +246,8 @@ def test_a_unit_at_rest_has_p_norm_1(p, way):
     layer = BioLinear(8, 2, False, 0.0, 2, p, **DOUBLE, batch_norm=False, normalization="clamp")
     seeded(layer)
     x = torch.cat([noise(20, 8, seed=3) + 2, noise(20, 8, seed=4) - 2])
-    for step in range(4000):
-        convergence = layer.training_step(x, 0.05 * 0.997**step)
+    for step in range(1000):
+        convergence = layer.training_step(x, 0.05 * 0.99**step)
     assert convergence < 1e-3
     np.testing.assert_allclose((layer.weight.abs() ** p).sum(1), 1, atol=1e-3)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import learn_to_optimize
 import plot
+from comparison import optimizer_comparison
 from comparison.optimizer_comparison import OptimizerComparison
 from figures.optimizers import plot_optimizer_run
 from learned_optimizer import (
@@ -189,10 +190,10 @@ def test_another_factor_of_the_steps_may_be_given_to_a_saved_optimizer(tmp_path,
 
 
 def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_path):
-    flags = [*TINY, "--epochs", "8"]
+    flags = [*TINY, "--epochs", "3"]
     run(*flags, "--out", tmp_path / "whole")
     killed = tmp_path / "killed"
-    kill_at_row(3, killed, "learn_to_optimize.py", *flags, "--out", killed)
+    kill_at_row(3, "learn_to_optimize.py", *flags, "--out", killed)
     run("--resume", killed, "--quiet")
     assert outcome(killed) == outcome(tmp_path / "whole")
 
@@ -200,7 +201,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_pat
 def test_ctrl_c_ends_a_run_cleanly_with_figures_and_the_optimizer_so_far(tmp_path):
     out = tmp_path / "run"
     flags = [*TINY, "--epochs", "5000", "--out", out]
-    interrupt_at_row(4, out, "learn_to_optimize.py", *flags)
+    interrupt_at_row(4, learn_to_optimize.main, *flags)
     assert (out / "figures" / "meta_training.png").exists()
     assert load_network(out / "optimizer.json").kind == "lstm"
     results = json.loads((out / "results.json").read_text())
@@ -214,16 +215,18 @@ def test_without_a_comparison_the_results_tell_what_meta_training_has_reached(tm
     assert "compares nothing" in refused(capsys, plot.main, "losses", tmp_path / "run")
 
 
-@pytest.mark.parametrize("steps", [3, 201])
+@pytest.mark.parametrize("steps", [2, 3])
 def test_losses_are_said_at_the_last_step_and_of_long_trainings_at_the_published_one(
-    tmp_path, capsys, steps
+    tmp_path, capsys, monkeypatch, steps
 ):
+    monkeypatch.setattr(learn_to_optimize, "PUBLISHED", 2)  # 200 steps take long
+    monkeypatch.setattr(optimizer_comparison, "PUBLISHED", 2)
     flags = [flag for flag in NO_TRAINING if flag != "--quiet"]
     run(*flags, "--test_steps", steps, "--test_runs", 1, "--out", tmp_path / "run")
     shown = capsys.readouterr().out
-    assert f"at step {'200 and 201' if steps > 200 else '3'}, mean" in shown
+    assert f"at step {'2 and 3' if steps > 2 else '2'}, mean" in shown
     line = next(line for line in shown.splitlines() if line.startswith("  learned"))
-    assert line.count("+-") == (2 if steps > 200 else 1)
+    assert line.count("+-") == (2 if steps > 2 else 1)
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,14 @@
 
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
+from forked import Command
 
 import baseline_pca
 import main
@@ -87,10 +85,10 @@ def test_rules_of_unit_statistics_have_defaults_of_their_own_and_end_beside_refe
 
 
 def test_a_killed_run_of_unit_statistics_goes_on_to_the_same_numbers(tmp_path):
-    flags = [*STATISTICS, "--metasteps", "13", "--start_from", "mnist32", "--beside"]
+    flags = [*STATISTICS, "--metasteps", "12", "--start_from", "mnist32", "--beside"]
     run(6, *flags, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    kill_at_row(11, out, "main.py", 6, *flags, "--out", out)
+    kill_at_row(11, "main.py", 6, *flags, "--out", out)
     assert (out / "checkpoint.pt").exists()
     run("--resume", tmp_path / "killed", "--quiet")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
@@ -169,8 +167,8 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--pair_inputs"],
         ["--views", "masks", "--mask", "0.1", "0.5"],
         ["--center"],
-        ["--conv", "3x5", "2x3"],
-        ["--conv", "3x5", "--pool", "4"],
+        ["--conv", "2x9", "2x9"],
+        ["--conv", "2x9", "--pool", "4"],
         ["--pixelwise_normalization"],
         ["--l1_reg", "1"],
         ["--sparsify"],
@@ -368,12 +366,11 @@ def test_a_start_that_does_not_fit_is_refused_in_one_line(capsys, tmp_path, plai
 
 
 def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_path):
-    flags = [*TINY, "--metasteps", "40", "--sparsify", "--sparsify_from", "10", "--average", "0.9"]
+    flags = [*TINY, "--metasteps", "22", "--sparsify", "--sparsify_from", "10", "--average", "0.9"]
     run(4, *flags, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    kill_at_row(7, out, "main.py", 4, *flags, "--out", out)
-    for count in (18, 29):
-        kill_at_row(count, out, "main.py", "--resume", out, "--quiet")
+    kill_at_row(7, "main.py", 4, *flags, "--out", out)  # before the first checkpoint
+    kill_at_row(18, "main.py", "--resume", out, "--quiet")  # after one, without some terms
     run("--resume", tmp_path / "killed", "--quiet")
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
     for name in ("results.json", "rule.json"):
@@ -386,20 +383,23 @@ def test_a_run_whose_disk_fills_up_is_one_line_and_goes_on_when_there_is_room(tm
     run(4, *flags, "--out", tmp_path / "whole")
     out = tmp_path / "full"
     size = 1024 * kilobytes
-    process = subprocess.run(
-        [sys.executable, "main.py", *map(str, (4, *flags, "--out", out))],
-        cwd=ROOT, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-    )  # fmt: skip
-    assert process.returncode == 2
-    assert process.stderr.startswith("error: can't write") and process.stderr.count("\n") == 1
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import resource, runpy\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
+        "runpy.run_path('main.py', run_name='__main__')\n"
+    )
+    process = Command(script, 4, *flags, "--out", out, stderr=tmp_path / "stderr.txt")
+    assert process.wait(120) == 2
+    said = (tmp_path / "stderr.txt").read_text()
+    assert said.startswith("error: can't write") and said.count("\n") == 1
     run("--resume", out, "--quiet")
     assert outcome(out) == outcome(tmp_path / "whole")
 
 
 def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
     out = tmp_path / "run"
-    interrupt_at_row(3, out, "main.py", 4, *TINY, "--metasteps", "100000", "--out", out)
+    interrupt_at_row(3, main.main, 4, *TINY, "--metasteps", "100000", "--out", out)
     assert (out / "figures" / "meta_loss.png").exists() and (out / "checkpoint.pt").exists()
     assert (out / "results.json").exists()
 

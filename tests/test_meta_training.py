@@ -40,7 +40,7 @@ def test_the_optimiser_learns_to_minimise_quadratics():
     network = make_network("lstm", 0)
     settings = MetaTrainingSettings(runs_per_epoch=10, inner_steps=40, tasks=4, validation_runs=8)
     learning = MetaTraining(network, task, [], settings)
-    rows = [learning.train_run() for _ in range(40)]
+    rows = [learning.train_run() for _ in range(20)]
     assert learning.best_loss < 0.7 * learning.curves[0].sum()
     assert rows[-1]["validation_loss"] == pytest.approx(learning.curves[-1].sum().item(), rel=1e-4)
 

@@ -103,8 +103,8 @@ THREADS = """
 import torch
 from one_pass import Batch, CompiledMLPObjective
 torch.set_num_threads(1)
-batch = Batch(torch.ones(3, 2), torch.ones(3, 1), shared=True)
-CompiledMLPObjective((2, 4, 1), "mse").linearize(torch.ones(2, 17), {}, batch)
+batch = Batch(torch.ones(3, 3), torch.ones(3, 1), shared=True)
+CompiledMLPObjective((3, 7, 1), "mse").linearize(torch.ones(2, 36), {}, batch)
 print(torch.get_num_threads())
 """
 
@@ -118,10 +118,10 @@ def test_the_first_compiled_loop_leaves_the_number_of_threads():
 
 
 def test_a_compiled_run_that_diverged_stays_nan_and_spoils_no_other():
-    objective = CompiledMLPObjective((2, 4, 1), "mse")
+    objective = CompiledMLPObjective((3, 7, 1), "mse")
     weights = objective.initial(generators(2))[0]
     weights[0] = float("nan")
-    found = objective.linearize(weights, {}, samples((2, 4, 1), "mse", 6, 2, shared=True))
+    found = objective.linearize(weights, {}, samples((3, 7, 1), "mse", 6, 2, shared=True))
     assert found.loss[0].isnan() and found.gradient[0].isnan().any()
     assert found.loss[1].isfinite() and found.gradient[1].isfinite().all()
 

@@ -1,6 +1,7 @@
 """Several processes make the same meta-steps as one, whatever happens to them."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from experiment.command_line import UserError, place_in_team
 from experiment.opening import _run_before_the_restart
 from experiment.processes import ALONE, Team, join_team
 from experiment.run_reader import read_json, read_metrics
+from hypgraddesc import HypergradientDescent
 
 RUN = [
     "main.py", "3", "--dataset", "mnist5k", "--initial_inner_steps", "2", "--max_inner_steps", "2",
@@ -135,11 +137,14 @@ def test_a_process_leaves_its_team_before_the_interpreter_ends(tmp_path):
     assert output.replace("\n", "") == "leftleft"  # two processes write to one pipe
 
 
-def test_two_processes_end_in_the_state_of_one_also_with_tasks_that_fail_or_go_on(tmp_path):
+def test_two_processes_end_in_the_state_of_one_also_with_tasks_that_fail_or_go_on(
+    tmp_path, monkeypatch
+):
     script = tmp_path / "run.py"
     script.write_text(META_RUN)
-    for count in (1, 2):
-        all_done(start_team(count, script, tmp_path, folder=tmp_path), tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
+    runpy.run_path(str(script))
+    all_done(start_team(2, script, tmp_path, folder=tmp_path), tmp_path)
     rows, state = torch.load(tmp_path / "1-0.pt", weights_only=True)
     assert any(row["skipped_tasks"] for row in rows)
     for rank in range(2):
@@ -148,6 +153,7 @@ def test_two_processes_end_in_the_state_of_one_also_with_tasks_that_fail_or_go_o
         torch.testing.assert_close(same_state, state, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_torchrun_gives_the_numbers_of_one_process_and_survives_the_loss_of_a_worker(tmp_path):
     steps = ["--metasteps", "24", "--no_figures"]
     main.main([*RUN[1:], *steps, "--out", str(tmp_path / "alone")])
@@ -175,13 +181,14 @@ def assert_same_optimizer(directory: Path, other: Path) -> None:
 
 
 def test_two_processes_learn_the_optimiser_that_one_learns(tmp_path):
-    flags = [*LEARN[1:], "--epochs", "1", "--log_loss", "--penalty", "0.1"]
-    learn_to_optimize.main([*flags, "--no_figures", "--out", str(tmp_path / "alone")])
+    flags = [*LEARN[1:], "--epochs", "1", "--log_loss", "--penalty", "0.1", "--no_figures"]
+    learn_to_optimize.main([*flags, "--out", str(tmp_path / "alone")])
     team = start_team(2, LEARN[0], *flags, "--out", tmp_path / "team", folder=tmp_path)
     all_done(team, tmp_path)
     assert_same_optimizer(tmp_path / "alone", tmp_path / "team")
 
 
+@pytest.mark.slow
 def test_a_team_that_learns_an_optimiser_survives_the_loss_of_a_worker(tmp_path):
     flags = [*LEARN[1:], "--epochs", "10", "--no_figures"]
     learn_to_optimize.main([*flags, "--out", str(tmp_path / "alone")])
@@ -196,6 +203,7 @@ def test_a_team_that_learns_an_optimiser_survives_the_loss_of_a_worker(tmp_path)
     assert_same_optimizer(tmp_path / "alone", tmp_path / "team")
 
 
+@pytest.mark.slow
 def test_a_team_that_is_interrupted_ends_together_with_figures(tmp_path):
     flags = [*RUN[1:], "--metasteps", "5000", "--out", tmp_path / "run"]
     team = start_team(2, RUN[0], *flags, folder=tmp_path)
@@ -261,6 +269,24 @@ def test_what_a_torchrun_has_left_behind_hides_nothing(monkeypatch, capsys, left
 
 def _wrong(argv):
     raise UserError("wrong")
+
+
+def test_a_restarted_team_goes_on_where_the_lost_one_was(tmp_path, monkeypatch):
+    flags = [*RUN[1:], "--metasteps", "5", "--no_figures", "--out"]
+    main.main([*flags, str(tmp_path / "whole")])
+    step = HypergradientDescent.step
+
+    def lost_after_two(descent):
+        if descent.metastep == 2:
+            raise ConnectionError("the other worker is gone")
+        return step(descent)
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(HypergradientDescent, "step", lost_after_two)
+        main.main([*flags, str(tmp_path / "run")])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    main.main([*flags, str(tmp_path / "run")])
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
 
 
 def test_a_restarted_team_needs_to_know_its_directory(monkeypatch):

@@ -207,7 +207,7 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path, learned):
     flags = [str(learned), *FAST, "--terms", "7", "2", "--try_below", "13", "--quiet"]
     run(*flags, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    kill_at_row(3, out, "prune_rule.py", *flags, "--out", out)
+    kill_at_row(3, "prune_rule.py", *flags, "--out", out)
     run("--resume", tmp_path / "killed", "--quiet")
     for name in ("metrics.csv", "results.json", "rule.json"):
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
@@ -226,7 +226,7 @@ def test_a_run_does_not_go_on_with_another_rule(tmp_path, learned, capsys):
 def test_an_interrupted_run_reports_what_it_has_with_status_130(tmp_path, learned):
     flags = ["--terms", 12, 2, "--try_below", 13, "--candidates", 13, "--trials", 2, "--quiet"]
     out = tmp_path / "run"
-    interrupt_at_row(1, out, "prune_rule.py", learned, *FAST, *flags, "--out", out)
+    interrupt_at_row(1, prune_rule.main, learned, *FAST, *flags, "--out", out)
     assert results_of(tmp_path / "run")["pruning"][0]["terms"] == 13
 
 

@@ -9,7 +9,6 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import Command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -644,8 +644,10 @@ with RunLog.create(directory, {}, True) if new else RunLog.reopen(directory, Tru
 
 def test_a_process_killed_with_sigkill_can_be_resumed_at_once(tmp_path):
     def run(name: str, killed: int) -> int:
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path / name), str(killed)]
-        return subprocess.run(command, cwd=Path(__file__).parent.parent).returncode
+        return Command(script, tmp_path / name, killed).wait(60)
+
+    script = tmp_path / "program.py"
+    script.write_text(PROGRAM)
 
     assert run("killed", 5) == -signal.SIGKILL
     assert read_metrics(tmp_path / "killed")["step"][-1] == 5

@@ -512,6 +512,7 @@ COMPETING = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "search", "command"),
     [
@@ -533,6 +534,7 @@ def test_searches_of_the_larger_commands_find_their_values(tmp_path, metric, sea
     assert results(tmp_path / "sweep")["best"]["value"] > 0.05
 
 
+@pytest.mark.slow
 def test_runs_of_one_pass_tuning_are_swept(tmp_path):
     arguments = ["-c", ROOT / "configs/boston.yaml", "--total_step_limit", 40, "--quiet"]
     flags = ["--metric", "loss_validation", "--trials", 1, "--search", "lr=log:1e-4:1e-1"]

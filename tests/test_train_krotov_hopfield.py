@@ -154,7 +154,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_pat
     flags = [*TINY, "--classify_after", 1, 2, "--epochs", 4, "--round_batches", 1]
     run(*flags, "--out", tmp_path / "whole")
     out = tmp_path / "killed"
-    kill_at_row(7, out, SCRIPT, *flags, "--out", out)
+    kill_at_row(7, SCRIPT, *flags, "--out", out)
     assert len(rows(out)) < len(rows(tmp_path / "whole"))
     run("--resume", out, "--quiet")
     assert outcome(out) == outcome(tmp_path / "whole")
@@ -163,7 +163,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_pat
 def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
     out = tmp_path / "run"
     flags = [*TINY, "--epochs", 100000, "--patience", 0, "--out", out]
-    interrupt_at_row(2, out, SCRIPT, *flags)
+    interrupt_at_row(2, train_krotov_hopfield.main, *flags)
     results = json.loads((out / "results.json").read_text())
     assert results["classifiers"] == [] and results["validation_accuracy"] is None
     assert (out / "figures" / "convergence.png").exists()

@@ -102,7 +102,7 @@ def test_a_killed_run_ends_with_the_same_numbers(tmp_path, algorithm):
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(*flags, "--out", whole)
-    kill_at_row(3, killed, "tune_one_pass.py", *flags, "--out", killed)
+    kill_at_row(3, "tune_one_pass.py", *flags, "--out", killed)
     run("--resume", killed, "--quiet")
     assert outcome(whole) == outcome(killed)
 
@@ -111,7 +111,7 @@ def test_an_interrupted_run_leaves_every_figure_and_they_are_drawn_again(tmp_pat
     out = tmp_path / "run"
     flags = [*config("boston", "ours_lr"), "--draws", 3, "--threads", 1, "--quiet"]
     flags += ["--hyperparameter_steps", 10**7, "--log_every", 50, "--data-dir", tmp_path]
-    interrupt_at_row(2, out, "tune_one_pass.py", *flags, "--out", out)
+    interrupt_at_row(2, tune_one_pass.main, *flags, "--out", out)
     assert len(list((out / "figures").glob("*.png"))) == 9
     assert read_json(out / "results.json")["draws"] == 3
     redraw(out)
