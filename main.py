@@ -62,6 +62,7 @@ FOR_ALL_RULES = {
     "clip_norm": 100.0,  # with --clip_grads
     "sparsify_from": 0,  # with --sparsify
     "normalization": "matrix",
+    "beside": list(BESIDE),
 }
 DEFAULTS = {
     "polynomial": {
@@ -94,7 +95,6 @@ DEFAULTS = {
         "probe": "sampled",
         "evaluation_steps": 250,
         "evaluation_batch_size": 512,
-        "beside": list(BESIDE),
     },
     "krotov_hopfield": {},
 }
@@ -235,7 +235,7 @@ def add_probe(parser) -> None:
         help="of each of their updates (default: --batch_size)")  # fmt: skip
     add("--held_out", type=positive_int, metavar="IMAGES",
         help="judge on so many training images, held out, not on the test images")  # fmt: skip
-    add("--beside", nargs="*", choices=BESIDE, default=[], metavar="FEATURES",
+    add("--beside", nargs="*", choices=BESIDE, metavar="FEATURES",
         help=f"other features, judged alike: of {', '.join(BESIDE)}")  # fmt: skip
 
 

@@ -36,7 +36,7 @@ SAMPLE_EVERY = 0.1  # seconds
 ENDLESS = 10**6
 COMMANDS = {
     "main.py": "8 --dataset mnist5k --initial_inner_steps 5 --max_inner_steps 5 --batch_size 64 "
-    f"--outer_images 256 --probe_images 1000 --metasteps {ENDLESS}",
+    f"--outer_images 256 --probe_images 1000 --beside --metasteps {ENDLESS}",
     "learn_to_optimize.py": "quadratic --dataset mnist5k --inner_steps 20 --runs_per_epoch 2 "
     f"--validation_runs 1 --epochs {ENDLESS}",
     "train_krotov_hopfield.py": "--dataset mnist5k --depth 1 --units 16 --round_batches 5 "

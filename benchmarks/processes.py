@@ -55,7 +55,7 @@ def commands(arguments) -> dict[str, list]:
         "main.py": [
             "main.py", *arguments.layers, "--metasteps", arguments.repeat + 1,
             "--initial_inner_steps", arguments.steps, "--max_inner_steps", arguments.steps,
-            "--batch_size", 256, "--evaluations", 1,
+            "--batch_size", 256, "--evaluations", 1, "--beside",
         ],
         "learn_to_optimize.py": [
             "learn_to_optimize.py", "relu20", "--network", "mlp", "--compare", "--epochs", 1,

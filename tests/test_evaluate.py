@@ -24,7 +24,7 @@ def runs(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("runs")
     tiny = [
         "--dataset", "mnist5k", "--metasteps", "2", "--initial_inner_steps", "2", "--lr", "1e-3",
-        "--max_inner_steps", "2", "--batch_size", "64", "--evaluations", "2", *COMMON,
+        "--max_inner_steps", "2", "--batch_size", "64", "--evaluations", "2", "--beside", *COMMON,
         "--no_figures",
     ]  # fmt: skip
     main.main(["5", *tiny, "--out", str(place / "single")])

@@ -27,7 +27,7 @@ LINEAR = Activation("identity")
 TINY = [
     "--dataset", "mnist5k", "--metasteps", "3", "--initial_inner_steps", "4", "--max_inner_steps",
     "4", "--batch_size", "64", "--evaluations", "1", "--warmup_steps", "1", "--lr", "0.1",
-    "--threads", "1", "--quiet", "--rule", "krotov_hopfield",
+    "--threads", "1", "--beside", "--quiet", "--rule", "krotov_hopfield",
 ]  # fmt: skip
 
 

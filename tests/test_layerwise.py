@@ -261,14 +261,14 @@ def test_what_does_not_fit_or_diverges_is_said():
 def test_main_learns_the_last_layers_rule_and_evaluate_judges_it_as_it_was_trained(tmp_path):
     common = ["--threads", "1", "--quiet", "--no_figures", "--dataset", "mnist5k", "--lr", "0.02",
               "--metasteps", "2", "--initial_inner_steps", "3", "--batch_size", "64",
-              "--rule", "krotov_hopfield"]  # fmt: skip
+              "--rule", "krotov_hopfield", "--beside"]  # fmt: skip
     first, second, out = (tmp_path / name for name in ("first", "second", "out"))
     main.main(["6", *common, "--out", str(first), "--evaluations", "1"])
     flags = ["--layerwise", "--steps_below", "4", "--start_from", str(first), "--evaluations", "2"]
     main.main(["6", "5", *common, *flags, "--out", str(second)])
     learned = [json.loads((run / "rule.json").read_text())["rules"] for run in (first, second)]
     assert learned[1][0] == learned[0][0] != learned[1][1]
-    evaluate.main([str(second), "--threads", "1", "--quiet", "--no_figures", "--evaluations", "2",
+    evaluate.main([str(second), "--steps", "3", "--threads", "1", "--quiet", "--no_figures", "--evaluations", "2",
                    "--out", str(out)])  # fmt: skip
     results = [json.loads((run / "results.json").read_text()) for run in (second, out)]
     names = ("meta_loss", "test_accuracy")

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = [
     "--dataset", "mnist5k", "--metasteps", "3", "--initial_inner_steps", "2", "--batch_size", "64",
     "--max_inner_steps", "4", "--evaluations", "1", "--warmup_steps", "1", "--lr", "1e-3",
-    "--threads", "1", "--quiet", "--tasks", "1", "--decay", "none", "--average", "0",
+    "--threads", "1", "--beside", "--quiet", "--tasks", "1", "--decay", "none", "--average", "0",
     "--no-clip_grads", "--outer_images", "1024",
 ]  # fmt: skip
 FIGURES = ("meta_loss", "accuracy", "coefficients", "hypergradient", "features", "lateral")
@@ -512,7 +512,7 @@ def test_resuming_with_another_configuration_is_refused(capsys, tmp_path, plain)
 
 def test_a_new_rule_changes_nothing_but_clamps_the_weights(tmp_path):
     args = main.parse(main.make_parser(), ["16", *TINY])
-    rule = main.make_rule(args)
+    rule = main.make_rule(args, {})
     assert all(torch.equal(p, torch.zeros_like(p)) for p in rule.parameters())
     train_data, _ = load_images("mnist5k", tmp_path)
     network = main.make_model(args, (1, 28, 28))
@@ -570,7 +570,7 @@ def test_the_examples_of_the_original_run_literally(tmp_path, line):
     out = tmp_path / "run"
     here = ["--dataset", "mnist5k", "--initial_inner_steps", "1", "--evaluations", "1"]
     few = ["--probe_images", "100", "--outer_images", "50", "--batch_size", "64"]
-    tiny = ["--max_inner_steps", "1", "--metasteps", "1", "--quiet"]
+    tiny = ["--max_inner_steps", "1", "--metasteps", "1", "--beside", "--quiet"]
     run(*line.split(), *here, *few, *tiny, "--out", out)
     assert len(rows(out)) == 1 and (out / "results.json").exists()
 

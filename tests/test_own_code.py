@@ -41,7 +41,7 @@ number = 3
 SMALL = [
     "3", "--dataset", "mnist5k", "--metasteps", "2", "--initial_inner_steps", "2",
     "--max_inner_steps", "2", "--batch_size", "32", "--evaluations", "1", "--outer_images", "100",
-    "--threads", "1", "--quiet", "--no_figures",
+    "--threads", "1", "--beside", "--quiet", "--no_figures",
 ]  # fmt: skip
 
 

@@ -167,7 +167,7 @@ def test_a_rule_is_learned_and_judged_on_images_of_ones_own(tmp_path, capsys):
     np.savez(path, x=images, y=np.arange(120) % 3)
     main.main(["3", "--dataset", path, "--metasteps", "1", "--initial_inner_steps", "2",
                "--batch_size", "10", "--evaluations", "1", "--outer_images", "20", "--threads", "1",
-               "--quiet", "--no_figures", "--out", str(tmp_path / "run")])  # fmt: skip
+               "--beside", "--quiet", "--no_figures", "--out", str(tmp_path / "run")])  # fmt: skip
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["data"] == f"tiny.npz: 102 + 18 images from {path}"
     evaluate.main([str(tmp_path / "run"), "--dataset", path, "--steps", "1", "--evaluations", "1",

@@ -25,7 +25,8 @@ from hypgraddesc import HypergradientDescent
 RUN = [
     "main.py", "3", "--dataset", "mnist5k", "--initial_inner_steps", "2", "--max_inner_steps", "2",
     "--batch_size", "32", "--evaluations", "1", "--warmup_steps", "1", "--lr", "1e-3",
-    "--threads", "1", "--tasks", "3", "--outer_images", "100", "--dtype", "float64", "--quiet",
+    "--threads", "1", "--beside", "--tasks", "3", "--outer_images", "100", "--dtype", "float64",
+    "--quiet",
 ]  # fmt: skip
 
 # Two tasks that go on from meta-step to meta-step, one of which is not finite now and then.

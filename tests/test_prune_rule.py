@@ -33,7 +33,8 @@ def learned(tmp_path_factory) -> Path:
     main.main([
         "4", "--degree", "1", "--dataset", "mnist5k", "--metasteps", "3", "--initial_inner_steps",
         "3", "--max_inner_steps", "3", "--batch_size", "64", "--evaluations", "1", "--lr", "1e-3",
-        "--warmup_steps", "1", "--threads", "1", "--quiet", "--no_figures", "--out", str(out),
+        "--warmup_steps", "1", "--threads", "1", "--beside", "--quiet", "--no_figures",
+        "--out", str(out),
     ])  # fmt: skip
     return out
 

@@ -31,6 +31,7 @@ DIGITS = ["--dataset", "mnist5k", "--threads", "1"]
 LEARNING = [
     "4", *DIGITS, "--degree", "1", "--metasteps", "12", "--initial_inner_steps", "3",
     "--max_inner_steps", "3", "--batch_size", "64", "--evaluations", "1", "--probe_images", "300",
+    "--beside",
 ]  # fmt: skip
 COMMANDS = {  # RUN stands for a finished run of main.py
     "main.py": LEARNING,

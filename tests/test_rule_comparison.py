@@ -132,7 +132,7 @@ def flags(out, *more) -> list[str]:
     return [
         "--dataset", "mnist5k", "--metasteps", "2", "--initial_inner_steps", "2",
         "--max_inner_steps", "3", "--raise_by", "1", "--raise_every", "1", "--batch_size", "64",
-        "--evaluations", "1", "--lr", "1e-3", "--quiet", "--out", str(out), *more,
+        "--evaluations", "1", "--lr", "1e-3", "--beside", "--quiet", "--out", str(out), *more,
     ]  # fmt: skip
 
 

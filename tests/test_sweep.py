@@ -520,7 +520,7 @@ COMPETING = [
         (
             "test_accuracy_mean",
             ["lr=log:1e-5:1e-3"],
-            ["main.py", 4, "--metasteps", 1, "--initial_inner_steps", 2, "--evaluations", 1],
+            ["main.py", 4, "--metasteps", 1, "--initial_inner_steps", 2, "--beside"],
         ),
     ],
     ids=["train_krotov_hopfield", "main"],

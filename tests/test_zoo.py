@@ -143,7 +143,7 @@ def test_a_run_is_kept_with_its_command_and_wins_over_a_name(a_zoo, tmp_path, mo
     assert run_path("run") == a_zoo / "run.json"
     line = ["5", "--dataset", "mnist5k", "--metasteps", "1", "--initial_inner_steps", "2",
             "--max_inner_steps", "2", "--batch_size", "64", "--views", "masks", "--center",
-            "--inhibition", "none", "--evaluations", "1", "--out", "run"]  # fmt: skip
+            "--inhibition", "none", "--evaluations", "1", "--beside", "--out", "run"]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["/somewhere/main.py", *line])
     main.main([*line, *COMMON])
     assert run_path("run") == Path("run")
