@@ -268,8 +268,8 @@ def test_main_learns_the_last_layers_rule_and_evaluate_judges_it_as_it_was_train
     main.main(["6", "5", *common, *flags, "--out", str(second)])
     learned = [json.loads((run / "rule.json").read_text())["rules"] for run in (first, second)]
     assert learned[1][0] == learned[0][0] != learned[1][1]
-    evaluate.main([str(second), "--steps", "3", "--threads", "1", "--quiet", "--no_figures", "--evaluations", "2",
-                   "--out", str(out)])  # fmt: skip
+    evaluate.main([str(second), "--steps", "3", "--threads", "1", "--quiet", "--no_figures",
+                   "--evaluations", "2", "--out", str(out)])  # fmt: skip
     results = [json.loads((run / "results.json").read_text()) for run in (second, out)]
     names = ("meta_loss", "test_accuracy")
     expected, judged = (
