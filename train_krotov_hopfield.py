@@ -114,7 +114,7 @@ from krotov_hopfield import (
     BioConv2d,
     BioLinear,
     CompetitionError,
-    HebbianNetwork,
+    KrotovHopfieldNetwork,
     LayerwiseTraining,
     load_network,
     network_to_dict,
@@ -175,7 +175,7 @@ def make_training(args, recipe: Recipe, data, classes: int, dtype) -> SteppedTra
     if after[-1] > depth:
         raise UserError(f"--classify_after {after[-1]}: the network has {depth} layers")
     train_data, validation = split_validation((data.images, data.labels), args.validation)
-    network = HebbianNetwork(data.shape, recipe, seeded_generator(args.seed), dtype=dtype)
+    network = KrotovHopfieldNetwork(data.shape, recipe, seeded_generator(args.seed), dtype=dtype)
     return SteppedTraining(
         network.to(data.images.device),
         train_data,

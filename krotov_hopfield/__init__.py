@@ -8,7 +8,7 @@ _NAMES = {  # the public face by module, each name of which is loaded on first u
     "choices": "ACTING AUGMENTATIONS FEATURE_NORMS GATES NORMALIZATIONS SCHEDULES gate_needs",
     "competition": "Competition",
     "errors": "CompetitionError NonFiniteError",
-    "hebbian_network": "Block Classifier HebbianNetwork",
+    "network": "Block Classifier KrotovHopfieldNetwork",
     "layers": "BioConv2d BioLinear Triangle",
     "layerwise_training": "LayerwiseTraining split_validation",
     "recipes": "DEEPEST RECIPES LayerPlan Recipe exponential_rate learning_rate",
@@ -31,14 +31,14 @@ if TYPE_CHECKING:  # the same names for type checkers
     from krotov_hopfield.competition import Competition as Competition
     from krotov_hopfield.errors import CompetitionError as CompetitionError
     from krotov_hopfield.errors import NonFiniteError as NonFiniteError
-    from krotov_hopfield.hebbian_network import Block as Block
-    from krotov_hopfield.hebbian_network import Classifier as Classifier
-    from krotov_hopfield.hebbian_network import HebbianNetwork as HebbianNetwork
     from krotov_hopfield.layers import BioConv2d as BioConv2d
     from krotov_hopfield.layers import BioLinear as BioLinear
     from krotov_hopfield.layers import Triangle as Triangle
     from krotov_hopfield.layerwise_training import LayerwiseTraining as LayerwiseTraining
     from krotov_hopfield.layerwise_training import split_validation as split_validation
+    from krotov_hopfield.network import Block as Block
+    from krotov_hopfield.network import Classifier as Classifier
+    from krotov_hopfield.network import KrotovHopfieldNetwork as KrotovHopfieldNetwork
     from krotov_hopfield.recipes import DEEPEST as DEEPEST
     from krotov_hopfield.recipes import RECIPES as RECIPES
     from krotov_hopfield.recipes import LayerPlan as LayerPlan

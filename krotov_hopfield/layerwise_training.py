@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from krotov_hopfield.errors import CompetitionError, NonFiniteError
-from krotov_hopfield.hebbian_network import Classifier, HebbianNetwork
+from krotov_hopfield.network import Classifier, KrotovHopfieldNetwork
 from krotov_hopfield.recipes import learning_rate
 from krotov_hopfield.saved_networks import classifying
 from krotov_hopfield.seeds import seeded_generator
@@ -105,7 +105,7 @@ class LayerwiseTraining:
 
     def __init__(
         self,
-        network: HebbianNetwork,
+        network: KrotovHopfieldNetwork,
         train: Labelled,
         validation: Labelled,
         classify_after: Sequence[int],

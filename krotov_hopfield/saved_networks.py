@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from krotov_hopfield.errors import CompetitionError
-from krotov_hopfield.hebbian_network import Classifier, HebbianNetwork
 from krotov_hopfield.layers import BioConv2d, BioLinear
+from krotov_hopfield.network import Classifier, KrotovHopfieldNetwork
 from krotov_hopfield.recipes import LayerPlan, Recipe
 
 # what reading a file that is none may raise
@@ -29,7 +29,9 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
-def classifying(network: HebbianNetwork, classifier: Classifier, depth: int) -> nn.Sequential:
+def classifying(
+    network: KrotovHopfieldNetwork, classifier: Classifier, depth: int
+) -> nn.Sequential:
     """A copy of the first layers and the classifier behind them, for evaluation."""
     first = copy.deepcopy(network)
     first.blocks = first.blocks[:depth]
@@ -69,7 +71,7 @@ def _from_dict(content: dict[str, Any]) -> nn.Sequential:
     plans = tuple(LayerPlan(**plan) for plan in content["recipe"]["layers"])
     recipe, state = Recipe(**content["recipe"] | {"layers": plans}), content["state"]
     dtype, start = state["1.linear.weight"].dtype, torch.Generator()
-    layers = HebbianNetwork(content["input_shape"], recipe, start, dtype=dtype)
+    layers = KrotovHopfieldNetwork(content["input_shape"], recipe, start, dtype=dtype)
     features = layers(torch.zeros(1, *content["input_shape"], dtype=dtype)).shape[1:]
     classifier = Classifier(
         features, content["classes"], recipe.dropout, start, feature_norm=recipe.feature_norm,

@@ -14,7 +14,7 @@ from krotov_hopfield import (
     BioConv2d,
     Classifier,
     CompetitionError,
-    HebbianNetwork,
+    KrotovHopfieldNetwork,
     LayerPlan,
     LayerwiseTraining,
     NonFiniteError,
@@ -43,7 +43,7 @@ def labelled_images(count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 
 def training(recipe: Recipe = TINY, **options) -> LayerwiseTraining:
     train, validation = split_validation(labelled_images(), 0.25)
-    network = HebbianNetwork((2, 12, 12), recipe, generator(), dtype=torch.float64)
+    network = KrotovHopfieldNetwork((2, 12, 12), recipe, generator(), dtype=torch.float64)
     after = options.pop("after", (1, 3))
     return LayerwiseTraining(network, train, validation, after, 0, classes=4, **options)
 
@@ -63,12 +63,12 @@ def test_every_preset_fits_small_and_large_images_at_every_depth(preset):
         small = tuple(replace(plan, units=12, ranking_param=2) for plan in recipe.layers)
         recipe = replace(recipe, layers=small)
         for shape in ((1, 28, 28), (3, 32, 32)):
-            features = HebbianNetwork(shape, recipe, generator())(torch.rand(2, *shape))
+            features = KrotovHopfieldNetwork(shape, recipe, generator())(torch.rand(2, *shape))
             assert features.shape[:2] == (2, 12) and features.isfinite().all()
 
 
 def test_the_deep_preset_has_the_sizes_of_its_source():
-    network = HebbianNetwork((3, 32, 32), RECIPES["deep"](5), generator())
+    network = KrotovHopfieldNetwork((3, 32, 32), RECIPES["deep"](5), generator())
     shapes = [tuple(block.layer.weight.shape) for block in network.blocks]
     assert shapes == [
         (96, 3, 5, 5), (128, 96, 3, 3), (192, 128, 3, 3), (256, 192, 3, 3), (300, 2304),
@@ -77,35 +77,37 @@ def test_the_deep_preset_has_the_sizes_of_its_source():
 
 def test_initial_weights_have_the_spread_of_the_recipe():
     recipe = RECIPES["softhebb"](1)
-    weight = HebbianNetwork((3, 32, 32), recipe, generator()).blocks[0].layer.weight
+    weight = KrotovHopfieldNetwork((3, 32, 32), recipe, generator()).blocks[0].layer.weight
     assert weight.std().item() == pytest.approx(25 / math.sqrt(75), rel=0.03)
 
 
 def test_images_that_are_too_small_are_refused_with_the_layer():
     with pytest.raises(CompetitionError, match="too small for layer 3"):
-        HebbianNetwork((1, 10, 10), RECIPES["deep"](3), generator())
+        KrotovHopfieldNetwork((1, 10, 10), RECIPES["deep"](3), generator())
 
 
 def test_places_that_are_fewer_than_the_pooled_squares_are_refused_and_no_other_error_is(
     monkeypatch,
 ):
     recipe = Recipe((LayerPlan(4, 3, 0.01, pool="max", pool_size=4),))
-    assert HebbianNetwork((1, 4, 4), recipe, generator())(torch.zeros(1, 1, 4, 4)).shape[2] == 1
+    assert (
+        KrotovHopfieldNetwork((1, 4, 4), recipe, generator())(torch.zeros(1, 1, 4, 4)).shape[2] == 1
+    )
     with pytest.raises(CompetitionError, match="too small for layer 1"):
-        HebbianNetwork((1, 3, 3), recipe, generator())
+        KrotovHopfieldNetwork((1, 3, 3), recipe, generator())
 
     def out_of_memory(*_):
         raise RuntimeError("can't allocate memory")
 
     monkeypatch.setattr(BioConv2d, "forward", out_of_memory)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        HebbianNetwork((1, 10, 10), recipe, generator())
+        KrotovHopfieldNetwork((1, 10, 10), recipe, generator())
 
 
 def test_every_layer_has_the_competition_of_its_own_plan():
     plans = zip(TINY.layers, (2, 3, 4), (2, 3, 2), (0.1, 0.2, 0.3), strict=True)
     layers = tuple(replace(plan, lebesgue_p=p, ranking_param=k, delta=d) for plan, p, k, d in plans)
-    network = HebbianNetwork((2, 12, 12), replace(TINY, layers=layers), generator())
+    network = KrotovHopfieldNetwork((2, 12, 12), replace(TINY, layers=layers), generator())
     found = [
         (layer.lebesgue_p, layer.ranking_param, layer.delta)
         for layer in (block.layer for block in network.blocks)
@@ -301,7 +303,7 @@ def test_a_saved_state_shares_nothing_with_the_training(rounds, busy):
 def test_classifiers_know_classes_that_no_training_image_shows():
     images, labels = labelled_images()
     train, validation = ((images[rows], labels[rows]) for rows in (labels < 2, labels == 3))
-    network = HebbianNetwork((2, 12, 12), TINY, generator(), dtype=torch.float64)
+    network = KrotovHopfieldNetwork((2, 12, 12), TINY, generator(), dtype=torch.float64)
     part = LayerwiseTraining(network, train, validation, (1,), 0, classes=4)
     run(part)
     assert part.outcomes[1]["state"]["linear.bias"].shape == (4,)
@@ -375,7 +377,7 @@ def test_batches_of_one_image_are_refused_where_a_classifier_could_not_normalise
 
 def test_images_and_labels_of_another_type_or_number_are_refused():
     images, labels = labelled_images()
-    network = HebbianNetwork((2, 12, 12), TINY, generator())
+    network = KrotovHopfieldNetwork((2, 12, 12), TINY, generator())
     for wrong in ((images.float(), labels), (images[0], labels), (images, labels[1:]),
                   (images, labels.float())):  # fmt: skip
         for train, validation in ((wrong, (images, labels)), ((images, labels), wrong)):

@@ -12,7 +12,7 @@ from krotov_hopfield import (
     BioConv2d,
     Classifier,
     CompetitionError,
-    HebbianNetwork,
+    KrotovHopfieldNetwork,
     classifying,
     load_network,
     network_to_dict,
@@ -25,7 +25,7 @@ PUBLISHED = {1: 195_370, 2: 302_122, 3: 386_986, 4: 804_394, 5: 1_475_554}  # by
 def network_of(depth: int, preset: str = "deep", dtype=torch.float32) -> nn.Sequential:
     """The first layers of a preset, on 32 x 32 colours, with a classifier of ten classes."""
     start = torch.Generator().manual_seed(0)
-    layers = HebbianNetwork((3, 32, 32), RECIPES[preset](depth), start, dtype=dtype)
+    layers = KrotovHopfieldNetwork((3, 32, 32), RECIPES[preset](depth), start, dtype=dtype)
     features = layers(torch.zeros(1, 3, 32, 32, dtype=dtype)).shape[1:]
     norm = layers.recipe.feature_norm
     classifier = Classifier(features, 10, 0.1, start, feature_norm=norm, dtype=dtype)

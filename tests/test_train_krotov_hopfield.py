@@ -11,7 +11,7 @@ from commands import interrupt_at_row, kill_at_row, outcome, redraw, refused, ro
 
 import train_krotov_hopfield
 from experiment.command_line import run_command
-from krotov_hopfield import RECIPES, Classifier, HebbianNetwork, classifying, network_to_dict
+from krotov_hopfield import RECIPES, Classifier, KrotovHopfieldNetwork, classifying, network_to_dict
 
 SCRIPT = "train_krotov_hopfield.py"
 TINY = [
@@ -208,7 +208,7 @@ def test_wrong_input_is_refused_in_one_line_and_leaves_no_directory(
 def test_what_is_no_saved_network_or_takes_other_images_is_refused(capsys, tmp_path):
     flags = ["--dataset", "mnist5k", "--out", tmp_path / "run"]
     (tmp_path / "text.pt").write_text("nothing")
-    layers = HebbianNetwork((3, 9, 9), RECIPES["deep"](1), torch.Generator())
+    layers = KrotovHopfieldNetwork((3, 9, 9), RECIPES["deep"](1), torch.Generator())
     network = classifying(layers, Classifier((96, 2, 2), 10, 0.1, torch.Generator()), 1)
     torch.save(network_to_dict(network), tmp_path / "colours.pt")
     for name, message in (("text", "no network of"), ("colours", "takes no images [1, 28, 28]")):

@@ -1,7 +1,7 @@
 """Networks of competing layers: what a layer is followed by, and a classifier behind some of them.
 
     recipe = RECIPES["deep"](4)                               # the first four layers
-    network = HebbianNetwork((3, 32, 32), recipe, generator)
+    network = KrotovHopfieldNetwork((3, 32, 32), recipe, generator)
     for block in network.blocks: block.layer.training_step(x, rate); x = block(x)
 
 What a network is made of is a Recipe, see recipes.py.
@@ -65,7 +65,7 @@ class RectifiedPower(nn.Module):
         return f"power={self.power}"
 
 
-class HebbianNetwork(nn.Module):
+class KrotovHopfieldNetwork(nn.Module):
     """The layers of a recipe, on images of input_shape [C, H, W], initialised by a generator.
 
     Raises CompetitionError where the images are too small, or too few units compete.
