@@ -717,7 +717,7 @@ def update_layers(model: nn.Module, params: Params, batch, rules: list) -> Param
     views = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
     plastic = sum(map(has_weights, params))
     if len(rules) != plastic:
-        raise RuleError(f"expected one rule for each of {plastic} layers, got {len(rules)}")
+        raise RuleError(f"expected a rule for each layer with weights, {plastic}, got {len(rules)}")
     if any(rule.views != len(views) for rule in rules):
         raise RuleError(f"the rule takes {rules[0].views} views of each input, got {len(views)}")
     rules, new = iter(rules), []

@@ -118,10 +118,11 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvin
 from optuna.study import Study
 from optuna.trial import Trial
 
-from experiment.files import NEW, json_text, plain, remove_leftovers, write_whole
+from experiment.files import NEW, displayable, json_text, plain, remove_leftovers, write_whole
 from experiment.loop import finish_on_interrupt
 from experiment.run_log import RunLog
 from experiment.run_reader import read_config, refuse_links
+from experiment.screen import show
 from sweeps.points import GUIDED, make_sampler
 from sweeps.report import (
     AFTER_FLAGS,
@@ -597,6 +598,8 @@ def write_slurm(args, sweep_flags: Sequence[str]) -> None:
     )
     # surrogateescape keeps the bytes of paths that are not UTF-8
     args.slurm.write_text(lines, encoding="utf-8", errors="surrogateescape")
+    if not args.quiet:
+        show(f"submit it: sbatch {shlex.quote(displayable(str(args.slurm)))}", sys.stdout)
 
 
 def _without(argv: Sequence[str], flags: Sequence[str]) -> list[str]:

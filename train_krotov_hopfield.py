@@ -131,7 +131,7 @@ def make_recipe(args) -> Recipe:
     deepest = DEEPEST[args.preset]
     depth = args.depth or deepest
     if depth > deepest:
-        raise UserError(f"--preset {args.preset} has {deepest} layers, not {depth}")
+        raise UserError(f"--depth {depth} is above that of --preset {args.preset}, {deepest}")
     recipe = RECIPES[args.preset](depth)
     layers = list(recipe.layers)
     for name in OF_LAYERS:
@@ -216,7 +216,7 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
     say_parameters(training.network if not rows else network, log)
     for row in rows:
         log.say(
-            f"{row['layers']} layers: test accuracy {row['test_accuracy']:.2%}, validation "
+            f"depth {row['layers']}: test accuracy {row['test_accuracy']:.2%}, validation "
             f"{row['validation_accuracy']:.2%} in epoch {row['epoch']} of the classifier; "
             f"{row['parameters']:,} parameters"
         )

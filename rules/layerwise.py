@@ -44,7 +44,7 @@ class LayerwiseRule(PerLayerRule):
         layers = _with_weights(params)
         if len(layers) != len(self.rules):
             raise RuleError(
-                f"expected one rule for each of {len(layers)} layers, got {len(self.rules)}"
+                f"expected a rule for each layer with weights, {len(layers)}, got {len(self.rules)}"
             )
         return _LayerRule(self.rules[-1], layers[-1]).update(model, params, batch)
 
@@ -89,7 +89,9 @@ def train_layerwise(
     """
     layers = len(_with_weights(params))
     if len(rules) > layers:
-        raise RuleError(f"expected a rule for each of {layers} layers at most, got {len(rules)}")
+        raise RuleError(
+            f"expected at most a rule for each layer with weights, {layers}, got {len(rules)}"
+        )
     new, todo = list(params), list(zip(rules, steps, strict=True))
     for k, layer in enumerate(model.layers):
         if isinstance(layer, Centre):

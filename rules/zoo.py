@@ -180,7 +180,7 @@ def _entry(name: str, value: dict[str, Any]) -> ZooEntry:
     layers = _whole_numbers("layers", value["layers"], "units")
     depth = len(recipe.conv) + len(layers)
     if not 1 <= depth <= LARGEST["layers"]:
-        raise ValueError(f"it has {depth} layers, expected 1 to {LARGEST['layers']}")
+        raise ValueError(f"its number of layers is {depth}, expected 1 to {LARGEST['layers']}")
     for text in ("dataset", "data", "command", "about"):
         if not isinstance(value[text], str):
             raise ValueError(f"{text} is {value[text]!r}, expected text")

@@ -245,9 +245,9 @@ def test_trainings_below_are_made_once_and_drawn_by_each_task():
 
 def test_what_does_not_fit_or_diverges_is_said():
     model = network(4)
-    with pytest.raises(RuleError, match="rule for each of 1 layers at most, got 2"):
+    with pytest.raises(RuleError, match="at most a rule for each layer with weights, 1, got 2"):
         train_layerwise(model, start(model), pairs(8, 1, 1, 6), rules(2), [1, 1], inputs)
-    with pytest.raises(RuleError, match="one rule for each of 1 layers, got 2"):
+    with pytest.raises(RuleError, match="a rule for each layer with weights, 1, got 2"):
         LayerwiseRule(rules(2)).update(model, start(model), next(pairs(8, 1, 1, 6)))
     single = itertools.repeat(1e200 * torch.ones(2, 6, dtype=DOUBLE))
     explosive = classical_rule("oja", 1e300).double()

@@ -367,11 +367,11 @@ def test_a_database_holds_the_study_instead_of_a_journal(tmp_path, command):
 # ---- SLURM ----
 
 
-def test_the_job_array_shares_the_trials_and_runs_as_it_is_written(tmp_path, command):
+def test_the_job_array_shares_the_trials_and_runs_as_it_is_written(tmp_path, command, capsys):
     script, out = tmp_path / "job.sh", tmp_path / "a sweep"
     flags = [*METRIC, "--search", "x=0:1", "--trials", 5, "--workers", 2, "--out", out]
-    run(*flags, "--slurm", script, "--array_tasks", 2, "--", command)
-    assert not out.exists()
+    sweep.main([*map(str, [*flags, "--slurm", script, "--array_tasks", 2, "--", command])])
+    assert not out.exists() and f"submit it: sbatch {script}\n" in capsys.readouterr().out
     lines = script.read_text().splitlines()
     assert {"#SBATCH --array=0-1", "#SBATCH --cpus-per-task=2"} < set(lines)
     assert lines[0] == "#!/bin/bash" and "--share 3" in lines[-1]

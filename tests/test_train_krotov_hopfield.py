@@ -173,7 +173,7 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
     ("flags", "message"),
     [
         (["--depth", "6"], "5 layers, not 6"),
-        (["--preset", "dense", "--depth", "2"], "1 layers, not 2"),
+        (["--preset", "dense", "--depth", "2"], "--depth 2 is above that of --preset dense, 1"),
         (["--ranking_param", "1"], "from 2, the runner-up"),
         (["--ranking_param", "9"], "to 8, the number of units"),
         (["--lebesgue_p", "0.5"], "at least 1"),
