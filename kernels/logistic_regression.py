@@ -11,10 +11,10 @@ The method is L-BFGS on all rows, a few milliseconds per iteration, precondition
 2. Every few iterations the Hessian of a strided subsample of rows replaces that bound: the whole
    Hessian if classes x features is small, else (up to 512 features) its block for each class.
    (Byrd, Chin, Neveitt, Nocedal 2011, On the use of stochastic Hessian information.)
-Beyond 2,048 features, where a D x D matrix would cost more than the solve, columns are only scaled.
+Beyond 4,096 features, where a D x D matrix would cost more than the solve, columns are only scaled.
 With fewer rows than features, W is in the span of the centred rows; other directions are left out.
 If one column is so large that rounding hides the others in the covariance, axes are computed
-separately for groups of columns of similar size, in float64. (Not beyond 2,048 features: there,
+separately for groups of columns of similar size, in float64. (Not beyond 4,096 features: there,
 columns that are multiples of each other up to seven digits remain hard to distinguish.)
 Products are in the features' dtype; everything small, and every sum over rows, is in float64.
 """
@@ -33,7 +33,7 @@ from hypergradients import ConjugateGradient
 from hypergradients.linear_solvers import Matvec, Vector
 
 NUMBERS_AT_ONCE = 2**19  # entries of a chunk of features; bounds the float64 copies
-WHITEN_UP_TO = 2048  # features; above, each column is only scaled
+WHITEN_UP_TO = 4096  # features; above, each column is only scaled
 WHITEN_IN_DOUBLE_UP_TO = 256  # features; above, N D^2 products in float64 would dominate the solve
 LEAST_VARIANCE = 1e-10  # of an axis, relative to the largest, with fewer rows than features
 LOST_SHARE = 1e-11  # of a column's length: more than this, outside the axes, is not just rounding
