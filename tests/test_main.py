@@ -79,9 +79,6 @@ def test_rules_of_unit_statistics_have_defaults_of_their_own_and_end_beside_refe
     assert (out / "figures" / "beside_mnist5k.png").stat().st_size > 1000
     last = (out / "log.txt").read_text().splitlines()[-1]
     assert "test accuracy" in last and "+-" in last and "3 steps each" in last
-    before = outcome(out)
-    run("--resume", out, "--quiet")
-    assert outcome(out) == before
 
 
 def test_a_killed_run_of_unit_statistics_goes_on_to_the_same_numbers(tmp_path):
