@@ -176,7 +176,7 @@ def check_number(
 def check_options(
     lebesgue_p: float, normalization: str, rate_exponent: float | None = None
 ) -> None:
-    """Raises CompetitionError if p < 1, the exponent is below 0, or the normalization is unknown."""
+    """Raises CompetitionError if p < 1, the exponent is below 0, or normalization is unknown."""
     check_number("lebesgue_p", lebesgue_p, least=1)
     if rate_exponent is not None:
         check_number("rate_exponent", rate_exponent, least=0)
