@@ -199,7 +199,7 @@ class Optimizee(nn.Module):
 
     @torch.no_grad()
     def _check_draws_nothing(self, theta: Tensor, batch: tuple[Tensor, Tensor]) -> None:
-        """Raises OptimizerError if a loss advances torch's global generators: these have no seed."""
+        """Raises OptimizerError if a loss advances torch's global generators, which aren't ours."""
         before = _generator_states(theta.device)
         self.loss(self.unflat(theta), batch)
         if not all(map(torch.equal, before, _generator_states(theta.device))):
