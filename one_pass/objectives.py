@@ -422,9 +422,7 @@ class ModuleObjective:
         parts = flat.split([shape.numel() for shape in shapes.values()])
         named = zip(shapes.items(), parts, strict=True)
         weights = {name: part.view(shape) for (name, shape), part in named}
-        after = {
-            name: buffer.clone() for name, buffer in buffers.items()
-        }  # copies, because they are changed in place
+        after = {name: buffer.clone() for name, buffer in buffers.items()}  # is changed in place
         return functional_call(self.module, {**weights, **after}, (inputs,)), after
 
     def _trained(self) -> dict[str, nn.Parameter]:
