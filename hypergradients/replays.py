@@ -86,6 +86,4 @@ def buffers_kept() -> Iterator[None]:
     finally:
         hook.remove()
         for buffer, value in kept.values():
-            buffer.data.copy_(
-                value
-            )  # .data, because autograd need not know: it has this value in the graph
+            buffer.data.copy_(value)  # .data: in the graph it already has this value
