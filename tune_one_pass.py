@@ -88,7 +88,13 @@ KEYS = (
     Key("model", str, None, "network (default: the published one)", choices=MODELS),
     Key("hidden_sizes", positive_int, [], "units of each hidden layer; none: as published", True),
     Key("activation", str, "ReLU", "activation of a perceptron", choices=ACTIVATIONS),
-    Key("standardise", str, "pixels", "standardize images by these", choices=STANDARDISED),
+    Key(
+        "standardise",
+        str,
+        "pixels",
+        "standardize pixels or channels of images",
+        choices=STANDARDISED,
+    ),
     *keys_of(Settings, FIELDS, DEFAULTS),
     Key(
         "network_weight_grad_clipping",

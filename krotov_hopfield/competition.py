@@ -76,9 +76,7 @@ class Competition:
             return share * sign
         if self.gate == "winner":
             return torch.zeros_like(currents).scatter_(dim, winner, 1)
-        delta = self.delta * currents.new_ones(
-            ()
-        )  # made on the device, without a copy from the CPU
+        delta = self.delta * currents.new_ones(())  # on the device, without a copy to it
         if self.gate == "losers":
             return (-delta).expand_as(currents).scatter(dim, winner, 1)
         g = torch.zeros_like(currents).scatter_(dim, winner, 1)

@@ -186,9 +186,7 @@ class LayerwiseTraining:
         self.convergence = [math.inf] * len(self.network.blocks)  # of each layer, if it is judged
         self.closest = list(self.convergence)
         self.without_progress = 0
-        self.counted = [0] * len(
-            self.network.blocks
-        )  # batches of each layer that count in its schedule
+        self.counted = [0] * len(self.network.blocks)  # batches that count in the schedules
         self.classifier = self.optimizer = self.best = None
         self._kept = {}
         if self.finished:
