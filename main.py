@@ -169,11 +169,12 @@ def add_inner_training(parser) -> None:
     group = parser.add_argument_group("inner training")
     add = group.add_argument
     add("--initial_inner_steps", type=positive_int, default=250,
-        help="differentiated updates of a training at the beginning")  # fmt: skip
+        help="initial number of differentiated updates of a training")  # fmt: skip
     add("--max_inner_steps", type=positive_int, default=250,
         help="largest number of differentiated updates of a training")  # fmt: skip
-    add("--raise_every", type=positive_int, default=100, help="meta-steps between two raises")
-    add("--raise_by", type=nonnegative_int, default=0, help="updates added at each raise")
+    add("--raise_every", type=positive_int, default=100,
+        help="meta-steps between raises of this number")  # fmt: skip
+    add("--raise_by", type=nonnegative_int, default=0, help="updates that each raise adds")
     add("--horizon", type=positive_int, nargs=2, metavar=("LOW", "HIGH"),
         help="draw each task's number of updates from this range, log-uniformly")  # fmt: skip
     add("--layerwise", action="store_true",

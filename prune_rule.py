@@ -48,11 +48,12 @@ def make_parser():
     add("--try_below", type=nonnegative_int, default=20, metavar="TERMS",
         help="from this number of terms on, try which term to remove")  # fmt: skip
     add("--candidates", type=positive_int, default=10, help="terms to try at each removal")
-    add("--trials", type=positive_int, default=2, help="trainings that measure a change or a loss")
+    add("--trials", type=positive_int, default=2,
+        help="trainings that measure a loss or the effects")  # fmt: skip
     add = parser.add_argument_group("judgement").add_argument
     add("--evaluations", "--seeds", dest="seeds", type=positive_int, default=3, metavar="N",
         help="trainings with each rule that is judged")  # fmt: skip
-    add("--inner_steps", type=positive_int, help="updates of a training (default: as RUN's last)")
+    add("--inner_steps", type=positive_int, help="updates of a training (default: as at RUN's end)")
     add("--tolerance", type=nonnegative_float, default=0.005, metavar="FRACTION",
         help="training accuracy that the shortest rule may lose")  # fmt: skip
     return parser

@@ -76,7 +76,7 @@ def make_parser():
     add = parser.add_argument_group("search").add_argument
     add("--search", type=searched_flag, nargs="+", action="extend", required=True,
         metavar="FLAG=RANGE",
-        help="LOW:HIGH, log:, int: or step:LOW:HIGH:STEP, choice:A,B,...")  # fmt: skip
+        help="flag=LOW:HIGH, also log:, int: or step:LOW:HIGH:STEP, or choice:A,B,...")  # fmt: skip
     add("--method", choices=METHODS, default="random", help="how values of flags are chosen")
     add("--trials", type=positive_int, metavar="N",
         help=f"draws, each run with all variants (default: {TRIALS}; grid: all)")  # fmt: skip

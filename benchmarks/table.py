@@ -165,16 +165,16 @@ def set_up(
 
 
 def peak_gigabytes(device: torch.device) -> float:
-    """Of this process's memory so far, or of its tensors on a GPU."""
+    """The peak memory of this process so far, or of its tensors on a GPU, in units of 2^30 B."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def numbers_of_process(script: str, flags: Sequence[str]) -> list[float]:
-    """What a script prints in a process of its own, as numbers.
+    """The numbers that a script prints when it runs in its own process.
 
-    Of a process that ends with an error, its own words and exit status end this one too.
+    If that process fails, this one ends too, with the same exit status.
     """
     command = [sys.executable, script, *flags]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True)

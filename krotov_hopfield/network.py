@@ -17,9 +17,8 @@ from krotov_hopfield.errors import CompetitionError
 from krotov_hopfield.layers import BioConv2d, BioLinear, Triangle
 from krotov_hopfield.recipes import LayerPlan, Recipe
 
-SMALLEST_SQUARE = (
-    1e-24  # below the mean square of any features that aren't all 0, even after high powers
-)
+# below the mean square of any features that aren't all 0, even after high powers
+SMALLEST_SQUARE = 1e-24
 
 
 class Block(nn.Module):

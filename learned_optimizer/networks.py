@@ -36,7 +36,7 @@ LARGEST_PREPROCESS_FACTOR = 80.0  # so that e^p is finite in float32
 
 
 def log_and_sign(g: Tensor, p: float = LARGEST_LOG) -> Tensor:
-    """[2, ...]: (log(|g| + 1e-8) / p, sign g) where |g| >= e^-p, else (-1, e^p g)."""
+    """[2, ...]: (log(|g| + 1e-8) / p, sign g) if |g| >= e^-p, otherwise (-1, e^p g)."""
     size = g.abs()
     large = size >= math.exp(-p)
     logarithm = torch.where(large, (size + 1e-8).log_().div_(p), -1.0)

@@ -44,7 +44,7 @@ class Settings:
         bounds: {name: (lowest, highest)} of raw values.
         reset: weights, momentum and buffers return to the start after each hyperparameter step
             except the last.
-        renew: every so many hyperparameter steps, instead of a reset, the current weights and
+        renew: after this many hyperparameter steps, instead of a reset, the current weights and
             buffers become the new start; None: never.
         seed: of the random numbers that a population draws.
     Raises OnePassError for an unknown method, optimizer, name or transform, and if `every` or
