@@ -1,17 +1,17 @@
-"""Baseline: a linear probe on one wide layer of random features, whose distribution is learned.
+"""Baseline: a linear probe on one wide layer of random features whose distribution is learned.
 
     python baseline_mlp.py                       10,000 features
     python baseline_mlp.py 1000                  fewer
-    python baseline_mlp.py 1000 --metasteps 0    as they are drawn without learning
+    python baseline_mlp.py 1000 --metasteps 0    drawn from the initial distribution
     python baseline_mlp.py --C 0.3 --pixelwise_normalization --metasteps 100 --finetune_steps 100
     python baseline_mlp.py --resume runs/baseline_mlp-...
 
     y = sigmoid(w x + b);   w = (mu_w + sd_w N(0, 1)) / sqrt(pixels),   b = mu_b + sd_b N(0, 1)
 
-Means and spreads, four numbers, follow the hypergradient of the probe's loss; w and b themselves
-are never trained. Each meta-step draws all features anew and fits the probe on --probe_images
-images, by default the fewer the more features there are, to bound its cost; the final evaluations
-use all images. The sign of a spread means nothing.
+Means and spreads, four numbers, are learned by the hypergradient of the probe's loss; w and b
+themselves are never trained. Each meta-step draws all features anew and fits the probe on
+--probe_images images; by default there are fewer images for more features, to limit the cost. The
+final evaluations use all images. The sign of a spread has no meaning.
 """
 
 import math
@@ -27,24 +27,27 @@ from experiment.command_line import (
 from experiment.meta_settings import MetaSettings
 from experiment.settings import add_settings, settings_of
 
-DEFAULTS = {"metasteps": 200, "lr": 0.1}  # where they differ from those of MetaSettings
+DEFAULTS = {"metasteps": 200, "lr": 0.1}  # that differ from those of MetaSettings
 
 
 def make_parser():
     """The command's flags."""
     parser = common_parser("Meta-learn the distribution of random features.", "baseline_mlp")
     parser.add_argument("features", type=positive_int, nargs="?", default=10_000,
-        help="random features, the units of the layer")  # fmt: skip
+        help="number of random features, the units of the layer")  # fmt: skip
     group = parser.add_argument_group("meta-learning of the four numbers")
     add_settings(group, MetaSettings, [*DEFAULTS, "warmup_steps", "finetune_steps"], **DEFAULTS)
     add = group.add_argument
-    add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
+    add("--pixelwise_normalization", action="store_true",
+        help="give each pixel mean 0 and variance 1")  # fmt: skip
     add = parser.add_argument_group("probe").add_argument
-    add("--C", type=positive_float, default=1.0, help="inverse penalty of the probe")
+    add("--C", type=positive_float, default=1.0, help="inverse strength of the probe's penalty")
     add("--probe_images", type=positive_int, metavar="N",
-        help="for a meta-step (default: 10 million / features)")  # fmt: skip
-    add("--outer_images", type=positive_int, default=1024, help="images of the outer loss")
-    add("--evaluations", type=positive_int, default=3, help="final draws, probed on all images")
+        help="images that a meta-step's probe uses (default: 10 million / features)")  # fmt: skip
+    add("--outer_images", type=positive_int, default=1024,
+        help="images of the outer loss in a meta-step")  # fmt: skip
+    add("--evaluations", type=positive_int, default=3,
+        help="final draws, each probed on all images")  # fmt: skip
     return parser
 
 
@@ -74,19 +77,19 @@ NUMBERS_TO_FIT = 10**7  # images x features of a meta-step, unless --probe_image
 def make_initializer() -> GaussianInitializer:
     """Means and spreads of w and b, all trained, in units of their effect.
 
-    Without scalers: Adam moves each of them by about the learning rate.
+    There are no scalers: Adam changes each of them by about the learning rate.
     """
     trained = dict.fromkeys("wb", TRAINABLE)
     return GaussianInitializer(trained, trained, scalers=dict.fromkeys("wb", 1.0))
 
 
 def make_model(inputs: int, features: int) -> nn.Module:
-    """One sigmoid layer whose units do not see each other."""
+    """One sigmoid layer whose units do not interact."""
     return lateral_mlp(inputs, [features], Activation("sigmoid"), inhibition="none")
 
 
 def make_training(args, train_data: ImageData, test_data: ImageData) -> Training:
-    """The network and its distribution, no rule and no batches, the probe on few images."""
+    """The network and its distribution, without rule and batches, with the probe on few images."""
     count = args.probe_images or max(1, NUMBERS_TO_FIT // args.features)
     return Training(
         make_model(math.prod(train_data.shape), args.features),
@@ -98,12 +101,12 @@ def make_training(args, train_data: ImageData, test_data: ImageData) -> Training
 
 
 def make_outer_loss(args, train_data: ImageData, test_data: ImageData) -> ProbeLoss:
-    """The probe on these images."""
+    """The probe on these training and test images."""
     return ProbeLoss(train_data, test_data, args.C, outer_images=args.outer_images)
 
 
 def report(log: RunLog, source: str, initializer, rows: list[dict[str, float]]) -> None:
-    """The four numbers and the accuracies, on the screen and as a file; the figures."""
+    """Print and write the four numbers and the accuracies; draw the figures."""
     accuracies = mean_and_deviation("test_accuracy", [row["test_accuracy"] for row in rows])
     log.write_results({
         "data": source,

@@ -1,12 +1,12 @@
-"""Baseline: how well a linear probe does on the first k principal components of the images.
+"""Baseline: the accuracy of a linear probe on the first k principal components of the images.
 
     python baseline_pca.py                               k = 1, 2, 4, ..., all pixels
     python baseline_pca.py --components 1 2 5 10 20      other k
     python baseline_pca.py --resume runs/baseline_pca-...
 
-The images are projected onto the components, not whitened: the probe's penalty weighs as it does
-on pixels, and on all components it is the probe on pixels. Nothing is random here: --seed changes
-nothing.
+The images are projected onto the components but not whitened: the probe's penalty weighs as it does
+on pixels, and the probe on all components is the probe on pixels. Nothing is random here: --seed
+has no effect.
 """
 
 import math
@@ -30,8 +30,9 @@ def make_parser():
     add = parser.add_argument_group("principal components").add_argument
     add("--components", type=positive_int, nargs="+", metavar="K",
         help="numbers of components (default: powers of two, and all)")  # fmt: skip
-    add("--pixelwise_normalization", action="store_true", help="each pixel: mean 0, variance 1")
-    add("--C", type=positive_float, default=1000.0, help="inverse penalty of the probe")
+    add("--pixelwise_normalization", action="store_true",
+        help="give each pixel mean 0 and variance 1")  # fmt: skip
+    add("--C", type=positive_float, default=1000.0, help="inverse strength of the probe's penalty")
     return parser
 
 
@@ -52,9 +53,9 @@ from mnist_datasets import ImageData, load_images, normalize_pixels
 
 
 def numbers_of_components(wanted: Sequence[int] | None, pixels: int) -> list[int]:
-    """Those wanted, sorted, each once; without a wish the powers of two, and all.
+    """The wanted numbers, sorted and without repetition; by default the powers of two, and all.
 
-    Raises UserError where there are fewer pixels.
+    Raises UserError if there are fewer pixels.
     """
     if wanted is None:
         return [2**i for i in range((pixels - 1).bit_length())] + [pixels]
@@ -66,9 +67,9 @@ def numbers_of_components(wanted: Sequence[int] | None, pixels: int) -> list[int
 
 
 class ProbedComponents:
-    """Probes the first k principal components, for one k after the other: see `run_steps`.
+    """Probes the first k principal components, for one k after the other; see `run_steps`.
 
-    warn: told of a probe that stops before its optimum.
+    warn: called with a message for each probe that stops before its optimum.
     """
 
     def __init__(
@@ -91,11 +92,11 @@ class ProbedComponents:
 
     @cached_property
     def principal(self) -> PrincipalComponents:
-        """Those of the training images."""
+        """The principal components of the training images."""
         return principal_components(self.data[0])
 
     def step(self) -> dict[str, float]:
-        """The probe's numbers on the next k components, and their share of the variance."""
+        """The numbers of the probe on the next k components, and their share of the variance."""
         begin, k = time.perf_counter(), self.left.pop(0)
         result = linear_probe(*projection(self.principal, k, self.dtype), *self.data, self.C)
         if not result.fit.converged:
@@ -109,16 +110,16 @@ class ProbedComponents:
         return numbers | {"seconds": time.perf_counter() - begin}
 
     def state_dict(self) -> dict:
-        """What is left to do, and what was found."""
+        """The numbers of components that are left, and the results so far."""
         return {"left": self.left, "table": self.table}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` left it."""
+        """Continue from the result of `state_dict`."""
         self.left, self.table = list(state["left"]), list(state["table"])
 
 
 def report(args, log: RunLog, source: str, table: list[dict[str, float]]) -> None:
-    """The table, on the screen and as a file, and its figure."""
+    """Print and write the table; draw its figure."""
     log.write_results({"data": source, "C": args.C, "table": table})
     log.plot(plot_pca_run)
     log.say(f"{'components':>10}  {'variance':>9}  {'training':>9}  {'test':>9}")

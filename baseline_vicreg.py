@@ -5,7 +5,7 @@
     python baseline_vicreg.py --resume runs/baseline_vicreg-...
 
 It learns from pairs of augmented views, without labels; a linear probe on the features of the
-images as they are says how useful these have become. It is what a local rule is measured against:
+unchanged images measures how useful they have become. Local rules are compared with this: it has
 the same pairs and the same probe, but a loss and its exact gradient.
 """
 
@@ -32,11 +32,11 @@ def make_parser():
     group = parser.add_argument_group("training and loss")
     add_settings(group, VICRegSettings)
     group.add_argument("--pixelwise_normalization", action="store_true",
-                       help="each pixel: mean 0, variance 1")  # fmt: skip
+                       help="give each pixel mean 0 and variance 1")  # fmt: skip
     add = parser.add_argument_group("probe").add_argument
-    add("--C", type=positive_float, default=1e6, help="inverse penalty of the probe")
+    add("--C", type=positive_float, default=1e6, help="inverse strength of the probe's penalty")
     add("--probe_every", type=nonnegative_int, default=10, metavar="EPOCHS",
-        help="how often the features are judged on the way; 0: never")  # fmt: skip
+        help="epochs between two probes of the features during training; 0: none")  # fmt: skip
     return parser
 
 
@@ -68,13 +68,13 @@ def make_training(args, data, dtype: torch.dtype) -> VICReg:
 
 
 def probe(training: VICReg, test_data, C: float) -> dict[str, float]:
-    """The accuracies, fractions, of a linear probe on the features of images as they are."""
+    """The accuracies, in [0, 1], of a linear probe on the features of the unchanged images."""
     result = linear_probe(training.model, detached(training.params), training.data, test_data, C)
     return {name: getattr(result, name) for name in ACCURACIES}
 
 
 class ProbedTraining:
-    """VICReg's epochs, probed every so many of them and after the last: see `run_steps`."""
+    """VICReg's epochs, with a probe every few epochs and after the last; see `run_steps`."""
 
     def __init__(self, args, training: VICReg, test_data) -> None:
         self.args, self.training, self.test_data = args, training, test_data
@@ -85,22 +85,22 @@ class ProbedTraining:
         return self.training.epoch >= self.args.epochs
 
     def step(self) -> dict[str, float]:
-        """An epoch's numbers, and the probe's, NaN where it was not due."""
+        """Train for one epoch; returns its numbers and those of the probe, NaN if none was due."""
         row, every = self.training.train_epoch(), self.args.probe_every
         due = every and (self.finished or self.training.epoch % every == 0)
         return row | (probe(self.training, self.test_data, self.args.C) if due else NOT_PROBED)
 
     def state_dict(self) -> dict:
-        """The training's."""
+        """The state of the training."""
         return self.training.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up the training where `state_dict` left it."""
+        """Resume the training from the result of `state_dict`."""
         self.training.load_state_dict(state)
 
 
 def report(args, training: VICReg, test_data, log: RunLog) -> None:
-    """The accuracy on the screen; parameters, results and figures as files."""
+    """Print the accuracy; write parameters, results and figures."""
     accuracies = probe(training, test_data, args.C)
     log.write_parameters(training.params, training.data.shape)
     results = {"data": training.data.source, "epochs": training.epoch, **accuracies}

@@ -56,25 +56,25 @@ def make_parser():
     """The command's flags; --datasets replaces the common --dataset."""
     parser = common_parser("Judge learned rules beyond their training.", "evaluate")
     parser.add_argument("runs", type=run_path, nargs="+", metavar="RUN",
-                        help="directories of main.py, or names in the zoo")  # fmt: skip
+                        help="directories of runs of main.py, or names in the zoo")  # fmt: skip
     parser.add_argument("--rule", type=own_code_name, metavar=FORM,
-                        help="the class of their rules, where it is of your own")  # fmt: skip
+                        help="the class of the runs' rules, if it is your own")  # fmt: skip
     group = parser.add_argument_group("what is compared", conflict_handler="resolve")
     add = group.add_argument
     known = (*DATASETS, ROTATED)
     add("--datasets", "--dataset", nargs="+", type=partial(data_name, known=known), metavar="DATA",
-        help=f"images: {', '.join(known)}, {OWN}")  # fmt: skip
+        help=f"images to compare on: {', '.join(known)}, {OWN}")  # fmt: skip
     add("--layers", type=positive_int, nargs="+", action="append", metavar="UNITS",
-        help="units of each layer; may come several times")  # fmt: skip
-    add("--steps", type=positive_int, nargs="+", help="numbers of updates")
-    add("--to_zoo", metavar="NAME", help="keep RUN's rule, with what it reaches here, in the zoo")
+        help="units of each layer of a network; may be given several times")  # fmt: skip
+    add("--steps", type=positive_int, nargs="+", help="numbers of updates of a training")
+    add("--to_zoo", metavar="NAME", help="put RUN's rule into the zoo, with its results")
     add("--layerwise", action="store_true", help="train layers one after the other")
     add("--evaluations", "--seeds", dest="seeds", type=positive_int, default=3, metavar="N",
-        help="trainings of each kind")  # fmt: skip
+        help="trainings with each method, data set, network and number of updates")  # fmt: skip
     add("--held_out", type=positive_int, metavar="IMAGES",
-        help="judge on so many training images, held out, not on the test images")  # fmt: skip
-    add("--rules", nargs="*", choices=CLASSICAL_NAMES, help="classical rules")
-    add("--references", nargs="*", choices=REFERENCES, help="what has no steps")
+        help="judge on this many held-out training images instead of the test images")  # fmt: skip
+    add("--rules", nargs="*", choices=CLASSICAL_NAMES, help="classical rules to compare with")
+    add("--references", nargs="*", choices=REFERENCES, help="other methods to compare with")
     return parser
 
 

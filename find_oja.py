@@ -1,14 +1,14 @@
-"""Recovers Oja's rule, dw = x y - y^2 w, from nothing but where it should lead.
+"""Recovers Oja's rule, dw = x y - y^2 w, given only the direction that it should converge to.
 
     python find_oja.py
     python find_oja.py --metasteps 100 --threads 1
 
 A linear neuron is trained by a rule with 27 terms x^a y^d w^e, a, d, e <= 2. The squared distance
-of its weight to the first principal direction of the images (or its opposite, if that is nearer)
-is differentiated through all updates, to improve the 27 coefficients. Many neurons, each with a
-start of its own, see the same batches and know nothing of each other: their mean distance is the
-loss. Starts come in opposite pairs: as the starts are symmetric, so is the sample, and a term that
-favours one sign (a constant, y^2) gains nothing by chance. Source: Oja 1982.
+of its weight from the first principal direction of the images (or its opposite, if that is nearer)
+is differentiated through all updates, to improve the 27 coefficients. Many independent neurons with
+different starts see the same batches; the loss is their mean distance. Starts come in opposite
+pairs: since their distribution is symmetric, so is the sample, and a term that favours one sign (a
+constant, y^2) gains nothing by chance. Source: Oja 1982.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from experiment.command_line import (
 from experiment.meta_settings import MetaSettings
 from experiment.settings import add_settings, settings_of
 
-DEFAULTS = {  # of the meta-loop, where they differ from those of MetaSettings
+DEFAULTS = {  # defaults that differ from those of MetaSettings
     "metasteps": 500,
     "lr": 1e-4,
     "warmup_steps": 10,
@@ -41,12 +41,16 @@ def make_parser():
     group = parser.add_argument_group("meta-learning")
     add_settings(group, MetaSettings, [*DEFAULTS, "memory"], **DEFAULTS)
     add = group.add_argument
-    add("--l1_reg", type=positive_float, default=100.0, help="first L1 weight of the coefficients")
-    add("--l1_end", type=positive_float, default=1.0, help="the last one; between, it falls evenly")
+    add("--l1_reg", type=positive_float, default=100.0,
+        help="initial weight of the L1 penalty on the coefficients")  # fmt: skip
+    add("--l1_end", type=positive_float, default=1.0,
+        help="final weight of the L1 penalty, which falls geometrically")  # fmt: skip
     add = parser.add_argument_group("inner training").add_argument
-    add("--pairs", type=positive_int, default=8, help="of independent neurons, side by side")
-    add("--batch_size", type=positive_int, default=256, help="images of one update")
-    add("--bound", type=positive_float, default=0.1, help="of one update (tanh)")
+    add("--pairs", type=positive_int, default=8,
+        help="pairs of neurons with opposite starts, trained side by side")  # fmt: skip
+    add("--batch_size", type=positive_int, default=256, help="images in a batch")
+    add("--bound", type=positive_float, default=0.1,
+        help="limit of a weight's change in an update (by tanh)")  # fmt: skip
     return parser
 
 
@@ -77,7 +81,7 @@ TERMS_SHOWN = 8
 
 
 class DirectionLoss:
-    """Squared distance of each neuron's weight to the nearer of +- a direction [pixels], mean."""
+    """Squared distance of weights from the nearer of +- a direction [pixels], mean over neurons."""
 
     metrics = ("cosine",)
 
@@ -85,7 +89,7 @@ class DirectionLoss:
         self.direction = direction
 
     def __call__(self, model, params, generator) -> tuple[Tensor, dict[str, float]]:
-        """The loss attached to params, and the mean |cosine| between weight and direction."""
+        """The loss, attached to params, and the mean |cosine| between weights and direction."""
         w = params[-1]["w"]
         nearer = torch.where(w.detach() @ self.direction < 0, -1.0, 1.0).unsqueeze(1)
         loss = (w - nearer * self.direction).square().sum(1).mean()
@@ -99,24 +103,24 @@ def cosines(w: Tensor, direction: Tensor) -> Tensor:
 
 
 def make_rule(bound: float) -> PerLayerRule:
-    """The 27 terms (a, 0, d, e) with a, d, e <= 2, all coefficients 0; biases stay at 0."""
+    """The 27 terms (a, 0, d, e) with a, d, e <= 2 and coefficients 0; biases stay at 0."""
     terms = [(a, 0, d, e) for a, d, e in itertools.product(range(3), repeat=3)]
     return PerLayerRule([PolynomialRule({"w": terms}, bound="tanh", bound_size=bound)])
 
 
 def make_neurons(inputs: int, pairs: int) -> nn.Module:
-    """Pairs of linear units on flattened images, that do not see each other."""
+    """Pairs of linear units on flattened images, which do not interact."""
     return lateral_mlp(inputs, [2 * pairs], Activation("identity"), inhibition="none")
 
 
 class OppositeStarts(GaussianInitializer):
-    """w_0 ~ N(0, 1) / sqrt(in) for the first half of the units, its opposite for the second."""
+    """w_0 ~ N(0, 1) / sqrt(fan-in) for the first half of the units, the opposite for the second."""
 
     def __init__(self) -> None:
         super().__init__({}, {"w": FIXED})
 
     def forward(self, model: nn.Module, generator: torch.Generator | None = None) -> Params:
-        """One draw of the starts, in the only layer that has parameters, the last."""
+        """One draw of the starts, in the last layer, which is the only one with parameters."""
         *others, last = super().forward(model, generator)
         half = last["w"][: len(last["w"]) // 2]
         return [*others, last | {"w": torch.cat([half, -half])}]
@@ -134,13 +138,15 @@ def make_settings(args) -> MetaSettings:
 
 
 def coefficients(rule: PerLayerRule) -> dict[str, float]:
-    """As columns of metrics.csv."""
+    """The coefficients as columns of metrics.csv."""
     return {f"coefficient/{name}": value for name, value in rule.coefficients().items()}
 
 
 def compare_with_oja(args, training: Training, log: RunLog) -> dict:
-    """Cosines [neurons] of the learned rule and of Oja's, at each of many rates, from one draw of
-    starts and batches; and one weight of each.
+    """Cosines and a weight of the learned rule, and of Oja's rule at the best of many rates.
+
+    Both are trained from the same draw of starts and batches. The cosines are lists [neurons], the
+    weights tensors [pixels].
     """
     direction, draw = (
         training.outer_loss.direction,
@@ -171,17 +177,17 @@ def compare_with_oja(args, training: Training, log: RunLog) -> dict:
 
 
 def verdict(coefficients: dict[str, float]) -> tuple[bool, list[str]]:
-    """Whether the coefficients are those of Oja's rule, and lines of a table that show it.
+    """Whether the coefficients are those of Oja's rule, and a table as a list of lines.
 
-    They are if the two largest are x y, positive, and y^2 w, negative, within a fifth of each
-    other, and every other is below a tenth of both.
+    They are if the two largest are those of x y, positive, and y^2 w, negative, their sizes differ
+    by less than a fifth of the larger, and all others are below a tenth of both.
     """
     ranked = sorted(coefficients.items(), key=lambda item: -abs(item[1]))
     largest = max((abs(value) for value in coefficients.values()), default=0.0) or 1.0
     lines = [f"{'term':>14}  {'coefficient':>12}  relative"]
     for name, value in ranked[:TERMS_SHOWN]:
         lines.append(f"{name.split('/')[-1]:>14}  {value:12.3e}  {value / largest:+8.3f}")
-    nothing = ("", 0.0)  # in the place of terms that were removed
+    nothing = ("", 0.0)  # in place of removed terms
     (first, a), (second, b), (_, third), *_ = [*ranked, nothing, nothing, nothing]
     signs = {first.split("/")[-1]: a > 0, second.split("/")[-1]: b > 0}
     is_oja = (
@@ -193,7 +199,7 @@ def verdict(coefficients: dict[str, float]) -> tuple[bool, list[str]]:
 
 
 def report(args, log: RunLog, rule: PerLayerRule, comparison: dict, data, direction) -> None:
-    """The table, the cosines and the verdict, on the screen and as files."""
+    """Print the table, the cosines and the verdict, and write them to files."""
     is_oja, lines = verdict(rule.coefficients())
     learned, oja = np.mean(comparison["learned"]), np.mean(comparison["oja"])
     weights = torch.stack([comparison["learned_weight"], comparison["oja_weight"], direction])
@@ -234,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         lambda generator: batches(data, args.batch_size, generator, dtype),
         DirectionLoss(direction),
     )
-    next(training.batches(seeded_generator(0)))  # refuses a wrong batch size
+    next(training.batches(seeded_generator(0)))  # raises an error for a wrong batch size
     with open_run(args, "find_oja", data) as log:
         log.say(data.source)
         history = hypgraddesc(

@@ -3,10 +3,10 @@
     theta_0 ~ initializer(psi);   theta_{t+1} = rule(theta_t, psi, batch_t)
     psi <- psi - optimiser(d L(theta_N) / d psi)
 
-One meta-step averages this hypergradient over `tasks` independent draws of theta_0 and batches,
-each clipped, adds the penalties and makes one optimiser step. Every draw has generators of its own,
-made from (seed, meta-step, task), so that a resumed run needs no generator's state, and that it
-does not matter which process of a team works on which task.
+A meta-step averages this hypergradient over `tasks` independent draws of theta_0 and batches, each
+of them clipped, adds the penalties and makes one optimiser step. Every draw has its own generators,
+seeded by (seed, meta-step, task), so that a resumed run needs no states of generators and results
+do not depend on which process of a team computes which task.
 """
 
 import math
@@ -42,18 +42,18 @@ from train import (
 )
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
-REACHED_BY = {  # what a module's hyperparameters are of, and which methods have their gradient
+REACHED_BY = {  # what a module's hyperparameters are, and which methods compute their gradient
     "initializer": ("the initial distribution", "reverse, forward, es or pes"),
     "batches": ("the parameters of the batches", "reverse or truncated"),
 }
 
 
 class MetaError(WrongInputError):
-    """What is wrong with the settings or the course of a meta-run, in one line."""
+    """The settings or the course of a meta-run are wrong; the message is one line."""
 
 
 def check_settings(settings: MetaSettings, *trainings: Training) -> None:
-    """Raises MetaError where the settings contradict each other or the trainings."""
+    """Raises MetaError if the settings contradict each other or the trainings."""
     method = make_method(settings)
     trained = {name.split(".")[0] for name in trainings[0].hyperparameters}
     persistent = isinstance(method, Persistent)  # sees a training window by window
@@ -94,12 +94,12 @@ def check_settings(settings: MetaSettings, *trainings: Training) -> None:
 
 
 def rising_steps(initial: int, raise_by: int, raise_every: int, maximum: int) -> Horizon:
-    """The inner steps of each task: `initial`, more by raise_by every raise_every, capped."""
+    """Inner steps that start at `initial` and grow by raise_by every raise_every meta-steps."""
     return lambda metastep, generator: min(maximum, initial + raise_by * (metastep // raise_every))
 
 
 def random_steps(low: int, high: int) -> Horizon:
-    """The inner steps of each task: drawn from low to high, uniformly on a logarithmic scale."""
+    """Inner steps drawn for each task from low to high, uniformly on a logarithmic scale."""
     return lambda metastep, generator: log_uniform_integer(low, high, generator)
 
 
@@ -113,11 +113,17 @@ def hypgraddesc(
     checkpoint_every: int = 10,
     team: Team = ALONE,
 ) -> "History":
-    """Runs the meta-loop, recording a row per meta-step, and returns the rows.
+    """Run the meta-loop, record a row per meta-step, and return the rows.
 
-    Goes on from the log's checkpoint if there is one. Ctrl-C ends it cleanly after the running
-    meta-step. At the end the hyperparameters are their averages. Without a log no file is written.
-    Other arguments as in HypergradientDescent. Every process of the team calls this.
+    The run continues from the log's checkpoint if there is one. Ctrl-C ends it cleanly after the
+    current meta-step. At the end the hyperparameters are replaced by their running averages. Every
+    process of the team calls this. Raises MetaError for wrong settings, and NonFiniteError if
+    numbers that are not finite are to stop the run.
+
+    log: None: no files are written.
+    checkpoint_every: meta-steps between two checkpoints.
+
+    The other arguments are those of HypergradientDescent.
     """
     log = MemoryLog() if log is None else log
     descent = HypergradientDescent(
@@ -133,11 +139,12 @@ def hypgraddesc(
 
 @dataclass(frozen=True)
 class History:
-    """What a meta-run has recorded.
+    """The record of a meta-run.
 
-    finished: whether it came to its end, not to an interrupt.
-    columns: numbers by name, each an array [rows] such as "meta_loss", with the meta-steps as
-        "step"; {} in those processes of a team that write nothing.
+    Attributes:
+        finished: False if the run was interrupted.
+        columns: an array [rows] for each number, such as "meta_loss"; "step" has the meta-steps.
+            {} in processes of a team that do not write.
     """
 
     finished: bool
@@ -146,7 +153,7 @@ class History:
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """What one task contributes to a meta-step: a hypergradient and its numbers, or a problem."""
+    """The contribution of a task to a meta-step: a hypergradient and its numbers, or a problem."""
 
     task: int
     hypergradient: list[Tensor] | None
@@ -157,15 +164,17 @@ class TaskOutcome:
 class HypergradientDescent:
     """The state of a meta-run; `step` makes one meta-step and returns its row of numbers.
 
-    training: what is learned by; of several, which must share their hyperparameters, task k takes
-        the one of number k modulo how many there are, and those with a name have their numbers
-        recorded under it too, as in "test_accuracy/fashion".
-    warn: told of each task that is left out.
-    team: the processes that the tasks are spread over; every one makes the same steps.
-    hyperparameters: gives what to record beside the numbers of each meta-step, as it was before the
-        update; 0 for what is there at first and is removed later.
-    samples: inputs [n, ...] of the first training, whose outputs, of the network that the first
-        task has trained, are recorded as "output/<input>/<unit>"; nan where it is left out.
+    Raises MetaError if the settings contradict each other or the trainings.
+
+    training: one or several. Several must share their hyperparameters: task k takes number k
+        modulo their count, and the numbers of those that have a name are also recorded under it, as
+        in "test_accuracy/fashion".
+    warn: called with a message for each task that is left out.
+    team: the processes that the tasks are distributed over; all of them make the same steps.
+    hyperparameters: returns values to record with the numbers of each meta-step, as they were
+        before the update. Values that are removed later are recorded as 0 from then on.
+    samples: inputs [n, ...]. The outputs for them, of the first training's network as trained by
+        the first task, are recorded as "output/<input>/<unit>"; nan if that task is left out.
     """
 
     def __init__(
@@ -194,17 +203,17 @@ class HypergradientDescent:
 
     @property
     def rule(self) -> nn.Module:
-        """That of all trainings."""
+        """The rule that all trainings share."""
         return self.trainings[0].rule
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The numbers of an outer loss, that first."""
+        """The names of the outer loss's numbers, beginning with the loss."""
         return ("meta_loss", *self.trainings[0].outer_loss.metrics)
 
     @property
     def finished(self) -> bool:
-        """Whether all meta-steps are made, or the accuracy was too low for more."""
+        """Whether all meta-steps are done, or the accuracy was too low to continue."""
         return self.stopped or self.metastep >= self.settings.total_steps
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -218,7 +227,10 @@ class HypergradientDescent:
     # ---- one meta-step ----
 
     def step(self) -> dict[str, float]:
-        """One meta-step; returns the numbers seen before the update. Raises NonFiniteError."""
+        """Make one meta-step and return its numbers, which were measured before the update.
+
+        Raises NonFiniteError if no step can be made, or if a problem of a task is to stop the run.
+        """
         seen, settings, begin = self.hyperparameters(), self.settings, time.perf_counter()
         done = self._outcomes_of_all_tasks()
         row = self._mean_numbers(done)
@@ -239,7 +251,7 @@ class HypergradientDescent:
         return row | {name: seen.get(name, 0.0) for name in self.columns}
 
     def _look_at_accuracy(self, accuracy: float) -> None:
-        """Ends the run where it is below stop_below; not where nothing is known of it."""
+        """End the run if the accuracy is below stop_below; nan does not end it."""
         least = self.settings.stop_below
         if least is not None and accuracy < least:
             self.stopped = True
@@ -249,7 +261,7 @@ class HypergradientDescent:
             )
 
     def _mean_numbers(self, outcomes: list[TaskOutcome]) -> dict[str, float]:
-        """Over all tasks, then over those of each name."""
+        """Means over all tasks, and over the tasks of each named training."""
         row = {name: _mean([o.numbers[name] for o in outcomes]) for name in self.names}
         for part in dict.fromkeys(training.name for training in self.trainings if training.name):
             theirs = [o for o in outcomes if self._training(o.task).name == part]
@@ -260,7 +272,10 @@ class HypergradientDescent:
         return self.trainings[task % len(self.trainings)]
 
     def _outcomes_of_all_tasks(self) -> list[TaskOutcome]:
-        """Those that came to a finite end, in the order of the tasks. Raises NonFiniteError."""
+        """The outcomes of tasks without a problem, in the order of the tasks.
+
+        Raises NonFiniteError if a problem is to stop the run.
+        """
         ours = [self._outcome(task) for task in self.team.share(self.settings.tasks)]
         outcomes = [outcome for share in self.team.gathered(ours) for outcome in share]
         outcomes.sort(key=lambda outcome: outcome.task)
@@ -291,7 +306,7 @@ class HypergradientDescent:
         return self._outputs(model, self.trainings[0].initializer(model, generator))
 
     def _outputs(self, model: nn.Module, params: Params) -> dict[str, float]:
-        """Those of the samples; none without samples."""
+        """The outputs for the samples, by column; {} without samples."""
         if self.samples is None:
             return {}
         with torch.no_grad(), judged(model):
@@ -303,7 +318,10 @@ class HypergradientDescent:
         }
 
     def _hypergradient(self, task: int) -> Hypergradient:
-        """That of one draw of initial parameters and batches."""
+        """The hypergradient of one draw of initial parameters and batches.
+
+        Raises FloatingPointError if it is not finite.
+        """
         settings = self.settings
         draw = Draw(
             (settings.seed, self.metastep, task),
@@ -316,16 +334,16 @@ class HypergradientDescent:
             exactly = _ExactLoss(training.outer_loss, products)
             result = self.method(replace(training, outer_loss=exactly), draw)
         for name, g in zip(self._trained(), result.gradient, strict=True):
-            # The optimiser squares it: what overflows then is as bad as what is not finite now.
+            # The optimiser squares it, and the square may overflow.
             check_finite(g.square(), f"hypergradient of {name}")
         return result
 
     def _inner_steps(self, task: int) -> int:
-        """How many this task makes in this meta-step."""
+        """The number of updates of this task in this meta-step."""
         return self._drawn(self.settings.inner_steps, task, HORIZON)
 
     def _drawn(self, steps: Horizon, task: int, purpose: int) -> int:
-        """The number of steps of this task in this meta-step."""
+        """The value of a horizon for this task in this meta-step."""
         if not callable(steps):
             return steps
         return steps(
@@ -333,16 +351,16 @@ class HypergradientDescent:
         )
 
     def _sizes(self) -> list[Tensor | None]:
-        """The unit that each trained hyperparameter is measured in; None: 1.
+        """The unit in which each trained hyperparameter is measured; None for 1.
 
-        Gradients, their norms and the optimiser's steps are those of hyperparameters in these
-        units, of which rules say that they suit them (LearningRule.step_sizes).
+        Gradients, their norms and the optimiser's steps refer to hyperparameters in these units,
+        which the rule chooses (LearningRule.step_sizes).
         """
         sizes = {f"rule.{name}": size for name, size in self.rule.step_sizes().items()}
         return [sizes.get(name) for name in self._trained()]
 
     def _collect(self, gradients: list[list[Tensor]]) -> float:
-        """Adds the mean of the clipped hypergradients to what is pending; their mean norm."""
+        """Add the mean of the clipped hypergradients to the pending ones; returns the mean norm."""
         norms = [torch.nn.utils.get_total_norm(gradient).item() for gradient in gradients]
         for gradient, norm in zip(gradients, norms, strict=True):
             scale = 1.0 / len(gradients)
@@ -368,7 +386,10 @@ class HypergradientDescent:
             self._remove_terms_that_changed_sign(before)
 
     def _make_step(self, rate: float) -> None:
-        """A step of the optimiser, none where what it takes or gives is not finite."""
+        """Make a step of the optimiser; the hyperparameters are unchanged if it is not finite.
+
+        Raises NonFiniteError if a gradient, or a hyperparameter after the step, is not finite.
+        """
         where, trained = f"meta-step {self.metastep + 1}", self._trained()
         for name, p in trained.items():
             check_finite(p.grad.square(), f"{where}, hypergradient and penalties of {name}")
@@ -388,10 +409,10 @@ class HypergradientDescent:
             raise
 
     def _add_penalties(self, width: float) -> None:
-        """Adds the gradients of l1 sqrt(psi^2 + width^2) + l2/2 psi^2 for the rule's coefficients.
+        """Add the gradients of l1 sqrt(psi^2 + width^2) + l2/2 psi^2 for the rule's coefficients.
 
-        Adam moves by about the learning rate however small a gradient is; an L1 norm that is
-        rounded off over this width lets it come to rest at 0.
+        Adam moves by about the learning rate however small a gradient is. Smoothing the L1 norm
+        over this width allows coefficients to come to rest at 0.
         """
         l1, l2 = (
             s(self.metastep) if callable(s) else s for s in (self.settings.l1, self.settings.l2)
@@ -430,14 +451,15 @@ class HypergradientDescent:
     # ---- state ----
 
     def use_average(self) -> None:
-        """Puts the running averages in the place of the last values, for good."""
+        """Replace the hyperparameters by their running averages."""
         with torch.no_grad():
             for name, p in self._trained().items():
                 p.copy_(self.average[name])
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs, in plain containers of tensors; the same in every process,
-        all of which must call it together.
+        """Everything that a resumed run needs, in plain containers of tensors.
+
+        It is the same in every process; all of them must call it together.
         """
         return {
             "metastep": self.metastep,
@@ -452,15 +474,15 @@ class HypergradientDescent:
         }
 
     def _carried_by_all(self) -> list[Params | None]:
-        """The parameters that go on to the next meta-step, of all tasks."""
+        """The parameters of all tasks that the next meta-step continues from."""
         ours = {task: self.carried[task] for task in self.team.share(self.settings.tasks)}
         carried = {k: v for share in self.team.gathered(ours) for k, v in share.items()}
         return [carried[task] for task in range(self.settings.tasks)]
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up a run where `state_dict` left it."""
+        """Resume a run from the result of `state_dict`."""
         self.metastep, self.removals = state["metastep"], list(state["removals"])
-        self.stopped = state.get("stopped", False)  # a run of before there was stop_below
+        self.stopped = state.get("stopped", False)  # missing in older runs
         for keep in self.removals:
             self.rule.keep(keep)
         for name, module in self.trainings[0].modules.items():
@@ -481,7 +503,7 @@ class HypergradientDescent:
 
 @dataclass(frozen=True)
 class _ExactLoss:
-    """An outer loss whose matrix products are exact, whatever those of the training are."""
+    """An outer loss with exact matrix products, whatever the precision of the training's."""
 
     outer_loss: OuterLoss
     products: Products
@@ -498,7 +520,7 @@ class _ExactLoss:
 
 
 def check_shared(trainings: Sequence[Training]) -> None:
-    """Raises MetaError where trainings of one meta-run have hyperparameters of their own."""
+    """Raises MetaError if the trainings of one meta-run do not share their hyperparameters."""
     first = trainings[0]
     for other in trainings[1:]:
         same = list(first.hyperparameters) == list(other.hyperparameters) and all(
@@ -514,9 +536,9 @@ def check_shared(trainings: Sequence[Training]) -> None:
 def evaluate_draws(
     log: RunLog, training: Training, draws: Sequence[Draw]
 ) -> tuple[list[dict[str, float]], Params, bool]:
-    """What `evaluate_training` says of each draw; what is not finite is left out.
+    """The numbers of `evaluate_training` for each draw, the last parameters, and whether all ran.
 
-    Returns the numbers, the last parameters, and False where Ctrl-C ended it before its time.
+    Draws that are not finite are left out with a warning. Ctrl-C ends the loop early.
     """
     rows, params = [], []
     with (

@@ -6,10 +6,10 @@
     python learn_to_optimize.py --resume runs/learn_to_optimize-...
     torchrun --nproc_per_node 2 learn_to_optimize.py relu20 --tasks 4
 
-The optimiser sees the first half of the training images; it is judged on the second, in runs with
-new initial parameters, on each optimizee of --compare. Each baseline runs at its default rate and
-at the best of ten, found on the first half. The frozen optimiser is left in optimizer.json, for
-LearnedOptimizer and --start_from.
+The optimiser is meta-trained on the first half of the training images and judged on the second, in
+runs with new initial parameters, on each optimizee of --compare. Each baseline runs at its default
+rate and at the best of ten, found on the first half. The frozen optimiser is written to
+optimizer.json, for LearnedOptimizer and --start_from.
 """
 
 import json
@@ -42,43 +42,50 @@ def make_parser():
     """The command's flags."""
     parser = common_parser("Learn an optimiser and compare it.", "learn_to_optimize")
     parser.add_argument("optimizee", nargs="?", metavar="OPTIMIZEE",
-        help="such as relu20bn, conv16-32, quadratic (default: sigmoid20)")  # fmt: skip
+        help="network to train on, such as relu20bn, conv16-32 (default: sigmoid20)")  # fmt: skip
     add = parser.add_argument_group("the optimiser").add_argument
     add("--network", choices=NETWORK_KINDS,
-        help="its architecture (default: as in --start_from; lstm)")  # fmt: skip
+        help="architecture of the optimiser (default: as in --start_from, or lstm)")  # fmt: skip
     add("--hidden", type=positive_int, metavar="UNITS",
-        help="units of its layers (default: 20 for lstm, 32 for mlp)")  # fmt: skip
-    add("--raw_gradients", action="store_true", help="lstm: gradients without preprocessing")
+        help="units of the optimiser's layers (default: 20 for lstm, 32 for mlp)")  # fmt: skip
+    add("--raw_gradients", action="store_true",
+        help="give the lstm gradients without preprocessing")  # fmt: skip
     add("--preprocess_factor", type=positive_float, default=10.0, metavar="P",
-        help="lstm: gradients below e^-P are passed on times e^P")  # fmt: skip
-    add("--extra_inputs", choices=EXTRA_INPUTS, nargs="*", default=[], help="lstm: further inputs")
+        help="the lstm's preprocessing multiplies gradients below e^-P by e^P")  # fmt: skip
+    add("--extra_inputs", choices=EXTRA_INPUTS, nargs="*", default=[],
+        help="additional inputs of the lstm")  # fmt: skip
     add("--out_mul", type=positive_float, metavar="FACTOR",
-        help="of its steps (default: as in --start_from; .01 or .1; mlp .001)")  # fmt: skip
+        help="factor of all steps (default: --start_from's, or .01 or .1; mlp .001)")  # fmt: skip
     add("--start_from", type=Path, metavar="RUN", 
-        help="go on from the optimiser of another run, or l2o_optimizer.pt")  # fmt: skip
+        help="start from the optimiser of another run, or from an l2o_optimizer.pt")  # fmt: skip
     add_settings(parser.add_argument_group("meta-training"), MetaTrainingSettings)
     add = parser.add_argument_group("optimizees").add_argument
-    add("--batch_size", type=positive_int, default=BATCH_SIZE, help="images of an inner step")
+    add("--batch_size", type=positive_int, default=BATCH_SIZE,
+        help="images in a batch of an optimizee's training")  # fmt: skip
     add("--classes", type=nonnegative_int, nargs="+", metavar="CLASS",
-        help="of the images (default: all)")  # fmt: skip
-    add("--grey", action="store_true", help="one channel, the mean of the images'")
-    add("--resize", type=positive_int, metavar="PIXELS", help="images of so many by so many")
-    add("--norm_eps", type=positive_float, default=1e-5, help="eps of batch norm")
+        help="use only images of these classes (default: all)")  # fmt: skip
+    add("--grey", action="store_true", help="turn images grey, with the mean of their channels")
+    add("--resize", type=positive_int, metavar="PIXELS", help="resize images to PIXELS x PIXELS")
+    add("--norm_eps", type=positive_float, default=1e-5, help="eps of the optimizees' batch norm")
     add = parser.add_argument_group("comparison").add_argument
-    add("--compare", nargs="*", metavar="OPTIMIZEE", help="default: the one trained on")
-    add("--test_runs", type=positive_int, default=10, help="trainings by each optimiser")
-    add("--test_steps", type=positive_int, default=200, help="of each training")
+    add("--compare", nargs="*", metavar="OPTIMIZEE",
+        help="optimizees to compare optimisers on (default: the one trained on)")  # fmt: skip
+    add("--test_runs", type=positive_int, default=10,
+        help="trainings by each optimiser in the comparison")  # fmt: skip
+    add("--test_steps", type=positive_int, default=200,
+        help="steps of each training in the comparison")  # fmt: skip
     add("--test_images", type=positive_int, default=1000, metavar="N",
-        help="test images that optimizees are judged on")  # fmt: skip
+        help="number of test images that trained optimizees are judged on")  # fmt: skip
     add("--test_every", type=nonnegative_int, default=10, metavar="STEPS",
-        help="when; 0: never")  # fmt: skip
+        help="steps between two judgements on test images; 0: none")  # fmt: skip
     add("--running_statistics", action="store_true",
-        help="batch norm of test images by those of training batches, not their own")  # fmt: skip
+        help="use batch norm statistics of training batches on test images")  # fmt: skip
     add("--lion_shares", type=fraction, nargs="+", default=[], metavar="SHARE",
-        help="SGD and Lion mixed, so much of Lion")  # fmt: skip
-    add("--tuning_runs", type=positive_int, default=3, help="to find the best learning rate")
+        help="also compare mixtures of SGD and Lion with these shares of Lion")  # fmt: skip
+    add("--tuning_runs", type=positive_int, default=3,
+        help="trainings that judge each learning rate of a baseline")  # fmt: skip
     add("--histogram_steps", type=positive_int, nargs="*", default=[1, 5, 10, 30, 100, 500],
-        help="where |u| is counted")  # fmt: skip
+        help="steps at which a histogram of |u| is made")  # fmt: skip
     return parser
 
 
@@ -121,12 +128,12 @@ from learned_optimizer import (
 from mnist_datasets import load_images
 
 SHOWN = ("meta_loss", "last_window_loss", "seconds")
-START = "start.json"  # what a run has started from, lest a change of it change a resumed run
-NOISE_STEPS, NOISE_BATCHES = 50, 100  # of the tail index: where, and over how many minibatches
+START = "start.json"  # a copy of the initial optimiser, so that a resumed run has the same
+NOISE_STEPS, NOISE_BATCHES = 50, 100  # the tail index: at which step, from how many minibatches
 
 
 def check(args, parser) -> None:
-    """UserError where a flag would silently do nothing, or took the name of what is trained on."""
+    """Raise UserError if a flag would have no effect, or has taken the name of the optimizee."""
     if args.optimizee is None and args.compare:
         first = args.compare[0]
         raise UserError(f"--compare takes all names behind it: put OPTIMIZEE, which is trained on, "
@@ -150,9 +157,9 @@ def check(args, parser) -> None:
 
 
 def make_optimizer(args) -> CoordinateNetwork:
-    """The network to train: a new one, or that of --start_from, whose architecture it keeps.
+    """The network to train: a new one, or that of --start_from with its architecture.
 
-    A run that is gone on with has kept its own copy of the latter, in START.
+    A resumed run takes the copy of the latter that it keeps in START.
     """
     if args.start_from is not None:
         return start_from(args)
@@ -171,8 +178,8 @@ def make_optimizer(args) -> CoordinateNetwork:
 
 
 def start_from(args) -> CoordinateNetwork:
-    """The network of --start_from; OptimizerError where flags ask for another one."""
-    directory = args.resume or args.out  # of the latter, where torchrun has restarted the run
+    """The network of --start_from; raises OptimizerError if the flags ask for another one."""
+    directory = args.resume or args.out  # args.out if torchrun has restarted the run
     path = args.start_from
     if path.is_dir():
         theirs = path / "l2o_optimizer.pt"
@@ -194,18 +201,18 @@ def start_from(args) -> CoordinateNetwork:
 
 
 class SteppedMetaTraining(MetaTraining):
-    """A step of the loop is a run; see `run_steps`."""
+    """A MetaTraining whose step is a run; see `run_steps`."""
 
     step = MetaTraining.train_run
 
     @property
     def finished(self) -> bool:
-        """Whether all runs are made."""
+        """Whether all runs are done."""
         return self.run >= self.settings.runs
 
 
 def meta_train(training: SteppedMetaTraining, team: Team, log: RunLog) -> bool:
-    """All runs, and the selection of the best epoch; False where Ctrl-C ended them."""
+    """Do all runs, and select the best epoch; False if interrupted by Ctrl-C."""
     total = training.settings.runs
     finished = run_steps(log, training, "run", total, shown=SHOWN, team=team)
     if total:
@@ -214,7 +221,7 @@ def meta_train(training: SteppedMetaTraining, team: Team, log: RunLog) -> bool:
 
 
 def save(training: MetaTraining, source: str, log: RunLog) -> dict:
-    """The optimiser, and what validation has seen of it; what results.json holds so far."""
+    """Write the optimiser and its validation; returns what results.json contains so far."""
     log.write_json("optimizer.json", network_to_dict(training.network))
     validated = math.isfinite(training.best_loss)
     results = {
@@ -235,10 +242,12 @@ def save(training: MetaTraining, source: str, log: RunLog) -> dict:
 def compare(
     args, network: CoordinateNetwork, make, test: HeldOut | None, results: dict, log: RunLog
 ) -> bool:
-    """Every optimiser on every optimizee of --compare; False where Ctrl-C ended it.
+    """Run every optimiser on every optimizee of --compare; False if interrupted by Ctrl-C.
 
-    make(name, half) -> Task, on half 0 or 1 of the training images. test: of images. results: what
-    is known so far; the comparison is added, and written with the curves after each optimiser.
+    make: make(name, half) -> Task, on half 0 or 1 of the training images.
+    test: test images, for optimizees of images.
+    results: the content of results.json, which is extended and written with the curves after each
+        optimiser.
     """
     weights = next(network.parameters())
     names = [args.optimizee] if args.compare is None else args.compare
@@ -284,7 +293,7 @@ def compare(
 
 
 def changed(args, data: ImageData) -> ImageData:
-    """The images that optimizees see."""
+    """The images as optimizees see them."""
     if args.classes is not None:
         data = of_classes(data, args.classes)
     if args.grey:
@@ -293,7 +302,7 @@ def changed(args, data: ImageData) -> ImageData:
 
 
 def held_out(args, test_data: ImageData, dtype: torch.dtype) -> HeldOut | None:
-    """The first test images, where they are looked at."""
+    """The first test images; None if optimizees are not judged on them."""
     if not args.test_every:
         return None
     first = slice(args.test_images)
@@ -302,20 +311,20 @@ def held_out(args, test_data: ImageData, dtype: torch.dtype) -> HeldOut | None:
 
 
 def symmetries_of(task: Task, seed: int) -> list[Symmetry]:
-    """Those of the task's optimizee, and its negative controls."""
+    """The symmetries of the task's optimizee, and its negative controls."""
     batch = next(task.batches(seeded_generator(seed)))
     return find_symmetries(task.optimizee, batch, controls=True)
 
 
 def write_comparison(name: str, outcome: dict, arrays: dict, args, results: dict, log) -> None:
-    """comparison.npz, and results.json with what has been found on one more optimizee."""
+    """Write comparison.npz, and results.json with the outcome for this optimizee."""
     results.setdefault("optimizees", {})[name] = outcome
     log.write_arrays("comparison.npz", arrays)
     log.write_results(results | {"steps": args.test_steps})
 
 
 def say_losses(name: str, summaries: dict, args, log: RunLog) -> None:
-    """A line per optimiser on the screen; of long trainings also the losses at step PUBLISHED."""
+    """Print a line per optimiser; for long trainings also the losses at step PUBLISHED."""
     keys = {args.test_steps: ("loss", "deviation")}
     if args.test_steps > PUBLISHED:
         early = (f"loss_at_{PUBLISHED}", f"deviation_at_{PUBLISHED}")

@@ -1,21 +1,21 @@
-"""Meta-learns a local learning rule for a lateral-inhibitory network on images.
+"""Meta-learns a local learning rule for a network with lateral inhibition on images.
 
     python main.py 32                        one layer of 32 units
     python main.py 32 --rule unit_statistics      units that know statistics and the other view
-    python main.py 256 32                    two layers, each with a rule of its own
+    python main.py 256 32                    two layers, each with its own rule
     python main.py 32 --pair_inputs          a rule for pairs of augmented views
-    python main.py 32 --views mixed --mask 0 0.7 --learn_views degrees      views by their strengths
-    python main.py 32 --rule krotov_hopfield --lr 0.02      competing units' rate and delta
+    python main.py 32 --views mixed --mask 0 0.7 --learn_views degrees      views and their strength
+    python main.py 32 --rule krotov_hopfield --lr 0.02      the rate and delta of competing units
     python main.py --conv 16x5 32x3          convolutional layers, each position a sample
-    python main.py 256 32 --start_from RUN   from the rule that another run has learned
+    python main.py 256 32 --start_from RUN   starts from the rule learned in another run
     python main.py 256 32 --layerwise --start_from RUN       the second layer's, on a fixed first
-    python main.py 32 --rule unit_statistics --search tpe    looked for without gradients
-    python main.py --resume runs/main-...    go on with a run that was ended
-    torchrun --nproc_per_node 2 main.py 32 --tasks 4       tasks spread over processes
+    python main.py 32 --rule unit_statistics --search tpe    a search without gradients
+    python main.py --resume runs/main-...    continues an interrupted run
+    torchrun --nproc_per_node 2 main.py 32 --tasks 4       tasks distributed over processes
 
-The network is trained by the rule for --initial_inner_steps steps (by --raise_by more and more, up
-to --max_inner_steps); the loss of a linear probe on what it has learned is differentiated through
-all of them, to improve the rule and the initial weights.
+The rule trains the network for --initial_inner_steps updates, a number that --raise_by increases up
+to --max_inner_steps. The loss of a linear probe on the resulting features is differentiated through
+all updates, to improve the rule and the initial distribution of the weights.
 """
 
 import argparse
@@ -55,8 +55,8 @@ from krotov_hopfield.choices import gate_needs
 from krotov_hopfield.recipes import LayerPlan, Recipe
 from rules.choices import run_path
 
-# What a flag is where it is not given: for all rules, and by --rule; where nothing stands here, the
-# field of the settings or add_... below says it.
+# Defaults of flags: for all rules, and for each --rule. Flags not listed here have the default of
+# their field in the settings, or that of the add_... functions below.
 FOR_ALL_RULES = {
     "warmup_steps": 100,
     "clip_norm": 100.0,  # with --clip_grads
@@ -110,7 +110,7 @@ INNER_TRAINING = (
 
 
 def make_parser(rule: str = "polynomial") -> argparse.ArgumentParser:
-    """The command's flags, with the defaults for rules of this family."""
+    """The command's flags, with the defaults for this family of rules."""
     parser = common_parser(
         "Meta-learn a local learning rule by hypergradient descent.", "main", several_datasets=True
     )
@@ -131,7 +131,7 @@ def make_parser(rule: str = "polynomial") -> argparse.ArgumentParser:
 
 
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
-    """The flags, with the defaults of the family of rules that is among them, and their parser."""
+    """The flags, with the defaults of the family of rules that they name, and their parser."""
     parser = make_parser()
     args = parse(parser, argv)
     if DEFAULTS.get(args.rule):
@@ -141,102 +141,109 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Ar
 
 
 def add_meta_learning(parser) -> None:
-    """Flags of the meta-steps."""
+    """Add the flags of the meta-steps."""
     group = parser.add_argument_group("meta-learning")
     add = group.add_argument
     add("--start_from", type=run_path, metavar="RUN",
-        help="begin with the rule and initial parameters of this run, or zoo name")  # fmt: skip
+        help="start from the rule and initial parameters of a run or zoo name")  # fmt: skip
     add_settings(group, MetaSettings, META_LEARNING)
     add("--sample_outputs", type=positive_int, metavar="IMAGES",
-        help="record what the network makes of the first so many, at each meta-step")  # fmt: skip
+        help="record the outputs for the first IMAGES images at each meta-step")  # fmt: skip
     add("--clip_grads", action=SwitchWithNumber, number="clip_norm", type=positive_float,
         metavar="NORM",
-        help="bound the norm of each task's hypergradient (by --clip_norm)")  # fmt: skip
+        help="limit the norm of each task's hypergradient to NORM or --clip_norm")  # fmt: skip
     add("--no-clip_grads", dest="clip_grads", action="store_false", default=False,
-        help="do not")  # fmt: skip
+        help="do not limit the norm of hypergradients")  # fmt: skip
     add("--sparsify", action=SwitchWithNumber, number="sparsify_from", type=nonnegative_int,
         metavar="METASTEP",
-        help="remove coefficients that change sign (from --sparsify_from on)")  # fmt: skip
+        help="remove coefficients that change sign (from METASTEP on)")  # fmt: skip
 
 
 def add_search(parser) -> None:
-    """Flags of a search, which goes without hypergradients."""
+    """Add the flags of a search without hypergradients."""
     add_settings(parser.add_argument_group("search in place of hypergradients"), SearchSettings)
 
 
 def add_inner_training(parser) -> None:
-    """Flags of the training that a meta-step differentiates."""
+    """Add the flags of the training that a meta-step differentiates."""
     group = parser.add_argument_group("inner training")
     add = group.add_argument
-    add("--initial_inner_steps", type=positive_int, default=250, help="differentiated updates")
-    add("--max_inner_steps", type=positive_int, default=250, help="where raising them ends")
-    add("--raise_every", type=positive_int, default=100, help="meta-steps between raises")
-    add("--raise_by", type=nonnegative_int, default=0, help="inner steps added at each raise")
+    add("--initial_inner_steps", type=positive_int, default=250,
+        help="initial number of differentiated updates of a training")  # fmt: skip
+    add("--max_inner_steps", type=positive_int, default=250,
+        help="largest number of differentiated updates of a training")  # fmt: skip
+    add("--raise_every", type=positive_int, default=100,
+        help="meta-steps between raises of this number")  # fmt: skip
+    add("--raise_by", type=nonnegative_int, default=0, help="updates that each raise adds")
     add("--horizon", type=positive_int, nargs=2, metavar=("LOW", "HIGH"),
-        help="in their place, for each task a number of updates drawn log-uniformly")  # fmt: skip
+        help="draw each task's number of updates from this range, log-uniformly")  # fmt: skip
     add("--layerwise", action="store_true",
-        help="train layers one after the other, learn the rule of the last")  # fmt: skip
+        help="train layers one after the other, and learn the rule of the last")  # fmt: skip
     add("--steps_below", type=positive_int, nargs="+", default=[], metavar="N",
-        help="updates of each layer before the last (default: as many as the last's)")  # fmt: skip
+        help="updates of each layer before the last (default: as many as the last)")  # fmt: skip
     add("--trainings_below", type=positive_int, metavar="N",
-        help="layers below are of so many trainings (default: one for each task)")  # fmt: skip
-    add("--batch_size", type=positive_int, default=1024, help="images of one update")
+        help="trainings of the layers before the last (default: one for each task)")  # fmt: skip
+    add("--batch_size", type=positive_int, default=1024, help="images in a batch")
     add_settings(group, MetaSettings, INNER_TRAINING)
-    add("--compile", action="store_true", help="compile the update (needs a C++ compiler)")
+    add("--compile", action="store_true", help="compile the rule's update (needs a C++ compiler)")
     add("--pixelwise_normalization", action=PixelNormalization, number="center", type=mean_alone,
         metavar="mean",
-        help="each pixel: mean 0, variance 1; with mean: mean 0, as --center")  # fmt: skip
+        help="give each pixel mean 0 and variance 1; mean: mean 0 only")  # fmt: skip
 
 
 def add_network_and_rule(parser) -> None:
-    """Flags of what is trained, and of the family of rules."""
+    """Add the flags of the network and of the family of rules."""
     group = parser.add_argument_group("network and rule")
     add = group.add_argument
     add("--conv", type=convolution, nargs="+", default=[], metavar="CHANNELSxKERNEL",
-        help="convolutional layers before the others")  # fmt: skip
+        help="convolutional layers before the fully connected ones, such as 16x5")  # fmt: skip
     add("--units_range", type=positive_int, nargs=2, metavar=("LOW", "HIGH"),
-        help="of the last layer in meta-steps, drawn log-uniformly for each task")  # fmt: skip
-    add("--pool", type=positive_int, default=2, help="side of the squares averaged after each")
+        help="draw the last layer's units log-uniformly for each task of a meta-step")  # fmt: skip
+    add("--pool", type=positive_int, default=2,
+        help="side of the squares averaged after each --conv")  # fmt: skip
     add_settings(group, UnitSettings)
     add("--rule", type=rule_name, default="polynomial", metavar="FAMILY",
-        help=f"the family that it is learned in: {', '.join(RULES)}, or a class of your own, as "
+        help=f"family of rules: {', '.join(RULES)}, or a class of your own, as "
              f"{FORM}")  # fmt: skip
-    add("--degree", type=positive_int, default=3, help="total degree of the polynomial")
-    add("--bound", type=nonnegative_float, default=0.1, help="of one update (tanh); 0: none")
-    add("--l2_reg", type=fraction, default=0.0, help="decay of the network's parameters")
+    add("--degree", type=positive_int, default=3, help="total degree of a polynomial rule")
+    add("--bound", type=nonnegative_float, default=0.1,
+        help="limit of a parameter's change in an update (by tanh); 0: none")  # fmt: skip
+    add("--l2_reg", type=fraction, default=0.0,
+        help="decay of the network's parameters in each update")  # fmt: skip
 
 
 def add_unit_statistics(parser) -> None:
-    """Flags of --rule unit_statistics."""
+    """Add the flags of --rule unit_statistics."""
     group = parser.add_argument_group("rule of unit statistics (--rule unit_statistics)")
     add_settings(group, StatisticsSettings)
 
 
 def add_competing_units(parser) -> None:
-    """Flags of --rule krotov_hopfield, as those of train_krotov_hopfield.py."""
+    """Add the flags of --rule krotov_hopfield, which are those of train_krotov_hopfield.py."""
     group = parser.add_argument_group("rule of competing units (--rule krotov_hopfield)")
     add_settings(group, Recipe, ["gate", "normalization"])
     add_settings(group, LayerPlan, ["ranking_param", "lebesgue_p", "delta", "inverse_temperature"])
-    group.add_argument("--rate", type=positive_float, default=0.02, help="learning rate at first")
+    group.add_argument("--rate", type=positive_float, default=0.02, help="initial rate of the rule")
 
 
 def add_probe(parser) -> None:
-    """Flags of what judges a training."""
+    """Add the flags of the probe and the evaluation."""
     group = parser.add_argument_group("probe")
     add = group.add_argument
     add_settings(group, ProbeSettings)
     add("--objective", type=own_code_name, metavar=FORM,
-        help="a function of your own (model, params, images, labels) in the probe's place in "
+        help="a function (model, params, images, labels) that replaces the probe in "
              "meta-steps")  # fmt: skip
-    add("--evaluations", type=positive_int, default=5, help="trainings with the final rule")
+    add("--evaluations", type=positive_int, default=5,
+        help="trainings with the final rule that evaluate it")  # fmt: skip
     add("--evaluation_steps", type=positive_int, metavar="UPDATES",
-        help="of each of them (default: as many as a training made at the end)")  # fmt: skip
+        help="updates of an evaluation's training (default: as in the last meta-step)")  # fmt: skip
     add("--evaluation_batch_size", type=positive_int, metavar="IMAGES",
-        help="of each of their updates (default: --batch_size)")  # fmt: skip
+        help="images in a batch of an evaluation's training (default: --batch_size)")  # fmt: skip
     add("--held_out", type=positive_int, metavar="IMAGES",
-        help="judge on so many training images, held out, not on the test images")  # fmt: skip
+        help="judge on this many held-out training images instead of the test images")  # fmt: skip
     add("--beside", nargs="*", choices=BESIDE, metavar="FEATURES",
-        help=f"other features, judged alike: of {', '.join(BESIDE)}")  # fmt: skip
+        help=f"other features to judge for comparison: {', '.join(BESIDE)}")  # fmt: skip
 
 
 def rule_name(text: str) -> str:
@@ -250,14 +257,14 @@ def rule_name(text: str) -> str:
 
 
 class PixelNormalization(SwitchWithNumber):
-    """The switch, or --center where "mean" follows."""
+    """The switch --pixelwise_normalization, which means --center if "mean" follows."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         setattr(namespace, self.dest if values is None else self.number, True)
 
 
 def mean_alone(text: str) -> str:
-    """The word that may follow --pixelwise_normalization."""
+    """The type of the word that may follow --pixelwise_normalization."""
     if text != "mean":
         raise argparse.ArgumentTypeError(
             f"must be mean, or nothing, not {text!r}; layers stand before it"
@@ -266,7 +273,7 @@ def mean_alone(text: str) -> str:
 
 
 def convolution(text: str | list) -> tuple[int, int]:
-    """Channels and kernel size of a convolutional layer, such as 16x5; saved as [16, 5]."""
+    """Channels and kernel size of a convolutional layer, from 16x5 or, as saved, [16, 5]."""
     text = "x".join(map(str, text)) if isinstance(text, list) else text
     if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", text):
         raise argparse.ArgumentTypeError(
@@ -340,14 +347,14 @@ from rules.unit_statistics import UnitStatisticsRule
 from train import Draw, OuterLoss, Training
 
 NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_images is given
-# --probe_images of the other probes: fewer for each feature, and the fit is perfect, tells nothing
+# --probe_images of the other probes; with fewer per feature, fits are perfect and say nothing
 SAMPLED_IMAGES, SAMPLED_FOR_A_FEATURE, RIDGE_IMAGES = 8192, 256, 2000
 OUTER_IMAGES = {"logistic": 4096, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
-OUTER_IMAGES_IMPLICIT = 1024  # which the fit goes without
+OUTER_IMAGES_IMPLICIT = 1024  # these are excluded from the fit
 
 
 def refuse_flags_without_effect(args, parser) -> None:
-    """UserError where a flag would silently do nothing, and where there is no network."""
+    """Raise UserError if a flag would have no effect, or if there is no network."""
     if not args.layers and not args.conv:
         raise UserError("the network has no layer: give units, such as 32, before flags that take "
                         "several numbers, or --conv 16x5, or both")  # fmt: skip
@@ -365,7 +372,7 @@ def refuse_flags_without_effect(args, parser) -> None:
     raise_asked_for = args.raise_by and args.raise_by != parser.get_default("raise_by")
     if raise_asked_for and first == most and not drawn:
         raise UserError(f"--raise_by needs --initial_inner_steps below --max_inner_steps {most}")
-    Products(args.products)  # refuses what is not to be had here
+    Products(args.products)  # raises an error if they are not available here
     if args.products != "float32" and (args.compile or args.dtype != "float32"):
         raise UserError("--products needs --dtype float32, and goes without --compile")
     if args.compile and args.sparsify:
@@ -430,12 +437,12 @@ def refuse_flags_without_effect(args, parser) -> None:
 
 
 def dataset_names(args) -> list[str]:
-    """Those of --dataset."""
+    """The names of the data sets."""
     return args.dataset if isinstance(args.dataset, list) else [args.dataset]
 
 
 def load_judged(args, name: str) -> tuple[ImageData, ImageData]:
-    """Images to train on, and those to judge by: the test images, or some that are held out."""
+    """Training images, and the images to judge on: the test images or held-out training images."""
     train_data, test_data = load_images(name, args.data_dir)
     return hold_out(train_data, args.held_out) if args.held_out else (train_data, test_data)
 
@@ -450,9 +457,11 @@ def make_data(args, name: str, team: Team, device: torch.device) -> tuple[ImageD
 
 
 def make_model(args, input_shape: tuple[int, int, int], last_units: int | None = None) -> nn.Module:
-    """The network, without parameters; UserError where its convolutions do not fit the images.
+    """The network, without parameters.
 
-    last_units: of its last layer, where these are not as the flags say.
+    Raises UserError if its convolutions do not fit the images.
+
+    last_units: the units of its last layer, if not those of the flags.
     """
     layers = args.layers if last_units is None else [*args.layers[:-1], last_units]
     try:
@@ -462,7 +471,7 @@ def make_model(args, input_shape: tuple[int, int, int], last_units: int | None =
 
 
 def make_models(args, input_shape: tuple[int, int, int]) -> Callable[[Generator], nn.Module] | None:
-    """Draws the network of each task, where --units_range says so."""
+    """A function that draws the network of each task, or None without --units_range."""
     if not args.units_range:
         return None
     low, high = args.units_range
@@ -472,13 +481,13 @@ def make_models(args, input_shape: tuple[int, int, int]) -> Callable[[Generator]
 
 
 def make_rule(args, own: Mapping[str, OwnCode]) -> PerLayerRule:
-    """One rule per layer; with --layerwise the last one's is learned."""
+    """One rule per layer, of which --layerwise learns the last."""
     per_layer = LayerwiseRule if args.layerwise else PerLayerRule
     return per_layer([make_layer_rule(args, own) for _ in (*args.conv, *args.layers)])
 
 
 def make_layer_rule(args, own: Mapping[str, OwnCode]) -> LearningRule:
-    """Sums of terms with all coefficients 0, or competition as the flags say."""
+    """The rule of a layer: a sum of terms with coefficients 0, competition, or your own."""
     if args.rule == "krotov_hopfield":
         return make_competing_rule(args)
     if args.rule == "unit_statistics":
@@ -497,7 +506,7 @@ def make_layer_rule(args, own: Mapping[str, OwnCode]) -> LearningRule:
 
 
 def make_statistics_rule(args) -> UnitStatisticsRule:
-    """The terms of the flags, their coefficients 0."""
+    """A rule with the terms of the flags, whose coefficients are 0."""
     settings = settings_of(args, StatisticsSettings)
     return UnitStatisticsRule.of_terms(
         settings.terms,
@@ -510,9 +519,9 @@ def make_statistics_rule(args) -> UnitStatisticsRule:
 
 
 def make_competing_rule(args) -> KrotovHopfieldRule:
-    """The rule of competing units at the rate, delta and temperature that it is learned from.
+    """The rule of competing units, with the rate, delta and temperature that learning starts from.
 
-    Raises RuleError where a layer has fewer units than it ranks.
+    Raises RuleError if a layer has fewer units than are ranked.
     """
     names = ("delta", "inverse_temperature", "gate", "ranking_param", "lebesgue_p", "normalization")
     rule = KrotovHopfieldRule(args.rate, **{name: getattr(args, name) for name in names})
@@ -522,7 +531,7 @@ def make_competing_rule(args) -> KrotovHopfieldRule:
 
 
 def make_own_rule(args, kind: type) -> LearningRule:
-    """A rule of a class of the user's own, as it is made without arguments."""
+    """A rule of the user's own class, which is called without arguments."""
     if not (isinstance(kind, type) and issubclass(kind, LearningRule)):
         raise UserError(f"{args.rule} is no class of learning_rules.LearningRule")
     rule, views = kind(), 2 if views_of_flags(args) else 1
@@ -535,8 +544,9 @@ def make_own_rule(args, kind: type) -> LearningRule:
 
 
 def make_initializer(args) -> nn.Module:
-    """The initial distribution, trained where it can be; with --layerwise one for each layer, of
-    which the last one's is.
+    """The initial distribution, trained if the method allows it.
+
+    With --layerwise each layer has its own, of which only the last is trained.
     """
     from_start = args.reinitialize_every == 1 and not args.ungraded_steps
     trainable = from_start and "initializer" in METHODS[args.method].reaches
@@ -547,9 +557,9 @@ def make_initializer(args) -> nn.Module:
 
 
 def make_layer_initializer(args, trainable: bool) -> GaussianInitializer | SpreadInitializer:
-    """Spread of w, means of b and m, which start without spread.
+    """The spread of w and the means of b and m, which have no spread.
 
-    For rules of unit statistics the spread alone, on a logarithmic scale.
+    For rules of unit statistics, only the spread of w, on a logarithmic scale.
     """
     if args.rule == "unit_statistics":
         return SpreadInitializer(args.spread, trainable=trainable)
@@ -561,9 +571,9 @@ def make_layer_initializer(args, trainable: bool) -> GaussianInitializer | Sprea
 def begin_with(
     run: LearnedRun, rule: PerLayerRule, initializer: nn.Module, batches: Callable
 ) -> None:
-    """Takes the coefficients, initial distribution and learned views that a run has ended with.
+    """Take over the coefficients, initial distribution and learned views that a run ended with.
 
-    Layers beyond that run's take the rule of its last one.
+    Layers beyond that run's get the rule of its last layer. Raises UserError if it lacks a value.
     """
     layers = run.rule.rules
     for k, of_layer in enumerate(rule.rules):
@@ -580,7 +590,10 @@ def begin_with(
 def make_outer_loss(
     args, initializer: nn.Module, data: Sequence[ImageData], own: Mapping[str, OwnCode]
 ) -> OuterLoss:
-    """What judges a training in a meta-step, on training and test images or some of them."""
+    """The loss that judges a training in a meta-step.
+
+    data: training and test images.
+    """
     if "objective" in own:
         return FunctionLoss(own["objective"].value, data[0], images=args.outer_images)
     if args.probe == "ridge":
@@ -596,7 +609,7 @@ def make_outer_loss(
 
 
 def make_probe(args, train_data: ImageData, test_data: ImageData) -> ProbeLoss:
-    """The logistic probe on these images."""
+    """The logistic probe on these training and test images."""
     return ProbeLoss(
         train_data,
         test_data,
@@ -607,35 +620,35 @@ def make_probe(args, train_data: ImageData, test_data: ImageData) -> ProbeLoss:
 
 
 def default_outer_images(args) -> int:
-    """--outer_images where it is not given."""
+    """The default of --outer_images."""
     implicit = args.probe == "logistic" and args.probe_gradient == "implicit"
     return OUTER_IMAGES_IMPLICIT if implicit else OUTER_IMAGES[args.probe]
 
 
 def count_features(model: nn.Module, initializer, data: ImageData) -> int:
-    """How many numbers the model makes of an image, for the probe."""
+    """The number of features per image that the probe gets."""
     return extract_features(model, initializer(model), data.subset(slice(1))).shape[1]
 
 
 def make_batches(
     args, data: ImageData, dtype: torch.dtype, size: int
 ) -> Callable[[Generator], Iterator]:
-    """Batches or pairs of batches of this size, in an order that a generator draws."""
+    """A function from a generator to batches, or pairs of batches, of this size in random order."""
     strengths = views_of_flags(args)
     if strengths is None:
         draw = partial(batches, data, size, dtype=dtype)
     else:
         draw = Views(data, size, strengths, learn=args.learn_views, dtype=dtype)
         draw.to(data.images.device, dtype)
-    next(draw(seeded_generator(0)))  # refuses a wrong batch size
+    next(draw(seeded_generator(0)))  # raises an error for a wrong batch size
     return draw
 
 
 def make_streams(
     args, sets: Sequence[ImageData], dtype: torch.dtype
 ) -> list[Callable[[Generator], Iterator]]:
-    """`make_batches` of each data set; learned strengths of views are the same for all."""
-    for data in sets:  # refused before anything is learned
+    """`make_batches` for each data set; the learned strengths of views are shared."""
+    for data in sets:  # raises errors before anything is learned
         make_batches(args, data, dtype, args.evaluation_batch_size or args.batch_size)
     streams = [make_batches(args, data, dtype, args.batch_size) for data in sets]
     for stream in streams[1:]:
@@ -645,7 +658,10 @@ def make_streams(
 
 
 def make_training(args, parts: tuple, inputs: Inputs) -> Training:
-    """Of the parts of a Training; of all layers at once, or one after the other."""
+    """A Training, of all layers at once or of one after the other.
+
+    parts: the positional arguments of Training.
+    """
     if args.layerwise:
         return LayerwiseTraining(
             *parts,
@@ -657,10 +673,13 @@ def make_training(args, parts: tuple, inputs: Inputs) -> Training:
 
 
 def compile_update(training: Training) -> None:
-    """Has the rule's update compiled; about twenty seconds, results the same up to rounding."""
+    """Compile the rule's update, which takes about twenty seconds; results agree up to rounding.
+
+    Raises UserError if there is no C++ compiler.
+    """
     rule, model = training.rule, training.model
     params, batch = training.initializer(model), next(training.batches(seeded_generator(0)))
-    rule.update(model, params, batch)  # lays out the sums, which a compiler could not trace
+    rule.update(model, params, batch)  # prepares its sums, which can't be traced
     rule.update = torch.compile(rule.update, dynamic=False)
     try:
         rule.update(model, params, batch)
@@ -686,12 +705,12 @@ def make_settings(args) -> MetaSettings:
 
 
 def make_search_settings(args) -> SearchSettings:
-    """Those of a search, from the flags."""
+    """The settings of a search from the flags."""
     return settings_of(args, SearchSettings, trials=args.metasteps, inner_steps=make_horizon(args))
 
 
 def make_horizon(args) -> Horizon:
-    """How many updates a task makes."""
+    """The number of updates of a task."""
     if args.method == "pes":
         return args.K
     if args.horizon:
@@ -702,16 +721,16 @@ def make_horizon(args) -> Horizon:
 
 
 def windows(args) -> int:
-    """Of --method pes: meta-steps of one training, whose length is rounded up to whole windows."""
+    """For --method pes, the meta-steps of one training, whose length is rounded up to windows."""
     return math.ceil(args.initial_inner_steps / args.K)
 
 
 def learn(
     args, trainings: Sequence[Training], log: RunLog, recorded, samples: Tensor | None, team: Team
 ) -> bool:
-    """The rule, by hypergradients or a search; False where Ctrl-C ended it before its time."""
+    """Learn the rule by hypergradients or a search; False if interrupted by Ctrl-C."""
     if args.search:
-        from sweeps.rule_search import search_rule  # which needs Optuna
+        from sweeps.rule_search import search_rule  # needs Optuna
 
         settings = make_search_settings(args)
         return search_rule(trainings, settings, log, hyperparameters=recorded, team=team)
@@ -722,7 +741,7 @@ def learn(
 
 
 def make_samples(args, data: ImageData, dtype: torch.dtype) -> Tensor | None:
-    """The training images of --sample_outputs, none without it."""
+    """The training images of --sample_outputs; None without it."""
     return data.floats(slice(args.sample_outputs), dtype) if args.sample_outputs else None
 
 
@@ -746,13 +765,15 @@ def evaluate_and_report(
     sets: Sequence[tuple[ImageData, ImageData]],
     finished: bool,
 ) -> bool:
-    """The rule, what trainings by it come to (one, where meta-training was interrupted), figures.
+    """Write the rule, results of trainings with it, and figures; False if interrupted by Ctrl-C.
 
-    sets: training and test images of each training, all of which the probe takes. Parameters and
-    effects are those of the first. False where Ctrl-C ended it.
+    If meta-training was interrupted, there is only one training. Parameters and effects are those
+    of the first data set.
+
+    sets: training and test images for each training, all of which are used by the probe.
     """
     first, steps = trainings[0], steps_to_judge(vars(args), log.step)
-    write_rule(log, first.rule)  # also where no training by it should be finite
+    write_rule(log, first.rule)  # even if no training with it is finite
     count = args.evaluations if finished else 1
     draws = [Draw((args.seed, EVALUATION, k), steps) for k in range(count)]
     rows, params, evaluated = [], [], True
@@ -772,8 +793,9 @@ def evaluate_and_report(
 
 
 def judged_training(args, training: Training, data: tuple[ImageData, ImageData]) -> Training:
-    """The same in batches of an evaluation's size, from new draws of all layers, judged by the
-    whole probe.
+    """The training as it is evaluated: with the evaluation's batch size, probed on all images.
+
+    All layers are drawn anew.
     """
     whole = replace(training, outer_loss=make_probe(args, *data))
     if isinstance(whole, LayerwiseTraining):
@@ -793,7 +815,10 @@ def judge_references(
     sets: Sequence[tuple[ImageData, ImageData]],
     steps: int,
 ) -> dict[str, dict[str, list[float]]]:
-    """Test accuracies of what --beside names, by data set; none without layers of units."""
+    """Test accuracies of the features named by --beside, by data set and name.
+
+    The dict is empty without --beside, or without layers of units.
+    """
     if not args.beside or not args.layers:
         return {}
     judged, draws = {}, args.evaluations
@@ -816,7 +841,7 @@ def judge_references(
 
 
 def measure_effects(training: Training, draw: Draw) -> dict[str, float]:
-    """The effects of the rule's terms in a training with the final rule."""
+    """The effects of the rule's terms during a training with the final rule."""
     rule, (params, stream) = training.rule, training.begin(draw)
     return term_effects(rule, term_grams(rule, training.model, params, stream, steps=draw.steps))
 
@@ -831,18 +856,21 @@ def report(
     effects: dict,
     others: dict,
 ) -> None:
-    """Rule, parameters, results and figures as files; the formula and accuracies on the screen.
+    """Write rule, parameters, results and figures; print the formula and the accuracies.
 
-    data: training images of each data set, training and params of the first; rows: of all trainings
-    with the final rule, of so many steps; params: those that the last one of the first data set
-    ended with; others: of `judge_references`.
+    training, params: those of the first data set; params as the last evaluation ended.
+    data: training images of each data set.
+    steps: updates of each evaluation.
+    rows: numbers of all evaluations.
+    effects: by term; {} if there are none.
+    others: the result of `judge_references`.
     """
     write_rule(log, training.rule, effects or None)
     log.write_parameters(params, data[0].shape)
     views = training.batches
     text = partial(accuracy_text, held_out=bool(log.config["held_out"]))
     by_dataset = accuracies_by_dataset(rows)
-    # Over the means of the data sets, draw by draw.
+    # the mean over data sets of each draw
     means = [sum(some) / len(some) for some in zip(*by_dataset.values(), strict=False)]
     accuracies = mean_and_deviation("test_accuracy", means)
     each = {name: mean_and_deviation("test_accuracy", v) for name, v in by_dataset.items()}
@@ -876,7 +904,7 @@ def report(
 
 
 def accuracies_by_dataset(rows: Sequence[dict]) -> dict[str, list[float]]:
-    """Test accuracies by the name of the data set, "" where there is one without a name."""
+    """Test accuracies by the name of the data set, which is "" if there is only one."""
     accuracies: dict[str, list[float]] = {}
     for row in rows:
         accuracies.setdefault(row.get("dataset", ""), []).append(row["test_accuracy"])

@@ -37,18 +37,19 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = figure("rules", "learned rules beside each other and beside classical ones")
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories that hold a rule.json")
-    add("--classical", nargs="+", default=[], metavar="NAME", help="such as oja, hebb, foldiak")
+    add("--classical", nargs="+", default=[], metavar="NAME",
+        help="classical rules, such as oja, hebb, foldiak")  # fmt: skip
     add("--by", choices=(EFFECT, COEFFICIENT),
-        help="what a term's size is (default: effect, where every RUN tells it)")  # fmt: skip
-    add("--out", type=png_file, metavar="FILE", help="PNG (default: beside the first RUN's)")
+        help="what a term's size shows (default: effect, if every RUN has it)")  # fmt: skip
+    add("--out", type=png_file, metavar="FILE", help="PNG file (default: beside the first RUN's)")
 
     add = figure("one_pass", "runs of tune_one_pass.py compared: a table and every figure")
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
     add("--out", type=Path, metavar="DIR",
-        help="for table and figures (default: report/ in the first RUN)")  # fmt: skip
+        help="folder of table and figures (default: report/ in the first RUN)")  # fmt: skip
     add = figure("losses", "final losses of optimisers on the optimizees of their comparisons")
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of learn_to_optimize.py")
-    add("--out", type=png_file, metavar="FILE", help="PNG (default: beside the first RUN's)")
+    add("--out", type=png_file, metavar="FILE", help="PNG file (default: beside the first RUN's)")
     return parser
 
 

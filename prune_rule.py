@@ -42,19 +42,20 @@ def make_parser():
     parser = common_parser("Shorten a learned rule, term by term.", "prune_rule")
     parser.set_defaults(dataset=None)  # None: that of RUN
     parser.add_argument("run", type=run_path, metavar="RUN",
-                        help="directory of main.py, or a name in the zoo")  # fmt: skip
+                        help="directory of a run of main.py, or a name in the zoo")  # fmt: skip
     add = parser.add_argument_group("pruning").add_argument
-    add("--terms", type=positive_int, nargs="+", default=TERMS, help="how many terms to judge")
+    add("--terms", type=positive_int, nargs="+", default=TERMS, help="numbers of terms to judge")
     add("--try_below", type=nonnegative_int, default=20, metavar="TERMS",
-        help="from so many terms on, try who may go")  # fmt: skip
-    add("--candidates", type=positive_int, default=10, help="so many at each removal")
-    add("--trials", type=positive_int, default=2, help="trainings that measure a change or a loss")
+        help="from this number of terms on, try which term to remove")  # fmt: skip
+    add("--candidates", type=positive_int, default=10, help="terms to try at each removal")
+    add("--trials", type=positive_int, default=2,
+        help="trainings that measure a loss or the effects")  # fmt: skip
     add = parser.add_argument_group("judgement").add_argument
     add("--evaluations", "--seeds", dest="seeds", type=positive_int, default=3, metavar="N",
-        help="trainings by each rule judged")  # fmt: skip
-    add("--inner_steps", type=positive_int, help="updates of a training (default: as RUN's last)")
+        help="trainings with each rule that is judged")  # fmt: skip
+    add("--inner_steps", type=positive_int, help="updates of a training (default: as at RUN's end)")
     add("--tolerance", type=nonnegative_float, default=0.005, metavar="FRACTION",
-        help="the shortest rule may lose so much training accuracy")  # fmt: skip
+        help="training accuracy that the shortest rule may lose")  # fmt: skip
     return parser
 
 

@@ -76,30 +76,36 @@ def make_parser():
     add = parser.add_argument_group("search").add_argument
     add("--search", type=searched_flag, nargs="+", action="extend", required=True,
         metavar="FLAG=RANGE",
-        help="LOW:HIGH, log:, int: or step:LOW:HIGH:STEP, choice:A,B,...")  # fmt: skip
-    add("--method", choices=METHODS, default="random", help="how values are chosen")
+        help="flag=LOW:HIGH, also log:, int: or step:LOW:HIGH:STEP, or choice:A,B,...")  # fmt: skip
+    add("--method", choices=METHODS, default="random", help="how values of flags are chosen")
     add("--trials", type=positive_int, metavar="N",
-        help=f"draws, each run for every variant (default: {TRIALS}; of a grid: all)")  # fmt: skip
+        help=f"draws, each run with all variants (default: {TRIALS}; grid: all)")  # fmt: skip
     add("--variant", type=variant, action="append", metavar='"NAME=ARGUMENTS"',
-        help="further arguments; may come several times, all on the same draws")  # fmt: skip
+        help="more arguments; may be given several times, all for the same draws")  # fmt: skip
     add("--startup", type=positive_int, default=5, metavar="N",
-        help="tpe, gp: random draws first; population: its size; --watch: never ended")  # fmt: skip
+        help="first trials: random (tpe, gp), a population, or never ended (--watch)")  # fmt: skip
     add = parser.add_argument_group("value").add_argument
     add("--metric", required=True, metavar="KEY",
-        help="of results.json; a.b is b in a, a number counts in a list")  # fmt: skip
-    add("--direction", choices=("minimize", "maximize"), default="minimize", help="what is better")
+        help="value in results.json; a.b is b in a, and a.0 the first entry of a list")  # fmt: skip
+    add("--direction", choices=("minimize", "maximize"), default="minimize",
+        help="which values are better")  # fmt: skip
     add("--watch", metavar="COLUMN",
-        help="of metrics.csv: trials bad in it are ended while they run")  # fmt: skip
-    add("--min_steps", type=positive_int, default=1, metavar="STEP", help="not before this one")
+        help="end trials early whose values in this column of metrics.csv are bad")  # fmt: skip
+    add("--min_steps", type=positive_int, default=1, metavar="STEP",
+        help="first step at which a trial may end")  # fmt: skip
     add("--reduction", type=positive_int, default=4, metavar="N",
-        help="asha: one in N goes on, N times as far")  # fmt: skip
+        help="with asha, one trial in N continues, N times as far")  # fmt: skip
     add = parser.add_argument_group("machines").add_argument
-    add("--workers", type=positive_int, default=1, metavar="N", help="trials at once")
+    add("--workers", type=positive_int, default=1, metavar="N",
+        help="number of trials that run at once")  # fmt: skip
     add("--storage", metavar="URL", help="database of the study (default: a journal file in DIR)")
-    add("--study", metavar="NAME", help="the study's name there (default: the name of DIR)")
-    add("--share", type=positive_int, metavar="N", help="end after so many trials (default: none)")
+    add("--study", metavar="NAME",
+        help="name of the study in the database (default: the name of DIR)")  # fmt: skip
+    add("--share", type=positive_int, metavar="N",
+        help="end after this many trials (default: no limit)")  # fmt: skip
     add("--slurm", type=Path, metavar="FILE", help="write an array job to FILE, and run nothing")
-    add("--array_tasks", type=positive_int, default=4, metavar="N", help="tasks of that job")
+    add("--array_tasks", type=positive_int, default=4, metavar="N",
+        help="number of tasks of the array job")  # fmt: skip
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Trains layers of competing hidden units without labels, and a classifier on what they see.
+"""Trains layers of competing hidden units without labels, and classifiers on their features.
 
     python train_krotov_hopfield.py --dataset cifar10 --depth 4           four layers
     python train_krotov_hopfield.py --dataset fashion --depth 5 --classify_after 1 2 3 4 5
@@ -7,9 +7,9 @@
     python train_krotov_hopfield.py --evaluate RUN/classifier_4.pt --dataset cifar10
     python train_krotov_hopfield.py --resume runs/train_krotov_hopfield-...
 
-A preset is a network and everything about its training; flags change single values of it. A layer
-learns by competition alone; what the classifier gets from its features says what they are worth.
---evaluate trains nothing: it judges a network that a run, or BioPyTorch, has saved.
+A preset is a network with all settings of its training; flags change single values. Layers learn by
+competition alone; the accuracy of the classifier shows what their features are worth. --evaluate
+trains nothing: it evaluates a network saved by a run or by BioPyTorch.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from experiment.settings import add_settings
 from krotov_hopfield.choices import AUGMENTATIONS, gate_needs
 from krotov_hopfield.recipes import DEEPEST, RECIPES, LayerPlan, Recipe
 
-# what flags change in the preset: of each layer, a value for all or one for each; and of the whole
+# Flags that change the preset: per layer (one value for all, or one for each), and as a whole
 COMPETITION_OF_LAYERS = ("lebesgue_p", "ranking_param", "delta", "inverse_temperature")
 RATES_OF_LAYERS = ("lr", "lr_end", "lr_speed")
 OF_LAYERS = ("units", "power", *COMPETITION_OF_LAYERS, *RATES_OF_LAYERS)
@@ -46,26 +46,28 @@ CLASSIFIER = (
     "feature_norm", "dropout", "classifier_epochs", "classifier_lr", "classifier_batch_size",
 )  # fmt: skip
 ORDERS = ("one_by_one", "together")
-OF_BIOPYTORCH = {  # flags of its experiments, and what they are here
+OF_BIOPYTORCH = {  # flags of its experiments, and their equivalents here
     "--layers": "--depth", "--random": "--epochs 0", "--data_augment": "--augmentation flip",
     "--restart_db": "another --out of sweep.py",
 }  # fmt: skip
 
 
 class Elsewhere(argparse.Action):
-    """Refuses a flag of BioPyTorch's with the one that it is here."""
+    """Refuses a flag of BioPyTorch and names the equivalent one."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         parser.error(f"{option_string} is {OF_BIOPYTORCH[option_string]} here")
 
 
 def make_parser():
-    """The command's flags; those of the preset are None where they are not given."""
+    """The command's flags; those that change the preset have the default None."""
     parser = common_parser("Train layers of competing hidden units.", "train_krotov_hopfield")
     group = parser.add_argument_group("network (default: the preset's)")
     add = group.add_argument
-    add("--preset", choices=list(RECIPES), default="deep", help="what the flags below change")
-    add("--depth", type=positive_int, metavar="LAYERS", help="layers (default: all of the preset)")
+    add("--preset", choices=list(RECIPES), default="deep",
+        help="the network and its training, which the other flags change")  # fmt: skip
+    add("--depth", type=positive_int, metavar="LAYERS",
+        help="number of layers (default: all of the preset's)")  # fmt: skip
     add_changes(group, LayerPlan, ("units", "power"))
     group = parser.add_argument_group("competition (default: the preset's)")
     add_changes(group, Recipe, COMPETITION)
@@ -73,24 +75,30 @@ def make_parser():
     group = parser.add_argument_group("training of the layers (default: the preset's)")
     add_changes(group, LayerPlan, RATES_OF_LAYERS)
     add_changes(group, Recipe, TRAINING)
-    group.add_argument("--order", choices=ORDERS, help="layers learn one by one, or all at once")
+    group.add_argument("--order", choices=ORDERS,
+        help="train layers one by one, or all of them together")  # fmt: skip
     add_changes(parser.add_argument_group("classifier (default: the preset's)"), Recipe, CLASSIFIER)
     add = parser.add_argument_group("images and rounds").add_argument
-    add("--augmentation", choices=AUGMENTATIONS, default="none", help="flip: crop and mirror")
-    add("--train_images", type=positive_int, metavar="N", help="use so many (default: all)")
-    add("--validation", type=fraction, default=0.2, help="share of them that chooses the epoch")
+    add("--augmentation", choices=AUGMENTATIONS, default="none",
+        help="crop images at random; flip: also mirror half of them")  # fmt: skip
+    add("--train_images", type=positive_int, metavar="N",
+        help="use only the first N training images (default: all)")  # fmt: skip
+    add("--validation", type=fraction, default=0.2,
+        help="fraction of the images held out to select a classifier's epoch")  # fmt: skip
     add("--classify_after", type=positive_int, nargs="+", metavar="LAYER",
-        help="classifiers behind these layers (default: the last)")  # fmt: skip
-    add("--round_batches", type=positive_int, default=100, help="batches between two rows")
-    add("--evaluate", type=Path, metavar="FILE", help="train nothing: judge this saved network")
-    add("--cache", type=nonnegative_float, default=4.0, metavar="GB", help="most for features")
+        help="layers after which a classifier is trained (default: the last)")  # fmt: skip
+    add("--round_batches", type=positive_int, default=100,
+        help="batches of a layer in a round, which is a row of metrics.csv")  # fmt: skip
+    add("--evaluate", type=Path, metavar="FILE", help="only evaluate the network saved in FILE")
+    add("--cache", type=nonnegative_float, default=4.0, metavar="GB",
+        help="largest amount of memory for features that are kept")  # fmt: skip
     for flag in OF_BIOPYTORCH:
         add(flag, nargs="*", action=Elsewhere, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
 def add_changes(group, settings: type, names: Sequence[str]) -> None:
-    """Flags that change these values of the preset."""
+    """Add flags that change these values of the preset."""
     each_layer = settings is LayerPlan
     add_settings(group, settings, names, each_layer=each_layer, **dict.fromkeys(names))
 
@@ -127,7 +135,7 @@ EVALUATED_AT_ONCE = 256  # images
 
 
 def make_recipe(args) -> Recipe:
-    """The preset with what the flags change; UserError where they do not fit it."""
+    """The preset with the changes of the flags; raises UserError if they do not suit it."""
     deepest = DEEPEST[args.preset]
     depth = args.depth or deepest
     if depth > deepest:
@@ -150,7 +158,7 @@ def make_recipe(args) -> Recipe:
 
 
 def refuse_flags_without_effect(args, parser: argparse.ArgumentParser, recipe: Recipe) -> None:
-    """UserError where a flag would silently do nothing."""
+    """Raise UserError if a flag would have no effect."""
     powers = any(plan.activation != "relu" for plan in recipe.layers)
     refuse_idle_flags(args, parser, [
         ("power", powers, "--preset dense or softhebb, whose activations have one"),
@@ -163,13 +171,13 @@ def refuse_flags_without_effect(args, parser: argparse.ArgumentParser, recipe: R
 
 
 class SteppedTraining(LayerwiseTraining):
-    """A step of the loop is a round; see `run_steps`."""
+    """A LayerwiseTraining whose step is a round; see `run_steps`."""
 
     step = LayerwiseTraining.train_round
 
 
 def make_training(args, recipe: Recipe, data, classes: int, dtype) -> SteppedTraining:
-    """The untrained network with its images; refuses what does not fit together."""
+    """The untrained network with its images; raises an error if they don't suit each other."""
     depth = len(recipe.layers)
     after = sorted(set(args.classify_after or [depth]))
     if after[-1] > depth:
@@ -190,7 +198,7 @@ def make_training(args, recipe: Recipe, data, classes: int, dtype) -> SteppedTra
 
 
 def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) -> None:
-    """The accuracies of all classifiers; weights, results and figures as files."""
+    """Print the accuracies of all classifiers; write weights, results and figures."""
     params = [block.layer.state_dict() for block in training.network.blocks]
     log.write_parameters(params, test_data.shape)
     rows, convergence = [], [training.reached.get(k + 1) for k in range(len(params))]
@@ -225,19 +233,19 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
 
 
 def file_of(network: nn.Sequential) -> bytes:
-    """A saved network, for `load_network`."""
+    """The bytes of a saved network, as `load_network` reads it."""
     file = io.BytesIO()
     torch.save(network_to_dict(network), file)
     return file.getvalue()
 
 
 def parameters_of(network: nn.Module) -> int:
-    """How many there are, those of the classifier included."""
+    """The number of parameters, including those of the classifier."""
     return sum(count for _, _, count in parameter_table(network))
 
 
 def say_parameters(network: nn.Module, log: RunLog) -> None:
-    """A table: each layer, the shape of its weights, its parameters; the sum."""
+    """Print a table with each layer, the shape of its weights, its parameters, and their sum."""
     rows = [(name, " x ".join(map(str, shape)), f"{count:,}")
             for name, shape, count in parameter_table(network)]  # fmt: skip
     total = ("all", "", f"{parameters_of(network):,}")
@@ -246,7 +254,10 @@ def say_parameters(network: nn.Module, log: RunLog) -> None:
 
 
 def evaluate(args, parser: argparse.ArgumentParser) -> None:
-    """The test accuracy of a saved network; UserError where it does not take these images."""
+    """Evaluate a saved network on the test images.
+
+    Raises UserError if it does not accept these images.
+    """
     common = {action.dest for action in common_parser("", "train_krotov_hopfield")._actions}
     own = [name for name in vars(args) if name not in {*common, "evaluate"}]
     refuse_idle_flags(args, parser, [(" ".join(own), False, "a training: leave out --evaluate")])
@@ -277,7 +288,7 @@ def evaluate(args, parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def accuracy_of(network: nn.Module, data: ImageData, dtype: torch.dtype) -> float:
-    """The share of images that the network classifies as they are labelled."""
+    """The fraction of images that the network classifies as labelled."""
     right = 0
     for rows in torch.arange(len(data), device=data.images.device).split(EVALUATED_AT_ONCE):
         right += (network(data.floats(rows, dtype)).argmax(1) == data.labels[rows]).sum()

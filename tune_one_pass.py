@@ -1,13 +1,14 @@
-"""Train many runs of SGD at once, each tuning its own hyperparameters as it goes.
+"""Train many runs of SGD at once, each of which tunes its own hyperparameters meanwhile.
 
     python tune_one_pass.py -c configs/energy.yaml configs/ours_lr_momentum.yaml --draws 200
     python tune_one_pass.py -c configs/fashion.yaml configs/random.yaml --lr 0.05 --momentum 0.9
     python tune_one_pass.py -c runs/energy-ours/config.json             the same run again
     python plot.py one_pass runs/energy-ours runs/energy-random
 
--c takes one file for the problem and one for the algorithm; every key is also a flag, and flags
-win. A run is one draw of the initial hyperparameters; all draws are computed together. The run's
-directory holds the medians over the draws in metrics.csv and every draw's numbers in draws.npz.
+-c takes one file for the problem and one for the algorithm. Every key is also a flag, and flags
+take precedence. Each run is a draw of the initial hyperparameters; all draws are computed together.
+The run's directory contains the medians over the draws in metrics.csv and the numbers of every draw
+in draws.npz.
 """
 
 import argparse
@@ -56,7 +57,7 @@ from experiment.yaml_settings import (
 )
 from one_pass.settings import NAMES, SMALLEST_POPULATION, TRANSFORM_KINDS, Settings
 
-# the keys, as Clarke et al. call them, of fields of Settings; and the defaults that differ
+# the keys, as Clarke et al. call them, and their fields of Settings; the defaults that differ
 FIELDS = {
     "method": "method",
     "optimised_hyperparameters": "optimised",
@@ -78,31 +79,47 @@ DEFAULTS = {"method": "fixed", "final_hyperparameter_lr": None}
 
 
 def row_split(text: str) -> int | str:
-    """The type of --split: a seed, or else a text."""
+    """The type of --split: a seed, or any other text."""
     return int(text) if text.isdecimal() else text
 
 
 KEYS = (
-    Key("dataset", str, "energy", "the problem's data", choices=PROBLEMS),
-    Key("model", str, None, "the network; by default the one published", choices=MODELS),
+    Key("dataset", str, "energy", "data set or toy problem", choices=PROBLEMS),
+    Key("model", str, None, "network (default: the published one)", choices=MODELS),
     Key("hidden_sizes", positive_int, [], "units of each hidden layer; none: as published", True),
-    Key("activation", str, "ReLU", "of a perceptron", choices=ACTIVATIONS),
-    Key("standardise", str, "pixels", "mean and deviation, of images", choices=STANDARDISED),
-    *keys_of(Settings, FIELDS, DEFAULTS),
-    Key("network_weight_grad_clipping", mapping, {}, "of the training gradient: {norm: .25}"),
-    Key("total_step_limit", positive_int, None, "weight steps in all, if fewer than both make"),
-    Key("batch_size", positive_int, None, "training and validation samples a step; none: all"),
-    Key("validation_proportion", fraction, 0.0, "of the training data, held out"),
+    Key("activation", str, "ReLU", "activation of a perceptron", choices=ACTIVATIONS),
     Key(
-        "split", row_split, 1, "of the rows: a permutation's seed, published, or a file of numbers"
+        "standardise",
+        str,
+        "pixels",
+        "standardize pixels or channels of images",
+        choices=STANDARDISED,
     ),
-    Key("lr", positive_float, None, "of every draw at the start; none: drawn"),
-    Key("weight_decay", nonnegative_float, None, "of every draw at the start; none: drawn"),
-    Key("momentum", fraction_below_1, None, "of every draw at the start; none: drawn"),
-    Key("lr_multiplier", positive_float, None, "of every draw's stepped_lr; none: drawn"),
-    Key("draws", positive_int, 1, "runs"),
-    Key("first_draw", nonnegative_int, 0, "number of the first one"),
-    Key("log_every", positive_int, None, "weight steps; none: a fortieth of the run"),
+    *keys_of(Settings, FIELDS, DEFAULTS),
+    Key(
+        "network_weight_grad_clipping",
+        mapping,
+        {},
+        "largest norm of the training gradient, as {norm: .25}",
+    ),
+    Key("total_step_limit", positive_int, None, "largest total number of weight steps"),
+    Key("batch_size", positive_int, None, "training or validation samples in a batch; none: all"),
+    Key("validation_proportion", fraction, 0.0, "fraction of the training data to hold out"),
+    Key(
+        "split",
+        row_split,
+        1,
+        "order of rows: a permutation's seed, published, or a file of numbers",
+    ),
+    Key("lr", positive_float, None, "initial learning rate of every draw; none: drawn"),
+    Key("weight_decay", nonnegative_float, None, "initial weight decay of every draw; none: drawn"),
+    Key("momentum", fraction_below_1, None, "initial momentum of every draw; none: drawn"),
+    Key("lr_multiplier", positive_float, None, "factor of every draw's stepped_lr; none: drawn"),
+    Key("draws", positive_int, 1, "number of draws, each of which is a run of SGD"),
+    Key("first_draw", nonnegative_int, 0, "number of the first draw"),
+    Key(
+        "log_every", positive_int, None, "weight steps between records; none: a fortieth of the run"
+    ),
 )
 
 
@@ -113,24 +130,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data-dir", "--data_dir", type=Path, default="data", metavar="DIR", help="data sets")
-    add("-d", dest="device", type=device_name, default=argparse.SUPPRESS, help="as --device")
-    add("-S", "--save_state", type=Path, metavar="FILE", help="write the last state here too")
+    add("-d", dest="device", type=device_name, default=argparse.SUPPRESS,
+        help="the same as --device")  # fmt: skip
+    add("-S", "--save_state", type=Path, metavar="FILE", help="also write the last state to FILE")
     add("-s", "--load_state", type=Path, metavar="FILE", help="start from a state that -S wrote")
-    add("-l", "--log_root", type=Path, metavar="DIR", help="runs are made in it (default: runs)")
-    add(
-        "-g",
-        "--group",
-        "--run_group_name",
-        metavar="NAME",
-        help="of runs that belong together: a folder of log_root",
-    )
-    add(
-        "-n",
-        "--name",
-        "--run_name",
-        metavar="NAME",
-        help="of the run's folder in it (default: by the time)",
-    )
+    add("-l", "--log_root", type=Path, metavar="DIR", help="folder of the runs (default: runs)")
+    add("-g", "--group", "--run_group_name", metavar="NAME",
+        help="folder in log_root, for runs that belong together")  # fmt: skip
+    add("-n", "--name", "--run_name", metavar="NAME",
+        help="name of the run's directory (default: made from the time)")  # fmt: skip
     add_keys(parser, KEYS)
     group = parser.add_argument_group("flags and keys of Clarke et al., translated line by line")
     add_flags(group, THEIR_KEYS)
@@ -176,15 +184,15 @@ from one_pass import (
     initial_state,
 )
 
-# what a draw's random numbers are for; each has a stream of its own
+# the purposes of a draw's random numbers, each of which has its own stream
 HYPERPARAMETERS, WEIGHTS, TRAINING, VALIDATION = range(4)
 
-# methods that take batches of validation samples; that need such samples; that use hypergradients
+# methods that use batches of validation samples; any validation samples; hypergradients
 WITH_VALIDATION_BATCHES = ("look_back", "unrolled")
 VALIDATED = (*WITH_VALIDATION_BATCHES, "population")
 BY_HYPERGRADIENTS = (*WITH_VALIDATION_BATCHES, "successive_gradients")
 
-# what -c takes from a run's config.json beside the settings, and what it leaves out: where that run
+# what -c takes from a run's config.json besides the settings, and what it ignores: where that run
 # wrote, and what it found
 RUN_FLAGS = ("seed", "device", "threads", "dtype", "data_dir", "load_state")
 OF_ONE_RUN = (
@@ -211,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     tuning = make_tuning(args, problem, device, dtype)
     if args.load_state is not None:
         args.state_found = state_digest(args)
-    name_directory(args)  # makes it: only now that nothing can be refused any more
+    name_directory(args)  # makes the directory, now that all settings have been checked
     with open_run(args, "tune_one_pass", problem) as log:
         for note in notes:
             log.say(note)
@@ -225,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse_all(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and a line for each key of Clarke et al. that has become one of ours."""
+    """The flags, and a line for each key of Clarke et al. that was translated to one of ours."""
     notes: list[str] = []
 
     def translate(given: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +247,7 @@ def parse_all(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """Settings that follow from others; UserError where two contradict each other."""
+    """Set values that follow from others; raises UserError if settings contradict each other."""
     args.model = args.model or default_model(args.dataset)
     every = 1 if args.method == "fixed" else args.network_weight_steps
     steps = args.network_weight_steps * args.hyperparameter_steps
@@ -261,7 +269,7 @@ def fill_in(args: argparse.Namespace) -> None:
 
 
 def check_method(args: argparse.Namespace) -> None:
-    """UserError where the method can't do with the settings that it has."""
+    """Raises UserError if the method does not work with its settings."""
     method, tuned, every = args.method, args.optimised_hyperparameters, args.network_weight_steps
     if method in (*BY_HYPERGRADIENTS, "population") and not tuned:
         raise UserError(f"method {method} needs optimised_hyperparameters, such as lr")
@@ -285,7 +293,7 @@ def check_method(args: argparse.Namespace) -> None:
 
 
 def check_idle_settings(args: argparse.Namespace) -> None:
-    """SettingsError or UserError where a setting would do nothing."""
+    """Raises SettingsError or UserError if a setting would have no effect."""
     method, has_validation = args.method, args.dataset in OWN_VALIDATION
     by_hypergradients = f"a method out of {', '.join(BY_HYPERGRADIENTS)}"
     refuse_idle_settings(
@@ -322,7 +330,7 @@ def check_idle_settings(args: argparse.Namespace) -> None:
 
 
 def name_directory(args: argparse.Namespace) -> None:
-    """Make --out of -l, -g and -n, where one of them is given."""
+    """Make --out from -l, -g and -n if any of these is given."""
     parts = (args.log_root, args.group, args.name)
     if parts == (None, None, None) or args.resume is not None:
         return
@@ -333,7 +341,7 @@ def name_directory(args: argparse.Namespace) -> None:
 
 
 def check_tables(args: argparse.Namespace) -> None:
-    """UserError where a setting that is a table holds what it can't."""
+    """Raises UserError if a setting that is a table has a wrong entry."""
     for key, known in (
         ("network_weight_grad_clipping", ("norm",)),
         ("hyperparameter_clipping", NAMES),
@@ -353,14 +361,14 @@ def check_tables(args: argparse.Namespace) -> None:
                 f"for none, not {pair!r}"
             )
     for name, kind in args.transformed_hyperparameters.items():
-        if kind not in TRANSFORM_KINDS:  # it may be anything that YAML knows
+        if kind not in TRANSFORM_KINDS:  # any value of YAML
             raise UserError(
                 f"{name} can be transformed by {', '.join(TRANSFORM_KINDS)}, not {kind!r}"
             )
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from YAML is a number, infinities included."""
+    """Whether a value from YAML is a number; infinities are, nan is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
@@ -384,7 +392,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
 def make_tuning(
     args: argparse.Namespace, problem: Problem, device: torch.device, dtype: torch.dtype
 ) -> Tuning:
-    """All draws at their start; a draw's numbers do not depend on which others run beside it."""
+    """All draws at their start; the numbers of a draw do not depend on the other draws."""
     settings = make_settings(args)
     check_parts(args, problem)
     hyperparameters = initial_hyperparameters(generators(args, HYPERPARAMETERS))
@@ -415,7 +423,7 @@ def make_tuning(
 
 
 def check_parts(args: argparse.Namespace, problem: Problem) -> None:
-    """UserError where training or tuning finds too few samples."""
+    """Raises UserError if there are too few samples for training or tuning."""
     training, validation = len(problem.training[0]), len(problem.validation[0])
     for count, name in ((training, "training"), (validation, "validation")):
         if count == 0 and (name == "training" or args.method in VALIDATED):
@@ -432,7 +440,7 @@ def check_parts(args: argparse.Namespace, problem: Problem) -> None:
 
 
 def generators(args: argparse.Namespace, purpose: int) -> list[Generator]:
-    """One for each draw, seeded by the run's seed, the draw's number and what it is for."""
+    """One generator for each draw, seeded by the run's seed, the draw's number and the purpose."""
     numbers = range(args.first_draw, args.first_draw + args.draws)
     seeds = [np.random.SeedSequence([args.seed, number, purpose]) for number in numbers]
     return [Generator().manual_seed(int(seed.generate_state(1)[0])) for seed in seeds]
@@ -442,10 +450,12 @@ def generators(args: argparse.Namespace, purpose: int) -> list[Generator]:
 
 
 class RecordedTuning:
-    """Trains and tunes all draws from one record to the next: see `run_steps`.
+    """Trains and tunes all draws from one record to the next; see `run_steps`.
 
-    records: the weight steps at which every draw is evaluated, rising, from 0.
-    columns: what was seen then, kept in draws.npz.
+    records: the weight steps at which every draw is evaluated, increasing, from 0.
+
+    Attributes:
+        columns: the numbers of all records, as in draws.npz.
     """
 
     def __init__(
@@ -456,11 +466,11 @@ class RecordedTuning:
 
     @property
     def finished(self) -> bool:
-        """Whether the last record is made."""
+        """Whether the last record is done."""
         return not self.records
 
     def step(self) -> dict[str, float]:
-        """The medians over the draws at the next record."""
+        """Advance to the next record; returns the medians over the draws."""
         number, started = self.records.pop(0), time.perf_counter()
         if number == 0:
             return record(self.problem, self.tuning, self.columns, self.log, seconds=0.0)
@@ -469,11 +479,11 @@ class RecordedTuning:
         return record(self.problem, self.tuning, self.columns, self.log, seconds)
 
     def state_dict(self) -> dict:
-        """What a resumed run needs."""
+        """Everything that a resumed run needs."""
         return checkpoint(self.tuning, self.columns)
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up the run where `state_dict` left it."""
+        """Resume a run from the result of `state_dict`."""
         self.columns = Columns(state["columns"])
         load_tuning(self.tuning, state)
         self.records = [number for number in self.records if number > self.tuning.state.step]
@@ -482,7 +492,7 @@ class RecordedTuning:
 def train_draws(
     args: argparse.Namespace, problem: Problem, tuning: Tuning, log: RunLog
 ) -> tuple[Columns, bool]:
-    """Train, a record and a checkpoint every `log_every` steps; False where Ctrl-C ended it."""
+    """Train, with a record every `log_every` steps; the second value is False after Ctrl-C."""
     records = [*range(0, args.steps, args.log_every), args.steps]
     recorded = RecordedTuning(problem, tuning, records, log)
     compile_loops(tuning)
@@ -493,9 +503,9 @@ def train_draws(
 
 
 def compile_loops(tuning: Tuning) -> None:
-    """Have compiled what would be at its first call, so that it is no part of the training time.
+    """Compile now what would be compiled in the first step, to exclude it from the training time.
 
-    The batches stay as they were.
+    The next batches stay the same.
     """
     state, training = tuning.state, tuning.training
     place = training.state_dict()
@@ -508,7 +518,7 @@ def compile_loops(tuning: Tuning) -> None:
 def record(
     problem: Problem, tuning: Tuning, columns: Columns, log: RunLog, seconds: float
 ) -> dict[str, float]:
-    """Evaluate every draw and keep its numbers in draws.npz; the medians, for metrics.csv."""
+    """Evaluate every draw, write its numbers to draws.npz, and return the medians over draws."""
     started = time.perf_counter()
     row = measured(problem, tuning)
     evaluation = time.perf_counter() - started
@@ -522,7 +532,7 @@ def record(
 def measured(problem: Problem, tuning: Tuning) -> dict[str, np.ndarray]:
     """Losses and hyperparameters of every draw, [D] each.
 
-    A loss is nan where there is no such part; one that was measured and is nan is inf.
+    A loss is nan if the problem lacks that part of the data; a measured loss of nan becomes inf.
     """
     state, numbers = tuning.state, {}
     for title in ("Training", "Validation", "Test"):
@@ -544,7 +554,7 @@ def measured(problem: Problem, tuning: Tuning) -> dict[str, np.ndarray]:
             numbers[f"Unnormalised_Loss/{title}"] = loss * problem.unit
     for name, values in tuning.hyperparameters.items():
         title = {"lr": "Lr", "weight_decay": "Weight_Decay", "momentum": "Momentum"}[name]
-        middle = values.double().log().mean(dim=1).exp()  # of many values the geometric mean
+        middle = values.double().log().mean(dim=1).exp()  # the geometric mean over weights
         numbers[f"Hyperparameter/{title}"] = middle.cpu().numpy()
         if name in tuning.settings.high_dimensional:
             for share, values_there in zip((10, 90), deciles(values), strict=True):
@@ -554,12 +564,12 @@ def measured(problem: Problem, tuning: Tuning) -> dict[str, np.ndarray]:
 
 
 def deciles(values: torch.Tensor) -> np.ndarray:
-    """Below which a tenth, and nine tenths, of each draw's values [D, P] are; [2, D]."""
+    """The first and the ninth decile of each draw's values [D, P], as [2, D]."""
     return np.quantile(values.double().cpu().numpy(), (0.1, 0.9), axis=1)
 
 
 def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: RunLog) -> None:
-    """results.json, the figures, and the final losses on the screen."""
+    """Write results.json and the figures, and print the final losses."""
     losses = final_losses(columns.arrays())
     results = {"data": problem.source, "draws": args.draws, **summary(losses, args.seed)}
     for name in ("Loss/Validation", "Loss/Test", "Accuracy/Test"):
@@ -578,7 +588,7 @@ def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: Ru
 
 
 def checkpoint(tuning: Tuning, columns: Columns) -> dict[str, Any]:
-    """All that goes on changing."""
+    """Everything that changes during a run."""
     samples = [tuning.training, tuning.validation]
     return {
         "state": vars(tuning.state),
@@ -588,7 +598,7 @@ def checkpoint(tuning: Tuning, columns: Columns) -> dict[str, Any]:
 
 
 def load_tuning(tuning: Tuning, saved: dict[str, Any]) -> None:
-    """Go on from what `checkpoint` made."""
+    """Continue from the result of `checkpoint`."""
     tuning.restore(State(**_moved(saved["state"], tuning.state.weights.device)))
     for part, state in zip((tuning.training, tuning.validation), saved["samples"], strict=True):
         if part is not None:
@@ -596,19 +606,19 @@ def load_tuning(tuning: Tuning, saved: dict[str, Any]) -> None:
 
 
 def goes_on(args: argparse.Namespace) -> bool:
-    """Whether the run has a checkpoint to go on from."""
+    """Whether the run is resumed from a checkpoint."""
     return args.resume is not None and has_checkpoint(args.resume)
 
 
 def state_digest(args: argparse.Namespace) -> str | None:
-    """Which state the run began with: that of the file, or the one that it has noted."""
+    """The SHA-256 of the state that the run started from; a resumed run has recorded it."""
     if goes_on(args):
         return read_config(args.resume).get("state_found")
     return digest(args.load_state.read_bytes())
 
 
 def save_state(path: Path, tuning: Tuning) -> None:
-    """Weights, hyperparameters and moments, for -s; in one piece, or not at all."""
+    """Write weights, hyperparameters and moments for -s; the file is complete or unchanged."""
     content = io.BytesIO()
     saved = {"state": vars(tuning.state), "transforms": tuning.settings.transforms}
     torch.save(saved, content)
@@ -616,17 +626,17 @@ def save_state(path: Path, tuning: Tuning) -> None:
 
 
 def read_state(path: Path, expected: State, settings: Settings) -> State:
-    """The start of a run like `expected` from a state that -S wrote.
+    """The start of a run like `expected` from a state written by -S.
 
-    It goes on with the weights, the momentum, the hyperparameters and, where all of those that are
-    tuned have any, the moments of Adam; everything else begins anew. UserError where the state
-    is one of other runs than `expected`.
+    It takes weights, momentum and hyperparameters from the file, and Adam's moments if all tuned
+    hyperparameters have them; everything else starts anew. Raises UserError if the file holds no
+    state, or one of a run unlike `expected`.
     """
     try:
         saved = torch.load(path, map_location=expected.weights.device, weights_only=True)
         state, transforms = State(**saved["state"]), saved["transforms"]
         saved_shapes, here = _shapes(state), _shapes(expected)
-    except Exception as error:  # whatever a damaged file makes the reader raise
+    except Exception as error:  # a damaged file may raise any error
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{path} is not a saved state: {reason}") from error
     for name in {**here, **saved_shapes}:
@@ -654,7 +664,7 @@ def read_state(path: Path, expected: State, settings: Settings) -> State:
 
 
 def _shapes(state: State) -> dict[str, str]:
-    """Shape and type of all that a run takes from a saved state."""
+    """Shape and type of everything that a run takes from a saved state."""
     tensors = {n: getattr(state, n) for n in ("weights", "momentum_buffer", "factor", "updates")}
     tensors |= {f"raw {name}": values for name, values in state.raw.items()}
     tensors |= {f"buffer {name}": values for name, values in state.buffers.items()}

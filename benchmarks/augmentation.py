@@ -1,9 +1,9 @@
-"""Times the augmentation of a batch against torchvision's transforms of one PIL image at a time.
+"""Times the augmentation of a batch, and torchvision's transforms of one PIL image at a time.
 
     python benchmarks/augmentation.py                 # one thread, some seconds
 
-Both pad, rotate, crop and stretch, and change brightness and contrast, with the same settings.
-tests/test_mnist_datasets.py compares the distributions of their results.
+Both pad, rotate, crop and stretch images, and change brightness and contrast, with the same
+settings. tests/test_mnist_datasets.py compares the distributions of their results.
 
     images/s     of ours
 """
@@ -22,11 +22,11 @@ from benchmarks.table import Clock, Row, benchmark_parser, print_table, set_up
 from experiment.command_line import positive_int, run_command
 from mnist_datasets import augment, import_torchvision
 
-AT_MOST = 256  # images in a turn of the slow way; its time is scaled up to the batch
+AT_MOST = 256  # images in a turn of torchvision's; its time is scaled up to the batch
 
 
 def per_image() -> Callable[[Tensor], Tensor]:
-    """torchvision's pipeline on PIL images, one after the other."""
+    """torchvision's pipeline, applied to one PIL image after the other."""
     transforms = import_torchvision().transforms
     pipeline = transforms.Compose(
         [
@@ -42,7 +42,7 @@ def per_image() -> Callable[[Tensor], Tensor]:
 
 
 def rows(batches: list[int], repeat: int, clock: Clock) -> Iterator[Row]:
-    """One for each size of a batch."""
+    """One row for each batch size."""
     generator, slow = torch.Generator().manual_seed(0), per_image()
     for batch in batches:
         shape = batch, 1, 28, 28
@@ -59,7 +59,7 @@ def rows(batches: list[int], repeat: int, clock: Clock) -> Iterator[Row]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one row per batch size."""
+    """Print one row per batch size."""
     parser = benchmark_parser(__doc__, repeat=9)
     parser.add_argument("--batches", type=positive_int, nargs="+", default=[256, 1024])
     arguments = parser.parse_args(argv)

@@ -1,16 +1,16 @@
-"""Times one update of competing units, beside the forward pass and beside formulations by products.
+"""Times an update of competing units, next to the forward pass and to formulations by products.
 
     python benchmarks/competing_layers.py                 # one thread, under a minute
     python benchmarks/competing_layers.py --repeat 15 --delta 0.1 --k 5
 
 Convolutions: the layers of the CIFAR-10 architecture, on batches of 64.
-obvious: a gate for each channel and position, and a convolution with the gates for its weights,
-    whose gradient is g^T x.
-limit: the forward pass of nn.Conv2d; no update can do without it.
+obvious: a gate for each channel and position, and g^T x as the gradient of a convolution with the
+    gates as weights.
+limit: the forward pass of nn.Conv2d, which no update can do without.
 Fully connected: 784 inputs, 2000 units, batch 100. obvious: both products, c = f(W) x and g^T x,
-    and whole matrices in between; limit: the product c alone, f(W) given.
+    with whole matrices in between; limit: only the product c, for a given f(W).
 
-    largest     numbers in the largest tensor of an update, relative to input and output together
+    largest     elements of the largest tensor in an update, relative to input plus output
 """
 
 import sys
@@ -37,7 +37,7 @@ INPUTS, UNITS, BATCH, IMAGES, RATE = 784, 2000, 100, 64, 1e-3
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes how many numbers the largest tensor has that any operation makes, views apart."""
+    """Records how many elements the largest tensor has that any operation makes, except views."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class LargestTensor(TorchDispatchMode):
 
 @torch.no_grad()
 def by_products(layer: BioConv2d | BioLinear, x: Tensor) -> None:
-    """The update with dense gates, as the formulas stand; inputs are normalised as by the layer."""
+    """The update with dense gates, as in the formulas; inputs are normalized as in the layer."""
     convolution = isinstance(layer, BioConv2d)
     norm = nn.functional.batch_norm(x, None, None, training=True)
     weight, p = layer.weight, layer.lebesgue_p
@@ -74,7 +74,7 @@ def by_products(layer: BioConv2d | BioLinear, x: Tensor) -> None:
 
 
 def cases(options: dict) -> Iterator[tuple[str, str, nn.Module, Tensor, nn.Module]]:
-    """What, sizes, layer, input, and the forward pass, of each row."""
+    """Name, sizes, layer, input and forward pass for each row."""
     for inputs, units, kernel, size in LAYERS:
         layer = BioConv2d(inputs, units, kernel, **options)
         x = torch.randn(IMAGES, inputs, size, size)
@@ -88,7 +88,7 @@ def cases(options: dict) -> Iterator[tuple[str, str, nn.Module, Tensor, nn.Modul
 
 @torch.no_grad()
 def row(case: tuple[str, str, nn.Module, Tensor, nn.Module], repeat: int, clock: Clock) -> Row:
-    """Times the three ways to one update."""
+    """The times of the three ways to compute an update."""
     what, sizes, *parts = case
     layer, x, plain = (part.to(clock.device) for part in parts)
     ways: dict[str, Callable] = {
@@ -104,7 +104,7 @@ def row(case: tuple[str, str, nn.Module, Tensor, nn.Module], repeat: int, clock:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one row per layer."""
+    """Print one row per layer."""
     parser = benchmark_parser(__doc__, repeat=9)
     parser.add_argument("--p", type=positive_float, default=3)
     parser.add_argument("--k", type=positive_int, default=2)

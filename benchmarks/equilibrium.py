@@ -1,17 +1,17 @@
-"""Times lateral inhibition, forward and backward: unrolled steps beside the equilibrium.
+"""Times lateral inhibition, forward and backward: unrolled steps and the equilibrium.
 
     python benchmarks/equilibrium.py                       # one thread, under a minute
     python benchmarks/equilibrium.py --strength 10 --units 32
 
 Preactivations s are random. Lateral weights m resemble those that main.py learns: units inhibit
-each other by the correlation of eight random patterns, apart from a tenth of noise that is neither
-symmetric nor inhibition; their spectral norm, there 2 to 13, is --strength. Sigmoid of slope 4,
-steps of 0.2. Times are those of y and of its gradients by s and m.
+each other by the correlation of eight random patterns, with a tenth of noise that is neither
+symmetric nor inhibitory; their spectral norm, 2 to 13 in main.py, is --strength. The sigmoid has
+slope 4, steps have size 0.2. Times are those of y and of its gradients by s and m.
 
-    obvious     100 unrolled steps, which come about as near to the limit as the equilibrium 1e-5
-    kept KB     bytes that the graph keeps for the backward pass
+    obvious     100 unrolled steps, about as close to the limit as the equilibrium at 1e-5
+    kept KB     kilobytes that the graph keeps for the backward pass
     from limit  the largest distance of an activation from the limit, solved in float64
-    gradient    distance of m's gradient from the limit's, relative
+    gradient    relative distance of m's gradient from that of the limit
 """
 
 import itertools
@@ -37,7 +37,7 @@ OBVIOUS = "100 steps"
 
 
 class Problem:
-    """Preactivations and lateral weights, and a gradient to pull back."""
+    """Preactivations, lateral weights, and a gradient to pull back."""
 
     def __init__(self, batch: int, units: int, strength: float, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -66,12 +66,12 @@ class Problem:
         return ways | {f"equilibrium {t:.0e}": partial(self.equilibrium, t) for t in TOLERANCES}
 
     def solved(self, way: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """y and the gradient by m."""
+        """y and the gradient with respect to m."""
         y = way()
         return y.detach(), torch.autograd.grad(y, self.leaves, self.grad)[1]
 
     def errors(self, way: Callable[[], Tensor]) -> tuple[float, float]:
-        """Largest distance of y from the limit, and the relative one of m's gradient."""
+        """The largest distance of y from the limit, and the relative distance of m's gradient."""
         (y, grad), (limit, limit_grad) = self.solved(way), self.limit
         return float((y - limit).abs().max()), float((grad - limit_grad).norm() / limit_grad.norm())
 
@@ -81,7 +81,7 @@ def of_norm(size: float, matrix: Tensor) -> Tensor:
 
 
 def rows(problem: Problem, sizes: str, repeat: int, clock: Clock) -> Iterator[Row]:
-    """One for each way."""
+    """One row for each way to compute it."""
     ways = problem.ways()
     times = clock.in_turns({n: partial(problem.solved, way) for n, way in ways.items()}, repeat)
     for name, way in ways.items():
@@ -95,7 +95,7 @@ def rows(problem: Problem, sizes: str, repeat: int, clock: Clock) -> Iterator[Ro
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints a row for each size and way."""
+    """Print a row for each size and way."""
     parser = benchmark_parser(__doc__, repeat=9)
     parser.add_argument("--units", type=positive_int, nargs="+", default=[32, 256])
     parser.add_argument("--batches", type=positive_int, nargs="+", default=[256, 1024])

@@ -1,4 +1,4 @@
-"""Times hypergradients of an unrolled SGD and of a fixed point, and measures their memory.
+"""Times hypergradients of unrolled SGD and of a fixed point, and measures their memory.
 
     python benchmarks/hypergradient_methods.py            # one thread, under a minute
     python benchmarks/hypergradient_methods.py --steps 200 --repeat 9
@@ -7,17 +7,18 @@
 Unrolled: 100 steps on a 784-256-10 network, batches of 256, hyperparameters the step size and an L2
 weight. Fixed point: multinomial logistic regression with an L2 weight for each pixel, 20 products.
 
-    obvious     reverse_unroll, and at the fixed point CG
-    limit       the inner run alone, with no graph: of a step's four large matrix products, 2
-                forward and 2 backward, it has 2, and every way without the graph's memory needs one
-                more or two; at the fixed point, one graph of the map and as many passes through it
-    MB          the most bytes in tensors alive at once, on a CPU as torch.profiler counts them
-    difference  of the result from that of the obvious way, relative
+    obvious     reverse_unroll, and CG at the fixed point
+    limit       only the inner run, without a graph: of a step's four large matrix products (two
+                forward, two backward) it needs two, and every method without the graph's memory
+                needs one or two more; at the fixed point, one graph of the map and as many
+                backward passes through it
+    MB          the most megabytes in tensors alive at once; on a CPU, as torch.profiler counts them
+    difference  relative difference of the result from that of the obvious way
 """
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: the profiler would announce itself
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before importing torch: silences the profiler
 
 import importlib.util
 import itertools
@@ -52,7 +53,7 @@ def _labelled(
 
 
 class Unrolled:
-    """SGD on a network of one hidden layer; each way returns d outer loss / d (step size, L2)."""
+    """SGD on a network with one hidden layer; each way returns d outer loss / d (step size, L2)."""
 
     def __init__(self, steps: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -156,7 +157,7 @@ class FixedPoint:
         return cross_entropy(linear(x, params[0]), labels)
 
     def products(self) -> None:
-        """One graph of the map, PRODUCTS + 1 backward passes through it: the least of all."""
+        """One graph of the map and PRODUCTS + 1 backward passes, which all methods need."""
         params = [p.detach().requires_grad_() for p in self.params]
         mapped = self.map(params, self.hparams)
         v = params
@@ -208,7 +209,7 @@ class FixedPoint:
 
 
 def peak_megabytes(run: Callable, device: torch.device) -> float:
-    """The most bytes in tensors that were alive at once, beyond those alive before."""
+    """The most megabytes in tensors alive at once, beyond those alive before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -222,7 +223,7 @@ def peak_megabytes(run: Callable, device: torch.device) -> float:
 
 
 def rows(sizes: str, ways: dict[str, Callable], repeat: int, clock: Clock) -> Iterator[Row]:
-    """One for each way; the first is the limit, the second the obvious one."""
+    """One row for each way; the first is the limit, the second the obvious way."""
     limit, obvious = list(ways)[:2]
     results = {name: run() for name, run in ways.items()}
     times = clock.in_turns(ways, repeat)
@@ -237,7 +238,7 @@ def rows(sizes: str, ways: dict[str, Callable], repeat: int, clock: Clock) -> It
 
 
 def difference(result: list[Tensor] | None, other: list[Tensor]) -> str:
-    """The largest relative distance of a hyperparameter's gradient from another's."""
+    """The largest relative difference between the two gradients of a hyperparameter."""
     if result is None:
         return "-"
     pairs = zip(result, other, strict=True)
@@ -245,7 +246,7 @@ def difference(result: list[Tensor] | None, other: list[Tensor]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints a row for each way to the unrolled one, then to that of the fixed point."""
+    """Print a row for each method of the unrolled problem, then of the fixed point."""
     parser = benchmark_parser(__doc__, repeat=5)
     parser.add_argument("--steps", type=positive_int, default=100)
     arguments = parser.parse_args(argv)

@@ -4,17 +4,17 @@
     python benchmarks/lstm_optimizer.py --repeat 9 --units 20 128
 
 window: 20 steps with their meta-gradient.
-    obvious: one torch.nn.LSTMCell pair per tensor and step, and at each step loss.backward(),
-        which runs through the graph of all steps before it, as in public implementations.
+    obvious: one pair of torch.nn.LSTMCell per tensor and step, and at each step loss.backward()
+        through the graph of all steps before it, as in public implementations.
     limit: the 20 gradients, and one forward and backward pass of torch.nn.LSTM over the sequence.
-window, one graph: obvious is the same, but each gradient only of the parameters it is of, and one
-    backward pass through all steps at the end; the limit has this program's LSTM pass in the place
-    of torch's.
-window, sampled: 3,000 coordinates; the limit is the 20 gradients alone.
+window, one graph: obvious is the same, but each gradient is computed only with respect to its
+    parameters, and one backward pass goes through all steps at the end; the limit has this
+    program's LSTM pass instead of torch's.
+window, sampled: 3,000 coordinates; the limit is only the 20 gradients.
 step: one update under no_grad.
-    obvious: the two cells without a graph. limit: the matrix products of the two layers alone,
+    obvious: the two cells without a graph. limit: only the matrix products of the two layers,
         80 x 23 and 80 x 41 per parameter.
-step, Adam: the limit is torch.optim.Adam's step, fused.
+step, Adam: the limit is the fused step of torch.optim.Adam.
 """
 
 import itertools
@@ -70,7 +70,7 @@ class ObviousOptimizer:
 
 
 class Windows:
-    """The ways through one window."""
+    """The ways to compute one window."""
 
     def __init__(self, network: CoordinateLSTM, optimizee: Optimizee, batches: list) -> None:
         self.network, self.optimizee, self.batches = network, optimizee, batches
@@ -141,7 +141,7 @@ class Windows:
 
 
 class Steps:
-    """The ways to one update."""
+    """The ways to compute one update."""
 
     def __init__(self, network: CoordinateLSTM, optimizee: Optimizee, device: torch.device) -> None:
         params = optimizee.initial(seeded_generator(0), device=device)
@@ -181,7 +181,7 @@ class Steps:
 
 
 def problems(units: int, device: torch.device) -> tuple[Windows, Steps]:
-    """Both, for a network of so many hidden units."""
+    """The windows and the steps for a network with this many hidden units."""
     network, optimizee = make_network("lstm", 0), image_optimizee(f"sigmoid{units}")
     network, optimizee = network.to(device), optimizee.to(device)
     generator = torch.Generator().manual_seed(1)
@@ -196,7 +196,7 @@ def problems(units: int, device: torch.device) -> tuple[Windows, Steps]:
 
 
 def rows(units: int, repeat: int, clock: Clock) -> Iterator[Row]:
-    """Those of a window, then those of a step, of a network of so many hidden units."""
+    """The rows of a window and of a step, for a network with this many hidden units."""
     windows, steps = problems(units, clock.device)
     names = (
         "published", "one_graph", "ours", "sampled", "limit", "limit_with_our_pass",
@@ -216,7 +216,7 @@ def rows(units: int, repeat: int, clock: Clock) -> Iterator[Row]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the rows of each network."""
+    """Print the rows of each network."""
     parser = benchmark_parser(__doc__, repeat=5)
     parser.add_argument("--units", type=positive_int, nargs="+", default=[20])
     arguments = parser.parse_args(argv)

@@ -1,14 +1,14 @@
-"""Measures peak memory and time of an unrolled training under every memory policy.
+"""Measures peak memory and time of an unrolled training with each memory policy.
 
     python benchmarks/memory.py                     # 50 steps, under a minute
     python benchmarks/memory.py --steps 250         # the sizes of `main.py 256 32`, some minutes
 
-Each policy runs in a process of its own: forward and backward through all steps, batch 1024, MNIST
-sized inputs, 784 -> 256 -> 32.
+Each policy runs in its own process: forward and backward through all steps, batch 1024, inputs of
+the size of MNIST's, 784 -> 256 -> 32.
 
-    obvious     keeps all that the backward pass needs
-    peak GB     the process's largest resident size, of which the interpreter and torch alone take
-                what the first row shows; on a GPU the most that its tensors took
+    obvious     stores everything that the backward pass needs
+    peak GB     the largest resident size of the process; the first row shows that of the
+                interpreter and torch alone. On a GPU, the most memory of its tensors
 """
 
 import argparse
@@ -37,7 +37,7 @@ from learning_rules import PerLayerRule, PolynomialRule
 from models_fully_local import Activation, lateral_mlp
 from train import MEMORY, train
 
-BATCH, BATCHES = 1024, 58  # as many as an epoch of MNIST has
+BATCH, BATCHES = 1024, 58  # the number of batches in an epoch of MNIST
 POLICIES = ("none", *MEMORY)
 
 
@@ -63,7 +63,7 @@ def unroll(policy: str, steps: int, layers: list[int], clock: Clock) -> None:
 
 
 def rows(arguments: argparse.Namespace, flags: Sequence[str]) -> Iterator[Row]:
-    """One for each policy."""
+    """One row for each policy."""
     turns = [
         {p: numbers_of_process(__file__, [*flags, "--policy", p]) for p in POLICIES}
         for _ in range(arguments.repeat)
@@ -79,7 +79,7 @@ def rows(arguments: argparse.Namespace, flags: Sequence[str]) -> Iterator[Row]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one row per policy."""
+    """Print one row per policy."""
     flags = sys.argv[1:] if argv is None else argv
     parser = benchmark_parser(__doc__, repeat=1)
     parser.add_argument("--steps", type=positive_int, default=50)

@@ -1,15 +1,15 @@
-"""Does a command's memory grow while it runs? Its resident size, watched from outside.
+"""Does a command's memory grow while it runs? Its resident size, observed from outside.
 
     python benchmarks/memory_slope.py                    # four commands, about a minute
-    python benchmarks/memory_slope.py --seconds 600      # what is left of a slope after longer
+    python benchmarks/memory_slope.py --seconds 600      # shows smaller slopes
 
-Each command runs on small settings, so that it makes as many steps as one on real ones in a long
-time, and is ended after so many seconds. The first third, in which allocator and caches fill, is
-left out; the slope is a least-squares line through the rest. Times are those of a step, the mean.
+Each command runs with small settings, so that it makes as many steps as a real run does in a long
+time, and is ended after --seconds. The first third, in which allocator and caches fill, is
+discarded; the slope is that of a least-squares line through the rest. Times are means per step.
 
     steps      rows recorded in that time
-    MB         resident size, mean
-    kB / step  the slope, with its standard error (samples taken for independent)
+    MB         mean resident size
+    kB / step  the slope, with its standard error as if samples were independent
 """
 
 import argparse
@@ -46,7 +46,10 @@ COMMANDS = {
 
 
 def watch(script: str, arguments: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Rows recorded and resident bytes, at many moments of a run."""
+    """Numbers of recorded rows and resident bytes, at many moments of a run.
+
+    Raises UserError if the command ends by itself.
+    """
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "run"
         command = [
@@ -71,7 +74,7 @@ def watch(script: str, arguments: argparse.Namespace) -> tuple[np.ndarray, np.nd
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Of the least-squares line, and its standard error."""
+    """The slope of the least-squares line, and its standard error."""
     x = x - x.mean()
     steepness = (x @ y) / (x @ x)
     rest = y - y.mean() - steepness * x
@@ -79,7 +82,7 @@ def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    """One for each command."""
+    """One row for each command."""
     for script in arguments.commands:
         turns = []
         for _ in range(arguments.repeat):
@@ -97,9 +100,10 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints a row for each command."""
+    """Print a row for each command."""
     parser = benchmark_parser(__doc__, repeat=1)
-    parser.add_argument("--seconds", type=positive_float, default=8.0, help="of each command")
+    parser.add_argument("--seconds", type=positive_float, default=8.0,
+        help="seconds that each command runs")  # fmt: skip
     parser.add_argument("--commands", nargs="+", choices=list(COMMANDS), default=list(COMMANDS))
     arguments = parser.parse_args(argv)
     clock = set_up(arguments, wall=True)

@@ -1,17 +1,17 @@
-"""What each way to the hypergradient reaches on the main job in equal time, and its memory.
+"""What each hypergradient method achieves on the main job in equal time, and its memory.
 
     python benchmarks/methods.py                     # 2 seconds of meta-learning each
-    python benchmarks/methods.py --seconds 300       # a comparison worth the name, half an hour
+    python benchmarks/methods.py --seconds 300       # a serious comparison, half an hour
 
-Every method learns a rule for 32 lateral-inhibitory units on MNIST from nothing, with the same
-settings (Adam, clipped, batches of 256), for so many seconds, in a process of its own. Methods that
-do not reach the initial distribution leave it as it is at the start. Times are those of a
-meta-step, its mean within a process; obvious: reverse mode, all updates kept.
+Every method learns a rule for 32 lateral-inhibitory units on MNIST from scratch, with the same
+settings (Adam, clipping, batches of 256), for --seconds, in its own process. Methods that do not
+reach the initial distribution keep it as it is at the start. Times are those of a meta-step, as a
+mean within a process; obvious: reverse mode with all updates kept.
 
     meta-steps   made in that time
     accuracy     of the probe on test images: mean of the last quarter of the meta-steps; the best
-    peak GB      the process's largest resident size; torch and images alone take the first row's;
-                 on a GPU the most that its tensors took
+    peak GB      the largest resident size of the process; the first row shows that of torch and
+                 images alone. On a GPU, the most memory of its tensors
 """
 
 import argparse
@@ -56,7 +56,7 @@ OBVIOUS = "reverse, keep"
 
 
 def descend(method, arguments: argparse.Namespace, clock: Clock) -> tuple[list[float], float]:
-    """The test accuracies of all meta-steps that the time allows, and how many ms it took."""
+    """The test accuracies of all meta-steps that the time allows, and their milliseconds."""
     data = [d.to(clock.device) for d in load_images("mnist", arguments.data_dir)]
     mode = TRAINABLE if "initializer" in method.reaches else FIXED
     settings = MetaSettings(
@@ -83,7 +83,7 @@ def descend(method, arguments: argparse.Namespace, clock: Clock) -> tuple[list[f
 
 
 def measure(name: str, arguments: argparse.Namespace, clock: Clock) -> None:
-    """Of one method; prints its numbers, then the process's peak memory."""
+    """Print the numbers of one method, and its process's peak memory in GB."""
     if name == "none":
         load_images("mnist", arguments.data_dir)
         accuracies, milliseconds = [], 0.0
@@ -96,7 +96,7 @@ def measure(name: str, arguments: argparse.Namespace, clock: Clock) -> None:
 
 
 def rows(arguments: argparse.Namespace, flags: Sequence[str]) -> Iterator[Row]:
-    """One for each method."""
+    """One row for each method."""
     names = ("none", *METHODS)
     turns = [
         {name: numbers_of_process(__file__, [*flags, "--method", name]) for name in names}
@@ -119,7 +119,7 @@ def rows(arguments: argparse.Namespace, flags: Sequence[str]) -> Iterator[Row]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one row per method."""
+    """Print one row per method."""
     flags = sys.argv[1:] if argv is None else argv
     parser = benchmark_parser(__doc__, repeat=1)
     parser.add_argument("--seconds", type=positive_float, default=2.0)

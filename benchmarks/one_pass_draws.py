@@ -1,16 +1,16 @@
-"""Times one-pass tuning: many draws at once beside one by one, and its cost beside plain SGD.
+"""Times one-pass tuning: many draws at once or one by one, and its cost relative to plain SGD.
 
     python benchmarks/one_pass_draws.py            # one thread, under a minute
     python benchmarks/one_pass_draws.py --draws 200 --steps 100
 
-A draw's weight step: Energy's 8-50-1 network on 614 random rows, full batches, learning rate,
-weight decay and momentum tuned (T 10, i 5), when all draws are one batched computation and when
-they run one by one; obvious: a loop of torch.optim.SGD with autograd for each.
+A draw's weight step: Energy's 8-50-1 network on 614 random rows with full batches; learning rate,
+weight decay and momentum are tuned (T 10, i 5). All draws are one batched computation, or run one
+by one; obvious: a loop of torch.optim.SGD with autograd for each.
 
-A run's step: 784-50-10 on batches of 50 random images, one run of fixed hyperparameters, the same
-run tuned, and what their parts take. The tuned one's limit is the fixed one's time, with as many
-matrix products more as tuning needs: a gradient has two with the first layer and three with the
-second, a product with the Hessian two and six.
+A run's step: 784-50-10 on batches of 50 random images; one run with fixed hyperparameters, the same
+run tuned, and the times of their parts. The limit of the tuned run is the time of the fixed one,
+plus the matrix products that tuning needs: a gradient has two with the first layer and three with
+the second, a product with the Hessian two and six.
 """
 
 import itertools
@@ -34,7 +34,7 @@ EVERY, LOOK_BACK = 10, 5
 
 
 def generators(runs: int) -> list[torch.Generator]:
-    """One for each run."""
+    """One generator for each run."""
     return [torch.Generator().manual_seed(number) for number in range(runs)]
 
 
@@ -68,7 +68,7 @@ class AutogradLoop:
         self.adam = torch.optim.Adam([self.raw], 0.05)
 
     def advance(self, steps: int) -> None:
-        """Weight steps, a hyperparameter step after each tenth."""
+        """Make weight steps, with a hyperparameter step after each tenth."""
         for number in range(1, steps + 1):
             self.optimizer.zero_grad()
             self._loss(*self.data).backward()
@@ -94,12 +94,12 @@ class AutogradLoop:
 
 
 def per_step(times: list[float], steps: int) -> list[float]:
-    """What each of so many takes."""
+    """The times per step of times for this many steps."""
     return [t / steps for t in times]
 
 
 def many_draws(draws: int, steps: int, repeat: int, clock: Clock) -> Iterator[Row]:
-    """A draw's weight step, of all draws at once and of one."""
+    """The rows for a draw's weight step, of all draws at once and of one."""
     device = clock.device
     data = torch.randn(614, 8).to(device), torch.randn(614, 1).to(device)
     held_out = torch.randn(78, 8).to(device), torch.randn(78, 1).to(device)
@@ -120,7 +120,7 @@ def many_draws(draws: int, steps: int, repeat: int, clock: Clock) -> Iterator[Ro
 
 
 def cost_of_tuning(steps: int, repeat: int, clock: Clock) -> Iterator[Row]:
-    """A run's step, of fixed hyperparameters and tuned, and its parts."""
+    """The rows for a run's step, with fixed and with tuned hyperparameters, and its parts."""
     device = clock.device
     data = torch.randn(5000, 784).to(device), torch.randint(10, (5000,)).to(device)
     samples = [ShuffledBatches(*data, 50, generators(1)) for _ in range(2)]
@@ -156,7 +156,7 @@ def products_of_tuning() -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the rows of a draw's weight step, then those of a run's step."""
+    """Print the rows for a draw's weight step, then those for a run's step."""
     parser = benchmark_parser(__doc__, repeat=7)
     parser.add_argument("--draws", type=positive_int, default=200)
     parser.add_argument("--steps", type=positive_int, default=20, help="weight steps of a turn")

@@ -1,12 +1,12 @@
-"""How far the look-back's hypergradients are from the exact ones, over T and i, on a UCI set.
+"""How far the look-back's hypergradients are from the exact ones, by T and i, on a UCI set.
 
     python benchmarks/one_pass_hypergradients.py --data-dir ./data       # two tables of medians
     python benchmarks/one_pass_hypergradients.py --dataset yacht --before 1000 --draws 50
 
-A cell: the median over draws of |h - h_exact| / |h_exact|, h of T weight steps and i terms (one row
-for each i), h_exact the derivative through all of the T steps. Draws are trained by their own fixed
-hyperparameters first, `--before` weight steps. Clarke et al. compare the first updates of Adam
-instead, whose size does not depend on the hypergradient's.
+Each cell is the median over draws of |h - h_exact| / |h_exact|, where h has i terms (one row for
+each i) and h_exact is the derivative through the last T weight steps. Draws are first trained for
+--before weight steps with their own fixed hyperparameters. Clarke et al. compare the first updates
+of Adam instead, whose size does not depend on that of the hypergradient.
 """
 
 import sys
@@ -48,7 +48,7 @@ def steps_of(problem: Problem, draws: int, before: int) -> list[WeightStep]:
 
 
 def errors(problem: Problem, steps: list[WeightStep], name: str) -> Tensor:
-    """Medians over the draws of the relative error of one hyperparameter, [terms, T]."""
+    """Medians over draws of the relative error of one hyperparameter's h, [terms, T]."""
     last = steps[-1]
     after = FullBatches(*problem.validation).next()
     gradient = problem.objective.held_out(last.after, last.buffers, after).gradient
@@ -67,12 +67,13 @@ def errors(problem: Problem, steps: list[WeightStep], name: str) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Data, weight steps, a table for each hyperparameter."""
+    """Print a table for each hyperparameter."""
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--dataset", choices=tuple(TABLES), default="energy", help="a UCI set")
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="data sets")
-    add("--draws", type=positive_int, default=50, help="runs")
+    add("--dataset", choices=tuple(TABLES), default="energy", help="UCI data set")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR",
+        help="folder of the data sets")  # fmt: skip
+    add("--draws", type=positive_int, default=50, help="number of runs")
     add("--before", type=positive_int, default=100, help="weight steps before the window")
     args = parser.parse_args(argv)
     proportion = 0.11272 if args.dataset == "energy" else 0.2

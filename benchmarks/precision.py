@@ -1,18 +1,18 @@
-"""What products in less than float32 do to the hypergradient, and to its time.
+"""How products in less than float32 change the hypergradient, and its time.
 
     python benchmarks/precision.py                           # Oja's rule, under a minute
     python benchmarks/precision.py --run RUN --steps 50 250  # the rule that main.py has learned
 
 Each turn draws a start and batches, trains 32 units on MNIST and differentiates the probe's loss
-through all updates, by every coefficient of the rule and every number of the initial distribution.
-The reference is float64, from the same draw. The probe itself is exact in all rows. Times are those
-of the updates and of the backward pass through them; obvious: float32.
+through all updates, with respect to every coefficient of the rule and every number of the initial
+distribution. The reference is float64, with the same draw. The probe itself is exact in all rows.
+Times are those of the updates and of the backward pass through them; obvious: float32.
 
-    tf32         emulated where there is no CUDA: factors rounded to 10 bits, products in float32
+    tf32         emulated without CUDA: factors rounded to 10 bits, products in float32
     error        distance from the reference, relative to its norm; mean over draws
-    cosine       with the reference; the smallest
-    loss         change of the loss, largest
-    other draw   distance between two draws, relative to their norm: what a meta-step has to bear
+    cosine       with the reference; the smallest over draws
+    loss         change of the loss; the largest over draws
+    other draw   distance between two draws, relative to their norm: the noise of a meta-step
 """
 
 import argparse
@@ -42,14 +42,14 @@ from train import Draw, Training, detached, train
 
 KINDS = ("float64", "float32", "tf32", "bfloat16")
 aten = torch.ops.aten
-FACTORS = {  # where an operation's factors are among its arguments
+FACTORS = {  # the positions of an operation's factors among its arguments
     aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.addmm_: (1, 2),
     aten.baddbmm: (1, 2), aten.convolution: (0, 1), aten.convolution_backward: (0, 1, 2),
 }  # fmt: skip
 
 
 class TensorCores(TorchDispatchMode):
-    """Rounds the factors of products to 10 bits, to the nearest even, as tensor cores do."""
+    """Rounds the factors of products to 10 bits, to nearest even, as tensor cores do."""
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         arguments = list(arguments)
@@ -59,7 +59,7 @@ class TensorCores(TorchDispatchMode):
 
 
 def rounded(x: Tensor, dropped: int = 13) -> Tensor:
-    """x without its last `dropped` bits of 23."""
+    """x rounded to nearest even, with the last `dropped` of its 23 mantissa bits 0."""
     if x.dtype != torch.float32:
         return x
     bits = x.contiguous().view(torch.int32)
@@ -68,7 +68,7 @@ def rounded(x: Tensor, dropped: int = 13) -> Tensor:
 
 
 def as_told(kind: str, device: torch.device):
-    """The context in which products are of this kind."""
+    """A context in which products are of this kind."""
     if kind == "tf32" and device.type != "cuda":
         return TensorCores()
     return Products("float32" if kind == "float64" else kind)
@@ -88,7 +88,7 @@ def oja(setting: Setting) -> Training:
 def measure(
     training: Training, kind: str, steps: int, number: int, clock: Clock
 ) -> tuple[Tensor, float, float]:
-    """The hypergradient as a vector, the loss, ms of the updates and their backward pass."""
+    """The hypergradient as a vector, the loss, and milliseconds of updates and backward pass."""
     trained, draw = list(training.hyperparameters.values()), Draw((number,), steps)
     begin = clock.now()
     with as_told(kind, clock.device):
@@ -110,7 +110,7 @@ def measure(
 def trainings(
     arguments: argparse.Namespace, setting: Setting, device: torch.device
 ) -> dict[str, Training]:
-    """One for products of each kind."""
+    """A training for each kind of products."""
     made = {}
     for kind in KINDS:
         dtype = torch.float64 if kind == "float64" else torch.float32
@@ -124,7 +124,7 @@ def trainings(
 def rows(
     arguments: argparse.Namespace, setting: Setting, steps: int, clock: Clock
 ) -> Iterator[Row]:
-    """One for each kind of products, all after so many steps."""
+    """One row for each kind of products, after this many steps."""
     made = trainings(arguments, setting, clock.device)
     turns = [
         {kind: measure(training, kind, steps, number, clock) for kind, training in made.items()}
@@ -148,16 +148,16 @@ def rows(
 
 
 def distance_of_draws(vectors: Tensor) -> str:
-    """The mean one between two rows, relative to their mean norm; "-" of a single row."""
+    """The mean distance between two rows, relative to their mean norm; "-" for a single row."""
     if len(vectors) == 1:
         return "-"
     return f"{torch.pdist(vectors).mean() / vectors.norm(dim=1).mean():.2f}"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints a row for each number of steps and kind of products."""
+    """Print a row for each number of steps and kind of products."""
     parser = benchmark_parser(__doc__, repeat=3)
-    parser.add_argument("--run", type=Path, help="of main.py, whose rule is differentiated")
+    parser.add_argument("--run", type=Path, help="run of main.py whose rule is used")
     parser.add_argument("--steps", type=positive_int, nargs="+", default=[20])
     parser.add_argument("--units", type=positive_int, nargs="+", default=[32])
     parser.add_argument("--batch-size", type=positive_int, default=256)

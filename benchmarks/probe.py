@@ -1,14 +1,14 @@
-"""Times the linear probe's solver against scikit-learn's lbfgs, on the same features.
+"""Times the linear probe's solver and scikit-learn's lbfgs on the same features.
 
     python benchmarks/probe.py                    # one thread, under a minute
     python benchmarks/probe.py --full             # also 256 features; minutes of scikit-learn
     python benchmarks/probe.py --data-dir ./data --repeat 5
 
-Features are sigmoid(4 x w), x the images and w random directions of length one, new ones in every
-turn. obvious: scikit-learn, on the CPU.
+Features are sigmoid(4 x w), where x are the images and w random directions of length one, drawn
+anew in every turn. obvious: scikit-learn, on the CPU.
 
-    difference   (our objective - scikit-learn's) / scikit-learn's; negative where ours is lower
-    theirs, our steps   of the solvers
+    difference   (our objective - scikit-learn's) / scikit-learn's; negative if ours is lower
+    their steps, our steps   of the solvers
 """
 
 import argparse
@@ -44,7 +44,7 @@ def scikit_learn(features: torch.Tensor, labels: torch.Tensor, C: float, tol: fl
     """scikit-learn's fit; its objective is recomputed in float64 by the same code as ours."""
     model = LogisticRegression(C=C, tol=tol, max_iter=5000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of not converging: the difference tells
+        warnings.simplefilter("ignore")  # about convergence, which the difference shows
         model.fit(features.numpy(), labels.numpy())
     weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
     return LogisticFit(weight.double(), bias.double(), 0.0, 0.0, int(model.n_iter_[0]), True)
@@ -64,7 +64,7 @@ def compare(
     arguments: argparse.Namespace,
     clock: Clock,
 ) -> Row:
-    """Both solvers, in turns, on new features each time."""
+    """Time both solvers in turns, with new features each time."""
     C, turns = arguments.C, []
     for seed in range(arguments.repeat):
         features = random_features(images, width, seed).to(dtype)
@@ -92,7 +92,7 @@ def compare(
 
 
 def rows(arguments: argparse.Namespace, data, clock: Clock) -> Iterator[Row]:
-    """One for each size."""
+    """One row for each size."""
     images, labels = data.floats().flatten(1), data.labels
     for count, width, dtype in FULL if arguments.full else QUICK:
         yield compare(images[:count], labels[:count], width, dtype, arguments, clock)
@@ -103,8 +103,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__, repeat=3)
     parser.add_argument("--data-dir", default="./data", help="where the images are")
     parser.add_argument("--full", action="store_true", help="also 256 features")
-    parser.add_argument("--C", type=positive_float, default=1000.0, help="inverse penalty")
-    parser.add_argument("--tol", type=positive_float, default=1e-6, help="of scikit-learn")
+    parser.add_argument("--C", type=positive_float, default=1000.0,
+        help="inverse strength of the penalty")  # fmt: skip
+    parser.add_argument("--tol", type=positive_float, default=1e-6,
+        help="tolerance of scikit-learn")  # fmt: skip
     arguments = parser.parse_args(argv)
     clock = set_up(arguments)
     train, _ = load_images("mnist", arguments.data_dir)

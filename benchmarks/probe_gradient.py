@@ -1,18 +1,18 @@
-"""What the exact gradient through the probe's optimum brings, and what it costs.
+"""What the exact gradient through the probe's optimum changes, and what it costs.
 
     python benchmarks/probe_gradient.py              # Oja's rule, under a minute
     python benchmarks/probe_gradient.py --run RUN    # the rule that a run of main.py has learned
 
 Each turn draws a start, batches and outer images, trains 32 units on MNIST and differentiates the
-probe's loss through all updates, by every coefficient of the rule and every number of the initial
-distribution, in both ways of linear_probe on the same draw. Times are those of the whole; limit:
-the updates and the backward pass through them, without the probe.
+probe's loss through all updates, with respect to every coefficient of the rule and every number of
+the initial distribution, in both ways of linear_probe on the same draw. Times are those of
+everything; limit: the updates and the backward pass through them, without the probe.
 
     outer ms     probe, loss and the backward pass down to the parameters; median over draws
-    loss         mean over draws; of images that the fit has seen (envelope) or not (implicit)
+    loss         mean over draws; on images that the fit has seen (envelope) or not (implicit)
     norm         of the mean hypergradient
     noise        of one draw: root mean square distance from the mean, relative to the norm
-    cosine       of the mean with the mean of the other way
+    cosine       between the means of both ways
 """
 
 import argparse
@@ -40,7 +40,7 @@ from train import OUTER, Draw, Training, detached, train
 
 
 class Outcome(NamedTuple):
-    """What one way made of one draw; outer and total in milliseconds."""
+    """The results of one way for one draw; outer and total in milliseconds."""
 
     loss: float
     hypergradient: Tensor
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
 
 
 def oja(setting: Setting) -> Training:
-    """Units that do not see each other, trained by Oja's rule."""
+    """Units that do not interact, trained by Oja's rule."""
     options = {"inhibition": "none"}
     return Training(
         lateral_network(setting.train.shape, setting.layers, Activation("sigmoid", 4.0), **options),
@@ -92,7 +92,10 @@ def measure(
 
 
 def row(way: str, sizes: str, draws: list[Outcome], other: Tensor) -> Row:
-    """A line of the table; other: the mean hypergradient of the other way."""
+    """A row of the table.
+
+    other: the mean hypergradient of the other way.
+    """
     losses, vectors, outer, total = zip(*draws, strict=True)
     vectors = torch.stack(vectors)
     mean = vectors.mean(0)
@@ -112,7 +115,7 @@ def row(way: str, sizes: str, draws: list[Outcome], other: Tensor) -> Row:
 def rows(
     arguments: argparse.Namespace, training: Training, setting: Setting, clock: Clock
 ) -> Iterator[Row]:
-    """One for each way."""
+    """One row for each way."""
     turns = [
         measure(training, setting, arguments.steps, number, clock)
         for number in range(arguments.repeat)
@@ -124,9 +127,9 @@ def rows(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints a row for each way."""
+    """Print a row for each way."""
     parser = benchmark_parser(__doc__, repeat=8)
-    parser.add_argument("--run", type=Path, help="of main.py, whose rule is differentiated")
+    parser.add_argument("--run", type=Path, help="run of main.py whose rule is used")
     parser.add_argument("--steps", type=positive_int, default=50)
     parser.add_argument("--outer-images", type=positive_int, default=4096)
     parser.add_argument("--C", type=positive_float, default=1000.0)

@@ -1,13 +1,13 @@
-"""Meta-steps by several processes: efficiency here, and what a meta-step would cost on many.
+"""Meta-steps by several processes: efficiency on this machine, and a model of many machines.
 
     python benchmarks/processes.py                       # about a minute, nothing else running
     python benchmarks/processes.py --processes 1 2 4 --tasks 4 --repeat 20
 
-commands   `torchrun --nproc_per_node P main.py 32 --tasks T`, one thread each: a meta-step (of
-           learn_to_optimize.py: a run of T trainings); obvious: one process; limit: its time,
-           divided by P. --repeat are the meta-steps that are counted
-gather     all hypergradients and numbers to all processes of this machine, without the rest;
-           bytes: that a process receives in a meta-step
+commands   `torchrun --nproc_per_node P main.py 32 --tasks T`, one thread each: a meta-step (for
+           learn_to_optimize.py a run of T trainings); obvious: one process; limit: its time,
+           divided by P. --repeat is the number of meta-steps that are counted
+gather     all hypergradients and numbers to all processes of this machine, and nothing else;
+           bytes: received by a process in a meta-step
 modelled   R ranks with a task each: a task, plus a gather of two rounds (sizes, then contents) in a
            ring, 2 (R - 1) latencies and R messages over the bandwidth; latency and bandwidth of the
            network are assumptions, set by flags; limit: the task
@@ -43,14 +43,14 @@ GATHERS = 200
 
 
 def outcome(layers: int) -> TaskOutcome:
-    """What a process tells the others of one task of main.py."""
+    """What a process sends to the others for one task of main.py."""
     rule = PerLayerRule([PolynomialRule.of_degree(3) for _ in range(layers)])
     gradient = [torch.zeros_like(p) for p in rule.parameters()] + [torch.zeros(())] * 3 * layers
     return TaskOutcome(0, gradient, {"meta_loss": 0.5, "train_accuracy": 0.5, "test_accuracy": 0.5})
 
 
 def commands(arguments) -> dict[str, list]:
-    """The meta-learning commands, with so many steps (or runs) of a second or so."""
+    """The meta-learning commands, whose steps (or runs) take about a second."""
     return {
         "main.py": [
             "main.py", *arguments.layers, "--metasteps", arguments.repeat + 1,
@@ -66,7 +66,7 @@ def commands(arguments) -> dict[str, list]:
 
 
 def times_of_a_step(command: list, arguments, processes: int) -> list[float]:
-    """Milliseconds of each row of a run, without its first."""
+    """Milliseconds of each row of a run, except the first."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "run"
         start = [
@@ -80,7 +80,7 @@ def times_of_a_step(command: list, arguments, processes: int) -> list[float]:
 
 
 def gather(rank: int, count: int, port: int, layers: int, answer) -> None:
-    """One of `count` processes: gathers again and again; the first says how long one takes."""
+    """One of `count` processes, which gathers repeatedly; the first one reports the times."""
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count
@@ -94,7 +94,7 @@ def gather(rank: int, count: int, port: int, layers: int, answer) -> None:
 
 
 def times_of_a_gather(count: int, layers: int) -> list[float]:
-    """Milliseconds of each, among `count` processes of this machine."""
+    """Milliseconds of each gather among `count` processes of this machine."""
     context = multiprocessing.get_context("spawn")
     answer, port = context.Queue(), 29600 + count
     team = [
@@ -110,7 +110,7 @@ def times_of_a_gather(count: int, layers: int) -> list[float]:
 
 
 def measured(name: str, command: list, arguments: argparse.Namespace) -> Iterator[Row]:
-    """A command's meta-step, by each number of processes."""
+    """The rows of a command's meta-step, for each number of processes."""
     times = {count: times_of_a_step(command, arguments, count) for count in arguments.processes}
     first = arguments.processes[0]
     for count, each in times.items():
@@ -119,14 +119,14 @@ def measured(name: str, command: list, arguments: argparse.Namespace) -> Iterato
 
 
 def gathered(layers: int, size: int) -> Iterator[Row]:
-    """What telling each other takes on this machine."""
+    """The rows of a gather on this machine."""
     for count in (2, 4, 8):
         times = times_of_a_gather(count, layers)
         yield row("gather", f"{count} processes", times, bytes_received=count * size)
 
 
 def modelled(task: float, size: int, arguments: argparse.Namespace) -> Iterator[Row]:
-    """What a meta-step would take on many machines, one task of so many milliseconds each."""
+    """The rows of a meta-step on many machines, by the model; `task`: milliseconds of a task."""
     for ranks in (8, 32, 128, 512):
         latency = 2 * (ranks - 1) * arguments.latency * 1e-3
         milliseconds = latency + ranks * size / (arguments.bandwidth * 1e6)
@@ -144,7 +144,7 @@ def row(what, sizes, ours, obvious=None, limit=None, bytes_received: int | None 
 
 
 def rows(arguments: argparse.Namespace) -> Iterator[Row]:
-    """Measured, gathered, modelled."""
+    """Measured, gathered and modelled rows."""
     layers = len(arguments.layers)
     size = len(pickle.dumps([outcome(layers)]))
     tasks = []
@@ -157,15 +157,15 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints a row for each command and team, gather, and team that is only modelled."""
+    """Print a row for each command and team, each gather, and each modelled team."""
     parser = benchmark_parser(__doc__, repeat=6)
     add = parser.add_argument
     add("--layers", type=positive_int, nargs="+", default=[32])
     add("--processes", type=positive_int, nargs="+", default=[1, 2])
     add("--tasks", type=positive_int, default=2)
-    add("--steps", type=positive_int, default=50, help="inner steps")
-    add("--latency", type=positive_float, default=50.0, help="of the network, microseconds")
-    add("--bandwidth", type=positive_float, default=1.0, help="of the network, GB/s")
+    add("--steps", type=positive_int, default=50, help="updates of a training")
+    add("--latency", type=positive_float, default=50.0, help="network latency in microseconds")
+    add("--bandwidth", type=positive_float, default=1.0, help="network bandwidth in GB/s")
     add("--data-dir", default="./data")
     arguments = parser.parse_args(argv)
     clock = set_up(

@@ -4,7 +4,7 @@
     python benchmarks/rule_update.py --threads 2 --repeat 9 --units 32 256 1024 --kinds single
 
 obvious: one product per monomial, plain autograd, each step checkpointed (tests/oracles.py).
-limit: nothing but the matrix products that no formulation can avoid, on the same batches:
+limit: only the matrix products that no formulation can avoid, on the same batches:
     forward  x w^T, one product with the x of each group of terms (those with the same powers of x
     and of w; 3 of them, 4 for pairs), J of y m^T, one product with the y of each group of lateral
     terms; backward twice those of m and y, and as many as forward with x, which needs no gradient.
@@ -34,7 +34,7 @@ KINDS = {"single": PolynomialRule, "pairs": PolynomialPairRule}
 
 
 def unrolled(update, start, batches, rule, recompute: bool):
-    """Runs `update` on each batch and differentiates the sum of squares of what comes out."""
+    """A function that runs `update` on each batch and differentiates the sum of squared results."""
 
     def run() -> None:
         params = start
@@ -50,7 +50,7 @@ def unrolled(update, start, batches, rule, recompute: bool):
 
 
 def products_alone(units: int, rule: PolynomialRule, batches, device: torch.device):
-    """The matrix products of `len(batches)` steps and no more."""
+    """A function that computes only the matrix products of `len(batches)` steps."""
     shapes = (units, INPUTS), (units, units), (BATCH, units)
     w, m, t = (torch.rand(shape, device=device) for shape in shapes)
     groups = {"w": set(), "m": set()}
@@ -78,7 +78,7 @@ def products_alone(units: int, rule: PolynomialRule, batches, device: torch.devi
 
 
 def ways(kind: str, units: int, device: torch.device) -> dict:
-    """The three things to time, by name."""
+    """The three functions to time, by name."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=1.0):
@@ -114,7 +114,7 @@ def ways(kind: str, units: int, device: torch.device) -> dict:
 
 
 def rows(kinds: Sequence[str], units: Sequence[int], repeat: int, clock: Clock) -> Iterator[Row]:
-    """One for each kind of rule and layer size."""
+    """One row for each kind of rule and layer size."""
     for kind, count in itertools.product(kinds, units):
         times = clock.in_turns(ways(kind, count, clock.device), repeat)
         each = {name: [t / STEPS[name] for t in values] for name, values in times.items()}
@@ -122,7 +122,7 @@ def rows(kinds: Sequence[str], units: Sequence[int], repeat: int, clock: Clock) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one row per kind and layer size."""
+    """Print one row per kind and layer size."""
     parser = benchmark_parser(__doc__, repeat=5)
     parser.add_argument("--units", type=positive_int, nargs="+", default=[32, 256])
     parser.add_argument("--kinds", choices=list(KINDS), nargs="+", default=list(KINDS))

@@ -5,12 +5,13 @@
 
 obvious: one product per term, every quantity as it is written, plain autograd
     (tests/unit_statistics_oracle.py).
-limit: nothing but the products with the inputs x, which no formulation can avoid, on the same
-    batches: forward x w^T and h^T x, backward both once more; x needs no gradient.
+limit: only the products with the inputs x, which no formulation can avoid, on the same batches:
+    forward x w^T and h^T x, and both once more backward; x needs no gradient.
 
-    with units     ms of these and the products between units that the statistics take: moments
-                   c^T c, lateral currents c K, backward one for the moments, two for the currents
-    ours/those     how far ours is from them
+    with units     ms of these products and those between units that statistics need: moments
+                   c^T c and lateral currents c K; backward, one for the moments and two for the
+                   currents
+    ours/those     ours relative to these
 """
 
 import itertools
@@ -44,7 +45,7 @@ VIEWS = {"single": 1, "pairs": 2}
 
 
 def unrolled(update, start, batches, rule):
-    """Runs `update` on each batch and differentiates the sum of squares of what comes out."""
+    """A function that runs `update` on each batch and differentiates the sum of squared results."""
 
     numbers = [number for number in rule.parameters() if number.requires_grad]
 
@@ -59,7 +60,7 @@ def unrolled(update, start, batches, rule):
 
 
 def products_alone(units: int, batches, lateral: bool, device: torch.device):
-    """The matrix products of `len(batches)` steps and no more."""
+    """A function that computes only the matrix products of `len(batches)` steps."""
     shapes = (units, INPUTS), (units, units), (len(batches[0][0]), units)
     w, k, h = (torch.rand(shape, device=device) for shape in shapes)
 
@@ -79,7 +80,7 @@ def products_alone(units: int, batches, lateral: bool, device: torch.device):
 
 
 def ways(kind: str, units: int, size: int, device: torch.device) -> dict:
-    """The things to time, by name."""
+    """The functions to time, by name."""
     views, generator = VIEWS[kind], torch.Generator().manual_seed(0)
     model = lateral_mlp(INPUTS, [units], Activation("sigmoid", 4.0), inhibition="none")
     terms = [text for text in DEFAULT if views == 2 or "'" not in text]
@@ -111,7 +112,7 @@ def ways(kind: str, units: int, size: int, device: torch.device) -> dict:
 def rows(
     kinds: Sequence[str], units: Sequence[int], batches: Sequence[int], repeat: int, clock: Clock
 ) -> Iterator[Row]:
-    """One for each kind of input, layer size and batch."""
+    """One row for each kind of input, layer size and batch."""
     for kind, count, size in itertools.product(kinds, units, batches):
         times = clock.in_turns(ways(kind, count, size, clock.device), repeat)
         each = {name: [t / STEPS[name] for t in values] for name, values in times.items()}
@@ -124,7 +125,7 @@ def rows(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one row per kind of input, layer size and batch."""
+    """Print one row per kind of input, layer size and batch."""
     parser = benchmark_parser(__doc__, repeat=3)
     parser.add_argument("--units", type=positive_int, nargs="+", default=[32, 256])
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[256, 1024])

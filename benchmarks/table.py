@@ -1,4 +1,4 @@
-"""What all benchmarks share: three flags, timing in turns, peak memory, and the table's columns.
+"""Shared parts of the benchmarks: three flags, timing in turns, peak memory, and the table.
 
     parser = benchmark_parser(__doc__, repeat=9)
     arguments = parser.parse_args(argv)
@@ -6,14 +6,14 @@
     times = clock.in_turns({"obvious": obvious, "ours": ours, "limit": limit}, arguments.repeat)
     print_table([Row("what", "its sizes", **times)], clock, "what all rows have in common")
 
-    obvious ms     the formulation that anyone would write first; "-" where there is none
-    limit ms       what no formulation can do without; "-" where none is known
-    obvious/ours   how much faster ours is, the median of the ratios within a turn
+    obvious ms     the formulation that anyone would write first; "-" if there is none
+    limit ms       what no formulation can do without; "-" if none is known
+    obvious/ours   how much faster ours is, as the median of the ratios within a turn
     ours/limit     how far ours is from the limit, likewise
-    median of      so many turns
+    median of      the number of turns
 
-Columns after these are one benchmark's own. In one thread of a CPU times are the processor's, which
-other processes disturb less than the wall clock; elsewhere they are the wall clock's.
+Further columns belong to single benchmarks. In one thread of a CPU, times are processor times,
+which other processes disturb less than the wall clock; otherwise they are the wall clock's.
 """
 
 import argparse
@@ -40,10 +40,12 @@ WIDTHS = 26, 24  # of the first two columns; the others are as wide as their hea
 
 @dataclass(frozen=True)
 class Clock:
-    """Reads the time when a device has done all that it was told.
+    """Reads the time after a device has finished its work.
 
-    device: to wait for; threads: of torch; wall: whether to read the wall clock in any case, as
-        where other processes do the work.
+    Attributes:
+        device: the device to wait for.
+        threads: the number of torch's threads.
+        wall: always read the wall clock, for example because other processes do the work.
     """
 
     device: torch.device
@@ -52,17 +54,17 @@ class Clock:
 
     @property
     def reads_processor(self) -> bool:
-        """Whether times are the processor's."""
+        """Whether times are processor times."""
         return self.device.type == "cpu" and self.threads == 1 and not self.wall
 
     def now(self) -> float:
-        """Milliseconds since any fixed moment."""
+        """Milliseconds since some fixed moment."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return 1e3 * (time.process_time() if self.reads_processor else time.perf_counter())
 
     def milliseconds(self, run: Callable[[], object]) -> float:
-        """What one call takes."""
+        """The time of one call."""
         begin = self.now()
         run()
         return self.now() - begin
@@ -82,10 +84,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table.
+    """One row of a table.
 
-    ours, obvious, limit: milliseconds, one for each turn, in the same order; None: there is none.
-    more: the benchmark's own columns, heading to text.
+    Attributes:
+        ours, obvious, limit: milliseconds for each turn, in the same order, or None.
+        more: the texts of the benchmark's own columns, by heading.
     """
 
     what: str
@@ -109,7 +112,7 @@ class Row:
 
 
 def median_text(times: Sequence[float] | None) -> str:
-    """The median with at least three digits, "-" without times."""
+    """The median with at least three digits; "-" without times."""
     if times is None:
         return "-"
     median = statistics.median(times)
@@ -118,7 +121,7 @@ def median_text(times: Sequence[float] | None) -> str:
 
 
 def ratio_text(above: Sequence[float] | None, below: Sequence[float] | None) -> str:
-    """The median of the ratios of times of the same turn, "-" where either is missing."""
+    """The median of the ratios of times of the same turn; "-" if either is missing."""
     if above is None or below is None:
         return "-"
     return f"{statistics.median(a / b for a, b in zip(above, below, strict=True)):.2f}"
@@ -127,26 +130,27 @@ def ratio_text(above: Sequence[float] | None, below: Sequence[float] | None) -> 
 def benchmark_parser(description: str, repeat: int) -> argparse.ArgumentParser:
     """A parser with the flags of every benchmark.
 
-    description: the benchmark's docstring, of which the first line is shown; repeat: the default.
+    description: the benchmark's docstring, whose first line is shown.
+    repeat: the default number of turns.
     """
     parser = OneLineParser(
         description=description.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    device = "auto, cpu, cuda, cuda:N or mps"
+    device = "device to compute on: auto, cpu, cuda, cuda:N or mps"
     add("--device", type=device_name, default="auto", metavar="NAME", help=device)
-    add("--repeat", type=positive_int, default=repeat, metavar="N", help="turns, for the medians")
-    add("--threads", type=positive_int, default=1, metavar="N", help="CPU threads")
+    add("--repeat", type=positive_int, default=repeat, metavar="N", help="number of turns")
+    add("--threads", type=positive_int, default=1, metavar="N", help="number of CPU threads")
     return parser
 
 
 def set_up(
     arguments: argparse.Namespace, *, wall: bool = False, only_on_cpu: str | None = None
 ) -> Clock:
-    """Sets threads and allocator; the clock of the device that the flags ask for.
+    """Set threads and allocator; returns the clock of the device that the flags name.
 
-    only_on_cpu: why another device makes no sense. UserError where it is asked for all the same.
+    only_on_cpu: why another device makes no sense; UserError is raised if one is named.
     """
     name = arguments.device
     if only_on_cpu is not None:
@@ -161,16 +165,16 @@ def set_up(
 
 
 def peak_gigabytes(device: torch.device) -> float:
-    """Of this process's memory so far, or of its tensors on a GPU."""
+    """The peak memory of this process so far, or of its tensors on a GPU, in units of 2^30 B."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def numbers_of_process(script: str, flags: Sequence[str]) -> list[float]:
-    """What a script prints in a process of its own, as numbers.
+    """The numbers that a script prints when it runs in its own process.
 
-    Of a process that ends with an error, its own words and exit status end this one too.
+    If that process fails, this one ends too, with the same exit status.
     """
     command = [sys.executable, script, *flags]
     process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -180,7 +184,10 @@ def numbers_of_process(script: str, flags: Sequence[str]) -> list[float]:
 
 
 def print_table(rows: Iterable[Row], clock: Clock, common: str) -> None:
-    """Prints each row as soon as it is there; `common`: what holds for all of them."""
+    """Print each row as soon as it is measured.
+
+    common: a description that holds for all rows.
+    """
     kind = "processor time" if clock.reads_processor else "wall clock"
     print(f"{common}; {_described(clock.device)}, {clock.threads} thread(s), torch "
           f"{torch.__version__}, {kind}")  # fmt: skip

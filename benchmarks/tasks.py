@@ -3,9 +3,9 @@
     python benchmarks/tasks.py                   # one thread, under a minute
     python benchmarks/tasks.py --tasks 8 --units 8 32
 
-One update of the polynomial rule, forward and backward, of several tasks, each with parameters and
-batches of its own and the same coefficients. Batched means that nothing could be written by hand:
-the update must be plain operations (as below: terms factored as in kernels/local_polynomial.py).
+One update of the polynomial rule, forward and backward, for several tasks with their own parameters
+and batches and the same coefficients. Batching excludes hand-written code: the update must consist
+of plain operations (as below: terms factored as in kernels/local_polynomial.py).
 
     vmap beside plain   ours is the plain update, all tasks at once; obvious: task by task
     ours beside vmap    ours is learning_rules.py, task by task, as `--tasks T`; obvious: vmap
@@ -51,7 +51,7 @@ def factored_sum(exponents, psi: Tensor, p: Tensor, q, weight: Tensor) -> Tensor
 
 
 def plain_update(rule: PolynomialRule, psi: dict[str, Tensor], w, b, m, x) -> tuple[Tensor, ...]:
-    """The rule's update of one layer in plain operations, tanh-bounded."""
+    """The rule's update of one layer, bounded by tanh, in plain operations."""
     s = x @ w.T + b
     y = torch.sigmoid(SLOPE * s)
     for _ in range(INH_STEPS):
@@ -69,7 +69,7 @@ def plain_update(rule: PolynomialRule, psi: dict[str, Tensor], w, b, m, x) -> tu
 
 
 def ways(tasks: int, units: int, batch: int, device: torch.device) -> dict:
-    """The three things to time, by name; each returns its new parameters."""
+    """The three functions to time, by name; each returns its new parameters."""
     generator = torch.Generator().manual_seed(0)
     rule = PolynomialRule.of_degree(3, bound="tanh")
     for p in rule.parameters():
@@ -117,7 +117,7 @@ def ways(tasks: int, units: int, batch: int, device: torch.device) -> dict:
 
 
 def refuse_differences(timed: dict) -> None:
-    """AssertionError where the ways do not come to the same."""
+    """Raise AssertionError if the results differ."""
     expected = timed["ours"]()
     for run in timed.values():
         for ours, theirs in zip(expected, run(), strict=True):
@@ -125,7 +125,7 @@ def refuse_differences(timed: dict) -> None:
 
 
 def rows(tasks: int, units: int, batch: int, repeat: int, clock: Clock) -> Iterator[Row]:
-    """Both comparisons at one size."""
+    """The rows of both comparisons at one size."""
     timed = ways(tasks, units, batch, clock.device)
     refuse_differences(timed)
     times = clock.in_turns(timed, repeat)
@@ -135,7 +135,7 @@ def rows(tasks: int, units: int, batch: int, repeat: int, clock: Clock) -> Itera
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints two rows per size."""
+    """Print two rows per size."""
     parser = benchmark_parser(__doc__, repeat=5)
     parser.add_argument("--tasks", type=positive_int, default=4)
     parser.add_argument("--units", type=positive_int, nargs="+", default=[8, 32, 256])

@@ -1,12 +1,12 @@
-"""Times views of each kind against pairs of the default ones, in turns.
+"""Times views of each kind relative to pairs of the default ones, in turns.
 
     python benchmarks/views.py                        # one thread, some seconds
     python benchmarks/views.py --batches 512 --size 32 --channels 3
 
 A row is one pair of batches. "obvious" draws a uniform float for each pixel of a masked view; the
-limit makes both views by a product with masks that are there already.
+limit makes both views by a product with existing masks.
 
-    of pairs     of the time that a pair of default views takes, in the same turn
+    of pairs     time relative to that of a pair of default views in the same turn
 """
 
 import statistics
@@ -26,7 +26,7 @@ from experiment.command_line import positive_int, run_command
 from experiment.view_strengths import LEARNABLE, ViewStrengths
 from mnist_datasets import normalize_pixels
 
-KINDS = {  # strengths, and what is learned of them
+KINDS = {  # strengths, and which of them are learned
     "pairs": (ViewStrengths(), ()),
     "pairs, learned": (ViewStrengths(noise=0.1), LEARNABLE),
     "rotations alone": (ViewStrengths(crop=(1, 1), crop_ratio=(1, 1), brightness=0, contrast=0),
@@ -39,14 +39,14 @@ KINDS = {  # strengths, and what is learned of them
 
 
 def masked_obviously(x: Tensor, generator: Generator) -> Tensor:
-    """x without a share of the pixels of each image, uniform in 0 to 0.7."""
+    """x with a share of the pixels of each image set to 0; the share is uniform in 0 to 0.7."""
     share = 0.7 * torch.rand(len(x), 1, 1, 1, generator=generator)
     lost = torch.rand(len(x), 1, *x.shape[2:], generator=generator) < share
     return x.masked_fill(lost.to(x.device), 0)
 
 
 def masked_views(data: ImageData, batch: int) -> dict[str, Callable[[], object]]:
-    """The obvious way to a pair of masked views, and the limit of all ways."""
+    """The obvious way to make a pair of masked views, and the limit."""
     generator, rows = torch.Generator().manual_seed(0), torch.arange(batch)
     kept = torch.rand(batch, 1, *data.shape[1:], generator=generator).to(data.images.device) > 0.35
 
@@ -61,7 +61,7 @@ def masked_views(data: ImageData, batch: int) -> dict[str, Callable[[], object]]
 
 
 def rows(data: ImageData, batches: list[int], repeat: int, clock: Clock) -> Iterator[Row]:
-    """One for each kind of views and size of a batch."""
+    """One row for each kind of views and batch size."""
     for batch in batches:
         streams = {
             name: Views(data, batch, strengths, learn=learn)(torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def rows(data: ImageData, batches: list[int], repeat: int, clock: Clock) -> Iter
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints one row per kind of views and batch size."""
+    """Print one row per kind of views and batch size."""
     parser = benchmark_parser(__doc__, repeat=25)
     parser.add_argument("--batches", type=positive_int, nargs="+", default=[512])
     parser.add_argument("--size", type=positive_int, default=28, help="side of the images")

@@ -15,15 +15,19 @@ from experiment.yaml_settings import Key, SettingsError, mapping, truth
 
 # keys that they have and we do not
 THEIR_KEYS = (
-    Key("algorithm", str, None, "a label"),
-    Key("config_dicts", mapping, None, "model, loss, dataset and optimisers"),
-    Key("reset_loop_before_hyperparameter_step", int, None, "the window of exact derivatives"),
-    Key("force_single_network_weight_step", truth, None, "T 1, for as many steps"),
-    Key("patch_optimiser", truth, None, "nothing here"),
-    Key("null_zero_validation_datasets", truth, None, "nothing here"),
-    Key("full_batch_validation_evaluations", truth, None, "always so here"),
-    Key("multi_batch_test_dataset_evaluations", truth, None, "always so here"),
-    Key("penn_treebank_validation_override", truth, None, "always so here"),
+    Key("algorithm", str, None, "a label without effect"),
+    Key("config_dicts", mapping, None, "table of model, loss, data set and optimisers"),
+    Key(
+        "reset_loop_before_hyperparameter_step", int, None, "window of exact derivatives, in steps"
+    ),
+    Key("force_single_network_weight_step", truth, None, "take T = 1, for as many weight steps"),
+    Key("patch_optimiser", truth, None, "has no effect here"),
+    Key("null_zero_validation_datasets", truth, None, "has no effect here"),
+    Key("full_batch_validation_evaluations", truth, None, "has no effect here: it is always done"),
+    Key(
+        "multi_batch_test_dataset_evaluations", truth, None, "has no effect here: it is always done"
+    ),
+    Key("penn_treebank_validation_override", truth, None, "has no effect here: it is always done"),
 )
 
 DATASETS = {f"UCI_{name.capitalize()}": name for name in TABLES} | {

@@ -11,8 +11,10 @@ class VICRegSettings:
 
     epochs: int = setting(100, "passes over the training images", "nonnegative")
     lr: float = setting(1e-3, "learning rate (AdamW)", "positive")
-    weight_decay: float = setting(0.01, "of AdamW, times the rate", "nonnegative")
-    batch_size: int = setting(1024, "images of one step, two views each", "positive")
+    weight_decay: float = setting(
+        0.01, "weight decay of AdamW, multiplied by the learning rate", "nonnegative"
+    )
+    batch_size: int = setting(1024, "images in a batch, with two views of each", "positive")
     invariance: float = setting(
         250.0, "weight of the mean squared difference of the views", "nonnegative",
         metavar="WEIGHT",
@@ -24,4 +26,4 @@ class VICRegSettings:
         1000.0, "weight of the squared covariances of different features", "nonnegative",
         metavar="WEIGHT",
     )  # fmt: skip
-    hinge: float = setting(0.1, "standard deviation that is enough", "positive")
+    hinge: float = setting(0.1, "standard deviation of features that is not penalized", "positive")

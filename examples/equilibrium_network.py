@@ -1,16 +1,17 @@
-"""An equilibrium network, trained through its fixed point, beside an ordinary tanh network.
+"""An equilibrium network, trained through its fixed point, next to an ordinary tanh network.
 
-    python examples/equilibrium_network.py                       fixed point iterations backwards
+    python examples/equilibrium_network.py                       fixed-point iterations backwards
     python examples/equilibrium_network.py --method CG_normaleq  another hypergradient
     python examples/equilibrium_network.py --resume runs/equilibrium_network-...
 
     h = tanh(h A + x B + c),   logits = h W + b        the ordinary network: A = 0, no iteration
 
-T iterations from h = 0 find the hidden states of a batch; the hypergradient of the cross-entropy by
-A, B, c, W, b comes from K iterations or products. After each step of SGD A's singular values are
-cut at --radius, so that the map stays a contraction. (Bai, Kolter, Koltun 2019, arXiv 1909.01377;
-the experiment: Grazzi et al. 2020, arXiv 2006.16218, section 3.2, there with whole-set steps.) The
-ordinary network has the same first weights, batches, rate and momentum, and backpropagation.
+T iterations from h = 0 find the hidden states of a batch; the hypergradient of the cross-entropy
+with respect to A, B, c, W, b takes K iterations or products. After each step of SGD, A's singular
+values are limited to --radius, so that the map stays a contraction. (Bai, Kolter, Koltun 2019,
+arXiv 1909.01377; the experiment is that of Grazzi et al. 2020, arXiv 2006.16218, section 3.2, who
+use the whole set in each step.) The ordinary network has the same initial weights, batches, rate
+and momentum, and uses backpropagation.
 """
 
 import math
@@ -58,7 +59,7 @@ from hypergradients import (
 )
 from mnist_datasets import ImageData, load_images
 
-TRAIN_IMAGES = 5000  # by default, or all where there are fewer
+TRAIN_IMAGES = 5000  # the default, or all images if there are fewer
 IMPLICIT = {
     "fixed_point": fixed_point,
     "neumann": neumann,
@@ -78,7 +79,7 @@ UNSUITED = {
 class Network:
     """Weights A [units, units], B [pixels, units], c, W [units, classes], b, and their momentum.
 
-    recurrent: whether h is a fixed point; otherwise A plays no part.
+    recurrent: whether h is a fixed point; otherwise A is not used.
     """
 
     def __init__(self, args, pixels: int, classes: int, recurrent: bool, **options) -> None:
@@ -92,16 +93,16 @@ class Network:
         self.optimizer = torch.optim.SGD(self.weights, lr=args.lr, momentum=args.momentum)
 
     def map(self, x: Tensor) -> UpdateMap:
-        """h -> tanh(h A + x B + c) for inputs [n, pixels]."""
+        """The map h -> tanh(h A + x B + c) for inputs x [n, pixels]."""
         return lambda h, weights: [torch.tanh(h[0] @ weights[0] + x @ weights[1] + weights[2])]
 
     def start(self, x: Tensor) -> list[Tensor]:
-        """h = 0."""
+        """The initial h = 0, [n, units]."""
         return [x.new_zeros(len(x), self.args.units)]
 
     @torch.no_grad()
     def hidden(self, x: Tensor) -> list[Tensor]:
-        """The hidden states [n, units] after T iterations, one in the ordinary network."""
+        """The hidden states [n, units] after T iterations, or one in the ordinary network."""
         driven = x @ self.weights[1] + self.weights[2]  # the same in all iterations
         h = torch.tanh(driven)
         for _ in range(self.args.T - 1 if self.recurrent else 0):
@@ -109,7 +110,7 @@ class Network:
         return [h]
 
     def train_batch(self, x: Tensor, labels: Tensor) -> float:
-        """A step of SGD; returns the loss before."""
+        """Make a step of SGD; returns the loss before it."""
         self.optimizer.zero_grad()
         losses = []
 
@@ -128,7 +129,7 @@ class Network:
         return losses[-1]
 
     def _differentiate(self, x: Tensor, loss: OuterLoss) -> None:
-        """Adds the hypergradient into the weights' .grad."""
+        """Add the hypergradient to the weights' .grad."""
         method, T, K = self.args.method, self.args.T, self.args.K
         update, weights = self.map(x), self.weights
         if method in IMPLICIT:
@@ -153,7 +154,7 @@ class Network:
 
     @torch.no_grad()
     def judge(self, x: Tensor, labels: Tensor) -> tuple[float, float]:
-        """Mean cross-entropy, and the share of inputs that are classified correctly."""
+        """Mean cross-entropy, and the fraction of inputs that are classified correctly."""
         output = logits(self.hidden(x), self.weights)
         right = (output.argmax(1) == labels).double().mean()
         return float(cross_entropy(output, labels)), float(right)
@@ -195,20 +196,20 @@ def make_parser():
     parser = common_parser("Train an equilibrium network on digits.", "equilibrium_network")
     parser.set_defaults(dataset="mnist5k")
     add = parser.add_argument_group("network").add_argument
-    add("--units", type=positive_int, default=200, help="hidden states")
-    add("--T", type=positive_int, default=20, help="iterations of the map")
-    add("--radius", type=positive_float, default=0.99, help="A's largest singular value")
-    add("--spread", type=nonnegative_float, default=0.01, help="of the first weights")
+    add("--units", type=positive_int, default=200, help="number of hidden units")
+    add("--T", type=positive_int, default=20, help="iterations of the map, T")
+    add("--radius", type=positive_float, default=0.99, help="limit of A's singular values")
+    add("--spread", type=nonnegative_float, default=0.01, help="spread of the initial weights")
     add = parser.add_argument_group("training").add_argument
     add("--method", choices=(*IMPLICIT, *ALONG_ITERATIONS, *UNSUITED), default="fixed_point",
-        help="hypergradient")  # fmt: skip
+        help="how the hypergradient is computed")  # fmt: skip
     add("--K", type=positive_int, default=20, help="iterations or terms of the method")
     add("--train_images", type=positive_int, default=TRAIN_IMAGES, metavar="N",
-        help="the first so many")  # fmt: skip
+        help="use only the first N training images")  # fmt: skip
     add("--epochs", type=positive_int, default=30, help="passes over the training images")
-    add("--batch_size", type=positive_int, default=200, help="images of one step")
+    add("--batch_size", type=positive_int, default=200, help="images in a batch")
     add("--lr", type=positive_float, default=0.5, help="learning rate (SGD)")
-    add("--momentum", type=fraction, default=0.9, help="of SGD")
+    add("--momentum", type=fraction, default=0.9, help="momentum of SGD")
     return parser
 
 
@@ -223,7 +224,10 @@ def flat(data: ImageData, dtype: torch.dtype) -> Pairs:
 def train_epoch(
     args, networks: Mapping[str, Network], train: Pairs, test: Pairs, epoch: int
 ) -> dict[str, float]:
-    """Both networks see the same batches; the losses of training are means over the epoch."""
+    """Train both networks on the same batches for an epoch; returns its numbers.
+
+    Training losses are means over the epoch. Raises FloatingPointError if a number is not finite.
+    """
     x, labels = train
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
     order = torch.randperm(len(x), generator=generator).to(x.device)
@@ -242,7 +246,7 @@ def train_epoch(
 
 
 class BothNetworks:
-    """Epochs of all networks side by side: see `run_steps`."""
+    """Epochs of both networks side by side; see `run_steps`."""
 
     def __init__(self, args, networks: Mapping[str, Network], train: Pairs, test: Pairs) -> None:
         self.args, self.networks, self.train, self.test = args, networks, train, test
@@ -260,19 +264,19 @@ class BothNetworks:
         return self.last
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs."""
+        """Everything that a resumed run needs."""
         states = {name: network.state_dict() for name, network in self.networks.items()}
         return {"done": self.done, "last": self.last, "networks": states}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` left it."""
+        """Resume from the result of `state_dict`."""
         self.done, self.last = state["done"], state["last"]
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
 
 
 def report(args, log: RunLog, source: str, epochs: int, last: Mapping[str, float]) -> None:
-    """The numbers of the last epoch on the screen and as a file, and the figure."""
+    """Print and write the numbers of the last epoch; draw the figure."""
     log.write_results({"data": source, "method": args.method,
                                     "epochs": epochs, **last})  # fmt: skip
     log.plot(plot_equilibrium_run)
@@ -293,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
     if args.train_images > max(len(train_data), TRAIN_IMAGES):
         raise UserError(f"--train_images {args.train_images}: there are {len(train_data)}")
-    sizes = math.prod(train_data.shape), train_data.classes  # also those that no image used is of
+    sizes = math.prod(train_data.shape), train_data.classes  # also classes without used images
     train_data = train_data.subset(slice(args.train_images))
     networks = {
         name: Network(args, *sizes, name == "equilibrium", device=device, dtype=dtype)

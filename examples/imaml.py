@@ -1,7 +1,7 @@
 """Few-shot learning: initial weights that a few steps adapt to a task, by implicit gradients.
 
     python examples/imaml.py                                5 ways, 1 shot: digits and clothes
-    python examples/imaml.py --dataset omniglot             where it is in --data-dir
+    python examples/imaml.py --dataset omniglot             if it is in --data-dir
     python examples/imaml.py --problem sinusoid             regression of sine waves
     python examples/imaml.py --resume runs/imaml-...
 
@@ -10,12 +10,12 @@
 
 w* is approximated by gradient descent from theta, its hypergradient by conjugate gradients on
 I - J, the Hessian, for all tasks of a meta-step at once. (iMAML; Rajeswaran et al. 2019, arXiv
-1909.04630.) The Hessian of a network need not be positive definite: where conjugate gradients meet
-negative curvature, they end one iteration before.
+1909.04630.) The Hessian of a network need not be positive definite: if conjugate gradients meet
+negative curvature, they stop one iteration earlier.
 
-Classes are pictures of one kind, turned by 0, 90, 180 or 270 degrees. Those for testing are made of
-kinds never seen in training: labels 7, 8, 9 of each data set, or Omniglot's evaluation set. What is
-compared is adaptation from learned and from initial theta, on the same tasks.
+Classes are pictures of one kind, turned by 0, 90, 180 or 270 degrees. Test classes are made of
+kinds never seen in training: labels 7, 8, 9 of each data set, or Omniglot's evaluation set. The
+example compares adaptation from the learned and from the initial theta on the same tasks.
 """
 
 import math
@@ -67,17 +67,17 @@ METHODS = {
     "CG_normaleq": NormalEquations,
     "fixed_point": FixedPoint,
 }
-FIRST_HELD_OUT = 7  # label of each data set
+FIRST_HELD_OUT = 7  # the first label of each data set that is kept for testing
 OMNIGLOT = ("omniglot-py/images_background", "omniglot-py/images_evaluation")
 TASKS_AT_ONCE = 16  # when testing
-FEATURE_SCALE = 0.5  # the inner loss's curvature then stays below 2 / rate: steps do not overshoot
+FEATURE_SCALE = 0.5  # keeps the inner loss's curvature below 2 / rate, so that steps don't diverge
 NO_IMAGES = torch.zeros(0, 1, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
 TRAINING, TESTING = range(2)  # streams of random numbers
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tasks: inputs and targets to adapt to, and others to judge by; [tasks, points, ...]."""
+    """Tasks, [tasks, points, ...]: inputs and targets to adapt to, and others to judge by."""
 
     support: tuple[Tensor, Tensor]
     queries: tuple[Tensor, Tensor]
@@ -85,7 +85,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class PictureTasks:
-    """Tasks of `ways` classes, made of kinds (uint8 [n, 1, H, W] each) in four orientations."""
+    """Tasks of `ways` classes, made of kinds (uint8 [n, 1, H, W] each) in four orientations.
+
+    Attributes:
+        shots, queries: pictures of each class to adapt to, and to judge by.
+    """
 
     kinds: Sequence[Tensor]
     ways: int
@@ -111,7 +115,7 @@ class PictureTasks:
         )
 
     def _pictures(self, generator: torch.Generator) -> Tensor:
-        """uint8 [ways, shots + queries, 1, H, W], all different."""
+        """Different pictures of each class, uint8 [ways, shots + queries, 1, H, W]."""
         drawn = []
         for number in torch.randperm(4 * len(self.kinds), generator=generator)[: self.ways]:
             kind, turns = self.kinds[number // 4], int(number % 4)
@@ -120,13 +124,13 @@ class PictureTasks:
         return torch.stack(drawn)
 
     def initial(self, generator: torch.Generator) -> list[Tensor]:
-        """Three layers of 3 x 3 filters of stride 2, and a linear one that begins at 0."""
+        """Initial weights: three layers of 3 x 3 filters with stride 2, and a linear layer of 0."""
         height = math.ceil(self.kinds[0].shape[-1] / 8)
         shapes = [(16, 1, 3, 3), (16, 16, 3, 3), (32, 16, 3, 3), (self.ways, 32 * height**2)]
         return drawn_weights(shapes, generator)
 
     def outputs(self, params: list[Tensor], x: Tensor) -> Tensor:
-        """Logits [points, ways]; each filter's response is normalised over all points at hand."""
+        """Logits [points, ways]; each filter's response is normalized over all given points."""
         for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
             response = conv2d(x, weight, stride=2, padding=1)
             mean = response.mean((0, 2, 3), keepdim=True)
@@ -139,7 +143,7 @@ class PictureTasks:
         return cross_entropy(outputs, labels)
 
     def judged(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Share of right answers, [tasks]."""
+        """The fraction of right answers, [tasks]."""
         return (outputs.argmax(-1) == labels).double().mean(-1)
 
 
@@ -147,7 +151,7 @@ class PictureTasks:
 class SinusoidTasks:
     """a sin(x + p) with a in [0.1, 5], p in [0, pi], seen at `shots` points x in [-5, 5].
 
-    (Finn, Abbeel, Levine 2017, arXiv 1703.03400, section 5.1.)
+    Source: Finn, Abbeel, Levine 2017, arXiv 1703.03400, section 5.1.
     """
 
     shots: int
@@ -167,16 +171,18 @@ class SinusoidTasks:
         return Batch((x[:, :n], y[:, :n]), (x[:, n:], y[:, n:]))
 
     def initial(self, generator: torch.Generator) -> list[Tensor]:
-        """1-40-40-1, first units spread over the interval; the last layer begins at 0.
+        """Initial weights of 1-40-40-1 units, the first spread over the interval, the last layer 0.
 
-        They are smooth: at a kink gradient descent would not come to rest, and there is no Hessian.
+        The units are smooth: at a kink gradient descent would not come to rest, and there would be
+            no
+        Hessian.
         """
         params = drawn_weights([(40, 1), (40, 40), (1, 40)], generator)
         params[1].copy_(2 * torch.rand(40, generator=generator) - 1)
         return params
 
     def outputs(self, params: list[Tensor], x: Tensor) -> Tensor:
-        """[points, 1]"""
+        """Predictions [points, 1]."""
         x = x / 5
         for weight, bias in zip(params[:-2:2], params[1:-2:2], strict=True):
             x = torch.tanh(linear(x, weight, bias))
@@ -187,7 +193,7 @@ class SinusoidTasks:
         return mse_loss(outputs, targets)
 
     def judged(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared errors [tasks]."""
+        """Mean squared errors, [tasks]."""
         return (outputs - targets).square().double().mean((-2, -1))
 
 
@@ -204,7 +210,7 @@ def drawn_weights(shapes: Sequence[tuple], generator: torch.Generator) -> list[T
     return params
 
 
-# ---- the two levels; params are lists of tensors [tasks, ...], hparams of the same without tasks
+# ---- the two levels; params are lists of tensors [tasks, ...], hparams lists of tensors [...]
 
 
 class TwoLevels:
@@ -221,12 +227,12 @@ class TwoLevels:
         return vmap(lambda w, x, y: self.tasks.loss(self.tasks.outputs(w, x), y))(params, *points)
 
     def inner(self, params: list[Tensor], hparams: list[Tensor]) -> Tensor:
-        """Summed over tasks, so that each task's gradient is its own."""
+        """The inner loss, summed over tasks, so that the gradients of tasks are independent."""
         distance = sum((w - theta).square().sum() for w, theta in zip(params, hparams, strict=True))
         return self.losses(params, self.batch.support).sum() + self.pull / 2 * distance
 
     def outer(self, params: list[Tensor], hparams: list[Tensor]) -> Tensor:
-        """Mean over tasks."""
+        """The outer loss, a mean over tasks."""
         return self.losses(params, self.batch.queries).mean()
 
     def adapted(self, hparams: list[Tensor], steps: int, rate: float) -> list[list[Tensor]]:
@@ -239,13 +245,16 @@ class TwoLevels:
 
     @torch.no_grad()
     def scores(self, params: list[Tensor]) -> Tensor:
-        """[tasks]"""
+        """The scores of the queries, [tasks]."""
         x, y = self.batch.queries
         return self.tasks.judged(vmap(self.tasks.outputs)(params, x), y)
 
 
 def meta_step(args, tasks: Tasks, hparams: list[Tensor], optimizer, number: int) -> dict:
-    """Moves theta; the numbers are those before."""
+    """Move theta; returns the numbers before the step.
+
+    Raises FloatingPointError if the loss is not finite.
+    """
     levels = TwoLevels(
         tasks, tasks.draw(args.tasks, generator(args, TRAINING, number - 1)), args.pull
     )
@@ -266,10 +275,10 @@ def meta_step(args, tasks: Tasks, hparams: list[Tensor], optimizer, number: int)
 
 
 def hypergradient(args, levels: TwoLevels, params: list[Tensor], hparams: list[Tensor]):
-    """Adds it into .grad; returns how the linear system was solved.
+    """Add the hypergradient to .grad; returns the LinearSolve.
 
-    The map of the conjugate gradients is a gradient step of rate 1, for which I - J is the Hessian;
-    that of the fixed point iteration, which has to be a contraction, is the inner one.
+    For conjugate gradients the map is a gradient step of rate 1, for which I - J is the Hessian;
+    for the fixed-point iteration, which needs a contraction, it is the inner step.
     """
     rate = args.rate if args.method == "fixed_point" else 1.0
     step = GradientDescent(levels.inner, rate)
@@ -284,13 +293,13 @@ def hypergradient(args, levels: TwoLevels, params: list[Tensor], hparams: list[T
 
 
 def generator(args, *stream: int) -> torch.Generator:
-    """Random numbers of their own for each purpose."""
+    """A generator of its own for each purpose."""
     seed = np.random.SeedSequence((args.seed, *stream)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> np.uint64(1)))
 
 
 class MetaLearning:
-    """Adam on the meta-parameters: see `run_steps`."""
+    """Adam on the meta-parameters; see `run_steps`."""
 
     def __init__(self, args, tasks: Tasks, hparams: list[Tensor]) -> None:
         self.args, self.tasks, self.hparams = args, tasks, hparams
@@ -298,7 +307,7 @@ class MetaLearning:
 
     @property
     def finished(self) -> bool:
-        """Whether all meta-steps are made."""
+        """Whether all meta-steps are done."""
         return self.done >= self.args.metasteps
 
     def step(self) -> dict[str, float]:
@@ -307,12 +316,12 @@ class MetaLearning:
         return meta_step(self.args, self.tasks, self.hparams, self.optimizer, self.done)
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs."""
+        """Everything that a resumed run needs."""
         theta = [h.detach() for h in self.hparams]
         return {"done": self.done, "theta": theta, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` left it."""
+        """Resume from the result of `state_dict`."""
         self.done = state["done"]
         for h, value in zip(self.hparams, state["theta"], strict=True):
             h.data.copy_(value)
@@ -320,7 +329,7 @@ class MetaLearning:
 
 
 def test(args, tasks: Tasks, hparams: list[Tensor]) -> np.ndarray:
-    """Scores [tasks, steps + 1] on the queries of test tasks, the same for every theta."""
+    """Scores [tasks, steps + 1] on the queries of test tasks, which are the same for each theta."""
     scores, random = [], generator(args, TESTING)
     for begin in range(0, args.test_tasks, TASKS_AT_ONCE):
         count = min(TASKS_AT_ONCE, args.test_tasks - begin)
@@ -334,7 +343,10 @@ def test(args, tasks: Tasks, hparams: list[Tensor]) -> np.ndarray:
 
 
 def load_kinds(args) -> tuple[list[Tensor], list[Tensor], ImageData]:
-    """Kinds of pictures, uint8 [n, 1, 28, 28] each, for training and testing; and all of them."""
+    """Kinds of pictures, uint8 [n, 1, 28, 28] each, for training and for testing; and all of them.
+
+    Raises UserError if Omniglot is combined with other data sets.
+    """
     if "omniglot" in args.dataset:
         if len(args.dataset) > 1:
             raise UserError("--dataset omniglot stands alone, its characters are divided already")
@@ -355,9 +367,9 @@ def load_kinds(args) -> tuple[list[Tensor], list[Tensor], ImageData]:
 
 
 def read_omniglot(folder: Path) -> list[Tensor]:
-    """The characters under a folder in torchvision's layout, alphabet/character/*.png, as 28 x 28.
+    """The characters in a folder with torchvision's layout, alphabet/character/*.png, as 28 x 28.
 
-    Ink is bright, as in MNIST.
+    Ink is bright, as in MNIST. Raises DataError if there are none.
     """
     characters = sorted(path for path in folder.glob("*/*") if path.is_dir())
     if not characters:
@@ -372,7 +384,7 @@ def read_omniglot(folder: Path) -> list[Tensor]:
 
 
 def drawing(path: Path) -> Tensor:
-    """uint8 [1, 28, 28] of a file with black ink on white."""
+    """uint8 [1, 28, 28] from a file with black ink on white."""
     with Image.open(path) as image:
         small = image.convert("L").resize((28, 28), Image.Resampling.BOX)
     return torch.from_numpy(255 - np.array(small))[None]
@@ -387,28 +399,28 @@ def make_parser():
     for action in parser._actions:
         if action.dest == "dataset":  # of the common flags; here several may be put together
             action.nargs, action.type = "+", partial(data_name, known=(*DATASETS, "omniglot"))
-            action.help = "pictures; several are put together"
+            action.help = "data sets of pictures; several are combined"
     parser.set_defaults(dataset=["mnist", "fashion"])
     add = parser.add_argument_group("tasks").add_argument
     add("--problem", choices=("pictures", "sinusoid"), default="pictures", help="kind of tasks")
-    add("--ways", type=positive_int, default=5, help="classes of a task")
+    add("--ways", type=positive_int, default=5, help="number of classes of a task")
     add("--shots", type=positive_int, metavar="N",
-        help="per class to adapt to (default: 1; of a sine wave 10)")  # fmt: skip
-    add("--queries", type=positive_int, default=15, help="per class to judge by")
+        help="points per class to adapt to (default: 1; of a sine wave 10)")  # fmt: skip
+    add("--queries", type=positive_int, default=15, help="points per class to judge by")
     add = parser.add_argument_group("adaptation").add_argument
     add("--pull", type=positive_float, metavar="LAMBDA",
-        help="towards the initial weights (default: 2; of sine waves 0.5)")  # fmt: skip
-    add("--steps", type=positive_int, default=16, help="of gradient descent")
+        help="strength of the pull towards theta (default: 2; for sine waves 0.5)")  # fmt: skip
+    add("--steps", type=positive_int, default=16, help="steps of gradient descent")
     add("--rate", type=positive_float, metavar="RATE",
-        help="of gradient descent (default: 0.1; of sine waves 0.02)")  # fmt: skip
+        help="rate of gradient descent (default: 0.1; for sine waves 0.02)")  # fmt: skip
     add = parser.add_argument_group("meta-learning").add_argument
-    add("--method", choices=list(METHODS), default="CG", help="hypergradient")
-    add("--K", type=positive_int, default=5, help="iterations of the method")
-    add("--tasks", type=positive_int, default=16, help="of a meta-step")
+    add("--method", choices=list(METHODS), default="CG", help="solver of the hypergradient")
+    add("--K", type=positive_int, default=5, help="iterations of the solver")
+    add("--tasks", type=positive_int, default=16, help="tasks of a meta-step")
     add("--metasteps", type=positive_int, metavar="N",
-        help="(default: 60; of sine waves 500)")  # fmt: skip
-    add("--lr", type=positive_float, default=3e-3, help="of Adam")
-    add("--test_tasks", type=positive_int, default=200, help="to judge by at the end")
+        help="number of meta-steps (default: 60; for sine waves 500)")  # fmt: skip
+    add("--lr", type=positive_float, default=3e-3, help="learning rate of Adam")
+    add("--test_tasks", type=positive_int, default=200, help="test tasks at the end")
     return parser
 
 
@@ -419,7 +431,10 @@ DEFAULTS = {
 
 
 def make_tasks(args, dtype: torch.dtype, device: torch.device) -> tuple[Tasks, Tasks, ImageData]:
-    """Tasks for training and for testing, and all pictures, none for sine waves."""
+    """Tasks for training and for testing, and all pictures (none for sine waves).
+
+    Raises UserError if there are too few classes or pictures.
+    """
     sizes = {"shots": args.shots, "queries": args.queries, "dtype": dtype, "device": device}
     if args.problem == "sinusoid":
         tasks = SinusoidTasks(**sizes)
@@ -438,7 +453,7 @@ def make_tasks(args, dtype: torch.dtype, device: torch.device) -> tuple[Tasks, T
 
 
 def report(args, tasks: Tasks, log: RunLog, source: str, scores: Mapping[str, np.ndarray]) -> None:
-    """Scores with their spread on the screen and as a file; the figure."""
+    """Print and write the scores with their spread; draw the figure."""
     results = {"data": source, "problem": args.problem, "score": tasks.score}
     for name, values in scores.items():
         last = values[:, -1]

@@ -1,4 +1,4 @@
-"""Hyperparameter optimisation: an L2 weight for each feature of a logistic regression.
+"""Hyperparameter optimization: an L2 weight for each feature of a logistic regression.
 
     python examples/logistic_regression.py                          1,000 points of 20 features
     python examples/logistic_regression.py --method CG              another hypergradient
@@ -9,11 +9,11 @@
     l      from 1 by SGD with momentum on BCE(X_val w_T, y_val), never below 1e-8
 
 The synthetic data, drawn with seed 1, and all defaults are those of HyperTorch's notebook, whose
-validation losses stand beside ours. First comes the error of every method at l = 1, in float64 and
-over the number k of steps or iterations, beside what theory promises (Grazzi et al. 2020, arXiv
-2006.16218): the powers of the map's contraction, or ((sqrt c - 1) / (sqrt c + 1))^k for conjugate
-gradients, where c is the condition number of I - J, its square for the normal equations. Implicit
-methods stop at their tolerance, 1e-10.
+validation losses are shown next to ours. First, the error of every method at l = 1 is computed in
+float64 as a function of the number k of steps or iterations, together with the theoretical rates
+(Grazzi et al. 2020, arXiv 2006.16218): powers of the map's contraction, or
+((sqrt c - 1) / (sqrt c + 1))^k for conjugate gradients, where c is the condition number of I - J,
+or its square for the normal equations. Implicit methods stop at their tolerance, 1e-10.
 """
 
 import csv
@@ -70,12 +70,12 @@ from hypergradients import (
 )
 from mnist_datasets import ImageData, load_images
 
-# Validation losses in HyperTorch's notebook, which are of the defaults here
+# Validation losses in HyperTorch's notebook, for the defaults here
 PUBLISHED = {0: 0.5744, 10: 0.5338, 20: 0.3615, 30: 0.3225, 40: 0.2988, 50: 0.2945, 60: 0.2906}
-CURVE = (1, 2, 3, 4, 6, 8, 11, 15, 20, 27, 36, 48, 64, 85)  # k of the errors
-LEAST = 1e-8  # an L2 weight
+CURVE = (1, 2, 3, 4, 6, 8, 11, 15, 20, 27, 36, 48, 64, 85)  # k at which errors are computed
+LEAST = 1e-8  # the smallest L2 weight
 NEWTON_STEPS = 12
-FORWARD_STEPS = 8000  # k times features, at most, in the comparison
+FORWARD_STEPS = 8000  # the largest k * features of forward_mode in the comparison
 SAVE_EVERY = 10  # outer steps
 RATES = {"synthetic": 1.0, "digits": 100.0}  # of hypergradient descent
 
@@ -84,8 +84,12 @@ RATES = {"synthetic": 1.0, "digits": 100.0}  # of hypergradient descent
 class Problem:
     """Logistic regression with an L2 weight for each feature; parameters [w], hyperparameters [l].
 
-    inputs: [points, features]. targets: 0 or 1, [points]. rate: of gradient descent.
-    start: w_0, [features].
+    Attributes:
+        inputs: [points, features].
+        targets: 0 or 1, [points].
+        validation_inputs, validation_targets: likewise.
+        start: w_0, [features].
+        rate: of gradient descent.
     """
 
     inputs: Tensor
@@ -96,16 +100,16 @@ class Problem:
     rate: float
 
     def to(self, *where) -> "Problem":
-        """The same on another device, or of another type."""
+        """The same problem on another device or in another type."""
         tensors = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **{name: t.to(*where) for name, t in tensors.items()})
 
     def all_ones(self) -> list[Tensor]:
-        """The hyperparameters to begin with."""
+        """The initial hyperparameters."""
         return [torch.ones_like(self.start).requires_grad_()]
 
     def inner_loss(self, params: list[Tensor], hparams: list[Tensor]) -> Tensor:
-        """Mean cross-entropy of the training points, and the penalty."""
+        """Mean cross-entropy of the training points, plus the penalty."""
         fit = binary_cross_entropy_with_logits(self.inputs @ params[0], self.targets)
         return fit + (hparams[0] * params[0].square()).sum() / 2
 
@@ -115,21 +119,21 @@ class Problem:
         return binary_cross_entropy_with_logits(logits, self.validation_targets)
 
     def accuracy(self, params: list[Tensor]) -> float:
-        """Share of the validation points that are classified correctly."""
+        """The fraction of validation points that are classified correctly."""
         right = (self.validation_inputs @ params[0] > 0) == (self.validation_targets > 0.5)
         return float(right.double().mean())
 
     def step(self, gradient: str = "graph") -> GradientDescent:
-        """The map: gradient descent on the inner loss."""
+        """The update map: gradient descent on the inner loss."""
         return GradientDescent(self.inner_loss, self.rate, gradient=gradient)
 
     def hessian(self, w: Tensor, l2: Tensor) -> Tensor:
-        """Of the inner loss: X^T diag(p (1 - p)) X / n + diag(l), [features, features]."""
+        """Hessian of the inner loss, X^T diag(p (1 - p)) X / n + diag(l), [features, features]."""
         p = torch.sigmoid(self.inputs @ w)
         return self.inputs.T * (p * (1 - p)) @ self.inputs / len(self.inputs) + l2.diag()
 
     def solution(self, l2: Tensor) -> Tensor:
-        """w*, by Newton's method, which needs no line search where l is about 1."""
+        """w*, by Newton's method, which needs no line search for l near 1."""
         w = torch.zeros_like(self.start)
         for _ in range(NEWTON_STEPS):
             residual = torch.sigmoid(self.inputs @ w) - self.targets
@@ -138,15 +142,15 @@ class Problem:
         return w
 
     def hypergradient(self, w: Tensor, l2: Tensor) -> Tensor:
-        """At w*: -w* H^-1 grad_w E, because l_i only moves the inner gradient's entry i, by w_i."""
+        """At w*: -w* H^-1 grad_w E, because l_i adds l_i w_i to entry i of the inner gradient."""
         residual = torch.sigmoid(self.validation_inputs @ w) - self.validation_targets
         gradient = self.validation_inputs.T @ residual / len(residual)
         return -w * torch.linalg.solve(self.hessian(w, l2), gradient)
 
 
 def synthetic_problem(seed: int, rate: float) -> Problem:
-    """HyperTorch's: 1,000 points of 20 features, half of them for validation, float64."""
-    random = np.random.RandomState(seed)  # its stream is frozen: the same numbers in every NumPy
+    """HyperTorch's problem: 1,000 points of 20 features, half of them for validation, float64."""
+    random = np.random.RandomState(seed)  # gives the same numbers in every version of NumPy
     w, x = random.randn(20), random.randn(1000, 20)
     y = (x @ w + 0.1 * random.randn(1000) > 0).astype(float)
     x, x_val, y, y_val = map(
@@ -156,7 +160,10 @@ def synthetic_problem(seed: int, rate: float) -> Problem:
 
 
 def digits_problem(sets: Sequence[ImageData], classes: Sequence[int], rate: float) -> Problem:
-    """Two classes of the training images, and of the test images for validation, float64."""
+    """Two classes of images, float64; the test images are used for validation.
+
+    Raises UserError if there are no images of one of the classes.
+    """
     parts = []
     for data in sets:
         rows = torch.isin(data.labels, torch.tensor(classes)).nonzero().squeeze(1)
@@ -167,13 +174,13 @@ def digits_problem(sets: Sequence[ImageData], classes: Sequence[int], rate: floa
     return Problem(*parts, parts[0].new_zeros(parts[0].shape[1]), rate)
 
 
-# ---- methods: (problem, hparams, steps, k) to the hypergradient after so many steps from w_0 ----
+# ---- methods: (problem, hparams, steps, k) -> the hypergradient after these steps from w_0 ----
 
 Method = Callable[[Problem, list[Tensor], int, int], list[Tensor]]
 
 
 def with_all_states(problem: Problem, hparams: list[Tensor], steps: int, k: int) -> list[Tensor]:
-    """reverse from all kept states; k plays no part."""
+    """`reverse` with all states stored; k is not used."""
     history, update = [[problem.start]], problem.step()
     for _ in range(steps):
         history.append(update(history[-1], hparams, create_graph=False))
@@ -181,25 +188,25 @@ def with_all_states(problem: Problem, hparams: list[Tensor], steps: int, k: int)
 
 
 def with_checkpoints(problem: Problem, hparams: list[Tensor], steps: int, k: int) -> list[Tensor]:
-    """checkpointed_reverse; k plays no part."""
+    """`checkpointed_reverse`; k is not used."""
     updates = [problem.step()] * steps
     return checkpointed_reverse([problem.start], hparams, updates, problem.outer_loss)
 
 
 def forwards(problem: Problem, hparams: list[Tensor], steps: int, k: int) -> list[Tensor]:
-    """forward_mode in all directions at once; k plays no part."""
+    """`forward_mode` in all directions at once; k is not used."""
     updates = [problem.step("func")] * steps
     return forward_mode([problem.start], hparams, updates, problem.outer_loss, vectorize=True)
 
 
 def truncated(problem: Problem, hparams: list[Tensor], steps: int, k: int) -> list[Tensor]:
-    """truncated_reverse through the last k steps."""
+    """`truncated_reverse` through the last k steps."""
     updates = [problem.step()] * max(steps, k)
     return truncated_reverse([problem.start], hparams, k, updates, problem.outer_loss)
 
 
 def looking_back(problem: Problem, hparams: list[Tensor], steps: int, k: int) -> list[Tensor]:
-    """neumann_lookback: k terms at the last state but one."""
+    """`neumann_lookback` with k terms at the last state but one."""
     update = problem.step()
     params = advance([problem.start], hparams, [update] * (steps - 1))
     return neumann_lookback(params, hparams, k, [update], problem.outer_loss)
@@ -208,14 +215,14 @@ def looking_back(problem: Problem, hparams: list[Tensor], steps: int, k: int) ->
 def at_fixed_point(
     method: Callable, problem: Problem, hparams: list[Tensor], steps: int, k: int
 ) -> list[Tensor]:
-    """An implicit method with K = k, for which the last state is the fixed point."""
+    """An implicit method with K = k, which takes the last state as the fixed point."""
     update = problem.step()
     params = advance([problem.start], hparams, [update] * steps)
     return method(params, hparams, K=k, fp_map=update, outer_loss=problem.outer_loss)
 
 
 def by_optimizer(*args, **options) -> list[Tensor]:
-    """The hypergradient of stoch_AID, SGD of rate 1."""
+    """The hypergradient of `stoch_AID` with SGD of rate 1."""
     return stoch_AID(*args, **options, verbose=False)[0]
 
 
@@ -240,10 +247,10 @@ METHODS = ALL_STEPS | LAST_STEPS | IMPLICIT
 
 
 def error_curves(problem: Problem, ks: Sequence[int], progress) -> dict[str, list[float]]:
-    """Relative errors at l = 1 of each method, for each k; nan where a method says it diverges.
+    """Relative errors of each method at l = 1, for each k; nan if a method reports divergence.
 
-    Methods that follow all steps take k steps from w_0; all others begin at w*, where only their
-    own error is left. forward_mode is left out, nan, where it would take long.
+    Methods that follow all steps take k steps from w_0; all others start at w*, where the error is
+    only their own. forward_mode is left out, with nan, if it would take long.
     """
     hparams = problem.all_ones()
     l2 = hparams[0].detach()
@@ -265,7 +272,7 @@ def error_curves(problem: Problem, ks: Sequence[int], progress) -> dict[str, lis
 
 
 def theoretical_rates(problem: Problem) -> dict[str, float]:
-    """By how much an iteration multiplies the error, at w* of l = 1. (Grazzi et al. 2020.)
+    """The factors by which an iteration reduces the error, at w* for l = 1. (Grazzi et al. 2020.)
 
     Conjugate gradients: (sqrt c - 1) / (sqrt c + 1), with c of I - J, or of its square.
     """
@@ -281,7 +288,7 @@ def theoretical_rates(problem: Problem) -> dict[str, float]:
 
 
 def compare_methods(problem: Problem, log: RunLog) -> None:
-    """Errors and rates as errors.csv, errors.npz and rates.json."""
+    """Write the errors and rates to errors.csv, errors.npz and rates.json; print some."""
     with log.progress(len(METHODS), description="method") as progress:
         curves = error_curves(problem, CURVE, progress)
     rates = theoretical_rates(problem)
@@ -304,7 +311,7 @@ def compare_methods(problem: Problem, log: RunLog) -> None:
 
 
 class OuterSteps:
-    """SGD with momentum on the L2 weights: see `run_steps`."""
+    """SGD with momentum on the L2 weights; see `run_steps`."""
 
     def __init__(self, args, problem: Problem) -> None:
         self.args, self.problem, self.done = args, problem, 0
@@ -314,7 +321,7 @@ class OuterSteps:
 
     @property
     def finished(self) -> bool:
-        """Whether all outer steps are made."""
+        """Whether all outer steps are done."""
         return self.done >= self.args.outer_steps
 
     def step(self) -> dict[str, float]:
@@ -325,7 +332,7 @@ class OuterSteps:
         return row
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs."""
+        """Everything that a resumed run needs."""
         l2 = self.hparams[0].detach()
         return {
             "done": self.done,
@@ -335,14 +342,17 @@ class OuterSteps:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` left it."""
+        """Resume from the result of `state_dict`."""
         self.done, self.rows = state["done"], list(state["rows"])
         self.hparams[0].data.copy_(state["l2"])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
 def outer_step(args, problem: Problem, hparams: list[Tensor], optimizer) -> dict[str, float]:
-    """Moves the L2 weights; the numbers are those before."""
+    """Move the L2 weights; returns the numbers before the step.
+
+    Raises FloatingPointError if a number is not finite.
+    """
     params = advance([problem.start], hparams, [problem.step()] * args.steps)
     row = {
         "validation_loss": float(problem.outer_loss(params, hparams)),
@@ -361,7 +371,7 @@ def outer_step(args, problem: Problem, hparams: list[Tensor], optimizer) -> dict
 
 
 def report(args, log: RunLog, source: str, rows: Sequence[Mapping[str, float]]) -> None:
-    """The table of validation losses, as a file and on the screen, and the figures.
+    """Print and write the table of validation losses; draw the figures.
 
     rows: of all outer steps.
     """
@@ -402,20 +412,21 @@ def make_parser():
     add = parser.add_argument_group("problem").add_argument
     add("--data", choices=("synthetic", "digits"), default="synthetic",
         help="points drawn with --seed, or two classes of --dataset")  # fmt: skip
-    add("--classes", type=nonnegative_int, nargs=2, default=[4, 9], help="of the digits")
-    add("--steps", type=positive_int, default=100, help="of gradient descent, T")
-    add("--rate", type=positive_float, default=0.1, help="of gradient descent")
+    add("--classes", type=nonnegative_int, nargs=2, default=[4, 9], help="the two classes")
+    add("--steps", type=positive_int, default=100, help="steps of gradient descent, T")
+    add("--rate", type=positive_float, default=0.1, help="rate of gradient descent")
     add = parser.add_argument_group("hypergradient descent").add_argument
-    add("--method", choices=list(METHODS), default="truncated_reverse", help="hypergradient")
+    add("--method", choices=list(METHODS), default="truncated_reverse",
+        help="how the hypergradient is computed")  # fmt: skip
     add("--K", type=positive_int, default=10, help="steps, terms or iterations of the method")
-    add("--outer_steps", type=positive_int, default=100, help="of hypergradient descent")
-    add("--lr", type=positive_float, help="of SGD (default: 1, for digits 100)")
-    add("--momentum", type=fraction, default=0.9, help="of SGD")
+    add("--outer_steps", type=positive_int, default=100, help="steps of SGD on l")
+    add("--lr", type=positive_float, help="rate of SGD on l (default: 1, for digits 100)")
+    add("--momentum", type=fraction, default=0.9, help="momentum of SGD on l")
     return parser
 
 
 def make_problem(args) -> tuple[Problem, ImageData | None, str]:
-    """The problem in float64, the images it is made of (None: synthetic), and where it is from."""
+    """The problem in float64, the images it is made of (None if synthetic), and its source."""
     if args.data == "synthetic":
         source = f"1,000 synthetic points of 20 features, seed {args.seed}"
         return synthetic_problem(args.seed, args.rate), None, source

@@ -2,19 +2,19 @@
 
     python examples/tune_competition.py --dataset mnist5k
     python examples/tune_competition.py --gate soft --metasteps 40
-    python examples/tune_competition.py --trials 50        the same numbers from the same seed
+    python examples/tune_competition.py --trials 50        same seed, same numbers
     python examples/tune_competition.py --resume runs/tune_competition-...
 
-All begin with one random draw of the hyperparameters: the rate log-uniform in [1e-3, 1], Delta
-uniform in [0, 0.4], the soft gate's inverse temperature log-uniform in [0.1, 10]. Hypergradient
-descent goes on from there with Adam. Random search draws again and again, and TPE (Optuna's) draws
-where losses were low, each for as much processor time; both keep the draw of the lowest loss. How
-many draws that are depends on the machine, and what they find with it: --trials fixes their number
-instead. What each way ends with is judged by trainings from new initial weights. All of that for
-several --searches.
+All methods start from one random draw of the hyperparameters: the rate log-uniform in [1e-3, 1],
+Delta uniform in [0, 0.4], the soft gate's inverse temperature log-uniform in [0.1, 10].
+Hypergradient descent continues from there with Adam. Random search draws again and again, and TPE
+(Optuna's) draws where losses were low, each for the same processor time; both keep the draw with
+the lowest loss. The number of these draws, and hence the result, depends on the machine unless
+--trials fixes it. The results of all methods are judged by trainings from new initial weights. All
+of this is repeated for several --searches.
 
-Pixels are centred: otherwise what units unlearn from every image is the mean image, and rectified
-they fall silent.
+Pixels are centred: otherwise units unlearn mainly the mean image from every image, and rectified
+units become silent.
 """
 
 import argparse
@@ -57,7 +57,7 @@ RANGES = {
     "inverse_temperature": FloatDistribution(0.1, 10, log=True),
 }
 
-Draws = Generator[dict[str, float], float | None, None]  # hyperparameters; is sent their loss
+Draws = Generator[dict[str, float], float | None, None]  # hyperparameters; receives their loss
 
 
 def make_parser():
@@ -65,15 +65,15 @@ def make_parser():
     parser = common_parser("Tune competing units in three ways, at equal cost.", "tune_competition")
     add = parser.add_argument
     add("--units", type=positive_int, default=32, help="units of the layer")
-    add("--gate", choices=GATES, default="ranked", help="who learns from a sample")
+    add("--gate", choices=GATES, default="ranked", help="which units learn from a sample")
     add("--inner_steps", type=positive_int, default=100, help="updates of a training")
-    add("--batch_size", type=positive_int, default=256, help="images of an update")
-    add("--metasteps", type=positive_int, default=25, help="of hypergradient descent")
-    add("--lr", type=positive_float, default=0.1, help="of Adam, on log rate and Delta")
+    add("--batch_size", type=positive_int, default=256, help="images in a batch")
+    add("--metasteps", type=positive_int, default=25, help="meta-steps of hypergradients")
+    add("--lr", type=positive_float, default=0.1, help="rate of Adam on log rate and Delta")
     add("--trials", type=positive_int, metavar="N",
-        help="of random search and TPE (default: what fits into the descent's time)")  # fmt: skip
-    add("--searches", type=positive_int, default=5, help="how often all are tried")
-    add("--evaluations", type=positive_int, default=5, help="trainings that judge each")
+        help="draws of random search and TPE (default: those in equal time)")  # fmt: skip
+    add("--searches", type=positive_int, default=5, help="number of searches by each method")
+    add("--evaluations", type=positive_int, default=5, help="trainings that judge a result")
     return parser
 
 
@@ -83,7 +83,7 @@ def make_rule(args, hyperparameters: dict[str, float], dtype) -> PerLayerRule:
 
 
 def draw(generator: torch.Generator) -> dict[str, float]:
-    """Hyperparameters at random, within RANGES."""
+    """Random hyperparameters within RANGES."""
     rate, delta, temperature = torch.rand(3, generator=generator).tolist()
     return {
         "rate": 10 ** (3 * rate - 3),
@@ -93,19 +93,19 @@ def draw(generator: torch.Generator) -> dict[str, float]:
 
 
 def first_draw(args, search: int) -> dict[str, float]:
-    """Where all ways of a search begin."""
+    """The start of all methods in a search."""
     return draw(seeded_generator(args.seed, search))
 
 
 def random_draws(args, search: int) -> Draws:
-    """Hyperparameters at random, without end."""
+    """Random hyperparameters, endlessly."""
     generator = seeded_generator(args.seed, search)
     while True:
         yield draw(generator)
 
 
 def tpe_draws(args, search: int) -> Draws:
-    """Hyperparameters that Optuna's TPE proposes, without end."""
+    """Hyperparameters proposed by Optuna's TPE, endlessly."""
     seed = seeded_generator(args.seed, TRIAL, search).initial_seed() % 2**32
     study = optuna.create_study(sampler=TPESampler(seed=seed))
     first = first_draw(args, search)
@@ -117,7 +117,7 @@ def tpe_draws(args, search: int) -> Draws:
 
 
 def by_hypergradients(args, search: int, training: Training, dtype) -> tuple[PerLayerRule, float]:
-    """The rule that hypergradient descent ends with, and the processor time that it took."""
+    """The rule at the end of hypergradient descent, and the processor time in seconds."""
     begin = time.process_time()
     rule = make_rule(args, first_draw(args, search), dtype)
     settings = MetaSettings(
@@ -133,7 +133,7 @@ def by_hypergradients(args, search: int, training: Training, dtype) -> tuple[Per
 def by_trials(
     args, search: int, training: Training, dtype, draws: Draws, seconds: float
 ) -> tuple[PerLayerRule, int]:
-    """The best rule of --trials draws, else of those that can be tried in the time; how many."""
+    """The best rule of --trials draws, or of those that fit into the time, and their number."""
     begin, best, lowest, losses = time.process_time(), None, math.inf, [None]
     while best is None or (
         len(losses) <= args.trials if args.trials else time.process_time() - begin < seconds
@@ -147,7 +147,7 @@ def by_trials(
 
 
 def trained(args, rule: PerLayerRule, training: Training, key: tuple[int, ...]) -> dict[str, float]:
-    """Loss and accuracy behind a training from the draw of this name; inf, NaN if it diverges."""
+    """Loss and accuracy after a training with this key; inf and NaN if it diverges."""
     try:
         draw = Draw(key, args.inner_steps)
         return evaluate_training(replace(training, rule=rule), draw)[0]
@@ -156,7 +156,7 @@ def trained(args, rule: PerLayerRule, training: Training, key: tuple[int, ...]) 
 
 
 def judged(args, rule: PerLayerRule, training: Training) -> dict[str, float]:
-    """Means over trainings from new draws, the same for every rule."""
+    """Means over trainings from new draws, which are the same for every rule."""
     rows = [
         trained(args, rule, training, (args.seed, EVALUATION, k)) for k in range(args.evaluations)
     ]
@@ -164,7 +164,7 @@ def judged(args, rule: PerLayerRule, training: Training) -> dict[str, float]:
 
 
 def searched(args, search: int, training: Training, dtype) -> dict[str, float]:
-    """One search in all ways: hyperparameters, losses and accuracies, and what it cost."""
+    """One search by all methods: hyperparameters, losses, accuracies and processor time."""
     tuned, seconds = by_hypergradients(args, search, training, dtype)
     rules = {"start": make_rule(args, first_draw(args, search), dtype), "hypergradients": tuned}
     row = {"processor_seconds": seconds}
@@ -178,12 +178,12 @@ def searched(args, search: int, training: Training, dtype) -> dict[str, float]:
 
 
 def warm_up(args, training: Training, dtype) -> None:
-    """A meta-step that counts for nothing: what is compiled at first use is no search's cost."""
+    """Do a meta-step that is not counted, to exclude compilation from the cost of the searches."""
     by_hypergradients(argparse.Namespace(**vars(args) | {"metasteps": 1}), 0, training, dtype)
 
 
 class Searches:
-    """One search after the other, in all ways: see `run_steps`."""
+    """One search after the other, each by all methods; see `run_steps`."""
 
     def __init__(self, args, training: Training, dtype) -> None:
         self.args, self.training, self.dtype = args, training, dtype
@@ -192,11 +192,11 @@ class Searches:
 
     @property
     def finished(self) -> bool:
-        """Whether all searches are made."""
+        """Whether all searches are done."""
         return len(self.rows) >= self.args.searches
 
     def step(self) -> dict[str, float]:
-        """The next search."""
+        """Do the next search and return its numbers."""
         if not self._warm:
             warm_up(self.args, self.training, self.dtype)
             self._warm = True
@@ -204,18 +204,18 @@ class Searches:
         return self.rows[-1]
 
     def state_dict(self) -> dict:
-        """What was found so far."""
+        """The results so far."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` left it."""
+        """Resume from the result of `state_dict`."""
         self.rows = list(state["rows"])
 
 
 def report(rows: list[dict[str, float]], source: str, log: RunLog) -> None:
-    """Means and standard deviations over the searches, on the screen and as a file; the figure.
+    """Print and write means and standard deviations over the searches; draw the figure.
 
-    Of a way that has ended with a diverging training the searches where it has not.
+    Searches in which a method ended with a diverging training are left out for this method.
     """
     summary = {}
     for way in WAYS:
@@ -245,12 +245,12 @@ def main(argv: list[str] | None = None) -> None:
         lateral_mlp(
             math.prod(train_data.shape), [args.units], Activation("relu"), inhibition="none"
         ),
-        LearningRule(),  # each search puts its own in its place
+        LearningRule(),  # replaced by the rule of each search
         GaussianInitializer({}, {"w": FIXED}).to(device, dtype),
         lambda generator: batches(train_data, args.batch_size, generator, dtype),
         ProbeLoss(train_data, test_data, 1000.0),
     )
-    next(training.batches(seeded_generator(0)))  # refuses a wrong batch size
+    next(training.batches(seeded_generator(0)))  # raises an error for a wrong batch size
     with open_run(args, "tune_competition", train_data) as log:
         log.say(train_data.source)
         searches = Searches(args, training, dtype)

@@ -101,7 +101,7 @@ def run_parser(description: str, command: str) -> argparse.ArgumentParser:
     where = group.add_mutually_exclusive_group()
     new = f"directory of the run (default: runs/{command}-<time>)"
     where.add_argument("--out", type=Path, metavar="DIR", help=new)
-    again = "go on with the run in DIR, with its flags"
+    again = "continue the run in DIR, with its flags"
     where.add_argument("--resume", type=Path, metavar="DIR", help=again)
     add = group.add_argument
     add("--seed", type=nonnegative_int, default=0, metavar="N", help="seed of all random numbers")
@@ -115,9 +115,10 @@ def computing_parser(description: str, command: str) -> argparse.ArgumentParser:
     """A parser with the flags of any run that computes with tensors; see `run_parser`."""
     parser = run_parser(description, command)
     add = parser.add_argument_group("computation").add_argument
-    device = "auto, cpu, cuda, cuda:N or mps"
+    device = "device to compute on: auto, cpu, cuda, cuda:N or mps"
     add("--device", type=device_name, default="auto", metavar="NAME", help=device)
-    add("--threads", type=positive_int, metavar="N", help="CPU threads (default: torch's own)")
+    add("--threads", type=positive_int, metavar="N",
+        help="number of CPU threads (default: torch's)")  # fmt: skip
     add("--dtype", choices=DTYPES, default="float32", help="floating-point type")
     return parser
 
@@ -172,7 +173,8 @@ def common_parser(
             help=f"{images} (default: mnist); may be repeated")  # fmt: skip
     else:
         add("--dataset", type=data_name, default="mnist", metavar="DATA", help=images)
-    add("--data-dir", "--data_dir", type=Path, default="data", metavar="DIR", help="data sets")
+    add("--data-dir", "--data_dir", type=Path, default="data", metavar="DIR",
+        help="folder of the data sets")  # fmt: skip
     return parser
 
 

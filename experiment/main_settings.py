@@ -24,13 +24,13 @@ class UnitSettings:
 
     inhibition: str = setting(
         "lateral",
-        "how units compete; l1, l2: y over its norm at each position, or over a whole image",
+        "how units inhibit each other; l1 and l2 divide their outputs by a norm",
         choices=INHIBITION,
     )
     inh_steps: int = setting(10, "steps of the lateral dynamics", "nonnegative")
-    inh_factor: float = setting(0.2, "size of such a step", "fraction")
-    forbid_self_inhibition: bool = setting(False, "keep the diagonal of m at 0")
-    forbid_excitation: bool = setting(False, "keep m <= 0")
+    inh_factor: float = setting(0.2, "size of a step of the lateral dynamics", "fraction")
+    forbid_self_inhibition: bool = setting(False, "keep the diagonal of the lateral weights m at 0")
+    forbid_excitation: bool = setting(False, "keep the lateral weights m at or below 0")
 
 
 UNIT_FLAGS = tuple(entry.name for entry in fields(UnitSettings))
@@ -41,17 +41,24 @@ class StatisticsSettings:
     """A rule of unit statistics with its initial hyperparameters; see rules/unit_statistics.py."""
 
     terms: tuple[str, ...] = setting(
-        TERMS, 'what it adds up, such as "x gain y"; rules/unit_statistics_terms.py has the names',
+        TERMS, 'terms of the rule, such as "x gain y" (see rules/unit_statistics_terms.py)',
         metavar="TERM", type=term,
     )  # fmt: skip
-    eta: float = setting(0.0054, "rate of its steps at first", "positive")
-    eps: float = setting(0.1, "softness of their normalisation at first", "positive")
-    tau: float = setting(
-        500.0, "after so many the rate has fallen by half, at first", "positive", metavar="UPDATES"
+    eta: float = setting(0.0054, "initial rate of the rule's steps", "positive")
+    eps: float = setting(
+        0.1, "initial softness of the normalization of the rule's steps", "positive"
     )
-    spread: float = setting(0.167, "of the initial weights at first", "positive")
+    tau: float = setting(
+        500.0,
+        "initial number of updates after which the rule's rate is halved",
+        "positive",
+        metavar="UPDATES",
+    )
+    spread: float = setting(
+        0.167, "spread of the initial weights, before it is learned", "positive"
+    )
     learn: tuple[str, ...] = setting(
-        ("eta",), f"learned beside coefficients and spread: some of {', '.join(LEARNED)}",
+        ("eta",), f"numbers to learn besides coefficients and spread: {', '.join(LEARNED)}",
         choices=LEARNED, metavar="NUMBER", nargs="*",
     )  # fmt: skip
 
@@ -60,24 +67,23 @@ class StatisticsSettings:
 class ProbeSettings:
     """The probe that judges a training, in meta-steps and at the end; see linear_probe.py."""
 
-    C: float = setting(1000.0, "inverse penalty of the probe", "positive")
+    C: float = setting(1000.0, "inverse strength of the probe's penalty", "positive")
     probe: str = setting(
         "logistic",
-        "of a meta-step: logistic regression; the same, fitted to and judged on drawn images; "
-        "ridge regression, fitted to drawn ones, judged on others",
+        "probe of a meta-step: logistic, the same on drawn images (sampled), or ridge",
         choices=PROBES,
     )
     probe_images: int | None = setting(
-        None, "for a meta-step (default: 16 million / features; sampled: 256 for each of them, at "
-        "least 8192; ridge: 2000)", "positive",
+        None, "images that a meta-step's probe is fitted to (default: chosen for --probe)",
+        "positive",
         metavar="N",
     )  # fmt: skip
     probe_gradient: str = setting(
-        "envelope", "implicit: exact, of images that the probe has not seen",
+        "envelope", "gradient of the logistic probe; implicit: exact, on images not fitted to",
         choices=PROBE_GRADIENTS,
     )  # fmt: skip
     outer_images: int | None = setting(
         None,
-        "of the outer loss (default: 4096; implicit 1024; with --probe ridge 2000)",
+        "images of the outer loss (default: 4096; implicit, sampled 1024; ridge 2000)",
         "positive",
     )

@@ -23,59 +23,79 @@ class MetaSettings:
     """
 
     metasteps: int = setting(1000, "meta-steps before the fine-tuning", "nonnegative")
-    lr: float = setting(1e-5, "learning rate of the coefficients", "positive")
-    optimizer: str = setting("adam", "of the coefficients", choices=META_OPTIMIZERS)
-    warmup_steps: int = setting(0, "the rate rises over these", "nonnegative")
+    lr: float = setting(1e-5, "learning rate of the meta-steps", "positive")
+    optimizer: str = setting("adam", "optimizer of the meta-steps", choices=META_OPTIMIZERS)
+    warmup_steps: int = setting(
+        0, "meta-steps over which the learning rate rises to --lr", "nonnegative"
+    )
     decay: str = setting(
-        "none", "how the rate falls again; cosine: to 0 at the last meta-step", choices=DECAYS
+        "none", "decay of the learning rate after the warm-up (cosine: to 0)", choices=DECAYS
     )
-    finetune_steps: int = setting(0, "more, at a lower rate", "nonnegative")
-    finetune_factor: float = setting(0.1, "times --lr is their rate", "positive")
-    inner_steps: Horizon = setting(250, "differentiated updates", "positive")
-    ungraded_steps: Horizon = setting(0, "updates before them, not differentiated", "nonnegative")
-    tasks: int = setting(1, "draws averaged in one hypergradient", "positive")
+    finetune_steps: int = setting(
+        0, "further meta-steps at a lower learning rate (fine-tuning)", "nonnegative"
+    )
+    finetune_factor: float = setting(
+        0.1, "learning rate of the fine-tuning, divided by --lr", "positive"
+    )
+    inner_steps: Horizon = setting(250, "differentiated updates of a training", "positive")
+    ungraded_steps: Horizon = setting(0, "updates before the differentiated ones", "nonnegative")
+    tasks: int = setting(1, "trainings over which a hypergradient is averaged", "positive")
     reinitialize_every: int = setting(
-        1, "in between, training goes on from where it was", "positive", metavar="METASTEPS"
+        1,
+        "meta-steps before a training starts anew; until then it continues",
+        "positive",
+        metavar="METASTEPS",
     )
-    accumulate: bool = setting(False, "one step of the coefficients for all of these")
+    accumulate: bool = setting(
+        False, "update only when trainings start anew, with the sum of hypergradients"
+    )
     clip_norm: float | None = setting(
-        None, "bound of the norm of each task's hypergradient", "positive", metavar="NORM"
+        None, "largest norm of each task's hypergradient", "positive", metavar="NORM"
     )
-    l1: Schedule = setting(0.0, "L1 weight of the coefficients", "nonnegative", flag="l1_reg")
-    l2: Schedule = setting(0.0, "their L2 weight", "nonnegative", flag="l2_coefficients")
+    l1: Schedule = setting(
+        0.0, "weight of the L1 penalty on coefficients", "nonnegative", flag="l1_reg"
+    )
+    l2: Schedule = setting(
+        0.0, "weight of the L2 penalty on coefficients", "nonnegative", flag="l2_coefficients"
+    )
     sparsify_from: int | None = setting(
-        None, "from here on, remove coefficients that change sign", "nonnegative",
-        metavar="METASTEP",
+        None, "first meta-step after which coefficients that changed sign are removed",
+        "nonnegative", metavar="METASTEP",
     )  # fmt: skip
     average: float = setting(
-        0.0, "end with a running average of the coefficients of this decay", "fraction",
+        0.0, "end with a running average of the hyperparameters, with this decay", "fraction",
         metavar="DECAY",
     )  # fmt: skip
     stop_below: float | None = setting(
-        None, "end the meta-steps where the accuracy, seen before a meta-step, is below this",
+        None, "end the run after a meta-step whose accuracy is below this",
         "fraction", metavar="ACCURACY",
     )  # fmt: skip
     nonfinite: str = setting(
-        "skip", "what to do with a hypergradient that is not finite", choices=NONFINITE
+        "skip", "what to do with hypergradients that are not finite", choices=NONFINITE
     )
     products: str = setting(
-        "float32", "how matrix products multiply, in float32 training", choices=PRODUCTS
+        "float32", "precision of matrix products in float32 training", choices=PRODUCTS
     )
-    method: str | Callable = setting("reverse", "way to the hypergradient", choices=METHODS)
+    method: str | Callable = setting(
+        "reverse", "how the hypergradient is computed", choices=METHODS
+    )
     K: int = setting(
-        20, "last updates (truncated), terms (lookback, implicit), updates of a window (pes)",
+        20, "updates (truncated), terms (lookback, implicit) or window length (pes)",
         "positive",
     )  # fmt: skip
-    sigma: float = setting(1e-4, "perturbation of hyperparameters by es, pes", "positive")
-    pairs: int = setting(4, "of perturbed trainings by es, pes", "positive")
-    memory: str = setting("fit", "what is kept for the backward pass", choices=MEMORY)
-    memory_limit: float = setting(2.5, "for --memory fit", "positive", metavar="GB")
+    sigma: float = setting(1e-4, "standard deviation of perturbations (es and pes)", "positive")
+    pairs: int = setting(4, "pairs of opposite perturbations (es and pes)", "positive")
+    memory: str = setting("fit", "what is kept in memory for the backward pass", choices=MEMORY)
+    memory_limit: float = setting(2.5, "memory that --memory fit may use", "positive", metavar="GB")
     adjoint_limit: float | None = setting(
-        None, "hold each dL/dtheta_t at so many times that of the end", "positive",
+        None, "limit |dL/dtheta_t| to this multiple of its value after the last update", "positive",
         metavar="FACTOR",
     )  # fmt: skip
     loss_times: int = setting(
-        1, "mean of the outer loss after 1/N, 2/N, ... of the updates", "positive", metavar="N"
+        1,
+        "take the mean of outer losses after 1/N, 2/N, ... of the updates",
+        "positive",
+        metavar="N",
     )
     seed: int = 0
 

@@ -18,15 +18,17 @@ class SearchSettings:
     """
 
     search: str | None = setting(
-        None, "no gradients: so many points in place of meta-steps, random ones, or chosen by "
-        "tree-structured Parzen estimators", choices=SAMPLERS,
+        None, "try --metasteps points, random or by Parzen estimators (tpe), without gradients",
+        choices=SAMPLERS,
     )  # fmt: skip
     search_range: float = setting(
-        3.0, "points are within so many typical sizes of where hyperparameters start", "positive",
+        3.0, "range of points around the start, in typical sizes of hyperparameters", "positive",
         metavar="SIZES",
     )  # fmt: skip
-    finalists: int = setting(5, "best points of a search, judged again at its end", "positive")
-    final_trainings: int = setting(4, "of each of them", "positive")
+    finalists: int = setting(
+        5, "number of best points that are judged again at the end of a search", "positive"
+    )
+    final_trainings: int = setting(4, "trainings that judge each finalist of a search", "positive")
     trials: int = 150
     tasks: int = 1
     loss_times: int = 1

@@ -22,7 +22,7 @@ def add_views(parser: argparse.ArgumentParser) -> None:
     add("--pair_inputs", action="store_true", help="the same as --views geometric")
     add_settings(group, ViewStrengths, [name for name in FIELDS if name != "kind"])
     add("--learn_views", nargs="+", choices=LEARNABLE, default=[], metavar="STRENGTH",
-        help=f"strengths to be learned with the rule, of {', '.join(LEARNABLE)}")  # fmt: skip
+        help=f"strengths of views to learn with the rule: {', '.join(LEARNABLE)}")  # fmt: skip
 
 
 def views_of_flags(args: argparse.Namespace) -> ViewStrengths | None:

@@ -46,17 +46,21 @@ class ViewStrengths:
     """
 
     kind: str = _strength(GEOMETRIC, KINDS, "how the two views of an image are made")
-    geometric_share: float = _strength(0.5, (MIXED,), "of batches that get geometric views")
-    degrees: float = _strength(25.0, _WARPED, "rotation to either side")
-    crop: tuple[float, float] = _strength((0.7, 1.0), _WARPED, "share of the area, stretched")
-    crop_ratio: tuple[float, float] = _strength((0.75, 1.3333), _WARPED, "width / height of crops")
-    crop_padding: int = _strength(2, _WARPED, "pixels of 0 around the image that is cropped")
-    shift: float = _strength(0.0, _WARPED, "pixels to either side, each way")
-    brightness: float = _strength(0.5, _WARPED, "times a factor of 1 -+ this")
-    contrast: float = _strength(0.5, _WARPED, "times a factor of 1 -+ this")
-    mask: tuple[float, float] = _strength((0.0, 0.7), _MASKED, "share of pixels that become means")
-    noise: float = _strength(0.0, KINDS, "standard deviation of what is added to each pixel")
-    center: bool = _strength(False, KINDS, "subtract the training images' mean of each pixel")
+    geometric_share: float = _strength(
+        0.5, (MIXED,), "share of batches with geometric views (mixed)"
+    )
+    degrees: float = _strength(25.0, _WARPED, "largest rotation of a view, in degrees")
+    crop: tuple[float, float] = _strength(
+        (0.7, 1.0), _WARPED, "share of the area that a view shows"
+    )
+    crop_ratio: tuple[float, float] = _strength((0.75, 1.3333), _WARPED, "width / height of a crop")
+    crop_padding: int = _strength(2, _WARPED, "pixels of 0 around an image before it is cropped")
+    shift: float = _strength(0.0, _WARPED, "largest shift of a view in each direction, in pixels")
+    brightness: float = _strength(0.5, _WARPED, "change of brightness by a factor of 1 -+ this")
+    contrast: float = _strength(0.5, _WARPED, "change of contrast by a factor of 1 -+ this")
+    mask: tuple[float, float] = _strength((0.0, 0.7), _MASKED, "share of pixels replaced by means")
+    noise: float = _strength(0.0, KINDS, "standard deviation of noise added to each pixel")
+    center: bool = _strength(False, KINDS, "subtract each pixel's mean over the training images")
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

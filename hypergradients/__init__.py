@@ -1,9 +1,9 @@
-"""Hypergradients of any update maps: HyperTorch's functions, solvers, inner optimisers."""
+"""Hypergradients of any update maps: HyperTorch's functions and more, solvers, inner optimisers."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_NAMES = {  # the public face by module, each name of which is loaded on first use
+_NAMES = {  # the public names of each module, which is loaded when one of them is first used
     "errors": "DivergenceError DivergenceWarning HypergradientError",
     "inner_optimizers": (
         "Adam DifferentiableOptimizer GradientDescent HeavyBall Momentum Nesterov gd_step"

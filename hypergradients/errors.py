@@ -1,13 +1,13 @@
-"""What can go wrong in a method."""
+"""The errors and the warning of this package."""
 
 
 class HypergradientError(ValueError):
-    """What is wrong with what a method was given, and what would be right, in one line."""
+    """Wrong arguments of a method; the message is one line and says what would be right."""
 
 
 class DivergenceError(HypergradientError, FloatingPointError):
-    """A linear system that was not solved, and its residual."""
+    """A linear system has not been solved; the message gives the residual."""
 
 
 class DivergenceWarning(RuntimeWarning):
-    """The same, where what was reached is wanted nevertheless."""
+    """As DivergenceError, if the approximate solution is to be used nevertheless."""

@@ -6,8 +6,8 @@
     Nesterov          v' = momentum v + g,   w' = w - step (g + momentum v')      (Sutskever 2013)
     Adam              w' = w - step m_hat / (sqrt(v_hat) + eps)   Kingma and Ba 2015
 
-Called as optimizer(params, hparams) -> params, the form of all maps in methods.py. What an
-optimiser remembers stands in the same list, after the parameters: start with
+An optimiser is called as optimizer(params, hparams) -> params, like all maps in methods.py. The
+memory of an optimiser follows the parameters in the same list: start with
 optimizer.get_opt_params(params). Names and arguments of the first three are HyperTorch's.
 """
 
@@ -32,29 +32,32 @@ GRADIENTS = ("graph", "mixed", "func")
 
 
 class DifferentiableOptimizer:
-    """What the optimisers share, and what one of your own begins with.
+    """The base class of these optimisers and of your own.
 
-    Either `update` is written, from which all else follows, or `step`, from get_loss.
+    A subclass defines either `update`, which the rest is built on, or `step`, using get_loss.
+    Frozen parameters (nn.Parameters with requires_grad=False, unless all of them are) stay as they
+    are. Raises HypergradientError for a loss that is not an attached scalar, for params that do not
+    begin with get_opt_params, and if an iterator's data have ended.
 
-    loss_f(params, hparams), or loss_f(params, hparams, data) where data are given: a scalar.
-    dim_mult: copies of the parameters in the list: themselves, and what is remembered of each.
-    data_or_iter: the data of every step, or an iterator over those of each. Methods that run a map
-        again need the same data again, and refuse others: give them one optimiser per batch.
-    gradient: how g gets its own derivative.
-        graph  torch.autograd.grad with create_graph: fast where a step is multiplied many times
-        mixed  forward over reverse mode when the backward pass arrives: between the passes only
-               params and hparams are kept, each product costs a step in both modes. The loss runs
-               again, with the same random numbers of torch's global generators; HypergradientError
-               where its value is another one, and for other tensors in it that want a gradient.
+    loss_f: (params, hparams) -> scalar, or (params, hparams, data) -> scalar if data are given.
+    dim_mult: copies of the parameters in the list: the parameters and what is remembered of each.
+    data_or_iter: the data of every step, or an iterator over the data of each step. Methods that
+        run a map again need the same data again, and refuse other data: give them one optimiser
+        per batch.
+    gradient: how g is differentiated.
+        graph  torch.autograd.grad with create_graph: fast if a step is multiplied many times
+        mixed  forward over reverse mode in the backward pass: only params and hparams are kept
+               until then, and each product costs a step in both modes. The loss runs again with
+               the same random numbers from torch's global generators; raises HypergradientError
+               if its value differs, or if it uses other tensors that require a gradient.
                (MixFlow; Kemaev 2025, arXiv 2505.00793)
         func   torch.func.grad, for maps inside torch.func transforms
-    settings: numbers, or functions of hparams to numbers, such as step_size.
-    curr_loss: the loss at the params of the last call: attached, so that it keeps its graph until
-        the next, where the step is and gradient is graph; detached else; None with func.
+    settings: numbers, or functions from hparams to numbers, such as step_size.
 
-    A frozen parameter, an nn.Parameter with requires_grad=False among params that are not all of
-    this kind, stays as it is. Raises HypergradientError for a loss that is no attached scalar, for
-    params that do not begin with get_opt_params, and where an iterator's data have ended.
+    Attributes:
+        curr_loss: the loss at the params of the last call. It is attached, and keeps its graph
+            until the next call, if the step is attached and gradient is "graph"; otherwise it is
+            detached, and None for "func".
     """
 
     extra = 0  # tensors in the list, after the copies of the parameters
@@ -87,19 +90,19 @@ class DifferentiableOptimizer:
     def __call__(self, params: Tree, hparams: Tree, create_graph: bool = True) -> list:
         """The list after one step.
 
-        It is detached without create_graph, and where nothing in the step wants a gradient.
+        It is detached without create_graph, or if nothing in the step requires a gradient.
         """
-        self.curr_loss = None  # and its graph, before there is another
+        self.curr_loss = None  # frees its graph before the next is built
         with torch.enable_grad():
             return self.step(params, hparams, create_graph)
 
     def get_loss(self, params: Tree, hparams: Tree) -> Tensor:
-        """The loss on the next data, attached; also curr_loss."""
+        """The loss on the next data, attached; it becomes curr_loss."""
         self.curr_loss = self.loss_f(params, hparams, *self._next_data())
         return self.curr_loss
 
     def step(self, params: Tree, hparams: Tree, create_graph: bool) -> list:
-        """The list after one step, made of the gradient of the loss by `update`."""
+        """The list after one step, which `update` computes from the gradient of the loss."""
         copies, extra, spec = self._divided(params)
         fixed = frozen(copies[0])
         w, *memory = ([t for t, f in zip(c, fixed, strict=True) if not f] for c in copies)
@@ -129,7 +132,7 @@ class DifferentiableOptimizer:
         raise NotImplementedError
 
     def _next_data(self) -> tuple:
-        """What the loss takes besides params and hparams."""
+        """The arguments of the loss after params and hparams."""
         if self.data_iterator is None:
             return ()
         try:
@@ -140,7 +143,7 @@ class DifferentiableOptimizer:
             ) from None
 
     def _divided(self, params: Tree) -> tuple[list[Vector], list, Any]:
-        """Parameters and memory as flat lists, what is after them, the structure of the first."""
+        """Parameters and memory as flat lists, the extra entries, and the parameters' structure."""
         count, rest = divmod(len(params) - self.extra, self.dim_mult)
         if rest or count < 1:
             raise HypergradientError(
@@ -162,7 +165,7 @@ class DifferentiableOptimizer:
     ) -> tuple[Vector, bool]:
         """The gradient of the loss, and whether it is attached.
 
-        wanted: whether an argument of the step wants a gradient.
+        wanted: whether an argument of the step requires a gradient.
         """
         if self.gradient == "func":
             return torch.func.grad(loss)(w, hparams), create_graph
@@ -195,7 +198,7 @@ class HeavyBall(DifferentiableOptimizer):
         super().__init__(loss_f, 2, data_or_iter, gradient, **settings)
 
     def get_opt_params(self, params: Tree) -> list:
-        """The list to start with, at rest: the previous parameters are the parameters."""
+        """The list to start with, at rest: previous parameters equal the parameters."""
         return [*params, *params]
 
     def update(self, w, g, previous, *, step_size, momentum):
@@ -234,7 +237,7 @@ class Nesterov(DifferentiableOptimizer):
 class Adam(DifferentiableOptimizer):
     """m' = beta1 m + (1 - beta1) g, v' = beta2 v + (1 - beta2) g^2, both divided by 1 - beta^t.
 
-    Where v is 0, as for an input that is always 0, the derivative of its root is taken as 0.
+    If v is 0, as for an input that is always 0, the derivative of its root is taken to be 0.
     """
 
     extra = 1
@@ -256,7 +259,7 @@ class Adam(DifferentiableOptimizer):
     def get_opt_params(self, params: Tree) -> list:
         """The list to start with: params, zeros for both moments, and the number of steps.
 
-        Raises HypergradientError for params of less than 32 bits.
+        Raises HypergradientError if the type of params has less than 32 bits.
         """
         leaf = tree_flatten(params)[0][0]
         if torch.finfo(leaf.dtype).bits < 32:
@@ -279,7 +282,7 @@ class Adam(DifferentiableOptimizer):
 def gd_step(
     params: Vector, loss: Tensor, step_size: float | Tensor, create_graph: bool = True
 ) -> list[Tensor]:
-    """params - step_size d loss / d params, for a loss made of these params. HyperTorch's name."""
+    """params - step_size d loss / d params, for a loss of these params. HyperTorch's name."""
     g = vjp([attached_scalar(loss, "loss")], params, [None], create_graph=create_graph)
     return _moved(params, g, step_size)
 
@@ -320,7 +323,7 @@ class _MixedGradient(torch.autograd.Function):
 
 
 def _check_repeated(value: Tensor, first: Tensor) -> None:
-    """HypergradientError where a loss that ran again has another value than rounding explains."""
+    """Raises HypergradientError if the loss has changed in its second run by more than rounding."""
     if bool((value - first).abs() > 1e3 * torch.finfo(first.dtype).eps * first.abs()):
         raise HypergradientError(
             f"the inner loss is {value:.6g} the second time, {first:.6g} the first: it must not "
@@ -329,7 +332,7 @@ def _check_repeated(value: Tensor, first: Tensor) -> None:
 
 
 def _merged(moved: Vector, old: Vector, fixed: Sequence[bool]) -> list[Tensor]:
-    """The old tensors where they are fixed, the moved ones in all other places."""
+    """The old tensors if they are fixed, otherwise the moved ones, in the order of the old."""
     rest = iter(moved)
     return [t if f else next(rest) for t, f in zip(old, fixed, strict=True)]
 
@@ -339,7 +342,7 @@ def _want_gradient(tree: Tree) -> bool:
 
 
 def _moved(w: Vector, direction: Vector, step: float | Tensor) -> list[Tensor]:
-    """w - step direction, in the operations whose backward pass is shortest."""
+    """w - step direction, by the operations with the shortest backward pass."""
     if isinstance(step, Tensor):
         return [a + (-step) * b for a, b in zip(w, direction, strict=True)]
     return [torch.add(a, b, alpha=-step) for a, b in zip(w, direction, strict=True)]

@@ -1,10 +1,10 @@
-"""Solvers of (I - M) x = b, of which M is known by matvec(x) = M x alone.
+"""Solvers of (I - M) x = b that know M only by products matvec(x) = M x.
 
-Vectors are lists of tensors of any shapes. In an implicit hypergradient M is J^T, J the Jacobian of
-a map, so that matvec is its vjp and `adjoint` its jvp. A solver is a small dataclass;
-`solve(matvec, b)` returns x and the residuals |b - (I - M) x_k| of its iterates x_0, x_1, ... but
-for the last, which nobody has multiplied yet. Each iteration costs one product with M, but for the
-first of FixedPoint, and in NormalEquations one with its adjoint besides.
+Vectors are lists of tensors of any shapes. In an implicit hypergradient M is J^T, where J is the
+Jacobian of a map, so that matvec is its vjp and `adjoint` its jvp. A solver is a small dataclass;
+`solve(matvec, b)` returns x and the residuals |b - (I - M) x_k| of its iterates x_0, x_1, ...
+except the last, whose product with M has not been computed. Each iteration costs one product with
+M, except the first of FixedPoint; in NormalEquations also one with its adjoint.
 """
 
 import itertools
@@ -21,18 +21,18 @@ from hypergradients.errors import DivergenceError, DivergenceWarning, Hypergradi
 
 Vector = Sequence[Tensor]
 Matvec = Callable[[Vector], Vector]
-# No solution: so many times the residual of x = 0. CG's residual may rise to the square root of the
-# condition number before it falls, that of a map with momentum to about 1 / (1 - momentum).
+# A residual of more than this times that of x = 0 is no solution. CG's residual may rise by the
+# square root of the condition number before it falls, that of a map with momentum by about
+# 1 / (1 - momentum).
 DIVERGED = 1e3
 ON_DIVERGENCE = ("raise", "warn")
 
 
 class Solver(Protocol):
-    """One way to solve (I - M) x = b, in at most so many iterations.
+    """A way to solve (I - M) x = b in at most `iterations` iterations.
 
-    An attribute on_divergence that is "warn" takes what so many iterations have reached for a
-    solution: each DivergenceError below is then a DivergenceWarning, but for numbers that are not
-    finite.
+    With an attribute on_divergence = "warn", the result of these iterations counts as a solution:
+    the DivergenceErrors below become DivergenceWarnings, unless numbers are not finite.
     """
 
     iterations: int
@@ -40,21 +40,24 @@ class Solver(Protocol):
     def solve(self, matvec: Matvec, b: Vector) -> tuple[Vector, list[float]]:
         """x and the residuals of all iterates before x.
 
-        matvec: x -> M x. b: the right side. A solver with an attribute needs_adjoint that is True
-        gets x -> M^T x as a third argument. Raises DivergenceError where there is no solution to be
-        had.
+        Raises DivergenceError if no solution can be found.
+
+        matvec: x -> M x.
+        b: the right side. A solver with the attribute needs_adjoint = True gets x -> M^T x as a
+            third argument.
         """
 
     def diverges(self, residuals: Sequence[float], start: float) -> bool:
-        """Whether residuals of the iterates, of which x = 0 has `start`, show divergence."""
+        """Whether the residuals of the iterates show divergence; that of x = 0 is `start`."""
 
 
 @dataclass(frozen=True)
 class FixedPoint:
     """x_{k+1} = M x_k + b from x_0 = 0: the Neumann series; the error falls as the powers of M.
 
-    iterations: at most so many; as many terms of the series. The first is x_1 = b, no product.
-    tol: ends when |x_{k+1} - x_k| is less, which is the residual of x_k.
+    iterations: the largest number of iterations, or terms of the series. The first, x_1 = b, takes
+        no product.
+    tol: stop if |x_{k+1} - x_k|, which is the residual of x_k, is below this.
     """
 
     iterations: int
@@ -72,10 +75,11 @@ class FixedPoint:
         return x, residuals
 
     def diverges(self, residuals: Sequence[float], start: float) -> bool:
-        """Worse than x = 0, and the growth of the largest residual so far does not slow down.
+        """Whether x is worse than 0, and the largest residual so far grows without slowing down.
 
-        The residuals of a normal M are log-convex in k: once they grow, they go on. Where M is not
-        normal they may grow for a while although its powers vanish, slower and slower.
+        The residuals of a normal M are log-convex in k: once they grow, they keep growing. If M is
+            not
+        normal they may grow for a while although its powers vanish, but ever more slowly.
         """
         n, largest = len(residuals), list(itertools.accumulate(residuals, max))
         middle = largest[(n - 1) // 2] * largest[n // 2]
@@ -85,18 +89,20 @@ class FixedPoint:
 
 @dataclass(frozen=True)
 class ConjugateGradient:
-    """Hestenes and Stiefel 1952; I - M symmetric positive definite. Error ~ (1 - 2 / sqrt(cond))^k.
+    """Conjugate gradients (Hestenes and Stiefel 1952), for symmetric positive definite I - M.
 
-    iterations: at most so many.
-    tol: ends when the residual is less, or at the rounding error of b.
-    precondition(r): about (I - M)^-1 r, symmetric positive definite too; r itself by default. Only
-        <b, precondition(b)> > 0 is looked at.
-    assume_symmetric: True for matvecs that are drawn anew each time, or rounded more than b is,
-        which no test can tell from those of a matrix that is not symmetric.
-    Raises HypergradientError where I - M is seen not to be symmetric, from <(I - M) p, x> and
-    <p, (I - M) x> of each direction p and the iterate x before it: from the second iteration on, at
-    the cost of a few inner products. Raises DivergenceError where it is seen not to be positive
-    definite; with on_divergence="warn" it goes on, until a direction has no curvature at all.
+    The error falls as (1 - 2 / sqrt(cond))^k. Raises HypergradientError if I - M is seen not to be
+    symmetric, by comparing <(I - M) p, x> with <p, (I - M) x> for each direction p and the iterate
+    x before it, from the second iteration on, at the cost of a few inner products. Raises
+    DivergenceError if I - M is seen not to be positive definite; with on_divergence="warn" it
+    continues until a direction has no curvature at all.
+
+    iterations: the largest number of iterations.
+    tol: stop if the residual is below this, or at the rounding error of b.
+    precondition: precondition(r) is about (I - M)^-1 r, also symmetric positive definite (default:
+        r itself). Only <b, precondition(b)> > 0 is checked.
+    assume_symmetric: True for matvecs that are drawn anew each time or have larger rounding errors
+        than b, which no test can tell from those of a matrix that is not symmetric.
     """
 
     iterations: int
@@ -144,20 +150,20 @@ class ConjugateGradient:
 
 @dataclass(frozen=True)
 class NystromConjugateGradient:
-    """Conjugate gradients preconditioned by a randomised Nystrom approximation U L U^T of I - M.
+    """Conjugate gradients preconditioned by a randomized Nystrom approximation U L U^T of I - M.
 
         P^-1 = l_rank U L^-1 U^T + (I - U U^T)
 
-    Needs I - M symmetric positive definite, and gains where few of its eigenvalues are large:
-    the condition number falls to about l_rank / l_min. Costs `rank` matvecs more, and as many
-    vectors of memory. (Frangella, Tropp, Udell 2021, arXiv 2110.02820, algorithms 2.1 and 5.1;
+    I - M must be symmetric positive definite. This helps if only a few of its eigenvalues are
+    large: the condition number falls to about l_rank / l_min. It costs `rank` more matvecs and as
+    many vectors of memory. (Frangella, Tropp, Udell 2021, arXiv 2110.02820, algorithms 2.1 and 5.1;
     as an approximate inverse for hypergradients: Hataya and Yamada 2023, arXiv 2302.09726.)
+    Raises HypergradientError if I - M is seen not to be symmetric, DivergenceError if it is seen
+    not to be positive definite.
 
     iterations, tol: as in ConjugateGradient.
-    rank: of the approximation; at most the number of parameters counts.
-    generator: of its random test matrix, on the device of b; a fixed seed without one.
-    Raises HypergradientError where I - M is seen not to be symmetric, DivergenceError where it is
-    seen not to be positive definite.
+    rank: of the approximation, limited to the number of parameters.
+    generator: draws the random test matrix, on the device of b (default: a fixed seed).
     """
 
     iterations: int
@@ -205,17 +211,16 @@ class NystromConjugateGradient:
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """Conjugate gradients on (I - M^T)(I - M) x = (I - M^T) b, for any M with I - M regular.
+    """Conjugate gradients on (I - M^T)(I - M) x = (I - M^T) b, for any regular I - M.
 
     The residual never grows; the error falls as (1 - 2 / cond)^k. (CGLS; Bjorck 1996, Numerical
-    methods for least squares problems, 7.4.) In a hypergradient matvecs with the adjoint come from
-    differentiating those with M once more, which the map has to allow: HypergradientError where it
-    does not.
+    methods for least squares problems, 7.4.) In a hypergradient, matvecs with the adjoint come from
+    differentiating those with M once more; raises HypergradientError if the map does not allow it.
+    Raises DivergenceError if I - M is seen to be singular: a residual r remains, but (I - M^T) r
+    vanishes.
 
-    iterations: at most so many.
-    tol: ends when the residual of the normal equations is less, or at the rounding error of b.
-    Raises DivergenceError where I - M is seen to be singular: a residual r stays on which
-    (I - M^T) r vanishes.
+    iterations: the largest number of iterations.
+    tol: stop if the residual of the normal equations is below this, or at the rounding error of b.
     """
 
     iterations: int
@@ -262,10 +267,10 @@ class NormalEquations:
 class Optimizer:
     """Steps of any torch optimiser along x - M x - b. (Grazzi et al. 2022, arXiv 2202.03397.)
 
-    iterations: so many steps.
-    build(x, **options) -> (optimiser, scheduler or None); without it SGD of rate 1.
-    start: where x begins; without it at b.
-    progress(k, residual) is called before each step.
+    iterations: the number of steps.
+    build: build(x, **options) -> (optimiser, scheduler or None) (default: SGD with rate 1).
+    start: the initial x (default: b).
+    progress: progress(k, residual) is called before each step.
     """
 
     iterations: int
@@ -298,7 +303,7 @@ class Optimizer:
 
 
 def report_divergence(message: str, on_divergence: str) -> None:
-    """A DivergenceError, or with "warn" a DivergenceWarning."""
+    """Raise DivergenceError, or for "warn" emit a DivergenceWarning."""
     if on_divergence != "warn":
         raise DivergenceError(message)
     warnings.warn(message, DivergenceWarning, stacklevel=4)
@@ -326,7 +331,7 @@ def axpy(factor: float, x: Vector, y: Vector) -> Vector:
 
 
 def rounding_error(b: Vector) -> float:
-    """The error of a vector that comes from its number of digits."""
+    """The rounding error of a vector of this type and length."""
     return max(torch.finfo(t.dtype).eps for t in b) * norm(b)
 
 
@@ -339,9 +344,9 @@ _ASYMMETRIC = (
 def _check_symmetric(
     one: tuple[Vector, Vector], other: tuple[Vector, Vector], largest: float
 ) -> None:
-    """HypergradientError where <A p, x> is not <p, A x>, of pairs (p, A p) and (x, A x).
+    """Raises HypergradientError unless <A p, x> = <p, A x>, for pairs (p, A p) and (x, A x).
 
-    largest: of what A is known to do to the length of a vector.
+    largest: the largest known factor by which A changes the length of a vector.
     """
     (p, moved_p), (x, moved_x) = one, other
     difference = abs(dot(moved_p, x) - dot(p, moved_x))
@@ -352,9 +357,10 @@ def _check_symmetric(
 
 
 def _asymmetry_of_rounding(dtype: torch.dtype, size: float, largest: float) -> float:
-    """What <A p, x> and <p, A x> may differ by where A is symmetric.
+    """By how much <A p, x> and <p, A x> may differ if A is symmetric.
 
-    size: of the two; largest: the bound of them, which the rounding of A's matvecs goes with.
+    size: of the two numbers.
+    largest: their bound, with which the rounding errors of A's matvecs grow.
     """
     eps = torch.finfo(dtype).eps
     return math.sqrt(eps) * size + 1e3 * eps * largest
@@ -369,9 +375,10 @@ def _check_adjoint(one: float, other: float, size: float) -> None:
 
 
 def _is_singular(gradient: float, residuals: Sequence[float], b: Vector) -> bool:
-    """Whether only a residual r is left that I - M^T takes to nothing.
+    """Whether only a residual r remains that I - M^T maps to almost nothing.
 
-    gradient: the length of (I - M^T) r; residuals: from that of x = 0 to |r|.
+    gradient: the length of (I - M^T) r.
+    residuals: from that of x = 0 to |r|.
     """
     precision = math.sqrt(max(torch.finfo(t.dtype).eps for t in b))
     residual = residuals[-1]

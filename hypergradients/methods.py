@@ -1,4 +1,4 @@
-"""Hypergradients: the derivative of E(w(lambda), lambda) by every hyperparameter lambda.
+"""Hypergradients: the derivatives of E(w(lambda), lambda) with respect to hyperparameters lambda.
 
     implicit   w = Phi(w, lambda):   (I - J^T) v = grad_w E,   J = dPhi/dw
                dE = grad_lambda E + (dPhi/dlambda)^T v
@@ -9,15 +9,18 @@
 
 Franceschi et al. 2017 (arXiv 1703.01785), Lorraine et al. 2020 (1911.02590), Grazzi et al. 2020
 (2006.16218) and 2022 (2202.03397), whose HyperTorch gave eight functions here their names and
-signatures. Everywhere params and hparams are lists, or any pytree, of tensors; every hyperparameter
-has requires_grad; fp_map and the update maps take (params, hparams) to new params of the same
-shapes, outer_loss takes them to a scalar. What a map does not attach is taken for a constant: one
-whose step size is attached, and its inner gradient is not (made without create_graph=True), is a
-first-order map, as some want it; nothing tells it from an oversight. A method returns the
-hypergradient, zero where nothing depends on a hyperparameter, as a tree like hparams, and with
-set_grad adds it into each .grad.
-The equations' solvers are in linear_solvers.py, methods without derivatives in
-strategies.py, differentiable inner optimisers in inner_optimizers.py.
+signatures. Everywhere, params and hparams are lists or other pytrees of tensors, and every
+hyperparameter has requires_grad; fp_map and the update maps take (params, hparams) to new params of
+the same shapes, outer_loss takes them to a scalar. A method returns the hypergradient as a tree
+like hparams, with zeros for hyperparameters that nothing depends on, and with set_grad also adds it
+to each .grad.
+
+Detached parts of a map count as constants. If its step size is attached but its inner gradient is
+not (for lack of create_graph=True), it is a first-order map: this may be intended or an oversight,
+and is not checked.
+
+Solvers of the equations are in linear_solvers.py, methods without derivatives in strategies.py,
+differentiable inner optimisers in inner_optimizers.py.
 """
 
 import contextlib
@@ -68,18 +71,18 @@ from hypergradients.update_maps import (
 def reverse_unroll(
     params: Tree, hparams: Tree, outer_loss: OuterLoss, set_grad: bool = True
 ) -> Tree:
-    """Backpropagation through whatever made params, which stay attached to hparams.
+    """Backpropagation through whatever computed params, which are attached to hparams.
 
     params: w_T, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
+        each with requires_grad, none given twice.
     outer_loss: (params, hparams) -> scalar tensor.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
 
     Returns a tree like hparams. The graph is kept: other losses of the same params can be
-    differentiated after this one. Raises HypergradientError for arguments that are not so, and
-    where the loss depends on no hyperparameter. Memory: the graph of all updates. (Franceschi et
-    al. 2017, arXiv 1703.01785.)
+    differentiated afterwards. Raises HypergradientError for invalid arguments, and if the loss
+    depends on no hyperparameter. Memory: the graph of all updates. (Franceschi et al. 2017, arXiv
+    1703.01785.)
     """
     leaves, spec = hyperparameters(hparams)
     loss = attached_scalar(outer_loss(params, hparams), "outer_loss")
@@ -100,20 +103,21 @@ def reverse(
     outer_loss: OuterLoss,
     set_grad: bool = True,
 ) -> Tree:
-    """Reverse mode from the kept states: each update runs once more, and only its graph is kept.
+    """Reverse mode from stored states: each update runs once more, with only its graph in memory.
 
-    params_history: w_0, ..., w_T, each a tree of tensors, or only the last k + 1 of them: truncated
-        reverse, which leaves out what hparams did to w_{T-k}. One state alone: grad_lambda E.
+    params_history: w_0, ..., w_T, each a tree of tensors; or only the last k + 1 of them for
+        truncated reverse mode, which ignores that w_{T-k} depends on hparams. A single state gives
+        grad_lambda E.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
+        each with requires_grad, none given twice.
     update_map_history: Phi_0, ..., Phi_{T-1}, of which the last k are used, each (params, hparams)
         -> params of the same shapes, differentiable.
     outer_loss: (params, hparams) -> scalar tensor.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
 
-    Returns a tree like hparams. Raises HypergradientError for arguments that are not so, and where
-    no map depends on a hyperparameter, or where one does not lead from its state to the next, as if
-    it draws new random numbers or batches at each call (unless all states are one and the same).
+    Returns a tree like hparams. Raises HypergradientError for invalid arguments, if no map depends
+    on a hyperparameter, and if a map does not lead from its state to the next (unless all states
+    are the same), for example because it draws new random numbers or batches at each call.
     Memory: the states and the graph of one update. (Franceschi et al. 2017, arXiv 1703.01785.)
     """
     steps = len(params_history) - 1
@@ -145,22 +149,22 @@ def checkpointed_reverse(
     segment_length: int | None = None,
     set_grad: bool = True,
 ) -> Tree:
-    """Reverse mode from w_0 that keeps one state per segment of the update maps.
+    """Reverse mode from w_0 that stores one state per segment of the update maps.
 
     params: w_0, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
+        each with requires_grad, none given twice.
     update_maps: Phi_0, ..., Phi_{T-1}, each (params, hparams) -> params of the same shapes,
         differentiable.
     outer_loss: (params, hparams) -> scalar tensor.
-    segment_length: maps of a segment; by default about the square root of their number.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
+    segment_length: maps in a segment (default: about the square root of their number).
+    set_grad: whether to also add the result to each hyperparameter's .grad.
 
-    Returns a tree like hparams. The maps run twice: forward, then segment by segment under a graph,
-    with the same random numbers of torch's global generators. Raises HypergradientError for
-    arguments that are not so, and where no map depends on a hyperparameter, or where a segment
-    leads elsewhere the second time, as with batches from an iterator. Memory: a state for each
-    segment and the graph of one. (Griewank and Walther 2008, Evaluating Derivatives, ch. 12.)
+    Returns a tree like hparams. The maps run twice: forward, then segment by segment with a graph,
+    with the same random numbers from torch's global generators. Raises HypergradientError for
+    invalid arguments, if no map depends on a hyperparameter, and if a segment leads elsewhere the
+    second time, as with batches from an iterator. Memory: a state for each segment and the graph of
+    one. (Griewank and Walther 2008, Evaluating Derivatives, ch. 12.)
     """
     _check_count("the number of update_maps", len(update_maps))
     length = math.isqrt(len(update_maps) - 1) + 1 if segment_length is None else segment_length
@@ -177,19 +181,19 @@ def truncated_reverse(
     outer_loss: OuterLoss,
     set_grad: bool = True,
 ) -> Tree:
-    """Reverse mode through the last K update maps only; the error is that of J's K-th power.
+    """Reverse mode through the last K update maps only; the error falls as J's K-th power.
 
     params: w_0, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
-    K: how many of the maps are differentiated, from 1 to all.
+        each with requires_grad, none given twice.
+    K: the number of maps that are differentiated, from 1 to all.
     update_maps: Phi_0, ..., Phi_{T-1}, each (params, hparams) -> params of the same shapes,
         differentiable.
     outer_loss: (params, hparams) -> scalar tensor.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
 
-    Returns a tree like hparams. The last K maps run twice, as in checkpointed_reverse, which says
-    what is refused. Memory: K states and the graph of one update. (Shaban et al. 2019, arXiv
+    Returns a tree like hparams. The last K maps run twice, as in checkpointed_reverse, which raises
+    the same errors. Memory: K states and the graph of one update. (Shaban et al. 2019, arXiv
     1810.10667.)
     """
     _check_count("K", K)
@@ -209,25 +213,25 @@ def neumann_lookback(
     outer_loss: OuterLoss,
     set_grad: bool = True,
 ) -> Tree:
-    """K terms of the Neumann series with the last maps of a trajectory, all of them at w_{T-1}.
+    """K terms of the Neumann series with the last maps of a trajectory, all at w_{T-1}.
 
         v_0 = grad_w E(w_T),   v_{j+1} = (dPhi_{T-1-j}/dw)^T v_j,   w_T = Phi_{T-1}(w_{T-1})
         dE = grad_lambda E + (dPhi_{T-1}/dlambda)^T (v_0 + ... + v_{K-1})
 
     params: w_{T-1}, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
-    K: terms, at least 1.
-    update_maps: the last K - 1 maps or more, oldest first, or the last one alone, which then stands
-        for all; each (params, hparams) -> params of the same shapes, differentiable.
+        each with requires_grad, none given twice.
+    K: the number of terms, at least 1.
+    update_maps: the last K - 1 maps or more, oldest first, or the last one alone, which is then
+        used for all; each (params, hparams) -> params of the same shapes, differentiable.
     outer_loss: (params, hparams) -> scalar tensor.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
 
-    Returns a tree like hparams. Truncated reverse mode as though nothing had moved for K steps: no
-    state is kept but w_{T-1}. A sum of so many terms, not a solved system: nothing is refused as
-    divergent. Maps that draw random numbers draw new ones. Raises HypergradientError for arguments
-    that are not so, and where the last map depends on no hyperparameter. (Clarke et al. 2022, arXiv
-    2110.10461.)
+    Returns a tree like hparams. This is truncated reverse mode as if params had not changed for K
+    steps: w_{T-1} is the only state. It is a sum of K terms, not the solution of a system, so that
+    divergence is not checked. Maps that draw random numbers draw new ones. Raises
+    HypergradientError for invalid arguments, and if the last map depends on no hyperparameter.
+    (Clarke et al. 2022, arXiv 2110.10461.)
     """
     _check_count("K", K)
     if not update_maps or 1 < len(update_maps) < K - 1:
@@ -257,23 +261,24 @@ def forward_mode(
     set_grad: bool = True,
     vectorize: bool = False,
 ) -> Tree:
-    """Forward mode from w_0: memory of one update however many there are.
+    """Forward mode from w_0: the memory does not grow with the number of updates.
 
     params: w_0, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
+        each with requires_grad, none given twice.
     update_maps: Phi_0, ..., Phi_{T-1}, each (params, hparams) -> params of the same shapes. They
         must use the hparams they are given, and every function in them must support forward mode.
     outer_loss: (params, hparams) -> scalar tensor.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
-    vectorize: all n directions, one for each single hyperparameter, go through torch.func.jvp at
-        once, which takes maps whose inner gradients are torch.func.grad, not torch.autograd.grad;
-        without, each map runs n times, with the same random numbers of torch's global generators.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
+    vectorize: push all n directions, one for each element of the hyperparameters, through
+        torch.func.jvp at once, for which inner gradients must be torch.func.grad, not
+        torch.autograd.grad. Otherwise each map runs n times, with the same random numbers from
+        torch's global generators.
 
-    Returns a tree like hparams. Time and memory grow with n: Z is n times the parameters. Raises
-    HypergradientError for arguments that are not so, where a map does not run in forward mode,
-    where no derivative by the hparams given arrives, and where runs of a map differ. (Franceschi et
-    al. 2017, arXiv 1703.01785.)
+    Returns a tree like hparams. Time and memory grow with n: Z has n times as many elements as
+    params. Raises HypergradientError for invalid arguments, if a map does not run in forward mode,
+    if no map depends on the hparams that it is given, and if the runs of a map differ. (Franceschi
+    et al. 2017, arXiv 1703.01785.)
     """
     _check_count("the number of update_maps", len(update_maps))
     point = Point(params, hparams)
@@ -283,7 +288,7 @@ def forward_mode(
         columns.reshape(-1, *t.shape).to(t)
         for columns, t in zip(unit.split(sizes, dim=1), point.hparams, strict=True)
     ]
-    tangents = None  # none before the first map that depends on a hyperparameter
+    tangents = None  # None until a map depends on a hyperparameter
     push = _pushed_at_once if vectorize else _pushed_one_by_one
     for update in update_maps:
         try:
@@ -311,16 +316,16 @@ def exact(
     outer_loss: OuterLoss,
     set_grad: bool = True,
 ) -> Tree:
-    """Backpropagation through the parameters in closed form.
+    """Backpropagation through a closed form of the parameters.
 
     opt_params_f: hparams -> params, the minimum or fixed point itself, attached to hparams.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
+        each with requires_grad, none given twice.
     outer_loss: (params, hparams) -> scalar tensor.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
 
-    Returns a tree like hparams. Raises HypergradientError for arguments that are not so, and where
-    the loss depends on no hyperparameter. HyperTorch's, to compare others with.
+    Returns a tree like hparams. Raises HypergradientError for invalid arguments, and if the loss
+    depends on no hyperparameter. HyperTorch has this as a reference for the other methods.
     """
     return reverse_unroll(opt_params_f(hparams), hparams, outer_loss, set_grad)
 
@@ -332,9 +337,10 @@ def exact(
 class LinearSolve:
     """How (I - J^T) v = b was solved.
 
-    solution: v, a tree like params.
-    residuals: |b - (I - J^T) v_k| of the iterates, the last of them v. Where fp_map is stochastic,
-    of one draw each.
+    Attributes:
+        solution: v, a tree like params.
+        residuals: |b - (I - J^T) v_k| of the iterates, the last of which is v. If fp_map is
+            stochastic, each is that of one draw.
     """
 
     solution: Tree
@@ -364,24 +370,26 @@ def implicit(
 
     params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
+        each with requires_grad, none given twice.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
         with create_graph=True.
     outer_loss: (params, hparams) -> scalar tensor.
-    solver: of (I - J^T) v = grad_w E, see linear_solvers.py.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
-    stochastic: fp_map is drawn anew for every product.
-    outer_draws, map_draws: the outer gradients and the last product are means of so many draws.
+    solver: solves (I - J^T) v = grad_w E, see linear_solvers.py.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
+    stochastic: whether fp_map is random and drawn anew for every product.
+    outer_draws, map_draws: the numbers of draws that the outer gradients and the last product are
+        averaged over.
 
-    Returns a tree like hparams, and the LinearSolve. All implicit methods are this function with a
-    solver of theirs. fp_map runs once, and is differentiated once per iteration and once at the
-    end, for the hyperparameters and the residual; modules in it keep their buffers. How far params
-    are from a fixed point is not judged: the error grows with |fp_map(w) - w|. Raises
-    HypergradientError for arguments that are not so and where fp_map depends on no hyperparameter,
-    DivergenceError where the solution is worse than v = 0 and getting worse, which a solver with
-    on_divergence="warn" makes a DivergenceWarning, where it is not finite, or I - J^T vanishes on
-    it, and what the solver raises. (Pedregosa 2016, arXiv 1602.02355; Grazzi et al.
-    2020, 2006.16218.)
+    Returns a tree like hparams, and the LinearSolve. All implicit methods are this function with
+    their own solver. fp_map runs once (if stochastic, for every product). It is differentiated once
+    per iteration and once at the end, for the hyperparameters and the residual; modules in it keep
+    their buffers. The distance of params from a fixed point is not checked: the error grows with
+    |fp_map(w) - w|. (Pedregosa 2016, arXiv 1602.02355; Grazzi et al. 2020, 2006.16218.)
+
+    Raises HypergradientError for invalid arguments, and if fp_map depends on no hyperparameter.
+    Raises DivergenceError if the solution is worse than v = 0 and getting worse (a solver with
+    on_divergence="warn" makes this a DivergenceWarning), if it is not finite, or if I - J^T
+    vanishes on it; and whatever the solver raises.
     """
     on_divergence = _check_solver(solver)
     _check_count("outer_draws", outer_draws)
@@ -430,20 +438,21 @@ def fixed_point(
 
     params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
-    K: iterations; the first, v = grad_w E, costs no product. 0 leaves v = 0: grad_lambda E alone.
+        each with requires_grad, none given twice.
+    K: the largest number of iterations, of which the first, v = grad_w E, takes no product; 0
+        leaves v = 0, which gives grad_lambda E alone.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
         with create_graph=True. It must be a contraction.
     outer_loss: (params, hparams) -> scalar tensor.
-    tol: ends earlier when what v moves by is less.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
-    stochastic: fp_map is drawn anew for every product.
-    on_divergence: "raise", or "warn" to take what K iterations have reached where the linear system
-        is seen to diverge: a DivergenceWarning in the place of the DivergenceError.
+    tol: stop earlier if v changes by less.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
+    stochastic: whether fp_map is random and drawn anew for every product.
+    on_divergence: "raise" a DivergenceError if the linear system is seen to diverge, or "warn" by a
+        DivergenceWarning and use the result of K iterations.
 
-    Returns a tree like hparams. The error falls with the contraction's rate, as that of K steps of
-    reverse. Raises HypergradientError for arguments that are not so and where fp_map depends on no
-    hyperparameter, DivergenceError where the residual shows that fp_map is no contraction. (Grazzi
+    Returns a tree like hparams. The error falls at the contraction's rate, like that of K steps of
+    `reverse`. Raises HypergradientError for invalid arguments and if fp_map depends on no
+    hyperparameter, DivergenceError if the residual shows that fp_map is not a contraction. (Grazzi
     et al. 2020, arXiv 2006.16218.)
     """
     solver = FixedPoint(K, tol, on_divergence)
@@ -464,18 +473,19 @@ def neumann(
 
     params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
-    K: terms beyond the first, at least 0: fixed_point with K + 1 iterations.
+        each with requires_grad, none given twice.
+    K: the number of terms beyond the first, at least 0; the same as fixed_point with K + 1
+        iterations.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
         with create_graph=True. It must be a contraction.
     outer_loss: (params, hparams) -> scalar tensor.
-    tol: ends earlier when what v moves by is less.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
-    on_divergence: "raise", or "warn" to take what K iterations have reached where the linear system
-        is seen to diverge: a DivergenceWarning in the place of the DivergenceError.
+    tol: stop earlier if v changes by less.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
+    on_divergence: "raise" a DivergenceError if the linear system is seen to diverge, or "warn" by a
+        DivergenceWarning and use the result of K iterations.
 
-    Returns a tree like hparams. Raises HypergradientError for arguments that are not so and where
-    fp_map depends on no hyperparameter, DivergenceError where the residual shows that fp_map is no
+    Returns a tree like hparams. Raises HypergradientError for invalid arguments and if fp_map
+    depends on no hyperparameter, DivergenceError if the residual shows that fp_map is not a
     contraction. (Lorraine et al. 2020, arXiv 1911.02590.)
     """
     _check_count("K", K, least=0)
@@ -494,27 +504,27 @@ def CG(  # noqa: N802 - HyperTorch's name
     stochastic: bool = False,
     on_divergence: str = "raise",
 ) -> Tree:
-    """The hypergradient at a fixed point, its linear system solved by conjugate gradients.
+    """The hypergradient at a fixed point, by conjugate gradients on its linear system.
 
     params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
-    K: most iterations; 0 leaves v = 0: grad_lambda E alone.
+        each with requires_grad, none given twice.
+    K: the largest number of iterations; 0 leaves v = 0, which gives grad_lambda E alone.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
-        with create_graph=True. I - J must be symmetric positive definite, J its Jacobian by params,
-        as for a gradient step on a convex loss.
+        with create_graph=True. With J its Jacobian with respect to params, I - J must be symmetric
+        positive definite, as for a gradient step on a convex loss.
     outer_loss: (params, hparams) -> scalar tensor.
-    tol: ends earlier when the residual |grad_w E - (I - J^T) v| is less.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
-    stochastic: fp_map is drawn anew for every product. Symmetry is then taken for granted.
-    on_divergence: "raise", or "warn" to take what K iterations have reached where the linear system
-        is seen to diverge: a DivergenceWarning in the place of the DivergenceError.
+    tol: stop earlier if the residual |grad_w E - (I - J^T) v| is less.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
+    stochastic: whether fp_map is random and drawn anew for every product. Symmetry is
+        then assumed.
+    on_divergence: "raise" a DivergenceError if the linear system is seen to diverge, or "warn" by a
+        DivergenceWarning and use the result of K iterations.
 
     Returns a tree like hparams. The error falls as (1 - 2 / sqrt(cond))^K. Raises
-    HypergradientError for arguments that are not so and where fp_map depends on no hyperparameter,
-    and where I - J is seen not to be symmetric, from the second iteration on; DivergenceError where
-    it is seen not to be positive definite. (Hestenes and Stiefel 1952; Grazzi et al. 2020, arXiv
-    2006.16218.)
+    HypergradientError for invalid arguments, if fp_map depends on no hyperparameter, and, from the
+    second iteration on, if I - J is seen not to be symmetric; DivergenceError if it is seen not to
+    be positive definite. (Hestenes and Stiefel 1952; Grazzi et al. 2020, arXiv 2006.16218.)
     """
     solver = ConjugateGradient(K, tol, assume_symmetric=stochastic, on_divergence=on_divergence)
     return implicit(params, hparams, fp_map, outer_loss, solver, set_grad, stochastic)[0]
@@ -534,21 +544,21 @@ def CG_normaleq(  # noqa: N802 - HyperTorch's name
 
     params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
-    K: most iterations; 0 leaves v = 0: grad_lambda E alone.
+        each with requires_grad, none given twice.
+    K: the largest number of iterations; 0 leaves v = 0, which gives grad_lambda E alone.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
         with create_graph=True. It must be differentiable twice, and I - J regular.
     outer_loss: (params, hparams) -> scalar tensor.
-    tol: ends earlier when the residual of the normal equations is less.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
-    on_divergence: "raise", or "warn" to take what K iterations have reached where the linear system
-        is seen to diverge: a DivergenceWarning in the place of the DivergenceError.
+    tol: stop earlier if the residual of the normal equations is less.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
+    on_divergence: "raise" a DivergenceError if the linear system is seen to diverge, or "warn" by a
+        DivergenceWarning and use the result of K iterations.
 
-    Returns a tree like hparams. Each iteration costs a product with J besides that with J^T; the
-    error falls as (1 - 2 / cond)^K. Raises HypergradientError for arguments that are not so and
-    where fp_map depends on no hyperparameter, and where matvecs with J and J^T contradict each
-    other; DivergenceError where I - J is seen to be singular. (Bjorck 1996, Numerical methods for
-    least squares problems, 7.4; Grazzi et al. 2020, arXiv 2006.16218.)
+    Returns a tree like hparams. Each iteration takes a product with J and one with J^T; the error
+    falls as (1 - 2 / cond)^K. Raises HypergradientError for invalid arguments, if fp_map depends on
+    no hyperparameter, and if matvecs with J and J^T contradict each other; DivergenceError if I - J
+    is seen to be singular. (Bjorck 1996, Numerical methods for least squares problems, 7.4; Grazzi
+    et al. 2020, arXiv 2006.16218.)
     """
     solver = NormalEquations(K, tol, on_divergence)
     return implicit(params, hparams, fp_map, outer_loss, solver, set_grad)[0]
@@ -565,22 +575,23 @@ def nystrom(
     rank: int = 10,
     generator: torch.Generator | None = None,
 ) -> Tree:
-    """CG preconditioned by a randomised Nystrom approximation of I - J.
+    """CG preconditioned by a randomized Nystrom approximation of I - J.
 
     params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
-    K: most iterations; 0 leaves v = 0: grad_lambda E alone.
+        each with requires_grad, none given twice.
+    K: the largest number of iterations; 0 leaves v = 0, which gives grad_lambda E alone.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
-        with create_graph=True. I - J must be symmetric positive definite, J its Jacobian by params.
+        with create_graph=True. With J its Jacobian with respect to params, I - J must be symmetric
+        positive definite.
     outer_loss: (params, hparams) -> scalar tensor.
-    tol: ends earlier when the residual |grad_w E - (I - J^T) v| is less.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
-    rank: of the approximation, which costs as many matvecs more.
-    generator: of its random test matrix; a fixed seed without one.
+    tol: stop earlier if the residual |grad_w E - (I - J^T) v| is less.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
+    rank: of the approximation, which takes as many additional matvecs.
+    generator: draws its random test matrix (default: a fixed seed).
 
-    Returns a tree like hparams. Helps where few eigenvalues of I - J are large. Raises what CG
-    raises. (Frangella, Tropp, Udell 2021, arXiv 2110.02820; Hataya and Yamada 2023, arXiv
+    Returns a tree like hparams. It helps if few eigenvalues of I - J are large. Raises the same as
+    CG. (Frangella, Tropp, Udell 2021, arXiv 2110.02820; Hataya and Yamada 2023, arXiv
     2302.09726.)
     """
     solver = NystromConjugateGradient(K, tol, rank, generator)
@@ -605,30 +616,32 @@ def stoch_AID(  # noqa: N802 - HyperTorch's name
     verbose: bool = True,
     on_divergence: str = "raise",
 ) -> tuple[Tree, Tree]:
-    """The hypergradient at a fixed point, by K steps of any torch optimiser on the linear system.
+    """The hypergradient at a fixed point, by K steps of a torch optimiser on the linear system.
 
     params: the fixed point w, a list or other pytree of floating-point tensors of any shapes.
     hparams: the hyperparameters, a list or other pytree of floating-point tensors of any shapes,
-        each with requires_grad, each once.
+        each with requires_grad, none given twice.
     outer_loss: (params, hparams) -> scalar tensor.
-    K: steps; 0 leaves v where it begins.
-    J_inner, J_outer: the last product and the outer gradients are means of so many draws; they need
-        stoch_inner and stoch_outer.
+    K: the number of steps; 0 leaves v at its start.
+    J_inner, J_outer: the numbers of draws that the last product and the outer gradients are
+        averaged over; they need stoch_inner and stoch_outer.
     fp_map: (params, hparams) -> params of the same shapes, differentiable: inner gradients in it
-        with create_graph=True. Or None, with
-    inner_loss: (params, hparams) -> scalar tensor; stands for a gradient step of rate 1 on it.
-    linsys_start: where v begins, a tree like params, for example the v of the hypergradient before.
-    stoch_outer, stoch_inner: outer_loss, and fp_map or inner_loss, are drawn anew at each use.
-    optim_build: (v, **opt_params) -> (optimiser, scheduler or None); SGD of rate 1 by default.
-    opt_params: for optim_build.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
+        with create_graph=True. None if inner_loss is given.
+    inner_loss: (params, hparams) -> scalar tensor; fp_map is then a gradient step on it of rate 1.
+    linsys_start: the start of v, a tree like params, for example v of the last hypergradient
+        (default: grad_w E).
+    stoch_outer, stoch_inner: whether outer_loss, and fp_map or inner_loss, are drawn anew at each
+        use.
+    optim_build: (v, **opt_params) -> (optimiser, scheduler or None) (default: SGD of rate 1).
+    opt_params: keyword arguments of optim_build.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
     verbose: whether to print the residual of some steps.
-    on_divergence: "raise", or "warn" to take what K steps have reached where the linear system
-        is seen to diverge: a DivergenceWarning in the place of the DivergenceError.
+    on_divergence: "raise" a DivergenceError if the linear system is seen to diverge, or "warn" by a
+        DivergenceWarning and use the result of K steps.
 
-    Returns a tree like hparams, and v, a tree like params. Raises HypergradientError for arguments
-    that are not so and where fp_map depends on no hyperparameter, DivergenceError where the
-    residual shows divergence. (Grazzi et al. 2022, arXiv 2202.03397, algorithm 1.)
+    Returns a tree like hparams, and v, a tree like params. Raises HypergradientError for invalid
+    arguments and if fp_map depends on no hyperparameter, DivergenceError if the residual shows
+    divergence. (Grazzi et al. 2022, arXiv 2202.03397, algorithm 1.)
     """
     if fp_map is None and inner_loss is None:
         raise HypergradientError("give fp_map or inner_loss")
@@ -657,19 +670,20 @@ def stoch_AID(  # noqa: N802 - HyperTorch's name
 def differentiable_by(
     method: Callable[..., Tree], **options
 ) -> Callable[[Callable[[Tree, Tree], Tree]], Callable[[Tree, Tree], Tree]]:
-    """Decorates a solver(params, hparams) -> params so that its result has a gradient in hparams.
+    """Decorate a solver(params, hparams) -> params so that its result has a gradient in hparams.
 
         @differentiable_by(CG, K=20, fp_map=phi)
         def solve(params, hparams): ...
 
-    The solver may work in any way: it gets params and hparams detached, params as leaves that want
-    a gradient if they did, and its result is detached. No graph leads to hparams; inner optimisers
-    make none at all where params want no gradient or create_graph is False. The backward
-    pass is any method of this module, with its options: those with update_maps start again from the
-    solver's params, with the same random numbers of torch's global generators; all others take its
-    result for the fixed point. The start gets no gradient, and nothing a second.
-    Raises HypergradientError, in the backward pass, where update_maps lead elsewhere than the
-    solver did, and whatever the method raises.
+    The solver may work in any way. It gets detached params (leaves that require a gradient if the
+    originals did) and detached hparams, and its result is detached. No graph leads to hparams;
+    inner optimisers build none at all if params require no gradient or create_graph is False.
+
+    The backward pass is any method of this module with its options. Methods with update_maps start
+    again from the solver's params, with the same random numbers from torch's global generators; all
+    others take its result as the fixed point. The initial params get no gradient, and there are no
+    second derivatives. In the backward pass, HypergradientError is raised if update_maps lead
+    elsewhere than the solver did, and whatever the method raises.
     """
 
     def decorate(solver: Callable[[Tree, Tree], Tree]) -> Callable[[Tree, Tree], Tree]:
@@ -710,7 +724,7 @@ def _detached(entry: Any) -> Any:
 
 
 def _leaf(entry: Any) -> Any:
-    """The same without its graph; a tensor wants a gradient if it did."""
+    """The entry without its graph; a tensor requires a gradient if it did before."""
     wants = isinstance(entry, Tensor) and entry.requires_grad
     return entry.detach().requires_grad_() if wants else entry
 
@@ -718,7 +732,7 @@ def _leaf(entry: Any) -> Any:
 def _check_same_end(
     start: Sequence[Tensor], end: Sequence[Tensor], solution: Sequence[Tensor]
 ) -> None:
-    """HypergradientError where the params that update_maps end at are not the solver's result."""
+    """Raises HypergradientError if update_maps do not end at the solver's result."""
     for before, after, solved in zip(start, end, solution, strict=True):
         rounding = 100 * torch.finfo(solved.dtype).eps * solved.norm()
         if (after.detach() - solved).norm() > 1e-2 * (solved - before.detach()).norm() + rounding:
@@ -729,7 +743,7 @@ def _check_same_end(
 
 
 class _Attached(torch.autograd.Function):
-    """A solution with adjoint(cotangents) for the gradients of the hyperparameters."""
+    """A solution whose backward pass is adjoint(cotangents), the hyperparameters' gradients."""
 
     @staticmethod
     def forward(ctx, adjoint, solution, *hparams):
@@ -740,7 +754,7 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *cotangents):
-        _ = ctx.saved_tensors  # raises where a hyperparameter was changed in place since
+        _ = ctx.saved_tensors  # raises if a hyperparameter was changed in place since
         return None, None, *ctx.adjoint(cotangents)
 
 
@@ -759,7 +773,7 @@ def _check_count(what: str, count: int, least: int = 1) -> None:
 
 
 def _check_solver(solver: Solver) -> str:
-    """What it does on divergence; HypergradientError where its numbers are none."""
+    """The solver's on_divergence; raises HypergradientError if one of its options is invalid."""
     _check_count("K", solver.iterations, least=0)
     _check_count("rank", getattr(solver, "rank", 1))
     if not getattr(solver, "tol", 0.0) >= 0:
@@ -771,7 +785,7 @@ def _check_solver(solver: Solver) -> str:
 
 
 def _stays(residuals: Sequence[float], b: Sequence[Tensor]) -> bool:
-    """Whether a residual that is no rounding error has come to a stop."""
+    """Whether the residual has stopped falling, at a level that is not a rounding error."""
     resolution = max(1e-9, *(8 * torch.finfo(t.dtype).eps for t in b))
     last = residuals[-3:]
     level = max(last) > 1e-3 * residuals[0]
@@ -779,7 +793,7 @@ def _stays(residuals: Sequence[float], b: Sequence[Tensor]) -> bool:
 
 
 def _mean(draws: list[tuple[list[Tensor], list[Tensor]]]) -> list[list[Tensor]]:
-    """The means, over draws, of both lists of tensors."""
+    """The means over draws of both lists of tensors."""
     if len(draws) == 1:
         return list(draws[0])
     return [
@@ -803,7 +817,7 @@ def _trajectory(
 def _repeated(
     update_maps: Sequence[UpdateMap], moment: Moment, params: Tree, hparams: Tree
 ) -> Tree:
-    """The params after these updates, which run as they did at that moment."""
+    """The params after these updates, run with the random numbers and precision of that moment."""
     with moment.repeated():
         for update in update_maps:
             params = update(params, hparams)
@@ -811,7 +825,7 @@ def _repeated(
 
 
 def _check_repeated(elsewhere: Sequence[Tensor]) -> None:
-    """HypergradientError where any update, of those in order, has led elsewhere."""
+    """Raises HypergradientError if any of these updates, in order, has led elsewhere."""
     steps = [number for number, step in enumerate(elsewhere) if bool(step)]
     if steps:
         raise HypergradientError(
@@ -830,9 +844,9 @@ def _gradient_step(loss: OuterLoss, params: Tree, hparams: Tree) -> Tree:
 def _pushed_one_by_one(
     point: Point, update: UpdateMap, tangents: list[Tensor] | None, directions: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """The update's result and its derivatives along [n, ...] directions, by dual numbers.
+    """The update's result and its derivatives along directions [n, ...], by dual numbers.
 
-    tangents: of params, [n, ...] each; None where they depend on no hyperparameter.
+    tangents: of params, [n, ...] each; None if they depend on no hyperparameter.
     """
     moment, results, pushed = Moment(point.params), [], []
     for k in range(len(directions[0])):
@@ -863,7 +877,7 @@ def _duals(leaves: Sequence[Tensor], tangents: Sequence[Tensor], k: int) -> list
 def _pushed_at_once(
     point: Point, update: UpdateMap, tangents: list[Tensor] | None, directions: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """The same, by a vectorised torch.func.jvp."""
+    """The same as `_pushed_one_by_one`, by a vectorized torch.func.jvp."""
     primals = [t.detach() for t in point.params], [t.detach() for t in point.hparams]
     zeros = [p.new_zeros(len(directions[0]), *p.shape) for p in point.params]
 
@@ -877,7 +891,7 @@ def _pushed_at_once(
         randomness="same",
     )
     new, pushed = push(zeros if tangents is None else tangents, directions)
-    if tangents is None and not any(bool(z.any()) for z in pushed):  # by chance, or for good
+    if tangents is None and not any(bool(z.any()) for z in pushed):  # at this point, or at all
         one = [d[:1] for d in directions]
         if _pushed_one_by_one(point, update, None, one)[1] is None:
             return point.detached(new), None

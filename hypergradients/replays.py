@@ -1,12 +1,12 @@
-"""What runs once more runs as it did: random numbers, precision, and no traces in modules.
+"""Running a function again exactly as before: random numbers, precision, no traces in modules.
 
     moment = Moment(tensors)          # before the first run
-    with moment.repeated():           # around every other one
+    with moment.repeated():           # around every other run
         ...
 
-Of random numbers only torch's global generators are repeated. Whoever runs a function again has to
-compare results, and to refuse a function that draws from elsewhere: an iterator over batches, or
-a generator of its own.
+Only random numbers from torch's global generators are repeated. Callers have to compare the results
+and refuse functions that draw from other sources, such as an iterator over batches or a generator
+of their own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,9 +18,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 class Moment:
-    """The state of torch's global generators, of the CPU and of the tensors' devices, and autocast.
+    """The state of torch's global generators on the CPU and the tensors' devices, and of autocast.
 
-    tensors: on the devices on which the function computes.
+    tensors: any on the devices that the function computes on.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -34,16 +34,16 @@ class Moment:
         ]
 
     def rewind(self) -> None:
-        """Puts the generators where they were."""
+        """Restore the state of the generators."""
         torch.set_rng_state(self._cpu)
         for device, state in zip(self._devices, self._cuda, strict=True):
             torch.cuda.set_rng_state(state, device)
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """What runs inside draws what was drawn at this moment, in the same precision.
+        """Code inside draws the random numbers of this moment, and computes in the same precision.
 
-        Afterwards generators and the buffers of modules are as they were before it.
+        The generators, and the buffers of modules, are restored afterwards.
         """
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(self._devices))
@@ -57,9 +57,9 @@ class Moment:
 def another_result(
     start: Sequence[Tensor], result: Sequence[Tensor], first: Sequence[Tensor]
 ) -> Tensor:
-    """Whether a step from `start` has led elsewhere than the first time, a scalar tensor.
+    """Whether a repeated step from `start` has led elsewhere than the first time, a scalar tensor.
 
-    Differences of rounding do not count, which go with the size of the numbers and of the step.
+    Rounding errors, in proportion to the size of the numbers and of the step, do not count.
     """
     lengths = torch._foreach_norm(torch._foreach_sub(first, start))
     errors = torch._foreach_norm(torch._foreach_sub(result, first))
@@ -72,7 +72,7 @@ def another_result(
 
 @contextmanager
 def buffers_kept() -> Iterator[None]:
-    """Puts back the buffers, such as running statistics, of all modules that run inside."""
+    """Restore the buffers, such as running statistics, of all modules that run inside."""
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(module: nn.Module, _: object) -> None:
@@ -86,4 +86,4 @@ def buffers_kept() -> Iterator[None]:
     finally:
         hook.remove()
         for buffer, value in kept.values():
-            buffer.data.copy_(value)  # to its value in the graph, which need not hear of it
+            buffer.data.copy_(value)  # .data: in the graph it already has this value

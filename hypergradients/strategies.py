@@ -3,13 +3,14 @@
     g = 1 / (2 sigma^2 N) sum_i xi_i (E(w_i+) - E(w_i-)),   e_i ~ N(0, sigma^2 I)
     w_i+, w_i- from updates under lambda + e_i, lambda - e_i
 
-In antithetic evolution strategies xi_i = e_i: the gradient of E smoothed over a width sigma. In
-persistent ones (Vicol, Metz, Sohl-Dickstein 2021, arXiv 2112.13835) each pair goes on from where
-its last unroll ended and xi_i is the sum of its e_i so far: unrolls as short as one likes, and no
-truncation bias. Update maps need not be differentiable. Arguments are those of methods.py.
+In antithetic evolution strategies xi_i = e_i: g estimates the gradient of E smoothed with width
+sigma. In persistent ones (Vicol, Metz, Sohl-Dickstein 2021, arXiv 2112.13835) each pair continues
+from the end of its last unroll, and xi_i is the sum of its e_i so far: unrolls can be arbitrarily
+short without truncation bias. Update maps need not be differentiable. Arguments are those of
+methods.py.
 
-Both trajectories of a pair see the same random numbers of torch's global generators, so that their
-losses differ by the perturbation alone, and none leaves traces in the buffers of modules.
+Both trajectories of a pair see the same random numbers from torch's global generators, so that
+their losses differ by the perturbation alone, and neither leaves traces in the buffers of modules.
 """
 
 from collections.abc import Sequence
@@ -27,9 +28,11 @@ SMALLEST_SIGMA = 1e-30  # differences of losses are divided by it, once
 
 @dataclass(frozen=True)
 class Pairs:
-    """Where the two trajectories of each pair are, and the sum of its perturbations so far.
+    """The state of the two trajectories of each pair, and the sum of its perturbations so far.
 
-    above, below: params under +e and -e. perturbations: per pair, a tensor per hyperparameter.
+    Attributes:
+        above, below: params under +e and -e, one tree for each pair.
+        perturbations: for each pair, one tensor per hyperparameter.
     """
 
     above: list[Tree]
@@ -38,7 +41,10 @@ class Pairs:
 
     @classmethod
     def start(cls, params: Tree, hparams: Tree, pairs: int) -> "Pairs":
-        """All pairs at the same params, unperturbed; a trajectory starts anew with it."""
+        """All pairs at the same params and unperturbed, as every trajectory starts.
+
+        Raises HypergradientError if pairs < 1.
+        """
         if pairs < 1:
             raise HypergradientError(f"pairs must be at least 1, got {pairs}")
         zeros = [torch.zeros_like(h) for h in Point(params, hparams).hparams]
@@ -58,17 +64,17 @@ def evolution_strategies(
     """Antithetic evolution strategies: 2 * pairs trajectories from w_0.
 
     params: w_0, a list or other pytree of floating-point tensors of any shapes.
-    hparams: the hyperparameters, likewise, each with requires_grad, each once.
+    hparams: the hyperparameters, likewise, each with requires_grad, none given twice.
     update_maps: Phi_0, ..., Phi_{T-1}, at least one, each (params, hparams) -> params of the same
         shapes; they need not be differentiable.
     outer_loss: (params, hparams) -> scalar.
     sigma: standard deviation of the perturbations, from 1e-30 to 1e30.
-    pairs: how many perturbations, each with both signs.
-    generator: of the perturbations.
-    set_grad: whether to add the result to each hyperparameter's .grad too.
+    pairs: the number of perturbations, each of which is used with both signs.
+    generator: draws the perturbations.
+    set_grad: whether to also add the result to each hyperparameter's .grad.
 
     Returns a tree like hparams. Its standard deviation grows with the number of hyperparameters and
-    falls as 1 / sqrt(pairs). Raises HypergradientError for arguments that are not so.
+    falls as 1 / sqrt(pairs). Raises HypergradientError for invalid arguments.
     """
     start = Pairs.start(params, hparams, pairs)
     return persistent_evolution_strategies(
@@ -85,12 +91,13 @@ def persistent_evolution_strategies(
     generator: torch.Generator,
     set_grad: bool = True,
 ) -> tuple[Tree, Pairs]:
-    """One unroll of every pair, its part of the hypergradient, and the pairs after it.
+    """One unroll of every pair: its part of the hypergradient, and the pairs after it.
 
-    pairs: where the trajectories are, Pairs.start(...) at first; the other arguments as of
-    evolution_strategies, update_maps those of this unroll. The parts of a trajectory's unrolls add
-    up to the gradient of the sum of their outer losses. Raises HypergradientError for arguments
-    that are not so.
+    The parts of a trajectory's unrolls add up to the gradient of the sum of their outer losses.
+    Raises HypergradientError for invalid arguments.
+
+    pairs: the state of the trajectories, which is Pairs.start(...) at first.
+    update_maps: those of this unroll. The other arguments are those of `evolution_strategies`.
     """
     if not SMALLEST_SIGMA <= sigma <= 1 / SMALLEST_SIGMA or not update_maps:
         raise HypergradientError(

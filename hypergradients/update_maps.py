@@ -1,9 +1,9 @@
-"""Update maps and outer losses at one point: their checks, their vjp and jvp.
+"""Update maps and outer losses at one point: checks, vjp and jvp.
 
     mapped = Phi(params, hparams);   vjp J^T v,   jvp J v,   J = d mapped / d params
 
-Params and hparams are any pytrees of tensors to the outside, flat lists of tensors inside. A vjp
-sums over all outputs, and is zero where an output does not depend on an input.
+Callers pass params and hparams as any pytrees of tensors; inside they are flat lists. A vjp sums
+over all outputs, and is zero if no output depends on an input.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +25,8 @@ OuterLoss = Callable[[Tree, Tree], Tensor]
 class Point:
     """Detached params, and hparams, as flat lists: where maps and losses are differentiated.
 
-    Frozen params, see `frozen`, are constants: nothing is differentiated by them.
-    Raises HypergradientError where they are not trees of floating point tensors, or where a
-    hyperparameter has no requires_grad or is there twice.
+    Frozen params (see `frozen`) are constants. Raises HypergradientError if these are not trees of
+    floating-point tensors, or if a hyperparameter lacks requires_grad or is given twice.
     """
 
     def __init__(self, params: Tree, hparams: Tree) -> None:
@@ -47,7 +46,10 @@ class Point:
         return tree_unflatten(leaves, self._hparams_spec)
 
     def matching(self, tree: Tree, what: str) -> list[Tensor]:
-        """The tensors of a tree that must be like params."""
+        """The tensors of a tree; raises HypergradientError if it isn't like params.
+
+        what: a name of the tree, for the message.
+        """
         if isinstance(tree, (list, tuple)) and self._spec.type in (list, tuple):
             tree = self._spec.type(tree)
         try:
@@ -64,7 +66,10 @@ class Point:
         return leaves
 
     def mapped(self, update: UpdateMap) -> list[Tensor]:
-        """The update's result, attached or not."""
+        """The update's result, attached or not.
+
+        Raises HypergradientError if it is not like params, or if frozen params have moved.
+        """
         with torch.enable_grad():
             result = update(self.tree(self.params), self._hparams)
         leaves = self.matching(result, "the map's result")
@@ -77,19 +82,20 @@ class Point:
         return leaves
 
     def detached(self, mapped: Sequence[Tensor]) -> list[Tensor]:
-        """A result without its graph; frozen params stay themselves."""
+        """A result without its graph, with the frozen params themselves."""
         triples = zip(mapped, self.params, self._frozen, strict=True)
         return [p if fixed else t.detach() for t, p, fixed in triples]
 
     def with_frozen(self, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """These leaves, but the frozen params for those in their places."""
+        """These leaves, with the frozen params in their places."""
         triples = zip(leaves, self.params, self._frozen, strict=True)
         return [p if fixed else t for t, p, fixed in triples]
 
     def apply(self, update: UpdateMap) -> list[Tensor]:
         """The update's result, attached to params or hparams.
 
-        It is there to be differentiated, not a step of a training: modules keep their buffers.
+        It is made for differentiation and is not a step of a training: modules keep their buffers.
+        Raises HypergradientError if it is detached.
         """
         with buffers_kept():
             leaves = self.mapped(update)
@@ -101,9 +107,9 @@ class Point:
         return leaves
 
     def leads_elsewhere(self, mapped: Sequence[Tensor], following: Tree) -> Tensor:
-        """Whether a result is another than the params that follow these, a scalar tensor.
+        """Whether a result differs from the params that follow these, a scalar tensor.
 
-        Params that follow themselves do not count, as where a fixed point stands for a history.
+        It is False if these params follow themselves, as when a fixed point stands for a history.
         """
         before = [p.detach() for p in self.params]
         after = [t.detach() for t in self.matching(following, "the history")]
@@ -112,7 +118,7 @@ class Point:
         return another_result(before, [t.detach() for t in mapped], after)
 
     def loss_gradients(self, outer_loss: OuterLoss) -> tuple[list[Tensor], list[Tensor]]:
-        """Gradients of the outer loss by params and by hparams, of one backward pass."""
+        """Gradients of the outer loss with respect to params and hparams, in one backward pass."""
         with torch.enable_grad():
             value = outer_loss(self.tree(self.params), self._hparams)
         loss = attached_scalar(value, "outer_loss")
@@ -121,7 +127,7 @@ class Point:
     def vjp(
         self, mapped: Sequence[Tensor], v: Sequence[Tensor], retain_graph: bool = False
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """(dPhi/dw)^T v and (dPhi/dlambda)^T v of a result of `apply`, of one backward pass."""
+        """(dPhi/dw)^T v and (dPhi/dlambda)^T v for a result of `apply`, in one backward pass."""
         inputs = [*self.params, *self.hparams]
         return self._divided(vjp(mapped, inputs, v, retain_graph=retain_graph))
 
@@ -133,7 +139,7 @@ class Point:
         return tensors[: len(self.params)], tensors[len(self.params) :]
 
     def delivered(self, gradient: Sequence[Tensor], set_grad: bool) -> Tree:
-        """A tree like hparams, also added to their .grad on request."""
+        """A tree like hparams, which is also added to their .grad if set_grad."""
         return delivered(gradient, self.hparams, self._hparams_spec, set_grad)
 
 
@@ -146,9 +152,9 @@ def advance(params: Tree, hparams: Tree, update_maps: Sequence[UpdateMap]) -> Tr
 
 
 class MapJacobian:
-    """The Jacobian J of a map at a point, by its products with vectors, from one graph of the map.
+    """Products of the Jacobian J of a map at a point with vectors, from one graph of the map.
 
-    stochastic: the map is drawn anew for each product.
+    stochastic: whether the map is drawn anew for each product.
     """
 
     def __init__(self, point: Point, fp_map: UpdateMap, stochastic: bool) -> None:
@@ -190,7 +196,7 @@ def vjp(
     cotangents: Sequence[Tensor | None],
     **options,
 ) -> list[Tensor]:
-    """sum (d output / d input)^T cotangent for each input, zero where nothing depends on it."""
+    """sum (d output / d input)^T cotangent for each input; zero if no output depends on it."""
     attached = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     by = [t for t in inputs if t.requires_grad]
     gradients = [None] * len(by)
@@ -206,9 +212,10 @@ def vjp(
 def jvp(fp_map: Callable[[Tree], Tree], params: Tree, vs: Tree) -> Tree:
     """J v, the derivative of u -> J^T u, where J is the Jacobian of params -> fp_map(params).
 
-    params, vs: trees of tensors of the same shapes. Returns a tree like params, attached to all
-    that fp_map uses and wants a gradient. Takes maps that contain torch.autograd.grad, with
-    create_graph=True. HyperTorch's name.
+    The result is a tree like params, attached to everything that fp_map uses and that requires a
+    gradient. Maps may contain torch.autograd.grad with create_graph=True. HyperTorch's name.
+
+    params, vs: trees of tensors of the same shapes.
     """
     point, spec = tree_flatten(params)
     point = [t if t.requires_grad else t.detach().requires_grad_() for t in point]
@@ -220,17 +227,17 @@ def jvp(fp_map: Callable[[Tree], Tree], params: Tree, vs: Tree) -> Tree:
 
 
 def update_tensor_grads(hparams: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Adds each gradient, None for 0, into its hyperparameter's .grad. HyperTorch's name."""
+    """Add each gradient, with None for 0, to its hyperparameter's .grad. HyperTorch's name."""
     for h, g in zip(hparams, grads, strict=True):
         g = torch.zeros_like(h) if g is None else g
         h.grad = g.clone() if h.grad is None else h.grad.add_(g)
 
 
 def frozen(leaves: Sequence[Tensor]) -> list[bool]:
-    """Which of some params stay as they are: each nn.Parameter that wants no gradient.
+    """Which params are not moved: nn.Parameters with requires_grad=False.
 
-    Other tensors are values to start from, whether they want one or not; and so are all, where
-    every one is such a parameter.
+    Other tensors are values to start from, whether they require a gradient or not; and if all
+    params are such nn.Parameters, so are these.
     """
     fixed = [isinstance(t, nn.Parameter) and not t.requires_grad for t in leaves]
     return [False] * len(fixed) if all(fixed) else fixed
@@ -262,7 +269,7 @@ def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
 
 
 def require_dependence(depends: bool) -> None:
-    """HypergradientError where no map depends on a hyperparameter: the gradient would be 0."""
+    """Raises HypergradientError if no map depends on a hyperparameter: the gradient would be 0."""
     if not depends:
         raise HypergradientError(
             "the map's result depends on no hyperparameter; compute it from the hparams it is "
@@ -284,7 +291,10 @@ def _tensors(tree: Tree, what: str) -> tuple[list[Tensor], Any]:
 
 
 def hyperparameters(hparams: Tree) -> tuple[list[Tensor], Any]:
-    """The tensors of a tree, all different and with requires_grad, and its structure."""
+    """The tensors of a tree and its structure.
+
+    Raises HypergradientError if a tensor lacks requires_grad or is given twice.
+    """
     leaves, spec = _tensors(hparams, "hparams")
     first: dict[int, int] = {}
     for number, leaf in enumerate(leaves):
@@ -300,7 +310,7 @@ def hyperparameters(hparams: Tree) -> tuple[list[Tensor], Any]:
 
 
 def attached_scalar(loss: Tensor, what: str) -> Tensor:
-    """The loss itself, which must be a scalar with a graph."""
+    """The loss; raises HypergradientError if it isn't a scalar with a graph."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise HypergradientError(
@@ -313,7 +323,7 @@ def attached_scalar(loss: Tensor, what: str) -> Tensor:
 def delivered(
     gradient: Sequence[Tensor], hparams: Sequence[Tensor], spec: Any, set_grad: bool
 ) -> Tree:
-    """A tree of the structure `spec`, also added to the hyperparameters' .grad on request."""
+    """A tree of the structure `spec`; with set_grad it is also added to the hparams' .grad."""
     if set_grad:
         update_tensor_grads(hparams, gradient)
     return tree_unflatten(gradient, spec)

@@ -1,9 +1,9 @@
-"""Layers of competing hidden units, their compiled loops, networks and training."""
+"""Layers of competing hidden units, the compiled loops of their update, networks, and training."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_NAMES = {  # the public face by module, each name of which is loaded on first use
+_NAMES = {  # the public names of each module, which is loaded when one of them is first used
     "biopytorch": "bio_train same_padding",
     "choices": "ACTING AUGMENTATIONS FEATURE_NORMS GATES NORMALIZATIONS SCHEDULES gate_needs",
     "competition": "Competition",

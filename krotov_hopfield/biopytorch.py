@@ -1,4 +1,4 @@
-"""What else BioPyTorch offers: one layer's training on anybody's loader, and its padding.
+"""BioPyTorch's other functions: training one layer on any data loader, and "same" padding.
 
     convergence = bio_train(layer, dataset, n_epochs=5, lr_scheduler=(0.007, 0.0001, 0.8))
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from krotov_hopfield.layers import BioConv2d, BioLinear
 from krotov_hopfield.recipes import exponential_rate
 
-RATES = (0.01, 0.003, 1.0)  # start, end and speed of the learning rate, where none is told
+RATES = (0.01, 0.003, 1.0)  # default start, end and speed of the learning rate
 
 
 class TrainingData(Protocol):
-    """Where batches come from, such as a LightningDataModule."""
+    """A source of batches, such as a LightningDataModule."""
 
     def train_dataloader(self) -> Iterable:
-        """One pass: (inputs, anything) again and again; it has a length."""
+        """One pass over the data: an iterable with a length that yields tuples (inputs, ...)."""
 
 
 def bio_train(
@@ -40,18 +40,24 @@ def bio_train(
     run: Any = None,
     device: torch.device | str | None = None,
 ) -> float:
-    """Trains a layer on what layers before it, which stay as they are, make of the inputs.
+    """Train a layer on the outputs of the layers before it, which are not changed.
 
-    n_epochs: passes at most; below 1: until one of the other ends. n_batches: so many batches, in
-    place of n_epochs. patience: it ends, after an epoch, once so many epochs' batches in a row have
-    not brought the convergence down. lr_scheduler: a rate; (start, end, speed) of
-    `exponential_rate`, by default RATES; or a function of the number of the batch, from 0.
-    convergence_threshold: it ends, after an epoch, below this. epoch_callback: gets the weights, on
-    the CPU, after each epoch. trial: Optuna's; told the convergence of each batch, and raises
-    optuna.TrialPruned when it should. run: of wandb, whose `log` is called alike. device: of the
-    inputs, by default the layer's.
+    Returns the convergence after the last batch, or inf if there was no batch.
 
-    Returns the last convergence, inf where there was no batch.
+    dataset: the source of the batches; only the first element of each, the inputs, is used.
+    prev_layers: applied to the inputs in this order.
+    n_epochs: the largest number of passes; below 1, there is no limit.
+    n_batches: the number of batches, instead of n_epochs.
+    patience: stop, at the end of an epoch, after this many epochs' batches in a row without
+        progress, which means a convergence that is at most the smallest so far.
+    lr_scheduler: a constant learning rate; (start, end, speed) as in `exponential_rate` (default:
+        RATES); or a function from the number of the batch, counted from 0, to the rate.
+    convergence_threshold: stop, at the end of an epoch, if the convergence is below this.
+    epoch_callback: called after each epoch with the weights on the CPU.
+    trial: an Optuna trial, which is told the convergence of each batch; optuna.TrialPruned is
+        raised if the trial should be pruned.
+    run: a wandb run, whose `log` is called after each batch.
+    device: the device to move the inputs to (default: the layer's).
     """
     batches_per_epoch, rate = len(dataset.train_dataloader()), _rate(lr_scheduler)
     device = layer.weight.device if device is None else device
@@ -81,7 +87,7 @@ def bio_train(
 def _rate(
     schedule: float | Sequence[float] | Callable[[int], float] | None,
 ) -> Callable[[int, int], float]:
-    """The learning rate of a batch, from its number and that of an epoch's batches."""
+    """A function from the number of a batch and the batches per epoch to the learning rate."""
     if callable(schedule):
         return lambda batch, _: schedule(batch)
     if isinstance(schedule, int | float):
@@ -94,7 +100,7 @@ def _tell(trial: Any, run: Any, convergence: float, batch: int) -> None:
     if trial is not None:
         trial.report(convergence, batch)
         if trial.should_prune():
-            raise sys.modules["optuna"].TrialPruned()  # loaded, since the trial is its object
+            raise sys.modules["optuna"].TrialPruned()  # is loaded, because the trial belongs to it
     if run is not None:
         run.log({"convergence": convergence}, step=batch)
 
@@ -102,10 +108,10 @@ def _tell(trial: Any, run: Any, convergence: float, batch: int) -> None:
 def same_padding(
     kernel_size: tuple[int, int], dilation: tuple[int, int] = (1, 1)
 ) -> tuple[int, int] | tuple[int, int, int, int]:
-    """The padding that keeps the size of images: (rows, columns) where it is as much on both sides.
+    """The padding that keeps the size of images, as (rows, columns) if both sides get the same.
 
-    Else (left, right, top, bottom), as torch.nn.functional.pad has it, with one more at the right
-    and at the bottom.
+    Otherwise it is (left, right, top, bottom), as torch.nn.functional.pad takes it, with one more
+    on the right and at the bottom if an odd number is to be padded.
     """
     rows, columns = (d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
     if rows % 2 == columns % 2 == 0:

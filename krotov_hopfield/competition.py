@@ -1,13 +1,13 @@
-"""Competition between hidden units: who learns from a sample, and what that does to the weights.
+"""Competition between hidden units: which units learn from a sample, and how weights change.
 
     c_bo = sum_i sign(W_oi) |W_oi|^(p-1) x_bi                      currents
-    g_b  = gates of the currents of sample b                       who learns how much
+    g_b  = gates of the currents of sample b                       how much each unit learns
     D    = g^T x - s[:, None] * W,   s_o = sum_b g_bo c_bo
     W   <- W + rate * D / (largest |D|)
 
-A unit at rest (D_o = 0) with s_o != 0 has sum_i |W_oi|^p = 1, since c_bo = sum_i f(W_oi) x_bi gives
-sum_i f(W_oi) D_oi = s_o (1 - sum_i |W_oi|^p). Everything here is differentiable. Of equal currents
-the one of the lowest index counts as the larger.
+A unit at rest (D_o = 0) with s_o != 0 has sum_i |W_oi|^p = 1: since c_bo = sum_i f(W_oi) x_bi, with
+f(W) = sign(W) |W|^(p-1), sum_i f(W_oi) D_oi = s_o (1 - sum_i |W_oi|^p). All functions here are
+differentiable. Of equal currents, the one with the lowest index counts as the largest.
 
 Source: Krotov, Hopfield 2019, Unsupervised learning by competing hidden units (equations 3, 9, 10);
 the soft gate: Moraitis et al. 2022, SoftHebb, with the signs of Journe et al. 2023.
@@ -23,21 +23,21 @@ from torch import Tensor
 from krotov_hopfield.choices import GATES, NORMALIZATIONS
 from krotov_hopfield.errors import CompetitionError
 
-EPSILON, PRECISION = 1e-5, 1e-30  # added to the largest change; its lower bound with "clamp"
+EPSILON, PRECISION = 1e-5, 1e-30  # see `scales`
 
 
 @dataclass(frozen=True)
 class Competition:
-    """How much each unit learns from a sample: the gates g, from the currents of all units.
+    """How much each unit learns from a sample: the gates g, computed from all units' currents.
 
     Attributes:
-        gate: "ranked": 1 for the largest current, -delta for the k-th largest, else 0;
+        gate: "ranked": 1 for the largest current, -delta for the k-th largest, 0 for the others;
             "losers": 1 for the largest, -delta for all others;
             "soft": softmax of inverse_temperature times the currents, negated for all but the
-            largest; "winner": 1 for the largest, else 0.
+            largest; "winner": 1 for the largest, 0 for the others.
         ranking_param: k, from 2 to the number of units.
-        delta, inverse_temperature: finite numbers, the latter above 0, or scalar tensors to be
-            differentiated, whose values are not looked at.
+        delta, inverse_temperature: finite numbers, inverse_temperature above 0; or scalar tensors,
+            for differentiation, whose values are not checked.
     """
 
     gate: str = "ranked"
@@ -46,7 +46,10 @@ class Competition:
     inverse_temperature: float | Tensor = 1.0
 
     def check(self, units: int | None = None) -> None:
-        """Raises CompetitionError where so many units, None: any number, cannot compete so."""
+        """Raises CompetitionError if an option is unknown or out of its range.
+
+        units: the number of competing units, which limits ranking_param; None: no limit.
+        """
         if self.gate not in GATES:
             raise CompetitionError(f"gate {self.gate!r} is unknown; choose from {', '.join(GATES)}")
         k = self.ranking_param
@@ -61,11 +64,11 @@ class Competition:
 
     @property
     def sparse(self) -> bool:
-        """Whether at most two units learn from a sample."""
+        """Whether at most two units learn from each sample."""
         return self.gate in ("ranked", "winner")
 
     def gates(self, currents: Tensor, dim: int) -> Tensor:
-        """g, of the shape of the currents, whose units are along `dim`."""
+        """The gates g, of the shape of the currents, whose dimension `dim` is that of the units."""
         winner, other = ranked(currents, self.ranking_param if self.gate == "ranked" else 1, dim)
         if self.gate == "soft":
             share = torch.softmax(self.inverse_temperature * currents, dim)
@@ -81,7 +84,7 @@ class Competition:
 
 
 def ranked(currents: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Indices of the largest and of the k-th largest current, int64, of length 1 along `dim`."""
+    """Indices of the largest and the k-th largest current: int64, of length 1 along `dim`."""
     left = currents.detach()
     winner = index = left.argmax(dim, keepdim=True)
     if k > 1:
@@ -93,7 +96,7 @@ def ranked(currents: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def signed_power(weight: Tensor, p: float) -> Tensor:
-    """sign(W) |W|^(p-1); for p = 2 it is W itself."""
+    """sign(W) |W|^(p-1), which for p = 2 is W itself."""
     if p == 2:
         return weight
     if p == int(p) and 2 < p < 2**63:
@@ -102,21 +105,25 @@ def signed_power(weight: Tensor, p: float) -> Tensor:
 
 
 def p_norms(weight: Tensor, bias: Tensor | None, p: float) -> Tensor:
-    """sum_i |W_oi|^p of each unit [O]; its bias counts as one more weight."""
+    """sum_i |W_oi|^p for each unit [O]; a bias counts as one more weight of its unit."""
     sums = (weight.abs() ** p).flatten(1).sum(1)
     return sums if bias is None else sums + bias.abs() ** p
 
 
 def convergence(norms: Tensor) -> Tensor:
-    """How far the units are from rest: the largest |sum_i |W_oi|^p - 1|, a scalar tensor."""
+    """How far the units are from rest: the largest |sum_i |W_oi|^p - 1|, a scalar tensor.
+
+    norms: the sums of `p_norms` [O].
+    """
     return (norms - 1).abs().amax()
 
 
 def scales(largest: Tensor, normalization: str) -> Tensor:
-    """What to divide the changes by; `largest` [O] is the largest |D_oi| of each unit.
+    """The numbers [O] to divide the units' changes by.
 
-    "matrix": the largest of all units + 1e-5; "filter": each unit's own + 1e-5; "clamp": the
-    largest of all units, at least 1e-30.
+    largest: the largest |D_oi| of each unit [O].
+    normalization: "matrix": the largest of all units + 1e-5; "filter": each unit's own + 1e-5;
+        "clamp": the largest of all units, but at least 1e-30.
     """
     if normalization == "filter":
         return largest + EPSILON
@@ -132,9 +139,10 @@ def scaled_changes(
     pull: Tensor,
     normalization: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """D / scale of the weights [O, ...] and biases [O].
+    """D / scale for the weights [O, ...] and the biases [O].
 
-    hebbian: g^T x and sum_b g_b, of the same shapes; pull: s [O].
+    hebbian: g^T x, of the shape of the weights, and sum_b g_b [O] (None without biases).
+    pull: s [O].
     """
     change = hebbian[0] - pull.view(-1, *[1] * (weight.dim() - 1)) * weight
     largest = change.abs().flatten(1).amax(1)
@@ -150,9 +158,9 @@ def scaled_changes(
 def check_number(
     name: str, value: object, *, least: float = -math.inf, above: float = -math.inf
 ) -> None:
-    """Raises CompetitionError for what is no finite number, or one out of these bounds.
+    """Raises CompetitionError if the value is not a finite number within these bounds.
 
-    Tensors pass: to look at their values would be to wait for their device.
+    Tensors are not checked, because reading their values would wait for their device.
     """
     if isinstance(value, Tensor):
         return
@@ -166,7 +174,7 @@ def check_number(
 def check_options(
     lebesgue_p: float, normalization: str, rate_exponent: float | None = None
 ) -> None:
-    """Raises CompetitionError for p below 1, an exponent below 0, or an unknown normalisation."""
+    """Raises CompetitionError if p < 1, the exponent is below 0, or normalization is unknown."""
     check_number("lebesgue_p", lebesgue_p, least=1)
     if rate_exponent is not None:
         check_number("rate_exponent", rate_exponent, least=0)

@@ -1,34 +1,35 @@
-"""The sparse update of competition.py as compiled loops over samples, for the CPU.
+"""The update of competition.py with sparse gates, as compiled loops over samples for the CPU.
 
 Each sample changes two rows of g^T x, those of the largest and of the k-th largest current. The
 loops rank the currents and add the sample's input to these rows at once: neither gates nor patches
 are ever stored, and rows that no sample has changed cost nothing.
 
-Inputs are images with the channels last, flat: the window of a sample is `offsets` (from its
-origin) to segments of `length` numbers that follow each other, in the order of a row of weights.
-A fully connected layer has one segment. One thread; the interpreter's lock is released.
+Inputs are flat images with the channels last. The window of a sample consists of segments of
+`length` consecutive numbers, which begin at `offsets` from the window's origin and are in the order
+of a row of weights. A fully connected layer has one segment. The loops run in one thread and
+release the interpreter's lock.
 """
 
 import numpy as np
 
 from krotov_hopfield.compiling import compiled
 
-# Sums may be reordered and divisions by a common factor shared; that stays within rounding.
+# Sums may be reordered and divisions by a common factor shared, which changes only the rounding.
 LOOSE = {"reassoc", "contract", "nsz", "arcp", "nnan"}
 loop = compiled(nogil=True, fastmath=LOOSE)
 
-# Currents are ranked by whole numbers in the same order, made from their bits: of these a compiler
-# can take the largest in vectors, and NaN is a number among others.
+# Currents are ranked by integers that are made from their bits and have the same order: a compiler
+# can find the largest of these with vector instructions, and NaN needs no special case.
 LOWEST, LOWEST_OF_32_BITS = -(2**63), -(2**31)
-HIGHEST_KEY = {4: 2**31 - 1, 8: 2**63 - 1}  # by bytes; the search for the largest begins here
+HIGHEST_KEY = {4: 2**31 - 1, 8: 2**63 - 1}  # by bytes of a number; a search begins from here
 
 
 @loop
 def _next_largest(bits, b, group, key, place):
-    """Key and place of the largest current of a sample after that of `key` at `place`.
+    """Key and place of the sample's next largest current after that of `key` at `place`.
 
-    Of equal currents the first is the larger. In 32 bits, keys and places are packed into one whole
-    number, of which a compiler finds the largest in vectors.
+    Of equal currents the first is the larger. For 32-bit currents, key and place are packed into
+    one 64-bit integer, so that the compiler can search with vector instructions.
     """
     units = bits.shape[2]
     if bits.itemsize == 4:
@@ -52,7 +53,7 @@ def _next_largest(bits, b, group, key, place):
 
 @loop
 def _slot_of(unit, slots, units, count, sums, pull):
-    """The row of `sums` that belongs to a unit, cleared when the unit comes for the first time."""
+    """The row of `sums` that belongs to a unit; it is set to 0 when the unit first appears."""
     if slots[unit] < 0:
         slots[unit] = count[0]
         units[count[0]] = unit
@@ -66,13 +67,18 @@ def _slot_of(unit, slots, units, count, sums, pull):
 def add_samples(
     currents, bits, highest, x, origins, offsets, length, k, delta, slots, units, sums, pull
 ):  # fmt: skip
-    """Adds g^T x, sum_b g_b and s over all samples of all groups; returns how many units learned.
+    """Add g^T x, sum_b g_b and s over all samples of all groups; returns how many units learned.
 
-    currents [samples, groups, O]; bits: the same memory as int32 or int64; highest: HIGHEST_KEY;
-    x flat; origins [samples] of the windows in x; k: 1 for the winner alone. A group sees the
-    channels after its predecessor's: `length` further. slots [groups * O] holds -1. Filled for each
-    unit that learned: units [n], its sums [n, > N] with that of the gates in column N, its pull
-    s [n] in float64.
+    currents: [samples, groups, O].
+    bits: the memory of the currents as int32 or int64.
+    highest: the HIGHEST_KEY for that type.
+    x: flat.
+    origins: [samples], where each sample's window begins in x. The window of each further group
+        begins `length` numbers later.
+    k: 1 if only the winner learns.
+    slots: [groups * O], filled with -1.
+    units, sums, pull: outputs, one entry for each unit that learned: its number [n], its row of
+        g^T x [n, > N] with its sum of gates in column N, and its s [n] in float64.
     """
     samples, groups, rivals = currents.shape
     count, window = np.zeros(1, np.int64), np.zeros(sums.shape[1], sums.dtype)
@@ -94,12 +100,12 @@ def add_samples(
     return count[0]
 
 
-# Unsigned places are not checked for being negative, which lets these loops run in vectors.
+# Unsigned indices are not checked for negative values, so that these loops can be vectorized.
 
 
 @loop
 def _gather(window, x, origin, offsets, length):
-    """window [> N] = the N numbers of x, flat, that a sample at `origin` sees."""
+    """window [> N] = the N numbers of flat x that belong to the window at `origin`."""
     for q in range(len(offsets)):
         begin, start = np.uintp(q * length), np.uintp(origin + offsets[q])
         for i in range(length):
@@ -108,7 +114,7 @@ def _gather(window, x, origin, offsets, length):
 
 @loop
 def _add(sums, row, window):
-    """A row of sums [n, > N] += window [> N]."""
+    """One row of sums [n, > N] += window [> N]."""
     row = np.uintp(row)
     for i in range(len(window)):
         sums[row, i] += window[i]
@@ -116,7 +122,7 @@ def _add(sums, row, window):
 
 @loop
 def _add_two(sums, row, other, window, delta):
-    """A row of sums [n, > N] += window [> N], another -= delta window."""
+    """One row of sums [n, > N] += window [> N], and row `other` -= delta * window."""
     row, other = np.uintp(row), np.uintp(other)
     for i in range(len(window)):
         sums[row, i] += window[i]
@@ -125,9 +131,11 @@ def _add_two(sums, row, other, window, delta):
 
 @loop
 def subtract_pull(weight, bias, units, sums, pull, largest):
-    """Turns sums [n, > N] into changes D, and finds the largest |D_oi| [n] of each unit.
+    """Turn sums [n, > N] into changes D in place, and write each unit's largest |D_oi| to largest.
 
-    weight [O, N]; bias [O], or of length 0.
+    weight: [O, N].
+    bias: [O], or of length 0 if there are no biases.
+    largest: [n].
     """
     for row in range(len(units)):
         unit, s = units[row], weight.dtype.type(pull[row])
@@ -144,7 +152,7 @@ def subtract_pull(weight, bias, units, sums, pull, largest):
 
 @loop
 def add_changes(weight, bias, units, changes, factors):
-    """weight [O, N] and bias [O, or 0] += factors [n] times changes [n, > N], in place."""
+    """weight [O, N] and bias [O or 0] += factors [n] times changes [n, > N], in place."""
     for row in range(len(units)):
         unit, factor = units[row], factors[row]
         change, w = changes[row], weight[unit]
@@ -156,9 +164,10 @@ def add_changes(weight, bias, units, changes, factors):
 
 @loop
 def powers_and_norms(weight, exponent, powers, norms):
-    """powers = sign(W) |W|^(exponent-1), norms = sum_i |W_oi|^exponent; exponent >= 2 is whole.
+    """powers = sign(W) |W|^(exponent-1), norms = sum_i |W_oi|^exponent; an integer exponent >= 2.
 
-    weight and powers [O, N], norms [O].
+    weight and powers: [O, N].
+    norms: [O].
     """
     for unit in range(len(weight)):
         w, power = weight[unit], powers[unit]
@@ -172,7 +181,7 @@ def powers_and_norms(weight, exponent, powers, norms):
 
 @loop
 def norms_of(weight, bias, exponent, units, norms):
-    """norms [O] of these units [n], their biases included, as in `powers_and_norms`."""
+    """Write sum_i |W_oi|^exponent, biases included, for the given units [n] to norms [O]."""
     for row in range(len(units)):
         unit = units[row]
         w = weight[unit]
@@ -190,7 +199,7 @@ def norms_of(weight, bias, exponent, units, norms):
 
 @loop
 def _dot(a, b):
-    """sum_i a_i b_i of [N], [N]."""
+    """sum_i a_i b_i of two vectors [N]."""
     total = a.dtype.type(0)
     for i in range(len(a)):
         total += a[i] * b[i]

@@ -1,4 +1,4 @@
-"""numba's compiler, with a cache on the disk where there is a place for one."""
+"""numba's compiler, with a cache on disk if one can be written."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,10 @@ from numba import njit
 
 
 def compiled(**options) -> Callable[[Callable], Callable]:
-    """The decorator njit(**options) with a cache, or without one where none can be written.
+    """The decorator njit(**options), with a cache on disk if one can be written.
 
-    numba asks for a place when it decorates: beside the source, then in the user's home, or where
-    NUMBA_CACHE_DIR says. Without any, each process compiles anew.
+    When it decorates, numba looks for a place: NUMBA_CACHE_DIR, beside the source, or in the user's
+    home. If it can write to none of them, each process compiles the function anew.
     """
 
     def decorate(function: Callable) -> Callable:

@@ -1,9 +1,9 @@
-"""What can go wrong with competing units."""
+"""The errors of this package."""
 
 
 class CompetitionError(ValueError):
-    """What is wrong with layers, a training or their inputs, and what would be right: one line."""
+    """Wrong options, inputs or files; the message is one line and says what would be right."""
 
 
 class NonFiniteError(FloatingPointError):
-    """A training that left the finite, and where."""
+    """A training has produced numbers that are not finite; the message says where."""

@@ -5,13 +5,15 @@
         convergence = layer.training_step(x, learning_rate=0.01)  # one update, no labels
     y = layer(x)                          # f(W) x, with f(W) = sign(W) |W|^(p-1)
 
-The update is that of competition.py, on inputs normalised by a batch norm without parameters: the
-statistics of the batch when learning, the running ones in `forward`. In a convolution all channels
-of a group compete at every position of every image. A bias is the weight of a constant input 1.
+The update is that of competition.py, on inputs normalized by a batch norm without parameters, which
+uses the statistics of the batch in `training_step` and the running statistics in `forward`. In a
+convolution, all channels of a group compete at every position of every image. A bias is the weight
+of a constant input 1.
 
-Names and signatures are BioPyTorch's; what it lacks are keyword arguments. On a CPU the compiled
-loops of competition_kernels.py make the update where at most two units learn from a sample.
-Everywhere else it is two products, without patches and without waiting for the device.
+Names and signatures are BioPyTorch's; everything that BioPyTorch lacks is a keyword argument. On a
+CPU, if at most two units learn from a sample, the compiled loops of competition_kernels.py compute
+the update. In all other cases it takes two products, without storing patches or waiting for the
+device.
 """
 
 import math
@@ -36,22 +38,22 @@ from krotov_hopfield.competition import (
 from krotov_hopfield.errors import CompetitionError
 
 COMPILED_TYPES = (torch.float32, torch.float64)
-LANES = 16  # rows of sums are multiples of these, so that each begins on a line of the cache
-FEW_CHANNELS = 16  # below, torch normalises them faster where they are not last in memory
-ROWS_AT_ONCE = 500  # of a fully connected layer's weights, raised to their power
-LARGEST_EXPONENT = 16  # of those that the loops reach by multiplication
+LANES = 16  # row lengths of sums are multiples of this, so that each row begins a cache line
+FEW_CHANNELS = 16  # below this, torch's batch norm is faster if channels aren't last in memory
+ROWS_AT_ONCE = 500  # of a fully connected layer's weights, when they are raised to a power
+LARGEST_EXPONENT = 16  # the largest p for which the loops multiply instead of calling pow
 
 
 class _Competing:
-    """What both layers share: options, the update, its return value.
+    """What both layers share: options, the update, and the convergence that it returns.
 
-    Keyword arguments of both, beyond BioPyTorch's:
+    Keyword arguments of both layers, beyond BioPyTorch's:
         gate, inverse_temperature: see `Competition`.
-        normalization: what the change is divided by, see `scales`; by default "matrix" for the
-            fully connected layer, "filter" for the convolution.
-        rate_exponent: None, or q: the learning rate of unit o is multiplied by
-            | |w_o|_2 - 1 |^q, as SoftHebb does with q = 1/2.
-        batch_norm: whether inputs are normalised.
+        normalization: what the change is divided by, see `scales` (default: "matrix" for the fully
+            connected layer, "filter" for the convolution).
+        rate_exponent: q, by which the learning rate of unit o is multiplied by
+            | |w_o|_2 - 1 |^q, as in SoftHebb, where q = 1/2; None: no such factor.
+        batch_norm: whether inputs are normalized.
     """
 
     def _set_up(self, competition, lebesgue_p, normalization, rate_exponent, features) -> None:
@@ -93,7 +95,10 @@ class _Competing:
     def reset_parameters(
         self, generator: torch.Generator | None = None, *, spread: float = 1.0
     ) -> None:
-        """Weights and biases from N(0, spread^2); the generator is on the CPU, torch's without."""
+        """Draw weights and biases from N(0, spread^2).
+
+        generator: a CPU generator (default: torch's global one).
+        """
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
@@ -104,10 +109,11 @@ class _Competing:
         return signed_power(self.weight, self.lebesgue_p), bias
 
     def _normalized(self, x: Tensor, learning: bool) -> Tensor:
-        """x behind the batch norm.
+        """The inputs x after batch norm.
 
-        A batch of one number per feature has no variance to divide by; it is normalised by the
-        running statistics, and leaves these as they are.
+        learning: use the statistics of the batch and update the running ones. A batch with a single
+            number per feature has no variance; it is normalized by the running statistics, which
+            stay unchanged.
         """
         norm = self.batch_norm
         if norm is None:
@@ -121,12 +127,14 @@ class _Competing:
 
     @torch.no_grad()
     def training_step(self, x: Tensor, learning_rate: float | Tensor = 0.1) -> Tensor:
-        """One update from a batch of inputs, shaped as for `forward`.
+        """Update the weights from a batch of inputs of the shape that `forward` takes.
 
         Returns the convergence max_o |sum_i |W_oi|^p - 1| of the new weights, a scalar tensor on
-        the layer's device: it goes to 0. Raises CompetitionError for inputs of another shape or
-        type, and then leaves the layer as it was. Autocast changes nothing but the inputs' type:
-        the step is made in that of the weights.
+        the layer's device that approaches 0 during training. Raises CompetitionError for an empty
+        batch or inputs of another shape or type; the layer is then unchanged. Under autocast,
+        inputs are converted to the type of the weights, in which the update is computed.
+
+        learning_rate: multiplies the scaled change, see `delta_weights`.
         """
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -153,18 +161,19 @@ class _Competing:
 
     @torch.no_grad()
     def delta_weights(self, x: Tensor, weight: Tensor) -> Tensor:
-        """D / scale: what weights shaped as the layer's change by, at a rate of 1, for a batch x.
+        """D / scale for a batch x: the change of the weights for a learning rate of 1.
 
-        x: shaped as for `forward`, and taken as it is: in a step it is behind the batch norm. Those
-        of a fully connected layer may be [batch, N] and [O, N] for any N: a bias is a column of
-        weights for a column of ones.
+        x: the inputs as they are after batch norm: [batch, channels, H, W] for a convolution, which
+            pads them; [batch, N] for a fully connected layer.
+        weight: of the shape of the layer's own. A fully connected layer takes [O, N] for any N: a
+            column of ones in x and a column of weights make a bias.
         """
         return self._changes(self._padded(x), weight, None)[0]
 
     def _changes(
         self, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The scaled changes of weights and biases; x is normalised and padded."""
+        """D / scale for weights and biases; x is normalized and padded."""
         p = self.lebesgue_p
         of_bias = None if bias is None else signed_power(bias, p)
         currents = self._respond(x, signed_power(weight, p), of_bias)
@@ -175,7 +184,7 @@ class _Competing:
         return scaled_changes(weight, bias, hebbian, pull, self.normalization)
 
     def _dense_step(self, x: Tensor, learning_rate: float | Tensor) -> Tensor:
-        """The update by products, on any device; x is normalised and padded."""
+        """The update by matrix products, on any device; x is normalized and padded."""
         change, of_bias = self._changes(x, self.weight, self.bias)
         rates = self._rates(learning_rate)
         self.weight.add_(rates.view(-1, *[1] * (change.dim() - 1)) * change)
@@ -184,7 +193,7 @@ class _Competing:
         return convergence(p_norms(self.weight, self.bias, self.lebesgue_p))
 
     def _compiled_step(self, x: Tensor, learning_rate: float | Tensor) -> Tensor:
-        """The update by compiled loops: only rows of units that won or came k-th are touched."""
+        """The update by compiled loops, which touch only the rows of units that learned."""
         rows = self._weight_rows()
         weight, bias = rows.numpy(), _array(self.bias, self.weight)
         currents, norms = self._currents_and_norms(rows, x)
@@ -203,10 +212,10 @@ class _Competing:
         return convergence(norms)
 
     def _currents_and_norms(self, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """c and sum_i |W_oi|^p, None where its exponent needs a power function.
+        """The currents c and sum_i |W_oi|^p [O]; None for the latter if p needs a power function.
 
-        rows: W as [O, N]. It is raised to its power in blocks, which stay in the cache and never
-        take much memory.
+        rows: W as [O, N]. It is raised to its power in blocks, which stay in the cache and need
+            little memory.
         """
         p = self.lebesgue_p
         if p != int(p) or not 2 <= p <= LARGEST_EXPONENT:
@@ -232,7 +241,10 @@ class _Competing:
         return currents, norms
 
     def _add_up(self, currents: Tensor, x: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Which units learn, their rows of g^T x with the sums of gates, and s; of few units."""
+        """The numbers of the units that learn [n], their rows of g^T x, and their s [n] in float64.
+
+        The rows [n, > N] have the sums of the gates in column N.
+        """
         groups, units = self._groups, len(self.weight)
         by_sample = currents.movedim(1, -1).reshape(-1, groups, units // groups)
         flat, origins, offsets, length = self._windows(x, currents.shape)
@@ -265,9 +277,12 @@ class _Competing:
 class BioLinear(_Competing, nn.Linear):
     """A fully connected layer of competing units; inputs [batch, ...] are flattened to [batch, in].
 
-    Arguments as BioPyTorch's: delta and ranking_param (k) are those of the gate, lebesgue_p that of
-    the norm. weight [out, in] and bias [out] start as N(0, 1). Keywords as in `_Competing`. Raises
-    CompetitionError for options that do not fit together.
+    weight [out, in] and bias [out] start from N(0, 1). Raises CompetitionError if an option is
+    unknown or out of its range.
+
+    bias, delta, ranking_param, lebesgue_p: as in BioPyTorch; delta and ranking_param (k) are those
+        of the gate, lebesgue_p is p.
+    gate and the other keyword arguments: see `_Competing`.
     """
 
     _groups = 1
@@ -314,7 +329,7 @@ class BioLinear(_Competing, nn.Linear):
         return functional.linear(x, weight, bias)
 
     def _by_group(self, currents: Tensor, gates) -> Tensor:
-        """`gates` of currents [batch, out], of the same shape."""
+        """`gates` applied to currents [batch, out]; the result has the same shape."""
         return gates(currents, 1)
 
     def _correlate(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -335,7 +350,7 @@ class BioLinear(_Competing, nn.Linear):
             self.weight.copy_(rows)
 
     def _windows(self, x: Tensor, shape: torch.Size):
-        """x [batch, in] flat; its rows begin at multiples of `in`, and each is one segment."""
+        """x [batch, in] flat, the origins of its rows, and the single segment of each row."""
         flat = x.contiguous().view(-1).numpy()
         origins = np.arange(shape[0]) * self.in_features
         return flat, origins, np.zeros(1, np.int64), self.in_features
@@ -344,13 +359,15 @@ class BioLinear(_Competing, nn.Linear):
 class BioConv2d(_Competing, nn.Conv2d):
     """A convolution whose channels compete, within each group, at every position of every image.
 
-    Arguments as BioPyTorch's; stride, padding (a number, a pair, "valid" or "same"), dilation,
-    groups, padding_mode as in nn.Conv2d; delta and ranking_param (k) are those of the gate,
-    lebesgue_p that of the norm. weight [out, in / groups, kh, kw] and bias [out] start as N(0, 1).
-    Weight and output have their channels last in memory (torch.channels_last), whatever the memory
-    format of the input: take `reshape`, not `view`, to flatten the output. Keywords as in
-    `_Competing`. Raises CompetitionError for options that do not fit together, ValueError as
-    nn.Conv2d does.
+    weight [out, in / groups, kh, kw] and bias [out] start from N(0, 1). Weight and output have
+    their channels last in memory (torch.channels_last), whatever the memory format of the input:
+    use `reshape`, not `view`, to flatten the output. Raises CompetitionError if an option is
+    unknown or out of its range, and ValueError as nn.Conv2d does.
+
+    stride, padding, dilation, groups, padding_mode: as in nn.Conv2d.
+    bias, delta, ranking_param, lebesgue_p: as in BioPyTorch; delta and ranking_param (k) are those
+        of the gate, lebesgue_p is p.
+    gate and the other keyword arguments: see `_Competing`.
     """
 
     def __init__(
@@ -406,7 +423,7 @@ class BioConv2d(_Competing, nn.Conv2d):
         return x.contiguous(memory_format=torch.channels_last)
 
     def _check_size(self, size: torch.Size) -> None:
-        """CompetitionError where images [H, W] are too small for their padding or the kernel."""
+        """Raises CompetitionError if images [H, W] are too small for the padding or the kernel."""
         left, right, top, bottom = self._reversed_padding_repeated_twice
         sides = max(top, bottom), max(left, right)
         least = {"reflect": 1, "circular": 0}.get(self.padding_mode, -math.inf)
@@ -424,24 +441,25 @@ class BioConv2d(_Competing, nn.Conv2d):
             )
 
     def _padded(self, x: Tensor) -> Tensor:
-        """x with its padding, so that the convolution itself needs none; channels last."""
+        """x with padding, so that the convolution itself needs none; channels last."""
         if any(self._reversed_padding_repeated_twice):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = functional.pad(x, self._reversed_padding_repeated_twice, mode)
         return x.contiguous(memory_format=torch.channels_last)
 
     def _respond(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The currents [batch, out, H', W'] of padded x; f(W) [out, in / groups, kh, kw]."""
+        """The currents [batch, out, H', W'] for padded x and f(W) [out, in / groups, kh, kw]."""
         return functional.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
     def _by_group(self, currents: Tensor, gates) -> Tensor:
-        """`gates` of currents [batch, out, H', W'] within each group, of the same shape."""
+        """`gates` applied to currents [batch, out, H', W'] within each group; same shape."""
         return gates(currents.unflatten(1, (self.groups, -1)), 2).flatten(1, 2)
 
     def _correlate(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """sum over samples of their gates times their windows [out, in / groups, kh, kw].
+        """The sum over samples of gates times windows, [out, in / groups, kh, kw].
 
-        That is the weight gradient for the gradient g [batch, out, H', W'] of the output.
+        It is the weight gradient of the convolution if g [batch, out, H', W'] is the gradient of
+        its output.
         """
         return torch.ops.aten.convolution_backward(
             g, x, weight, None, self.stride, (0, 0), self.dilation, False, (0, 0), self.groups,
@@ -449,7 +467,7 @@ class BioConv2d(_Competing, nn.Conv2d):
         )[1]  # fmt: skip
 
     def _weight_rows(self) -> Tensor:
-        """W as [out, kh * kw * in / groups], a view where its channels are last in memory."""
+        """W as [out, kh * kw * in / groups]; a view if its channels are last in memory."""
         return self.weight.detach().permute(0, 2, 3, 1).reshape(self.out_channels, -1)
 
     def _as_weight(self, rows: Tensor) -> Tensor:
@@ -463,7 +481,10 @@ class BioConv2d(_Competing, nn.Conv2d):
             self.weight.copy_(self._as_weight(rows))
 
     def _windows(self, x: Tensor, shape: torch.Size):
-        """x flat with its channels last; where windows begin, and their segments from there."""
+        """x flat with channels last, the origins of the windows, and the offsets of their segments.
+
+        The last value is the length of a segment.
+        """
         batch, channels, height, width = x.shape
         (kh, kw), (dh, dw), (sh, sw) = self.kernel_size, self.dilation, self.stride
         flat = x.permute(0, 2, 3, 1).reshape(-1).numpy()
@@ -479,7 +500,7 @@ class BioConv2d(_Competing, nn.Conv2d):
 
 
 class Triangle(nn.Module):
-    """relu(u - mean of all channels at the same place)^power, of u [batch, channels, ...].
+    """relu(u - mean over the channels at the same position)^power, for u [batch, channels, ...].
 
     Source: Coates, Ng, Lee 2011; with a power, Journe et al. 2023 (SoftHebb).
     """
@@ -497,5 +518,5 @@ class Triangle(nn.Module):
 
 
 def _array(bias: Tensor | None, like: Tensor) -> np.ndarray:
-    """The biases as an array that shares their memory; of length 0 where there are none."""
+    """The biases as an array that shares their memory; of length 0 if there are none."""
     return (like.new_empty(0) if bias is None else bias.detach()).numpy()

@@ -1,17 +1,17 @@
-"""Trains a network of competing layers without labels, and a classifier behind some of them.
+"""Trains a network of competing layers without labels, and classifiers on the layers' features.
 
     train, validation = split_validation((images, labels), 0.2)
     training = LayerwiseTraining(network, train, validation, (1, 2), seed=0, classes=10)
     while not training.finished:
         row = training.train_round()
 
-The course of a training is a list of stages: layer 1, the classifier behind it if there is to be
-one, layer 2, and so on; or all layers at once, then the classifiers. A stage goes on in rounds:
-some hundred batches of a layer, or an epoch of a classifier. What earlier layers make of the images
-is computed once per stage and kept, where it fits and the images are not augmented.
+A training is a list of stages: layer 1, the classifier on its features if there is to be one,
+layer 2, and so on; or all layers at once, then the classifiers. A stage consists of rounds: about a
+hundred batches of a layer, or one epoch of a classifier. The features that earlier layers extract
+are computed once per stage and kept, if they fit into memory and the images are not augmented.
 
-All random numbers come from generators named by (seed, what, stage, epoch or batch), so that a
-training that is taken up again in the middle needs none of their states.
+All random numbers come from generators with the key (seed, purpose, stage, epoch or batch), so that
+a training can be resumed without the states of generators.
 """
 
 import copy
@@ -32,16 +32,18 @@ from krotov_hopfield.seeds import seeded_generator
 Labelled = tuple[Tensor, Tensor]  # images, uint8 [N, C, H, W], and their labels, int64 [N]
 
 CROP_PADDING = 4
-FIRST_RESTART, LONGER = 10, 2  # epochs until the rate of a classifier starts anew; factor after it
+FIRST_RESTART, LONGER = 10, 2  # epochs until a classifier's rate restarts; their factor afterwards
 MOMENTUM = 0.9
 EXTRACTED_AT_ONCE = 256  # images
-ORDER, AUGMENTATION, DROPOUT, START, SPLIT = range(5)  # what a generator is for
+ORDER, AUGMENTATION, DROPOUT, START, SPLIT = range(5)  # the purposes of generators
 
 
 def split_validation(data: Labelled, fraction: float) -> tuple[Labelled, Labelled]:
-    """Training and validation images with their labels, by a draw that is always the same.
+    """Training and validation images with their labels, split at random but always in the same way.
 
-    Raises CompetitionError where one of them would be empty.
+    Raises CompetitionError if one of the two would be empty.
+
+    fraction: the share of the images that is held out for validation.
     """
     images, labels = data
     held_out = round(len(images) * fraction)
@@ -55,13 +57,16 @@ def split_validation(data: Labelled, fraction: float) -> tuple[Labelled, Labelle
 
 
 def pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images uint8 as numbers in [0, 1]; below 32 bits divided in float32 and rounded once."""
+    """uint8 images as numbers in [0, 1], divided in float32 or wider, then rounded to `dtype`."""
     return images.to(torch.promote_types(dtype, torch.float32)).div_(255).to(dtype)
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
-    """uint8 [B, C, H, W], each padded by reflection and cropped at random; with flip, half of them
-    mirrored. The draws are made on the CPU.
+    """Images padded by reflection and cropped at random; with `flip`, each is mirrored at random.
+
+    images: uint8 [B, C, H, W]; the result has the same shape and type.
+    generator: a CPU generator.
+    flip: mirror each image with probability 1/2.
     """
     count, _, height, width = images.shape
     cpu = {"device": "cpu"}
@@ -78,7 +83,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, flip: bool) -> Ten
 
 
 def restarting_rate(rate: float, epoch: int) -> float:
-    """A cosine from `rate` to 0 over 10 epochs, then over 20, 40 and so on.
+    """The learning rate in an epoch: a cosine from `rate` to 0 over 10 epochs, then 20 and so on.
 
     Source: Loshchilov, Hutter 2017, SGDR, equation 5.
     """
@@ -89,18 +94,24 @@ def restarting_rate(rate: float, epoch: int) -> float:
 
 
 class LayerwiseTraining:
-    """The state of a training; `train_round` goes on with it.
+    """The state of a training, which `train_round` advances.
 
-    network: on the device of the images. train, validation: images uint8 [N, C, H, W], 255 for
-    white, and labels int64 [N]. classify_after: numbers of layers behind which a classifier is
-    trained, from 1. augmentation: "none", "crop" or "flip", see `crop_and_flip`. round_batches:
-    batches of a round of a layer. cache_bytes: the most that kept features may take. classes: how
-    many the classifiers tell apart; the images at hand need not show all of them.
+    Raises CompetitionError if images or labels have another type or shape, or a batch size does not
+    suit the images.
 
-    reached: the convergence of each layer after its last batch, by its number. outcomes: what each
-    finished classifier reached, by its number of layers: epoch (of its best
-    state), train_accuracy, validation_accuracy, and that state. Raises CompetitionError for images
-    or labels of another type or shape, and for a batch size that the images do not allow.
+    network: on the device of the images.
+    train, validation: images uint8 [N, C, H, W], with 255 for white, and labels int64 [N].
+    classify_after: the numbers of the layers, counted from 1, on whose features a classifier is
+        trained.
+    classes: the number of classes; there need not be images of all of them.
+    augmentation: "none", "crop" or "flip", see `crop_and_flip`.
+    round_batches: the largest number of batches in a round of a layer.
+    cache_bytes: the most memory that kept features may take.
+
+    Attributes:
+        reached: for each layer's number, its convergence after its last batch.
+        outcomes: for each finished classifier, by the number of layers before it, a dict of its
+            best epoch by validation accuracy: epoch, train_accuracy, validation_accuracy and state.
     """
 
     def __init__(
@@ -128,12 +139,12 @@ class LayerwiseTraining:
         self._check_batch_sizes(classify_after)
         self.stages = stages_of(len(network.blocks), classify_after, self.recipe.together)
         self.stage, self.outcomes, self.reached = 0, {}, {}
-        self._order, self._order_of = None, None  # of the images, in which stage and epoch
+        self._order, self._order_of = None, None  # the order of the images, and its stage and epoch
         self._kept: dict[tuple[int, bool], Tensor] = {}
         self._begin_stage()
 
     def _check_batch_sizes(self, classify_after: Sequence[int]) -> None:
-        """CompetitionError where images do not fill a batch, or a classifier's has no variance."""
+        """Raises CompetitionError if a batch exceeds the data or a classifier's has no variance."""
         count, of_classifier = len(self.images), self.recipe.classifier_batch_size
         for size in (self.recipe.batch_size, of_classifier if classify_after else 0):
             if size > count:
@@ -152,7 +163,7 @@ class LayerwiseTraining:
 
     @property
     def rounds(self) -> int:
-        """How many there are at most."""
+        """The largest possible number of rounds."""
         of_layers = math.ceil(self._batches / self.round_batches)
         return sum(
             self.recipe.classifier_epochs if kind == "classifier" else max(1, of_layers)
@@ -161,21 +172,21 @@ class LayerwiseTraining:
 
     @property
     def batch_size(self) -> int:
-        """Images of a batch of this stage."""
+        """Images in a batch of this stage."""
         of_classifier = self.stages[self.stage][0] == "classifier"
         return self.recipe.classifier_batch_size if of_classifier else self.recipe.batch_size
 
     @property
     def batches_per_epoch(self) -> int:
-        """Of this stage; what is left at the end of an epoch, less than a batch, is dropped."""
+        """Batches in an epoch of this stage; an incomplete last batch is dropped."""
         return len(self.images) // self.batch_size
 
     def _begin_stage(self) -> None:
         self.done = 0  # batches of layers, epochs of a classifier
-        self.convergence = [math.inf] * len(self.network.blocks)  # of each layer, where judged
+        self.convergence = [math.inf] * len(self.network.blocks)  # of each layer, if it is judged
         self.closest = list(self.convergence)
         self.without_progress = 0
-        self.counted = [0] * len(self.network.blocks)  # batches that the schedule has seen
+        self.counted = [0] * len(self.network.blocks)  # batches that count in the schedules
         self.classifier = self.optimizer = self.best = None
         self._kept = {}
         if self.finished:
@@ -191,7 +202,7 @@ class LayerwiseTraining:
         )
 
     def _make_classifier(self, depth: int) -> Classifier:
-        """A new one for the features behind so many layers."""
+        """A new classifier for the features of the first `depth` layers."""
         shape = self._features(self.images[:1], depth).shape[1:]
         classifier = Classifier(
             shape, self.classes, self.recipe.dropout, seeded_generator(self.seed, START, depth),
@@ -200,12 +211,18 @@ class LayerwiseTraining:
         return classifier.to(self.images.device)
 
     def train_round(self) -> dict[str, float]:
-        """Goes on for a round; its numbers, NaN where they are not of this stage.
+        """Train for one round and return its numbers, NaN if they don't belong to this stage.
 
-        layer: the one that learned, 0 for all at once, of a classifier the last before it;
-        classifier: 0 or 1; epoch: how many are done; learning_rate: of the first layer that
-        learned; convergence/<layer>, loss, train_accuracy (of the epoch's batches, before each
-        step), validation_accuracy. Raises NonFiniteError.
+        layer: the layer that learned, 0 for several at once; for a classifier, the last before it.
+        classifier: whether a classifier was trained.
+        epoch: how many epochs are done.
+        learning_rate: of the round's last batch, for the first of the layers that learned.
+        convergence/<layer>: after the last batch.
+        loss, train_accuracy: of a classifier, means over the epoch's batches, before each step.
+        validation_accuracy: of a classifier, after the epoch.
+        seconds: the time that the round took.
+
+        Raises NonFiniteError if a convergence or the loss is not finite.
         """
         begin = time.perf_counter()
         kind, layers = self.stages[self.stage]
@@ -232,7 +249,7 @@ class LayerwiseTraining:
         return self.done >= self._batches or self._need_no_more(layers)
 
     def _need_no_more(self, layers: Sequence[int]) -> bool:
-        """Whether patience with these layers is at its end, or all of them are at rest."""
+        """Whether the patience with these layers is exhausted, or all of them are at rest."""
         recipe, idle = self.recipe, self.without_progress
         at_rest = all(self.convergence[k - 1] < recipe.threshold for k in layers)
         epochs = idle / self.batches_per_epoch
@@ -242,12 +259,12 @@ class LayerwiseTraining:
 
     @property
     def _batches(self) -> int:
-        """How many a layer learns from at most."""
+        """The largest number of batches that a layer learns from."""
         return round(self.recipe.epochs * (len(self.images) // self.recipe.batch_size))
 
     def _train_layers(self, layers: Sequence[int]) -> dict[str, float]:
         last, rows, recipe = min(self.done + self.round_batches, self._batches), [], self.recipe
-        # only then waits for each batch
+        # reading the convergence after each batch waits for the device, so only if it is needed
         judged = recipe.patience or recipe.patience_epochs or recipe.threshold
         judged = judged or recipe.rate_waits_above
         while self.done < last and not self._need_no_more(layers):
@@ -271,14 +288,14 @@ class LayerwiseTraining:
         return learning_rate(self.recipe.layers[layer - 1], self.recipe, epochs)
 
     def _count(self, layers: Sequence[int]) -> None:
-        """Has the layers' schedules go on by a batch, unless they are too far from rest."""
+        """Advance the schedule of each layer by a batch, unless its convergence is too large."""
         limit = self.recipe.rate_waits_above
         for k in layers:
             self.counted[k - 1] += not limit or self.convergence[k - 1] < limit
 
     @torch.no_grad()
     def _step(self, layers: Sequence[int], batch: int) -> Tensor:
-        """One update of each of the layers from the batch of this number; convergences [layers]."""
+        """Update these layers from the batch with this number; returns convergences [layers]."""
         x = self._batch(layers[0] - 1, batch)
         reached = []
         for k in layers:
@@ -289,7 +306,7 @@ class LayerwiseTraining:
         return torch.stack(reached)
 
     def _judge(self, layers: Sequence[int], row: Sequence[float]) -> None:
-        """Takes note of the layers' convergence, and whether a batch brought one closer to rest."""
+        """Record the layers' convergence, and whether it is a new minimum for any of them."""
         self._check_finite(layers, [row])
         closer = [value < self.closest[k - 1] for k, value in zip(layers, row, strict=True)]
         self.without_progress = 0 if any(closer) else self.without_progress + 1
@@ -298,7 +315,7 @@ class LayerwiseTraining:
             self.closest[k - 1] = min(self.closest[k - 1], value)
 
     def _check_finite(self, layers: Sequence[int], rows: Sequence[Sequence[float]]) -> None:
-        """NonFiniteError where a convergence, a row for each batch, is not finite."""
+        """Raises NonFiniteError if a convergence isn't finite; `rows` has one row per batch."""
         for row in rows:
             if not all(map(math.isfinite, row)):
                 raise NonFiniteError(
@@ -309,7 +326,7 @@ class LayerwiseTraining:
     # ---- classifiers ----
 
     def _train_classifier(self, depth: int) -> dict[str, float]:
-        """One epoch."""
+        """Train a classifier for one epoch and return its numbers."""
         rate = restarting_rate(self.recipe.classifier_lr, self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -342,14 +359,15 @@ class LayerwiseTraining:
         return numbers
 
     def test_accuracy(self, depth: int, images: Tensor, labels: Tensor) -> float:
-        """The share of images that the best state of the classifier behind `depth` layers gets.
+        """The accuracy, in [0, 1], of the best state of the classifier on `depth` layers.
 
-        images: uint8 [N, C, H, W]; labels: int64 [N].
+        images: uint8 [N, C, H, W].
+        labels: int64 [N].
         """
         return self._accuracy(self._best_classifier(depth), images, labels, depth)
 
     def classifying_network(self, depth: int) -> nn.Sequential:
-        """The first `depth` layers and the best state of the classifier behind them."""
+        """The first `depth` layers followed by the best state of their classifier."""
         return classifying(self.network, self._best_classifier(depth), depth)
 
     def _best_classifier(self, depth: int) -> Classifier:
@@ -370,7 +388,7 @@ class LayerwiseTraining:
     # ---- batches and features ----
 
     def _index(self, batch: int) -> Tensor:
-        """Which images are in a batch of this stage."""
+        """The indices of the images in a batch of this stage, int64 [batch]."""
         epoch, place = divmod(batch, self.batches_per_epoch)
         if self._order_of != (self.stage, epoch):
             generator = seeded_generator(self.seed, ORDER, self.stage, epoch)
@@ -381,7 +399,7 @@ class LayerwiseTraining:
 
     @torch.no_grad()
     def _batch(self, depth: int, batch: int) -> Tensor:
-        """What the first `depth` layers make of a batch of training images."""
+        """The first `depth` layers' features of a batch of training images."""
         index = self._index(batch)
         if self.augmentation == "none":
             kept = self._keep(depth, validation=False)
@@ -395,20 +413,20 @@ class LayerwiseTraining:
 
     @torch.no_grad()
     def _features(self, images: Tensor, depth: int) -> Tensor:
-        """What the first `depth` layers make of all images, [N, units] or [N, channels, H, W]."""
+        """The first `depth` layers' features of images, [N, units] or [N, channels, H, W]."""
         x = self.network.prepared(pixels(images, next(self.network.parameters()).dtype))
         for block in self.network.blocks[:depth]:
             x = block(x)
         return x
 
     def _keep(self, depth: int, *, validation: bool) -> Tensor | None:
-        """Features of all training or validation images, channels last; None if not to be kept."""
+        """Features of all training or validation images, channels last; None if not kept."""
         images = self.validation[0] if validation else self.images
         if depth == 0:
             return None
         if (depth, validation) not in self._kept:
             one = self._features(images[:1], depth)
-            training = len(self.images) if self.augmentation == "none" else 0  # else never kept
+            training = len(self.images) if self.augmentation == "none" else 0  # or never kept
             size = one.numel() * one.element_size() * (training + len(self.validation[0]))
             if size > self.cache_bytes:
                 return None
@@ -422,7 +440,7 @@ class LayerwiseTraining:
     # ---- state ----
 
     def state_dict(self) -> dict:
-        """A copy of all that a resumed training needs, in plain containers of tensors."""
+        """A copy of everything that a resumed training needs, in plain containers of tensors."""
         busy = self.classifier is not None
         return copy.deepcopy({
             "stage": self.stage,
@@ -439,7 +457,7 @@ class LayerwiseTraining:
         })  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up a training where `state_dict` left it; shares nothing with the state."""
+        """Resume a training from the result of `state_dict`, which is copied."""
         state = copy.deepcopy(state)
         self.network.load_state_dict(state["network"])
         self.stage, self.outcomes = state["stage"], state["outcomes"]
@@ -467,7 +485,7 @@ def _check_images(images: Tensor, labels: Tensor) -> None:
 def stages_of(
     layers: int, classify_after: Sequence[int], together: bool
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """("layers", which of them learn) and ("classifier", (layers before it,)), in their order."""
+    """The stages in order: ("layers", those that learn) and ("classifier", (layers before it,))."""
     numbers = range(1, layers + 1)
     if together:
         behind = [("classifier", (k,)) for k in numbers if k in classify_after]
@@ -481,5 +499,5 @@ def stages_of(
 
 
 def chosen(kept: Tensor, index: Tensor) -> Tensor:
-    """Rows of features whose channels are last, as [batch, channels, ...]."""
+    """Rows of features that are stored with channels last, as [batch, channels, ...]."""
     return kept.index_select(0, index).movedim(-1, 1)

@@ -1,10 +1,10 @@
-"""Networks of competing layers: what a layer is followed by, and a classifier behind some of them.
+"""Networks of competing layers, with activations and pooling, and classifiers on their features.
 
     recipe = RECIPES["deep"](4)                               # the first four layers
     network = KrotovHopfieldNetwork((3, 32, 32), recipe, generator)
     for block in network.blocks: block.layer.training_step(x, rate); x = block(x)
 
-What a network is made of is a Recipe, see recipes.py.
+A Recipe (recipes.py) says what a network consists of.
 """
 
 import math
@@ -17,11 +17,12 @@ from krotov_hopfield.errors import CompetitionError
 from krotov_hopfield.layers import BioConv2d, BioLinear, Triangle
 from krotov_hopfield.recipes import LayerPlan, Recipe
 
-SMALLEST_SQUARE = 1e-24  # below any mean square of features that are not all 0, also to high powers
+# below the mean square of any features that aren't all 0, even after high powers
+SMALLEST_SQUARE = 1e-24
 
 
 class Block(nn.Module):
-    """A competing layer with its activation and its pooling."""
+    """A competing layer followed by its activation and its pooling."""
 
     def __init__(self, layer: BioLinear | BioConv2d, plan: LayerPlan) -> None:
         super().__init__()
@@ -38,9 +39,9 @@ class Block(nn.Module):
             self.pool = nn.AvgPool2d(plan.pool_size, plan.pool_stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, [batch, units] or [batch, units, H', W'].
+        """The block's output, [batch, units] or [batch, units, H', W'].
 
-        Raises CompetitionError for images that are too small.
+        Raises CompetitionError if the images are too small.
         """
         u = self.activation(self.layer(x))
         if self.plan.pool and min(u.shape[2:]) + 2 * self.pool.padding < self.plan.pool_size:
@@ -66,9 +67,10 @@ class RectifiedPower(nn.Module):
 
 
 class KrotovHopfieldNetwork(nn.Module):
-    """The layers of a recipe, on images of input_shape [C, H, W], initialised by a generator.
+    """The layers of a recipe for images of input_shape [C, H, W], initialized by a CPU generator.
 
-    Raises CompetitionError where the images are too small, or too few units compete.
+    Raises CompetitionError if the images are too small or an option doesn't suit its layer, such as
+    a ranking_param above the number of units.
     """
 
     def __init__(
@@ -98,13 +100,16 @@ class KrotovHopfieldNetwork(nn.Module):
                 ) from problem
 
     def prepared(self, x: Tensor) -> Tensor:
-        """Images [batch, C, H, W] as the first layer takes them."""
+        """Images [batch, C, H, W] as the first layer takes them.
+
+        With recipe.unit_inputs each image is divided by its Euclidean norm.
+        """
         if not self.recipe.unit_inputs:
             return x
         return x / torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features of images [batch, C, H, W] behind the last layer."""
+        """The last layer's features of images [batch, C, H, W]."""
         x = self.prepared(x)
         for block in self.blocks:
             x = block(x)
@@ -114,7 +119,7 @@ class KrotovHopfieldNetwork(nn.Module):
 def make_layer(
     shape: Sequence[int], plan: LayerPlan, recipe: Recipe, dtype: torch.dtype
 ) -> BioLinear | BioConv2d:
-    """The competing layer of a plan, for inputs of this shape."""
+    """The competing layer of a plan, for inputs [batch, *shape]."""
     options = {
         "lebesgue_p": plan.lebesgue_p, "ranking_param": plan.ranking_param,
         "delta": plan.delta, "gate": recipe.gate, "dtype": dtype,
@@ -132,11 +137,13 @@ def make_layer(
 
 
 class Classifier(nn.Module):
-    """A norm without parameters, dropout, and a linear map to the classes.
+    """A norm without parameters, dropout, and a linear map to the logits of the classes.
 
-    features: the shape of what it classifies, [units] or [channels, H, W]. feature_norm: of a
-    Recipe. The linear map starts uniform within +-1/sqrt(fan-in), drawn from a generator on the
-    CPU.
+    The linear map starts uniform within +-1/sqrt(fan-in).
+
+    features: the shape of a sample's features, [units] or [channels, H, W].
+    generator: a CPU generator.
+    feature_norm: as in a Recipe.
     """
 
     def __init__(
@@ -164,7 +171,10 @@ class Classifier(nn.Module):
                 parameter.copy_((2 * noise - 1) / math.sqrt(self.linear.in_features))
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Logits [batch, classes]; in training what is dropped comes from the generator."""
+        """Logits [batch, classes] of features [batch, *features].
+
+        generator: a CPU generator for dropout during training (default: torch's global one).
+        """
         x = self.norm(x).flatten(1)
         if self.training and self.dropout:
             options = {"generator": generator, "dtype": torch.float32, "device": "cpu"}

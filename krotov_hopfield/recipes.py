@@ -1,9 +1,9 @@
-"""Recipes of networks of competing layers and their training: three known ones, by plain values.
+"""Recipes of three known networks of competing layers and their training, as plain values.
 
-A recipe is everything that a training is made of, to be changed by `dataclasses.replace`.
+A recipe holds all settings of a training; `dataclasses.replace` changes some of them.
 
     deep      convolutions of 96 to 256 channels, 300 units (Amato et al. 2019); competition
-              parameters by depth from BioPyTorch's search
+              parameters for each depth from BioPyTorch's search
     dense     2,000 units that see whole images (Krotov, Hopfield 2019)
     softhebb  convolutions of 96, 384, 1536 channels, soft competition (Journe et al. 2023)
 """
@@ -16,34 +16,52 @@ from krotov_hopfield.choices import FEATURE_NORMS, GATES, NORMALIZATIONS, SCHEDU
 
 
 def _setting(default: Any, help: str, range: str = "", **metadata: Any) -> Any:
-    """A field of this default and help, for numbers in this range; a command makes flags of it."""
+    """A field with a default, a help text and the range of its numbers, for a command's flags."""
     return field(default=default, metadata={"help": help, "range": range, **metadata})
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer and what follows it.
+    """The settings of one layer, its activation and its pooling.
 
-    kernel: 0: fully connected. activation: "relu", "triangle" or "power" (relu to a power), the
-    last two to `power`. pool: "max" or "average" over squares of pool_size, every pool_stride
-    pixels; "" without. lebesgue_p, ranking_param, delta, inverse_temperature: as in layers.py.
+    Attributes:
+        units: of a fully connected layer, or channels of a convolution.
+        kernel: the side of a convolution's kernels in pixels; 0 for a fully connected layer.
+        lr, lr_end, lr_speed: the learning rate, see `learning_rate`.
+        padding: of the layer's inputs, in pixels.
+        activation: "relu", or "triangle" (see layers.py) or "power" (relu), both raised to `power`.
+        pool: "max" or "average" over squares of pool_size pixels, pool_stride pixels apart; "" for
+            none. "max" pads by (pool_size - pool_stride) // 2 pixels.
+        lebesgue_p, ranking_param, delta, inverse_temperature: as in layers.py.
     """
 
-    units: int = _setting(MISSING, "units of each layer", "positive")
+    units: int = _setting(MISSING, "number of units (or channels) of each layer", "positive")
     kernel: int
-    lr: float = _setting(MISSING, "learning rate", "positive")
-    lr_end: float = _setting(0.0, "where to (exponential)", "nonnegative")
-    lr_speed: float = _setting(1.0, "how fast, per epoch (exponential)", "positive")
+    lr: float = _setting(MISSING, "initial learning rate of each layer", "positive")
+    lr_end: float = _setting(
+        0.0, "learning rate approached by an exponential schedule", "nonnegative"
+    )
+    lr_speed: float = _setting(1.0, "decay rate of an exponential schedule, per epoch", "positive")
     padding: int = 0
     activation: str = "relu"
-    power: float = _setting(1.0, "of each layer's activation", "positive")
+    power: float = _setting(
+        1.0, "power that activations (triangle or power) are raised to", "positive"
+    )
     pool: str = ""
     pool_size: int = 2
     pool_stride: int = 2
-    lebesgue_p: float = _setting(2, "of the norm that units come to have", "positive", metavar="P")
-    ranking_param: int = _setting(2, "the k-th unlearns (ranked gates)", "positive", metavar="K")
-    delta: float = _setting(0.4, "how much losers unlearn", "nonnegative")
-    inverse_temperature: float = _setting(1.0, "of soft gates", "positive")
+    lebesgue_p: float = _setting(
+        2, "exponent p of the p-norm that units converge to", "positive", metavar="P"
+    )
+    ranking_param: int = _setting(
+        2, "rank of the unit that unlearns (ranked gate)", "positive", metavar="K"
+    )
+    delta: float = _setting(
+        0.4, "how strongly losing units unlearn (ranked and losers gates)", "nonnegative"
+    )
+    inverse_temperature: float = _setting(
+        1.0, "inverse temperature of the softmax (soft gate)", "positive"
+    )
 
 
 @dataclass(frozen=True)
@@ -52,63 +70,87 @@ class Recipe:
 
     Attributes:
         layers: from the input on.
-        gate, normalization, rate_exponent: as in layers.py, of all layers;
-            normalization "": that of each kind of layer.
-        padding_mode: as in nn.Conv2d. batch_norm: of each layer's inputs.
-        unit_inputs: each image is divided by its Euclidean norm.
-        spread: of the initial weights, N(0, spread^2); with fan_in_spread divided by sqrt(fan-in).
-        schedule: "constant"; "linear": lr (1 - epoch / epochs), epoch by epoch; "exponential":
-            from lr to lr_end with lr_speed, see `exponential_rate`.
-        together: all layers learn from each batch; else each after those before it.
-        epochs: passes of each layer's training, also a fraction of one.
-        patience: a layer's training ends after so many batches that did not bring it closer to
-            rest than any before; 0: never. patience_epochs: or after as many as are in so many
-            epochs. threshold: or once its convergence is below this. All are looked at after every
-            batch.
-        rate_waits_above: batches that leave a layer's convergence at this or above do not count
-            in its schedule; 0: all count.
-        feature_norm: what the classifier does to features first: "batch", batch norm; "image",
-            those of each image are divided by their root mean square.
-        dropout, classifier_epochs, classifier_lr, classifier_batch_size: of the classifier; with no
-            epochs there is none.
+        gate, normalization, rate_exponent: as in layers.py, for all layers; normalization "" means
+            the default of each kind of layer.
+        padding_mode: as in nn.Conv2d.
+        batch_norm: whether each layer's inputs are normalized.
+        unit_inputs: divide each image by its Euclidean norm.
+        spread: initial weights are drawn from N(0, spread^2).
+        fan_in_spread: divide spread by sqrt(fan-in).
+        schedule: "constant"; "linear": lr (1 - epoch / epochs), changed after each epoch;
+            "exponential": from lr to lr_end with lr_speed, see `exponential_rate`.
+        together: all layers learn from each batch; otherwise one layer after the other.
+        epochs: passes of each layer's training; may be a fraction.
+        batch_size: images in a batch of the layers' training.
+        patience: end a layer's training after this many batches in a row of which none set a new
+            minimum of its convergence; 0: never.
+        patience_epochs: the same, as a number of epochs' batches.
+        threshold: end a layer's training when its convergence is below this; 0: never. All three
+            are checked after every batch.
+        rate_waits_above: batches after which a layer's convergence is at or above this do not
+            count in its learning rate schedule; 0: all count.
+        feature_norm: how the classifier normalizes features: "batch" is batch norm; "image" divides
+            those of each image by their root mean square.
+        dropout: fraction of the features dropped in the classifier's training.
+        classifier_epochs: passes of the classifier's training; 0: no classifier.
+        classifier_lr: its initial learning rate.
+        classifier_batch_size: images in a batch of its training.
     """
 
     layers: tuple[LayerPlan, ...]
-    gate: str = _setting("ranked", "who learns from a sample", choices=GATES)
-    normalization: str = _setting("", "what a change is divided by", choices=NORMALIZATIONS)
+    gate: str = _setting("ranked", "which units learn from a sample, and how much", choices=GATES)
+    normalization: str = _setting("", "how changes of weights are scaled", choices=NORMALIZATIONS)
     rate_exponent: float | None = _setting(
-        None, "rates times | |w| - 1 | to this power", "nonnegative"
+        None, "multiply each unit's rate by | |w| - 1 | to this power", "nonnegative"
     )
     padding_mode: str = "zeros"
     batch_norm: bool = True
     unit_inputs: bool = False
     spread: float = 1.0
     fan_in_spread: bool = False
-    schedule: str = _setting("exponential", "how the learning rate falls", choices=SCHEDULES)
+    schedule: str = _setting(
+        "exponential", "how the layers' learning rates change", choices=SCHEDULES
+    )
     together: bool = False
-    epochs: float = _setting(20, "passes over the images; also a part of one", "nonnegative")
-    batch_size: int = _setting(64, "images of one update", "positive")
+    epochs: float = _setting(
+        20, "passes over the images for each layer; may be a fraction", "nonnegative"
+    )
+    batch_size: int = _setting(64, "images in a batch of the layers' training", "positive")
     patience: int = _setting(
-        0, "end after so many without progress; 0: never", "nonnegative", metavar="BATCHES"
+        0,
+        "end a layer's training after this many batches without progress; 0: never",
+        "nonnegative",
+        metavar="BATCHES",
     )
     patience_epochs: float = _setting(
-        0.0, "end after so many epochs without progress; 0: never", "nonnegative", metavar="EPOCHS"
+        0.0,
+        "end a layer's training after this many epochs without progress; 0: never",
+        "nonnegative",
+        metavar="EPOCHS",
     )
-    threshold: float = _setting(0.0, "end once the convergence is below this", "nonnegative")
+    threshold: float = _setting(
+        0.0, "end a layer's training once its convergence is below this; 0: never", "nonnegative"
+    )
     rate_waits_above: float = _setting(
-        0.0, "the rate falls only while the convergence is below this; 0: always", "nonnegative",
+        0.0, "lower a layer's rate only while convergence is below this; 0: always", "nonnegative",
         metavar="CONVERGENCE",
     )  # fmt: skip
     feature_norm: str = _setting(
-        "batch", "features by batch norm, or by the root mean square of each image's",
+        "batch", "normalize the classifier's features by batch norm, or image by image",
         choices=FEATURE_NORMS,
     )  # fmt: skip
-    dropout: float = _setting(0.0, "of the features", "fraction below 1")
-    classifier_epochs: int = _setting(
-        150, "passes over their features; 0: no classifier", "nonnegative"
+    dropout: float = _setting(
+        0.0, "fraction of the classifier's features to drop", "fraction below 1"
     )
-    classifier_lr: float = _setting(0.05, "its first learning rate (SGD)", "positive")
-    classifier_batch_size: int = _setting(64, "features of one step", "positive")
+    classifier_epochs: int = _setting(
+        150, "passes over the images for each classifier; 0: no classifier", "nonnegative"
+    )
+    classifier_lr: float = _setting(
+        0.05, "initial learning rate of the classifiers (SGD)", "positive"
+    )
+    classifier_batch_size: int = _setting(
+        64, "images in a batch of the classifiers' training", "positive"
+    )
 
 
 CONVOLUTION_RATES, DENSE_RATES = (0.007, 0.0001, 0.8), (0.1, 0.005, 0.1)  # BioPyTorch's
@@ -136,7 +178,7 @@ SOFTHEBB_LAYERS = (
 
 
 def deep(depth: int) -> Recipe:
-    """The first layers of Amato et al.'s network, one after the other."""
+    """The first layers of the network of Amato et al., each trained after those before it."""
     p, k, delta, dropout = FOUND_BY_DEPTH[depth]
     layers = tuple(
         replace(plan, lebesgue_p=p, ranking_param=k, delta=delta) for plan in DEEP_LAYERS[:depth]
@@ -145,7 +187,7 @@ def deep(depth: int) -> Recipe:
 
 
 def dense(depth: int) -> Recipe:
-    """Krotov and Hopfield's 2,000 units, and the power of their rectified currents."""
+    """Krotov and Hopfield's 2,000 units with a power of their rectified currents."""
     return Recipe(
         (LayerPlan(2000, 0, 0.02, activation="power", power=4.5),), normalization="clamp",
         batch_norm=False, unit_inputs=True, schedule="linear", epochs=200, batch_size=100,
@@ -154,7 +196,7 @@ def dense(depth: int) -> Recipe:
 
 
 def softhebb(depth: int) -> Recipe:
-    """The first layers of SoftHebb's network, all at once, in one pass."""
+    """The first layers of SoftHebb's network, all trained together in one pass."""
     return Recipe(
         SOFTHEBB_LAYERS[:depth], gate="soft", normalization="clamp", rate_exponent=0.5,
         padding_mode="reflect", spread=25.0, fan_in_spread=True, schedule="constant", together=True,
@@ -167,7 +209,7 @@ DEEPEST = {"deep": len(DEEP_LAYERS), "dense": 1, "softhebb": len(SOFTHEBB_LAYERS
 
 
 def learning_rate(plan: LayerPlan, recipe: Recipe, epochs: float) -> float:
-    """The learning rate of a layer for which so many epochs count."""
+    """The learning rate of a layer after this many epochs."""
     if recipe.schedule == "linear":
         return plan.lr * (1 - math.floor(epochs) / recipe.epochs)
     if recipe.schedule == "exponential":
@@ -176,5 +218,5 @@ def learning_rate(plan: LayerPlan, recipe: Recipe, epochs: float) -> float:
 
 
 def exponential_rate(start: float, end: float, speed: float, epochs: float) -> float:
-    """end - (end - start) exp(-speed * epochs): a learning rate after so many epochs."""
+    """end - (end - start) exp(-speed * epochs): a learning rate that decays from start to end."""
     return end - (end - start) * math.exp(-speed * epochs)

@@ -1,10 +1,11 @@
-"""Networks of competing layers with their classifier, as files.
+"""Networks of competing layers with their classifier, saved to and loaded from files.
 
     torch.save(network_to_dict(network, classifier), "classifier_2.pt")
     network = load_network("classifier_2.pt")     # or BioPyTorch's layers2.pt
     logits = network(images)                      # [batch, C, H, W], in [0, 1]
 
-Nothing in a file is run: it may hold numbers, and of BioPyTorch's torch's layers and its own.
+Loading a file runs no code from it: our files hold plain values and tensors, BioPyTorch's may refer
+to the layers listed in _KNOWN only.
 """
 
 import copy
@@ -23,7 +24,7 @@ from krotov_hopfield.layers import BioConv2d, BioLinear
 from krotov_hopfield.network import Classifier, KrotovHopfieldNetwork
 from krotov_hopfield.recipes import LayerPlan, Recipe
 
-# what reading a file that is none may raise
+# errors raised by reading a file that holds no network
 _UNREADABLE = (
     OSError, EOFError, UnpicklingError, RuntimeError, AttributeError, TypeError, LookupError,
 )  # fmt: skip
@@ -32,7 +33,7 @@ _UNREADABLE = (
 def classifying(
     network: KrotovHopfieldNetwork, classifier: Classifier, depth: int
 ) -> nn.Sequential:
-    """A copy of the first layers and the classifier behind them, for evaluation."""
+    """A copy of the first `depth` layers followed by the classifier, in evaluation mode."""
     first = copy.deepcopy(network)
     first.blocks = first.blocks[:depth]
     first.recipe = replace(network.recipe, layers=network.recipe.layers[:depth])
@@ -40,7 +41,7 @@ def classifying(
 
 
 def network_to_dict(network: nn.Sequential) -> dict[str, Any]:
-    """What `classifying` has made, in plain values and tensors."""
+    """The result of `classifying` as plain values and tensors."""
     layers, classifier = network
     return {
         "recipe": asdict(layers.recipe),
@@ -51,7 +52,10 @@ def network_to_dict(network: nn.Sequential) -> dict[str, Any]:
 
 
 def load_network(path: Path | str) -> nn.Sequential:
-    """The network of a file, on the CPU, for evaluation; CompetitionError where it holds none."""
+    """The network in a file, on the CPU and in evaluation mode.
+
+    Raises CompetitionError if the file holds none.
+    """
     try:
         with torch.serialization.safe_globals(_KNOWN):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -83,7 +87,7 @@ def _from_dict(content: dict[str, Any]) -> nn.Sequential:
 
 
 def parameter_table(network: nn.Module) -> list[tuple[str, Sequence[int], int]]:
-    """Each layer that has weights: its name, their shape, and how many parameters it has."""
+    """Name, shape of the weights and number of parameters of each layer that has weights."""
     rows = []
     for layer in network.modules():
         if getattr(layer, "weight", None) is not None:
@@ -96,7 +100,7 @@ def parameter_table(network: nn.Module) -> list[tuple[str, Sequence[int], int]]:
 
 
 class _SavedConv2d(nn.Module):
-    """Stands for BioPyTorch's while a file is read; its attributes are those of the file."""
+    """Takes the place of BioPyTorch's BioConv2d, with the attributes it has in the file."""
 
     def ours(self) -> BioConv2d:
         return BioConv2d(
@@ -109,7 +113,7 @@ class _SavedConv2d(nn.Module):
 
 
 class _SavedLinear(nn.Module):
-    """Likewise."""
+    """Takes the place of BioPyTorch's BioLinear, with the attributes it has in the file."""
 
     def ours(self) -> BioLinear:
         if self.bias is not None:
@@ -120,7 +124,7 @@ class _SavedLinear(nn.Module):
         )  # fmt: skip
 
 
-_KNOWN = [  # all that the files may ask for
+_KNOWN = [  # the only objects that files may refer to
     nn.Sequential, nn.BatchNorm1d, nn.BatchNorm2d, nn.MaxPool2d, nn.ReLU, nn.Dropout, nn.Linear,
     nn.Flatten,
     (_SavedConv2d, "biopytorch.bioconv2d.BioConv2d"),

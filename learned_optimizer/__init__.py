@@ -1,9 +1,9 @@
-"""Learned optimisers: networks, meta-training, what they optimise, broken symmetries."""
+"""Learned optimisers: networks, meta-training, the optimizees they train on, broken symmetries."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_NAMES = {  # the public face by module, each name of which is loaded on first use
+_NAMES = {  # the public names of each module, which is loaded when one of them is first used
     "errors": "NonFiniteError OptimizerError",
     "meta_training": "MetaTraining Team Validation",
     "networks": "CoordinateLSTM CoordinateMLP CoordinateNetwork make_network",

@@ -2,10 +2,10 @@
 
     i, f, o, s = sigmoid(z);  c' = f c + i (2s - 1);  h' = o (2 sigmoid(2c') - 1)
 
-as in coordinate_lstm.py, whose torch operations are the oracle and serve all other types and
-devices. sigmoid(x) = 1 / (1 + 2^y), y = -x log2(e) = n + r, |r| <= 1/2: 2^n by its bits, 2^r by its
-Taylor series to the seventh power; errors stay below 1e-7. All loops are free of branches, so that
-the compiler turns them into vector instructions.
+coordinate_lstm.py has the same in torch operations, which serve all other types and devices and are
+the reference in tests. sigmoid(x) = 1 / (1 + 2^y), y = -x log2(e) = n + r, |r| <= 1/2: 2^n is made
+from its bits, 2^r is its Taylor series to the seventh power; errors stay below 1e-7. The loops have
+no branches, so that the compiler can vectorize them.
 """
 
 import math
@@ -23,14 +23,21 @@ OPTIONS = {"fastmath": True, "error_model": "numpy"}
 
 
 def cell_(z: Tensor, c: Tensor, half: Tensor, h: Tensor) -> None:
-    """z [4H, C] becomes its sigmoids, c [H, C] the next; half = sigmoid(2c') and h are written."""
+    """Replace z [4H, C] by its sigmoids and c [H, C] by c' in place; write half and h.
+
+    half, h: [H, C]; sigmoid(2c') and h'.
+    """
     _cell(z.numpy(), c.numpy(), half.numpy(), h.numpy())
 
 
 def gate_gradients(
     gates: Tensor, half: Tensor, c: Tensor, dh: Tensor, dc: Tensor, dz: Tensor
 ) -> None:
-    """Writes dz [4H, C] from dh and dc [H, C]; dc goes from c' to c in place."""
+    """Write dz [4H, C] from dh [H, C] and dc [H, C], which is changed in place from d c' to d c.
+
+    gates, half: as `cell_` left them.
+    c: [H, C], before the step.
+    """
     _gate_gradients(*(t.numpy() for t in (gates, half, c, dh, dc, dz)))
 
 

@@ -1,4 +1,4 @@
-"""A two-layer LSTM with shared weights, run over very many coordinates: forward, and its gradient.
+"""A two-layer LSTM with shared weights, run over very many coordinates: forward pass and gradient.
 
     z = W [x; h; 1]            all four gates of a layer in one product, [4H, coordinates]
     i, f, o = sigmoid(z),  g = tanh(z)
@@ -7,9 +7,9 @@
 
 Tensors have one column per coordinate: a gate is a block of whole rows, so that every operation
 runs over contiguous memory. tanh(z) = 2 sigmoid(2z) - 1, with the factor 2 inside W, so that one
-call makes all gates; in float32 on a CPU all that is elementwise is one compiled pass
-(compiled_lstm.py). Columns are taken in chunks that stay in the cache; the gradient keeps what it
-needs of one chunk only and has no autograd graph.
+call computes all gates; in float32 on a CPU, everything elementwise is one compiled pass
+(compiled_lstm.py). Columns are processed in chunks that fit into the cache; the gradient stores
+what it needs for one chunk only and builds no autograd graph.
 Source of the cell: Hochreiter, Schmidhuber 1997, with Gers's forget gate, as in torch.nn.LSTM.
 """
 
@@ -21,16 +21,19 @@ from torch import Tensor, nn
 
 from learned_optimizer import compiled_lstm
 
-STEP_CHUNK = {"cpu": 4096}  # columns at once, elsewhere LARGE_CHUNK
+STEP_CHUNK = {"cpu": 4096}  # columns at once; LARGE_CHUNK on other devices
 SEQUENCE_CHUNK = {"cpu": 2048}
 LARGE_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights in the form above; gates in the order i, f, o, g, rows of g doubled.
+    """The weights in the form above, with gates in the order i, f, o, g and the rows of g doubled.
 
-    first: [4H, inputs + H + 1]; second: [4H, 2H + 1]; output: [1, H + 1].
+    Attributes:
+        first: [4H, inputs + H + 1].
+        second: [4H, 2H + 1].
+        output: [1, H + 1].
     """
 
     first: Tensor
@@ -39,19 +42,19 @@ class Weights:
 
     @classmethod
     def of(cls, lstm: nn.LSTM, output: nn.Linear) -> "Weights":
-        """From modules of two layers and one output."""
+        """The weights of an nn.LSTM with two layers and an nn.Linear with one output."""
         layers = [_stacked(*(p.detach() for p in layer)) for layer in lstm.all_weights]
         return cls(*layers, torch.cat([output.weight.detach(), output.bias.detach()[:, None]], 1))
 
     @property
     def hidden(self) -> int:
-        """H"""
+        """H, the number of hidden units of each layer."""
         return self.output.shape[1] - 1
 
     def gradients_by_module(
         self, first: Tensor, second: Tensor, output: Tensor
     ) -> tuple[Tensor, ...]:
-        """Gradients by first, second, output as those of the modules' own parameters, in order."""
+        """Gradients of the modules' own parameters, in order, from those of the three matrices."""
         H, inputs = self.hidden, self.first.shape[1] - self.hidden - 1
         return (
             *_unstacked(first, inputs, H),
@@ -63,7 +66,10 @@ class Weights:
 
 @torch.no_grad()
 def step_(weights: Weights, x: Tensor, state: Tensor) -> Tensor:
-    """u [n] for inputs x [inputs, n]; state [4H, n] (rows h1, c1, h2, c2) is changed in place."""
+    """One step of all coordinates: returns u [n] for inputs x [inputs, n].
+
+    state: [4H, n], the rows h1, c1, h2, c2; changed in place.
+    """
     u = x.new_empty(x.shape[1])
     H, chunk = weights.hidden, STEP_CHUNK.get(x.device.type, LARGE_CHUNK)
     space = _Space(weights, min(chunk, x.shape[1]), x)
@@ -83,10 +89,13 @@ def step_(weights: Weights, x: Tensor, state: Tensor) -> Tensor:
 def sequence_gradient(
     weights: Weights, x: Tensor, state: Tensor, du: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by weights.first, .second, .output of the sum of du * u over a sequence.
+    """Gradients with respect to the three weights of the sum of du * u over a sequence.
 
-    x: [T, inputs, n]; state: [4H, n] before it; du: [T, n]. Memory for one chunk of columns, about
-    14 H numbers per step and column.
+    It needs memory for one chunk of columns: about 15 H numbers per step and column.
+
+    x: [T, inputs, n].
+    state: [4H, n], before the sequence.
+    du: [T, n].
     """
     total = tuple(torch.zeros_like(w) for w in (weights.first, weights.second, weights.output))
     chunk = SEQUENCE_CHUNK.get(x.device.type, LARGE_CHUNK)
@@ -100,9 +109,10 @@ def sequence_gradient(
 
 
 def _cell(W: Tensor, stacked: Tensor, c: Tensor, gates: Tensor, half: Tensor, h: Tensor) -> None:
-    """One layer on [x; h; 1] [K, C]: c [H, C] changes in place, h [H, C] is written.
+    """One layer on [x; h; 1] [K, C]: c [H, C] is changed in place and h [H, C] is written.
 
-    Leaves all gates' sigmoids in gates [4H, C], sigmoid(2c') = (tanh(c') + 1) / 2 in half [H, C].
+    The sigmoids of all gates are left in gates [4H, C], and sigmoid(2c') = (tanh(c') + 1) / 2 in
+    half [H, C].
     """
     torch.mm(W, stacked, out=gates)
     if _compiled(gates):
@@ -115,7 +125,7 @@ def _cell(W: Tensor, stacked: Tensor, c: Tensor, gates: Tensor, half: Tensor, h:
 
 
 class _Space:
-    """Contiguous buffers of `step_` for `size` columns."""
+    """Contiguous buffers for `step_` on `size` columns."""
 
     def __init__(self, weights: Weights, size: int, like: Tensor) -> None:
         H = weights.hidden
@@ -127,11 +137,11 @@ class _Space:
         self.weights, self.size, self.like = weights, size, like
 
     def of_size(self, size: int) -> "_Space":
-        """Itself, or for the last, smaller chunk another one."""
+        """These buffers, or smaller ones for the last chunk."""
         return self if size == self.size else _Space(self.weights, size, self.like)
 
     def load(self, x: Tensor, state: Tensor) -> None:
-        """Takes in the inputs [inputs, C] and the state [4H, C] before a step."""
+        """Copy the inputs [inputs, C] and the state [4H, C] before a step."""
         H = self.weights.hidden
         self.state.copy_(state)
         self.stacked1[: -H - 1] = x
@@ -140,10 +150,14 @@ class _Space:
 
 
 class _Tape:
-    """What one chunk's forward pass leaves for its backward pass.
+    """What one chunk's forward pass stores for its backward pass.
 
-    stacked1 [T, K1, C], stacked2 [T + 1, K2, C]: what each product saw; cells [2, T + 1, H, C]: c
-    before each step; gates [2, T, 4H, C]; half [2, T, H, C]: sigmoid(2c').
+    Attributes:
+        stacked1: [T + 1, K1, C], the columns [x; h1; 1] that the first layer's products take.
+        stacked2: [T + 1, K2, C], the columns [h1; h2; 1] of the second layer's.
+        cells: [2, T + 1, H, C], c of both layers before each step and after the last.
+        gates: [2, T, 4H, C], sigmoids.
+        half: [2, T, H, C], sigmoid(2c').
     """
 
     def __init__(self, weights: Weights, steps: int, size: int, like: Tensor) -> None:
@@ -158,7 +172,7 @@ class _Tape:
         self.slope = like.new_empty(4 * H, size)
 
     def forward(self, x: Tensor, state: Tensor) -> None:
-        """Runs x [T, inputs, C] from state [4H, C]."""
+        """Run the inputs x [T, inputs, C] from a state [4H, C]."""
         H, inputs = self.weights.hidden, x.shape[1]
         h1, self.cells[0, 0], h2, self.cells[1, 0] = state.split(H)
         self.stacked1[0, inputs:-1] = h1
@@ -193,7 +207,7 @@ class _Tape:
             dh1 = torch.mm(back1, dz)
 
     def _gate_gradients(self, layer: int, t: int, dh: Tensor, dc: Tensor) -> Tensor:
-        """Gradient [4H, C] by the layer's products; dc [H, C] goes from c' to c in place."""
+        """The gradient [4H, C] of a layer's products; dc [H, C] becomes that of c instead of c'."""
         gates, half = self.gates[layer, t], self.half[layer, t]
         if _compiled(gates):
             compiled_lstm.gate_gradients(gates, half, self.cells[layer, t], dh, dc, self.dz)

@@ -1,9 +1,9 @@
-"""What can go wrong with learned optimisers."""
+"""The errors of this package."""
 
 
 class OptimizerError(ValueError):
-    """What is wrong with a learned optimiser or its use, and what would be right, in one line."""
+    """A learned optimiser or its use is wrong; the message is one line and says what is right."""
 
 
 class NonFiniteError(FloatingPointError):
-    """A gradient that is not finite; nothing was changed."""
+    """A gradient is not finite; nothing has been changed."""

@@ -1,4 +1,4 @@
-"""Files that are whole at every moment: the old one or the new one, also after a crash."""
+"""Files that are complete at every moment: either the old or the new one, even after a crash."""
 
 import os
 import tempfile
@@ -6,9 +6,10 @@ from pathlib import Path
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Replace the file `path`, in UTF-8, once the disk has all of it. Raises OSError.
+    """Replace the file at `path` by this text in UTF-8, once all of it is on disk.
 
-    Several processes may write the same file at the same moment: one of theirs stays.
+    Several processes may write the same file at the same moment; one of their versions remains.
+    Raises OSError if the file can't be written.
     """
     path = Path(path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:

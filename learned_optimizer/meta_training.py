@@ -1,12 +1,12 @@
-"""Meta-training of learned optimisers: runs of an optimizee, cut into windows.
+"""Meta-training of learned optimisers on runs of an optimizee, which are cut into windows.
 
-    each run:     K trainings from new parameters, `inner_steps` steps in windows of `unroll`
+    each run:     K trainings from new parameters, of `inner_steps` steps in windows of `unroll`
     each window:  meta-gradient of its losses, one step of Adam on the optimiser's weights
-    each epoch:   the frozen optimiser on validation runs; the weights with the smallest sum of
-                  losses, or the smallest loss at the end, are kept
+    each epoch:   the frozen optimiser makes validation runs; the weights with the smallest sum of
+                  losses, or the smallest final loss, are kept
 
-Every run has generators of its own, made from (seed, run, training), so that a resumed one needs
-no generator's state. Source: Andrychowicz et al. 2016 (arXiv 1606.04474).
+Every run has its own generators, seeded by (seed, run, training), so that a resumed run does not
+need the states of generators. Source: Andrychowicz et al. 2016 (arXiv 1606.04474).
 """
 
 import copy
@@ -40,31 +40,32 @@ from learned_optimizer.window_gradients import (
     suffix_sum_gradient,
 )
 
-VALIDATION = 2**31  # stands where a run does in the names of draws for validation
+VALIDATION = 2**31  # takes the place of the run in the seeds of validation
 VALIDATION_WINDOW = 20
-STARTING_RATE = 0.05  # of Adam, before a random start
-LAST_STEPS = 10  # whose mean loss is that at the end
+STARTING_RATE = 0.05  # the learning rate of Adam's steps before a random start
+LAST_STEPS = 10  # the final loss is the mean over these
 
 Value = TypeVar("Value")
 
 
 class Team(Protocol):
-    """Several processes that share the trainings of a run, as one of them sees them.
+    """Several processes that share the trainings of a run, as seen by one of them.
 
-    count: how many there are.
+    Attributes:
+        count: the number of processes.
     """
 
     count: int
 
     def share(self, tasks: int) -> Sequence[int]:
-        """Which of the trainings 0..tasks-1 this process has to do."""
+        """The numbers of the trainings, out of 0..tasks-1, that this process has to do."""
 
     def gathered(self, value: Value) -> list[Value]:
-        """The values of all processes, in the same order for all, who call it together."""
+        """The values of all processes, in the same order in each; all have to call it together."""
 
 
 class _Alone:
-    """A team of one."""
+    """A team of one process."""
 
     count = 1
 
@@ -80,10 +81,12 @@ ALONE = _Alone()
 
 @dataclass(frozen=True)
 class Validation:
-    """What a frozen optimiser does on validation runs.
+    """The results of a frozen optimiser on validation runs.
 
-    losses: [runs, steps]. update, gradient: a symmetry's label to the mean relative |deviation|
-    over units, [steps] of the first run, of updates and gradients.
+    Attributes:
+        losses: [runs, steps].
+        update, gradient: for each symmetry's label, the mean |relative deviation| over its units
+            of the first run's updates or gradients, [steps].
     """
 
     losses: Tensor
@@ -92,16 +95,24 @@ class Validation:
 
 
 class MetaTraining:
-    """The state of meta-training; `train_run` is one run.
+    """The state of meta-training, which `train_run` advances by one run.
 
-    The trainings of a run are spread over the processes of `team`; every process makes the same
-    steps, from the average of all meta-gradients. Validation is the same work in each.
+    The trainings of a run are distributed over the processes of `team`; each process takes the same
+    steps, with the average of all meta-gradients. Every process does the whole validation.
+    Raises OptimizerError if there are fewer tasks than processes, or no symmetry of a kind to be
+    penalized.
 
-    network: trained in place. run: how many are done. best: the weights selected so far, of the
-    epoch best_epoch, and best_loss what `selection` says of them. curves: validation losses
-    [steps] of each epoch, that of the untrained optimiser first; deviations: likewise, of
-    "update/<label>" and "gradient/<label>", where a label is the kind of a symmetry, of negative
-    controls with CONTROL after it.
+    symmetries: those whose deviations are recorded in validation and may be penalized.
+    warn: called with a message if a run ends early.
+
+    Attributes:
+        network: trained in place.
+        run: how many runs are done.
+        best, best_epoch, best_loss: the weights selected so far, as a state_dict, their epoch, and
+            the validation loss that they were selected by.
+        curves: the validation losses [steps] of each epoch, beginning with the untrained optimiser.
+        deviations: curves like these, by "update/<label>" and "gradient/<label>"; a label is the
+            kind of a symmetry, followed by CONTROL for negative controls.
     """
 
     def __init__(
@@ -133,9 +144,17 @@ class MetaTraining:
         self.deviations: dict[str, list[Tensor]] = {}
 
     def train_run(self) -> dict[str, float]:
-        """One run; its numbers, and validation's (NaN where it was not due).
+        """Do one run and return its numbers; those of validation are NaN if none was due.
 
-        A window whose loss or gradient is not finite ends the run; nothing is stepped on it.
+        The run ends at a window whose loss or gradient is not finite, before the step.
+
+        meta_loss, last_window_loss: mean training loss of all windows and of the last one.
+        meta_gradient_norm: mean over the windows.
+        skipped_windows: how many windows were left out because the run ended early.
+        learning_rate: of the meta-training.
+        validation_loss: sum over the steps, mean over the validation runs.
+        validation_end: mean over the last 10 steps and the validation runs.
+        seconds: the time that the run took.
         """
         begin, settings = time.perf_counter(), self.settings
         if not self.curves:
@@ -164,7 +183,7 @@ class MetaTraining:
         return self.run // self.settings.runs_per_epoch
 
     def _start_of(self, run: int) -> int:
-        """How many steps Adam makes in a run before the learned optimiser."""
+        """The number of steps that Adam takes in a run before the learned optimiser takes over."""
         settings = self.settings
         if not settings.random_start:
             return 0
@@ -172,7 +191,7 @@ class MetaTraining:
         return int(torch.randint(settings.inner_steps, (), generator=generator, device="cpu"))
 
     def _windows(self, begun: int) -> tuple[list[float], list[float]]:
-        """Mean losses of the run's windows after so many steps, and norms of their gradients."""
+        """Mean losses and meta-gradient norms of the run's windows, after `begun` steps of Adam."""
         settings, losses, norms = self.settings, [], []
         trainings = self._started(self.run, self.team.share(settings.tasks))
         trainings = steps_of_adam(self.task.optimizee, trainings, begun, STARTING_RATE)
@@ -197,7 +216,7 @@ class MetaTraining:
         return losses, norms
 
     def _pooled(self, window: WindowGradient) -> list[Tensor]:
-        """The windows' loss, the mean loss and the meta-gradient over the team's trainings."""
+        """The window's loss, mean loss and meta-gradient, over the trainings of the whole team."""
         mine = [window.loss, window.losses.mean(), *window.gradient]
         if self.team.count == 1:
             return mine
@@ -236,7 +255,7 @@ class MetaTraining:
         return start(self.network, optimizee, thetas, batches)[0]
 
     def _validate(self) -> dict[str, float]:
-        """Judges the weights as they are, and selects them if they are the best so far."""
+        """Validate the current weights, and select them if they are the best so far."""
         validation = self.validate()
         judged = {
             "sum": validation.losses.sum(1).mean().item(),
@@ -253,7 +272,7 @@ class MetaTraining:
         return {"validation_loss": judged["sum"], "validation_end": judged["end"]}
 
     def validate(self) -> Validation:
-        """The frozen optimiser on the validation runs, which are the same at each call."""
+        """Run the frozen optimiser on the validation runs, which are the same at each call."""
         settings, optimizee = self.settings, self.task.optimizee
         trainings, losses = self._started(VALIDATION, range(settings.validation_runs)), []
         update: dict[str, list[Tensor]] = {}
@@ -264,7 +283,7 @@ class MetaTraining:
             u = window.u.view_as(window.gradients)
             theta, g = trainings.theta, trainings.gradient
             for t in range(steps):
-                # One network tells it as well as all do, at a fraction of the time
+                # Only the first network: the others would show much the same and cost more time
                 at = optimizee.unflat(theta[0])
                 for curves, v in ((update, -self.network.out_mul * u[t]), (gradient, g)):
                     sizes = mean_deviations(self.symmetries, optimizee.unflat(v[0]), at)
@@ -278,11 +297,11 @@ class MetaTraining:
         return Validation(torch.cat(losses, 1).nan_to_num(math.inf), *tensors)
 
     def select(self) -> None:
-        """Puts the best weights in the place of the last ones, for good."""
+        """Replace the weights of the network by the best ones."""
         self.network.load_state_dict(self.best)
 
     def state_dict(self) -> dict:
-        """All that a resumed run needs, in plain containers of tensors."""
+        """Everything that a resumed meta-training needs, in plain containers of tensors."""
         return {
             "run": self.run,
             "network": self.network.state_dict(),
@@ -295,7 +314,7 @@ class MetaTraining:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up meta-training where `state_dict` left it."""
+        """Resume meta-training from the result of `state_dict`."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.run, self.curves = state["run"], list(state["curves"])
@@ -305,7 +324,7 @@ class MetaTraining:
 
 
 class _Persistent:
-    """persistent_gradient over the windows of one run."""
+    """persistent_gradient, which passes its perturbations on to the next window of the run."""
 
     def __init__(self) -> None:
         self.pairs = None

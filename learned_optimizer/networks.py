@@ -5,10 +5,10 @@
     CoordinateLSTM  LSTM cell (20), LSTM cell (20), linear; 5,301 weights, 5,221 on raw gradients
     CoordinateMLP   MLP (32, 32) on running averages of the gradient; u = direction exp(.001 size)
 
-Inputs are detached from theta: no second derivatives. All tensors have a column per coordinate; the
-memory [rows, n] starts at 0 and holds first what the weights act on (the LSTM's state), then what
-is merely seen (running averages, a count of steps). It has at least the digits of float32, since in
-bfloat16 a count stops at 256 and in float16 a square overflows at 256.
+Inputs are detached from theta: there are no second derivatives. All tensors have one column per
+coordinate. The memory [rows, n] starts at 0; its first rows are computed by the weights (the LSTM's
+state), the others only record what was seen (running averages, a count of steps). Its type is at
+least float32, because a count stops at 256 in bfloat16 and squares overflow at 256 in float16.
 Sources: Andrychowicz et al. 2016 (arXiv 1606.04474) with the preprocessing of its appendix A; Metz
 et al. 2020 (arXiv 2009.11243) for the MLP.
 """
@@ -25,18 +25,18 @@ from learned_optimizer.errors import OptimizerError
 from learned_optimizer.seeds import seeded_generator
 from learned_optimizer.settings import EXTRA_INPUTS
 
-LARGEST_LOG = 10.0  # p: gradients below e^-p are passed on as they are, times e^p
+LARGEST_LOG = 10.0  # p: gradients below e^-p are scaled by e^p instead of taking their log
 TIME_SCALE = 100.0  # steps
-DECAYS = (0.5, 0.9, 0.99)  # of the MLP's running averages of g; of g^2 the last
-MLP_CHUNK = 1 << 14  # columns whose graph is kept at once
+DECAYS = (0.5, 0.9, 0.99)  # of the MLP's running averages of g; the last also of g^2
+MLP_CHUNK = 1 << 14  # columns in one autograd graph
 LARGEST_HIDDEN = 4096  # units
 LARGEST_FACTOR = sys.float_info.max
-LARGEST_GRADIENT = 1e15  # for the MLP, whose averages of squares stay finite in float32
-LARGEST_PREPROCESS_FACTOR = 80.0  # e^p is a number of float32
+LARGEST_GRADIENT = 1e15  # for the MLP, so that its averages of squares stay finite in float32
+LARGEST_PREPROCESS_FACTOR = 80.0  # so that e^p is finite in float32
 
 
 def log_and_sign(g: Tensor, p: float = LARGEST_LOG) -> Tensor:
-    """[2, ...]: (log(|g| + 1e-8) / p, sign g) where |g| >= e^-p, else (-1, e^p g)."""
+    """[2, ...]: (log(|g| + 1e-8) / p, sign g) if |g| >= e^-p, otherwise (-1, e^p g)."""
     size = g.abs()
     large = size >= math.exp(-p)
     logarithm = torch.where(large, (size + 1e-8).log_().div_(p), -1.0)
@@ -44,14 +44,17 @@ def log_and_sign(g: Tensor, p: float = LARGEST_LOG) -> Tensor:
 
 
 def memory_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of the memory beside weights of this type."""
+    """The type of the memory of a network with weights of this type."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class CoordinateNetwork(nn.Module):
-    """What the networks share; `kind` and `settings` are what a file says of them.
+    """What the networks share.
 
-    state_rows, seen_rows: of the memory, that the weights act on and that is merely seen.
+    Attributes:
+        kind: the name of the kind of network, as in files.
+        settings: the arguments that `make_network` needs to make it again.
+        state_rows, seen_rows: rows of the memory that the weights compute, and that only record.
     """
 
     state_rows = seen_rows = 0
@@ -63,7 +66,10 @@ class CoordinateNetwork(nn.Module):
 
     @property
     def out_mul(self) -> float:
-        """The factor of all steps, one of the settings."""
+        """The factor of all steps, which is one of the settings.
+
+        Setting it raises OptimizerError if the value isn't a finite number above 0.
+        """
         return self.settings["out_mul"]
 
     @out_mul.setter
@@ -73,32 +79,36 @@ class CoordinateNetwork(nn.Module):
         self.settings["out_mul"] = float(factor)
 
     def memory(self, n: int, like: Tensor) -> Tensor:
-        """The memory [rows, n] before the first step, float32 where `like` has fewer digits."""
+        """The memory [rows, n] before the first step, of `like`'s type but at least float32."""
         rows = self.state_rows + self.seen_rows
         return like.new_zeros(rows, n, dtype=memory_dtype(like.dtype))
 
     def observe(
         self, g: Tensor, theta: Tensor, memory: Tensor, sizes: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Inputs [inputs, n] from gradient and parameters [n], and the memory with them seen.
+        """Inputs [inputs, n] of the network, and the memory after it has recorded what was seen.
 
-        The inputs are of the gradient's type, the memory of its own. sizes: how many consecutive
-        coordinates belong to each tensor.
+        The inputs have the type of the gradient, the memory keeps its own.
+
+        g, theta: gradient and parameters [n].
+        sizes: how many consecutive coordinates belong to each tensor.
         """
         raise NotImplementedError
 
     def forward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """u [n] and the next memory, attached to the weights and to the memory's state rows."""
+        """u [n] and the next memory, with an autograd graph to the weights and the state rows."""
         raise NotImplementedError
 
     def step_(self, x: Tensor, memory: Tensor) -> Tensor:
-        """u [n] without a graph; the memory changes in place."""
+        """u [n] without an autograd graph; the memory is changed in place."""
         raise NotImplementedError
 
     def sequence_gradient(self, x: Tensor, memory: Tensor, du: Tensor) -> list[Tensor]:
-        """The gradient, per parameter, of the sum of du * u over a sequence.
+        """The gradient with respect to each parameter of the sum of du * u over a sequence.
 
-        x: [T, inputs, n] of every step; memory: before the first; du: [T, n].
+        x: [T, inputs, n], the inputs of every step.
+        memory: [rows, n], before the first step.
+        du: [T, n].
         """
         raise NotImplementedError
 
@@ -109,11 +119,14 @@ class CoordinateNetwork(nn.Module):
 class CoordinateLSTM(CoordinateNetwork):
     """The LSTM optimiser.
 
-    hidden: units of both layers. preprocess: log_and_sign of the gradient, with preprocess_factor
-    for p, else the gradient.
-    extra_inputs: of "time" (tanh(step / 100)), "relative_update" (log |d theta| / |theta| of the
-    tensor, over p, at least -1, and -1 before the first update) and "parameter". out_mul: .1, for
-    nets of ReLUs better .01.
+    Raises OptimizerError if a setting is unknown or out of its range.
+
+    hidden: units of each of the two layers.
+    preprocess: take `log_and_sign` of the gradient instead of the gradient itself.
+    extra_inputs: any of "time": tanh(step / 100); "relative_update": log(|d theta| / |theta|) / 10
+        of the tensor, at least -1, and -1 before the first update; "parameter".
+    out_mul: the factor of all steps; 0.01 is better than 0.1 for networks of ReLUs.
+    preprocess_factor: p in `log_and_sign`.
     """
 
     kind = "lstm"
@@ -129,7 +142,7 @@ class CoordinateLSTM(CoordinateNetwork):
     ) -> None:
         chosen = [name for name in EXTRA_INPUTS if name in extra_inputs]
         settings = {"hidden": hidden, "preprocess": bool(preprocess), "extra_inputs": chosen}
-        if preprocess_factor != LARGEST_LOG:  # files of before do not have it
+        if preprocess_factor != LARGEST_LOG:  # older files don't have it
             settings["preprocess_factor"] = float(preprocess_factor)
         super().__init__(out_mul, settings)
         _check_hidden(hidden)
@@ -195,11 +208,12 @@ class CoordinateLSTM(CoordinateNetwork):
 
 
 class CoordinateMLP(CoordinateNetwork):
-    """The MLP optimiser; it has no state of its own.
+    """The MLP optimiser, whose memory only records what was seen.
 
-    Inputs per coordinate: g, its running averages of decays .5, .9, .99 and g / sqrt of that of g^2
-    (all with their start corrected), the parameter: each divided by its root mean square over the
-    tensor; and tanh(step / 100). Two outputs: u = direction * exp(.001 size).
+    Inputs per coordinate: g; its running averages with decays .5, .9, .99; the parameter; and g
+    divided by the root of the running average of g^2. Averages are corrected for their start at 0,
+    and each of these inputs is divided by its root mean square over the tensor. The last input is
+    tanh(step / 100). There are two outputs: u = direction * exp(.001 size).
     """
 
     kind = "mlp"
@@ -251,7 +265,10 @@ NETWORKS = {network.kind: network for network in (CoordinateLSTM, CoordinateMLP)
 
 
 def make_network(kind: str, seed: int = 0, **settings) -> CoordinateNetwork:
-    """A network of a kind of NETWORKS, its weights drawn by torch's defaults from the seed."""
+    """A network of a kind in NETWORKS, with weights drawn by torch's defaults from the seed.
+
+    Raises OptimizerError for an unknown kind or a setting out of its range.
+    """
     if kind not in NETWORKS:
         raise OptimizerError(f"unknown optimiser {kind!r}; known are {', '.join(NETWORKS)}")
     with torch.random.fork_rng(devices=[]):
@@ -260,13 +277,13 @@ def make_network(kind: str, seed: int = 0, **settings) -> CoordinateNetwork:
 
 
 def _check_hidden(hidden: int) -> None:
-    """OptimizerError for a number of units that no network has."""
+    """Raises OptimizerError if this isn't a possible number of units."""
     if type(hidden) is not int or not 1 <= hidden <= LARGEST_HIDDEN:
         raise OptimizerError(f"hidden must be whole, >= 1 and <= {LARGEST_HIDDEN}, got {hidden!r}")
 
 
 def _over_its_size(rows: Tensor, sizes: Sequence[int]) -> Tensor:
-    """[rows, n], each row divided by its root mean square over each tensor."""
+    """[rows, n]: each row divided by its root mean square over each tensor."""
     parts = [
         part / (part.square().mean(1, keepdim=True).sqrt() + 1e-12)
         for part in rows.split(list(sizes), 1)
@@ -275,9 +292,9 @@ def _over_its_size(rows: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _relative_change(theta: Tensor, before: Tensor, sizes: Sequence[int]) -> Tensor:
-    """max(-1, log(|theta - before| / |theta|) / p) of each tensor, for all of its coordinates.
+    """max(-1, log(|theta - before| / |theta|) / 10) of each tensor, repeated for its coordinates.
 
-    A tensor that was 0 has not been seen before, as all memory starts at 0: -1.
+    It is -1 if `before` is 0, because memory starts at 0: the tensor has not been seen before.
     """
     rows = torch.stack([theta - before, theta, before])
     parts = []

@@ -5,13 +5,18 @@
     for batch in task.batches(generator):             # (images, labels), endless
         loss = task.optimizee.loss(params, batch)
 
-Names are an activation, or several with + between them, which the units of a layer have in turn,
-and the sizes of the hidden layers, "bn" after them for batch norm (affine, statistics of the batch)
-before each activation; conv16-32 for two convolutions 3x3 of ReLUs that keep the size, each with a
-maximum over 2x2; conv16k3-32k5 for kernels of 3x3 and 5x5 without padding; lenet for LeNet-5, of
-ReLUs, on images of 32x32; quadratic for |W theta - y|^2 of ten parameters. `Optimizee` takes any
-nn.Module. Sources of the choice: Andrychowicz et al. 2016, section 3; Chen et al. 2020 (arXiv
-2010.09089) for conv16k3-32k5; LeCun et al. 1998 for LeNet-5.
+Names of tasks:
+
+    relu128-128       an activation and the sizes of the hidden layers
+    sigmoid+relu20    several activations, which the units of a layer have in turn
+    relu20bn          with batch norm (affine, statistics of the batch) before each activation
+    conv16-32         3x3 convolutions that keep the size, each with ReLU and 2x2 max pooling
+    conv16k3-32k5     the same with kernels of 3x3 and 5x5 and no padding
+    lenet             LeNet-5 with ReLUs, on images of 32x32
+    quadratic         |W theta - y|^2 with ten parameters
+
+`Optimizee` takes any nn.Module. Sources: Andrychowicz et al. 2016, section 3; Chen et al. 2020
+(arXiv 2010.09089) for conv16k3-32k5; LeCun et al. 1998 for LeNet-5.
 """
 
 import re
@@ -61,16 +66,21 @@ LARGEST_LAYER = 1_000_000  # units
 
 
 class Optimizee(nn.Module):
-    """Any module as a model without parameters of its own: called as model(x, params).
+    """Any module as a model without parameters of its own, called as model(x, params).
+
+    Running statistics are never updated. Raises OptimizerError for a module without parameters to
+    optimise, and for one that draws random numbers: here if a layer such as dropout does it, in the
+    first call of `gradients` otherwise.
 
     make_module: makes the module with initial parameters drawn from torch's global generator,
-        which is seeded and restored around it; it is used in the mode, training or not, in which
-        it comes. loss_of: (outputs, targets) -> scalar.
-    layers: the modules without children, and those with parameters of their own, in their order;
-        params holds one dict for each. Running statistics are never updated. Frozen parameters,
-        those with requires_grad=False, are not in params: they stay what the first module had.
-    Raises OptimizerError for a module without parameters to optimise, and for one that draws random
-    numbers: for its layers here, for what else it does at the first call of `gradients`.
+        which is seeded before and restored afterwards. The module is used in the mode (training
+        or evaluation) that it is returned in.
+    loss_of: (outputs, targets) -> scalar.
+
+    Attributes:
+        layers: the modules that have no children or have parameters of their own, in order;
+            params holds one dict for each of them. Frozen parameters (requires_grad=False) are
+            not in params; they keep the values of the first module made.
     """
 
     def __init__(
@@ -89,7 +99,7 @@ class Optimizee(nn.Module):
         if not any(self._names):
             raise OptimizerError("the model has no parameters: there is nothing to optimise")
         self._shapes = [[module.get_parameter(n).shape for n in names] for names in self._names]
-        self._module = [module]  # in a list, lest its parameters count as this model's
+        self._module = [module]  # in a list, so that its parameters aren't this model's
         self._draws_nothing = False  # not yet known
         self.layers = [layer for _, layer in layers]
 
@@ -101,17 +111,17 @@ class Optimizee(nn.Module):
         return [name for names in self._names for name in names]
 
     def sizes(self) -> list[int]:
-        """How many numbers each tensor of params holds, in order."""
+        """The number of elements of each tensor of params, in order."""
         return [shape.numel() for shapes in self._shapes for shape in shapes]
 
     def sizes_by_layer(self) -> list[int]:
-        """How many numbers each of params' dicts holds."""
+        """The number of elements of each of params' dicts."""
         return [sum(shape.numel() for shape in shapes) for shapes in self._shapes]
 
     def initial(
         self, generator: torch.Generator, dtype: torch.dtype | None = None, device="cpu"
     ) -> Params:
-        """New initial parameters; of torch's default type unless told."""
+        """New initial parameters, of the module's own type if dtype is None."""
         module = self._drawn(generator)
         return [
             {_last(n): module.get_parameter(n).detach().to(device, dtype) for n in names}
@@ -132,7 +142,7 @@ class Optimizee(nn.Module):
         return functional_call(module, values, (x,))
 
     def calls(self, x: Tensor, params: Params) -> list[int]:
-        """The numbers of the layers in the order in which inputs x pass them, also repeatedly."""
+        """The numbers of the layers in the order in which inputs x pass them; a layer may recur."""
         seen: list[int] = []
         hooks = [
             layer.register_forward_hook(lambda *_, number=number: seen.append(number))
@@ -146,7 +156,7 @@ class Optimizee(nn.Module):
         return seen
 
     def loss(self, params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The loss of a batch of inputs and targets."""
+        """The loss, a scalar, of a batch of inputs and targets."""
         x, target = batch
         return self.loss_of(self(x, params), target)
 
@@ -158,7 +168,7 @@ class Optimizee(nn.Module):
         return torch.cat([tensor.flatten() for tensor in tensors])
 
     def unflat(self, theta: Tensor) -> Params:
-        """Parameters that are views of a vector [n]."""
+        """Parameters that are views of one vector [n]."""
         parts = iter(theta.split(self.sizes()))
         return [
             {_last(n): next(parts).view(s) for n, s in zip(names, shapes, strict=True)}
@@ -168,7 +178,10 @@ class Optimizee(nn.Module):
     def gradients(
         self, theta: Tensor, batches: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """Losses [K] and gradients [K, n] of K networks theta [K, n], each on its own batch."""
+        """Losses [K] and gradients [K, n] of K networks theta [K, n], each on its own batch.
+
+        Raises OptimizerError if the model draws random numbers.
+        """
         if not self._draws_nothing:
             self._check_draws_nothing(theta[0], batches[0])
         if len(batches) > 1 and not any(True for _ in self._module[0].buffers()):
@@ -181,12 +194,12 @@ class Optimizee(nn.Module):
             params = self.unflat(theta.detach())
             leaves = [t.requires_grad_() for layer in params for t in layer.values()]
             loss = self.loss(params, batch)
-            gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)  # 0: not used
+            gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)  # 0 if not used
         return loss.detach(), torch.cat([g.flatten() for g in gradients])
 
     @torch.no_grad()
     def _check_draws_nothing(self, theta: Tensor, batch: tuple[Tensor, Tensor]) -> None:
-        """OptimizerError where a loss moves torch's global generators: no training owns these."""
+        """Raises OptimizerError if a loss advances torch's global generators, which aren't ours."""
         before = _generator_states(theta.device)
         self.loss(self.unflat(theta), batch)
         if not all(map(torch.equal, before, _generator_states(theta.device))):
@@ -218,7 +231,11 @@ class Optimizee(nn.Module):
 
 @dataclass(frozen=True)
 class Task:
-    """An optimizee and its data: batches(generator) is an endless iterator of (inputs, targets)."""
+    """An optimizee and its data.
+
+    Attributes:
+        batches: batches(generator) is an endless iterator of (inputs, targets).
+    """
 
     optimizee: Optimizee
     batches: Callable[[torch.Generator], Iterator[tuple[Tensor, Tensor]]]
@@ -233,13 +250,15 @@ def make_task(
     norm_eps: float = 1e-5,
     classes: int | None = None,
 ) -> Task:
-    """The task of a name as above on these images.
+    """The task of this name on these images; the names are listed above.
 
-    images: [N, C, H, W], uint8 or, in [0, 1] or otherwise scaled, floating-point numbers. labels:
-    int64 [N]. norm_eps: of batch norm. classes: how many outputs there are, by default as many as
-    the largest label tells.
-    Raises OptimizerError for an unknown name, where the images do not fill a batch or have not a
-    label each, and for batch norm where a batch is one number for each unit.
+    Raises OptimizerError for an unknown name, if there is no label for each image or not enough
+    images for a batch, and for batch norm if a batch has only one number per unit.
+
+    images: [N, C, H, W], uint8, or floating-point numbers of any scale.
+    labels: int64 [N].
+    norm_eps: the eps of batch norm.
+    classes: the number of outputs (default: the largest label + 1).
     """
     if name == "quadratic":
         device = images.device
@@ -268,7 +287,10 @@ def make_task(
 def image_optimizee(
     name: str, input_shape: Sequence[int] = (1, 28, 28), classes: int = 10, norm_eps: float = 1e-5
 ) -> Optimizee:
-    """A network of the names above, its outputs the logits of the classes."""
+    """The network with this name, whose outputs are the logits of the classes.
+
+    Raises OptimizerError for an unknown name, or if the network doesn't suit the images.
+    """
     dense, convolutions = NAMED.fullmatch(name), CONVOLUTIONS.fullmatch(name)
     if name == "lenet":
         return Optimizee(lambda: lenet(input_shape, classes))
@@ -296,7 +318,7 @@ def image_optimizee(
 
 
 def activation_of(kinds: Sequence[Callable[[], nn.Module]]) -> nn.Module:
-    """One of these activations, or a mixture of several."""
+    """One activation, or a mixture of several."""
     return kinds[0]() if len(kinds) == 1 else Mixture(kind() for kind in kinds)
 
 
@@ -304,7 +326,7 @@ class Mixture(nn.ModuleList):
     """Activations that the units of a layer [batch, units, ...] have in turn."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As x."""
+        """The activations of x [batch, units, ...], in the same shape."""
         turn = torch.arange(x.shape[1], device=x.device) % len(self)
         turn = turn.view(-1, *[1] * (x.dim() - 2))
         y = self[0](x)
@@ -321,7 +343,7 @@ def perceptron(
     norm: bool = False,
     norm_eps: float = 1e-5,
 ) -> nn.Sequential:
-    """Fully connected layers; with norm, each hidden one with batch norm before its activation."""
+    """Fully connected layers; with norm, each hidden layer has batch norm before its activation."""
     layers: list[nn.Module] = [nn.Flatten()]
     widths = [torch.Size(input_shape).numel(), *sizes]
     for fan_in, fan_out in pairwise(widths):
@@ -339,9 +361,12 @@ def convolutional(
     norm: bool = False,
     norm_eps: float = 1e-5,
 ) -> nn.Sequential:
-    """Convolutions of ReLUs, each followed by a maximum over 2x2, and a fully connected layer.
+    """Convolutions with ReLU, each followed by 2x2 max pooling, and a fully connected layer.
 
-    sizes: of each its channels, and the side of its kernels; without that 3x3, padded by 1.
+    Raises OptimizerError if nothing is left of the images.
+
+    sizes: for each convolution its channels, then the side of its kernels, which are not padded;
+        without a side, they are 3x3 and padded by 1.
     """
     layers: list[nn.Module] = []
     channels, height, width = input_shape
@@ -359,7 +384,10 @@ def convolutional(
 
 
 def lenet(input_shape: Sequence[int], classes: int) -> nn.Sequential:
-    """LeNet-5 with ReLUs and maxima over 2x2; 61,706 parameters for grey images, ten classes."""
+    """LeNet-5 with ReLUs and 2x2 max pooling; 61,706 parameters for grey images and ten classes.
+
+    Raises OptimizerError if the images don't have 32 x 32 pixels.
+    """
     if tuple(input_shape[1:]) != (32, 32):
         raise OptimizerError(
             f"lenet takes images of 32 x 32 pixels, not {' x '.join(map(str, input_shape[1:]))}: "
@@ -374,7 +402,7 @@ def lenet(input_shape: Sequence[int], classes: int) -> nn.Sequential:
 
 
 class Quadratic(nn.Module):
-    """theta -> W theta for a given W [10, 10]."""
+    """The map W -> W theta for matrices W [10, 10]; theta [10] is its parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -385,14 +413,14 @@ class Quadratic(nn.Module):
 
 
 def squared_distance(output: Tensor, target: Tensor) -> Tensor:
-    """|output - target|^2, summed."""
+    """|output - target|^2, a scalar."""
     return (output - target).square().sum()
 
 
 def quadratic_batches(
     generator: torch.Generator, dtype: torch.dtype, device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One W [10, 10] and y [10], normal, again and again."""
+    """One W [10, 10] and y [10] with normal entries, repeated endlessly."""
     shape = QUADRATIC, QUADRATIC + 1
     place = {"dtype": dtype, "device": generator.device}
     numbers = torch.randn(shape, generator=generator, **place).to(device)
@@ -407,9 +435,9 @@ def labelled_batches(
     generator: torch.Generator,
     dtype: torch.dtype,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images [batch, C, H, W], bytes as numbers in [0, 1], and labels; endless.
+    """Batches of images [batch, C, H, W] and labels [batch], endless, in a new order at each pass.
 
-    They come in a new order at each pass. What is left at its end, less than a batch, is dropped.
+    uint8 images become numbers in [0, 1]. An incomplete batch at the end of a pass is dropped.
     """
     while True:
         order = torch.randperm(len(images), generator=generator, device=generator.device)
@@ -420,16 +448,16 @@ def labelled_batches(
 
 
 def _floats(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes as numbers in [0, 1], divided in float32 at least and rounded once."""
+    """Images in floating point; uint8 become [0, 1], divided in float32 or wider, rounded once."""
     if images.dtype == torch.uint8:
         images = images.to(torch.promote_types(dtype, torch.float32)).div_(255)
     return images.to(dtype)
 
 
 def _parameter_names(layers: Sequence[tuple[str, nn.Module]]) -> list[list[str]]:
-    """Per layer the full names of its parameters that are not frozen.
+    """For each layer, the full names of its parameters that aren't frozen.
 
-    One that layers share belongs to the first.
+    A parameter that layers share belongs to the first of them.
     """
     seen: set[int] = set()
     names = []
@@ -442,14 +470,14 @@ def _parameter_names(layers: Sequence[tuple[str, nn.Module]]) -> list[list[str]]
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:
-    """The states of torch's global generators that a computation on the device may move."""
+    """The states of torch's global generators that a computation on the device may advance."""
     on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *on_device]
 
 
 @torch.no_grad()
 def _refuse_batch_norm_of_one(name: str, optimizee: Optimizee, image: Tensor) -> None:
-    """OptimizerError where a single image leaves batch norm no variance."""
+    """Raises OptimizerError if a single image leaves batch norm without variance."""
     params = optimizee.initial(torch.Generator().manual_seed(0), image.dtype, image.device)
     try:
         optimizee(image, params)
@@ -458,7 +486,7 @@ def _refuse_batch_norm_of_one(name: str, optimizee: Optimizee, image: Tensor) ->
 
 
 def _refuse_random(module: nn.Module) -> None:
-    """OptimizerError where a layer draws random numbers, which no generator of a training owns."""
+    """Raises OptimizerError if a layer draws random numbers, which no seed would control."""
     for name, layer in module.named_modules():
         rate = float(isinstance(layer, nn.RReLU))
         if isinstance(layer, _DropoutNd):

@@ -1,10 +1,10 @@
 """Learned optimisers in use, as a torch.optim.Optimizer.
 
     network = load_network("runs/sigmoid20/optimizer.json")
-    optimizer = LearnedOptimizer(model.parameters(), network)      # anyone's model
+    optimizer = LearnedOptimizer(model.parameters(), network)      # any model
     loss.backward(); optimizer.step()                              # theta + lr out_mul u
 
-The networks are in networks.py, how they are trained in meta_training.py.
+networks.py defines the networks, meta_training.py trains them.
 """
 
 import warnings
@@ -20,16 +20,17 @@ from learned_optimizer.networks import CoordinateNetwork, memory_dtype
 class LearnedOptimizer(torch.optim.Optimizer):
     """A learned optimiser for the parameters of any model.
 
-    params: tensors, or groups of them as dicts. network: makes the steps of all. lr: multiplies
-    the step out_mul u, per group; 1 is what the network was trained with, and schedulers work as
-    with every optimiser.
+    Parameters that are empty or have no gradient are skipped. `state` holds the memory of each
+    parameter, [rows, numel], under "memory", in the type of the network's weights, but at least
+    float32, whatever the parameter's own type. Raises OptimizerError if there are no parameters, if
+    they are complex or one is given twice in a group, if lr is negative or not finite, and for
+    sparse gradients; NonFiniteError if a gradient is not finite in the type of the network's
+    weights, before anything has changed.
 
-    The memory of a parameter, [rows, numel], is in `state` under "memory", in the type of the
-    network's weights or float32 if that has fewer digits, also where the parameter's type is
-    another. Parameters without a gradient, and empty ones, are passed over. Raises OptimizerError
-    for no or complex parameters, for one given twice, for a wrong lr, and for sparse gradients;
-    NonFiniteError, before anything has changed, where a gradient is not finite in the type of the
-    network's weights.
+    params: tensors, or dicts of groups of them.
+    network: computes the steps; it is moved to the parameters' device.
+    lr: multiplies the step out_mul u, in each group. The network was trained with 1; schedulers
+        work as with every optimiser.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     def add_param_group(self, param_group: dict) -> None:
-        """As every optimiser's; OptimizerError for a wrong lr, no, complex or double ones."""
+        """As in torch; raises OptimizerError for a wrong lr or no, complex or double parameters."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "optimizer contains a parameter group with duplicate")
             super().add_param_group(param_group)
@@ -65,7 +66,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step; the loss of the closure, where one is given."""
+        """Make one step; returns the loss of the closure if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -78,7 +79,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         ]
         if any(p.grad.is_sparse for p, _ in moving):
             raise OptimizerError("sparse gradients are not supported; take dense ones")
-        dtype = next(self.network.parameters()).dtype  # in which a gradient may overflow
+        dtype = next(self.network.parameters()).dtype  # a gradient may overflow in it
         gradients = [p.grad.to(dtype) for p, _ in moving]
         _refuse_nonfinite(gradients)
         for (p, lr), g in zip(moving, gradients, strict=True):
@@ -99,8 +100,8 @@ class LearnedOptimizer(torch.optim.Optimizer):
         p.add_(u.view_as(p), alpha=lr * self.network.out_mul)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As every optimiser's; OptimizerError where it is of another network or other tensors."""
-        network = state_dict.get("network", self._described())  # older states do not tell it
+        """As in torch; raises OptimizerError for a state of another network or other tensors."""
+        network = state_dict.get("network", self._described())  # missing in older states
         if network != self._described():
             raise OptimizerError(
                 f"the saved state is not that of this network: it is of {network}, this is "
@@ -111,7 +112,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
             [p for group in groups for p in group["params"]]
             for groups in (self.param_groups, state_dict["param_groups"])
         )
-        pairs = zip(ours, numbers, strict=False)  # torch refuses another count below
+        pairs = zip(ours, numbers, strict=False)  # torch refuses another number of them below
         memories = {p: saved[number].get("memory") for p, number in pairs if number in saved}
         for p, memory in memories.items():
             if memory is None or memory.shape != (rows, p.numel()):
@@ -121,19 +122,19 @@ class LearnedOptimizer(torch.optim.Optimizer):
                     f"memory of {rows} rows and {p.numel()} columns, got {shape}"
                 )
         super().load_state_dict(state_dict)
-        for p, memory in memories.items():  # torch has rounded them to the parameters' type
+        for p, memory in memories.items():  # torch has rounded these to the parameters' type
             self.state[p]["memory"] = memory.to(p.device, copy=True)
 
     def __getstate__(self) -> dict:
-        """As every optimiser's, and the network: for copy.deepcopy, pickle and torch.save."""
+        """As in torch, with the network added: for copy.deepcopy, pickle and torch.save."""
         return super().__getstate__() | {"network": self.network}
 
     def state_dict(self) -> dict:
-        """As every optimiser's, and which network its memory is of."""
+        """As in torch, with a description of the network that the memory belongs to."""
         return super().state_dict() | {"network": self._described()}
 
     def _described(self) -> str:
-        """What the memory depends on: the network's kind and settings, without its factor."""
+        """What the memory depends on: the network's kind and its settings except out_mul."""
         settings = {n: v for n, v in self.network.settings.items() if n != "out_mul"}
         return f"{self.network.kind} {settings}"
 

@@ -1,10 +1,11 @@
-"""Learned optimisers as files: JSON, and what the original program has saved.
+"""Learned optimisers saved as JSON, and files of the original program.
 
     save_network(network, "optimizer.json")
     network = load_network("optimizer.json")      # or l2o_optimizer.pt
 
-Original: https://github.com/Johnny1188/learning-to-optimize, whose files torch.save has written.
-Nothing in them is run: what is no tensor and no plain value is read as a name.
+The original program, https://github.com/Johnny1188/learning-to-optimize, saves with torch.save.
+Loading such a file runs no code from it: everything but tensors and plain values is replaced by an
+empty object.
 """
 
 import json
@@ -20,7 +21,7 @@ from learned_optimizer.errors import OptimizerError
 from learned_optimizer.files import write_whole
 from learned_optimizer.networks import CoordinateLSTM, CoordinateNetwork, make_network
 
-# what reading a description that is none may raise
+# errors raised by reading a description that isn't one
 _UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TYPES}
@@ -28,21 +29,21 @@ ORIGINAL_LAYERS = {"recurs": "lstm.{}_l0", "recurs2": "lstm.{}_l1", "output": "o
 
 
 def save_network(network: CoordinateNetwork, path: Path | str) -> None:
-    """Writes a network as JSON, weights exact."""
+    """Write a network as JSON, with exact weights."""
     write_whole(path, json.dumps(network_to_dict(network)) + "\n")
 
 
 def network_to_dict(network: CoordinateNetwork) -> dict:
-    """Kind, settings, type and weights, in plain values."""
+    """The network's kind, settings, type and weights as plain values."""
     weights = {name: p.tolist() for name, p in network.state_dict().items()}
     dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
     return {"kind": network.kind, "settings": network.settings, "dtype": dtype, "weights": weights}
 
 
 def load_network(path: Path | str) -> CoordinateNetwork:
-    """Reads what `save_network` wrote, of its type, or the original's l2o_optimizer.pt.
+    """The network in a file by `save_network`, with its type, or in an l2o_optimizer.pt.
 
-    OptimizerError where it is something else.
+    Raises OptimizerError if the file holds something else, or weights that are not finite.
     """
     if zipfile.is_zipfile(path):
         return _load_original(path)
@@ -52,7 +53,7 @@ def load_network(path: Path | str) -> CoordinateNetwork:
         raise OptimizerError(f"cannot read a learned optimiser from {path}: {problem}") from problem
     try:
         network = make_network(description["kind"], **description["settings"])
-        network.to(DTYPES[description.get("dtype", "float32")])  # older files do not tell it
+        network.to(DTYPES[description.get("dtype", "float32")])  # missing in older files
         weights = description["weights"].items()
         network.load_state_dict({n: torch.tensor(w, dtype=torch.float64) for n, w in weights})
     except OptimizerError:
@@ -70,7 +71,7 @@ def load_network(path: Path | str) -> CoordinateNetwork:
 
 
 class _Named:
-    """Stands for any class or function that a file names, and for what that would have made."""
+    """Takes the place of any class or function that a file names, and of the objects they make."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -80,9 +81,9 @@ class _Named:
 
 
 def _load_original(path: Path | str) -> CoordinateLSTM:
-    """An LSTM from the dict that meta_train.py saves, a checkpoint of an epoch, or weights alone.
+    """An LSTM from a dict saved by meta_train.py, a checkpoint of an epoch, or weights alone.
 
-    Where the file does not tell the factor of the steps, it is this program's default.
+    out_mul has this program's default if the file does not say it.
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)

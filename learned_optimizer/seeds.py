@@ -1,4 +1,4 @@
-"""Random numbers that depend on a name alone, not on what was drawn before."""
+"""Random generators determined by a key alone, independently of what was drawn before."""
 
 import hashlib
 
@@ -6,6 +6,6 @@ import torch
 
 
 def seeded_generator(*key: int) -> torch.Generator:
-    """A CPU generator of its own for each tuple of integers."""
+    """A CPU generator whose seed is a hash of these integers."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)

@@ -1,19 +1,20 @@
-"""What symmetries of a network demand of its gradients, and how far an update departs from it.
+"""Symmetries of a network: what they imply for gradients, and how far updates deviate from that.
 
     translation   shifting all logits changes no softmax:     xi = 1 on the weights from one input
-                  of the last layer to all classes; and 1 on all its biases, apart
-    scale         batch norm undoes the size of its input:    xi = (w, b) of a neuron before it
-    rescale       sigma(a z) = a sigma(z), a > 0 (ReLU, LeakyReLU, identity), so that what comes in
-                  may grow by as much as what goes out shrinks: xi = (w_in, b, -w_out) of a neuron
+                  of the last layer to all classes; and 1 on all its biases, separately
+    scale         batch norm cancels the size of its input:   xi = (w, b) of a neuron before it
+    rescale       sigma(a z) = a sigma(z), a > 0 (ReLU, LeakyReLU, identity), so that incoming
+                  weights may grow by the factor by which outgoing ones shrink:
+                  xi = (w_in, b, -w_out) of a neuron
 
-Each unit's direction xi at theta leaves the loss as it is, to first order: <v, xi> = 0 for v the
-gradient, at all theta, though not for every optimiser's v = theta_t - theta_{t+1}. `deviations` are
-these inner products, `relative` ones are divided by |v| |xi|: cosines, on one scale for all. With
-batch norm's affine map, (gamma, beta) are the incoming weights. Batch norm's eps breaks its
-symmetry a little: <g, xi> is about eps / variance of its terms. The order of a network's layers
-suggests what symmetries it may have; a gradient at a random point tells which of them it does
-have, whatever else its forward does. Source: Kunin et al. 2021, Neural Mechanics
-(arXiv 2012.04728), table 1.
+Moving theta along a unit's direction xi leaves the loss unchanged to first order. Hence <v, xi> = 0
+for the gradient v at every theta, but not for the update v = theta_t - theta_{t+1} of every
+optimiser. `deviations` are these inner products; `relative` ones are divided by |v| |xi|: cosines,
+which can be compared across units. With batch norm's affine map, (gamma, beta) are the incoming
+weights. Batch norm's eps breaks its symmetry a little: <g, xi> is about eps / variance of its
+terms. The order of a network's layers suggests which symmetries it may have; a gradient at a random
+point shows which of them it does have, whatever else its forward does. Source: Kunin et al. 2021,
+Neural Mechanics (arXiv 2012.04728), table 1.
 """
 
 import copy
@@ -38,23 +39,26 @@ HOMOGENEOUS = (
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
 )  # fmt: skip
-# Not so: what the rescale identity must not hold for; nn.ReLU6 is an nn.Hardtanh
+# Activations that break the rescale symmetry; nn.ReLU6 is a subclass of nn.Hardtanh
 INHOMOGENEOUS = (
     nn.Sigmoid, nn.Tanh, nn.Softplus, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish,
     nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softsign,
 )  # fmt: skip
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
-TOLERANCE = 1e-6  # of the relative deviation of a symmetry that holds, in float64
-ROUNDOFF = 1e-10  # of the norm of the whole gradient: smaller parts of it tell nothing
-SMALL_EPS = 1e-12  # of batch norm, lest its own departure be taken for a broken symmetry
+TOLERANCE = 1e-6  # the largest relative deviation of a symmetry that holds, in float64
+ROUNDOFF = 1e-10  # times the norm of the whole gradient: smaller parts of it are noise
+SMALL_EPS = 1e-12  # of batch norm, so that its eps isn't taken for a broken symmetry
 
 
 @dataclass(frozen=True)
 class Part:
     """A parameter's share in the directions xi of all units of a symmetry.
 
-    rows: the parameter as [units, numbers of each]. sign: of the parameter in xi; None: xi is 1.
+    Attributes:
+        layer, name: where the parameter is in params.
+        rows: maps the parameter to [units, numbers of each unit].
+        sign: of the parameter in xi; None if xi is 1 there.
     """
 
     layer: int
@@ -63,7 +67,7 @@ class Part:
     sign: int | None = 1
 
     def of(self, v: Params, theta: Params) -> tuple[Tensor, Tensor]:
-        """v and xi, both [units, numbers]."""
+        """The parts of v and xi that belong to this parameter, both [units, numbers]."""
         part = self.rows(v[self.layer][self.name])
         if self.sign is None:
             return part, torch.ones_like(part)
@@ -72,10 +76,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Symmetry:
-    """One symmetry of the units at one place of a network; kind is one of SYMMETRY_KINDS.
+    """One symmetry of the units at one place of a network.
 
-    place: the layers, by their numbers among the optimizee's layers, such as "1-3". control: the
-    network does not have it, since an activation between them, such as a sigmoid, breaks it.
+    Attributes:
+        kind: one of SYMMETRY_KINDS.
+        place: the numbers of the layers among the optimizee's layers, such as "1-3".
+        control: the network does not have this symmetry, because an activation between the layers,
+            such as a sigmoid, breaks it.
     """
 
     kind: str
@@ -85,7 +92,7 @@ class Symmetry:
 
     @property
     def label(self) -> str:
-        """What its deviations are recorded under: the kind, or "<kind>_control"."""
+        """The name under which deviations are recorded: the kind, or "<kind>_control"."""
         return f"{self.kind}{CONTROL}" if self.control else self.kind
 
     def deviations(self, v: Params, theta: Params) -> Tensor:
@@ -93,7 +100,7 @@ class Symmetry:
         return sum((part * xi).sum(1) for part, xi in self._pairs(v, theta))
 
     def relative(self, v: Params, theta: Params) -> Tensor:
-        """<v, xi> / (|v| |xi|) of each unit, over its own parameters; 0 where v is."""
+        """<v, xi> / (|v| |xi|) of each unit over its own parameters, [units]; 0 if v or xi is 0."""
         squares = self._squares(v, theta)
         scale = squares[0] * squares[1]
         still = scale == 0
@@ -101,14 +108,14 @@ class Symmetry:
         return self.deviations(v, theta) * ~still / safe.sqrt()
 
     def holds(self, v: Params, theta: Params) -> bool:
-        """Whether all deviations of a gradient v in float64 are roundoff."""
+        """Whether all deviations of a float64 gradient v are roundoff."""
         whole = math.hypot(*(t.norm().item() for layer in v for t in layer.values()))
         part, xi = (squares.sqrt() for squares in self._squares(v, theta))
         allowed = (TOLERANCE * part + ROUNDOFF * whole) * xi
         return bool((self.deviations(v, theta).abs() <= allowed).all())
 
     def _squares(self, v: Params, theta: Params) -> list[Tensor]:
-        """|v|^2 and |xi|^2 of each unit, [units] both."""
+        """|v|^2 and |xi|^2 of each unit, both [units]."""
         sides = zip(*self._pairs(v, theta), strict=True)
         return [sum(t.square().sum(1) for t in side) for side in sides]
 
@@ -119,14 +126,15 @@ class Symmetry:
 def find_symmetries(
     optimizee: Optimizee, batch: tuple[Tensor, Tensor], controls: bool = False
 ) -> list[Symmetry]:
-    """All of the symmetries above that an optimizee has.
+    """All symmetries of the kinds above that an optimizee has.
 
-    Those looked for are between layers that inputs pass one after the other, as in nn.Sequential,
-    each as often as it is used; a layer of another kind ends what is known. Each is kept if it
-    holds for the gradient of the batch at a random point, of a copy of the network in float64:
-    what forward does besides calling layers, and weights that layers share, may break it. With
-    controls, rescaling is also told where the activation, such as a sigmoid, breaks it: its
-    deviations show what a broken one looks like.
+    Candidates are found between layers that inputs pass one after the other, as in nn.Sequential;
+    a layer of an unknown kind ends the search from the layers before it. A candidate is kept if it
+    holds for the batch's gradient at a random point, for a copy of the network in float64, because
+    operations between the layers or shared weights may break it.
+
+    controls: also return rescale symmetries that an activation such as a sigmoid breaks; their
+        deviations show what a broken symmetry looks like.
     """
     network = _with_small_eps(optimizee)
     batch = tuple(t.cpu().double() if t.is_floating_point() else t.cpu() for t in batch)
@@ -142,7 +150,7 @@ def find_symmetries(
 
 
 def _with_small_eps(optimizee: Optimizee) -> Optimizee:
-    """A copy whose batch norms are all but exact."""
+    """A copy in which the eps of batch norms is negligible."""
     network = copy.deepcopy(optimizee)
     for layer in network.layers:
         if isinstance(layer, _BatchNorm):
@@ -151,7 +159,7 @@ def _with_small_eps(optimizee: Optimizee) -> Optimizee:
 
 
 def _random_point(optimizee: Optimizee) -> Params:
-    """Parameters in float64, none of which is at a value, such as 0, that hides something."""
+    """Parameters in float64 without special values, such as 0, that could hide a dependence."""
     generator = seeded_generator(0)
     params = optimizee.initial(generator, torch.float64)
     options = {"generator": generator, "dtype": torch.float64, "device": generator.device}
@@ -163,8 +171,9 @@ def _between_layers(
     layers: Sequence[nn.Module], order: Sequence[int], params: Params
 ) -> list[Symmetry]:
     """Scale and rescale symmetries, and controls, that layers used in this order may have."""
-    symmetries = {}  # a pair of layers may be used repeatedly
-    source, control = None, False  # the last weighted or affine layer; whether sigmoids came since
+    symmetries = {}  # a dict, because a pair of layers may be used repeatedly
+    # the last weighted or affine layer; whether a sigmoid or the like followed it
+    source, control = None, False
     for number in order:
         layer = layers[number]
         if isinstance(layer, (_BatchNorm, *WEIGHTED)):
@@ -185,7 +194,7 @@ def _between_layers(
 
 
 def _of_logits(layers: Sequence[nn.Module], order: Sequence[int], params: Params) -> list[Symmetry]:
-    """Translations, which the last layer has if it is fully connected and a softmax follows."""
+    """Translation symmetries, which a fully connected last layer has if a softmax follows."""
     last = next((n for n in reversed(order) if isinstance(layers[n], WEIGHTED)), None)
     if last is None or not isinstance(layers[last], nn.Linear):
         return []
@@ -195,19 +204,23 @@ def _of_logits(layers: Sequence[nn.Module], order: Sequence[int], params: Params
 
 
 def _owns_its_weights(layer: nn.Module, params: dict[str, Tensor]) -> bool:
-    """Whether weight and bias are parameters of this layer; an earlier one may own what is tied."""
+    """Whether weight and bias are this layer's in params; shared ones are an earlier layer's."""
     return "weight" in params and (getattr(layer, "bias", None) is None or "bias" in params)
 
 
 def _incoming(number: int, params: Params) -> tuple[Part, ...]:
-    """(w_in, b) of each unit of a layer, or (gamma, beta)."""
+    """(w_in, b) of each unit of a layer, or (gamma, beta) of a batch norm."""
     return tuple(Part(number, n, _by_unit) for n in ("weight", "bias") if n in params[number])
 
 
 def _rescaling(
     layer: nn.Module, source: int, number: int, params: Params, control: bool
 ) -> Symmetry | None:
-    """Of each unit of the layer `source`, with -w_out in the layer `number`; None if unknown."""
+    """Rescale symmetries between two layers' weights; None if they aren't known to match.
+
+    source: the number of the layer whose units these are, with their incoming weights.
+    number: of the layer with their outgoing weights.
+    """
     if "weight" not in params[number]:
         return None
     units, groups = len(params[source]["weight"]), getattr(layer, "groups", 1)
@@ -228,7 +241,7 @@ def _one_row(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _ByInput:
-    """Weights [out, units * positions / groups, ...] as [units, all that leaves each]."""
+    """Maps weights [out, units * positions / groups, ...] to [units, outgoing weights of each]."""
 
     units: int
     groups: int
@@ -244,7 +257,7 @@ class _ByInput:
 
 
 def mean_deviations(symmetries: Sequence[Symmetry], v: Params, theta: Params) -> dict[str, Tensor]:
-    """Mean relative |deviation| over all units of each label that occurs, scalar tensors."""
+    """For each label, the mean |relative deviation| over all units, a scalar tensor."""
     sizes: dict[str, list[Tensor]] = {}
     for symmetry in symmetries:
         sizes.setdefault(symmetry.label, []).append(symmetry.relative(v, theta).abs())
@@ -258,11 +271,13 @@ def symmetry_penalty(
     beta: float,
     relative: bool = False,
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(theta, v) [n] -> beta times the sum over units of |deviation| (or of the relative one).
+    """A function (theta, v) -> beta times the sum over units of |deviation|; theta and v are [n].
 
-    kinds: of symmetries, and "norm": the sum over tensors of |v|, or of |v| / |theta|.
-    symmetries: the optimizee's, whose controls are left out. Raises OptimizerError where it has
-    none of one of these kinds.
+    Raises OptimizerError if the optimizee has no symmetry of one of these kinds.
+
+    symmetries: the optimizee's; controls are ignored.
+    kinds: of symmetries, or "norm": the sum over tensors of |v|, or of |v| / |theta| if relative.
+    relative: take relative deviations.
     """
     held = [s for s in symmetries if not s.control]
     present = list(dict.fromkeys(s.kind for s in held))
@@ -285,7 +300,7 @@ def symmetry_penalty(
 
 
 def _norms(v: Params, theta: Params, relative: bool) -> Tensor:
-    """The sum over tensors of |v|, or of |v| / |theta|; a tensor of zeros has |v|."""
+    """The sum over tensors of |v|, or if relative of |v| / |theta| (|v| for a theta of zeros)."""
     total = 0
     for of_v, of_theta in zip(v, theta, strict=True):
         for name, tensor in of_v.items():
@@ -298,13 +313,17 @@ def _norms(v: Params, theta: Params, relative: bool) -> Tensor:
 
 
 def tail_index(samples: Tensor, block: int) -> float:
-    """alpha of samples [draws, ...] of a symmetric stable law, 2 for normal ones, 1 for Cauchy's.
+    """The tail index alpha of samples of a symmetric stable law: 2 if normal, 1 if Cauchy.
 
         1 / alpha = (mean log|Y| - mean log|X|) / log m,   Y sums of m consecutive X
 
-    block: m >= 2. Coordinates that are exactly 0 in any draw are left out: X and Y would lose
-    different shares of them. NaN where nothing is left. Source: Mohammadi et al. 2015, corollary
-    2.4; Simsekli et al. 2019 (arXiv 1901.06053) for networks.
+    NaN if nothing is left after coordinates that are exactly 0 in any draw are left out, because X
+    and Y would lose different shares of them. Raises OptimizerError if block < 2 or there are fewer
+    samples than that. Source: Mohammadi et al. 2015, corollary 2.4; Simsekli et al. 2019 (arXiv
+    1901.06053) for networks.
+
+    samples: [draws, ...].
+    block: m.
     """
     count = len(samples) // block
     if block < 2 or count < 1:
@@ -317,15 +336,15 @@ def tail_index(samples: Tensor, block: int) -> float:
 
 
 def never_zero(samples: Tensor) -> Tensor:
-    """Which coordinates of samples [draws, ...] are exactly 0 in no draw, [...]."""
+    """For samples [draws, ...], a mask [...] of the coordinates that are exactly 0 in no draw."""
     return (samples != 0).all(0)
 
 
 def covariance_size(samples: Tensor) -> tuple[float, float]:
     """Trace and largest eigenvalue of the covariance of samples [draws, n], over draws - 1.
 
-    From the Gram matrix [draws, draws], which has the same eigenvalues apart from zeros. NaN where
-    that is not finite.
+    They are computed from the Gram matrix [draws, draws], which has the same nonzero eigenvalues;
+    NaN if it is not finite.
     """
     centred = samples.double() - samples.double().mean(0)
     gram = centred @ centred.T / (len(samples) - 1)

@@ -3,15 +3,16 @@
     L = sum_t l_t(theta_t), or log of it;   theta_{t+1} = theta_t + m u_t,   t = 0 .. T-1
     d L / d u_t = m sum_{s > t} g_s                            g_s = d l_s / d theta_s
 
-The inputs of the network are detached, so that this is exact, and made of gradients that the
-rollout computes anyway: roll out without a graph, keep inputs and gradients, sum up gradients from
-the end (for the log divided by L), and one pass of the network over the stored inputs gives the
-gradient by its weights. A penalty r(theta_t, v_t) of the updates v_t = -m u_t adds its own terms:
-d r_t / d u_t, and d r_s / d theta_s to g_s. The window begins after a loss and ends with one: the
-last update counts, and the gradient at its end serves as the first input of the next window.
+The second line is exact, because the network's inputs are detached; and the rollout computes these
+gradients anyway as the network's inputs. So it suffices to roll out without an autograd graph and
+store inputs and gradients, to sum the gradients up from the end (divided by L for the log), and to
+differentiate the network once over the stored inputs. A penalty r(theta_t, v_t) on the updates
+v_t = -m u_t adds its own terms: d r_t / d u_t, and d r_s / d theta_s to g_s. The window begins
+after a loss and ends with one: the last update counts, and the gradient at the end of a window is
+the first input of the next.
 
-autograd_gradient is the same number from a graph through all steps. strategies_gradient and
-persistent_gradient differentiate nothing (hypergradients/strategies.py).
+autograd_gradient computes the same by an autograd graph through all steps. strategies_gradient and
+persistent_gradient don't differentiate (hypergradients/strategies.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +35,13 @@ Penalty = Callable[[Tensor, Tensor], Tensor]  # of theta and v, both [n]: a scal
 class Trainings:
     """K trainings of one optimizee, side by side, between two steps.
 
-    theta: [K, n]. memory: [rows, K n]. gradient: [K, n], at theta on the latest batches.
-    batches: of each training, the iterator of those that come. Tensors are never changed in place.
+    Tensors are never changed in place.
+
+    Attributes:
+        theta: [K, n].
+        memory: [rows, K n].
+        gradient: [K, n], at theta on the latest batches.
+        batches: for each training, the iterator of its next batches.
     """
 
     theta: Tensor
@@ -46,24 +52,31 @@ class Trainings:
 
 @dataclass(frozen=True)
 class WindowLoss:
-    """The loss of a window: the sum of its training losses, or with `log` the log of the sum, plus
-    `penalty` of each step's parameters and update; the mean of it over the K trainings.
+    """The loss of a window, as a mean over the K trainings.
+
+    Attributes:
+        log: take the log of the sum of a training's losses instead of the sum.
+        penalty: added for each step's parameters and update.
     """
 
     log: bool = False
     penalty: Penalty | None = None
 
     def of_losses(self, losses: Tensor) -> Tensor:
-        """Scalar from losses [T, K]."""
+        """The loss without penalty, a scalar, from losses [T, K]."""
         total = losses.sum(0)
         return (total.log() if self.log else total).mean()
 
 
 @dataclass(frozen=True)
 class WindowGradient:
-    """A meta-gradient, per parameter of the network, and what else a window leaves.
+    """The meta-gradient of a window and its other results.
 
-    losses: [T, K], at the parameters after each update. loss: the windows'. end: the trainings.
+    Attributes:
+        gradient: one tensor per parameter of the network.
+        loss: the window's, a scalar.
+        losses: [T, K], after each update.
+        end: the trainings at the end of the window.
     """
 
     gradient: list[Tensor]
@@ -74,10 +87,13 @@ class WindowGradient:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A window without a graph.
+    """A window without an autograd graph.
 
-    start, end: the trainings. inputs: [T, inputs, K n] of the network. u: [T, K n]. losses: [T, K]
-    and gradients [T, K, n] after each update.
+    Attributes:
+        start, end: the trainings.
+        inputs: [T, inputs, K n], of the network.
+        u: [T, K n].
+        losses, gradients: [T, K] and [T, K, n], after each update.
     """
 
     start: Trainings
@@ -91,13 +107,16 @@ class Rollout:
 def start(
     network: CoordinateNetwork, optimizee: Optimizee, theta: Tensor, batches: Sequence[Iterator]
 ) -> tuple[Trainings, Tensor]:
-    """K trainings before their first step from theta [K, n], and their losses [K]."""
+    """K trainings before their first step, from theta [K, n], and their losses [K].
+
+    Raises OptimizerError if an iterator of batches has ended.
+    """
     losses, gradient = optimizee.gradients(theta, _next_of(batches))
     return Trainings(theta, network.memory(theta.numel(), theta), gradient, batches), losses
 
 
 def steps_of_adam(optimizee: Optimizee, trainings: Trainings, steps: int, lr: float) -> Trainings:
-    """The trainings after so many steps of Adam, of which the network's memory knows nothing."""
+    """The trainings after this many steps of Adam, which do not change the network's memory."""
     theta, g = trainings.theta.clone(), trainings.gradient
     adam = torch.optim.Adam([theta], lr)
     for _ in range(steps):
@@ -108,7 +127,7 @@ def steps_of_adam(optimizee: Optimizee, trainings: Trainings, steps: int, lr: fl
 
 
 def _next_of(iterators: Sequence[Iterator]) -> list:
-    """The next batch of each training. Raises OptimizerError where one has ended."""
+    """The next batch of each training. Raises OptimizerError if an iterator has ended."""
     try:
         return [next(batches) for batches in iterators]
     except StopIteration:
@@ -121,7 +140,7 @@ def _next_of(iterators: Sequence[Iterator]) -> list:
 def roll_out(
     network: CoordinateNetwork, optimizee: Optimizee, trainings: Trainings, steps: int
 ) -> Rollout:
-    """`steps` updates of all trainings."""
+    """Make `steps` updates of all trainings."""
     theta, g = trainings.theta, trainings.gradient
     memory, sizes = trainings.memory.clone(), optimizee.sizes() * len(theta)
     inputs, updates, losses, gradients = [], [], [], []
@@ -146,11 +165,12 @@ def suffix_sum_gradient(
     coordinates: int | None = None,
     generator: torch.Generator | None = None,
 ) -> WindowGradient:
-    """The meta-gradient without a graph through the window.
+    """The meta-gradient without an autograd graph through the window.
 
     coordinates: about how many columns enter the pass over the network. They are drawn with
-    probabilities in proportion to the norms of their d L / d u and weighed by the inverse, which
-    leaves the gradient's expectation as it is; None: all whose d L / d u is not 0.
+        probabilities in proportion to the norms of their d L / d u and weighted by the inverse
+        probability, so that the gradient is unbiased; None: all columns with d L / d u != 0.
+    generator: draws the columns.
     """
     window = roll_out(network, optimizee, trainings, steps)
     du, loss = _loss_by_updates(network.out_mul, window, window_loss)
@@ -171,9 +191,10 @@ def suffix_sum_gradient(
 
 
 def inclusion_probabilities(norms: Tensor, expected: int) -> Tensor:
-    """min(1, c norms) [n] that add up to `expected`, or 1 wherever a norm is > 0 if it allows.
+    """min(1, c norms) [n], with c such that they sum to `expected`.
 
-    Norms that are not finite are surely in, and they alone: with them the gradient isn't either.
+    If at most that many norms are above 0, the probability is 1 for each of these. If norms are not
+    finite, exactly these have probability 1, because the gradient isn't finite either.
     """
     infinite = ~norms.isfinite()
     if infinite.any():
@@ -181,19 +202,19 @@ def inclusion_probabilities(norms: Tensor, expected: int) -> Tensor:
     if int((norms > 0).sum()) <= expected:
         return (norms > 0).to(norms)
     ordered = norms.sort(descending=True).values
-    rest = ordered.flip(0).cumsum(0).flip(0)  # of each and all smaller ones
+    rest = ordered.flip(0).cumsum(0).flip(0)  # the sum of each and all smaller ones
     free = expected - torch.arange(len(norms), device=norms.device)
-    # With the k largest surely in, c = (expected - k) / (sum of the others); k is the first for
-    # which the largest of the others stays below 1.
+    # If the k largest have probability 1, c = (expected - k) / (sum of the others); k is the first
+    # number for which the largest of the others has a probability of at most 1.
     fits = (free > 0) & (free * ordered <= rest)
     k = int(fits.to(torch.int8).argmax())
-    return (norms / rest[k] * free[k]).clamp(max=1)  # in this order also of tiny norms
+    return (norms / rest[k] * free[k]).clamp(max=1)  # this order also works for tiny norms
 
 
 def _loss_by_updates(
     out_mul: float, window: Rollout, window_loss: WindowLoss
 ) -> tuple[Tensor, Tensor]:
-    """d L / d u [T, K n] and L."""
+    """d L / d u [T, K n], and L."""
     K = window.losses.shape[1]
     scale = (
         1 / (window.losses.sum(0) * K) if window_loss.log else window.losses.new_full((K,), 1 / K)
@@ -211,7 +232,7 @@ def _loss_by_updates(
 def _penalty_gradients(
     out_mul: float, window: Rollout, penalty: Penalty
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The penalty, its gradients by theta_t [T, K, n] and by u_t [T, K n] directly."""
+    """The penalty, and its direct gradients with respect to theta_t [T, K, n] and u_t [T, K n]."""
     by_theta, by_u, total = [], [], 0
     for theta, update in _penalised(out_mul, window):
         at, v = theta.clone().requires_grad_(), update.requires_grad_()
@@ -226,7 +247,7 @@ def _penalty_gradients(
 
 
 def _penalised(out_mul: float, window: Rollout) -> Iterator[tuple[Tensor, Tensor]]:
-    """theta_t and v_t = -m u_t of each step, [K, n] both."""
+    """theta_t and v_t = -m u_t for each step, both [K, n]."""
     theta = window.start.theta
     for u in window.u.view_as(window.gradients):
         yield theta, -out_mul * u
@@ -275,7 +296,11 @@ def strategies_gradient(
     pairs: int,
     generator: torch.Generator,
 ) -> WindowGradient:
-    """Truncated evolution strategies: perturbed windows from where the trainings are."""
+    """The meta-gradient by truncated evolution strategies, with all windows from the same start.
+
+    sigma: the standard deviation of the perturbations of the weights.
+    pairs: the number of pairs of opposite perturbations.
+    """
     window = _Window(network, optimizee, trainings, steps, window_loss)
     gradient = evolution_strategies(
         window.tree(), window.weights, window.maps(), window.loss, sigma, pairs, generator,
@@ -296,7 +321,11 @@ def persistent_gradient(
     pairs: int,
     generator: torch.Generator,
 ) -> tuple[WindowGradient, Pairs]:
-    """Persistent evolution strategies, and the pairs for the next window; None for the first."""
+    """The meta-gradient by persistent evolution strategies, and the pairs for the next window.
+
+    persistent: the pairs from the window before; None in the first window.
+    sigma, pairs: as in `strategies_gradient`.
+    """
     window = _Window(network, optimizee, trainings, steps, window_loss)
     if persistent is None:
         persistent = Pairs.start(window.tree(), window.weights, pairs)
@@ -308,9 +337,9 @@ def persistent_gradient(
 
 
 class _Window:
-    """A window as update maps, each step's batches drawn once since it runs several times.
+    """A window as update maps; each step's batches are drawn once, because it runs several times.
 
-    Their params are [theta, memory, gradient, losses so far [K], penalties so far []].
+    The params of the maps are [theta, memory, gradient, sum of losses [K], sum of penalties []].
     """
 
     def __init__(self, network, optimizee, trainings: Trainings, steps: int, window_loss) -> None:
@@ -344,7 +373,7 @@ class _Window:
         return self.window_loss.of_losses(tree[3][None]) + tree[4]
 
     def result(self, gradient: Sequence[Tensor]) -> WindowGradient:
-        """The gradient, and the window with unperturbed weights."""
+        """The gradient, and the results of the window with unperturbed weights."""
         drawn = [iter(batches) for batches in zip(*self.batches, strict=True)]
         start = replace(self.trainings, batches=drawn)
         window = roll_out(self.network, self.optimizee, start, len(self.batches))
@@ -357,5 +386,5 @@ class _Window:
 
 
 def _emptied(tree: list[Tensor]) -> list[Tensor]:
-    """A window's end as the next one's beginning: nothing summed up yet."""
+    """The end of a window as the beginning of the next, with the sums set to 0."""
     return [*tree[:3], *map(torch.zeros_like, tree[3:])]

@@ -1,9 +1,9 @@
-"""SGD that tunes its own hyperparameters in one pass, and the objectives it is made for."""
+"""SGD that tunes its own hyperparameters in one pass, and the objectives that it trains."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_NAMES = {  # the public face by module, each name of which is loaded on first use
+_NAMES = {  # the public names of each module, which is loaded when one of them is first used
     "compiled_mlp": "CompiledMLPObjective",
     "errors": "OnePassError",
     "objectives": (

@@ -1,9 +1,9 @@
-"""The objective of small regression networks, one hidden layer and one output, as compiled loops.
+"""The objective of regression networks with one hidden layer and one output, as compiled loops.
 
-Matrix products this narrow leave most of a processor idle: with 8 inputs, 50 hidden units and one
-output, a batched product needs 150 microseconds a run where the loop below needs 40. It takes the
-samples one by one, so that a run's weights, gradient and one sample's units stay in registers and
-first-level cache. Sizes are constants of the compiled code: the compiler unrolls by them.
+Such narrow matrix products leave most of a processor idle: with 8 inputs, 50 hidden units and one
+output, a batched product takes 150 microseconds per run, the loop below 40. It processes samples
+one by one, so that a run's weights, its gradient and the units of one sample stay in registers and
+the first-level cache. Sizes are constants of the compiled code, by which the compiler unrolls.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from one_pass.objectives import Batch, Buffers, Linearization, MLPObjective
 
 @dataclass(frozen=True)
 class CompiledMLPObjective(MLPObjective):
-    """As MLPObjective for sizes (inputs, units, 1) and the mean squared error, on the CPU.
+    """MLPObjective for sizes (inputs, units, 1) and the mean squared error, on the CPU.
 
     Raises OnePassError for other sizes and losses.
     """
@@ -36,7 +36,10 @@ class CompiledMLPObjective(MLPObjective):
             )
 
     def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
-        """The loss around `weights`; the runs are spread over torch's number of threads."""
+        """The loss around `weights`; the runs are distributed over torch's number of threads.
+
+        On other devices, and for batches that differ between runs, it is MLPObjective's.
+        """
         if not batch.shared or weights.device.type != "cpu":
             return super().linearize(weights, buffers, batch)
         threads = torch.get_num_threads()
@@ -48,7 +51,7 @@ class CompiledMLPObjective(MLPObjective):
         loss = np.empty(runs, dtype)
         gradient = np.empty(tuple(weights.shape), dtype)
         _gradient_loops(inputs, units)(*samples, weights.numpy(), loss, gradient)
-        torch.set_num_threads(threads)  # OpenMP's number is torch's: numba's first call sets it
+        torch.set_num_threads(threads)  # numba's first call changes OpenMP's, which is torch's too
 
         def hessian_product(vectors: Tensor) -> Tensor:
             product = np.empty_like(gradient)
@@ -63,16 +66,16 @@ class CompiledMLPObjective(MLPObjective):
 
 # ---- loops for F inputs and H hidden units, compiled at the first call with each dtype ----
 #
-# A run's flat weights are W1 [F, H], b1 [H], w2 [H], b2. Arrays: X [N, F], y [N], weights and what
-# is shaped like them [D, P].
+# A run's flat weights are W1 [F, H], b1 [H], w2 [H], b2. Arrays: X [N, F], y [N]; weights,
+# gradients, vectors and products are [D, P].
 
-# reassociated sums become vector instructions; nan and inf keep their meaning: runs diverge
+# reassociated sums can be vectorized; nan and inf must keep their meaning, because runs may diverge
 _loop = compiled(parallel=True, fastmath={"reassoc", "contract", "nsz"})
 
 
 @cache
 def _gradient_loops(F: int, H: int) -> Callable:
-    """(X, y, weights, loss [D], gradients) -> None: fills the last two."""
+    """A function (X, y, weights, loss [D], gradients) that fills the last two."""
     b, o, c = F * H, F * H + H, F * H + 2 * H  # where b1, w2 and b2 begin
 
     @_loop
@@ -115,10 +118,10 @@ def _gradient_loops(F: int, H: int) -> Callable:
 
 @cache
 def _product_loops(F: int, H: int) -> Callable:
-    """(X, y, weights, vectors, products) -> None: fills the last one with the Hessian's products.
+    """A function (X, y, weights, vectors, products) that fills `products` with H v, H the Hessian.
 
-    The hidden units are computed anew: to keep them, [D, N, H], would take longer than that,
-    because they do not fit into the caches.
+    It recomputes the hidden units: storing them, [D, N, H], would take longer, because they do not
+    fit into the caches.
     """
     b, o, c = F * H, F * H + H, F * H + 2 * H  # as in _gradient_loops
 

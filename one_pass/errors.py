@@ -1,5 +1,5 @@
-"""What can go wrong in one-pass tuning."""
+"""The error of this package."""
 
 
 class OnePassError(ValueError):
-    """Settings or values that this algorithm can't work with, and what would be right: one line."""
+    """Wrong settings or values; the message is one line and says what would be right."""

@@ -1,16 +1,16 @@
 """Training losses of many runs at once: value, gradient and products with the Hessian.
 
-A run's weights are one flat vector, so that what an optimiser does with them is plain algebra on
-[D, P], D runs of P weights each. An objective knows how the vector folds into a network:
+A run's weights are one flat vector, so that optimisers are plain algebra on [D, P]: D runs of P
+weights each. An objective knows how the vector is folded into a network:
 
     objective = MLPObjective((8, 50, 1), "mse")
     weights, buffers = objective.initial(generators)             # one generator for each run
     at = objective.linearize(weights, buffers, Batch(inputs, targets, shared=True))
     at.loss, at.gradient, at.hessian_product(vectors)            # [D], [D, P], [D, P]
 
-`MLPObjective` has gradient and Hessian product in closed form (Pearlmutter's R operator, Neural
-Computation 1994): a product costs two matrix products a layer, as many as the gradient.
-`ModuleObjective` takes any nn.Module and leaves both to torch.func.
+`MLPObjective` computes gradient and Hessian products in closed form (Pearlmutter's R operator,
+Neural Computation 1994): for L layers, a linearization takes 3L - 1 matrix products, and each
+Hessian product 6L - 4 more. `ModuleObjective` takes any nn.Module and leaves both to torch.func.
 """
 
 import math
@@ -28,12 +28,12 @@ from one_pass.errors import OnePassError
 
 Buffers = dict[str, Tensor]
 
-RUNS_AT_ONCE, ROWS_AT_ONCE = 16, 4096  # in an evaluation, whose activations are not few either
+RUNS_AT_ONCE, ROWS_AT_ONCE = 16, 4096  # in an evaluation, to limit the memory of activations
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples: inputs [B, ...] and targets [B, ...] for all runs, or not shared, [D, B, ...]."""
+    """Inputs [B, ...] and targets [B, ...] shared by all runs, or [D, B, ...] if not shared."""
 
     inputs: Tensor
     targets: Tensor
@@ -47,8 +47,8 @@ class Linearization:
     Attributes:
         loss: [D].
         gradient: [D, P].
-        buffers: those of the network after this forward pass, {name: [D, ...]}.
-        hessian_product: takes vectors [D, P], returns the Hessian's products with them [D, P].
+        buffers: the network's after this forward pass, {name: [D, ...]}.
+        hessian_product: maps vectors [D, P] to the Hessian's products with them [D, P].
     """
 
     loss: Tensor
@@ -59,7 +59,7 @@ class Linearization:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Loss [D] and gradient [D, P] of held-out samples, and the network's buffers after them."""
+    """Loss [D] and gradient [D, P] on held-out samples, and the network's buffers after them."""
 
     loss: Tensor
     gradient: Tensor
@@ -68,31 +68,31 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over a data set: loss [D] and accuracy [D] (0 in a regression)."""
+    """Means over a data set: loss [D] and accuracy [D] in [0, 1], which is 0 for regressions."""
 
     loss: Tensor
     accuracy: Tensor
 
 
 class Objective(Protocol):
-    """What tuning.py needs to know of a network and its loss.
+    """What tuning.py needs to know about a network and its loss.
 
     Attributes:
-        classifies: whether correct answers can be counted.
-        recurrent: whether the buffers are hidden states, which belong to the samples that are read.
+        classifies: whether there is an accuracy.
+        recurrent: whether the buffers are hidden states, which belong to the samples being read.
     """
 
     classifies: bool
     recurrent: bool
 
     def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
-        """Weights [D, P] and buffers at the start, drawn from one generator for each run."""
+        """Initial weights [D, P] and buffers, drawn with one generator for each run."""
 
     def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
         """The training loss around `weights`."""
 
     def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
-        """What held-out samples say; the given buffers stay as they are."""
+        """Loss and gradient on held-out samples; the given buffers are not changed."""
 
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
@@ -105,14 +105,15 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class MLPObjective:
-    """A ReLU network of layers `sizes` under the mean squared error or the cross-entropy.
+    """A ReLU network with layers of these sizes and the mean squared error or the cross-entropy.
 
-    Layer l of the flat vector: weights [sizes[l], sizes[l + 1]] by rows, then biases.
+    Each layer's part of the flat vector is its weights [sizes[l], sizes[l + 1]], row by row,
+    followed by its biases.
 
     Attributes:
         sizes: inputs, hidden units of each layer, outputs.
         loss: "mse" (targets [B, outputs]) or "cross_entropy" (targets int64 [B]).
-    Raises OnePassError for fewer than two sizes, one below 1, and an unknown loss.
+    Raises OnePassError for fewer than two sizes, a size below 1, and an unknown loss.
     """
 
     sizes: tuple[int, ...]
@@ -127,15 +128,15 @@ class MLPObjective:
 
     @property
     def classifies(self) -> bool:
-        """Whether correct answers can be counted."""
+        """Whether there is an accuracy."""
         return self.loss == "cross_entropy"
 
     def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
-        """U(-1, 1) / sqrt(fan in), torch's own; float64."""
+        """Weights and biases from U(-1, 1) / sqrt(fan-in), as in torch; float64."""
         return torch.stack([self._one_initial(generator) for generator in generators]), {}
 
     def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
-        """The loss around `weights`; keeps the activations for products with the Hessian."""
+        """The loss around `weights`; the activations are kept for products with the Hessian."""
         layers = self._unpack(weights)
         activations, outputs = _forward(layers, batch.inputs)
         loss, error, error_tangent = _LOSSES[self.loss](outputs, batch.targets)
@@ -150,7 +151,7 @@ class MLPObjective:
         return Linearization(loss, gradient, buffers, hessian_product)
 
     def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
-        """As `linearize`: without buffers there is no difference."""
+        """The same as `linearize`, because there are no buffers."""
         linearization = self.linearize(weights, buffers, batch)
         return HeldOut(linearization.loss, linearization.gradient, buffers)
 
@@ -187,7 +188,7 @@ class MLPObjective:
 def _forward(
     layers: Sequence[tuple[Tensor, Tensor]], inputs: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """What enters each layer, [D, B, in], and the outputs [D, B, out]."""
+    """The inputs of each layer, [D, B, in], and the outputs [D, B, out]."""
     runs = len(layers[0][0])
     entering = inputs if inputs.dim() == 3 else inputs.expand(runs, *inputs.shape)
     activations = []
@@ -201,7 +202,7 @@ def _forward(
 def _backward(
     layers: Sequence[tuple[Tensor, Tensor]], activations: Sequence[Tensor], error: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """The loss's derivative at each layer's preactivations, and the flat gradient [D, P]."""
+    """The loss's derivatives at each layer's preactivations, and the flat gradient [D, P]."""
     errors, parts = [error], []
     for (weight, _), entering in zip(reversed(layers), reversed(activations), strict=True):
         parts += [error.sum(dim=1), torch.bmm(entering.mT, error).flatten(1)]
@@ -216,7 +217,7 @@ def _forward_tangent(
     tangents: Sequence[tuple[Tensor, Tensor]],
     activations: Sequence[Tensor],
 ) -> tuple[list[Tensor | None], Tensor]:
-    """How what enters each layer moves with the weights (None: not at all), and the outputs."""
+    """The derivatives of each layer's inputs (None for 0) and of the outputs along the tangents."""
     moved: list[Tensor | None] = [None]
     for index, ((weight, _), (weight_tangent, bias_tangent)) in enumerate(
         zip(layers, tangents, strict=True)
@@ -237,7 +238,7 @@ def _backward_tangent(
     moved: Sequence[Tensor | None],
     error_tangent: Tensor,
 ) -> Tensor:
-    """How the flat gradient moves with the weights, [D, P]."""
+    """The derivative of the flat gradient along the tangents, [D, P]."""
     parts = []
     for index in reversed(range(len(layers))):
         entering = activations[index]
@@ -253,7 +254,7 @@ def _backward_tangent(
 
 
 def _through_relu(values: Tensor, activation: Tensor) -> Tensor:
-    """`values` where the unit is active, else 0, in one pass over memory."""
+    """`values` for active units, otherwise 0, in one pass over memory."""
     return torch.ops.aten.threshold_backward(values, activation, 0)
 
 
@@ -279,7 +280,7 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Ca
     return loss, error, error_tangent
 
 
-# outputs, targets -> loss [D], its derivative at the outputs, that derivative's tangent
+# outputs, targets -> loss [D], its gradient at the outputs, and the tangent of that gradient
 _LOSSES = {"mse": _mean_squared_error, "cross_entropy": _cross_entropy}
 
 
@@ -288,17 +289,19 @@ _LOSSES = {"mse": _mean_squared_error, "cross_entropy": _cross_entropy}
 
 @dataclass(frozen=True)
 class ModuleObjective:
-    """Any network; gradient and Hessian product from torch.func, batched over the runs by vmap.
+    """Any network; torch.func computes gradient and Hessian products, batched over runs by vmap.
 
     Attributes:
         module: the network. In training mode it may change its buffers (batch norm, hidden states).
-            Frozen parameters, those with requires_grad=False, stay what they are here and belong
-            to no run; of a module in training mode, parts that are in evaluation mode remain so.
+            Frozen parameters (requires_grad=False) keep their present values in all runs. Parts in
+            evaluation mode of a module in training mode stay in it.
         loss: "mse" (targets as the outputs) or "cross_entropy" (outputs [B, classes, ...], targets
             int64 [B, ...]).
-    Raises OnePassError for a module without parameters to train, for an unknown loss and, from its
-    methods, for one that draws random numbers in training: a run would depend on its neighbours,
-    and the Hessian would be that of another draw than the gradient.
+    Raises OnePassError for a module without parameters to train and for an unknown loss. Its
+    methods
+    raise it for a module that draws random numbers in training: a run would depend on the others,
+        and
+    the Hessian would belong to another draw than the gradient.
     """
 
     module: nn.Module
@@ -313,13 +316,13 @@ class ModuleObjective:
 
     @property
     def classifies(self) -> bool:
-        """Whether correct answers can be counted."""
+        """Whether there is an accuracy."""
         return self.loss == "cross_entropy"
 
     def initial(self, generators: Sequence[Generator]) -> tuple[Tensor, Buffers]:
-        """What the layers' own reset_parameters draw, on a seed from each run's generator; float64.
+        """float64 weights from the layers' own reset_parameters, seeded by each run's generator.
 
-        torch's global generator, which those draw from, is left as it was; frozen layers too.
+        torch's global generator, which these use, is restored, and frozen layers are not changed.
         """
         frozen = [(p, p.detach().clone()) for p in self.module.parameters() if not p.requires_grad]
         with torch.random.fork_rng(devices=[]):
@@ -345,7 +348,7 @@ class ModuleObjective:
         return Linearization(loss, gradient, after, hessian_product)
 
     def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
-        """Loss and gradient in evaluation mode, which leaves the statistics of batch norm alone."""
+        """Loss and gradient in evaluation mode, which does not change batch norm's statistics."""
         with in_evaluation_mode(self.module):
             gradient, (loss, after) = self._over_runs(
                 grad(self._loss, has_aux=True), batch, weights, buffers, training=False
@@ -374,7 +377,7 @@ class ModuleObjective:
         *vectors: Tensor,
         training: bool = True,
     ):
-        """`function` of each run's weights, buffers, inputs, targets and vectors."""
+        """`function` applied to each run's weights, buffers, inputs, targets and vectors."""
         if training and not self.module.training:
             self.module.train()
         samples = None if batch.shared else 0
@@ -394,10 +397,10 @@ class ModuleObjective:
     def _hessian_product(
         self, flat: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor, vector: Tensor
     ) -> Tensor:
-        """One run's, forward over reverse.
+        """The product for one run, by forward over reverse differentiation.
 
-        vmap is the outermost transform: reverse over a batched gradient is wrong for batch norm
-        (torch 2.13).
+        vmap is the outermost transform, because reverse over a batched gradient is wrong for batch
+        norm (torch 2.13).
         """
 
         def gradient(some: Tensor) -> Tensor:
@@ -408,7 +411,7 @@ class ModuleObjective:
     def _loss(
         self, flat: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Buffers]]:
-        """One run's loss, to be differentiated; and beside it the loss and the buffers after."""
+        """One run's loss, to be differentiated; and it detached, with the buffers afterwards."""
         outputs, after = self._outputs(flat, buffers, inputs)
         loss = _TORCH_LOSSES[self.loss](outputs, targets)
         return loss, (loss.detach(), {name: buffer.detach() for name, buffer in after.items()})
@@ -419,7 +422,7 @@ class ModuleObjective:
         parts = flat.split([shape.numel() for shape in shapes.values()])
         named = zip(shapes.items(), parts, strict=True)
         weights = {name: part.view(shape) for (name, shape), part in named}
-        after = {name: buffer.clone() for name, buffer in buffers.items()}  # changed in place
+        after = {name: buffer.clone() for name, buffer in buffers.items()}  # is changed in place
         return functional_call(self.module, {**weights, **after}, (inputs,)), after
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -438,7 +441,7 @@ class ModuleObjective:
 
 @contextmanager
 def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode; afterwards each of its parts in its own again."""
+    """Put the module into evaluation mode; each of its parts is restored afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -449,7 +452,7 @@ def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 def check_loss(loss: str) -> None:
-    """OnePassError for the name of a loss that is not there."""
+    """Raises OnePassError for an unknown name of a loss."""
     if loss not in _LOSSES:
         raise OnePassError(f"loss {loss!r} is unknown; choose from {', '.join(_LOSSES)}")
 
@@ -461,9 +464,9 @@ _TORCH_LOSSES = {"mse": nn.functional.mse_loss, "cross_entropy": nn.functional.c
 
 
 def _over_all(outputs: Callable[[slice, slice], Tensor], runs: int, targets: Tensor) -> Evaluation:
-    """Loss and correct answers of `runs` runs over all rows, a few runs and rows at a time.
+    """Mean loss and accuracy of `runs` runs over all rows, a few runs and rows at a time.
 
-    `outputs(runs, rows)` is [some, rows, ...].
+    outputs: outputs(runs, rows) is [D, B, ...] for these slices.
     """
     samples = len(targets)
     losses, correct = [], []
@@ -479,7 +482,7 @@ def _over_all(outputs: Callable[[slice, slice], Tensor], runs: int, targets: Ten
 
 
 def summed(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and correct answers [D] of outputs [D, B, ...], summed over the samples."""
+    """Losses and numbers of correct answers [D] of outputs [D, B, ...], summed over the samples."""
     runs, samples = outputs.shape[:2]
     if targets.is_floating_point():
         errors = (outputs - targets).square()

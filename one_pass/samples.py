@@ -11,7 +11,11 @@ from one_pass.objectives import Batch
 
 
 class Samples(Protocol):
-    """Batches for D runs, and the whole set they come from."""
+    """Batches for D runs, and the whole set that they come from.
+
+    Attributes:
+        inputs, targets: the whole set, [N, ...].
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -31,17 +35,19 @@ class FullBatches:
         return Batch(self.inputs, self.targets, shared=True)
 
     def state_dict(self) -> dict:
-        """Nothing changes."""
+        """An empty dict: there is no state."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing changes."""
+        """Does nothing: there is no state."""
 
 
 class ShuffledBatches:
-    """Batches of `size` samples from a new permutation each epoch, another one for every run.
+    """Batches of `size` samples in a new order each epoch, which differs between runs.
 
-    size: from 1 to the number of samples; OnePassError for others.
+    Raises OnePassError if the size isn't between 1 and the number of samples.
+
+    generators: one for each run.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class ShuffledBatches:
         self._orders, self._position = self._new_orders(), 0
 
     def next(self) -> Batch:
-        """The next samples of each run's permutation, [D, size, ...]; an epoch's rest is left."""
+        """The next samples of each run, [D, size, ...]; an epoch's incomplete batch is dropped."""
         if self._position + self.size > self._orders.shape[1]:
             self._orders, self._position = self._new_orders(), 0
         rows = self._orders[:, self._position : self._position + self.size]
@@ -67,10 +73,10 @@ class ShuffledBatches:
         return {"orders": self._orders.cpu(), "position": self._position, "generators": states}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on as the one that `state` is from."""
+        """Continue where the batches with this `state` were."""
         self._orders, self._position = state["orders"].to(self.inputs.device), state["position"]
         for generator, saved in zip(self.generators, state["generators"], strict=True):
-            generator.set_state(saved.clone())  # not a view of several
+            generator.set_state(saved.clone())  # not a view of the stacked states
 
     def _new_orders(self) -> Tensor:
         count = len(self.inputs)
@@ -79,24 +85,27 @@ class ShuffledBatches:
 
 
 class SequentialBatches:
-    """One window of text after the other, the same for all runs; inputs [windows, B, length]."""
+    """One window of text after the other, the same for all runs.
+
+    inputs, targets: [windows, B, length].
+    """
 
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         self.inputs, self.targets = inputs, targets
         self._position = 0
 
     def next(self) -> Batch:
-        """The next window; after the last one the first."""
+        """The next window; the first follows the last."""
         index = self._position % len(self.inputs)
         self._position += 1
         return Batch(self.inputs[index], self.targets[index], shared=True)
 
     def state_dict(self) -> dict:
-        """Where in the text it is."""
+        """The position in the text."""
         return {"position": self._position}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on as the one that `state` is from."""
+        """Continue where the batches with this `state` were."""
         self._position = state["position"]
 
 

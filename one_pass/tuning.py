@@ -8,15 +8,15 @@ A weight step with learning rate eta, weight decay xi, momentum mu and training 
     b' = mu b + g + xi w        (the very first step: b' = g + xi w)
     w' = w - eta b'
 
-Every T weight steps the last one is differentiated. With H the Hessian at w of that step's batch,
-du/dw = eta (H + xi I), and v_0 the gradient of the validation loss at w':
+After every T weight steps, the last of them is differentiated. With H the Hessian at w on that
+step's batch, du/dw = eta (H + xi I), and v_0 the gradient of the validation loss at w':
 
     v_{j+1} = v_j - (du/dw)^T v_j,    p = v_0 + ... + v_{i-1}
     h_eta = -<p, b'>,    h_xi = -eta <p, w>,    h_mu = -eta <p, b>
 
-Adam or SGD then moves the raw hyperparameters (log10 eta, log10 xi, logit mu) against h, and
-training goes on. Everything here is done for D runs at once: weights are [D, P], hyperparameters
-[D, 1], or [D, P] where every weight has its own.
+Then Adam or SGD moves the raw hyperparameters (log10 eta, log10 xi, logit mu) against h, and
+training continues. All functions compute D runs at once: weights are [D, P], hyperparameters
+[D, 1], or [D, P] if every weight has its own.
 """
 
 import math
@@ -35,17 +35,17 @@ from one_pass.settings import NAMES, SMALLEST_POPULATION, Settings
 
 LN10 = math.log(10)
 
-# how a raw value becomes the hyperparameter, back, and the derivative as a function of its value
+# raw value -> hyperparameter; the inverse; the derivative, as a function of the hyperparameter
 TRANSFORMS: dict[str, tuple[Callable, Callable, Callable]] = {
     "10^": (lambda raw: 10**raw, torch.log10, lambda value: LN10 * value),
     "exp": (torch.exp, torch.log, lambda value: value),
     "sigmoid": (torch.sigmoid, torch.logit, lambda value: value * (1 - value)),
 }
 
-POPULATION = 4  # what these random numbers are for, as the purposes of tune_one_pass.py
+POPULATION = 4  # the purpose of random numbers; tune_one_pass.py has others
 CLIP_EPS = 1e-6
 ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
-SOUND = 3.0  # times the first training loss; a sound run stays below
+SOUND = 3.0  # a sound run's training loss stays below this times the first one
 STEPPED_LR_BOUNDS = (1e-10, 1.0)  # of the natural learning rate
 
 
@@ -54,19 +54,19 @@ STEPPED_LR_BOUNDS = (1e-10, 1.0)  # of the natural learning rate
 
 @dataclass(frozen=True)
 class WeightStep:
-    """One step of SGD, with all that its derivatives need; tensors as in the module's docstring.
+    """One step of SGD and everything its derivatives need; symbols as in the module's docstring.
 
     Attributes:
         batch: the training samples.
         before: weights w [D, P].
-        buffers: the network's that entered the step, {name: [D, ...]}.
+        buffers: the network's before the step, {name: [D, ...]}.
         momentum_buffer: b [D, P].
-        fresh: whether b does not count, as at the very first step.
+        fresh: whether b is ignored, as in the very first step.
         hyperparameters: natural values, {name: [D, 1] or [D, P]}.
         linearization: of the training loss at w.
-        clip_norm: the gradient is scaled down to this norm; None: never.
-        new_buffer: b'.
-        after: w'.
+        clip_norm: the largest norm that gradients are scaled down to; None: no limit.
+        new_buffer: b' [D, P].
+        after: w' [D, P].
     """
 
     batch: Batch
@@ -81,7 +81,7 @@ class WeightStep:
     after: Tensor
 
     def curvature_product(self, vectors: Tensor) -> Tensor:
-        """(d(g + xi w)/dw)^T `vectors`, g clipped; [D, P]."""
+        """(d(g + xi w)/dw)^T `vectors` with clipped g, [D, P]."""
         product = self.linearization.hessian_product(
             clip_product(self.linearization.gradient, self.clip_norm, vectors)
         )
@@ -98,7 +98,7 @@ def weight_step(
     hyperparameters: dict[str, Tensor],
     clip_norm: float | None,
 ) -> WeightStep:
-    """Take one step of SGD with momentum and weight decay, in torch.optim.SGD's convention."""
+    """One step of SGD with momentum and weight decay, in torch.optim.SGD's convention."""
     eta, xi, mu = (hyperparameters[name] for name in NAMES)
     gradient = clipped(linearization.gradient, clip_norm)
     new_buffer = torch.addcmul(gradient, xi, weights)
@@ -128,7 +128,7 @@ def clipped(gradient: Tensor, norm: float | None) -> Tensor:
 
 
 def clip_product(gradient: Tensor, norm: float | None, vectors: Tensor) -> Tensor:
-    """The Jacobian of `clipped` at `gradient`, which is symmetric, times `vectors` [D, P]."""
+    """The product of `vectors` [D, P] with the (symmetric) Jacobian of `clipped` at `gradient`."""
     if norm is None:
         return vectors
     length = gradient.norm(dim=1, keepdim=True)
@@ -141,7 +141,7 @@ def clip_product(gradient: Tensor, norm: float | None, vectors: Tensor) -> Tenso
 
 
 def look_back_vector(step: WeightStep, validation_gradient: Tensor, terms: int) -> Tensor:
-    """p [D, P]: `terms` terms of the Neumann series, for terms - 1 Hessian-vector products."""
+    """p [D, P]: `terms` terms of the Neumann series, from terms - 1 Hessian products."""
     eta = step.hyperparameters["lr"]
     vector, total = validation_gradient, validation_gradient.clone()
     for _ in range(terms - 1):
@@ -152,9 +152,9 @@ def look_back_vector(step: WeightStep, validation_gradient: Tensor, terms: int) 
 
 
 def look_back_hypergradients(step: WeightStep, vector: Tensor) -> dict[str, Tensor]:
-    """h of each hyperparameter, {name: [D, P]}: a run's own is the sum over the weights.
+    """h of each hyperparameter, {name: [D, P]}; its sum over the weights if they share a value.
 
-    `vector` is p.
+    vector: p.
     """
     scaled = step.hyperparameters["lr"] * vector
     buffer = torch.zeros_like(vector) if step.fresh else step.momentum_buffer
@@ -170,10 +170,10 @@ def unrolled_hypergradients(
     validation_gradient: Tensor,
     linearize: Callable[[Tensor, Buffers, Batch], Linearization],
 ) -> dict[str, Tensor]:
-    """Exact derivatives through the last `steps`, {name: [D, P]}, momentum within them included.
+    """Exact derivatives through the last `steps`, {name: [D, P]}, including momentum among them.
 
-    Each step's batch is linearized again, so that a long window keeps weights and buffers only. The
-    network's buffers that entered a step (hidden states) are constants.
+    Each step's batch is linearized again, so that only weights and buffers of a long window are
+    stored. The network's buffers before a step (hidden states) count as constants.
     """
     weights_adjoint = validation_gradient
     buffer_adjoint = torch.zeros_like(validation_gradient)
@@ -194,7 +194,7 @@ def unrolled_hypergradients(
 
 
 def successive_gradients(old: Tensor, new: Tensor) -> dict[str, Tensor]:
-    """Baydin et al.'s h of the learning rate from two successive training gradients [D, P].
+    """Baydin et al.'s h of the learning rate, from two successive training gradients [D, P].
 
     Source: "Online learning rate adaptation with hypergradient descent" (ICLR 2018).
     """
@@ -206,25 +206,26 @@ def successive_gradients(old: Tensor, new: Tensor) -> dict[str, Tensor]:
 
 @dataclass
 class State:
-    """Where D runs are; all that a resumed run needs beside its settings and its samples.
+    """The state of D runs: everything a resumed run needs except its settings and samples.
 
     Attributes:
         step: weight steps taken.
         weights, momentum_buffer: [D, P].
         buffers: the network's, {name: [D, ...]}.
-        held_out_buffers: those of a recurrent network where the held-out samples are read.
-        fresh: whether the momentum buffer does not count yet.
+        held_out_buffers: a recurrent network's while it reads the held-out samples.
+        fresh: whether the momentum buffer is still ignored.
         raw: raw hyperparameters, {name: [D, 1] or [D, P]}.
-        moments: Adam's two for each tuned hyperparameter, shaped like it.
+        moments: Adam's two moments for each tuned hyperparameter, of the same shape.
         updates: hyperparameter steps that each run has taken, [D, 1]; Adam's count.
-        begun: what `updates` was when the run began, from a state that another had left, [D, 1].
-        skipped: hyperparameter steps not taken because a hypergradient, or what Adam made of it,
+        begun: `updates` when the run started, which isn't 0 if it started from a saved state, [D,
+            1].
+        skipped: hyperparameter steps not taken because a hypergradient, or Adam's step with it,
             was not finite, [D, 1].
-        factor: what stepped_lr multiplies the learning rate by, [D, 1].
-        previous_gradient: of the last weight step, for successive_gradients; None where there was
-            none since the start, 0 where a run has recovered since.
-        start: weights and buffers to start from anew.
-        good: weights and buffers of the last hyperparameter step that found a sound loss.
+        factor: by which stepped_lr multiplies the learning rate, [D, 1].
+        previous_gradient: [D, P] of the last weight step, for successive_gradients; None if there
+            was none since the start, 0 for runs that have recovered since.
+        start: weights and buffers to reset to.
+        good: weights and buffers at the last hyperparameter step with a sound loss.
         sound_loss: the training loss below which a run is sound, [D]; None before the first step.
     """
 
@@ -247,10 +248,10 @@ class State:
 
 
 def initial_hyperparameters(generators: Sequence[Generator]) -> dict[str, Tensor]:
-    """A natural value of each for each run, float64 [D, 1], and of `factor`.
+    """Random natural hyperparameters and the `factor` of stepped_lr for each run, float64 [D, 1].
 
-    log10 lr is U(-6, -1), log10 weight decay U(-7, -2), momentum U(0, 1), the factor of a stepped
-    learning rate U(.995, 1.001).
+    log10 lr is U(-6, -1), log10 weight decay U(-7, -2), momentum U(0, 1) and the factor
+    U(.995, 1.001).
     """
     uniform = torch.stack(
         [torch.rand(4, generator=g, dtype=torch.float64, device=g.device) for g in generators]
@@ -267,7 +268,10 @@ def initial_hyperparameters(generators: Sequence[Generator]) -> dict[str, Tensor
 def initial_state(
     weights: Tensor, buffers: Buffers, hyperparameters: dict[str, Tensor], settings: Settings
 ) -> State:
-    """D runs before their first step; `hyperparameters` as initial_hyperparameters returns them."""
+    """D runs before their first step.
+
+    hyperparameters: as from `initial_hyperparameters`.
+    """
     raw = {}
     for name in NAMES:
         _, inverse, _ = TRANSFORMS[settings.transforms[name]]
@@ -300,7 +304,7 @@ def initial_state(
 
 
 def check_start(state: State, settings: Settings) -> None:
-    """Raises OnePassError where a raw value at the start cannot be tuned, or is none."""
+    """Raises OnePassError if an initial raw value is NaN, or infinite and to be tuned."""
     for name, raw in state.raw.items():
         tuned = name in settings.optimised
         wrong = raw[~raw.isfinite() if tuned else raw.isnan()]
@@ -312,10 +316,10 @@ def check_start(state: State, settings: Settings) -> None:
 
 
 class Tuning:
-    """D runs of SGD whose hyperparameters are tuned as they go.
+    """D runs of SGD whose hyperparameters are tuned while they train.
 
     tuning = Tuning(objective, training, validation, settings, state)
-    tuning.advance(100)    # weight steps, with the hyperparameter steps that fall among them
+    tuning.advance(100)    # weight steps, and the hyperparameter steps among them
     """
 
     def __init__(
@@ -331,14 +335,14 @@ class Tuning:
         self.restore(state)
 
     def restore(self, state: State) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
         self.state, self.hyperparameters = state, natural(state.raw, self.settings)
 
     def advance(self, steps: int) -> None:
-        """Take `steps` weight steps, with the hyperparameter steps that fall among them.
+        """Take `steps` weight steps, and the hyperparameter steps that are due among them.
 
-        OnePassError where the method is unrolled and this does not begin between two of these: the
-        weight steps that it would differentiate through are gone.
+        Raises OnePassError if the method is unrolled and this does not begin after a multiple of
+        `every` weight steps: the steps to differentiate through would be missing.
         """
         settings, state = self.settings, self.state
         if settings.method == "unrolled" and state.step % settings.every:
@@ -388,9 +392,10 @@ class Tuning:
         return held_out.gradient
 
     def _recover(self, step: WeightStep) -> Tensor:
-        """Put runs whose training loss before the step is unsound back on their feet.
+        """Put runs whose training loss before the step is unsound back to their last good weights.
 
-        Returns which runs those are, [D, 1].
+        Their momentum is cleared and their learning rate divided by 3. Returns which runs these
+        are, [D, 1].
         """
         state = self.state
         failed = ~(step.linearization.loss <= state.sound_loss)[:, None]
@@ -440,7 +445,7 @@ class Tuning:
         raw["lr"] = self._bounded("lr", stepped)
 
     def _exploit(self, step: WeightStep, window: deque[WeightStep]) -> None:
-        """Population-based training: the worst fifth goes on from the best, a little changed.
+        """Population-based training: the worst fifth continues from the best, slightly changed.
 
         Source: Jaderberg et al., "Population based training of neural networks" (2017).
         """
@@ -465,9 +470,9 @@ class Tuning:
             state.raw[name][worst] = self._bounded(name, inverse(value))
 
     def _descend(self, hypergradients: dict[str, Tensor], step: WeightStep) -> None:
-        """One step of the optimizer on raw values of every run for which all of it is finite.
+        """One optimizer step on the raw values of every run for which all results are finite.
 
-        A finite gradient does not suffice: its square may overflow, in Adam's second moment.
+        A finite gradient isn't enough: its square may overflow in Adam's second moment.
         """
         settings, state = self.settings, self.state
         failed = self._recover(step) if settings.recover else torch.zeros_like(state.updates).bool()
@@ -493,7 +498,7 @@ class Tuning:
             )
 
     def _raw_gradient(self, name: str, hypergradient: Tensor) -> Tensor:
-        """h [D, P] of a hyperparameter as that of its raw value, shaped like it."""
+        """The gradient for raw values, of their shape, from h [D, P]."""
         settings = self.settings
         if name not in settings.high_dimensional:
             hypergradient = hypergradient.sum(dim=1, keepdim=True)
@@ -503,15 +508,15 @@ class Tuning:
         return hypergradient
 
     def _hyperparameter_lr(self) -> Tensor:
-        """The optimizer's rate at each run's next step, [D, 1]; geometric, lr to final_lr."""
+        """The optimizer's rate for each run's next step, [D, 1]; geometric from lr to final_lr."""
         settings, state = self.settings, self.state
         done = ((state.updates - state.begun) / max(settings.updates - 1, 1)).clamp(0, 1)
         return settings.lr * (settings.final_lr / settings.lr) ** done
 
     def _reset_or_renew(self) -> None:
-        """Weights and buffers as at the start; neither momentum nor last gradient count then.
+        """Reset weights and buffers to the start, and ignore momentum and the last gradient.
 
-        Or they are the new start themselves, where it is time to renew that.
+        If a renewal is due, make the current weights and buffers the new start instead.
         """
         settings, state = self.settings, self.state
         if settings.renew and state.step % (settings.renew * settings.every) == 0:
@@ -535,14 +540,18 @@ _METHODS = {
 
 
 def natural(raw: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
-    """The hyperparameters themselves, shaped as `raw`."""
+    """The hyperparameters from their raw values, in the same shapes."""
     return {name: TRANSFORMS[settings.transforms[name]][0](raw[name]) for name in NAMES}
 
 
 def adam(
     values: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], count: Tensor, lr: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One step of Adam (betas .9 and .999) for D runs; `count` [D, 1] steps with this one."""
+    """One step of Adam (betas .9 and .999) for D runs: the new values and moments.
+
+    count: steps including this one, [D, 1].
+    lr: [D, 1].
+    """
     first = torch.lerp(moments[0], gradient, 1 - ADAM_BETAS[0])
     second = torch.lerp(moments[1], gradient.square(), 1 - ADAM_BETAS[1])
     unbiased = first / (1 - ADAM_BETAS[0] ** count)
