@@ -727,9 +727,24 @@ def update_layers(model: nn.Module, params: Params, batch, rules: list) -> Param
                 views = tuple(layer(x, old) for x in views)
                 new.append(old)
                 continue
-            views, updated = next(rules).respond_and_update(layer, old, views)
+            rule = next(rules)
+            views, updated = rule.respond_and_update(layer, dict(old), views)
+            _check_updated(rule, old, updated)
             new.append(updated)
     return new
+
+
+def _check_updated(rule: LearningRule, old: dict[str, Tensor], updated: dict[str, Tensor]) -> None:
+    """Raise RuleError unless a rule has returned a layer's parameters, in their shapes."""
+    if not isinstance(updated, dict):
+        raise RuleError(f"{type(rule).__name__} returned a {type(updated).__name__} for a layer, "
+                        "not a dict of its parameters")  # fmt: skip
+    for name, before in old.items():
+        if name not in updated:
+            raise RuleError(f"{type(rule).__name__} returned no {name} for a layer")
+        if updated[name].shape != before.shape:
+            shapes = f"{list(updated[name].shape)}, not {list(before.shape)}"
+            raise RuleError(f"{type(rule).__name__} returned {name} of shape {shapes}")
 
 
 class _BoundedStep(torch.autograd.Function):

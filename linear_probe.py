@@ -22,6 +22,7 @@ the fit:
 with F, Y the features and one-hot labels of the images of the fit, Y' the labels of the others.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -167,6 +168,12 @@ class FunctionLoss:
     metrics = ()
 
     def __init__(self, function: Callable[..., Tensor], data, *, images: int = 4096) -> None:
+        try:
+            inspect.signature(function).bind(*range(4))
+        except (TypeError, ValueError) as error:
+            raise ProbeError(
+                f"{function!r:.60} must take (model, params, images, labels)"
+            ) from error
         self.function, self.data, self.images = function, data, images
 
     def __call__(

@@ -534,7 +534,10 @@ def make_own_rule(args, kind: type) -> LearningRule:
     """A rule of the user's own class, which is called without arguments."""
     if not (isinstance(kind, type) and issubclass(kind, LearningRule)):
         raise UserError(f"{args.rule} is no class of learning_rules.LearningRule")
-    rule, views = kind(), 2 if views_of_flags(args) else 1
+    try:
+        rule, views = kind(), 2 if views_of_flags(args) else 1
+    except TypeError as error:
+        raise UserError(f"{kind.__name__} must be made without arguments: {error}") from error
     if rule.views != views:
         raise UserError(f"{kind.__name__} takes {rule.views} view(s) of each input, not {views}: "
                         f"give --views {'geometric' if rule.views == 2 else 'none'}")  # fmt: skip

@@ -126,6 +126,7 @@ from optuna.trial import Trial
 
 from experiment.files import NEW, displayable, json_text, plain, remove_leftovers, write_whole
 from experiment.loop import finish_on_interrupt
+from experiment.own_code import is_own_code
 from experiment.run_log import RunLog
 from experiment.run_reader import read_config, refuse_links
 from experiment.screen import show
@@ -173,10 +174,13 @@ ENDED = ("done", "pruned", "diverged", "failed")
 def complete(args, command: list[str]) -> None:
     """Add the command of a trial and the defaults to `args`; raises UserError for wrong flags."""
     if args.resume is not None:
-        command = command or saved_command(args.resume)
-        _refuse_to_write_elsewhere(
-            args.resume, [a for v in args.variant or () for a in v.arguments]
-        )
+        from_config = [a for v in args.variant or () for a in v.arguments]
+        from_config += [text for flag in args.search or () for text in flag.choices]
+        if not command:
+            command = saved_command(args.resume)
+            from_config += command
+        _refuse_to_write_elsewhere(args.resume, from_config)
+        _refuse_own_code(args.resume, from_config)
     if not command:
         raise UserError("no command: write it behind --, as in  sweep.py ... -- main.py 32")
     if not Path(command[0]).is_file():
@@ -205,8 +209,15 @@ def saved_command(directory: Path) -> list[str]:
     if Path(words[0]).resolve() not in [HOME / name for name in RESUMABLE]:
         raise UserError(f"{directory} runs {words[0]}, which is no command of this project: to "
                         "have it run, write it with its arguments behind --")  # fmt: skip
-    _refuse_to_write_elsewhere(directory, words)
     return words
+
+
+def _refuse_own_code(directory: Path, arguments: Sequence[str]) -> None:
+    """Raise UserError if arguments from a config.json name a program, as in FILE.py:CLASS."""
+    for argument in arguments:
+        if is_own_code(argument):
+            raise UserError(f"{directory} has its command run {argument}, which is a program: to "
+                            "have that, start a new sweep")  # fmt: skip
 
 
 def _refuse_to_write_elsewhere(directory: Path, arguments: Sequence[str]) -> None:

@@ -208,6 +208,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         if is_own_code(config.get(name)):
             parser.error(f"argument --resume: {directory} was run with --{name} {config[name]}, "
                          "which is a program: give that again to have it run")  # fmt: skip
+    for path in _lost_images(config) if "dataset" in known - {*explicit} else ():
+        parser.error(f"argument --resume: {directory} was run on --dataset {path}, which is not "
+                     "there any more: give --dataset with its new place")  # fmt: skip
     taken = {*config} - {*explicit, *OF_THE_CALL}
     if not Path(str(config.get("data_dir"))).is_dir():
         taken.discard("data_dir")
@@ -220,6 +223,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
                 parser.error(f"argument --resume: {directory}/config.json is damaged: "
                              f"{name} {error}")  # fmt: skip
     return args
+
+
+def _lost_images(config: dict[str, Any]) -> list[str]:
+    """The folders and files of images that a run was made on, as far as they are not there."""
+    names = config.get("dataset")
+    names = names if isinstance(names, list) else [names]
+    paths = [name for name in names if isinstance(name, str) and Path(name).is_absolute()]
+    return [path for path in paths if not Path(path).exists()]
 
 
 def _is_within(directory: str, name: str, value: Any) -> bool:

@@ -14,7 +14,7 @@ OWN = "a folder of images by class, or a .npz file"
 
 def is_path(name: str) -> bool:
     """Whether a name that is not that of a known data set is the path of a folder or file."""
-    return os.sep in name or name.endswith(".npz") or Path(name).is_dir()
+    return os.sep in name or name.lower().endswith(".npz") or Path(name).is_dir()
 
 
 def data_name(text: str, known: Sequence[str] = DATASETS) -> str:
@@ -24,6 +24,8 @@ def data_name(text: str, known: Sequence[str] = DATASETS) -> str:
     """
     if text in known:
         return text
+    if not text:
+        raise argparse.ArgumentTypeError(f"the name is empty; known are {', '.join(known)}, {OWN}")
     path = Path(text).expanduser()
     if not is_path(str(path)):
         raise argparse.ArgumentTypeError(

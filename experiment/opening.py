@@ -15,10 +15,15 @@ from experiment.checkpoints import MAY_DIFFER
 from experiment.command_line import OF_THE_CALL, UserError, new_directory
 from experiment.devices import find_device
 from experiment.files import plain
+from experiment.own_code import is_own_code
 from experiment.processes import ALONE, Team
 from experiment.run_log import RunLog, SilentLog
 from experiment.run_reader import read_config
 
+NOTED_BY_CONTENT = {  # digests, the flags that say where they are of, and what those name
+    "data_found": (("dataset",), "data"),
+    "code_found": (("rule", "objective"), "code of your own"),
+}
 NOTED_LATER = ("run_found", "start_found")  # digests that older runs do not have
 
 
@@ -66,12 +71,28 @@ def _run_before_the_restart(args: argparse.Namespace) -> Path | None:
     return args.out if (args.out / "config.json").exists() else None
 
 
+def _without_places(value: Any) -> Any:
+    """The value of a flag without the paths in it, and of code the name that the file defines."""
+    if isinstance(value, list):
+        return [_without_places(element) for element in value]
+    if not isinstance(value, str) or not Path(value).is_absolute():
+        return value
+    return f":{value.rpartition(':')[2]}" if is_own_code(value) else "a path"
+
+
 def _refuse_other_configuration(
     directory: Path, saved: dict[str, Any], given: dict[str, Any]
 ) -> None:
     """Raise UserError if a run with flags `saved` can't be resumed with flags `given`."""
     names = [name for name in {**saved, **given} if name not in MAY_DIFFER]
     names = [name for name in names if name in saved or name not in NOTED_LATER]
+    for noted, (flags, what) in NOTED_BY_CONTENT.items():
+        there, now = saved.get(noted), given.get(noted)
+        if there is not None and there != now:
+            raise UserError(f"{directory} was run with other {what}: {there} there, {now} now")
+        for name in flags if there is not None else ():  # the same, wherever it is by now
+            if _without_places(saved.get(name)) == _without_places(given.get(name)):
+                names = [other for other in names if other != name]
     differing = [
         f"{name} {saved.get(name, 'unset')!r} there, {given.get(name, 'unset')!r} now"
         for name in names

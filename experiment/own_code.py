@@ -66,19 +66,18 @@ def load_own_code(text: str) -> OwnCode:
     spec = spec_from_file_location(f"own_code_{path.stem}", path)
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses and pickle look for a class's module
-    sys.path.append(str(path.parent))
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # stays, for imports that happen later
     try:
         exec(compile(content, path, "exec"), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise OwnCodeError(f"{path}{_line_of(error, path)}: {_said(error)}") from error
-    finally:
-        sys.path.remove(str(path.parent))
     if not hasattr(module, name):
         raise OwnCodeError(f"{path} defines no {name}")
     return OwnCode(getattr(module, name), hashlib.sha256(content).hexdigest())
 
 
-def _line_of(error: Exception, path: Path) -> str:
+def _line_of(error: BaseException, path: Path) -> str:
     """Where in the file an error arose, as in ", line 3"."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f", line {error.lineno}"
@@ -86,6 +85,6 @@ def _line_of(error: Exception, path: Path) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     text = error.msg if isinstance(error, SyntaxError) else str(error)
     return f"{type(error).__name__}: {' '.join(text.split())}"

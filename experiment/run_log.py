@@ -45,6 +45,12 @@ from experiment.run_reader import (
 from experiment.screen import mute_broken_streams, show
 from experiment.tensorboard_events import EventFile
 
+OF_A_RUN = (  # names of what this module writes, and its callers by way of it
+    "config.json", "environment.json", "log.txt", "metrics.csv", "results.json", "parameters.npz",
+    "rule.json", "rule.txt", "rule.tex", checkpoints.LAST, checkpoints.PREVIOUS, checkpoints.NEW,
+    "checkpoint.damaged.pt",
+)  # fmt: skip
+
 
 class RunLog:
     """The directory of one run, opened by `create` or `reopen` and closed by `close` or `with`.
@@ -82,7 +88,8 @@ class RunLog:
     ) -> Self:
         """Start a run in a new or empty directory; raises RunLogError if it is neither.
 
-        overwrite: remove a run in the directory first, unless a process is writing it.
+        overwrite: remove a run in the directory first. Raises RunLogError, and removes nothing, if
+            a process is writing it or anything there is not of a run.
         """
         directory = Path(directory)
         replaced = overwrite and (directory / "config.json").exists()
@@ -466,18 +473,26 @@ def _refuse_occupied(directory: Path) -> None:
 
 
 def _remove_run(directory: Path) -> None:
-    """Remove everything in a run's directory except the lock.
-
-    Raises RunLogError if it is not the directory of a run, holds links, or can't be emptied.
-    """
+    """Remove a run's files, but not the lock; raises RunLogError if anything else is there."""
     refuse_links(directory)
     read_config(directory)
+    entries = [path for path in directory.rglob("*") if path.name != "lock"]
+    known = [path for path in entries if _is_of_a_run(path.relative_to(directory))]
+    for path in entries:
+        if path not in known or not (directory / "environment.json").exists():
+            raise RunLogError(f"{path} is not of a run: move it, or choose another directory")
     with disk_errors(f"can't remove the run in {directory}"):
-        for entry in directory.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != "lock":
-                entry.unlink()
+        for path in known:
+            if path.is_file():
+                path.unlink()
+        shutil.rmtree(directory / "figures", ignore_errors=True)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a run writes a file of this name, relative to its directory."""
+    if path.parts[0] == "figures":
+        return len(path.parts) == 1 or path.suffix == ".png"
+    return len(path.parts) == 1 and (path.name in OF_A_RUN or path.name.startswith("events.out."))
 
 
 def _remove_leftovers(directory: Path) -> None:

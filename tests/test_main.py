@@ -481,7 +481,7 @@ def test_a_run_is_not_resumed_on_other_images(capsys, tmp_path, plain, monkeypat
     other = [data.__class__(data.images[1:], data.labels[1:], "other")
              for data in load_images("mnist5k", tmp_path)]  # fmt: skip
     monkeypatch.setattr(main, "load_images", lambda *_: other)
-    assert "data_found" in refused(capsys, main.main, "--resume", plain, "--quiet")
+    assert "other data: " in refused(capsys, main.main, "--resume", plain, "--quiet")
 
 
 def test_a_rule_that_trains_nothing_finite_is_saved_all_the_same(tmp_path):

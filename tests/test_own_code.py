@@ -147,7 +147,8 @@ def test_a_run_never_runs_code_that_is_not_given_again_or_has_changed(tmp_path, 
         assert "which is a program: give that again to have it run" in error
     main.main(["--resume", str(out), *code, "--quiet"])
     file.write_text(CODE + "\n")
-    assert "code_found" in refused(capsys, main.main, "--resume", out, *code)
+    error = refused(capsys, main.main, "--resume", out, *code)
+    assert "was run with other code of your own" in error
     error = refused(capsys, evaluate.main, out, "--rule", code[1])
     assert "was learned with another version of" in error
 

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -34,9 +36,11 @@ def write_folder(folder, images=GREY, labels=LABELS, mode=None):
 def test_a_folder_by_class_is_split_the_same_way_every_time(tmp_path):
     folder = write_folder(tmp_path / "pets")
     (folder / "notes.txt").write_text("no image")
+    (folder / ".thumbnails").mkdir()
+    shutil.copy(folder / "kind 0" / "00.png", folder / ".thumbnails")
     train, test = load_images(str(folder))
     assert (len(train), len(test), train.shape, train.classes) == (20, 4, (1, 6, 5), 2)
-    assert train.source == f"pets: 20 + 4 images from {folder}"
+    assert train.source == f"pets: 20 + 4 images from {folder}; 1 files left out"
     pixels = {image.tobytes(): label for image, label in zip(GREY, LABELS, strict=True)}
     for data in (train, test):
         for image, label in zip(data.images.numpy(), data.labels.tolist(), strict=True):
@@ -84,6 +88,8 @@ def test_an_npz_file_of_one_set_is_split(tmp_path):
     ({"x": GREY.reshape(24, 30), "y": LABELS}, r"a table \[20, 30\]: reshape"),
     ({"x": GREY[:, None, None], "y": LABELS}, "give .N, H, W., "),
     ({"x": GREY, "y": LABELS + 0.5}, "one whole number or string"),
+    ({"x": GREY, "y": np.where(LABELS, np.inf, 0)}, "one whole number or string"),
+    ({"x": GREY // 128, "y": LABELS}, "0 and 1 of 255; give booleans"),
     ({"x": GREY[:4], "y": LABELS[:4]}, "six of a class are needed"),
     ({"x_train": GREY, "y_train": LABELS, "x_test": GREY, "y_test": LABELS + 1},
      "no training image has the test label 2"),
@@ -112,6 +118,15 @@ def test_wrong_folders_are_told_with_what_would_be_right(tmp_path):
     folder = write_folder(tmp_path / "deep", GREY.astype(np.uint16), LABELS)
     with pytest.raises(DataError, match="more than 8 bits"):
         load_images(str(folder))
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("x", "hello")
+        archive.writestr("y", "no array")
+    with pytest.raises(DataError, match="one whole number or string"):
+        load_images(str(tmp_path / "x.npz"))
+    np.save(tmp_path / "one.npy", GREY)
+    (tmp_path / "one.npy").rename(tmp_path / "x.npz")
+    with pytest.raises(DataError, match=r"cannot be read as \.npz"):
+        load_images(str(tmp_path / "x.npz"))
     (tmp_path / "x.npz").write_bytes(b"PK no zip")
     with pytest.raises(DataError, match="cannot be read"):
         load_images(str(tmp_path / "x.npz"))
@@ -129,6 +144,13 @@ def test_arrays_and_tensors_of_any_layout_are_the_same_images(images):
 
 
 def test_booleans_are_black_and_white_and_labels_are_counted():
+    with pytest.raises(DataError, match=r"labels are -1 to 1; give classes as numbers from 0"):
+        image_data(GREY, np.where(LABELS, 1, -1))
+    assert image_data(GREY[:3], [0, 5, 5]).labels.tolist() == [
+        0,
+        5,
+        5,
+    ]  # classes stay what they are
     assert image_data(GREY > 99).images.unique().tolist() == [0, 255]
     with pytest.raises(DataError, match="24 images with 3 labels"):
         image_data(GREY, [0, 1, 2])
@@ -141,8 +163,12 @@ def test_datasets_and_loaders_of_torch():
         data = dataset_images(some)
         assert np.array_equal(data.images[:, 0].numpy(), GREY)
         assert data.labels.tolist() == LABELS.tolist()
+    palette = Image.fromarray(GREY[0]).convert("RGB").quantize(8)
+    assert dataset_images([(palette, 0)]).shape == (3, 6, 5)  # its colours, not their places
     with pytest.raises(DataError, match="is empty"):
         dataset_images([])
+    with pytest.raises(DataError, match="must hold pairs"):
+        dataset_images([GREY[0]])
     with pytest.raises(DataError, match="images are of 5 x 5 and 6 x 5: resize"):
         dataset_images([(GREY[0], 0), (GREY[1, 1:], 1)])
 

@@ -364,7 +364,7 @@ def test_a_checkpoint_is_one_for_torch_too_and_may_be_of_an_older_version(tmp_pa
 def test_a_run_may_take_the_place_of_another_where_that_is_asked_for(tmp_path):
     with new_run(tmp_path, 3) as log:
         log.path("figures").mkdir()
-        (log.path("figures") / "x.txt").write_text("x")
+        (log.path("figures") / "x.png").write_text("x")
         with pytest.raises(RunLogError, match="is being written by process"):
             RunLog.create(log.directory, {}, overwrite=True)
     with RunLog.create(log.directory, {"seed": 1}, quiet=True, overwrite=True) as log:
@@ -372,6 +372,17 @@ def test_a_run_may_take_the_place_of_another_where_that_is_asked_for(tmp_path):
         assert {path.name for path in log.directory.iterdir()} == {
             "config.json", "environment.json", "lock",
         }  # fmt: skip
+    (log.directory / "figures").mkdir()
+    for name in ("notes.md", "figures/own.txt"):
+        (log.directory / name).write_text("mine")
+        with pytest.raises(RunLogError, match=f"{name} is not of a run: move it"):
+            RunLog.create(log.directory, {}, overwrite=True)
+        (log.directory / name).unlink()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(RunLogError, match="is not of a run"):
+        RunLog.create(tmp_path / "model", {}, overwrite=True)
+    assert (tmp_path / "model" / "config.json").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(RunLogError, match="is not empty"):
