@@ -44,8 +44,8 @@ from experiment.command_line import (
     run_command,
     save_whole_paths,
 )
-from experiment.data_names import DATASETS, OWN, data_name, data_titles
-from experiment.own_code import FORM, own_code_name
+from experiment.data_names import DATASETS, OWN, data_name, data_titles, is_path
+from experiment.own_code import FORM, is_own_code, own_code_name
 from rules.choices import run_path, zoo_path
 
 ROTATED = "rotated"
@@ -119,6 +119,18 @@ def ask_whether_it_generalises(args, run: LearnedRun) -> None:
     args.steps = [run.steps, 4 * run.steps]
     if layers:
         args.rules, args.references = ["oja"], ["random", "pca"]
+
+
+def refuse_changed_images(args, runs: Sequence[LearnedRun], settings: Sequence[Setting]) -> None:
+    """Raise UserError if images of the user's own are not those that a run has learned on."""
+    titles = dict(zip(args.datasets, data_titles(args.datasets), strict=True))
+    digests = {setting.dataset: setting.train.fingerprint() for setting in settings}
+    for run in runs:
+        learned_on = str(run.config.get("data_found")).split("; ")
+        for name in filter(is_path, run.datasets):
+            same_share = run.config.get("held_out") == args.held_out
+            if name in titles and same_share and digests[titles[name]] not in learned_on:
+                raise UserError(f"{name} has changed since {run.name} learned on it")
 
 
 def fill_in(args, runs: Sequence[LearnedRun]) -> None:
@@ -344,9 +356,12 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = set_up(args)
     own_rule = load_own_code(args.rule) if args.rule else None
     runs = [load_run(directory, own_rule) for directory in args.runs]
+    if args.rule and not any(is_own_code(run.config.get("rule")) for run in runs):
+        raise UserError("--rule needs a RUN whose rule is of a class of your own")
     fill_in(args, runs)
     refuse_what_cannot_be_compared(args, runs)
     settings = make_settings(args, runs[0], device, dtype)
+    refuse_changed_images(args, runs, settings)
     largest = max(run.config["batch_size"] for run in runs)
     for setting in settings:  # raises DataError now if a batch size is too large
         used = setting.within_training() if args.rules else setting

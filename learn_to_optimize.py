@@ -28,6 +28,7 @@ from experiment.command_line import (
     refuse_idle_flags,
     run_command,
 )
+from experiment.data_names import is_path
 from experiment.settings import add_settings, flags_of, settings_of
 from learned_optimizer.settings import (
     BATCH_SIZE,
@@ -148,7 +149,8 @@ def check(args, parser) -> None:
         ("sigma pairs", args.estimator in ("es", "pes"), "--estimator es or pes"),
         ("penalty_kinds penalty_relative", args.penalty, "--penalty"),
         ("test_images", args.test_every, "--test_every of at least 1"),
-        ("grey", args.dataset == "cifar10", "--dataset cifar10, whose images have three channels"),
+        ("grey", args.dataset == "cifar10" or is_path(args.dataset),
+         "--dataset cifar10, or one of your own, whose images have three channels"),
         ("running_statistics", args.test_every and any(n.endswith("bn") for n in names),
          "--test_every, and an optimizee with batch norm, such as relu20bn"),
         ("norm_eps", any(name.endswith("bn") for name in names),

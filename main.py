@@ -94,7 +94,6 @@ DEFAULTS = {
         "center": True,
         "probe": "sampled",
         "evaluation_steps": 250,
-        "evaluation_batch_size": 512,
     },
     "krotov_hopfield": {},
 }
@@ -239,7 +238,8 @@ def add_probe(parser) -> None:
     add("--evaluation_steps", type=positive_int, metavar="UPDATES",
         help="updates of an evaluation's training (default: as in the last meta-step)")  # fmt: skip
     add("--evaluation_batch_size", type=positive_int, metavar="IMAGES",
-        help="images in a batch of an evaluation's training (default: --batch_size)")  # fmt: skip
+        help="images in a batch of an evaluation's training (default: --batch_size; of rules of "
+             "unit statistics 512, or all)")  # fmt: skip
     add("--held_out", type=positive_int, metavar="IMAGES",
         help="judge on this many held-out training images instead of the test images")  # fmt: skip
     add("--beside", nargs="*", choices=BESIDE, metavar="FEATURES",
@@ -350,6 +350,7 @@ NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_
 # --probe_images of the other probes; with fewer per feature, fits are perfect and say nothing
 SAMPLED_IMAGES, SAMPLED_FOR_A_FEATURE, RIDGE_IMAGES = 8192, 256, 2000
 OUTER_IMAGES = {"logistic": 4096, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
+EVALUATION_BATCH_SIZE = 512  # of rules of unit statistics, or all images where there are fewer
 OUTER_IMAGES_IMPLICIT = 1024  # these are excluded from the fit
 
 
@@ -740,6 +741,9 @@ def learn(
     history = hypgraddesc(
         trainings, make_settings(args), log, hyperparameters=recorded, samples=samples, team=team
     )
+    skipped = history.columns.get("skipped_tasks")
+    if skipped is not None and len(skipped) and (skipped == args.tasks).all():
+        log.warn("every hypergradient was left out: nothing has been learned")
     return history.finished
 
 
@@ -934,6 +938,9 @@ def main(argv: list[str] | None = None) -> None:
     sets = [make_data(args, name, team, device) for name in names]
     rule = make_rule(args, own).to(device, dtype)
     initializer = make_initializer(args).to(device, dtype)
+    if args.rule == "unit_statistics" and args.evaluation_batch_size is None:
+        fewest = min(len(data[0]) for data in sets)
+        args.evaluation_batch_size = min(EVALUATION_BATCH_SIZE, fewest)
     streams = make_streams(args, [data[0] for data in sets], dtype)
     if args.start_from and not (args.resume and has_checkpoint(args.resume)):
         begin_with(load_run(args.start_from, own.get("rule")), rule, initializer, streams[0])

@@ -174,13 +174,10 @@ ENDED = ("done", "pruned", "diverged", "failed")
 def complete(args, command: list[str]) -> None:
     """Add the command of a trial and the defaults to `args`; raises UserError for wrong flags."""
     if args.resume is not None:
-        from_config = [a for v in args.variant or () for a in v.arguments]
-        from_config += [text for flag in args.search or () for text in flag.choices]
-        if not command:
-            command = saved_command(args.resume)
-            from_config += command
-        _refuse_to_write_elsewhere(args.resume, from_config)
-        _refuse_own_code(args.resume, from_config)
+        command = command or saved_command(args.resume)
+        of_variants = [a for v in args.variant or () for a in v.arguments]
+        searched = [text for flag in args.search or () for text in flag.choices]
+        _refuse_harm(args.resume, [*of_variants, *searched])
     if not command:
         raise UserError("no command: write it behind --, as in  sweep.py ... -- main.py 32")
     if not Path(command[0]).is_file():
@@ -209,19 +206,15 @@ def saved_command(directory: Path) -> list[str]:
     if Path(words[0]).resolve() not in [HOME / name for name in RESUMABLE]:
         raise UserError(f"{directory} runs {words[0]}, which is no command of this project: to "
                         "have it run, write it with its arguments behind --")  # fmt: skip
+    _refuse_harm(directory, words)
     return words
 
 
-def _refuse_own_code(directory: Path, arguments: Sequence[str]) -> None:
-    """Raise UserError if arguments from a config.json name a program, as in FILE.py:CLASS."""
-    for argument in arguments:
-        if is_own_code(argument):
-            raise UserError(f"{directory} has its command run {argument}, which is a program: to "
-                            "have that, start a new sweep")  # fmt: skip
+def _refuse_harm(directory: Path, arguments: Sequence[str]) -> None:
+    """Raise UserError if arguments from a config.json let a trial write outside its directory.
 
-
-def _refuse_to_write_elsewhere(directory: Path, arguments: Sequence[str]) -> None:
-    """Raise UserError if arguments from a config.json let a trial write outside its directory."""
+    Or run a program, as --rule FILE.py:CLASS does.
+    """
     for argument, following in itertools.pairwise([*arguments, ""]):
         flag, equals, value = argument.partition("=")
         folder = Path(value if equals else following)
@@ -229,6 +222,9 @@ def _refuse_to_write_elsewhere(directory: Path, arguments: Sequence[str]) -> Non
         if is_made or flag in WRITING or argument.startswith("-S"):
             raise UserError(f"{directory} runs its command with {argument}, which writes outside "
                             "of it: to have that, write the command behind --")  # fmt: skip
+        if is_own_code(argument):
+            raise UserError(f"{directory} runs its command with {argument}, which is a program: to "
+                            "have that, write the command behind --")  # fmt: skip
 
 
 def _refuse_flags_given_twice(args) -> None:

@@ -59,6 +59,13 @@ class Elsewhere(argparse.Action):
         parser.error(f"{option_string} is {OF_BIOPYTORCH[option_string]} here")
 
 
+def existing_file(text: str) -> Path:
+    """The type of --evaluate: the path of a file that is there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is not there, or no file")
+    return Path(text)
+
+
 def make_parser():
     """The command's flags; those that change the preset have the default None."""
     parser = common_parser("Train layers of competing hidden units.", "train_krotov_hopfield")
@@ -89,7 +96,12 @@ def make_parser():
         help="layers after which a classifier is trained (default: the last)")  # fmt: skip
     add("--round_batches", type=positive_int, default=100,
         help="batches of a layer in a round, which is a row of metrics.csv")  # fmt: skip
-    add("--evaluate", type=Path, metavar="FILE", help="only evaluate the network saved in FILE")
+    add(
+        "--evaluate",
+        type=existing_file,
+        metavar="FILE",
+        help="only evaluate the network saved in FILE",
+    )
     add("--cache", type=nonnegative_float, default=4.0, metavar="GB",
         help="largest amount of memory for features that are kept")  # fmt: skip
     for flag in OF_BIOPYTORCH:

@@ -3,12 +3,14 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
 import torch
-from commands import refused
+from commands import ROOT, refused
 
 import evaluate
 import main
+import sweep
 from experiment.own_code import OwnCodeError, load_own_code, own_code_name
 from learning_rules import RuleError
 from linear_probe import FunctionLoss, ProbeError
@@ -167,3 +169,86 @@ def test_wrong_uses_are_refused_before_a_folder_is_made(tmp_path, file, capsys, 
     out = tmp_path / "run"
     assert message in refused(capsys, main.main, *SMALL, *flags, "--out", out)
     assert not out.exists()
+
+
+def test_a_rule_that_writes_into_what_it_was_given_changes_nothing_else(tmp_path, file):
+    file.write_text(
+        CODE
+        + """
+class Writing(Decay):
+    def update_layer(self, layer, old, x, s, y):
+        old["w"] = super().update_layer(layer, dict(old), x, s, y)["w"]
+        return old
+"""
+    )
+    for name in ("Decay", "Writing"):
+        main.main([*SMALL, "--rule", f"{file}:{name}", "--out", str(tmp_path / name)])
+    runs = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("Decay", "Writing")]
+    assert runs[0]["evaluations"] == runs[1]["evaluations"]
+
+
+@pytest.mark.parametrize("body, message", [
+    ("return None", "Wrong returned a NoneType for a layer"),
+    ("return {'w': old['w']}", "Wrong returned no b for a layer"),
+    ("return old | {'w': old['w'][:1]}", "Wrong returned w of shape [1, 784], not [3, 784]"),
+])  # fmt: skip
+def test_what_is_no_update_of_a_layer_is_said(tmp_path, file, capsys, body, message):
+    file.write_text(
+        CODE
+        + f"""
+class Wrong(Decay):
+    def update_layer(self, layer, old, x, s, y):
+        {body}
+"""
+    )
+    out = tmp_path / "run"
+    assert message in refused(capsys, main.main, *SMALL, "--rule", f"{file}:Wrong", "--out", out)
+
+
+def test_a_file_that_ends_the_program_does_not_end_it_silently(tmp_path):
+    (tmp_path / "my.py").write_text("import sys\nsys.exit()\n")
+    with pytest.raises(OwnCodeError, match=r"my\.py, line 2: SystemExit"):
+        load_own_code(f"{tmp_path}/my.py:Rule")
+
+
+def test_code_and_images_are_found_again_where_they_are_now(tmp_path, file, capsys):
+    images = tmp_path / "tiny.npz"
+    generator = np.random.default_rng(0)
+    np.savez(images, x=generator.integers(256, size=(300, 4, 4)), y=np.arange(300) % 3)
+    given = ["--rule", f"{file}:Decay", "--dataset", str(images)]
+    out = tmp_path / "run"
+    main.main([SMALL[0], *SMALL[3:], *given, "--out", str(out)])
+    images.rename(tmp_path / "moved.npz")
+    file.rename(tmp_path / "moved.py")
+    code = ["--rule", f"{tmp_path}/moved.py:Decay"]
+    error = refused(capsys, main.main, "--resume", out, *code)
+    assert f"was run on --dataset {images}, which is not there any more" in error
+    main.main(["--resume", str(out), *code, "--dataset", str(tmp_path / "moved.npz"), "--quiet"])
+    np.savez(
+        tmp_path / "moved.npz", x=generator.integers(256, size=(300, 4, 4)), y=np.arange(300) % 3
+    )
+    moved = ["--dataset", tmp_path / "moved.npz"]
+    assert "was run with other data" in refused(capsys, main.main, "--resume", out, *code, *moved)
+
+
+def test_evaluate_notices_changed_images_and_a_class_that_no_run_needs(tmp_path, file, capsys):
+    images, out = tmp_path / "tiny.npz", tmp_path / "run"
+    generator = np.random.default_rng(0)
+    np.savez(images, x=generator.integers(256, size=(300, 4, 4)), y=np.arange(300) % 3)
+    main.main([SMALL[0], *SMALL[3:], "--dataset", str(images), "--out", str(out)])
+    error = refused(capsys, evaluate.main, out, "--steps", 1, "--rule", f"{file}:Decay")
+    assert "--rule needs a RUN whose rule is of a class of your own" in error
+    np.savez(images, x=generator.integers(256, size=(300, 4, 4)), y=np.arange(300) % 3)
+    error = refused(capsys, evaluate.main, out, "--steps", 1)
+    assert "tiny.npz has changed since run learned on it" in error
+
+
+def test_a_sweep_never_runs_code_that_its_directory_names(tmp_path, file, capsys):
+    out = tmp_path / "sweep"
+    config = {
+        "command": "sweep",
+        "trial_command": [str(ROOT / "main.py"), "--rule", f"{file}:Decay"],
+    }
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(config))
+    assert "which is a program" in refused(capsys, sweep.main, "--resume", out)

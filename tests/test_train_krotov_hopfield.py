@@ -172,7 +172,7 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--depth", "6"], "5 layers, not 6"),
+        (["--depth", "6"], "--depth 6 is above that of --preset deep, 5"),
         (["--preset", "dense", "--depth", "2"], "--depth 2 is above that of --preset dense, 1"),
         (["--ranking_param", "1"], "from 2, the runner-up"),
         (["--ranking_param", "9"], "to 8, the number of units"),
@@ -191,7 +191,8 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["--gate", "loud"], "invalid choice"),
         (["--classifier_epochs", "0", "--dropout", "0.3"], "--dropout needs --classifier_epochs"),
         (["--schedule", "constant", "--rate_waits_above", "1"], "--schedule linear or exp"),
-        (["--evaluate", "none.pt"], "--depth needs a training: leave out --evaluate"),
+        (["--evaluate", "none.pt"], "none.pt is not there"),
+        (["--evaluate", __file__], "--depth needs a training: leave out --evaluate"),
         (["--epochs", "-1"], "at least 0"),
         (["--layers", "3"], "--layers is --depth here"),
         (["--data_augment"], "--data_augment is --augmentation flip here"),
