@@ -429,7 +429,7 @@ def test_another_number_of_rules_than_layers_is_refused():
     params = parameters_of(model)
     for count in (0, 1, 3):
         rule = PerLayerRule([PolynomialRule.of_degree(1).double() for _ in range(count)])
-        with pytest.raises(RuleError, match=rf"each of 2 layers, got {count}"):
+        with pytest.raises(RuleError, match=rf"a rule for each layer with weights, 2, got {count}"):
             rule.update(model, params, normal(0, 5, 3))
 
 

@@ -67,8 +67,8 @@ DAMAGES = {
     "steps is 1000000000000": lambda d: d | {"steps": 10**12},
     "layers is 100000000": lambda d: d | {"layers": [10**8]},
     "layers is 3.5": lambda d: d | {"layers": [3.5]},
-    "9 layers": lambda d: d | {"layers": [1] * 9},
-    "0 layers": lambda d: d | {"layers": []},
+    "number of layers is 9": lambda d: d | {"layers": [1] * 9},
+    "number of layers is 0": lambda d: d | {"layers": []},
     "recipe holds no table": lambda d: d | {"recipe": 3},
     "not the description of a learning rule": lambda d: _with(d, rule={"kind": "Nothing"}),
     "powers up to 16, got": lambda d: _with(d, rule=PerLayerRule([
