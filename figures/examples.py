@@ -8,8 +8,10 @@ Each `plot_..._run` draws what its program draws at its end.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from experiment.run_reader import read_arrays, read_json, read_metrics, read_results
 from figures.style import (
@@ -61,6 +63,14 @@ def plot_logistic_run(directory: str | Path) -> list[Path]:
     published = {int(step): loss for step, loss in read_results(directory)["published"].items()}
     plot_losses(read_metrics(directory), published, place / "loss.png")
     return [place / "errors.png", place / "loss.png"]
+
+
+def plot_first_layers_run(directory: str | Path) -> list[Path]:
+    """Draw the filters of each method, and the accuracies behind them."""
+    place, results = Path(directory) / "figures", read_results(directory)
+    plot_filters(read_arrays(Path(directory) / "filters.npz"), place / "filters.png")
+    plot_accuracies(results["trainings"], results["judged_on"], place / "accuracy.png")
+    return [place / "filters.png", place / "accuracy.png"]
 
 
 def plot_meta_learning(
@@ -141,5 +151,64 @@ def plot_losses(
         axes.plot(list(published), list(published.values()), color=COLOURS[1], ls="", marker="o",
                   ms=5, mfc="none", label="published")  # fmt: skip
     label_axes(axes, "L2 weights by hypergradient descent", "outer step", "validation loss")
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+def plot_filters(filters: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Draw the filters of each method in a panel, in colour where there are three channels.
+
+    filters: [units, C, kernel, kernel]; each is scaled by its largest weight, grey is 0. Of other
+        numbers of channels the mean is shown.
+    """
+    across = min(len(filters), 4)
+    down = -(-len(filters) // across)
+    figure = new_figure(2.6 * across, 2.0 * down)
+    for axes in (grid := figure.subplots(down, across, squeeze=False)).flat:
+        axes.set_axis_off()
+    for axes, (name, weights) in zip(grid.flat, filters.items(), strict=False):
+        colour = weights if weights.shape[1] == 3 else weights.mean(1, keepdims=True)
+        largest = np.abs(colour).max((1, 2, 3), keepdims=True)
+        images = 0.5 + 0.5 * colour / np.where(largest > 0, largest, 1)
+        axes.imshow(_tiles(images.transpose(0, 2, 3, 1)), cmap="gray", vmin=0, vmax=1,
+                    interpolation="nearest")  # fmt: skip
+        axes.set_title(name, fontsize=FONT, parse_math=False)
+    save_figure(figure, path)
+
+
+def _tiles(images: np.ndarray) -> np.ndarray:
+    """Images [n, H, W, C] in [0, 1] side by side on white, about four columns to three rows."""
+    n, height, width, channels = images.shape
+    columns = math.ceil(math.sqrt(n * 4 / 3))
+    rows = -(-n // columns)
+    sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, channels))
+    for k, image in enumerate(images):
+        top, left = k // columns * (height + 1), k % columns * (width + 1)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def plot_accuracies(rows: Sequence[Mapping[str, Any]], judged_on: str, path: str | Path) -> None:
+    """Draw the accuracy of every layer as a dot, by method, with a bar at each method's mean.
+
+    rows: with method, "triangle/test_accuracy" and, where there is one, "own/test_accuracy".
+    """
+    figure, axes = one_panel()
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    labels = {"triangle": "Triangle of filters at norm 1", "own": "the method's own response"}
+    for colour, shift, (encoding, label) in zip(COLOURS, (0.12, -0.12), labels.items(),
+                                                strict=False):  # fmt: skip
+        name = f"{encoding}/test_accuracy"
+        for place, method in enumerate(methods):
+            values = [row[name] for row in rows if row["method"] == method and name in row]
+            if values:
+                height = [len(methods) - 1 - place + shift] * len(values)
+                axes.plot(values, height, "o", color=colour, ms=4, alpha=0.7)
+                axes.plot(np.mean(values), height[0], "|", color=colour, ms=14)
+        axes.plot([], [], "o", color=colour, ms=4, label=label)
+    label_axes(axes, "Accuracy of a linear probe; bars: means", f"{judged_on}", "")
+    axes.set_yticks(range(len(methods)), reversed([*methods]), fontsize=FONT)
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], min_n_ticks=2))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
     add_legend(axes)
     save_figure(figure, path)
