@@ -79,7 +79,7 @@ Response = Callable[[Tensor], Tensor]  # images [n, C, H, W] to [n, units, H', W
 
 @dataclass(frozen=True)
 class FirstLayer:
-    """Filters [units, C, kernel, kernel] of any norm, and the method's own response if it has one."""
+    """Filters [units, C, kernel, kernel] of any norm, and the method's own response if any."""
 
     filters: Tensor
     own: Response | None = None
@@ -178,16 +178,15 @@ def competing(args, method: str, data: ImageData, generator: Generator, dtype) -
 
 
 def by_learned_rule(args, method: str, data: ImageData, generator: Generator, dtype) -> FirstLayer:
-    """A convolution that the zoo's rule has trained, as its file says, by its first layer's rule."""
+    """A convolution that the rule of the zoo's file has trained, with its units and views."""
     recipe = load_zoo(method).recipe
     layer = LateralConv2d(
         data.shape[0], args.units, args.kernel, recipe.activation,
         **{name: getattr(recipe, name) for name in UNIT_FLAGS},
     )  # fmt: skip
     model, device = Sequential([layer]), data.images.device
-    initializer, rule = (
-        m.to(device, dtype) for m in (fixed_initializer(recipe.initial), recipe.rule)
-    )
+    initializer = fixed_initializer(recipe.initial).to(device, dtype)
+    rule = recipe.rule.to(device, dtype)
     views = Views(data, args.batch_size, replace(recipe.views, center=False), dtype=dtype)
     params = initializer(model, generator)
     params = train(model, params, views(generator), rule, args.updates, grad=False)
@@ -218,7 +217,7 @@ def make_parser():
     add("--C", type=positive_float, default=0.01, help="inverse penalty of the probe")
     add("--train_images", type=positive_int, metavar="N", help="use the first N (default: all)")
     add("--held_out", type=positive_int, metavar="IMAGES",
-        help="judge on so many training images, held out (default: on the test images)")  # fmt: skip
+        help="judge on so many training images, held out (default: on test images)")  # fmt: skip
     add("--evaluations", type=positive_int, default=3, help="layers learned by each method")
     return parser
 
@@ -242,12 +241,12 @@ def check(args, data: ImageData, dtype) -> None:
     if len(set(args.methods)) < len(args.methods):
         raise UserError("--methods names a method twice; name each once")
     if min(sides) < args.kernel + GRID - 1:
-        raise UserError(f"--kernel {args.kernel}: images of {sides} pixels leave no grid of {GRID} x "
-                        f"{GRID} responses; at most {min(sides) - GRID + 1}")  # fmt: skip
+        raise UserError(f"--kernel {args.kernel}: images of {sides} pixels are too small for it and "
+                        f"{GRID} x {GRID} squares of responses")  # fmt: skip
     directions = 2 * channels * args.kernel**2
     if "PCA" in args.methods and args.units > directions:
-        raise UserError(f"--units {args.units}: PCA has {directions} filters of {args.kernel} x "
-                        f"{args.kernel} pixels; take no more, or leave it out of --methods")  # fmt: skip
+        raise UserError(f"--units {args.units}: PCA has {directions} filters here; take no "
+                        "more, or leave it out of --methods")  # fmt: skip
     if "k-means" in args.methods and args.units > args.patches:
         raise UserError(
             f"--patches {args.patches}: k-means needs at least {args.units}, one a unit"
@@ -306,7 +305,7 @@ def judged(layer: FirstLayer, train_data: ImageData, test_data: ImageData, C: fl
     """Accuracies of a probe on the standardised features of each encoding, by `columns`."""
     sets, found = (train_data, test_data), {}
     features = [layer.features(data) for data in sets]
-    for encoding, *of_sets in zip(ENCODINGS, *features):
+    for encoding, *of_sets in zip(ENCODINGS, *features, strict=False):
         seen, unseen = standardised(*of_sets)
         fit = fit_logistic(seen, train_data.labels, train_data.classes, C, tolerance=TOLERANCE)
         for part, x, data in zip(("train", "test"), (seen, unseen), sets, strict=True):

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from experiment.run_reader import read_arrays, read_json, read_metrics, read_results
 from figures.style import (
     COLOURS,
+    FONT,
     GREY,
     add_legend,
     label_axes,
