@@ -241,8 +241,8 @@ def check(args, data: ImageData, dtype) -> None:
     if len(set(args.methods)) < len(args.methods):
         raise UserError("--methods names a method twice; name each once")
     if min(sides) < args.kernel + GRID - 1:
-        raise UserError(f"--kernel {args.kernel}: images of {sides} pixels are too small for it and "
-                        f"{GRID} x {GRID} squares of responses")  # fmt: skip
+        raise UserError(f"--kernel {args.kernel}: images of {sides} pixels are too small for "
+                        f"{GRID} x {GRID} squares of its responses")  # fmt: skip
     directions = 2 * channels * args.kernel**2
     if "PCA" in args.methods and args.units > directions:
         raise UserError(f"--units {args.units}: PCA has {directions} filters here; take no "
