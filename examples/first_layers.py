@@ -67,7 +67,7 @@ from train import check_finite, train
 GRID = 4  # squares, in each direction, over which responses are averaged
 CONTRAST = 10 / 255**2  # added to the variance of a patch of pixels in [0, 1]; Coates's 10 of bytes
 PATCHES_AT_ONCE = 1000  # of mini-batch k-means
-IMAGES_AT_ONCE = 500  # bounds the responses in memory
+IMAGES_AT_ONCE = 32  # their responses stay in the cache: 2.5 times as fast as with 500
 COMPETING = {"krotov-hopfield": "deep", "softhebb": "softhebb"}  # recipes
 LEARNED = ("transfer32", "mnist32", "fashion32", "latent-predictive")  # of rules/zoo
 METHODS = ("random", "k-means", "PCA", *COMPETING, *LEARNED)
