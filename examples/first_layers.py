@@ -330,7 +330,7 @@ def summary(rows: Sequence[Mapping]) -> dict[str, dict]:
             "trainings": len(of_method),
             **mean_and_deviation("seconds", [row["seconds"] for row in of_method]),
         }
-        for name in filter(of_method[0].get, columns()):
+        for name in (name for name in columns() if name in of_method[0]):
             found[method] |= mean_and_deviation(name, [row[name] for row in of_method])
     return found
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from experiment.run_reader import read_arrays, read_json, read_metrics, read_results
 from figures.style import (
@@ -22,6 +21,7 @@ from figures.style import (
     label_axes,
     new_figure,
     one_panel,
+    percent_axis,
     save_figure,
 )
 
@@ -197,19 +197,19 @@ def plot_accuracies(rows: Sequence[Mapping[str, Any]], judged_on: str, path: str
     figure, axes = one_panel()
     methods = list(dict.fromkeys(row["method"] for row in rows))
     labels = {"triangle": "Triangle of filters at norm 1", "own": "the method's own response"}
-    for colour, shift, (encoding, label) in zip(COLOURS, (0.12, -0.12), labels.items(),
-                                                strict=False):  # fmt: skip
+    shifts = (-0.12, 0.12)
+    for colour, shift, encoding in zip(COLOURS, shifts, labels, strict=False):
         name = f"{encoding}/test_accuracy"
-        for place, method in enumerate(methods):
-            values = [row[name] for row in rows if row["method"] == method and name in row]
-            if values:
-                height = [len(methods) - 1 - place + shift] * len(values)
-                axes.plot(values, height, "o", color=colour, ms=4, alpha=0.7)
-                axes.plot(np.mean(values), height[0], "|", color=colour, ms=14)
-        axes.plot([], [], "o", color=colour, ms=4, label=label)
-    label_axes(axes, "Accuracy of a linear probe; bars: means", f"{judged_on}", "")
-    axes.set_yticks(range(len(methods)), reversed([*methods]), fontsize=FONT)
-    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], min_n_ticks=2))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+        points = [(methods.index(row["method"]) + shift, row[name]) for row in rows if name in row]
+        if not points:
+            continue
+        places, values = np.transpose(points)
+        axes.plot(places, values, "o", color=colour, ms=4, alpha=0.7, label=labels[encoding])
+        means = [(place, values[places == place].mean()) for place in np.unique(places)]
+        axes.plot(*np.transpose(means), "_", color=colour, ms=14)
+    percent_axis(axes)
+    label_axes(axes, "Accuracy of a linear probe; bars: means", "", judged_on)
+    axes.set_xlim(-0.5, len(methods) - 0.5)
+    axes.set_xticks(range(len(methods)), methods, rotation=30, ha="right", fontsize=FONT - 1)
     add_legend(axes)
     save_figure(figure, path)
