@@ -44,6 +44,7 @@ from experiment.command_line import (
     parse,
     positive_float,
     positive_int,
+    refuse_idle_flags,
     run_command,
 )
 from experiment.devices import set_up
@@ -222,6 +223,18 @@ def make_parser():
     return parser
 
 
+def flag_needs(methods: Sequence[str]) -> list[tuple[str, bool, str]]:
+    """The argument `needs` of `refuse_idle_flags`."""
+    users = {
+        "patches": ("k-means", "PCA"), "epochs": (*COMPETING,), "hopfield_lr": ("krotov-hopfield",),
+        "softhebb_lr": ("softhebb",), "updates batch_size": LEARNED,
+    }  # fmt: skip
+    return [
+        (flags, not {*of_flags}.isdisjoint(methods), f"--methods {' or '.join(of_flags)}")
+        for flags, of_flags in users.items()
+    ]
+
+
 def load_data(args, device) -> tuple[ImageData, ImageData]:
     """Images to learn from and images to judge on, centred by the former's pixelwise mean."""
     train_data, test_data = load_images(args.dataset, args.data_dir)
@@ -375,7 +388,9 @@ def report(args, log: RunLog, comparison: Comparison) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, load, compare, report."""
-    args = parse(make_parser(), argv)
+    parser = make_parser()
+    args = parse(parser, argv)
+    refuse_idle_flags(args, parser, flag_needs(args.methods))
     device, dtype = set_up(args)
     train_data, test_data = load_data(args, device)
     check(args, train_data, dtype)

@@ -159,9 +159,10 @@ def test_a_comparison_goes_on_from_its_state_with_the_same_numbers():
     ("flags", "message"),
     [
         (["--methods", "guess"], "guess"),
-        (["--methods", "PCA", "random", "PCA"], "twice"),
+        (["--methods", "PCA", "mnist32", "PCA"], "twice"),
+        (["--methods", "k-means", "--updates", "3"], "--updates needs --methods transfer32 or"),
         (["--kernel", "26"], "too small"),
-        (["--kernel", "2", "--methods", "PCA"], "PCA has 8 filters"),
+        (["--kernel", "2", "--methods", "PCA", "mnist32"], "PCA has 8 filters"),
         (["--patches", "9"], "k-means needs at least 10"),
         (["--units", "8"], "8, the number of units"),
         (["--batch_size", "200"], "batches of 200"),
