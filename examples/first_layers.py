@@ -212,7 +212,7 @@ def make_parser():
     add("--epochs", type=positive_float, default=1.0, help="of competing units; also part of one")
     add("--hopfield_lr", type=positive_float, help="first rate (default: the recipe's)")
     add("--softhebb_lr", type=positive_float, help="rate (default: the recipe's)")
-    add("--updates", type=positive_int, default=30, help="of learned rules")
+    add("--updates", type=positive_int, default=300, help="of learned rules")
     add("--batch_size", type=positive_int, default=32, help="images of such an update")
     add = parser.add_argument_group("judgement").add_argument
     add("--C", type=positive_float, default=0.01, help="inverse penalty of the probe")
