@@ -72,7 +72,12 @@ from experiment.tables import latex, markdown
 from figures.baselines import plot_mlp_run, plot_pca_run, plot_vicreg_run
 from figures.competition import plot_competition_run, plot_searches_run
 from figures.evaluation import plot_evaluation_run
-from figures.examples import plot_equilibrium_run, plot_imaml_run, plot_logistic_run
+from figures.examples import (
+    plot_equilibrium_run,
+    plot_first_layers_run,
+    plot_imaml_run,
+    plot_logistic_run,
+)
 from figures.meta_learning import plot_oja_run, plot_rules, plot_run
 from figures.one_pass_report import plot_one_pass_run, plot_report, read_runs, table
 from figures.optimizers import (
@@ -98,6 +103,7 @@ DRAW: dict[str, Callable[[Path], list[Path]]] = {
     "tune_competition": plot_searches_run,
     "imaml": plot_imaml_run,
     "equilibrium_network": plot_equilibrium_run,
+    "first_layers": plot_first_layers_run,
     "logistic_regression": plot_logistic_run,
     "tune_one_pass": plot_one_pass_run,
     "learn_to_optimize": plot_optimizer_run,

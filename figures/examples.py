@@ -8,17 +8,20 @@ Each `plot_..._run` draws what its program draws at its end.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from experiment.run_reader import read_arrays, read_json, read_metrics, read_results
 from figures.style import (
     COLOURS,
+    FONT,
     GREY,
     add_legend,
     label_axes,
     new_figure,
     one_panel,
+    percent_axis,
     save_figure,
 )
 
@@ -61,6 +64,14 @@ def plot_logistic_run(directory: str | Path) -> list[Path]:
     published = {int(step): loss for step, loss in read_results(directory)["published"].items()}
     plot_losses(read_metrics(directory), published, place / "loss.png")
     return [place / "errors.png", place / "loss.png"]
+
+
+def plot_first_layers_run(directory: str | Path) -> list[Path]:
+    """Draw the filters of each method, and the accuracies behind them."""
+    place, results = Path(directory) / "figures", read_results(directory)
+    plot_filters(read_arrays(Path(directory) / "filters.npz"), place / "filters.png")
+    plot_accuracies(results["trainings"], results["judged_on"], place / "accuracy.png")
+    return [place / "filters.png", place / "accuracy.png"]
 
 
 def plot_meta_learning(
@@ -141,5 +152,64 @@ def plot_losses(
         axes.plot(list(published), list(published.values()), color=COLOURS[1], ls="", marker="o",
                   ms=5, mfc="none", label="published")  # fmt: skip
     label_axes(axes, "L2 weights by hypergradient descent", "outer step", "validation loss")
+    add_legend(axes)
+    save_figure(figure, path)
+
+
+def plot_filters(filters: Mapping[str, np.ndarray], path: str | Path) -> None:
+    """Draw the filters of each method in a panel, in colour where there are three channels.
+
+    filters: [units, C, kernel, kernel]; each is scaled by its largest weight, grey is 0. Of other
+        numbers of channels the mean is shown.
+    """
+    across = min(len(filters), 4)
+    down = -(-len(filters) // across)
+    figure = new_figure(2.6 * across, 2.0 * down)
+    for axes in (grid := figure.subplots(down, across, squeeze=False)).flat:
+        axes.set_axis_off()
+    for axes, (name, weights) in zip(grid.flat, filters.items(), strict=False):
+        colour = weights if weights.shape[1] == 3 else weights.mean(1, keepdims=True)
+        largest = np.abs(colour).max((1, 2, 3), keepdims=True)
+        images = 0.5 + 0.5 * colour / np.where(largest > 0, largest, 1)
+        axes.imshow(_tiles(images.transpose(0, 2, 3, 1)), cmap="gray", vmin=0, vmax=1,
+                    interpolation="nearest")  # fmt: skip
+        axes.set_title(name, fontsize=FONT, parse_math=False)
+    save_figure(figure, path)
+
+
+def _tiles(images: np.ndarray) -> np.ndarray:
+    """Images [n, H, W, C] in [0, 1] side by side on white, about four columns to three rows."""
+    n, height, width, channels = images.shape
+    columns = math.ceil(math.sqrt(n * 4 / 3))
+    rows = -(-n // columns)
+    sheet = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, channels))
+    for k, image in enumerate(images):
+        top, left = k // columns * (height + 1), k % columns * (width + 1)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def plot_accuracies(rows: Sequence[Mapping[str, Any]], judged_on: str, path: str | Path) -> None:
+    """Draw the accuracy of every layer as a dot, by method, with a bar at each method's mean.
+
+    rows: with method, "triangle/test_accuracy" and, where there is one, "own/test_accuracy".
+    """
+    figure, axes = one_panel()
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    labels = {"triangle": "Triangle of filters at norm 1", "own": "the method's own response"}
+    shifts = (-0.12, 0.12)
+    for colour, shift, encoding in zip(COLOURS, shifts, labels, strict=False):
+        name = f"{encoding}/test_accuracy"
+        points = [(methods.index(row["method"]) + shift, row[name]) for row in rows if name in row]
+        if not points:
+            continue
+        places, values = np.transpose(points)
+        axes.plot(places, values, "o", color=colour, ms=4, alpha=0.7, label=labels[encoding])
+        means = [(place, values[places == place].mean()) for place in np.unique(places)]
+        axes.plot(*np.transpose(means), "_", color=colour, ms=14)
+    percent_axis(axes)
+    label_axes(axes, "Accuracy of a linear probe; bars: means", "", judged_on)
+    axes.set_xlim(-0.5, len(methods) - 0.5)
+    axes.set_xticks(range(len(methods)), methods, rotation=30, ha="right", fontsize=FONT - 1)
     add_legend(axes)
     save_figure(figure, path)

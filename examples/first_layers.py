@@ -1,0 +1,408 @@
+"""First layers on images at equal width: which filters, learned without labels, are worth most?
+
+    python examples/first_layers.py --dataset cifar10 --held_out 10000
+    python examples/first_layers.py --methods softhebb transfer32 --evaluations 5
+    python examples/first_layers.py --resume runs/first_layers-...
+
+    random           normal
+    k-means          centroids of contrast-normalised patches (Coates, Lee, Ng 2011, AISTATS),
+                     without their whitening
+    PCA              the first directions of patches, each with both signs
+    krotov-hopfield  ranked gates, BioPyTorch's constants (the recipe "deep")
+    softhebb         soft gates (Journe et al. 2023; the recipe "softhebb")
+    transfer32, ...  rules of unit statistics from rules/zoo, each with its views
+
+All see the same images, centred pixel by pixel, and are judged by one encoder, so that only the
+filters w_o, scaled to norm 1, differ:
+
+    u_o = w_o * x,   relu(u_o - mean_o u_o)       (Triangle), averaged over a 4 x 4 grid
+
+and, where a method has another, by its own response in the place of the Triangle: sigmoid(4 s) of
+learned rules, the rectified currents of competing units. Features are standardised. The probe is
+logistic regression, on the test images or, to choose settings, on training images held out.
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from sklearn.cluster import MiniBatchKMeans
+from torch import Generator, Tensor
+from torch.nn.functional import adaptive_avg_pool2d, conv2d
+
+from data_sets.image_data import batch_indices
+from data_sets.views import Views
+from experiment.command_line import (
+    UserError,
+    common_parser,
+    parse,
+    positive_float,
+    positive_int,
+    refuse_idle_flags,
+    run_command,
+)
+from experiment.devices import set_up
+from experiment.loop import run_steps
+from experiment.main_settings import UNIT_FLAGS
+from experiment.opening import open_run
+from experiment.run_log import RunLog
+from experiment.seeds import EVALUATION, seeded_generator
+from experiment.statistics import mean_and_deviation
+from experiment.tables import aligned, markdown
+from figures.examples import plot_first_layers_run
+from initializers import fixed_initializer
+from kernels.logistic_regression import fit_logistic
+from krotov_hopfield import RECIPES, CompetitionError, HebbianNetwork, Triangle, learning_rate
+from linear_probe import extract_features
+from mnist_datasets import ImageData, hold_out, load_images, normalize_pixels
+from models_fully_local import LateralConv2d, Sequential
+from rules.zoo import load_zoo
+from train import check_finite, train
+
+GRID = 4  # squares, in each direction, over which responses are averaged
+CONTRAST = 10 / 255**2  # added to the variance of a patch of pixels in [0, 1]; Coates's 10 of bytes
+PATCHES_AT_ONCE = 1000  # of mini-batch k-means
+IMAGES_AT_ONCE = 32  # their responses stay in the cache: 2.5 times as fast as with 500
+COMPETING = {"krotov-hopfield": "deep", "softhebb": "softhebb"}  # recipes
+LEARNED = ("transfer32", "mnist32", "fashion32", "latent-predictive")  # of rules/zoo
+METHODS = ("random", "k-means", "PCA", *COMPETING, *LEARNED)
+TOLERANCE = 1e-6  # of the probe; the accuracy no longer changes below it
+ENCODINGS = ("triangle", "own")
+
+Response = Callable[[Tensor], Tensor]  # images [n, C, H, W] to [n, units, H', W']
+
+
+@dataclass(frozen=True)
+class FirstLayer:
+    """Filters [units, C, kernel, kernel] of any norm, and the method's own response if any."""
+
+    filters: Tensor
+    own: Response | None = None
+
+    def features(self, data: ImageData) -> list[Tensor]:
+        """What the filters at norm 1 and the Triangle, and then `own`, make of all images.
+
+        Each [N, units * GRID^2].
+        """
+        units = torch.linalg.vector_norm(self.filters.flatten(1), dim=1).clamp_min(1e-12)
+        params = [{"w": self.filters / units.view(-1, 1, 1, 1)}]
+        both = extract_features(self._encode, params, data, batch_size=IMAGES_AT_ONCE)
+        return list(both.split(len(self.filters) * GRID**2, 1))
+
+    def _encode(self, x: Tensor, params: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        maps = [Triangle()(conv2d(x, params[0]["w"]))]
+        if self.own is not None:
+            maps.append(self.own(x))
+        return torch.cat([adaptive_avg_pool2d(u, GRID).flatten(1) for u in maps], 1)
+
+
+# ---- the methods ----
+
+
+def first_layer(args, method: str, data: ImageData, key: tuple[int, ...], dtype) -> FirstLayer:
+    """The layer that a method learns from images, with the draws of this key."""
+    generator = seeded_generator(*key)
+    shape = (args.units, data.shape[0], args.kernel, args.kernel)
+    if method == "random":
+        return FirstLayer(torch.randn(shape, generator=generator, dtype=dtype))
+    if method in ("k-means", "PCA"):
+        patches = draw_patches(data, args.patches, args.kernel, generator)
+        find = centroids if method == "k-means" else principal_directions
+        return FirstLayer(find(patches, args.units, generator).view(shape).to(dtype))
+    learn = competing if method in COMPETING else by_learned_rule
+    return learn(args, method, data, generator, dtype)
+
+
+def draw_patches(data: ImageData, count: int, kernel: int, generator: Generator) -> Tensor:
+    """Squares of pixels in [0, 1] from random places of random images, float32 [count, pixels]."""
+    images, sides = data.images.cpu(), torch.arange(kernel)
+    _, channels, height, width = images.shape
+    n, top, left = (
+        torch.randint(high, (count,), generator=generator)
+        for high in (len(images), height - kernel + 1, width - kernel + 1)
+    )
+    rows, columns = top[:, None] + sides, left[:, None] + sides
+    chosen = images[
+        n.view(-1, 1, 1, 1),
+        torch.arange(channels).view(1, -1, 1, 1),
+        rows.view(count, 1, kernel, 1),
+        columns.view(count, 1, 1, kernel),
+    ]
+    return chosen.flatten(1).float() / 255
+
+
+def centroids(patches: Tensor, units: int, generator: Generator) -> Tensor:
+    """Centroids [units, pixels] of patches whose mean is 0 and whose contrast is normalised."""
+    x = patches - patches.mean(1, keepdim=True)
+    x = x / (x.var(1, keepdim=True) + CONTRAST).sqrt()
+    seed = int(torch.randint(2**31 - 1, (), generator=generator))
+    means = MiniBatchKMeans(units, batch_size=PATCHES_AT_ONCE, n_init=1, random_state=seed)
+    return torch.from_numpy(means.fit(x.numpy()).cluster_centers_)
+
+
+def principal_directions(patches: Tensor, units: int, generator: Generator) -> Tensor:
+    """The first units / 2 principal directions of patches, and then the negative of each."""
+    directions = torch.linalg.eigh(patches.T.double().cov())[1].T.flip(0)
+    half = (units + 1) // 2
+    return torch.cat([directions[:half], -directions[: units - half]])
+
+
+def competing_network(args, method: str, shape, generator: Generator, dtype) -> HebbianNetwork:
+    """One layer of competing units as in the method's recipe, without padding and pooling."""
+    recipe = RECIPES[COMPETING[method]](1)
+    plan = replace(recipe.layers[0], units=args.units, kernel=args.kernel, padding=0, pool="")
+    rate = {"krotov-hopfield": args.hopfield_lr, "softhebb": args.softhebb_lr}[method]
+    plan = replace(plan, lr=rate or plan.lr)
+    return HebbianNetwork(shape, replace(recipe, layers=(plan,)), generator, dtype=dtype)
+
+
+def competing(args, method: str, data: ImageData, generator: Generator, dtype) -> FirstLayer:
+    """Units that have competed for the images, in batches of the recipe's size."""
+    network = competing_network(args, method, data.shape, generator, dtype).to(data.images.device)
+    recipe, layer = network.recipe, network.blocks[0].layer
+    per_epoch = len(data) // recipe.batch_size
+    orders = (batch_indices(data, recipe.batch_size, generator) for _ in itertools.count())
+    updates = max(1, round(args.epochs * per_epoch))
+    batches = itertools.islice(itertools.chain.from_iterable(orders), updates)
+    for done, index in enumerate(batches):
+        rate = learning_rate(recipe.layers[0], recipe, done / per_epoch)
+        layer.training_step(data.floats(index, dtype), rate)
+    check_finite([{"w": layer.weight}], f"the filters of {method}")
+    return FirstLayer(layer.weight.detach(), network)
+
+
+def by_learned_rule(args, method: str, data: ImageData, generator: Generator, dtype) -> FirstLayer:
+    """A convolution that the rule of the zoo's file has trained, with its units and views."""
+    recipe = load_zoo(method).recipe
+    layer = LateralConv2d(
+        data.shape[0], args.units, args.kernel, recipe.activation,
+        **{name: getattr(recipe, name) for name in UNIT_FLAGS},
+    )  # fmt: skip
+    model, device = Sequential([layer]), data.images.device
+    initializer = fixed_initializer(recipe.initial).to(device, dtype)
+    rule = recipe.rule.to(device, dtype)
+    views = Views(data, args.batch_size, replace(recipe.views, center=False), dtype=dtype)
+    params = initializer(model, generator)
+    params = train(model, params, views(generator), rule, args.updates, grad=False)
+    check_finite(params, f"the filters of {method} after {args.updates} updates")
+    return FirstLayer(params[0]["w"], lambda x: model(x, params))
+
+
+# ---- the command ----
+
+
+def make_parser():
+    """The command's flags."""
+    parser = common_parser("Compare first layers that learn without labels.", "first_layers")
+    parser.set_defaults(dataset="cifar10")
+    add = parser.add_argument_group("layers").add_argument
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD",
+        help=", ".join(METHODS))  # fmt: skip
+    add("--units", type=positive_int, default=96, help="filters of each method")
+    add("--kernel", type=positive_int, default=5, help="side of a filter, in pixels")
+    add = parser.add_argument_group("learning").add_argument
+    add("--patches", type=positive_int, default=100_000, help="of k-means and PCA")
+    add("--epochs", type=positive_float, default=1.0, help="of competing units; also part of one")
+    add("--hopfield_lr", type=positive_float, help="first rate (default: the recipe's)")
+    add("--softhebb_lr", type=positive_float, help="rate (default: the recipe's)")
+    add("--updates", type=positive_int, default=300, help="of learned rules")
+    add("--batch_size", type=positive_int, default=32, help="images of such an update")
+    add = parser.add_argument_group("judgement").add_argument
+    add("--C", type=positive_float, default=0.01, help="inverse penalty of the probe")
+    add("--train_images", type=positive_int, metavar="N", help="use the first N (default: all)")
+    add("--held_out", type=positive_int, metavar="IMAGES",
+        help="judge on so many training images, held out (default: on test images)")  # fmt: skip
+    add("--evaluations", type=positive_int, default=3, help="layers learned by each method")
+    return parser
+
+
+def flag_needs(methods: Sequence[str]) -> list[tuple[str, bool, str]]:
+    """The argument `needs` of `refuse_idle_flags`."""
+    users = {
+        "patches": ("k-means", "PCA"), "epochs": (*COMPETING,), "hopfield_lr": ("krotov-hopfield",),
+        "softhebb_lr": ("softhebb",), "updates batch_size": LEARNED,
+    }  # fmt: skip
+    return [
+        (flags, not {*of_flags}.isdisjoint(methods), f"--methods {' or '.join(of_flags)}")
+        for flags, of_flags in users.items()
+    ]
+
+
+def load_data(args, device) -> tuple[ImageData, ImageData]:
+    """Images to learn from and images to judge on, centred by the former's pixelwise mean."""
+    train_data, test_data = load_images(args.dataset, args.data_dir)
+    if args.held_out:
+        train_data, test_data = hold_out(train_data, args.held_out)
+    if args.train_images:
+        if args.train_images > len(train_data):
+            raise UserError(f"--train_images {args.train_images}: there are {len(train_data)}")
+        train_data = train_data.subset(slice(args.train_images))
+    both = normalize_pixels(train_data, test_data, unit_variance=False)
+    return both[0].to(device), both[1].to(device)
+
+
+def check(args, data: ImageData, dtype) -> None:
+    """Refuse, before anything is written, what a method cannot do with images of this shape."""
+    channels, *sides = data.shape
+    if len(set(args.methods)) < len(args.methods):
+        raise UserError("--methods names a method twice; name each once")
+    if min(sides) < args.kernel + GRID - 1:
+        raise UserError(f"--kernel {args.kernel}: images of {sides} pixels are too small for "
+                        f"{GRID} x {GRID} squares of its responses")  # fmt: skip
+    directions = 2 * channels * args.kernel**2
+    if "PCA" in args.methods and args.units > directions:
+        raise UserError(f"--units {args.units}: PCA has {directions} filters here; take no "
+                        "more, or leave it out of --methods")  # fmt: skip
+    if "k-means" in args.methods and args.units > args.patches:
+        raise UserError(
+            f"--patches {args.patches}: k-means needs at least {args.units}, one a unit"
+        )
+    sizes = [args.batch_size] * any(name in LEARNED for name in args.methods)
+    for method in filter(COMPETING.get, args.methods):
+        network = competing_network(args, method, data.shape, seeded_generator(0), dtype)
+        network.blocks[0].layer.competition.check(args.units)
+        sizes.append(network.recipe.batch_size)
+    if sizes and max(sizes) > len(data):
+        raise UserError(f"{len(data)} training images; batches of {max(sizes)} need as many")
+
+
+class Comparison:
+    """One training of one method after the other, draw by draw: see `run_steps`."""
+
+    def __init__(self, args, train_data: ImageData, test_data: ImageData, dtype) -> None:
+        self.args, self.data, self.dtype = args, (train_data, test_data), dtype
+        self.rows: list[dict] = []
+        self.filters: dict[str, Tensor] = {}  # of each method's first layer
+
+    @property
+    def finished(self) -> bool:
+        """Whether every method has been judged in every draw."""
+        return len(self.rows) >= self.args.evaluations * len(self.args.methods)
+
+    def step(self) -> dict[str, float]:
+        """The next layer: learned, and judged in each encoding."""
+        draw, number = divmod(len(self.rows), len(self.args.methods))
+        method, begin = self.args.methods[number], time.process_time()
+        key = (self.args.seed, EVALUATION, draw, METHODS.index(method))
+        layer = first_layer(self.args, method, self.data[0], key, self.dtype)
+        layer = replace(layer, filters=layer.filters.to(self.data[0].images.device))
+        seconds = time.process_time() - begin
+        self.filters.setdefault(method, layer.filters.cpu())
+        accuracies = judged(layer, *self.data, self.args.C)
+        self.rows.append({"method": method, "draw": draw, "seconds": seconds, **accuracies})
+        blank = dict.fromkeys(columns(), float("nan"))
+        return {"method": METHODS.index(method), "draw": draw, **blank, **accuracies}
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs."""
+        return {"rows": self.rows, "filters": self.filters}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where `state_dict` left it."""
+        self.rows, self.filters = list(state["rows"]), dict(state["filters"])
+
+
+def columns() -> list[str]:
+    """The names of the accuracies of a layer."""
+    return [f"{encoding}/{part}_accuracy" for encoding in ENCODINGS for part in ("train", "test")]
+
+
+def judged(layer: FirstLayer, train_data: ImageData, test_data: ImageData, C: float) -> dict:
+    """Accuracies of a probe on the standardised features of each encoding, by `columns`."""
+    sets, found = (train_data, test_data), {}
+    features = [layer.features(data) for data in sets]
+    for encoding, *of_sets in zip(ENCODINGS, *features, strict=False):
+        seen, unseen = standardised(*of_sets)
+        fit = fit_logistic(seen, train_data.labels, train_data.classes, C, tolerance=TOLERANCE)
+        for part, x, data in zip(("train", "test"), (seen, unseen), sets, strict=True):
+            right = fit.logits(x).argmax(1) == data.labels
+            found[f"{encoding}/{part}_accuracy"] = right.double().mean().item()
+    return found
+
+
+def standardised(seen: Tensor, unseen: Tensor) -> tuple[Tensor, Tensor]:
+    """Both less the mean of each column of `seen`, divided by its deviation, 1 where that is 0."""
+    deviation, mean = torch.std_mean(seen, 0)
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    return (seen - mean) / deviation, (unseen - mean) / deviation
+
+
+def summary(rows: Sequence[Mapping]) -> dict[str, dict]:
+    """By method: mean and sample deviation of the accuracies, how many, and seconds of learning."""
+    found = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        of_method = [row for row in rows if row["method"] == method]
+        found[method] = {
+            "trainings": len(of_method),
+            **mean_and_deviation("seconds", [row["seconds"] for row in of_method]),
+        }
+        for name in (name for name in columns() if name in of_method[0]):
+            found[method] |= mean_and_deviation(name, [row[name] for row in of_method])
+    return found
+
+
+def table(found: Mapping[str, Mapping], held_out: bool) -> list[list[str]]:
+    """The cells of a table of `summary`; accuracies in percent."""
+    kind = "held-out" if held_out else "test"
+    heading = ["filters", f"Triangle, {kind}", "training", f"own response, {kind}", "training",
+               "n", "seconds"]  # fmt: skip
+    cells = [heading]
+    for method, of_method in found.items():
+        values = [percent(of_method, f"{encoding}/{part}_accuracy")
+                  for encoding in ENCODINGS for part in ("test", "train")]  # fmt: skip
+        seconds = f"{of_method['seconds_mean']:.1f}"
+        cells.append([method, *values, str(of_method["trainings"]), seconds])
+    return cells
+
+
+def percent(values: Mapping[str, float | None], name: str) -> str:
+    """Mean and deviation of a fraction as text, nothing where there is none."""
+    mean, deviation = (values.get(f"{name}_{part}") for part in ("mean", "standard_deviation"))
+    if mean is None:
+        return ""
+    return f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}")
+
+
+def report(args, log: RunLog, comparison: Comparison) -> None:
+    """The table on the screen and in Markdown, the numbers and filters as files, the figures."""
+    found, source = summary(comparison.rows), comparison.data[0].source
+    cells = table(found, bool(args.held_out))
+    log.write_arrays("filters.npz", {n: w.numpy() for n, w in comparison.filters.items()})
+    log.write_json("results.json", {
+        "data": source, "judged_on": "held-out training images" if args.held_out else "test images",
+        "summary": found, "trainings": comparison.rows,
+    })  # fmt: skip
+    log.write_text("table.md", markdown(cells))
+    log.plot(plot_first_layers_run)
+    for line in aligned(cells):
+        log.say(line)
+    log.say(f"everything is in {log.directory}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, load, compare, report."""
+    parser = make_parser()
+    args = parse(parser, argv)
+    refuse_idle_flags(args, parser, flag_needs(args.methods))
+    device, dtype = set_up(args)
+    train_data, test_data = load_data(args, device)
+    check(args, train_data, dtype)
+    with open_run(args, "first_layers", train_data) as log:
+        log.say(f"{len(train_data):,} images to learn from; {train_data.source}")
+        comparison = Comparison(args, train_data, test_data, dtype)
+        total = args.evaluations * len(args.methods)
+        finished = run_steps(log, comparison, "layer", total, shown=columns()[1::2])
+        report(args, log, comparison)
+    if not finished:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    run_command(main, wrong_input=(CompetitionError,))
