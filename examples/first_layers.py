@@ -58,7 +58,13 @@ from experiment.tables import aligned, markdown
 from figures.examples import plot_first_layers_run
 from initializers import fixed_initializer
 from kernels.logistic_regression import fit_logistic
-from krotov_hopfield import RECIPES, CompetitionError, HebbianNetwork, Triangle, learning_rate
+from krotov_hopfield import (
+    RECIPES,
+    CompetitionError,
+    KrotovHopfieldNetwork,
+    Triangle,
+    learning_rate,
+)
 from linear_probe import extract_features
 from mnist_datasets import ImageData, hold_out, load_images, normalize_pixels
 from models_fully_local import LateralConv2d, Sequential
@@ -154,13 +160,15 @@ def principal_directions(patches: Tensor, units: int, generator: Generator) -> T
     return torch.cat([directions[:half], -directions[: units - half]])
 
 
-def competing_network(args, method: str, shape, generator: Generator, dtype) -> HebbianNetwork:
+def competing_network(
+    args, method: str, shape, generator: Generator, dtype
+) -> KrotovHopfieldNetwork:
     """One layer of competing units as in the method's recipe, without padding and pooling."""
     recipe = RECIPES[COMPETING[method]](1)
     plan = replace(recipe.layers[0], units=args.units, kernel=args.kernel, padding=0, pool="")
     rate = {"krotov-hopfield": args.hopfield_lr, "softhebb": args.softhebb_lr}[method]
     plan = replace(plan, lr=rate or plan.lr)
-    return HebbianNetwork(shape, replace(recipe, layers=(plan,)), generator, dtype=dtype)
+    return KrotovHopfieldNetwork(shape, replace(recipe, layers=(plan,)), generator, dtype=dtype)
 
 
 def competing(args, method: str, data: ImageData, generator: Generator, dtype) -> FirstLayer:
