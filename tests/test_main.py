@@ -68,13 +68,14 @@ def test_rules_of_unit_statistics_have_defaults_of_their_own_and_end_beside_refe
     tmp_path, capsys
 ):
     out = tmp_path / "run"
-    main.main(["6", *STATISTICS, "--out", str(out)])
+    main.main(["6", *STATISTICS, "--beside", "random", "oja", "--out", str(out)])
     config = json.loads((out / "config.json").read_text())
     assert (config["views"], config["inhibition"], config["adjoint_limit"]) == (
         "geometric", "none", 2.0,
     )  # fmt: skip
     results = json.loads((out / "results.json").read_text())
-    assert list(results["beside"]["mnist5k"]) == list(main.BESIDE)
+    assert main.make_parser("unit_statistics").parse_args([]).beside == list(main.BESIDE)
+    assert list(results["beside"]["mnist5k"]) == ["random", "oja"]
     assert all(len(values) == 2 for values in results["beside"]["mnist5k"].values())
     assert (out / "figures" / "beside_mnist5k.png").stat().st_size > 1000
     last = (out / "log.txt").read_text().splitlines()[-1]
@@ -128,7 +129,9 @@ def test_flags_of_another_family_are_refused(capsys, tmp_path):
         (["--eps", "0.2"], "--rule unit_statistics"),
         (["--rule", "unit_statistics", "--terms", "x gain q"], "q"),
     ):
-        assert said in refused(capsys, main.main, 4, *flags, "--out", tmp_path / "run")
+        assert said in refused(
+            capsys, main.main, 4, "--dataset", "mnist5k", *flags, "--out", tmp_path / "run"
+        )
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path, plain):
