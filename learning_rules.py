@@ -206,7 +206,7 @@ class LearningRule(nn.Module):
     def term_changes(self, layer: nn.Module, old: dict[str, Tensor], x, s, y) -> dict[str, Tensor]:
         """The change that each term makes alone, [terms, *shape] by parameter.
 
-        The arguments are those of PolynomialRule.update_layer. Needed only by rules that are
+        The arguments are those of `update_layer`. Needed only by rules that are
         pruned.
         """
         raise NotImplementedError
@@ -385,10 +385,7 @@ class PolynomialRule(TermSumRule):
         s: Sequence[Tensor],
         y: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """New parameters of one layer; x [batch, in], s and y [batch, out], one per view.
-
-        In a convolutional layer x is [batch, in, H, W], s and y are [batch, out, H', W'].
-        """
+        """New parameters of one layer; arguments as in LearningRule."""
         delta = self.changes(layer, old, x, s, y, {g: getattr(self, g) for g in VARIABLES})
         new = {
             "w": self._stepped(old["w"], delta["w"], self.forward_weight_bound),

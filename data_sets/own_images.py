@@ -64,7 +64,7 @@ def load_own_images(path: Path) -> tuple[ImageData, ImageData]:
     if unknown := sorted({*test[1].tolist()} - {*classes.tolist()}):
         raise DataError(f"{path}: no training image has the test label {unknown[0]!r}")
     source = f"{path.name}: {len(train[0]):,} + {len(test[0]):,} images from {path}"
-    source += f"; {left_out:,} files left out" if left_out else ""
+    source += f"; files left out: {left_out:,}" if left_out else ""
     sets = []
     for name, (images, labels) in (("training", train), ("test", test)):
         numbers = torch.from_numpy(np.searchsorted(classes, labels))

@@ -54,6 +54,8 @@ OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 # config.json only if it is inside
 OUTSIDE = ("save_state", "to_zoo", "storage")
 
+IMAGES = ("dataset", "datasets")  # flags that may hold paths of images
+
 LARGEST = 1e30  # the largest number a flag takes; sums of many such numbers still fit in float32
 LARGEST_WHOLE = 10**9  # the largest whole number; below 2^31, as experiment/seeds.py requires
 AT_MOST = {  # limits of single flags, beyond which time or memory would not suffice
@@ -208,9 +210,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         if is_own_code(config.get(name)):
             parser.error(f"argument --resume: {directory} was run with --{name} {config[name]}, "
                          "which is a program: give that again to have it run")  # fmt: skip
-    for path in _lost_images(config) if "dataset" in known - {*explicit} else ():
-        parser.error(f"argument --resume: {directory} was run on --dataset {path}, which is not "
-                     "there any more: give --dataset with its new place")  # fmt: skip
+    for name in known.intersection(IMAGES) - {*explicit}:
+        for path in _lost(config.get(name)):
+            parser.error(f"argument --resume: {directory} was run on --dataset {path}, which is "
+                         "not there any more: give --dataset with its new place")  # fmt: skip
     taken = {*config} - {*explicit, *OF_THE_CALL}
     if not Path(str(config.get("data_dir"))).is_dir():
         taken.discard("data_dir")
@@ -225,9 +228,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     return args
 
 
-def _lost_images(config: dict[str, Any]) -> list[str]:
-    """The folders and files of images that a run was made on, as far as they are not there."""
-    names = config.get("dataset")
+def _lost(names: Any) -> list[str]:
+    """Of the data sets in a saved flag, the folders and files that don't exist any more."""
     names = names if isinstance(names, list) else [names]
     paths = [name for name in names if isinstance(name, str) and Path(name).is_absolute()]
     return [path for path in paths if not Path(path).exists()]
@@ -467,10 +469,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default unless it is None or False."""
+    """Shows a default unless it is None or False, or that of a switch which turns it off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        off = isinstance(action, argparse._StoreFalseAction)  # its default is another flag's
+        if action.default is None or action.default is False or off:
             return action.help
         return super()._get_help_string(action)
 

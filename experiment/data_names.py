@@ -13,8 +13,9 @@ OWN = "a folder of images by class, or a .npz file"
 
 
 def is_path(name: str) -> bool:
-    """Whether a name that is not that of a known data set is the path of a folder or file."""
-    return os.sep in name or name.lower().endswith(".npz") or Path(name).is_dir()
+    """Whether a name is that of a folder or file; a known data set's name never is."""
+    looks_like_one = os.sep in name or name.lower().endswith(".npz") or Path(name).is_dir()
+    return looks_like_one and name not in DATASETS
 
 
 def data_name(text: str, known: Sequence[str] = DATASETS) -> str:

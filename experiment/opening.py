@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from experiment.checkpoints import MAY_DIFFER
-from experiment.command_line import OF_THE_CALL, UserError, new_directory
+from experiment.command_line import IMAGES, OF_THE_CALL, UserError, new_directory
 from experiment.devices import find_device
 from experiment.files import plain
 from experiment.own_code import is_own_code
@@ -20,8 +20,8 @@ from experiment.processes import ALONE, Team
 from experiment.run_log import RunLog, SilentLog
 from experiment.run_reader import read_config
 
-NOTED_BY_CONTENT = {  # digests, the flags that say where they are of, and what those name
-    "data_found": (("dataset",), "data"),
+NOTED_BY_CONTENT = {  # digests, the flags that name what they are of, and what that is
+    "data_found": (IMAGES, "data"),
     "code_found": (("rule", "objective"), "code of your own"),
 }
 NOTED_LATER = ("run_found", "start_found")  # digests that older runs do not have

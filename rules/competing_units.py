@@ -101,7 +101,7 @@ class KrotovHopfieldRule(LearningRule):
         s: Sequence[Tensor],
         y: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """New parameters of one layer from its inputs x, as in PolynomialRule.update_layer.
+        """New parameters of one layer from its inputs x, as in LearningRule.
 
         Raises RuleError if fewer units compete than the rule ranks.
         """

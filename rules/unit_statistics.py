@@ -170,10 +170,7 @@ class UnitStatisticsRule(TermSumRule):
         s: Sequence[Tensor],
         y: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """New parameters of one layer; x [batch, in], s and y [batch, out], one per view.
-
-        In a convolutional layer x is [batch, in, H, W], s and y are [batch, out, H', W'].
-        """
+        """New parameters of one layer; arguments as in LearningRule."""
         units, rate = self._units(layer, old, x, s, y), self._rate(old)
         delta = self._changes(units, {group: getattr(self, group) for group in GROUPS})
         w, b = self._stepped(old["w"].flatten(1), delta.get("w"), rate, old["b"], delta.get("b"))

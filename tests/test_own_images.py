@@ -16,7 +16,7 @@ import evaluate
 import main
 from data_sets.image_data import DataError
 from data_sets.own_images import dataset_images, image_data
-from experiment.data_names import data_name, data_titles
+from experiment.data_names import data_name, data_titles, is_path
 from mnist_datasets import load_images
 
 NUMBERS = np.random.RandomState(0)
@@ -40,7 +40,7 @@ def test_a_folder_by_class_is_split_the_same_way_every_time(tmp_path):
     shutil.copy(folder / "kind 0" / "00.png", folder / ".thumbnails")
     train, test = load_images(str(folder))
     assert (len(train), len(test), train.shape, train.classes) == (20, 4, (1, 6, 5), 2)
-    assert train.source == f"pets: 20 + 4 images from {folder}; 1 files left out"
+    assert train.source == f"pets: 20 + 4 images from {folder}; files left out: 1"
     pixels = {image.tobytes(): label for image, label in zip(GREY, LABELS, strict=True)}
     for data in (train, test):
         for image, label in zip(data.images.numpy(), data.labels.tolist(), strict=True):
@@ -183,6 +183,7 @@ def test_names_of_the_command_line(tmp_path, monkeypatch):
                           ("dogs.npz", "dogs.npz is not there")):  # fmt: skip
         with pytest.raises(argparse.ArgumentTypeError, match=message):
             data_name(text)
+    assert not is_path("mnist") and is_path("pets") and not is_path("rotated")
     assert data_titles(["mnist", "/a/pets", "/b/x.npz"]) == ["mnist", "pets", "x"]
     assert data_titles(["/a/pets", "/b/pets"]) == ["/a/pets", "/b/pets"]
 
