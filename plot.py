@@ -104,6 +104,7 @@ DRAW: dict[str, Callable[[Path], list[Path]]] = {
     "imaml": plot_imaml_run,
     "equilibrium_network": plot_equilibrium_run,
     "first_layers": plot_first_layers_run,
+    "learn_filters": plot_run,
     "logistic_regression": plot_logistic_run,
     "tune_one_pass": plot_one_pass_run,
     "learn_to_optimize": plot_optimizer_run,

@@ -2,31 +2,31 @@
 
     python examples/first_layers.py --dataset cifar10 --held_out 10000
     python examples/first_layers.py --methods softhebb transfer32 --evaluations 5
+    python examples/first_layers.py --methods softhebb runs/filters/filters.json --windows 16
     python examples/first_layers.py --resume runs/first_layers-...
 
     random           normal
     k-means          centroids of contrast-normalised patches (Coates, Lee, Ng 2011, AISTATS),
                      without their whitening
+    k-means-white    centroids of whitened patches, as filters of the patches before whitening
     PCA              the first directions of patches, each with both signs
     krotov-hopfield  ranked gates, BioPyTorch's constants (the recipe "deep")
     softhebb         soft gates (Journe et al. 2023; the recipe "softhebb")
-    transfer32, ...  rules of unit statistics from rules/zoo, each with its views
+    transfer32, ...  rules of unit statistics from rules/zoo, each with its views, or from a file
+                     of that form, such as examples/learn_filters.py writes
 
-All see the same images, centred pixel by pixel, and are judged by one encoder, so that only the
-filters w_o, scaled to norm 1, differ:
-
-    u_o = w_o * x,   relu(u_o - mean_o u_o)       (Triangle), averaged over a 4 x 4 grid
-
-and, where a method has another, by its own response in the place of the Triangle: sigmoid(4 s) of
-learned rules, the rectified currents of competing units. Features are standardised. The probe is
+All see the same images, centred pixel by pixel, and are judged by the one encoder of
+comparison/first_layers.py and, where a method has another response, by this in the place of the
+Triangle: sigmoid(4 s) of learned rules, the rectified currents of competing units. The probe is
 logistic regression, on the test images or, to choose settings, on training images held out.
 """
 
+import argparse
 import itertools
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,8 +34,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from sklearn.cluster import MiniBatchKMeans
 from torch import Generator, Tensor
-from torch.nn.functional import adaptive_avg_pool2d, conv2d
 
+from comparison.first_layers import (
+    ENCODINGS,
+    GRID,
+    FirstLayer,
+    RandomWindows,
+    columns,
+    draw_patches,
+    judged,
+)
 from data_sets.image_data import batch_indices
 from data_sets.views import Views
 from experiment.command_line import (
@@ -57,56 +65,23 @@ from experiment.statistics import mean_and_deviation
 from experiment.tables import aligned, markdown
 from figures.examples import plot_first_layers_run
 from initializers import fixed_initializer
-from kernels.logistic_regression import fit_logistic
 from krotov_hopfield import (
     RECIPES,
     CompetitionError,
     KrotovHopfieldNetwork,
-    Triangle,
     learning_rate,
 )
-from linear_probe import extract_features
 from mnist_datasets import ImageData, hold_out, load_images, normalize_pixels
 from models_fully_local import LateralConv2d, Sequential
 from rules.zoo import load_zoo
 from train import check_finite, train
 
-GRID = 4  # squares, in each direction, over which responses are averaged
 CONTRAST = 10 / 255**2  # added to the variance of a patch of pixels in [0, 1]; Coates's 10 of bytes
 PATCHES_AT_ONCE = 1000  # of mini-batch k-means
-IMAGES_AT_ONCE = 32  # their responses stay in the cache: 2.5 times as fast as with 500
 COMPETING = {"krotov-hopfield": "deep", "softhebb": "softhebb"}  # recipes
 LEARNED = ("transfer32", "mnist32", "fashion32", "latent-predictive")  # of rules/zoo
-METHODS = ("random", "k-means", "PCA", *COMPETING, *LEARNED)
-TOLERANCE = 1e-6  # of the probe; the accuracy no longer changes below it
-ENCODINGS = ("triangle", "own")
-
-Response = Callable[[Tensor], Tensor]  # images [n, C, H, W] to [n, units, H', W']
-
-
-@dataclass(frozen=True)
-class FirstLayer:
-    """Filters [units, C, kernel, kernel] of any norm, and the method's own response if any."""
-
-    filters: Tensor
-    own: Response | None = None
-
-    def features(self, data: ImageData) -> list[Tensor]:
-        """What the filters at norm 1 and the Triangle, and then `own`, make of all images.
-
-        Each [N, units * GRID^2].
-        """
-        units = torch.linalg.vector_norm(self.filters.flatten(1), dim=1).clamp_min(1e-12)
-        params = [{"w": self.filters / units.view(-1, 1, 1, 1)}]
-        both = extract_features(self._encode, params, data, batch_size=IMAGES_AT_ONCE)
-        return list(both.split(len(self.filters) * GRID**2, 1))
-
-    def _encode(self, x: Tensor, params: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        maps = [Triangle()(conv2d(x, params[0]["w"]))]
-        if self.own is not None:
-            maps.append(self.own(x))
-        return torch.cat([adaptive_avg_pool2d(u, GRID).flatten(1) for u in maps], 1)
+METHODS = ("random", "k-means", "PCA", *COMPETING, *LEARNED, "k-means-white")  # numbers of draws
+WHITENING = 0.01  # added to each variance, relative to their mean
 
 
 # ---- the methods ----
@@ -118,36 +93,30 @@ def first_layer(args, method: str, data: ImageData, key: tuple[int, ...], dtype)
     shape = (args.units, data.shape[0], args.kernel, args.kernel)
     if method == "random":
         return FirstLayer(torch.randn(shape, generator=generator, dtype=dtype))
-    if method in ("k-means", "PCA"):
+    if method in OF_PATCHES:
         patches = draw_patches(data, args.patches, args.kernel, generator)
-        find = centroids if method == "k-means" else principal_directions
-        return FirstLayer(find(patches, args.units, generator).view(shape).to(dtype))
+        found = OF_PATCHES[method](patches, args.units, generator)
+        return FirstLayer(found.view(shape).to(dtype))
     learn = competing if method in COMPETING else by_learned_rule
     return learn(args, method, data, generator, dtype)
-
-
-def draw_patches(data: ImageData, count: int, kernel: int, generator: Generator) -> Tensor:
-    """Squares of pixels in [0, 1] from random places of random images, float32 [count, pixels]."""
-    images, sides = data.images.cpu(), torch.arange(kernel)
-    _, channels, height, width = images.shape
-    n, top, left = (
-        torch.randint(high, (count,), generator=generator)
-        for high in (len(images), height - kernel + 1, width - kernel + 1)
-    )
-    rows, columns = top[:, None] + sides, left[:, None] + sides
-    chosen = images[
-        n.view(-1, 1, 1, 1),
-        torch.arange(channels).view(1, -1, 1, 1),
-        rows.view(count, 1, kernel, 1),
-        columns.view(count, 1, 1, kernel),
-    ]
-    return chosen.flatten(1).float() / 255
 
 
 def centroids(patches: Tensor, units: int, generator: Generator) -> Tensor:
     """Centroids [units, pixels] of patches whose mean is 0 and whose contrast is normalised."""
     x = patches - patches.mean(1, keepdim=True)
-    x = x / (x.var(1, keepdim=True) + CONTRAST).sqrt()
+    return _k_means(x / (x.var(1, keepdim=True) + CONTRAST).sqrt(), units, generator)
+
+
+def whitened_centroids(patches: Tensor, units: int, generator: Generator) -> Tensor:
+    """Filters [units, pixels] whose responses are those of centroids of whitened patches."""
+    x = patches.double() - patches.double().mean(0)
+    variances, directions = torch.linalg.eigh(x.T.cov())
+    scale = (variances + WHITENING * variances.mean()).rsqrt()
+    whitening = (directions * scale) @ directions.T
+    return _k_means((x @ whitening).float(), units, generator) @ whitening.float()
+
+
+def _k_means(x: Tensor, units: int, generator: Generator) -> Tensor:
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
     means = MiniBatchKMeans(units, batch_size=PATCHES_AT_ONCE, n_init=1, random_state=seed)
     return torch.from_numpy(means.fit(x.numpy()).cluster_centers_)
@@ -158,6 +127,11 @@ def principal_directions(patches: Tensor, units: int, generator: Generator) -> T
     directions = torch.linalg.eigh(patches.T.double().cov())[1].T.flip(0)
     half = (units + 1) // 2
     return torch.cat([directions[:half], -directions[: units - half]])
+
+
+OF_PATCHES = {
+    "k-means": centroids, "k-means-white": whitened_centroids, "PCA": principal_directions,
+}  # fmt: skip
 
 
 def competing_network(
@@ -187,7 +161,10 @@ def competing(args, method: str, data: ImageData, generator: Generator, dtype) -
 
 
 def by_learned_rule(args, method: str, data: ImageData, generator: Generator, dtype) -> FirstLayer:
-    """A convolution that the rule of the zoo's file has trained, with its units and views."""
+    """A convolution that the rule of the zoo's file has trained, with its units and views.
+
+    Its updates see random windows of each image with --windows, else all.
+    """
     recipe = load_zoo(method).recipe
     layer = LateralConv2d(
         data.shape[0], args.units, args.kernel, recipe.activation,
@@ -196,9 +173,11 @@ def by_learned_rule(args, method: str, data: ImageData, generator: Generator, dt
     model, device = Sequential([layer]), data.images.device
     initializer = fixed_initializer(recipe.initial).to(device, dtype)
     rule = recipe.rule.to(device, dtype)
-    views = Views(data, args.batch_size, replace(recipe.views, center=False), dtype=dtype)
+    inputs = Views(data, args.batch_size, replace(recipe.views, center=False), dtype=dtype)
+    if args.windows:
+        inputs = RandomWindows(inputs, args.windows, args.kernel)
     params = initializer(model, generator)
-    params = train(model, params, views(generator), rule, args.updates, grad=False)
+    params = train(model, params, inputs(generator), rule, args.updates, grad=False)
     check_finite(params, f"the filters of {method} after {args.updates} updates")
     return FirstLayer(params[0]["w"], lambda x: model(x, params))
 
@@ -211,8 +190,8 @@ def make_parser():
     parser = common_parser("Compare first layers that learn without labels.", "first_layers")
     parser.set_defaults(dataset="cifar10")
     add = parser.add_argument_group("layers").add_argument
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD",
-        help=", ".join(METHODS))  # fmt: skip
+    add("--methods", nargs="+", type=method_name, default=METHODS, metavar="METHOD",
+        help=f"{', '.join(METHODS)}, or the file of a rule in the form of rules/zoo")  # fmt: skip
     add("--units", type=positive_int, default=96, help="filters of each method")
     add("--kernel", type=positive_int, default=5, help="side of a filter, in pixels")
     add = parser.add_argument_group("learning").add_argument
@@ -222,6 +201,8 @@ def make_parser():
     add("--softhebb_lr", type=positive_float, help="rate (default: the recipe's)")
     add("--updates", type=positive_int, default=300, help="of learned rules")
     add("--batch_size", type=positive_int, default=32, help="images of such an update")
+    add("--windows", type=positive_int, metavar="N",
+        help="random windows of each image in such an update (default: all)")  # fmt: skip
     add = parser.add_argument_group("judgement").add_argument
     add("--C", type=positive_float, default=0.01, help="inverse penalty of the probe")
     add("--train_images", type=positive_int, metavar="N", help="use the first N (default: all)")
@@ -231,16 +212,35 @@ def make_parser():
     return parser
 
 
+def method_name(text: str) -> str:
+    """One of METHODS, or the absolute path of a rule's file."""
+    if text in METHODS:
+        return text
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"unknown method {text!r}: there is no such file, and "
+                                         f"known are {', '.join(METHODS)}")  # fmt: skip
+    if load_zoo(text).recipe.views is None:
+        raise argparse.ArgumentTypeError(f"the rule in {text} takes no views")
+    return str(Path(text).resolve())
+
+
+def is_learned(method: str) -> bool:
+    """Whether a method is a rule in the form of rules/zoo."""
+    return method in LEARNED or method not in METHODS
+
+
 def flag_needs(methods: Sequence[str]) -> list[tuple[str, bool, str]]:
     """The argument `needs` of `refuse_idle_flags`."""
     users = {
-        "patches": ("k-means", "PCA"), "epochs": (*COMPETING,), "hopfield_lr": ("krotov-hopfield",),
-        "softhebb_lr": ("softhebb",), "updates batch_size": LEARNED,
+        "patches": (*OF_PATCHES,), "epochs": (*COMPETING,), "hopfield_lr": ("krotov-hopfield",),
+        "softhebb_lr": ("softhebb",),
     }  # fmt: skip
     return [
-        (flags, not {*of_flags}.isdisjoint(methods), f"--methods {' or '.join(of_flags)}")
-        for flags, of_flags in users.items()
-    ]
+        *((flags, not {*of_flags}.isdisjoint(methods), f"--methods {' or '.join(of_flags)}")
+          for flags, of_flags in users.items()),
+        ("updates batch_size windows", any(map(is_learned, methods)),
+         f"--methods {' or '.join(LEARNED)}, or a rule's file"),
+    ]  # fmt: skip
 
 
 def load_data(args, device) -> tuple[ImageData, ImageData]:
@@ -268,11 +268,12 @@ def check(args, data: ImageData, dtype) -> None:
     if "PCA" in args.methods and args.units > directions:
         raise UserError(f"--units {args.units}: PCA has {directions} filters here; take no "
                         "more, or leave it out of --methods")  # fmt: skip
-    if "k-means" in args.methods and args.units > args.patches:
+    centres = {"k-means", "k-means-white"}
+    if not centres.isdisjoint(args.methods) and args.units > args.patches:
         raise UserError(
             f"--patches {args.patches}: k-means needs at least {args.units}, one a unit"
         )
-    sizes = [args.batch_size] * any(name in LEARNED for name in args.methods)
+    sizes = [args.batch_size] * any(map(is_learned, args.methods))
     for method in filter(COMPETING.get, args.methods):
         network = competing_network(args, method, data.shape, seeded_generator(0), dtype)
         network.blocks[0].layer.competition.check(args.units)
@@ -298,15 +299,19 @@ class Comparison:
         """The next layer: learned, and judged in each encoding."""
         draw, number = divmod(len(self.rows), len(self.args.methods))
         method, begin = self.args.methods[number], time.process_time()
-        key = (self.args.seed, EVALUATION, draw, METHODS.index(method))
+        key = (self.args.seed, EVALUATION, draw, self.number(method))
         layer = first_layer(self.args, method, self.data[0], key, self.dtype)
         layer = replace(layer, filters=layer.filters.to(self.data[0].images.device))
         seconds = time.process_time() - begin
-        self.filters.setdefault(method, layer.filters.cpu())
+        self.filters.setdefault(title(method), layer.filters.cpu())
         accuracies = judged(layer, *self.data, self.args.C)
-        self.rows.append({"method": method, "draw": draw, "seconds": seconds, **accuracies})
+        self.rows.append({"method": title(method), "draw": draw, "seconds": seconds, **accuracies})
         blank = dict.fromkeys(columns(), float("nan"))
-        return {"method": METHODS.index(method), "draw": draw, **blank, **accuracies}
+        return {"method": self.number(method), "draw": draw, **blank, **accuracies}
+
+    def number(self, method: str) -> int:
+        """The number of a method in METHODS; rules' files follow in the order in which given."""
+        return [*METHODS, *(m for m in self.args.methods if m not in METHODS)].index(method)
 
     def state_dict(self) -> dict:
         """All that a resumed run needs."""
@@ -317,29 +322,9 @@ class Comparison:
         self.rows, self.filters = list(state["rows"]), dict(state["filters"])
 
 
-def columns() -> list[str]:
-    """The names of the accuracies of a layer."""
-    return [f"{encoding}/{part}_accuracy" for encoding in ENCODINGS for part in ("train", "test")]
-
-
-def judged(layer: FirstLayer, train_data: ImageData, test_data: ImageData, C: float) -> dict:
-    """Accuracies of a probe on the standardised features of each encoding, by `columns`."""
-    sets, found = (train_data, test_data), {}
-    features = [layer.features(data) for data in sets]
-    for encoding, *of_sets in zip(ENCODINGS, *features, strict=False):
-        seen, unseen = standardised(*of_sets)
-        fit = fit_logistic(seen, train_data.labels, train_data.classes, C, tolerance=TOLERANCE)
-        for part, x, data in zip(("train", "test"), (seen, unseen), sets, strict=True):
-            right = fit.logits(x).argmax(1) == data.labels
-            found[f"{encoding}/{part}_accuracy"] = right.double().mean().item()
-    return found
-
-
-def standardised(seen: Tensor, unseen: Tensor) -> tuple[Tensor, Tensor]:
-    """Both less the mean of each column of `seen`, divided by its deviation, 1 where that is 0."""
-    deviation, mean = torch.std_mean(seen, 0)
-    deviation = torch.where(deviation > 0, deviation, 1.0)
-    return (seen - mean) / deviation, (unseen - mean) / deviation
+def title(method: str) -> str:
+    """A method's name in tables: of a file, the run's and its own, such as filters/filters."""
+    return method if method in METHODS else f"{Path(method).parent.name}/{Path(method).stem}"
 
 
 def summary(rows: Sequence[Mapping]) -> dict[str, dict]:

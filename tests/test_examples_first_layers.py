@@ -15,7 +15,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import first_layers as example
+import learn_filters
 
+from comparison.first_layers import (
+    FilterLoss,
+    FirstLayer,
+    RandomWindows,
+    draw_patches,
+    standardised,
+)
 from data_sets.image_data import ImageData, batch_indices
 from data_sets.views import Views
 from experiment.seeds import seeded_generator
@@ -30,7 +38,8 @@ TINY = [
     "--patches", "500", "--updates", "2", "--evaluations", "1", "--threads", "1", "--quiet",
 ]  # fmt: skip
 SETTINGS = Namespace(units=10, kernel=3, patches=300, epochs=1.5, hopfield_lr=None,
-                     softhebb_lr=0.3, updates=2, batch_size=8)  # fmt: skip
+                     softhebb_lr=0.3, updates=2, batch_size=8,
+                     windows=None)  # fmt: skip
 
 
 def run(*flags) -> None:
@@ -47,7 +56,7 @@ def test_patches_are_squares_of_the_images():
     data = small_images(5, 7)
     squares = nn.functional.unfold(data.images.float() / 255, 3).movedim(1, 2).reshape(-1, 27)
     known = {tuple(row.tolist()) for row in squares}
-    patches = example.draw_patches(data, 2000, 3, torch.Generator().manual_seed(0))
+    patches = draw_patches(data, 2000, 3, torch.Generator().manual_seed(0))
     found = {tuple(row.tolist()) for row in patches}
     assert found <= known and len(found) == len(known)
 
@@ -71,9 +80,75 @@ def test_centroids_are_patterns_whatever_their_brightness_and_contrast():
     assert sorted(cosines.argmax(1).tolist()) == [0, 1, 2]
 
 
+def test_whitened_centroids_respond_to_patches_as_they_do_to_whitened_ones():
+    mixing = torch.randn(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    patches = torch.randn(4000, 9, dtype=torch.float64) @ mixing
+    found = example.whitened_centroids(patches, 6, torch.Generator().manual_seed(0)).double()
+    variances, directions = torch.linalg.eigh(patches.T.cov() + 0.01 * patches.var(0).mean()
+                                              * torch.eye(9))  # fmt: skip
+    root = (directions * variances.sqrt()) @ directions.T
+    centroids = found @ root  # of whitened patches, which have the same variance in all directions
+    z = (patches - patches.mean(0)) @ torch.linalg.inv(root)
+    nearest = torch.cdist(z, centroids).argmin(1)
+    means = torch.stack([z[nearest == k].mean(0) for k in range(6)])
+    assert torch.allclose(means, centroids, atol=0.4)
+
+
+def test_windows_are_those_of_the_images_at_the_same_places_in_both_views():
+    x = torch.arange(2 * 3 * 7 * 6).view(2, 3, 7, 6)
+    windows = RandomWindows(lambda generator: iter([(x, -x)]), 5, 3)
+    ((first, second),) = windows(torch.Generator().manual_seed(0))
+    assert torch.equal(first, -second) and first.shape == (10, 3, 3, 3)
+    for k, window in enumerate(first):
+        of_image = x[k // 5].unfold(1, 3, 1).unfold(2, 3, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        assert sum(torch.equal(window, square) for square in of_image) == 1
+
+
+def test_the_loss_of_filters_is_that_of_ridge_regression_on_the_features_that_judge():
+    data, generator = small_images(60), torch.Generator().manual_seed(3)
+    weight = torch.randn(4, 27, dtype=torch.float64, generator=generator).requires_grad_()
+    loss = FilterLoss(data, 3, fit_images=40, outer_images=20, penalty=0.5)
+    params = [{}, {"w": weight, "b": torch.zeros(4)}]
+    value, numbers = loss(None, params, torch.Generator().manual_seed(5))
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(5))
+    seen, unseen = FirstLayer(weight.detach().view(4, 3, 3, 3)).features(
+        data.subset(order))[0].split([40, 20])  # fmt: skip
+    A, B = standardised(seen, unseen)
+    Y, T = nn.functional.one_hot(data.labels[order], 4).double().split([40, 20])
+    W = torch.linalg.solve(A.T @ A + 20 * torch.eye(64), A.T @ (Y - Y.mean(0)))
+    outputs = B @ W + Y.mean(0)
+    assert value.item() == pytest.approx((outputs - T).square().sum(1).mean().item())
+    right = (outputs.argmax(1) == T.argmax(1)).double().mean().item()
+    assert numbers["held_out_accuracy"] == right
+    torch.autograd.gradcheck(
+        lambda w: loss(None, [{"w": w}], torch.Generator().manual_seed(5))[0],
+        weight.detach()[:2].requires_grad_(),
+    )
+
+
+def test_a_rule_for_filters_is_learned_continued_and_judged(tmp_path):
+    tiny = ["--dataset", "mnist5k", "--units", 6, "--train_images", 200, "--threads", 1,
+            "--batch_size", 8, "--windows", 4, "--horizon", 3, 5, "--fit_images", 80,
+            "--outer_images", 60, "--metasteps", 2, "--quiet"]  # fmt: skip
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    learn_filters.main([*map(str, tiny), "--out", str(once)])
+    redraw(once)
+    before = outcome(once)
+    learn_filters.main(["--resume", str(once), "--quiet"])
+    assert outcome(once) == before
+    learn_filters.main([*map(str, tiny), "--out", str(twice)])
+    assert (once / "filters.json").read_text() == (twice / "filters.json").read_text()
+    assert load_zoo(once / "filters.json").recipe.conv == ((6, 5),)
+    flags = [flag for flag in TINY if flag not in ("--patches", "500")]
+    run(*flags, "--methods", "random", once / "filters.json", "--windows", 4, "--out",
+        tmp_path / "run")  # fmt: skip
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert list(results["summary"]) == ["random", "once/filters"]
+
+
 def test_features_are_means_over_squares_of_rectified_responses_of_filters_at_norm_1():
     data, weight = small_images(2), 7 * torch.randn(4, 3, 3, 3, dtype=torch.float64)
-    layer = example.FirstLayer(weight, lambda x: x[:, :, 1:-1, 1:-1])
+    layer = FirstLayer(weight, lambda x: x[:, :, 1:-1, 1:-1])
     features, own = layer.features(data)
     x = data.floats(dtype=torch.float64)
     w = weight / weight.square().sum((1, 2, 3), keepdim=True).sqrt()
@@ -128,12 +203,12 @@ def test_every_method_is_learned_judged_and_drawn(tmp_path):
     out = tmp_path / "run"
     run(*TINY, "--epochs", 0.5, "--out", out)
     results = json.loads((out / "results.json").read_text())
-    assert list(results["summary"]) == list(example.METHODS) and len(rows(out)) == 9
+    assert list(results["summary"]) == list(example.METHODS) and len(rows(out)) == 10
     assert results["judged_on"] == "held-out training images"
     with_own = {m for m, s in results["summary"].items() if "own/test_accuracy_mean" in s}
     assert with_own == {*example.COMPETING, *example.LEARNED}
     assert all(s["triangle/test_accuracy_mean"] > 0.5 for s in results["summary"].values())
-    assert (out / "table.md").read_text().count("\n") == 11
+    assert (out / "table.md").read_text().count("\n") == 12
     redraw(out)
     before = outcome(out)
     run("--resume", out, "--quiet")
