@@ -30,7 +30,7 @@ from comparison.choices import (
     PROBLEMS,
     STANDARDISED,
 )
-from comparison.published_settings import THEIR_KEYS, translated
+from comparison.published_settings import SHARED_KEYS, THEIR_KEYS, translated
 from experiment.command_line import (
     UserError,
     computing_parser,
@@ -241,7 +241,7 @@ def parse_all(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         notes.extend(lines)
         return settings
 
-    foreign = Foreign(THEIR_KEYS, translate)
+    foreign = Foreign(THEIR_KEYS, translate, SHARED_KEYS)
     args = parse_settings(make_parser(), KEYS, argv, RUN_FLAGS, OF_ONE_RUN, foreign)
     return args, notes
 
