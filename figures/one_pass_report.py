@@ -396,8 +396,15 @@ def _ends(run: Recorded, part: str) -> np.ndarray:
 
 
 def _grid_over_steps_and_terms(runs: Sequence[Recorded]) -> list[Recorded]:
-    """The look-back runs, if they differ in T and in i and in no other setting; else []."""
-    grid = [run for run in runs if run.config["method"] == "look_back"]
+    """The look-back runs, if they differ in T and in i and in no other setting; else [].
+
+    Runs with exact derivatives, if there is no look-back run.
+    """
+    by_method = {
+        method: [run for run in runs if run.config["method"] == method]
+        for method in ("look_back", "unrolled")
+    }
+    grid = by_method["look_back"] or by_method["unrolled"]
     others = [{n: v for n, v in r.config.items() if n not in FREE_IN_A_GRID} for r in grid]
     several = (
         len({run.config[name] for run in grid}) > 1

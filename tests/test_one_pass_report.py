@@ -134,6 +134,9 @@ def test_the_heat_map_is_of_runs_that_differ_in_its_two_settings_alone(monkeypat
     axes = drawn(monkeypatch, tmp_path, *runs, again, fixed)["sensitivity.png"].axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["5", "10"]
     assert axes.texts[0].get_text() == f"{together:.3g}"
+    exact = [grid_run(every, terms, method="unrolled") for every in (5, 10) for terms in (1, 5)]
+    assert "sensitivity.png" in drawn(monkeypatch, tmp_path, *exact)
+    assert len(drawn(monkeypatch, tmp_path, *runs, *exact)["sensitivity.png"].axes[0].texts) == 4
     other = grid_run(10, 5, hyperparameter_lr=0.1)
     assert "sensitivity.png" not in drawn(monkeypatch, tmp_path, *runs[:3], other)
 
