@@ -30,7 +30,7 @@ from comparison.choices import (
     PROBLEMS,
     STANDARDISED,
 )
-from comparison.published_settings import THEIR_KEYS, translated
+from comparison.published_settings import SHARED_KEYS, THEIR_KEYS, translated
 from experiment.command_line import (
     UserError,
     computing_parser,
@@ -241,7 +241,7 @@ def parse_all(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         notes.extend(lines)
         return settings
 
-    foreign = Foreign(THEIR_KEYS, translate)
+    foreign = Foreign(THEIR_KEYS, translate, SHARED_KEYS)
     args = parse_settings(make_parser(), KEYS, argv, RUN_FLAGS, OF_ONE_RUN, foreign)
     return args, notes
 
@@ -518,12 +518,18 @@ def compile_loops(tuning: Tuning) -> None:
 def record(
     problem: Problem, tuning: Tuning, columns: Columns, log: RunLog, seconds: float
 ) -> dict[str, float]:
-    """Evaluate every draw, write its numbers to draws.npz, and return the medians over draws."""
+    """Evaluate every draw, write its numbers to draws.npz, and return the medians over draws.
+
+    TensorBoard shows the raw values of what each weight has of its own, all draws together.
+    """
     started = time.perf_counter()
     row = measured(problem, tuning)
     evaluation = time.perf_counter() - started
     columns.append(tuning.state.step, seconds, evaluation, row)
     log.write_arrays("draws.npz", columns.arrays())
+    if raw := {name: tuning.state.raw[name] for name in tuning.settings.high_dimensional}:
+        arrays = {f"Raw_Hyperparameter/{n.title()}": v.numpy(force=True) for n, v in raw.items()}
+        log.show_distributions(tuning.state.step, arrays)
     medians = {name: median_of_draws(values) for name, values in row.items()}
     return {**medians, "seconds": seconds}
 

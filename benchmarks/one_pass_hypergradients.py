@@ -1,7 +1,7 @@
 """How far the look-back's hypergradients are from the exact ones, by T and i, on a UCI set.
 
     python benchmarks/one_pass_hypergradients.py --data-dir ./data       # two tables of medians
-    python benchmarks/one_pass_hypergradients.py --dataset yacht --before 1000 --draws 50
+    python benchmarks/one_pass_hypergradients.py --dataset yacht --before 1000 --figure errors.png
 
 Each cell is the median over draws of |h - h_exact| / |h_exact|, where h has i terms (one row for
 each i) and h_exact is the derivative through the last T weight steps. Draws are first trained for
@@ -21,6 +21,7 @@ from comparison.one_pass_problems import FullBatches, Network, Problem, make_pro
 from data_sets.choices import TABLES
 from experiment.command_line import OneLineParser, positive_int, run_command
 from experiment.tables import markdown
+from figures.one_pass_report import plot_hypergradient_errors
 from one_pass.tuning import (
     Settings,
     Tuning,
@@ -67,7 +68,7 @@ def errors(problem: Problem, steps: list[WeightStep], name: str) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print a table for each hyperparameter."""
+    """Print a table for each hyperparameter, and draw them."""
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", choices=tuple(TABLES), default="energy", help="UCI data set")
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         help="folder of the data sets")  # fmt: skip
     add("--draws", type=positive_int, default=50, help="number of runs")
     add("--before", type=positive_int, default=100, help="weight steps before the window")
+    add("--figure", type=Path, metavar="FILE", help="also draw heat maps into this PNG file")
     args = parser.parse_args(argv)
     proportion = 0.11272 if args.dataset == "energy" else 0.2
     problem = make_problem(
@@ -82,13 +84,16 @@ def main(argv: list[str] | None = None) -> None:
         torch.device("cpu"),
     )  # fmt: skip
     steps = steps_of(problem, args.draws, args.before)
-    for name in ("lr", "weight_decay"):
+    found = {name: errors(problem, steps, name).numpy() for name in ("lr", "weight_decay")}
+    for name, grid in found.items():
         rows = [
             [str(terms), *(f"{value:.1%}" for value in row)]
-            for terms, row in zip(TERMS, errors(problem, steps, name).tolist(), strict=True)
+            for terms, row in zip(TERMS, grid.tolist(), strict=True)
         ]
         print(f"\n{name}, relative error of h; i down, T across\n")
         print(markdown([["i", *map(str, STEPS)], *rows], "---:"))
+    if args.figure is not None:
+        plot_hypergradient_errors(found, STEPS, TERMS, args.figure)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,12 @@ THEIR_KEYS = (
     Key("penn_treebank_validation_override", truth, None, "has no effect here: it is always done"),
 )
 
+# keys of the same name here, which mean what they mean together with the others
+SHARED_KEYS = (
+    "batch_size", "network_weight_steps", "hyperparameter_steps", "validation_proportion",
+    "optimised_hyperparameters", "transformed_hyperparameters", "hyperparameter_clipping",
+)  # fmt: skip
+
 DATASETS = {f"UCI_{name.capitalize()}": name for name in TABLES} | {
     "FashionMNIST": "fashion", "CIFAR10": "cifar10", "PennTreebank": "ptb",
 }  # fmt: skip
@@ -99,6 +105,7 @@ def translated(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     _start(translation)
     _hyperparameter_optimiser(translation)
     _steps(translation)
+    _clipping(translation)
     for name, reason in OF_NO_EFFECT.items():
         if name in translation.theirs:
             translation.take(name, translation.theirs[name], reason)
@@ -278,3 +285,15 @@ def _steps(to: _Translation) -> None:
         to.take(name, window, look_back=steps)
     elif name in to.theirs:
         to.take(name, window, "there is no window to reset")
+
+
+def _clipping(to: _Translation) -> None:
+    """A table without lr leaves the rate free there; here its bounds stay, unless they are null."""
+    name = "hyperparameter_clipping"
+    bounds = to.ours.get(name)
+    if bounds is None or "lr" in bounds:
+        return
+    if "method" in to.ours:
+        to.take(name, bounds, **{name: bounds | {"lr": None}})
+    else:
+        to.take(name, to.ours.pop(name), "nothing is tuned")

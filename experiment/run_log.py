@@ -194,7 +194,13 @@ class RunLog:
                 arrays[f"{number}.{name}"] = tensor.numpy(force=True)
             number += bool(layer.keys() - {"input_mean"})
         self.write_arrays("parameters.npz", arrays | {"input_shape": np.array(input_shape)})
-        self._show(lambda events: events.add_histograms(max(self.step, 0), arrays))
+        self.show_distributions(
+            max(self.step, 0), {f"parameters/{name}": values for name, values in arrays.items()}
+        )
+
+    def show_distributions(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Add the distribution of each array's finite numbers to what TensorBoard shows."""
+        self._show(lambda events: events.add_histograms(step, arrays))
 
     # ---- metrics ----
 

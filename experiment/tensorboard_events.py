@@ -59,7 +59,7 @@ class EventFile:
         """Write the distribution of each array's numbers, of those that are finite."""
         finite = {name: values[np.isfinite(values)] for name, values in arrays.items()}
         self._add(step, [
-            Summary.Value(tag=f"parameters/{name}", histo=_histogram(values))
+            Summary.Value(tag=name, histo=_histogram(values))
             for name, values in finite.items() if values.size
         ])  # fmt: skip
 

@@ -60,10 +60,13 @@ class Foreign:
     Attributes:
         keys: those that this command does not have.
         translate: all that files and these flags hold to settings of the command's own keys.
+        shared: the command's own keys whose meaning depends on the foreign ones beside them: if
+            there are any, these keys' flags are translated as well.
     """
 
     keys: Sequence[Key]
     translate: Callable[[dict[str, Any]], dict[str, Any]]
+    shared: Sequence[str] = ()
 
 
 def keys_of(
@@ -134,6 +137,7 @@ def parse_settings(
     """
     args = parse(parser, argv)
     merged: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
     others = {key.name: getattr(args, key.name) for key in (foreign.keys if foreign else ())}
     others = {name: value for name, value in others.items() if value is not None}
     resumed = getattr(args, "resume", None) is not None
@@ -144,12 +148,16 @@ def parse_settings(
         known = [*keys, *flags, *(foreign.keys if foreign else ())]
         for path in args.config:
             merged = merge(merged, read_settings(path, known, of_one_run))
-        merged = _translated(merge(merged, others), known, foreign)
+        merged = merge(merged, others)
+        if foreign is not None and any(key.name in merged for key in foreign.keys):
+            shared = {name: getattr(args, name) for name in foreign.shared}
+            shared = {name: value for name, value in shared.items() if value is not None}
+            merged = _translated(merged | shared, known, foreign)
         run_settings = {flag.name: merged[flag.name] for flag in flags if flag.name in merged}
         parser.set_defaults(**run_settings)  # so that flags on the command line take precedence
         args = parse(parser, argv)
     for key in keys:
-        value = getattr(args, key.name)
+        value = None if key.name in shared else getattr(args, key.name)
         value = merged.get(key.name, key.default) if value is None else value
         if isinstance(key.default, dict):
             value = merge(key.default, value)
@@ -159,12 +167,8 @@ def parse_settings(
     return args
 
 
-def _translated(
-    merged: dict[str, Any], known: Sequence[Key], foreign: Foreign | None
-) -> dict[str, Any]:
+def _translated(merged: dict[str, Any], known: Sequence[Key], foreign: Foreign) -> dict[str, Any]:
     """Without keys of another program."""
-    if foreign is None or not any(key.name in merged for key in foreign.keys):
-        return merged
     by_name = {key.name: key for key in known}
     return {
         name: _checked("translated", name, value, by_name)

@@ -396,8 +396,15 @@ def _ends(run: Recorded, part: str) -> np.ndarray:
 
 
 def _grid_over_steps_and_terms(runs: Sequence[Recorded]) -> list[Recorded]:
-    """The look-back runs, if they differ in T and in i and in no other setting; else []."""
-    grid = [run for run in runs if run.config["method"] == "look_back"]
+    """The look-back runs, if they differ in T and in i and in no other setting; else [].
+
+    Runs with exact derivatives, if there is no look-back run.
+    """
+    by_method = {
+        method: [run for run in runs if run.config["method"] == method]
+        for method in ("look_back", "unrolled")
+    }
+    grid = by_method["look_back"] or by_method["unrolled"]
     others = [{n: v for n, v in r.config.items() if n not in FREE_IN_A_GRID} for r in grid]
     several = (
         len({run.config[name] for run in grid}) > 1
@@ -421,15 +428,37 @@ def _sensitivity(runs: Sequence[Recorded]) -> Figure:
         if losses:
             grid[row, column] = np.median(np.concatenate(losses))
     figure, axes = one_panel()
-    logarithm = np.log10(np.where(np.isfinite(grid), grid, math.nan))
+    _heat_map(axes, grid, every, terms, "Median final test loss")
+    return figure
+
+
+def plot_hypergradient_errors(
+    errors: Mapping[str, np.ndarray], every: Sequence[int], terms: Sequence[int], path: Path
+) -> None:
+    """Draw the errors of hypergradients over T and i into `path`, a panel for each hyperparameter.
+
+    errors: of each hyperparameter's h, relative, [terms, every].
+    every, terms: the values of T and of i.
+    """
+    figure = new_figure(4.4 * len(errors), 3)
+    panels = figure.subplots(1, len(errors), squeeze=False)[0]
+    for axes, (name, grid) in zip(panels, errors.items(), strict=True):
+        _heat_map(axes, grid.round(3), every, terms, f"Relative error of h, {plain_text(name)}")
+    save_figure(figure, path)
+
+
+def _heat_map(
+    axes: Axes, grid: np.ndarray, every: Sequence[int], terms: Sequence[int], title: str
+) -> None:
+    """Draw numbers [terms, every] over T and i; colours are logarithms, 0 and inf have none."""
+    logarithm = np.log10(np.where(np.isfinite(grid) & (grid > 0), grid, math.nan))
     shown = axes.imshow(logarithm, cmap="viridis_r", aspect="auto", origin="lower")
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
             colour = "white" if shown.norm(logarithm[row, column]) > 0.5 else "black"
             axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour)
-    label_axes(axes, "Median final test loss", "weight steps, T", "terms of the series, i")
+    label_axes(axes, title, "weight steps, T", "terms of the series, i")
     axes.grid(False)
     axes.set_xticks(range(len(every)), every)
     axes.set_yticks(range(len(terms)), terms)
-    figure.colorbar(shown, ax=axes, label="log10")
-    return figure
+    axes.figure.colorbar(shown, ax=axes, label="log10")

@@ -1,13 +1,13 @@
-"""The blocks of code in docs/extending.md and README.md run as they stand, and stay short."""
+"""The blocks of code in the guides and in README.md run as they stand, and stay short."""
 
 import re
 
 import torch
 from commands import ROOT
 
-GUIDE, README = (
+GUIDE, ONE_PASS, README = (
     re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
-    for name in ("docs/extending.md", "README.md")
+    for name in ("docs/extending.md", "docs/one_pass.md", "README.md")
 )
 
 
@@ -21,7 +21,18 @@ def test_every_block_of_the_guide_runs(tmp_path, monkeypatch):
 
 
 def test_every_block_is_shorter_than_twenty_lines():
-    assert len(GUIDE) == 5 and all(block.count("\n") < 20 for block in GUIDE)
+    assert len(GUIDE) == 5 and len(ONE_PASS) == 2
+    assert all(block.count("\n") < 20 for block in GUIDE + ONE_PASS)
+
+
+def test_of_one_pass_tuning_too_where_a_rate_that_is_a_matrix_becomes_the_inverse_hessian():
+    torch.manual_seed(0)
+    names = {}
+    for block in ONE_PASS:
+        exec(compile(block, "one_pass.md", "exec"), names)
+    assert names["tuning"].state.step == 100
+    rate = names["root"].detach().tril() @ names["root"].detach().tril().T
+    assert torch.allclose(rate, names["hessian"].inverse(), rtol=0.02)
 
 
 def test_the_first_example_makes_features_that_are_good_for_something(capsys):

@@ -18,6 +18,7 @@ from figures.one_pass_report import (
     best_of_groups,
     final_losses,
     median_of_draws,
+    plot_hypergradient_errors,
     plot_report,
     read_run,
     read_runs,
@@ -133,8 +134,25 @@ def test_the_heat_map_is_of_runs_that_differ_in_its_two_settings_alone(monkeypat
     axes = drawn(monkeypatch, tmp_path, *runs, again, fixed)["sensitivity.png"].axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["5", "10"]
     assert axes.texts[0].get_text() == f"{together:.3g}"
+    exact = [grid_run(every, terms, method="unrolled") for every in (5, 10) for terms in (1, 5)]
+    assert "sensitivity.png" in drawn(monkeypatch, tmp_path, *exact)
+    assert len(drawn(monkeypatch, tmp_path, *runs, *exact)["sensitivity.png"].axes[0].texts) == 4
     other = grid_run(10, 5, hyperparameter_lr=0.1)
     assert "sensitivity.png" not in drawn(monkeypatch, tmp_path, *runs[:3], other)
+
+
+def test_errors_of_hypergradients_have_a_panel_for_each_hyperparameter(monkeypatch, tmp_path):
+    figures = {}
+    monkeypatch.setattr(
+        one_pass_report, "save_figure", lambda figure, path: figures.update({path.name: figure})
+    )
+    errors = {name: np.array([[1e-17, 0.5], [4.0, math.inf]]) for name in ("lr", "weight_decay")}
+    plot_hypergradient_errors(errors, (1, 2), (1, 5), tmp_path / "errors.png")
+    rate, decay, *_ = figures["errors.png"].axes
+    assert [text.get_text() for text in rate.texts] == ["0", "0.5", "4", "inf"]
+    assert rate.get_title("left") != decay.get_title("left")
+    assert rate.images[0].get_array().count() == 2
+    save_figure(figures["errors.png"], tmp_path / "errors.png")
 
 
 def test_a_figure_chosen_on_validation_is_of_runs_with_validation_samples(monkeypatch, tmp_path):

@@ -169,6 +169,25 @@ def test_their_flags_are_taken_and_ours_win(tmp_path):
     assert ours[1] == []
 
 
+def test_flags_that_both_have_mean_what_they_mean_there(tmp_path):
+    def args_of(algorithm, *flags):
+        files = written(tmp_path, problem=PROBLEMS["yacht"], algorithm=ALGORITHMS[algorithm][0])
+        args, _ = tune_one_pass.parse_all(["-c", *map(str, files), *flags])
+        tune_one_pass.fill_in(args)
+        return args
+
+    assert args_of("Random", "--batch_size", "277").batch_size is None  # all rows
+    assert args_of("Random", "--batch_size", "50").batch_size == 50
+    steps = "--hyperparameter_steps", "20"
+    assert args_of("Baydin", *steps).steps == 200 and args_of("Lorraine", *steps).steps == 200
+    assert args_of("LongDiffThroughOpt", "--network_weight_steps", "100").look_back == 100
+    clipped = tune_one_pass.make_settings(args_of("Ours_HDLR_Momentum"))
+    assert clipped.bounds == {"lr": (-10, 0)}
+    free = args_of("Ours_HDLR_Momentum", "--hyperparameter_clipping", "{}")
+    assert tune_one_pass.make_settings(free).bounds == {}
+    assert args_of("Random", "--hyperparameter_clipping", "{}").method == "fixed"
+
+
 def test_a_run_that_is_gone_on_with_takes_no_flag_of_theirs(tmp_path, capsys):
     out, tiny = tmp_path / "run", ("--total_step_limit", "10", "--threads", "1", "--no_figures")
     flags = ("--dataset", "boston", "--data-dir", str(tmp_path), "--out", str(out), "--quiet")

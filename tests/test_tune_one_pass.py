@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, interrupt_at_row, kill_at_row, outcome, redraw, refused, rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tune_one_pass
 from experiment.run_reader import read_config, read_json
@@ -178,6 +179,19 @@ def test_of_a_rate_for_every_weight_the_tenths_are_recorded(tmp_path):
     assert (
         np.allclose(low[0], high[0]) and (low[-1] < mean[-1]).all() and (mean[-1] < high[-1]).all()
     )
+
+
+def test_tensorboard_shows_the_distribution_of_a_rate_for_every_weight(tmp_path):
+    run = tune(tmp_path, *config("boston", "ours_hdlr_momentum"), "--draws", 2, out="each")
+    events = EventAccumulator(str(run), {"histograms": 0}).Reload()
+    assert events.Tags()["histograms"] == ["Raw_Hyperparameter/Lr"]
+    first, *_, last = (e.histogram_value for e in events.Histograms("Raw_Hyperparameter/Lr"))
+    weights = 50 * (13 + 1) + 51
+    rates = read_run(run).columns["Hyperparameter/Lr"]  # geometric means, of two draws
+    assert first.num == last.num == 2 * weights and sum(last.bucket) == last.num
+    assert last.sum == pytest.approx(weights * np.log10(rates[-1]).sum(), rel=1e-5)
+    one_for_all = tune(tmp_path, *config("boston", "ours_lr"), out="one")
+    assert EventAccumulator(str(one_for_all)).Reload().Tags()["histograms"] == []
 
 
 def test_the_factor_of_a_stepped_rate_may_be_given(tmp_path):
