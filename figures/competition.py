@@ -15,6 +15,7 @@ from experiment.run_reader import read_arrays, read_metrics, read_results
 from figures.meta_learning import plot_features
 from figures.style import (
     COLOURS,
+    FONT,
     add_legend,
     label_axes,
     looks,
@@ -128,5 +129,8 @@ def plot_searches(rows: Sequence[Mapping[str, float]], path: str | Path) -> None
     )
     label_axes(right, "Test accuracy; lines: means", "search", "test images, probe")
     percent_axis(right)
-    add_legend(left)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS),
+        fontsize=FONT - 1, frameon=False,
+    )  # fmt: skip
     save_figure(figure, path)

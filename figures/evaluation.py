@@ -54,9 +54,8 @@ def plot_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
                 rows = [row for row in summary if place.items() <= row.items() and row["finite"]]
                 _plot_method(axes, method, rows, look)
             percent_axis(axes)
-            label_axes(
-                axes, f"{dataset}, {layers}", bottom, "" if j else "test accuracy of the probe"
-            )
+            y_label = "" if j else "test accuracy of the probe, ± one deviation"
+            label_axes(axes, f"{dataset}, {layers}", bottom, y_label)
             _step_axis(axes, sorted({row["inner_steps"] for row in summary} - {0}))
             axes.margins(y=0.08)
     shown = [axes.get_legend_handles_labels() for axes in grid.flat]

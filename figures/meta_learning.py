@@ -44,6 +44,7 @@ from figures.style import (
 LABELLED = 8  # the most coefficients of a panel named in the legend
 LARGEST_GRID = 64  # the most units shown as images
 MATRICES_A_ROW = 4
+FEW_LAYERS = 6  # panels of more are flatter
 SHOWN_TERMS, SHOWN_FROM = 24, 0.05  # the most terms that get a row; their least relative size
 NUMBERED = 12  # the most rules whose similarities are written out, beside their colours
 ACCURACIES = {"train_accuracy": "training images", "test_accuracy": "test images"}
@@ -156,7 +157,7 @@ def plot_coefficients(
     layers = list(dict.fromkeys(layer for layer, _ in panels))
     groups = [group for group in GROUPS if any(key[1] == group for key in panels)]
     rows, columns = max(len(layers), 1), max(len(groups), 1)
-    figure = new_figure(4.6 * columns, 3.0 * rows)
+    figure = new_figure(4.6 * columns, (3.0 if rows <= FEW_LAYERS else 2.0) * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for row, layer in enumerate(layers):
         for column, group in enumerate(groups):
@@ -252,7 +253,12 @@ def plot_pruning(
     axes.errorbar(terms, mean, deviation, color=colour, marker="o", ms=4, lw=1.3, capsize=2)
     axes.set_xscale("log")
     percent_axis(axes)
-    label_axes(axes, "Accuracy of shortened rules", "terms of the rule", "test images, probe")
+    label_axes(
+        axes,
+        "Accuracy of shortened rules",
+        "terms of the rule",
+        "test images, probe, ± one deviation",
+    )
     tick_numbers(axes, terms, 1.12)
     add_legend(axes)
     save_figure(figure, path)
@@ -538,11 +544,13 @@ def table_of_terms(rules: Rules, group: str) -> tuple[list[str], np.ndarray, int
 
     Terms are sorted by decreasing mean size. The values [all terms, rules] are first those of the
     terms with a row, then the others; each rule's are relative to its largest, and 0 for terms that
-    it doesn't have.
+    it doesn't have. Each hyperparameter of competing units is relative to its largest in any rule.
     """
     names = dict.fromkeys(n for sizes in rules.values() for n in sizes if n[0] == group)
     values = np.array([[sizes.get(n, 0.0) for sizes in rules.values()] for n in names])
-    largest = np.abs(values).max(axis=0)
+    own_scale = np.array([name in COMPETITION for name in names])
+    largest = np.abs(np.where(own_scale[:, None], 0, values)).max(axis=0, keepdims=True)
+    largest = np.where(own_scale[:, None], np.abs(values).max(axis=1, keepdims=True), largest)
     values = values / np.where(largest > 0, largest, 1.0)
     order = np.argsort(-np.abs(values).mean(axis=1), kind="stable")
     values, terms = values[order], [list(names)[i].split("/", 1)[1] for i in order]

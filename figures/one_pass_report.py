@@ -285,7 +285,8 @@ def _envelopes(runs: Sequence[Recorded], column: str, label: str) -> Figure:
         axes.fill_between(x, low, high, color=look["color"], alpha=0.2, lw=0)
     title = "Median over draws; band: 80 % of medians of resampled draws"
     label_axes(axes, title, label, "test loss")
-    axes.xaxis.set_major_locator(AutoLocator())
+    if column == "seconds":
+        axes.xaxis.set_major_locator(AutoLocator())
     add_legend(axes)
     return figure
 
@@ -298,8 +299,9 @@ def _distributions(runs: Sequence[Recorded]) -> Figure:
         losses = np.sort(final_losses(run.columns))
         share = np.arange(1, len(losses) + 1) / len(losses)
         kept = np.isfinite(losses)
-        axes.step(losses[kept], share[kept], where="post", label=run.title, **look)
-    axes.set_ylim(0, 1)
+        marker = "o" if kept.sum() == 1 else ""
+        axes.step(losses[kept], share[kept], where="post", marker=marker, label=run.title, **look)
+    axes.set_ylim(0, 1.03)
     label_axes(axes, "Final losses", "test loss", "share of draws that end below")
     add_legend(axes)
     return figure
@@ -310,13 +312,15 @@ def _hyperparameter_traces(runs: Sequence[Recorded], name: str, label: str) -> F
     count = len(runs)
     figure = new_figure(2.6 * min(count, 4) + 0.6, 2.4 * -(-count // 4) + 0.3)
     panels = figure.subplots(-(-count // 4), min(count, 4), squeeze=False, sharey=True)
-    for axes, run, colour in zip(panels.flat, runs, colours(count), strict=False):
+    for number, (axes, run, colour) in enumerate(
+        zip(panels.flat, runs, colours(count), strict=False)
+    ):
         values = _hyperparameters(run, name)[:, :30]
         if name != "Momentum":
             axes.set_yscale("log")
             values = np.where(values > 0, values, math.nan)  # a weight decay may be 0
         axes.plot(run.columns["step"], values, color=colour, lw=0.6, alpha=0.6)
-        label_axes(axes, run.title, "weight steps", label)
+        label_axes(axes, run.title, "weight steps", "" if number % 4 else label)
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     for axes in panels.flat[count:]:
         axes.set_visible(False)
@@ -337,7 +341,8 @@ def _best_so_far(runs: Sequence[Recorded]) -> Figure:
         values = final_losses(run.columns)[best]
         kept = np.isfinite(values)
         draws = np.arange(1, len(best) + 1)[kept]
-        axes.step(draws, values[kept], where="post", label=run.title, **look)
+        marker = "o" if kept.sum() == 1 else ""
+        axes.step(draws, values[kept], where="post", marker=marker, label=run.title, **look)
     label_axes(axes, "Best of so many draws, chosen on validation", "draws", "test loss")
     add_legend(axes)
     return figure

@@ -241,6 +241,13 @@ def test_terms_that_matter_in_any_rule_have_rows_by_their_mean_size():
     np.testing.assert_allclose(values, expected)
 
 
+def test_hyperparameters_of_competing_units_are_relative_to_their_largest_in_any_rule():
+    rules = {"a": {"w/rate": 0.02, "w/delta": 0.4}, "b": {"w/rate": 0.01}, "c": {"w/x": 9.0}}
+    terms, values, _ = table_of_terms(rules, "w")
+    assert terms == ["rate", "delta", "x"]
+    np.testing.assert_allclose(values, [[1, 0.5, 0], [1, 0, 0], [0, 0, 1]])
+
+
 def test_cosines_are_between_columns_and_unknown_for_zeros():
     values = np.array([[1.0, 2.0, 0.0, 0.0], [0.0, -2.0, 0.0, 3.0]])
     half = np.sqrt(0.5)
