@@ -904,10 +904,8 @@ def report(
     for name, part in each.items() if training.name else ():
         log.say(f"{name}: {text(part)}")
     if means:
-        log.say(
-            f"{text(accuracies)} over {len(means)} trainings with the final rule, "
-            f"{steps} steps each"
-        )
+        count = "1 training" if len(means) == 1 else f"{len(means)} trainings"
+        log.say(f"{text(accuracies)} over {count} with the final rule, {steps} steps each")
 
 
 def accuracies_by_dataset(rows: Sequence[dict]) -> dict[str, list[float]]:

@@ -284,7 +284,8 @@ def stage_text(stage: dict) -> str:
     if stage["test_accuracy_mean"] is None:
         return f"{stage['terms']:>5} terms: not finite"
     trainings = len(stage["evaluations"])
-    return f"{stage['terms']:>5} terms: {accuracy_text(stage)} over {trainings} trainings"
+    count = "1 training" if trainings == 1 else f"{trainings} trainings"
+    return f"{stage['terms']:>5} terms: {accuracy_text(stage)} over {count}"
 
 
 def shortest(stages: Sequence[dict], tolerance: float) -> dict:

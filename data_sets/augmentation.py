@@ -250,7 +250,8 @@ def _warp_in_loops(
     areas, aspects, positions, moves = none, none, none, none
     if scale is not None:
         aspects = _between(draws[:, RATIOS], math.log(ratio[0]), math.log(ratio[1])).exp()
-        areas, positions = draws[:, AREAS], draws[:, POSITION]
+        # in one layout: a loop is compiled for each
+        areas, positions = draws[:, AREAS].contiguous(), draws[:, POSITION].contiguous()
     if shift:
         moves = (2 * draws[:, SHIFT] - 1) * shift
     angle = (2 * draws[:, ANGLE] - 1) * (degrees * (math.pi / 180))
@@ -268,7 +269,8 @@ def _jitter_in_loops(x: Tensor, draws: Tensor, brightness: float, contrast: floa
     from data_sets import view_loops
 
     ranges = [(max(0.0, 1 - strength), 1 + strength) for strength in (brightness, contrast)]
-    used, pixels = draws[:, BRIGHTNESS : ORDER + 1].numpy(), x.view(len(x), -1).numpy()
+    used = draws[:, BRIGHTNESS : ORDER + 1].contiguous().numpy()
+    pixels = x.view(len(x), -1).numpy()
     for first in (True, False):
         view_loops.change(used, *ranges, first, _grey_mean(x).view(-1).numpy(), pixels)
     return x

@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import TextIO
 
 from tqdm import tqdm
 
+from experiment.compilation import compilation_told
 from experiment.screen import mute_broken_streams, show
 
 SECONDS = 60.0  # the longest time between lines, unless a step takes longer
@@ -20,10 +22,17 @@ SECONDS = 60.0  # the longest time between lines, unless a step takes longer
 def shown_progress(
     total: int, initial: int = 0, description: str = "", quiet: bool = False
 ) -> Iterator["Progress"]:
-    """A context with a Progress from `initial` to `total`, which stays on the screen afterwards."""
+    """A context with a Progress from `initial` to `total`, which stays on the screen afterwards.
+
+    Unless quiet, it also tells on stderr when loops are compiled for long.
+    """
     progress = Progress(total, initial, description, quiet)
     try:
-        yield progress
+        if quiet:
+            yield progress
+        else:
+            with compilation_told(lambda text: show_above_the_bar(text, sys.stderr)):
+                yield progress
     finally:
         progress.close()
 
@@ -76,6 +85,15 @@ class Progress:
             self._bar.close()
         except OSError:
             mute_broken_streams()
+
+
+def show_above_the_bar(text: str, stream: TextIO) -> None:
+    """Print a line on stdout or stderr, above a progress bar if there is one."""
+    try:
+        with tqdm.external_write_mode(file=stream):
+            show(text, stream)
+    except OSError:  # raised by the bar if its terminal is gone
+        mute_broken_streams()
 
 
 def _bar_class(in_notebook: bool) -> type[tqdm]:

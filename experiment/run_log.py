@@ -20,18 +20,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TextIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from experiment import checkpoints
 from experiment.checkpoints import Checkpoint, configuration_digest
 from experiment.environment import describe_environment
 from experiment.errors import RunLogError, disk_errors
 from experiment.files import NEW, finite_or_null, json_text, remove_leftovers, write_whole
-from experiment.progress import Progress, shown_progress
+from experiment.progress import Progress, show_above_the_bar, shown_progress
 from experiment.run_reader import (
     complete_lines,
     metrics_table,
@@ -42,7 +41,6 @@ from experiment.run_reader import (
     refuse_links,
     step_of,
 )
-from experiment.screen import mute_broken_streams, show
 from experiment.tensorboard_events import EventFile
 
 OF_A_RUN = (  # names of what this module writes, and its callers by way of it
@@ -342,12 +340,12 @@ class RunLog:
         """Print `text` on stdout, above a progress bar, unless quiet; append it to log.txt."""
         self._append_to_log(text)
         if not self.quiet:
-            _show_above_the_bar(text, sys.stdout)
+            show_above_the_bar(text, sys.stdout)
 
     def warn(self, text: str) -> None:
         """Print `text` on stderr, also when quiet, and append it to log.txt."""
         self._append_to_log(text)
-        _show_above_the_bar(text, sys.stderr)
+        show_above_the_bar(text, sys.stderr)
 
     def _append_to_log(self, text: str) -> None:
         path = self.path("log.txt")
@@ -427,11 +425,11 @@ class MemoryLog(SilentLog):
 
     def say(self, text: str) -> None:
         """Print `text` on stdout, above a progress bar."""
-        _show_above_the_bar(text, sys.stdout)
+        show_above_the_bar(text, sys.stdout)
 
     def warn(self, text: str) -> None:
         """Print `text` on stderr, above a progress bar."""
-        _show_above_the_bar(text, sys.stderr)
+        show_above_the_bar(text, sys.stderr)
 
     @contextmanager
     def progress(self, total: int, initial: int = 0, description: str = "") -> Iterator[Progress]:
@@ -446,14 +444,6 @@ def _other_columns(columns: list[str], expected: list[str]) -> str:
     if not new and not missing:
         return "a row of metrics.csv must have its columns in the same order as the first row"
     return f"a row of metrics.csv must have the first row's columns: new {new}, missing {missing}"
-
-
-def _show_above_the_bar(text: str, stream: TextIO) -> None:
-    try:
-        with tqdm.external_write_mode(file=stream):
-            show(text, stream)
-    except OSError:  # raised by the bar if its terminal is gone
-        mute_broken_streams()
 
 
 # ---- writing ----

@@ -9,12 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import ScalarFormatter
 
 from comparison.vicreg import TERMS
 from experiment.run_reader import read_config, read_metrics
 from figures.meta_learning import ACCURACIES, plot_run
-from figures.style import COLOURS, add_legend, label_axes, one_panel, percent_axis, save_figure
+from figures.style import (
+    add_legend,
+    label_axes,
+    looks,
+    one_panel,
+    percent_axis,
+    save_figure,
+    tick_numbers,
+)
 
 
 def plot_pca_run(directory: str | Path) -> list[Path]:
@@ -52,12 +59,12 @@ def plot_accuracy_over_size(
 ) -> None:
     """Draw accuracies of the probe (fractions [sizes] by name) over a size on a log scale."""
     figure, axes = one_panel()
-    for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
-        axes.plot(sizes, values, color=colour, marker="o", ms=3, lw=1.3, label=name)
+    for look, (name, values) in zip(looks(len(accuracies)), accuracies.items(), strict=True):
+        axes.plot(sizes, values, marker="o", ms=3, label=name, **look)
     percent_axis(axes)
     label_axes(axes, "Accuracy of the linear probe", x_label, "images classified correctly")
     axes.set_xscale("log", base=2)  # after label_axes, whose ticks are for linear scales
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    tick_numbers(axes, map(int, sizes), 1.4)
     add_legend(axes)
     save_figure(figure, path)
 
@@ -70,8 +77,9 @@ def plot_initial_numbers(
     numbers: values [steps] by names such as "mean_w".
     """
     figure, axes = one_panel()
-    for colour, (name, values) in zip(COLOURS, numbers.items(), strict=False):
-        axes.plot(step, values, color=colour, lw=1.3, label=name.replace("_", " of "))
+    marker = "o" if len(step) == 1 else ""
+    for look, (name, values) in zip(looks(len(numbers)), numbers.items(), strict=True):
+        axes.plot(step, values, marker=marker, label=name.replace("_", " of "), **look)
     label_axes(axes, "Distribution of the initial parameters", "meta-step", "effective value")
     add_legend(axes)
     save_figure(figure, path)
@@ -83,8 +91,8 @@ def plot_loss(
     """Draw the loss over epochs, and its weighted terms, which add up to it."""
     figure, axes = one_panel()
     curves = {"loss": metrics["loss"]} | {name: weights[name] * metrics[name] for name in TERMS}
-    for colour, (name, values) in zip(COLOURS, curves.items(), strict=False):
-        axes.plot(metrics["step"], values, color=colour, marker="o", ms=3, lw=1.3, label=name)
+    for look, (name, values) in zip(looks(len(curves)), curves.items(), strict=True):
+        axes.plot(metrics["step"], values, marker="o", ms=3, label=name, **look)
     axes.set_ylim(bottom=0)
     label_axes(axes, "Loss and its weighted terms", "epoch", "mean over the epoch")
     add_legend(axes)

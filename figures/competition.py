@@ -16,10 +16,9 @@ from figures.meta_learning import plot_features
 from figures.style import (
     COLOURS,
     FONT,
-    GREY,
     add_legend,
-    colours,
     label_axes,
+    looks,
     new_figure,
     one_panel,
     percent_axis,
@@ -68,13 +67,12 @@ def plot_convergence(metrics: Mapping[str, np.ndarray], path: str | Path) -> Non
     axes.set_yscale("log")
     layers = [name for name in metrics if name.startswith("convergence/")]
     names = [name for name in layers if np.isfinite(metrics[name]).any()]  # layers that learned
-    for colour, name in zip(colours(len(names)), names, strict=True):
+    for look, name in zip(looks(len(names)), names, strict=True):
         finite = np.isfinite(metrics[name])
-        axes.plot(metrics["epoch"][finite], metrics[name][finite], lw=1.3,
-                  color=colour, label=f"layer {name.split('/')[1]}",
-                  marker="o" if finite.sum() == 1 else "")  # fmt: skip
+        axes.plot(metrics["epoch"][finite], metrics[name][finite],
+                  label=f"layer {name.split('/')[1]}",
+                  marker="o" if finite.sum() == 1 else "", **look)  # fmt: skip
     label_axes(axes, "Convergence", "epoch of the layer", "largest distance of p-norms from 1")
-    axes.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
     add_legend(axes)
     save_figure(figure, path)
 
@@ -84,11 +82,11 @@ def plot_classifiers(metrics: Mapping[str, np.ndarray], path: str | Path) -> Non
     figure, axes = one_panel()
     of_classifier = metrics["classifier"] == 1
     layers = np.unique(metrics["layer"][of_classifier])
-    for colour, layer in zip(colours(len(layers)), layers, strict=True):
+    for look, layer in zip(looks(len(layers)), layers, strict=True):
         shown = of_classifier & (metrics["layer"] == layer)
-        axes.plot(metrics["epoch"][shown], metrics["validation_accuracy"][shown], lw=1.3,
-                  color=colour, label=f"behind layer {layer:g}",
-                  marker="o" if shown.sum() == 1 else "")  # fmt: skip
+        axes.plot(metrics["epoch"][shown], metrics["validation_accuracy"][shown],
+                  label=f"behind layer {layer:g}",
+                  marker="o" if shown.sum() == 1 else "", **look)  # fmt: skip
     percent_axis(axes)
     label_axes(axes, "Classifier", "epoch", "validation images classified correctly")
     add_legend(axes)
@@ -99,9 +97,9 @@ def plot_accuracy_over_depth(rows: Sequence[Mapping[str, Any]], path: str | Path
     """Draw test and validation accuracy over the number of layers before the classifier."""
     figure, axes = one_panel()
     depth = [row["layers"] for row in rows]
-    for colour, name in zip(COLOURS, ("test", "validation"), strict=False):
+    for look, name in zip(looks(2), ("test", "validation"), strict=True):
         values = [row[f"{name}_accuracy"] for row in rows]
-        axes.plot(depth, values, color=colour, marker="o", ms=4, lw=1.3, label=f"{name} images")
+        axes.plot(depth, values, marker="o", ms=4, label=f"{name} images", **look)
     percent_axis(axes)
     label_axes(axes, "Accuracy over depth", "competing layers", "images classified correctly")
     add_legend(axes)
@@ -131,5 +129,8 @@ def plot_searches(rows: Sequence[Mapping[str, float]], path: str | Path) -> None
     )
     label_axes(right, "Test accuracy; lines: means", "search", "test images, probe")
     percent_axis(right)
-    add_legend(left)
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS),
+        fontsize=FONT - 1, frameon=False,
+    )  # fmt: skip
     save_figure(figure, path)

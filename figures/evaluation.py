@@ -15,8 +15,8 @@ from matplotlib.ticker import NullLocator
 from experiment.run_reader import read_results
 from figures.style import (
     FONT,
-    colours,
     label_axes,
+    looks,
     new_figure,
     percent_axis,
     save_figure,
@@ -49,14 +49,13 @@ def plot_accuracy_over_steps(summary: Sequence[Row], path: str | Path) -> None:
     for i, layers in enumerate(sizes):
         for j, dataset in enumerate(datasets):
             axes, bottom = grid[i, j], "inner steps" if i == len(sizes) - 1 else ""
-            for colour, method in zip(colours(len(methods)), methods, strict=True):
+            for look, method in zip(looks(len(methods)), methods, strict=True):
                 place = {"method": method, "dataset": dataset, "layers": layers}
                 rows = [row for row in summary if place.items() <= row.items() and row["finite"]]
-                _plot_method(axes, method, rows, colour)
+                _plot_method(axes, method, rows, look)
             percent_axis(axes)
-            label_axes(
-                axes, f"{dataset}, {layers}", bottom, "" if j else "test accuracy of the probe"
-            )
+            y_label = "" if j else "test accuracy of the probe, ± one deviation"
+            label_axes(axes, f"{dataset}, {layers}", bottom, y_label)
             _step_axis(axes, sorted({row["inner_steps"] for row in summary} - {0}))
             axes.margins(y=0.08)
     shown = [axes.get_legend_handles_labels() for axes in grid.flat]
@@ -76,13 +75,11 @@ def _step_axis(axes: Axes, steps: Sequence[int]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _plot_method(axes: Axes, method: str, rows: Sequence[Row], colour: str) -> None:
+def _plot_method(axes: Axes, method: str, rows: Sequence[Row], look: Mapping[str, Any]) -> None:
     mean = [row["test_accuracy_mean"] for row in rows]
     deviation = [row["test_accuracy_standard_deviation"] or 0.0 for row in rows]
     steps = [row["inner_steps"] for row in rows]
     if steps == [0]:
-        axes.axhline(mean[0], color=colour, ls="--", lw=1.2, label=method)
+        axes.axhline(mean[0], ls="--", label=method, **look)
     elif rows:
-        axes.errorbar(
-            steps, mean, deviation, color=colour, marker="o", ms=3, lw=1.3, capsize=2, label=method
-        )
+        axes.errorbar(steps, mean, deviation, marker="o", ms=3, capsize=2, label=method, **look)

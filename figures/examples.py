@@ -94,7 +94,7 @@ def plot_meta_learning(
         width = 2 * values.std(0) / math.sqrt(len(values))
         right.plot(steps, mean, color=colour, lw=1.3, label=f"{name} weights")
         right.fill_between(steps, mean - width, mean + width, color=colour, alpha=0.2, lw=0)
-    label_axes(right, "Test tasks", "steps of gradient descent", score)
+    label_axes(right, "Test tasks; band: two standard errors", "steps of gradient descent", score)
     add_legend(right)
     save_figure(figure, path)
 
@@ -110,6 +110,8 @@ def plot_both_networks(metrics: Mapping[str, np.ndarray], path: str | Path) -> N
                 axes.plot(metrics["step"], values, color=colour, ls=style, lw=1.3,
                           label=f"{title}, {part}")  # fmt: skip
         label_axes(axes, what.capitalize(), "epoch", y_label)
+        if what == "accuracy":
+            percent_axis(axes)
         add_legend(axes)
     save_figure(figure, path)
 

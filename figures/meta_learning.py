@@ -31,21 +31,30 @@ from figures.style import (
     GREY,
     add_legend,
     label_axes,
+    looks,
     new_figure,
     one_panel,
     percent_axis,
     plain_text,
     save_figure,
+    tick_numbers,
     whole_ticks,
 )
 
 LABELLED = 8  # the most coefficients of a panel named in the legend
 LARGEST_GRID = 64  # the most units shown as images
+MATRICES_A_ROW = 4
+FEW_LAYERS = 6  # panels of more are flatter
 SHOWN_TERMS, SHOWN_FROM = 24, 0.05  # the most terms that get a row; their least relative size
 NUMBERED = 12  # the most rules whose similarities are written out, beside their colours
 ACCURACIES = {"train_accuracy": "training images", "test_accuracy": "test images"}
 HELD_OUT = {"held_out_accuracy": "held-out training images"}
 GROUPS = {"w": "forward weights w", "b": "biases b", "m": "lateral weights m"}
+COMPETITION = {  # the hyperparameters of competing units: they have no scale in common
+    "w/rate": "learning rate",
+    "w/delta": "delta, strength of unlearning",
+    "w/inverse_temperature": "inverse temperature of the gate",
+}
 FACTOR = re.compile(r"([a-z])(\d*)_?([ij]?)\^?(\d*)")  # a factor of a monomial: x, y^2, y1_j^2
 
 Rules = Mapping[str, Mapping[str, float]]
@@ -91,7 +100,7 @@ def plot_meta_loss(
 ) -> None:
     """Draw the meta-loss over meta-steps, faint, and its running median."""
     figure, axes = one_panel()
-    _raw_and_median(axes, step, loss, COLOURS[0])
+    _raw_and_median(axes, step, loss)
     _mark_failed(axes, step, loss)
     label_axes(axes, "Meta-loss", x_label, y_label)
     add_legend(axes)
@@ -103,8 +112,8 @@ def plot_accuracy(
 ) -> None:
     """Draw accuracies of the probe (fractions [steps] by name) over meta-steps."""
     figure, axes = one_panel()
-    for colour, (name, values) in zip(COLOURS, accuracies.items(), strict=False):
-        _raw_and_median(axes, step, values, colour, name)
+    for look, (name, values) in zip(looks(len(accuracies)), accuracies.items(), strict=True):
+        _raw_and_median(axes, step, values, name, **look)
     percent_axis(axes)
     label_axes(axes, "Accuracy of the linear probe", x_label, "images classified correctly")
     add_legend(axes)
@@ -117,7 +126,7 @@ def plot_hypergradient(
     """Draw the norm of the hypergradient over meta-steps on a logarithmic scale."""
     figure, axes = one_panel()
     axes.set_yscale("log")
-    _raw_and_median(axes, step, np.where(norm > 0, norm, np.nan), COLOURS[0])
+    _raw_and_median(axes, step, np.where(norm > 0, norm, np.nan))
     _mark_failed(axes, step, norm)
     label_axes(axes, "Norm of the hypergradient", x_label, "Euclidean norm before clipping")
     add_legend(axes)
@@ -141,22 +150,43 @@ def plot_coefficients(
         the whole change. Each curve is scaled to end at its effect, so that terms can be compared.
         None: the coefficients are drawn as they are.
     """
-    panels = _panels(_scaled_to_effects(coefficients, effects) if effects else coefficients)
-    y_label = "coefficient × effect of one" if effects else "coefficient"
-    colours = _colours_of_terms(panels)
+    scaled = _scaled_to_effects(coefficients, effects or {})
+    panels = _panels(scaled or coefficients)
+    y_label = "coefficient × effect of one" if scaled else "coefficient"
+    looks_of = _looks_of_terms(panels)
     layers = list(dict.fromkeys(layer for layer, _ in panels))
     groups = [group for group in GROUPS if any(key[1] == group for key in panels)]
     rows, columns = max(len(layers), 1), max(len(groups), 1)
-    figure = new_figure(4.6 * columns, 3.0 * rows)
+    figure = new_figure(4.6 * columns, (3.0 if rows <= FEW_LAYERS else 2.0) * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for row, layer in enumerate(layers):
         for column, group in enumerate(groups):
             axes = grid[row, column]
-            _coefficient_curves(axes, step, panels.get((layer, group), {}), colours)
+            _coefficient_curves(axes, step, panels.get((layer, group), {}), looks_of)
             bottom = x_label if row == rows - 1 else ""
             title = f"Layer {layer}: {GROUPS[group]}" if layer else GROUPS[group]
             label_axes(axes, title, bottom, "" if column else y_label)
     figure.suptitle("Coefficients of the learning rule", fontsize=FONT + 3)
+    save_figure(figure, path)
+
+
+def plot_hyperparameters(
+    step: np.ndarray, values: Curves, path: str | Path, x_label: str = "meta-step"
+) -> None:
+    """Draw hyperparameters of competing units over meta-steps, each on axes of its own.
+
+    values: [steps] by "<layer>/<name>", with the names in COMPETITION.
+    """
+    names = [name for name in COMPETITION if any(key.endswith(name) for key in values)]
+    figure = new_figure(0.6 + 4.2 * len(names), 3.4)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        curves = {k.split("/")[0]: v for k, v in values.items() if k.endswith(name)}
+        for look, (layer, curve) in zip(looks(len(curves)), curves.items(), strict=True):
+            label = f"layer {layer}" if len(curves) > 1 else ""
+            _raw_and_median(axes, step, curve, label, **look)
+        label_axes(axes, COMPETITION[name], x_label, "")
+        axes.ticklabel_format(axis="y", useOffset=False)
+    add_legend(axes)
     save_figure(figure, path)
 
 
@@ -187,9 +217,13 @@ def plot_lateral(lateral: Mapping[str, np.ndarray], path: str | Path) -> None:
     The scale is that of the off-diagonal entries, because those on the diagonal are often of
     another size.
     """
-    figure = new_figure(4.4 * max(len(lateral), 1), 3.8)
-    grid = figure.subplots(1, max(len(lateral), 1), squeeze=False)[0]
-    for axes, (layer, matrix) in zip(grid, lateral.items(), strict=False):
+    across = min(max(len(lateral), 1), MATRICES_A_ROW)
+    down = -(-len(lateral) // across)
+    figure = new_figure(4.4 * across, 3.8 * down)
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes in grid.flat[len(lateral) :]:
+        axes.set_visible(False)
+    for axes, (layer, matrix) in zip(grid.flat, lateral.items(), strict=False):
         off_diagonal = matrix[~np.eye(len(matrix), dtype=bool)]
         norm = Normalize(-(limit := _limit(off_diagonal)), limit)
         image = axes.imshow(matrix, cmap=DIVERGING, norm=norm, interpolation="nearest")
@@ -219,13 +253,13 @@ def plot_pruning(
     axes.errorbar(terms, mean, deviation, color=colour, marker="o", ms=4, lw=1.3, capsize=2)
     axes.set_xscale("log")
     percent_axis(axes)
-    label_axes(axes, "Accuracy of shortened rules", "terms of the rule", "test images, probe")
-    labelled = []
-    for number in sorted(terms):
-        if not labelled or number > 1.12 * labelled[-1]:  # numbers closer together would overlap
-            labelled.append(number)
-    axes.set_xticks(labelled, [str(number) for number in labelled])
-    axes.xaxis.minorticks_off()
+    label_axes(
+        axes,
+        "Accuracy of shortened rules",
+        "terms of the rule",
+        "test images, probe, ± one deviation",
+    )
+    tick_numbers(axes, terms, 1.12)
     add_legend(axes)
     save_figure(figure, path)
 
@@ -286,7 +320,9 @@ def _plot_metrics(
         plot(plot_meta_loss, metrics["meta_loss"], "meta_loss.png")
     if accuracies:
         plot(plot_accuracy, accuracies, "accuracy.png")
-    if coefficients:
+    if any(name.endswith(tuple(COMPETITION)) for name in coefficients):
+        plot(plot_hyperparameters, coefficients, "coefficients.png")
+    elif coefficients:
         plot(partial(plot_coefficients, effects=effects), coefficients, "coefficients.png")
     if "hypergradient_norm" in metrics:
         plot(plot_hypergradient, metrics["hypergradient_norm"], "hypergradient.png")
@@ -351,7 +387,7 @@ def plot_beside(accuracies: Mapping[str, Sequence[float]], path: str | Path, dat
         colour = COLOURS[1] if name.startswith("learned") else COLOURS[0]
         axes.plot(values, [height] * len(values), "o", ms=4, color=colour, alpha=0.5)
         axes.plot([np.mean(values)], [height], "|", ms=16, mew=2, color=colour)
-        axes.annotate(f"{np.mean(values):.2%}", (np.mean(values), height), (0, 9),
+        axes.annotate(f"{100 * np.mean(values):.2f} %", (np.mean(values), height), (0, 9),
                       textcoords="offset points", ha="center", fontsize=FONT - 1)  # fmt: skip
     label_axes(axes, f"Probe on {dataset}: dots are trainings, bars means", "test accuracy", "")
     axes.set_yticks(range(len(rows)), [plain_text(name) for name, _ in rows])
@@ -376,18 +412,24 @@ def running_median(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _raw_and_median(
-    axes: Axes, step: np.ndarray, values: np.ndarray, colour: str, name: str = ""
+    axes: Axes,
+    step: np.ndarray,
+    values: np.ndarray,
+    name: str = "",
+    *,
+    color: str = COLOURS[0],
+    lw: float = 1.4,
 ) -> None:
     """Draw the finite values faint and their running median strong; if they are few, only them."""
     finite = np.isfinite(values)
     step, values = step[finite], values[finite]
     window = min(101, 2 * (len(values) // 50) + 1)
     if window == 1:
-        axes.plot(step, values, color=colour, marker="o", ms=3, lw=1.3, label=name)
+        axes.plot(step, values, color=color, marker="o", ms=3, lw=lw, label=name)
     else:
-        axes.plot(step, values, color=colour, lw=0.7, alpha=0.3)
+        axes.plot(step, values, color=color, lw=0.7, alpha=0.3)
         label = ", ".join(filter(None, (name, f"median of {window} steps")))
-        axes.plot(step, running_median(values, window), color=colour, lw=1.6, label=label)
+        axes.plot(step, running_median(values, window), color=color, lw=lw, label=label)
 
 
 def _mark_failed(axes: Axes, step: np.ndarray, values: np.ndarray) -> None:
@@ -426,10 +468,15 @@ def _scaled_to_effects(coefficients: Curves, effects: Mapping[str, float]) -> Cu
     }
 
 
-def _colours_of_terms(panels: Mapping[tuple[str, str], Curves]) -> dict[str, str]:
-    """A colour for each term that is named in any panel; colours repeat if there are too few."""
+def _looks_of_terms(panels: Mapping[tuple[str, str], Curves]) -> dict[str, tuple[str, str]]:
+    """Colour and line style of each term that is named in any panel.
+
+    Where there are too few colours they come again, in another style.
+    """
     named = [term for terms in panels.values() for term in _largest(terms)]
-    return dict(zip(dict.fromkeys(named), itertools.cycle(COLOURS), strict=False))
+    styles = itertools.cycle(itertools.product(("-", "--", ":", "-."), COLOURS))
+    looks = ((colour, style) for style, colour in styles)
+    return dict(zip(dict.fromkeys(named), looks, strict=False))
 
 
 def _largest(terms: Curves) -> list[str]:
@@ -439,7 +486,7 @@ def _largest(terms: Curves) -> list[str]:
 
 
 def _coefficient_curves(
-    axes: Axes, step: np.ndarray, terms: Curves, colours: Mapping[str, str]
+    axes: Axes, step: np.ndarray, terms: Curves, looks_of: Mapping[str, tuple[str, str]]
 ) -> None:
     """Draw the terms of `_largest`, named in the order of their last values, over grey others."""
     final, largest = {t: _last_finite(values) for t, values in terms.items()}, _largest(terms)
@@ -448,10 +495,12 @@ def _coefficient_curves(
         if term not in largest:
             axes.plot(step, values, color=FAINT, lw=0.6, marker=marker, ms=2)
     for term in largest:
+        colour, style = looks_of[term]
         axes.plot(
             step,
             terms[term],
-            color=colours[term],
+            color=colour,
+            ls=style,
             lw=1.4,
             marker=marker,
             ms=4,
@@ -469,7 +518,7 @@ def _coefficient_curves(
             bbox_to_anchor=(1.0, 0.5),
             fontsize=FONT - 1,
             frameon=False,
-            handlelength=1.2,
+            handlelength=1.6,
         )
 
 
@@ -495,11 +544,13 @@ def table_of_terms(rules: Rules, group: str) -> tuple[list[str], np.ndarray, int
 
     Terms are sorted by decreasing mean size. The values [all terms, rules] are first those of the
     terms with a row, then the others; each rule's are relative to its largest, and 0 for terms that
-    it doesn't have.
+    it doesn't have. Each hyperparameter of competing units is relative to its largest in any rule.
     """
     names = dict.fromkeys(n for sizes in rules.values() for n in sizes if n[0] == group)
     values = np.array([[sizes.get(n, 0.0) for sizes in rules.values()] for n in names])
-    largest = np.abs(values).max(axis=0)
+    own_scale = np.array([name in COMPETITION for name in names])
+    largest = np.abs(np.where(own_scale[:, None], 0, values)).max(axis=0, keepdims=True)
+    largest = np.where(own_scale[:, None], np.abs(values).max(axis=1, keepdims=True), largest)
     values = values / np.where(largest > 0, largest, 1.0)
     order = np.argsort(-np.abs(values).mean(axis=1), kind="stable")
     values, terms = values[order], [list(names)[i].split("/", 1)[1] for i in order]

@@ -28,9 +28,12 @@ from experiment.errors import RunLogError
 from experiment.run_reader import read_arrays, read_config, run_names
 from figures.style import (
     FAINT,
+    FONT,
+    GREY,
     add_legend,
     colours,
     label_axes,
+    looks,
     new_figure,
     one_panel,
     plain_text,
@@ -40,6 +43,7 @@ from figures.style import (
 BOOTSTRAPS = 1000
 ENVELOPE = (10, 90)  # percentiles of the bootstrapped medians
 DIVERGED = 10.0  # times the median loss at the start
+LEAST_CORNERS = 100  # draws; between fewer, a surface would be more guess than data
 
 # Flags and columns that every table and figure needs
 CONFIG = ("dataset", "method", "network_weight_steps", "look_back")
@@ -227,9 +231,10 @@ def plot_report(runs: Sequence[Recorded], directory: Path) -> list[Path]:
         "learning_rates.png": _hyperparameter_traces(runs, "Lr", "learning rate"),
         "momentum.png": _hyperparameter_traces(runs, "Momentum", "momentum"),
         "weight_decay.png": _hyperparameter_traces(runs, "Weight_Decay", "weight decay"),
-        "run_times.png": _run_times(runs),
         "trajectories.png": _trajectories(runs),
     }
+    if len(runs) > 1:
+        drawn["run_times.png"] = _run_times(runs)
     if validated := [run for run in runs if has_validation(run)]:
         drawn["best_so_far.png"] = _best_so_far(validated)
     if grid := _grid_over_steps_and_terms(runs):
@@ -268,16 +273,20 @@ def _envelopes(runs: Sequence[Recorded], column: str, label: str) -> Figure:
     """The median test loss of each run, with a band that holds 80 % of bootstrapped medians."""
     figure, axes = one_panel()
     axes.set_yscale("log")  # now, because later it would warn if nothing is drawn
-    for colour, run in zip(colours(len(runs)), runs, strict=True):
+    for look, run in zip(looks(len(runs)), runs, strict=True):
         losses = _test_losses(run)
         generator = np.random.default_rng(0)
         chosen = generator.integers(losses.shape[1], size=(200, losses.shape[1]))
         medians = np.median(losses[:, chosen], axis=2)
         low, high = np.percentile(medians, ENVELOPE, axis=1, method="nearest")
         x = run.columns[column]
-        axes.plot(x, np.median(losses, axis=1), color=colour, lw=1.4, label=run.title)
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
-    label_axes(axes, "Median over draws", label, "test loss")
+        marker = "o" if len(x) == 1 else ""
+        axes.plot(x, np.median(losses, axis=1), marker=marker, label=run.title, **look)
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.2, lw=0)
+    title = "Median over draws; band: 80 % of medians of resampled draws"
+    label_axes(axes, title, label, "test loss")
+    if column == "seconds":
+        axes.xaxis.set_major_locator(AutoLocator())
     add_legend(axes)
     return figure
 
@@ -286,12 +295,13 @@ def _distributions(runs: Sequence[Recorded]) -> Figure:
     """The share of draws that end below each loss."""
     figure, axes = one_panel()
     axes.set_xscale("log")  # now, because later it would warn if nothing is drawn
-    for colour, run in zip(colours(len(runs)), runs, strict=True):
+    for look, run in zip(looks(len(runs)), runs, strict=True):
         losses = np.sort(final_losses(run.columns))
         share = np.arange(1, len(losses) + 1) / len(losses)
         kept = np.isfinite(losses)
-        axes.step(losses[kept], share[kept], where="post", color=colour, lw=1.4, label=run.title)
-    axes.set_ylim(0, 1)
+        marker = "o" if kept.sum() == 1 else ""
+        axes.step(losses[kept], share[kept], where="post", marker=marker, label=run.title, **look)
+    axes.set_ylim(0, 1.03)
     label_axes(axes, "Final losses", "test loss", "share of draws that end below")
     add_legend(axes)
     return figure
@@ -302,13 +312,15 @@ def _hyperparameter_traces(runs: Sequence[Recorded], name: str, label: str) -> F
     count = len(runs)
     figure = new_figure(2.6 * min(count, 4) + 0.6, 2.4 * -(-count // 4) + 0.3)
     panels = figure.subplots(-(-count // 4), min(count, 4), squeeze=False, sharey=True)
-    for axes, run, colour in zip(panels.flat, runs, colours(count), strict=False):
+    for number, (axes, run, colour) in enumerate(
+        zip(panels.flat, runs, colours(count), strict=False)
+    ):
         values = _hyperparameters(run, name)[:, :30]
         if name != "Momentum":
             axes.set_yscale("log")
             values = np.where(values > 0, values, math.nan)  # a weight decay may be 0
         axes.plot(run.columns["step"], values, color=colour, lw=0.6, alpha=0.6)
-        label_axes(axes, run.title, "weight steps", label)
+        label_axes(axes, run.title, "weight steps", "" if number % 4 else label)
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     for axes in panels.flat[count:]:
         axes.set_visible(False)
@@ -322,14 +334,15 @@ def _best_so_far(runs: Sequence[Recorded]) -> Figure:
     """
     figure, axes = one_panel()
     axes.set(xscale="log", yscale="log")  # now, because later it would fail if nothing is drawn
-    for colour, run in zip(colours(len(runs)), runs, strict=True):
+    for look, run in zip(looks(len(runs)), runs, strict=True):
         validation = run.columns["Loss/Validation"][-1]
         judged = np.where(np.isfinite(validation), validation, math.inf)
         best = [int(judged[: count + 1].argmin()) for count in range(len(judged))]
         values = final_losses(run.columns)[best]
         kept = np.isfinite(values)
         draws = np.arange(1, len(best) + 1)[kept]
-        axes.step(draws, values[kept], where="post", color=colour, label=run.title)
+        marker = "o" if kept.sum() == 1 else ""
+        axes.step(draws, values[kept], where="post", marker=marker, label=run.title, **look)
     label_axes(axes, "Best of so many draws, chosen on validation", "draws", "test loss")
     add_legend(axes)
     return figure
@@ -350,7 +363,8 @@ def _run_times(runs: Sequence[Recorded]) -> Figure:
 def _trajectories(runs: Sequence[Recorded]) -> Figure:
     """The paths of draws in the plane of learning rate and momentum, coloured by their last loss.
 
-    Draws with fixed hyperparameters are the corners of a surface beneath the other draws' paths.
+    Draws with fixed hyperparameters have no paths. If they are many enough, a surface between them
+    lies beneath the other draws' paths.
     """
     figure, axes = one_panel()
     axes.set_xscale("log")
@@ -362,22 +376,27 @@ def _trajectories(runs: Sequence[Recorded]) -> Figure:
     corners = [end for end, stays in zip(ends, staying, strict=True) if stays]
     surface = bool(corners) and _plot_surface(axes, np.concatenate(corners, axis=1), colour_of)
     for run, end, stays in zip(runs, ends, staying, strict=True):
-        if stays and surface:
+        if stays:
+            size, edge = (2, "none") if surface else (16, "white")
+            axes.scatter(*end[:2], c=end[2], norm=colour_of, s=size, marker="s", ec=edge, lw=0.4)
             continue
         paths = [_hyperparameters(run, name)[:, :30] for name in ("Lr", "Momentum")]
         axes.plot(*paths, color="white" if surface else FAINT, lw=0.5, alpha=0.7)
         axes.scatter(*end[:2], c=end[2], norm=colour_of, s=12, ec="white", lw=0.4, zorder=3)
     label_axes(axes, "From the draw to the end", "learning rate", "momentum")
     mappable = ScalarMappable(colour_of, "viridis")
-    figure.colorbar(mappable, ax=axes, label=f"log10 of the last {part.lower()} loss")
+    _colour_bar(figure, axes, mappable, f"log10 of the last {part.lower()} loss")
     return figure
 
 
 def _plot_surface(axes: Axes, corners: np.ndarray, colour_of: Normalize) -> bool:
-    """Draw the loss interpolated between `corners` (as in `_ends`); False if they span no area."""
+    """Draw the loss interpolated between `corners` (as in `_ends`).
+
+    Returns False if they are too few or span no area.
+    """
     rates, momenta, losses = corners
     points = np.stack([np.log10(rates), momenta], axis=1)  # as they lie in the figure
-    if len(points) < 3 or np.linalg.matrix_rank(points - points[0]) < 2:
+    if len(points) < LEAST_CORNERS or np.linalg.matrix_rank(points - points[0]) < 2:
         return False
     triangles = Triangulation(*points.T).triangles
     axes.tricontourf(rates, momenta, triangles, losses, levels=20, norm=colour_of)
@@ -461,4 +480,11 @@ def _heat_map(
     axes.grid(False)
     axes.set_xticks(range(len(every)), every)
     axes.set_yticks(range(len(terms)), terms)
-    axes.figure.colorbar(shown, ax=axes, label="log10")
+    _colour_bar(axes.figure, axes, shown, "log10")
+
+
+def _colour_bar(figure: Figure, axes: Axes, shown: ScalarMappable, label: str) -> None:
+    bar = figure.colorbar(shown, ax=axes)
+    bar.set_label(label, fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT - 1, colors=GREY)
+    bar.outline.set_visible(False)

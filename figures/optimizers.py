@@ -24,8 +24,10 @@ from figures.style import (
     GREY,
     add_legend,
     label_axes,
+    looks,
     new_figure,
     one_panel,
+    percent_axis,
     plain_text,
     save_figure,
     without_formulas,
@@ -97,17 +99,13 @@ def plot_training(optimizee: str, losses: Arrays, path: Path) -> None:
     Curves are means over runs, bands are one standard deviation.
     """
     figure, axes = one_panel()
-    for colour, (name, values) in zip(COLOURS, losses.items(), strict=False):
+    for look, (name, values) in zip(looks(len(losses)), losses.items(), strict=True):
         smooth = np.apply_along_axis(
             _running_mean, 1, np.where(np.isfinite(values), values, np.nan)
         )
-        mean, deviation = smooth.mean(0), smooth.std(0)
-        steps = np.arange(values.shape[1])
-        axes.plot(steps, mean, color=colour, lw=1.5 if name == "learned" else 1.1, label=name)
-        axes.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, lw=0)
+        _mean_and_band(axes, np.arange(values.shape[1]), smooth, label=name, **look)
     axes.set_yscale("log")
     label_axes(axes, f"{optimizee}: training loss", "step", "mean over runs, band: one deviation")
-    axes.tick_params(which="minor", labelsize=FONT - 1, colors=GREY)
     add_legend(axes)
     save_figure(figure, path)
 
@@ -118,22 +116,22 @@ def plot_generalisation(optimizee: str, optimizers: Mapping[str, Arrays], path: 
     grid = figure.subplots(2, 2, sharex=True, sharey="row")
     for row, what in zip(grid, ("losses", "accuracies"), strict=True):
         for axes, of in zip(row, ("", "test_"), strict=True):
-            for colour, (name, arrays) in zip(COLOURS, optimizers.items(), strict=False):
+            for look, (name, arrays) in zip(
+                looks(len(optimizers)), optimizers.items(), strict=True
+            ):
                 values = arrays[of + what]
                 values = np.where(np.isfinite(values), values, np.nan)
                 steps = arrays["test_steps"] if of else np.arange(values.shape[1])
                 if not of:
                     values = np.apply_along_axis(_running_mean, 1, values)
-                mean, deviation = values.mean(0), values.std(0)
-                axes.plot(steps, mean, color=colour, lw=1.3, label=name)
-                axes.fill_between(
-                    steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, lw=0
-                )
+                _mean_and_band(axes, steps, values, label=name, **look)
             if what == "losses":
                 axes.set_yscale("log")
             title = f"{'test images' if of else 'training batches'}: {what}"
-            label_axes(axes, title, "step" if what == "accuracies" else "", "mean over runs")
-            axes.tick_params(which="minor", labelsize=FONT - 1, colors=GREY)
+            y_label = "" if of else "mean over runs, band: one deviation"
+            label_axes(axes, title, "step" if what == "accuracies" else "", y_label)
+            if what == "accuracies":
+                percent_axis(axes)
     add_legend(grid[1, 1])
     figure.suptitle(optimizee, fontsize=FONT + 2, parse_math=False)
     save_figure(figure, path)
@@ -148,14 +146,15 @@ def plot_norms(
     grid = figure.subplots(len(shown), 3, sharex=True, squeeze=False)
     for number, (row, tensor) in enumerate(zip(grid, shown, strict=True)):
         for axes, what in zip(row, ("parameter", "gradient", "update"), strict=True):
-            for colour, (name, arrays) in zip(COLOURS, optimizers.items(), strict=False):
+            for look, (name, arrays) in zip(
+                looks(len(optimizers)), optimizers.items(), strict=True
+            ):
                 norms = arrays[f"norms/{what}"][:, number]
                 finite = np.isfinite(norms) & (norms > 0)
-                axes.plot(np.flatnonzero(finite), norms[finite], color=colour, lw=1.1, label=name)
+                axes.plot(np.flatnonzero(finite), norms[finite], label=name, **look)
             axes.set_yscale("log")
             bottom = "step" if number == len(shown) - 1 else ""
             label_axes(axes, f"{tensor}: {what}", bottom, "")
-            axes.tick_params(which="minor", labelsize=FONT - 2, colors=GREY)
     legend = figure.legend(
         *grid[0, 0].get_legend_handles_labels(), loc="outside lower center",
         ncols=len(optimizers), fontsize=FONT - 1, frameon=False,
@@ -182,7 +181,9 @@ def plot_symmetry(optimizee: str, kind: str, optimizers: Mapping[str, Arrays], p
             bottom = "step" if row == len(optimizers) - 1 else ""
             title = f"{name}: {what}s"
             label_axes(axes, title, bottom, "")
-    figure.supylabel("mean over units of |<v, xi>| / (|v| |xi|)", fontsize=FONT)
+    figure.supylabel(
+        f"mean over units of |<v, xi>| / (|v| |xi|); dashed: {LEAST:g} or less", fontsize=FONT
+    )
     title = f"{optimizee}: departure from the {kind.removesuffix(CONTROL)} symmetry"
     if kind.endswith(CONTROL):
         title += " that it lacks (negative control)"
@@ -244,7 +245,6 @@ def plot_noise(optimizee: str, noise: Mapping[str, Mapping], path: Path) -> None
     label_axes(left, f"{optimizee}: tail index (2: normal)", "layer", "alpha")
     label_axes(right, "Covariance over minibatches", "layer", "")
     for axes in (left, right):
-        axes.tick_params(which="minor", labelsize=FONT - 1, colors=GREY)
         legend = axes.legend(
             fontsize=FONT - 2,
             frameon=False,
@@ -270,7 +270,6 @@ def plot_meta_training(validation: Arrays, path: Path) -> None:
     first = figure.add_subplot(grid[:, 0])
     _epoch_curves(first, validation["losses"], epochs, COLOURS[0])
     label_axes(first, "Losses of validation runs", "step", "mean over runs")
-    first.tick_params(which="minor", labelsize=FONT - 1, colors=GREY)
     for row, kind in enumerate(kinds):
         for column, what in enumerate(("update", "gradient")):
             axes = figure.add_subplot(grid[row, column + 1])
@@ -369,6 +368,15 @@ def _epoch_curves(axes: Axes, rows: np.ndarray, epochs: Sequence[int], colour: s
         opacity = (number + 1) / len(epochs)
         axes.plot(rows[epoch], color=colour, alpha=opacity, lw=1.3, label=f"epoch {epoch}")
     axes.set_yscale("log")
+
+
+def _mean_and_band(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, *, label: str, color: str, lw: float
+) -> None:
+    """Draw the mean of values [runs, steps] over runs, in a band of one standard deviation."""
+    mean, deviation = values.mean(0), values.std(0)
+    axes.plot(steps, mean, color=color, lw=lw, label=label)
+    axes.fill_between(steps, mean - deviation, mean + deviation, color=color, alpha=0.15, lw=0)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ run in one thread.
     small: numbers for each unit or pair of units, split by `per_unit` and `per_row`
     sums [3, units]: the gradients of db, of the constant and of the mean
 
-In each function the arguments that are read come first, those that are written come last.
+In each function the arguments that are read come first, those that are written come last. No slice
+is assigned from an array: to compile the messages about its shape takes three seconds.
 """
 
 import numpy as np
@@ -146,7 +147,8 @@ def gate(layout, slope_of, weights, s, y, small, total, h):
     p0, p1, p2, p3, _ = slope_of
     sums, shift = np.zeros(units), np.zeros_like(summed)
     if layout[9] >= 0:
-        shift[:] = a[layout[9]]
+        for i in range(units):
+            shift[i] = a[layout[9], i]
     zero = p0 - p0
     same_view = of_s[0] if len(of_s) else zero
     cross = of_s[1] if len(of_s) > 1 else zero
@@ -352,7 +354,8 @@ def through_mix(layout, codes, counts, weights, small, grad_k, grad_weights, sum
                 grad_a[at[3] + v, i] = of_cross[i] * d[i]
                 grad_d[i] += of_cross[i] * a[at[3] + v, i]
     if at[4] >= 0:
-        grad_a[at[4]] = grad_const
+        for i in range(units):
+            grad_a[at[4], i] = grad_const[i]
     grad_mean[:] = 0
     for f in range(len(codes)):
         for row in range(len(a)):

@@ -102,14 +102,21 @@ def start_team(
     environment: dict[str, str] | None = None,
 ) -> list[Command]:
     """A script in so many processes, as torchrun starts them; stderr of each: folder/<rank>.txt."""
+    return [
+        Command(
+            script, *flags, environment=place | (environment or {}), stderr=folder / f"{rank}.txt"
+        )
+        for rank, place in enumerate(places_in_team(processes))
+    ]
+
+
+def places_in_team(processes: int) -> list[dict[str, str]]:
+    """The variables by which torchrun tells each of so many processes its place."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | (environment or {})
-    shared["WORLD_SIZE"] = str(processes)
-    team = []
-    for rank in range(processes):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        stderr = folder / f"{rank}.txt"
-        team.append(Command(script, *flags, environment=shared | ranks, stderr=stderr))
-    return team
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes),
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    return [shared | {"RANK": str(k), "LOCAL_RANK": str(k)} for k in range(processes)]

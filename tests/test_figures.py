@@ -8,8 +8,9 @@ from PIL import Image
 
 from experiment.errors import RunLogError
 from experiment.run_log import RunLog
+from figures import meta_learning
 from figures.meta_learning import (
-    _colours_of_terms,
+    _looks_of_terms,
     _panels,
     _scaled_to_effects,
     cosines,
@@ -22,7 +23,7 @@ from figures.meta_learning import (
     running_median,
     table_of_terms,
 )
-from figures.style import COLOURS, colours
+from figures.style import COLOURS, colours, looks
 
 COLUMNS = (
     "meta_loss",
@@ -74,15 +75,10 @@ def names(paths):
     ids=["one", "some failed", "all failed", "none positive", "many"],
 )
 def test_every_figure_is_drawn_for_any_number_of_rows(tmp_path, rows):
-    drawn = plot_run(run_of(tmp_path / "run", rows, parameters_of()))
-    assert names(drawn) == {
-        "meta_loss.png",
-        "accuracy.png",
-        "coefficients.png",
-        "hypergradient.png",
-        "features.png",
-        "lateral.png",
-    }
+    parameters = parameters_of() if len(rows) == 1 else None  # their figures are the same for all
+    drawn = plot_run(run_of(tmp_path / "run", rows, parameters))
+    of_rows = {"meta_loss.png", "accuracy.png", "coefficients.png", "hypergradient.png"}
+    assert names(drawn) == of_rows | ({"features.png", "lateral.png"} if parameters else set())
     for path in drawn:
         assert path.parent == tmp_path / "run" / "figures"
         with Image.open(path) as image:
@@ -151,10 +147,25 @@ def test_a_figure_makes_its_folder(tmp_path):
     assert path.stat().st_size > 1000 and [*path.parent.iterdir()] == [path]
 
 
-def test_more_curves_than_colours_take_them_over_again():
-    several = colours(len(COLOURS) + 2)
-    assert several[: len(COLOURS)] == [*COLOURS] and several[len(COLOURS) :] == [*COLOURS[:2]]
-    assert colours(0) == []
+@pytest.mark.parametrize("count", [0, 1, len(COLOURS), 30])
+def test_any_number_of_curves_has_as_many_colours_and_none_is_wider_than_those_before(count):
+    assert len(set(colours(count))) == count
+    shown = looks(count)
+    assert [look["color"] for look in shown] == colours(count)
+    widths = [look["lw"] for look in shown]
+    assert widths == sorted(set(widths), reverse=True)
+
+
+def test_hyperparameters_of_competing_units_have_axes_of_their_own(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(meta_learning, "save_figure", lambda figure, path: figures.append(figure))
+    columns = [f"coefficient/{layer}/w/{name}" for layer in (1, 2) for name in ("rate", "delta")]
+    (path,) = plot_run(run_of(tmp_path / "run", [0.1, 0.2, np.nan], columns=columns))
+    rate, delta = figures[0].axes
+    assert path.name == "coefficients.png"
+    assert rate.get_title("left") == "learning rate" and "delta" in delta.get_title("left")
+    assert [line.get_ydata().tolist() for line in rate.lines] == [[0.1, 0.2]] * 2
+    assert delta.get_legend_handles_labels()[1] == ["layer 1", "layer 2"]
 
 
 def test_a_figure_that_can_not_be_written_is_one_line(tmp_path):
@@ -225,6 +236,13 @@ def test_terms_that_matter_in_any_rule_have_rows_by_their_mean_size():
     np.testing.assert_allclose(values, expected)
 
 
+def test_hyperparameters_of_competing_units_are_relative_to_their_largest_in_any_rule():
+    rules = {"a": {"w/rate": 0.02, "w/delta": 0.4}, "b": {"w/rate": 0.01}, "c": {"w/x": 9.0}}
+    terms, values, _ = table_of_terms(rules, "w")
+    assert terms == ["rate", "delta", "x"]
+    np.testing.assert_allclose(values, [[1, 0.5, 0], [1, 0, 0], [0, 0, 1]])
+
+
 def test_cosines_are_between_columns_and_unknown_for_zeros():
     values = np.array([[1.0, 2.0, 0.0, 0.0], [0.0, -2.0, 0.0, 3.0]])
     half = np.sqrt(0.5)
@@ -244,5 +262,5 @@ def test_coefficients_end_at_their_effects_and_a_term_has_one_colour_in_all_pane
     assert {name: values[-1] for name, values in scaled.items()} == pytest.approx(
         {"1/w/x": 0.5, "1/w/y": -1.5, "2/w/x": 0.25}
     )
-    colours = _colours_of_terms(_panels(scaled))
-    assert list(colours) == ["y", "x"] and len(set(colours.values())) == 2
+    looks_of = _looks_of_terms(_panels(scaled))
+    assert list(looks_of) == ["y", "x"] and len(set(looks_of.values())) == 2

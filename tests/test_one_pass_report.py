@@ -7,6 +7,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PathCollection
+from matplotlib.contour import ContourSet
 
 import plot
 from experiment.errors import RunLogError
@@ -102,7 +104,7 @@ def test_every_figure_is_drawn(monkeypatch, tmp_path):
     ]
     paths = plot_report(runs, tmp_path / "figures")
     assert len(paths) == 10 and all(path.stat().st_size > 1000 for path in paths)
-    assert len(drawn(monkeypatch, tmp_path, *runs[:1])) == 9  # no heat map
+    assert len(drawn(monkeypatch, tmp_path, *runs[:1])) == 8  # no heat map, no single bar
     runs[0].columns["Unnormalised_Loss/Test"][-1] = math.nan
     some = drawn(monkeypatch, tmp_path, *runs[:3])  # one cell is infinite, one empty
     assert len(some) == 10
@@ -193,6 +195,15 @@ def test_trajectories_are_drawn_also_where_fixed_draws_span_no_surface(monkeypat
         save_figure(drawn(monkeypatch, tmp_path, *runs)[path.name], path)
         assert path.stat().st_size > 1000
         path.unlink()
+
+
+@pytest.mark.parametrize(("draws", "surface"), [(20, False), (150, True)])
+def test_a_surface_is_interpolated_only_between_many_draws(monkeypatch, tmp_path, draws, surface):
+    runs = recorded(draws=draws), recorded(method="look_back", seed=1)
+    axes = drawn(monkeypatch, tmp_path, *runs)["trajectories.png"].axes[0]
+    points = [shown for shown in axes.collections if isinstance(shown, PathCollection)]
+    assert [len(shown.get_offsets()) for shown in points] == [draws, 6]
+    assert any(isinstance(shown, ContourSet) for shown in axes.collections) == surface
 
 
 def test_a_run_of_another_command_is_refused(tmp_path, capsys):

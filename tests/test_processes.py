@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import refused
-from forked import ROOT, Command, start_team
+from forked import ROOT, Command, places_in_team, start_team
 
 import learn_to_optimize
 import main
@@ -132,10 +132,17 @@ def test_every_task_belongs_to_one_process():
 def test_a_process_leaves_its_team_before_the_interpreter_ends(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(BRIEF_RUN)
-    process = torchrun(script, stdout=subprocess.PIPE)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert output.replace("\n", "") == "leftleft"  # two processes write to one pipe
+    team = [
+        subprocess.Popen(
+            [sys.executable, str(script)], cwd=ROOT, text=True, env=os.environ | place,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for place in places_in_team(2)
+    ]  # fmt: skip
+    for process in team:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert output == "left\n"
 
 
 def test_two_processes_end_in_the_state_of_one_also_with_tasks_that_fail_or_go_on(

@@ -64,6 +64,11 @@ def command(tmp_path) -> Path:
 
 
 def run(*flags) -> None:
+    """The command without its figures, which take longer than all the rest."""
+    run_with_figures("--no_figures", *flags)
+
+
+def run_with_figures(*flags) -> None:
     sweep.main(["--quiet", *map(str, flags)])
 
 
@@ -96,7 +101,7 @@ def drawn(text: str, count: int, seed: int = 0) -> list:
 def test_a_sweep_leaves_its_table_results_and_figures(tmp_path, command):
     out = tmp_path / "sweep"
     search = ["--search", "x=-1:1", "--trials", 4, "--workers", 2, "--seed", 3]
-    run("--out", out, *METRIC, *search, "--", command, "--k", 2)
+    run_with_figures("--out", out, *METRIC, *search, "--", command, "--k", 2)
     found = table(out)
     assert list(found[0]) == [
         *("number", "variant", "draw", "state", "value", "x"),
@@ -117,7 +122,7 @@ def test_a_sweep_leaves_its_table_results_and_figures(tmp_path, command):
 
 def test_a_sweep_without_figures_leaves_none(tmp_path, command):
     flags = [*METRIC, "--search", "x=0:1", "--trials", 1, "--no_figures"]
-    run("--out", tmp_path / "sweep", *flags, "--", command)
+    run_with_figures("--out", tmp_path / "sweep", *flags, "--", command)
     assert results(tmp_path / "sweep")["trials"] == {"done": 1}
     assert not (tmp_path / "sweep" / "figures").exists()
 
