@@ -217,7 +217,7 @@ class Units:
         self.layer, self.old, self.x = layer, old, x
         self.wanted, self.rho, self.signal = wanted, rho, signal
         self.s, self.y = [samples(t) for t in s], [samples(t) for t in y]
-        self.views, (self.samples, self.units) = len(s), self.y[0].shape
+        self.views, (self.samples, self.units) = len(s), self.y[0].shape[-2:]
         self.state: dict[str, Tensor] = {}
         self._values: dict = {}
         level = "gram" if self.wanted & {"cov", "corr", "cross"} else "variance"
@@ -235,7 +235,7 @@ class Units:
         if level == "mean":
             return
         pooled = self.second.sum(0)
-        variance = pooled.diagonal() if level == "gram" else pooled
+        variance = pooled.diagonal(dim1=-2, dim2=-1) if level == "gram" else pooled
         if "square" in self.wanted:
             values["square"] = self._running("square", variance + batch_mean.square())
         if self.shift is not None:
@@ -247,7 +247,8 @@ class Units:
 
     def _take_correlations(self, pooled: Tensor) -> None:
         others = 1 - torch.eye(self.units, dtype=pooled.dtype, device=pooled.device)
-        scale = self._values["d"].unsqueeze(1) * self._values["d"] * others
+        d = self._values["d"]
+        scale = d.unsqueeze(-1) * d.unsqueeze(-2) * others
         shifted = 0 if self.shift is None else torch.outer(self.shift, self.shift)
         if "cov" in self.wanted:
             self._values["cov"] = self._running("cov", (pooled + shifted) * others)
@@ -271,7 +272,7 @@ class Units:
     def statistic(self, name: str) -> Tensor:
         """A statistic [units], by name; "rz" is <r z>."""
         if name == "rz" and name not in self._values:
-            self._values[name] = self._values["corr"].square().sum(1)
+            self._values[name] = self._values["corr"].square().sum(-1)
         return self._values[name]
 
     def factor(self, powers: tuple[tuple[str, float], ...]) -> Tensor | None:
@@ -305,17 +306,21 @@ class Units:
         if name == "gain":
             return gain(self.sigma(view), self.layer.activation)
         if name == "c":
-            return self.y[view] - self._values["mean"]
+            return self.y[view] - self._of_units("mean")
         if name == "z":
-            return self.quantity("c", view) * self._values["d"]
+            return self.quantity("c", view) * self._of_units("d")
         if name == "r_exact":
             r, z = (self.quantity(n, view) for n in ("r", "z"))
-            return (r - z * self.statistic("rz")) * self._values["d"]
+            return (r - z * self._of_units("rz")) * self._of_units("d")
         if name == "r_cov":
             return self.quantity("c", view) @ self._values["cov"]
         if name == "r_cross":
             return self.quantity("z", 1 - view) @ self._values["cross"]
         return self.quantity("z", view) @ self._values["corr"]
+
+    def _of_units(self, name: str) -> Tensor:
+        """A statistic [1, units], to go with every sample."""
+        return self.statistic(name).unsqueeze(-2)
 
     def sigma(self, view: int) -> Tensor:
         """sigma(s), which is y without inhibition, [samples, units]."""
@@ -347,7 +352,7 @@ class Units:
         change, alone = None, None
         for part in plan:
             matrix, per_unit = self._sum(part, psi)
-            matrix = per_unit.unsqueeze(1) if matrix is None else matrix
+            matrix = per_unit.unsqueeze(-1) if matrix is None else matrix
             matrix = matrix if part.own == 0 else matrix * old**part.own
             change = matrix if change is None else change + matrix
             if part.sending:
@@ -363,10 +368,9 @@ class Units:
         """
         per_unit = None
         if part.statistics:
-            weights = part.place.to(psi) @ psi
+            weights = placed(part.place, psi)
             factors = [self.factor(powers) for powers in part.statistics]
-            ones = self.old["b"].new_ones(self.units)
-            per_unit = weights @ torch.stack([ones if f is None else f for f in factors])
+            per_unit = self._weighted(weights, factors)
         matrix = None
         if part.currents:
             h = [self._received(c, psi) for c in part.currents]
@@ -375,7 +379,7 @@ class Units:
                 sent, windows = self._sent(part.sending)
                 matrix, summed = correlate(h, sent, windows)
             else:
-                summed = h.sum((0, 1))
+                summed = h.sum((0, -2))
             per_unit = summed if per_unit is None else per_unit + summed
         return matrix, per_unit
 
@@ -414,11 +418,12 @@ class Units:
         """K_+- or its diagonal, the constant, S and S'; see kernels/unit_statistics.py."""
         weights = {kind: self._weights(part, kind, psi) for kind in part.columns}
         lateral = [
-            self._lateral(kind) * weights[kind].unsqueeze(1) for kind in LATERAL if kind in weights
+            self._lateral(kind) * weights[kind].unsqueeze(-2) for kind in LATERAL if kind in weights
         ]
-        diagonal = weights.get("c", self.c.new_zeros(self.views, 1)).expand(-1, self.units)
+        diagonal = weights.get("c", self.c.new_zeros(self.views, *psi.shape[:-1], 1))
+        diagonal = diagonal.expand(*diagonal.shape[:-1], self.units)
         k = sum(lateral, start=torch.diag_embed(diagonal)) if lateral else diagonal
-        const = weights["1"][0].expand(self.units) if "1" in weights else None
+        const = weights["1"][0].expand_as(self.old["b"]) if "1" in weights else None
         if self.shift is not None:
             shifted = self.shift @ k[0] if lateral else self.shift * k[0]
             const = self.views * shifted + (0 if const is None else const)
@@ -426,17 +431,31 @@ class Units:
 
     def _weights(self, part: Currents, kind: str, psi: Tensor) -> Tensor:
         """The sum of the columns of a kind, [views, units or 1]."""
-        weights = part.place[kind].to(psi) @ psi
+        weights = placed(part.place[kind], psi)
         factors = [self.factor(powers) for powers in part.columns[kind]]
-        if factors == [None]:
-            return weights
-        ones = self.c.new_ones(self.units)
-        return weights @ torch.stack([ones if f is None else f for f in factors])
+        return weights if factors == [None] else self._weighted(weights, factors)
+
+    def _weighted(self, weights: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
+        """The sum over factors [units] (None: 1) times weights [..., factors], [..., units]."""
+        ones = torch.ones_like(self.old["b"])
+        columns = [ones if factor is None else factor for factor in factors]
+        if ones.dim() == 1:
+            return weights @ torch.stack(columns)
+        return (weights.unsqueeze(-2) @ torch.stack(columns, dim=1)).squeeze(-2)
 
     def _lateral(self, kind: str) -> Tensor:
         """The matrix [units, units] that maps centred activities to a lateral current."""
         matrix = self._values[LATERAL[kind]]
-        return matrix if kind == "r_cov" else matrix * self._values["d"].unsqueeze(1)
+        return matrix if kind == "r_cov" else matrix * self._values["d"].unsqueeze(-1)
+
+
+def placed(place: Tensor, psi: Tensor) -> Tensor:
+    """The map [..., columns, terms] of coefficients psi [terms], [..., columns].
+
+    Of several tasks, psi is [tasks, terms] and the result [..., tasks, columns].
+    """
+    place = place.to(psi)
+    return place @ psi if psi.dim() == 1 else psi @ place.mT
 
 
 def wanted_statistics(groups) -> set[str]:
