@@ -30,6 +30,21 @@ GATED = (("gain", 1),)  # the prefactor for which kernels/unit_statistics.py has
 # ---- layout of terms ----
 
 
+class CoefficientMap:
+    """A constant matrix [..., columns, terms], kept on every device where it has been needed."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self._moved: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, psi: Tensor) -> Tensor:
+        """Its product with coefficients psi; see `placed`."""
+        key = (psi.dtype, psi.device)
+        if key not in self._moved:
+            self._moved[key] = self.matrix.to(psi)
+        return placed(self._moved[key], psi)
+
+
 @dataclass(frozen=True)
 class Currents:
     """Terms with the same prefactor, as columns whose weights are linear in the coefficients.
@@ -43,7 +58,7 @@ class Currents:
 
     prefactor: tuple[tuple[str, int], ...]
     columns: dict[str, list[tuple[tuple[str, float], ...]]]
-    place: dict[str, Tensor]
+    place: dict[str, CoefficientMap]
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class TermSum:
     own: int
     currents: list[Currents]
     statistics: list[tuple[tuple[str, float], ...]]
-    place: Tensor
+    place: CoefficientMap
 
 
 def planned_sums(terms: Sequence[Term], views: int) -> list[TermSum]:
@@ -89,7 +104,7 @@ def _planned_sum(terms: Sequence[Term], views: int, sending, own_power: int) -> 
     for column, indices in enumerate(constant.values()):
         place[column, indices] = 1.0
     laid_out = [_laid_out(p, linears, views, len(terms)) for p, linears in parts.items()]
-    return TermSum(sending, own_power, laid_out, list(constant), place)
+    return TermSum(sending, own_power, laid_out, list(constant), CoefficientMap(place))
 
 
 def _laid_out(prefactor, linears, views: int, count: int) -> Currents:
@@ -106,7 +121,7 @@ def _laid_out(prefactor, linears, views: int, count: int) -> Currents:
         key = tuple(sorted((n, p) for n, p in powers.items() if p))
         column = place[linear.kind][:, columns[linear.kind].index(key), index]
         column += linear.sign * torch.tensor(_view_weights(linear, views), device="cpu")
-    return Currents(prefactor, columns, place)
+    return Currents(prefactor, columns, {k: CoefficientMap(m) for k, m in place.items()})
 
 
 def _view_weights(linear: Linear, views: int) -> list[float]:
@@ -165,7 +180,7 @@ def planned_gated(sums: Sequence[TermSum], views: int, count: int) -> GatedPlan:
         if (part.sending, part.own) == ((("x", 1),), 0) and len(part.currents) == 1:
             (currents,) = part.currents
         elif (part.sending, part.own) == ((), 1) and part.statistics == [()] and not part.currents:
-            of_w = part.place
+            of_w = part.place.matrix
         else:
             return refused
     if currents is None or currents.prefactor != GATED:
@@ -179,9 +194,10 @@ def planned_gated(sums: Sequence[TermSum], views: int, count: int) -> GatedPlan:
     for kind in rows:
         of_kind = torch.zeros(1 if kind == "1" else views, len(factors), count, device="cpu")
         for column, key in enumerate(currents.columns[kind]):
-            of_kind[:, factors.index(key)] = currents.place[kind][: len(of_kind), column]
+            matrix = currents.place[kind].matrix
+            of_kind[:, factors.index(key)] = matrix[: len(of_kind), column]
         place.append(of_kind.flatten(0, 1))
-    place += [currents.place["s"][:, 0]] if "s" in currents.columns else []
+    place += [currents.place["s"].matrix[:, 0]] if "s" in currents.columns else []
     place += [of_w] if of_w is not None else []
     names = tuple(_GATED_FACTORS[key] for key in factors)
     terms = GatedTerms(tuple(rows), names, "s" in currents.columns, of_w is not None)
@@ -368,7 +384,7 @@ class Units:
         """
         per_unit = None
         if part.statistics:
-            weights = placed(part.place, psi)
+            weights = part.place(psi)
             factors = [self.factor(powers) for powers in part.statistics]
             per_unit = self._weighted(weights, factors)
         matrix = None
@@ -431,7 +447,7 @@ class Units:
 
     def _weights(self, part: Currents, kind: str, psi: Tensor) -> Tensor:
         """The sum of the columns of a kind, [views, units or 1]."""
-        weights = placed(part.place[kind], psi)
+        weights = part.place[kind](psi)
         factors = [self.factor(powers) for powers in part.columns[kind]]
         return weights if factors == [None] else self._weighted(weights, factors)
 
@@ -454,7 +470,6 @@ def placed(place: Tensor, psi: Tensor) -> Tensor:
 
     Of several tasks, psi is [tasks, terms] and the result [..., tasks, columns].
     """
-    place = place.to(psi)
     return place @ psi if psi.dim() == 1 else psi @ place.mT
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from oracles import normal
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from experiment.errors import NonFiniteError
 from experiment.meta_settings import MetaSettings
@@ -349,3 +351,47 @@ def test_a_task_that_diverges_after_its_last_update_spoils_nothing():
     for one, draw in zip(together, draws, strict=True):
         for g, other in zip(one.gradient, Reverse()(training, draw).gradient, strict=True):
             assert torch.allclose(g, other, rtol=1e-8) and torch.isfinite(g).all()
+
+
+# ---- what a CUDA graph cannot record ----
+
+
+class NoCopies(TorchDispatchMode):
+    """Refuses copies between devices."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        found = tree_leaves((arguments, options, result))
+        devices = {t.device.type for t in found if isinstance(t, torch.Tensor)}
+        assert len(devices) < 2, f"{function} of tensors on {devices}"
+        return result
+
+
+@pytest.mark.parametrize("rule, inhibition", [
+    (PolynomialRule.of_degree(3, bound="tanh"), "lateral"),
+    (PolynomialPairRule.of_degree(2), "l2"),
+    (default_rule(learn=("eta", "eps", "tau", "exponents"), tau=20.0, decay=0.01), "none"),
+    (default_rule(), "lateral"),
+    (UnitStatisticsRule(GENERAL, step="plain"), "lateral"),
+    (foldiak(), "lateral"),
+], ids=["polynomial", "pairs", "gated", "laterals", "general", "foldiak"])  # fmt: skip
+def test_updates_copy_nothing_from_the_host_and_wait_for_no_number(rule, inhibition):
+    rule, model = copy.deepcopy(rule).to("meta"), over_tasks(network((4,), inhibition=inhibition))
+    psi = {n: torch.empty(TASKS, *p.shape, device="meta", requires_grad=True)
+           for n, p in rule.named_parameters()}  # fmt: skip
+    params = [
+        {n: torch.empty(TASKS, *s, device="meta", requires_grad=True)
+         for n, s in layer.parameter_shapes().items()}
+        for layer in network((4,), inhibition=inhibition).layers
+    ]  # fmt: skip
+    views = [torch.empty(TASKS, BATCH, 1, SIDE, SIDE, device="meta") for _ in range(rule.views)]
+
+    def update_and_back():
+        batch = tuple(views) if len(views) == 2 else views[0]
+        new = flat(functional_call(rule, psi, (model, params, batch)))
+        leaves = [*psi.values(), *flat(params)]
+        torch.autograd.grad(sum(t.sum() for t in new), leaves, allow_unused=True)
+
+    update_and_back()  # plans are made once
+    with NoCopies():
+        update_and_back()
