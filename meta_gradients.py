@@ -348,17 +348,10 @@ class _Tasks:
 
     def batches(self, all_go_on: bool = False) -> Iterator:
         """The batches of the tasks that go on, or of all, stacked, [tasks, batch, ...]."""
-        stacked: dict[tuple[int, ...], tuple] = {}  # batches that come again are stacked once
-        for step in range(self.draws[0].steps):
-            streams = [s for s, draw in zip(self._streams, self.draws, strict=True)
-                       if all_go_on or draw.steps > step]  # fmt: skip
-            batches = [next(stream, None) for stream in streams]
-            if any(batch is None for batch in batches):
-                return
-            key = tuple(map(id, tree_leaves(batches)))
-            if key not in stacked:  # with the batches, whose ids are then not given to others
-                stacked[key] = batches, tree_map(lambda *x: torch.stack(x), *batches)
-            yield stacked[key][1]
+        together = getattr(self._streams[0], "of_tasks", None) or _stacked
+        for step, batch in zip(range(self.draws[0].steps), together(self._streams), strict=False):
+            going = sum(all_go_on or draw.steps > step for draw in self.draws)
+            yield tree_map(lambda x, going=going: x[:going], batch)
 
     def with_all_entries(self, model: nn.Module, batch) -> Params:
         """`start`, with 0 for what the rule remembers since its first update."""
@@ -493,6 +486,19 @@ class _RuleOfTasks:
 
         given = (model, [first(layer) for layer in params], batch)
         return functional_call(self.rule, first(self.psi), given)
+
+
+def _stacked(streams: Sequence[Iterator]) -> Iterator:
+    """The next batches of several streams, stacked; those that come again are stacked once."""
+    stacked: dict[tuple[int, ...], tuple] = {}
+    while True:
+        batches = [next(stream, None) for stream in streams]
+        if any(batch is None for batch in batches):
+            return
+        key = tuple(map(id, tree_leaves(batches)))
+        if key not in stacked:  # with the batches, whose ids are then not given to others
+            stacked[key] = batches, tree_map(lambda *x: torch.stack(x), *batches)
+        yield stacked[key][1]
 
 
 def _of_first(tensor: Tensor, count: int) -> Tensor:

@@ -11,8 +11,10 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from data_sets.views import Views
 from experiment.errors import NonFiniteError
 from experiment.meta_settings import MetaSettings
+from experiment.view_strengths import ViewStrengths
 from hypgraddesc import HypergradientDescent
 from initializers import TRAINABLE, GaussianInitializer, SpreadInitializer
 from kernels.recorded_updates import CalledRecording, RecordingError
@@ -395,3 +397,39 @@ def test_updates_copy_nothing_from_the_host_and_wait_for_no_number(rule, inhibit
     update_and_back()  # plans are made once
     with NoCopies():
         update_and_back()
+
+
+# ---- batches ----
+
+
+@pytest.mark.parametrize("strengths", [
+    ViewStrengths(noise=0.1, crop=(0.5, 1.0)), ViewStrengths("masks", mask=(0.1, 0.5), center=True),
+    ViewStrengths("masks", mask=(0.0, 0.5), noise=0.2),
+], ids=str)  # fmt: skip
+def test_pairs_of_several_tasks_are_those_of_each_to_the_last_bit(strengths):
+    views = Views(IMAGES, 20, strengths)
+    several, alone = ([views(torch.Generator().manual_seed(k)) for k in range(TASKS)]
+                      for _ in range(2))  # fmt: skip
+    next(several[1]), next(alone[1])  # one is ahead
+    for pair, _ in zip(several[0].of_tasks(several), range(7), strict=False):
+        for view, others in zip(pair, zip(*map(next, alone), strict=True), strict=True):
+            assert torch.equal(view, torch.stack(others))
+
+
+def test_batches_of_several_tasks_are_those_of_each_and_are_made_once():
+    several, alone = ([batches(IMAGES, 20, torch.Generator().manual_seed(k)) for k in range(TASKS)]
+                      for _ in range(2))  # fmt: skip
+    found = [x for x, _ in zip(several[0].of_tasks(several), range(7), strict=False)]
+    for x in found:
+        assert torch.equal(x, torch.stack([next(stream) for stream in alone]))
+    assert found[0] is found[3] is found[6] and found[0] is not found[1]
+
+
+def test_each_of_mixed_views_chooses_its_own_kind():
+    stream = Views(IMAGES, 20, ViewStrengths("mixed"))(torch.Generator())
+    assert stream.of_tasks is None
+    assert_runs_agree(
+        default_rule(), network((4,), inhibition="none"),
+        source=lambda data, size, generator, dtype: Views(
+            data, size, ViewStrengths("mixed", mask=(0.1, 0.4)), dtype=dtype)(generator),
+    )  # fmt: skip
