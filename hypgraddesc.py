@@ -295,11 +295,12 @@ class HypergradientDescent:
     def _outcomes(self, tasks: Sequence[int]) -> list[TaskOutcome]:
         """The outcomes of these tasks, those of each training together or one by one."""
         if not self._together():
-            return [self._outcome(task, self._attempt(task)) for task in tasks]
+            return [self._outcome(task, self._hypergradient(task)) for task in tasks]
         outcomes = []
         for number in range(len(self.trainings)):
             some = [k for k in tasks if k % len(self.trainings) == number]
-            results = self._hypergradients(some) if len(some) > 1 else map(self._attempt, some)
+            alone = map(self._hypergradient, some)
+            results = self._hypergradients(some) if len(some) > 1 else alone
             outcomes += [self._outcome(*pair) for pair in zip(some, results, strict=True)]
         return outcomes
 
@@ -326,20 +327,19 @@ class HypergradientDescent:
     def _hypergradients(self, tasks: Sequence[int]) -> list[Hypergradient | FloatingPointError]:
         """The hypergradients of several tasks of one training, computed together."""
         draws = [self._draw(task) for task in tasks]
-        with self._exactly(self._training(tasks[0])) as training:
-            try:
-                results = self.method.together(training, draws, self.recorder)
-            except RecordingError as problem:
-                self.warn(f"updates are not replayed as a recording: {problem}")
-                self.recorder = None
-                results = self.method.together(training, draws)
-        return [self._checked(result) for result in results]
-
-    def _attempt(self, task: int) -> Hypergradient | FloatingPointError:
         try:
-            return self._hypergradient(task)
-        except FloatingPointError as problem:
-            return problem
+            with self._exactly(self._training(tasks[0])) as training:
+                results = self.method.together(training, draws, self.recorder)
+        except RecordingError as problem:
+            self.warn(f"updates are not replayed as a recording: {problem}")
+            self.recorder = None
+            return self._hypergradients(tasks)
+        except torch.OutOfMemoryError:
+            self.alone = "together they do not fit into the device's memory"
+            self.warn(f"tasks are done one by one: {self.alone}")
+            self.recorder = None
+            return [self._hypergradient(task) for task in tasks]
+        return [self._checked(result) for result in results]
 
     def _outcome(self, task: int, result: Hypergradient | FloatingPointError) -> TaskOutcome:
         if isinstance(result, FloatingPointError):
@@ -368,18 +368,14 @@ class HypergradientDescent:
             for unit, value in enumerate(values)
         }
 
-    def _hypergradient(self, task: int) -> Hypergradient:
-        """The hypergradient of one draw of initial parameters and batches.
-
-        Raises FloatingPointError if it is not finite.
-        """
+    def _hypergradient(self, task: int) -> Hypergradient | FloatingPointError:
+        """The hypergradient of one draw of initial parameters and batches, or why there is none."""
         draw = self._draw(task)
-        with self._exactly(self._training(task).with_drawn_model(draw)) as training:
-            result = self.method(training, draw)
-        result = self._checked(result)
-        if isinstance(result, FloatingPointError):
-            raise result
-        return result
+        try:
+            with self._exactly(self._training(task).with_drawn_model(draw)) as training:
+                return self._checked(self.method(training, draw))
+        except FloatingPointError as problem:
+            return problem
 
     def _draw(self, task: int) -> Draw:
         """The draw of a task in this meta-step."""

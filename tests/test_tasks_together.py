@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -16,7 +17,12 @@ from experiment.errors import NonFiniteError
 from experiment.meta_settings import MetaSettings
 from experiment.view_strengths import ViewStrengths
 from hypgraddesc import HypergradientDescent
-from initializers import TRAINABLE, GaussianInitializer, SpreadInitializer
+from initializers import (
+    TRAINABLE,
+    GaussianInitializer,
+    PerLayerInitializer,
+    SpreadInitializer,
+)
 from kernels.recorded_updates import CalledRecording, RecordingError
 from learning_rules import LearningRule, PerLayerRule, PolynomialPairRule, PolynomialRule
 from linear_probe import RidgeLoss
@@ -24,6 +30,7 @@ from meta_gradients import Recorder, Reverse
 from mnist_datasets import ImageData, batches, pair_batches
 from models_fully_local import Activation, Sequential, TaskError, lateral_network, over_tasks
 from rules.competing_units import KrotovHopfieldRule
+from rules.layerwise import LayerwiseRule, LayerwiseTraining, image_inputs
 from rules.unit_statistics import UnitStatisticsRule, bcm, default_rule, foldiak, preset
 from train import OUTER, Draw, Training, train
 
@@ -330,6 +337,49 @@ def test_updates_that_cannot_be_recorded_are_done_without_and_said_once():
     assert recorded[2] == ["updates are not replayed as a recording: it waits for the host"]
     for one, other in zip(recorded[1], plain[1], strict=True):
         assert torch.equal(one, other)
+
+
+def test_tasks_that_do_not_fit_into_memory_are_done_one_by_one():
+    class Full:
+        def train(self, *arguments):
+            raise torch.OutOfMemoryError("too much")
+
+    settings = MetaSettings(together="always", tasks=2, inner_steps=3)
+    model = network((4,), inhibition="none")
+    rows, trained, said = meta_run(
+        default_rule(), model, settings, source=pair_batches, recorder=Full()
+    )
+    assert (
+        said == ["tasks are done one by one: together they do not fit into the device's memory"]
+        and len(rows) == 3
+    )
+    _, expected, _ = meta_run(
+        default_rule(), model, replace(settings, together="never"), source=pair_batches
+    )
+    for one, other in zip(trained, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("trainings_below", [None, 2])
+def test_the_last_of_layers_that_are_trained_one_after_the_other(trainings_below):
+    model = network((5, 4), inhibition="none", centred_layers=True)
+    rule = LayerwiseRule([default_rule() for _ in range(2)]).double()
+    spread = [SpreadInitializer(0.4, trainable=k == 1) for k in range(2)]
+    training = LayerwiseTraining(
+        model, rule, PerLayerInitializer(spread).double(),
+        partial(pair_batches, IMAGES, 20, dtype=torch.float64),
+        RidgeLoss(IMAGES, fit_images=30, outer_images=20),
+        inputs=image_inputs(IMAGES, torch.float64), steps_below=[2],
+        trainings_below=trainings_below,
+    )  # fmt: skip
+    method, draws = Reverse(), [Draw((0, 0, k), 3 + k) for k in range(TASKS)]
+    assert method.one_by_one(training) == ""
+    alone = [method(training, draw) for draw in draws]
+    for recorder in (None, Recorder(2, CalledRecording)):
+        for one, other in zip(method.together(training, draws, recorder), alone, strict=True):
+            assert one.numbers == pytest.approx(other.numbers, rel=1e-10)
+            for g, expected in zip(one.gradient, other.gradient, strict=True):
+                assert torch.allclose(g, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_task_that_diverges_after_its_last_update_spoils_nothing():
