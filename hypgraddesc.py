@@ -299,15 +299,17 @@ class HypergradientDescent:
         outcomes = []
         for number in range(len(self.trainings)):
             some = [k for k in tasks if k % len(self.trainings) == number]
+            several = len(some) > 1 or (some and self.recorder is not None)
             alone = map(self._hypergradient, some)
-            results = self._hypergradients(some) if len(some) > 1 else alone
+            results = self._hypergradients(some) if several else alone
             outcomes += [self._outcome(*pair) for pair in zip(some, results, strict=True)]
         return outcomes
 
     def _together(self) -> bool:
         """Whether tasks are computed together; says once why they are not although wanted."""
         wanted, on_cpu = self.settings.together, not self._on_gpu()
-        if self.settings.tasks < 2 or wanted == "never" or (wanted == "auto" and on_cpu):
+        idle = self.settings.tasks < 2 and self.recorder is None
+        if idle or wanted == "never" or (wanted == "auto" and on_cpu):
             return False
         if self.alone is None:
             self.alone = self._why_alone()

@@ -18,7 +18,7 @@ the tensors of params, batches and hyperparameters have a leading dimension for 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -141,8 +141,7 @@ class Reverse:
                 over_tasks(training.model), tasks.start, tasks.batches(), tasks.rule, ends,
                 memory=self.memory, memory_limit=self.memory_limit, adjoint_limit=limit,
             )  # fmt: skip
-        for end, params in zip(ends, passed, strict=True):
-            tasks.judge(params, end, [k for k, of_task in enumerate(times) if end in of_task])
+        tasks.judge(dict(zip(ends, passed, strict=True)), times)
         return tasks.hypergradients()
 
     def _through(
@@ -336,10 +335,7 @@ class _Tasks:
                 self.failed[number] = problem
         self.numbers, self.draws = [*begun], [draws[number] for number in begun]
         self._drawn, self._streams = [p for p, _ in begun.values()], [b for _, b in begun.values()]
-        self.start = [
-            {name: _leaf([layer[name] for layer in layers]) for name in layers[0]}
-            for layers in zip(*self._drawn, strict=True)
-        ]
+        self.start = _joined(self._drawn, _leaf)
         self.psi = {name: _leaf([p] * len(begun)) for name, p in training.rule.named_parameters()}
         self.rule = _RuleOfTasks(training.rule, self.psi)
         self._losses: list[list[Tensor]] = [[] for _ in begun]
@@ -362,22 +358,23 @@ class _Tasks:
             for old, new in zip(self.start, after, strict=True)
         ]
 
-    def judge(self, params: Params, end: int, tasks: Sequence[int]) -> None:
-        """Take the losses of these tasks after `end` updates, which led to params."""
-        draws = [replace(self.draws[k], steps=end) for k in tasks]
-        rows = torch.tensor(tasks)
-        chosen = [
-            {name: t.index_select(0, rows.to(t.device)) for name, t in layer.items()}
-            for layer in params
-        ]
-        results = self.training.checked_outer_losses(chosen, draws)
-        for row, (k, result) in enumerate(zip(tasks, results, strict=True)):
-            if isinstance(result, FloatingPointError):
-                self.failed.setdefault(self.numbers[k], result)
-            else:
-                self._losses[k].append(result[0])
-                self._rows[k].append(result[1])
-            self._last[k] = of_task(chosen, row)
+    def judge(self, passed: dict[int, Params], times: Sequence[Sequence[int]]) -> None:
+        """Take the losses of all tasks, of each after its `times`; the first of all together.
+
+        passed: the parameters by the number of updates that led to them.
+        """
+        for turn in range(max(map(len, times))):
+            tasks = [k for k, ends in enumerate(times) if turn < len(ends)]
+            draws = [replace(self.draws[k], steps=times[k][turn]) for k in tasks]
+            reached = [of_task(passed[draw.steps], k) for k, draw in zip(tasks, draws, strict=True)]
+            results = self.training.checked_outer_losses(_joined(reached, torch.stack), draws)
+            for k, params, result in zip(tasks, reached, results, strict=True):
+                self._last[k] = params
+                if isinstance(result, FloatingPointError):
+                    self.failed.setdefault(self.numbers[k], result)
+                else:
+                    self._losses[k].append(result[0])
+                    self._rows[k].append(result[1])
 
     def hypergradients(self) -> list[Hypergradient | FloatingPointError]:
         """The result of each draw, in the order in which they were given."""
@@ -499,6 +496,14 @@ def _stacked(streams: Sequence[Iterator]) -> Iterator:
         if key not in stacked:  # with the batches, whose ids are then not given to others
             stacked[key] = batches, tree_map(lambda *x: torch.stack(x), *batches)
         yield stacked[key][1]
+
+
+def _joined(tasks: Sequence[Params], join: Callable[[list[Tensor]], Tensor]) -> Params:
+    """The parameters [tasks, ...] of tasks that `join` has made one tensor each."""
+    return [
+        {name: join([layer[name] for layer in layers]) for name in layers[0]}
+        for layers in zip(*tasks, strict=True)
+    ]
 
 
 def _of_first(tensor: Tensor, count: int) -> Tensor:

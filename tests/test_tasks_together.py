@@ -252,6 +252,11 @@ def test_a_meta_step_together_is_that_one_by_one(options):
     assert_runs_agree(default_rule(), model, None, initializer, pair_batches, **options)
 
 
+def test_one_task_is_replayed_too():
+    assert_runs_agree(default_rule(), network((4,), inhibition="none"), tasks=1,
+                      source=pair_batches)  # fmt: skip
+
+
 def test_a_meta_step_of_polynomial_rules_and_a_start_that_is_learned():
     initializer = GaussianInitializer({"b": TRAINABLE, "m": TRAINABLE}, {"w": TRAINABLE}).double()
     rule = PerLayerRule([PolynomialRule.of_degree(2, bound="tanh") for _ in range(2)])
