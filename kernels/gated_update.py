@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.local_polynomial import ROWS, Place, inner_products, mixed
+from kernels.local_polynomial import ROWS, Place, inner_products, mixed, with_samples
 from kernels.own_precision import in_own_precision
 from kernels.unit_statistics import (
     FLOOR,
@@ -140,7 +140,7 @@ def respond(
     s = w.new_empty(len(x), *w.shape[:-2], place.count(x[0]), w.shape[-2])
     for inputs, of_view in zip(x, s, strict=True):
         place.project(inputs, w, out=of_view)
-    return s.add_(b.unsqueeze(-2)), activation.of_scaled_(activation.slope * s)
+    return s.add_(with_samples(b)), activation.of_scaled_(activation.slope * s)
 
 
 def through_products(grad_s: Tensor, w: Tensor, grad_w: Tensor, x, place, grad_x) -> None:
@@ -186,7 +186,7 @@ class _GatedUpdate(torch.autograd.Function):
         if any(needed[8:]):
             h = gate_forward(total, y, activation)
             grad_x = inputs_backward(h, x, grad_dw, place, needed[8:])
-        grad_h = products_backward(total, x, grad_dw, place).add_(grad_db.unsqueeze(-2))
+        grad_h = products_backward(total, x, grad_dw, place).add_(with_samples(grad_db))
         grad_total, grad_sigma = gate_backward(grad_h, total, y, activation)
         mixing, states = _Mixing(terms, rows, *parts), [None] * len(x) if s is None else s
         grad_c, grad_k, grad_const, grad_of_s, grad_s = currents_backward(

@@ -184,7 +184,7 @@ class TaskRows:
     """The maps of Rows for several tasks: p is [tasks, batch, in], weights are [tasks, out, in]."""
 
     def blocks(self, inputs: Sequence[Tensor]) -> Iterator[slice]:
-        """One slice of all samples."""
+        """One slice, of all tasks and samples."""
         yield slice(None)
 
     def correlate_(self, total: Tensor, post: Tensor, p: Tensor) -> None:
@@ -230,7 +230,7 @@ class TaskWindows:
     windows: Windows
 
     def blocks(self, inputs: Sequence[Tensor]) -> Iterator[slice]:
-        """One slice of all samples."""
+        """One slice, of all tasks and samples."""
         yield slice(None)
 
     def correlate_(self, total: Tensor, post: Tensor, p: Tensor) -> None:
@@ -284,11 +284,18 @@ def place_of(inputs: Sequence[Tensor], windows: Windows | TaskWindows | None) ->
     return TASK_ROWS if inputs and inputs[0].dim() == 3 else ROWS
 
 
+def with_samples(values: Tensor) -> Tensor:
+    """Numbers [features] to go with every sample; [tasks, 1, features] from [tasks, features]."""
+    return values if values.dim() == 1 else values.unsqueeze(-2)
+
+
 def mixed(matrix: Tensor, stack: Tensor) -> Tensor:
     """sum_k matrix_gk stack_k: [groups, ...] from [groups, k] and [k, ...].
 
     Of several tasks, [groups, tasks, ...] from [tasks, groups, k] and [k, tasks, ...].
     """
+    if stack.dim() == 2:
+        return matrix @ stack
     if matrix.dim() == 2:
         return (matrix @ stack.flatten(1)).view(len(matrix), *stack.shape[1:])
     product = torch.bmm(matrix, _by_task(stack))
@@ -297,7 +304,9 @@ def mixed(matrix: Tensor, stack: Tensor) -> Tensor:
 
 def add_mixed_(total: Tensor, matrix: Tensor, stack: Tensor) -> None:
     """Add `mixed` to total."""
-    if matrix.dim() == 2:
+    if stack.dim() == 2:
+        total.addmm_(matrix, stack)
+    elif matrix.dim() == 2:
         total.flatten(1).addmm_(matrix, stack.flatten(1))
     else:
         total.add_(mixed(matrix, stack))
@@ -310,6 +319,8 @@ def inner_products(one: Tensor, other: Tensor, tasks: bool) -> Tensor:
     """
     if tasks:
         return torch.bmm(_by_task(one), _by_task(other).mT)
+    if one.dim() == 2:
+        return one @ other.t()
     return one.flatten(1) @ other.flatten(1).t()
 
 
@@ -621,9 +632,8 @@ class _SumBackward:
         plan = self.plan
         grad_combined = self.post.new_empty(self.products.shape[-2], *self.post.shape[1:])
         for block in self.place.blocks(self.inputs) if self.inputs else ():
-            targets = iter(grad_combined[..., block, :])
-            inputs = [p[..., block, :] for p in self.inputs]
-            monomials = plan.presynaptic.each(inputs, plan.product_rows)
+            targets = iter(grad_combined[:, block])
+            monomials = plan.presynaptic.each([p[block] for p in self.inputs], plan.product_rows)
             for powers, values in zip(plan.groups, monomials, strict=False):
                 for e in powers:
                     self.place.project(values, grad_powers[e], out=next(targets))
@@ -660,9 +670,8 @@ def _over_the_batch(
     correlations = [torch.zeros_like(weight) if e in used else None for e in range(plan.powers)]
     pre_sums = weight.new_zeros(len(plan.presynaptic), *weight.shape[:-2], weight.shape[-1])
     for block in place.blocks(inputs) if inputs else ():
-        combined_block = iter(combined[..., block, :])
-        cut = [p[..., block, :] for p in inputs]
-        monomials = plan.presynaptic.each(cut, len(plan.presynaptic))
+        combined_block = iter(combined[:, block])
+        monomials = plan.presynaptic.each([p[block] for p in inputs], len(plan.presynaptic))
         for powers, total, values in zip(plan.groups, pre_sums, monomials, strict=True):
             for e in powers:
                 place.correlate_(correlations[e], next(combined_block), values)
@@ -676,6 +685,6 @@ def _factors(
     """The factor of w^e for each e, [out, in]."""
     factors = []
     for correlation, row, column in zip(correlations, by_row, by_column, strict=True):
-        sums = row.unsqueeze(-1) + column.unsqueeze(-2)
+        sums = row.unsqueeze(-1) + with_samples(column)
         factors.append(sums if correlation is None else sums.add_(correlation))
     return factors

@@ -29,7 +29,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.local_polynomial import ROWS, Place, TaskWindows, Windows, place_of
+from kernels.local_polynomial import (
+    ROWS,
+    Place,
+    TaskWindows,
+    Windows,
+    place_of,
+    with_samples,
+)
 from kernels.own_precision import in_own_precision
 
 FLOOR = 1e-4  # added to variances
@@ -102,16 +109,21 @@ def moments_forward(y: Sequence[Tensor], wanted: str) -> tuple[Tensor, Tensor, T
         torch.add(y[0], y[1], out=c[0])
         torch.sub(y[0], y[1], out=c[1])
         mean = c[0].mean(-2)
-        c[0].sub_(mean.unsqueeze(-2))
+        c[0].sub_(with_samples(mean))
         mean = mean / 2
     else:
         mean = y[0].mean(-2)
-        c = (y[0] - mean.unsqueeze(-2)).unsqueeze(0)
+        c = (y[0] - with_samples(mean)).unsqueeze(0)
     if wanted == "gram":
-        return c, mean, torch.matmul(c.mT, c).div_(count_of(c))
+        return c, mean, _products(c.mT, c).div_(count_of(c))
     if wanted == "variance":
         return c, mean, torch.linalg.vector_norm(c, dim=-2).square_().div_(count_of(c))
     return c, mean, c.new_empty(*c.shape[:-2], 0)
+
+
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    """Matrix products of each view, or of each view and task."""
+    return torch.bmm(one, other) if one.dim() == 3 else torch.matmul(one, other)
 
 
 def count_of(c: Tensor) -> int:
@@ -125,8 +137,10 @@ def moments_backward(
     """The gradient of y of each view."""
     if wanted == "gram":
         both = grad_second + grad_second.mT
-        sizes, matrices = c.shape, (t.flatten(0, -3) for t in (grad_c, c, both))
-        grad = torch.baddbmm(*matrices, alpha=1 / count_of(c)).view(sizes)
+        if c.dim() == 3:
+            grad = torch.baddbmm(grad_c, c, both, alpha=1 / count_of(c))
+        else:
+            grad = torch.add(grad_c, torch.matmul(c, both), alpha=1 / count_of(c))
     elif wanted == "variance":
         grad = torch.addcmul(grad_c, c, grad_second.unsqueeze(-2), value=2 / count_of(c))
     else:
@@ -135,7 +149,7 @@ def moments_backward(
     total = grad[0].sum(-2).neg_()
     if grad_mean is not None:
         total.add_(grad_mean, alpha=1 / views)
-    first = grad[0].add_(total.unsqueeze(-2), alpha=1 / samples)
+    first = grad[0].add_(with_samples(total), alpha=1 / samples)
     return [first] if views == 1 else [first + grad[1], first - grad[1]]
 
 
@@ -195,9 +209,9 @@ class _Currents(torch.autograd.Function):
 
 
 def currents_forward(c, k, const, s, of_s) -> Tensor:
-    total = torch.matmul(c, k) if k.dim() == c.dim() else c * k.unsqueeze(-2)
+    total = _products(c, k) if k.dim() == c.dim() else c * k.unsqueeze(-2)
     if const is not None:
-        total[0].add_(const.unsqueeze(-2))
+        total[0].add_(with_samples(const))
     if len(c) == 2:
         first = total[0] + total[1]
         torch.sub(total[0], total[1], out=total[1])
@@ -205,7 +219,7 @@ def currents_forward(c, k, const, s, of_s) -> Tensor:
     if of_s is not None:
         for v, of_view in enumerate(total.unbind()):
             for u, preactivation in enumerate(s):
-                of_view.addcmul_(preactivation, of_s[(u - v) % len(s)].unsqueeze(-2))
+                of_view.addcmul_(preactivation, with_samples(of_s[(u - v) % len(s)]))
     return total
 
 
@@ -218,8 +232,8 @@ def currents_backward(grad, c, k, s, of_s, has_const: bool):
         grad = torch.stack([grad[0] + grad[1], grad[0] - grad[1]])
     grad_const = grad[0].sum(-2) if has_const else None
     if k.dim() == c.dim():
-        grad_c = torch.matmul(grad, k.mT)
-        grad_k = torch.matmul(c.mT, grad)
+        grad_c = _products(grad, k.mT)
+        grad_k = _products(c.mT, grad)
     else:
         grad_c = grad * k.unsqueeze(-2)
         grad_k = (c * grad).sum(-2)
@@ -231,10 +245,10 @@ def _through_preactivations(
 ) -> tuple[list[Tensor], Tensor]:
     """The gradients of s per view and of S, S', from that of l."""
     grads, per_unit, views = grad.unbind(), of_s.shape[-1] > 1, range(len(s))
-    grad_s = [grads[u] * of_s[0].unsqueeze(-2) for u in views]
+    grad_s = [grads[u] * with_samples(of_s[0]) for u in views]
     if len(s) == 2:
         for u in views:
-            grad_s[u].addcmul_(grads[1 - u], of_s[1].unsqueeze(-2))
+            grad_s[u].addcmul_(grads[1 - u], with_samples(of_s[1]))
     grad_of_s = torch.zeros_like(of_s)
     for k in views:
         for v in views:
@@ -298,7 +312,7 @@ class _Correlate(torch.autograd.Function):
     def backward(ctx, grad, grad_sum):
         h, *x = ctx.saved_tensors
         grad_x = inputs_backward(h, x, grad, ctx.place, ctx.needs_input_grad[2:])
-        grad_h = products_backward(h, x, grad, ctx.place).add_(grad_sum.unsqueeze(-2))
+        grad_h = products_backward(h, x, grad, ctx.place).add_(with_samples(grad_sum))
         return grad_h, None, *grad_x
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.gated_update import LATERAL_CURRENTS, GatedTerms
-from kernels.local_polynomial import samples
+from kernels.local_polynomial import samples, with_samples
 from kernels.unit_statistics import (
     FLOOR,
     correlate,
@@ -264,7 +264,7 @@ class Units:
     def _take_correlations(self, pooled: Tensor) -> None:
         others = 1 - torch.eye(self.units, dtype=pooled.dtype, device=pooled.device)
         d = self._values["d"]
-        scale = d.unsqueeze(-1) * d.unsqueeze(-2) * others
+        scale = d.unsqueeze(-1) * with_samples(d) * others
         shifted = 0 if self.shift is None else torch.outer(self.shift, self.shift)
         if "cov" in self.wanted:
             self._values["cov"] = self._running("cov", (pooled + shifted) * others)
@@ -335,8 +335,8 @@ class Units:
         return self.quantity("z", view) @ self._values["corr"]
 
     def _of_units(self, name: str) -> Tensor:
-        """A statistic [1, units], to go with every sample."""
-        return self.statistic(name).unsqueeze(-2)
+        """A statistic, to go with every sample."""
+        return with_samples(self.statistic(name))
 
     def sigma(self, view: int) -> Tensor:
         """sigma(s), which is y without inhibition, [samples, units]."""
