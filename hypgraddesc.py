@@ -12,7 +12,8 @@ do not depend on which process of a team computes which task.
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +28,8 @@ from experiment.precision import Products
 from experiment.processes import ALONE, Team
 from experiment.run_log import MemoryLog, RunLog, SilentLog
 from experiment.seeds import log_uniform_integer, seeded_generator
-from meta_gradients import Hypergradient, Persistent, Strategies, make_method
+from kernels.recorded_updates import RecordingError
+from meta_gradients import Hypergradient, Persistent, Recorder, Reverse, Strategies, make_method
 from models_fully_local import Params
 from train import (
     HORIZON,
@@ -196,6 +198,8 @@ class HypergradientDescent:
         self.samples = samples
         self.output_columns = [] if samples is None else list(self._outputs_at_start())
         self.metastep, self.stopped = 0, False
+        self.alone: str | None = None  # why tasks are done one by one, once that is known
+        self.recorder = Recorder() if self._on_gpu() else None
         self.carried: list[Params | None] = [None] * settings.tasks
         self.removals: list[dict[str, Tensor]] = []
         self.average = {name: p.detach().clone() for name, p in self._trained().items()}
@@ -276,7 +280,7 @@ class HypergradientDescent:
 
         Raises NonFiniteError if a problem is to stop the run.
         """
-        ours = [self._outcome(task) for task in self.team.share(self.settings.tasks)]
+        ours = self._outcomes(self.team.share(self.settings.tasks))
         outcomes = [outcome for share in self.team.gathered(ours) for outcome in share]
         outcomes.sort(key=lambda outcome: outcome.task)
         for outcome in outcomes:
@@ -288,11 +292,60 @@ class HypergradientDescent:
                 self.warn(f"{where}; this task is left out")
         return [outcome for outcome in outcomes if not outcome.problem]
 
-    def _outcome(self, task: int) -> TaskOutcome:
+    def _outcomes(self, tasks: Sequence[int]) -> list[TaskOutcome]:
+        """The outcomes of these tasks, those of each training together or one by one."""
+        if not self._together():
+            return [self._outcome(task, self._hypergradient(task)) for task in tasks]
+        outcomes = []
+        for number in range(len(self.trainings)):
+            some = [k for k in tasks if k % len(self.trainings) == number]
+            several = len(some) > 1 or (some and self.recorder is not None)
+            alone = map(self._hypergradient, some)
+            results = self._hypergradients(some) if several else alone
+            outcomes += [self._outcome(*pair) for pair in zip(some, results, strict=True)]
+        return outcomes
+
+    def _together(self) -> bool:
+        """Whether tasks are computed together; says once why they are not although wanted."""
+        wanted, on_cpu = self.settings.together, not self._on_gpu()
+        idle = self.settings.tasks < 2 and self.recorder is None
+        if idle or wanted == "never" or (wanted == "auto" and on_cpu):
+            return False
+        if self.alone is None:
+            self.alone = self._why_alone()
+            if self.alone:
+                self.warn(f"tasks are done one by one: {self.alone}")
+        return not self.alone
+
+    def _on_gpu(self) -> bool:
+        return any(p.device.type == "cuda" for p in self._trained().values())
+
+    def _why_alone(self) -> str:
+        """Why tasks are not computed together; "" if they can be."""
+        if type(self.method) is not Reverse:
+            return f"method {type(self.method).__name__.lower()} takes one task at a time"
+        return next(filter(None, map(self.method.one_by_one, self.trainings)), "")
+
+    def _hypergradients(self, tasks: Sequence[int]) -> list[Hypergradient | FloatingPointError]:
+        """The hypergradients of several tasks of one training, computed together."""
+        draws = [self._draw(task) for task in tasks]
         try:
-            result = self._hypergradient(task)
-        except FloatingPointError as problem:
-            return TaskOutcome(task, None, {}, f"task {task}, {problem}")
+            with self._exactly(self._training(tasks[0])) as training:
+                results = self.method.together(training, draws, self.recorder)
+        except RecordingError as problem:
+            self.warn(f"updates are not replayed as a recording: {problem}")
+            self.recorder = None
+            return self._hypergradients(tasks)
+        except torch.OutOfMemoryError:
+            self.alone = "together they do not fit into the device's memory"
+            self.warn(f"tasks are done one by one: {self.alone}")
+            self.recorder = None
+            return [self._hypergradient(task) for task in tasks]
+        return [self._checked(result) for result in results]
+
+    def _outcome(self, task: int, result: Hypergradient | FloatingPointError) -> TaskOutcome:
+        if isinstance(result, FloatingPointError):
+            return TaskOutcome(task, None, {}, f"task {task}, {result}")
         self.carried[task] = detached(result.params)
         outputs = {} if task else self._outputs(self.trainings[0].model, self.carried[task])
         gradient = [
@@ -317,25 +370,43 @@ class HypergradientDescent:
             for unit, value in enumerate(values)
         }
 
-    def _hypergradient(self, task: int) -> Hypergradient:
-        """The hypergradient of one draw of initial parameters and batches.
+    def _hypergradient(self, task: int) -> Hypergradient | FloatingPointError:
+        """The hypergradient of one draw of initial parameters and batches, or why there is none."""
+        draw = self._draw(task)
+        try:
+            with self._exactly(self._training(task).with_drawn_model(draw)) as training:
+                return self._checked(self.method(training, draw))
+        except FloatingPointError as problem:
+            return problem
 
-        Raises FloatingPointError if it is not finite.
-        """
+    def _draw(self, task: int) -> Draw:
+        """The draw of a task in this meta-step."""
         settings = self.settings
-        draw = Draw(
+        return Draw(
             (settings.seed, self.metastep, task),
             self._inner_steps(task),
             self._drawn(settings.ungraded_steps, task, UNGRADED),
             self.carried[task] if self.metastep % settings.reinitialize_every else None,
         )
-        training = self._training(task).with_drawn_model(draw)
-        with Products(settings.products) as products:
-            exactly = _ExactLoss(training.outer_loss, products)
-            result = self.method(replace(training, outer_loss=exactly), draw)
-        for name, g in zip(self._trained(), result.gradient, strict=True):
-            # The optimiser squares it, and the square may overflow.
-            check_finite(g.square(), f"hypergradient of {name}")
+
+    @contextmanager
+    def _exactly(self, training: Training) -> Iterator[Training]:
+        """The training with exact products in its outer loss, within the precision of products."""
+        with Products(self.settings.products) as products:
+            yield replace(training, outer_loss=_ExactLoss(training.outer_loss, products))
+
+    def _checked(
+        self, result: Hypergradient | FloatingPointError
+    ) -> Hypergradient | FloatingPointError:
+        """The result, or an error if its gradient is not finite."""
+        if isinstance(result, FloatingPointError):
+            return result
+        try:
+            for name, g in zip(self._trained(), result.gradient, strict=True):
+                # The optimiser squares it, and the square may overflow.
+                check_finite(g.square(), f"hypergradient of {name}")
+        except NonFiniteError as problem:
+            return problem
         return result
 
     def _inner_steps(self, task: int) -> int:
@@ -517,6 +588,19 @@ class _ExactLoss:
     ) -> tuple[Tensor, dict[str, float]]:
         with self.products.exact():
             return self.outer_loss(model, params, generator)
+
+    @property
+    def of_tasks(self) -> Callable | None:
+        """The outer loss of several tasks, with exact products; None if it has none."""
+        many = getattr(self.outer_loss, "of_tasks", None)
+        if many is None:
+            return None
+
+        def exactly(*arguments) -> tuple[Tensor, list[dict[str, float]]]:
+            with self.products.exact():
+                return many(*arguments)
+
+        return exactly
 
 
 def check_shared(trainings: Sequence[Training]) -> None:

@@ -85,6 +85,14 @@ class LearningRule(nn.Module):
 
     views = 1
 
+    def one_by_one(self) -> str:
+        """Why the update takes one task at a time; "" if it takes several.
+
+        Several tasks are one update in which every tensor, also the hyperparameters', has a leading
+        dimension for them: params {w: [tasks, out, in], ...}, x [tasks, batch, in].
+        """
+        return f"{type(self).__name__} updates one task at a time"
+
     def update(self, model: nn.Module, params: Params, batch) -> Params:
         """New parameters after one batch [batch, ...], a pair of batches where views is 2.
 
@@ -335,6 +343,11 @@ class PolynomialRule(TermSumRule):
             exponents[group] = without_swapped_views(terms) if cls.views == 2 else terms
         return cls(exponents, **options)
 
+    def one_by_one(self) -> str:
+        """As in LearningRule; nothing, but for a class of your own derived from this one."""
+        known = type(self) in (PolynomialRule, PolynomialPairRule)
+        return "" if known else super().one_by_one()
+
     def _check_terms(self, group: str) -> None:
         terms, names = self.exponents[group], self.variable_names(group)
         for term in terms:
@@ -392,8 +405,8 @@ class PolynomialRule(TermSumRule):
             "b": self._stepped(old["b"], delta["b"]),
         }
         if "m" in old:
-            if len(self.diagonal):
-                delta["m"] = delta["m"] + torch.diag_embed(self.diagonal.expand(len(old["b"])))
+            if self.diagonal.numel():
+                delta["m"] = delta["m"] + torch.diag_embed(self.diagonal.expand_as(old["b"]))
             new["m"] = layer.constrain(self._stepped(old["m"], delta["m"]))
         return new
 
@@ -405,7 +418,7 @@ class PolynomialRule(TermSumRule):
         The other arguments are as in `update_layer`.
         """
         groups = [group for group in VARIABLES if group in old]
-        weights = [old[g].unsqueeze(1) if g == "b" else old[g].flatten(1) for g in groups]
+        weights = [as_matrix(old[group], group, layer) for group in groups]
         tensors = [*x, *(samples(t) for t in (*s, *y))]
         sums = self._sums("m" in old, self.w.device)
         deltas = sums([psi[g] for g in groups], weights, tensors, layer.windows)
@@ -535,6 +548,10 @@ class PerLayerRule(LearningRule):
     def __init__(self, rules: Sequence[LearningRule]) -> None:
         super().__init__()
         self.rules = nn.ModuleList(rules)
+
+    def one_by_one(self) -> str:
+        """As in LearningRule: the reason of the first layer's rule that has one."""
+        return next(filter(None, (rule.one_by_one() for rule in self.rules)), "")
 
     def update(self, model: nn.Module, params: Params, batch) -> Params:
         """New parameters; the inputs of a layer are computed with the old parameters before it."""
@@ -729,6 +746,13 @@ def update_layers(model: nn.Module, params: Params, batch, rules: list) -> Param
             _check_updated(rule, old, updated)
             new.append(updated)
     return new
+
+
+def as_matrix(parameter: Tensor, group: str, layer: nn.Module) -> Tensor:
+    """w [out, inputs of a sample], b [out, 1] or m [out, out] of a layer, also of several tasks."""
+    if group == "b":
+        return parameter.unsqueeze(-1)
+    return parameter.flatten(-3) if group == "w" and layer.windows else parameter
 
 
 def _check_updated(rule: LearningRule, old: dict[str, Tensor], updated: dict[str, Tensor]) -> None:

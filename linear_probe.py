@@ -20,10 +20,12 @@ the fit:
     W = argmin |Y - mean Y - (F - mean F) W|^2 + penalty |W|^2,   L = mean |Y' - prediction of Y'|^2
 
 with F, Y the features and one-hot labels of the images of the fit, Y' the labels of the others.
+
+For the tasks of a meta-step that are computed together, each loss is also one of all tasks at once.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +40,7 @@ from kernels.logistic_regression import (
     in_chunks,
     solve_hessian,
 )
+from kernels.logistic_tasks import LogisticFits, fit_logistic_tasks
 
 ROWS_WITH_GRAPH = 2048  # the most images whose graph exists at a time in the implicit gradient
 
@@ -132,6 +135,31 @@ class ProbeLoss:
         )
         return result.loss, {name: getattr(result, name) for name in self.metrics}
 
+    @property
+    def of_tasks(self) -> Callable | None:
+        """The losses of several tasks at once, with the envelope gradient; else None."""
+        return self._of_tasks if self.options["probe_gradient"] == "envelope" else None
+
+    def _of_tasks(
+        self, model, params, generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, list[dict[str, float]]]:
+        """The losses [tasks] of params [tasks, ...], and the accuracies of each."""
+        train_data, test_data = self.data
+        features, labels = _all_features_of_tasks(model, params, train_data, len(generators))
+        test_features, test_labels = _all_features_of_tasks(
+            model, params, test_data, len(generators)
+        )
+        if not bool(torch.isfinite(test_features).all()):
+            raise NonFiniteFeatures("test features are not finite; expected finite features")
+        fits = fit_logistic_tasks(features, labels, train_data.classes, self.C)
+        wanted = self.options["outer_images"]
+        indices = [_draw(len(train_data), wanted, generator) for generator in generators]
+        losses = _entropies(fits, *_features_of_tasks(model, params, train_data, indices))
+        return losses.to(_dtype_and_device(params)[0]), _rows({
+            "train_accuracy": _shares_of_right(fits.logits(features), labels),
+            "test_accuracy": _shares_of_right(fits.logits(test_features), test_labels),
+        })  # fmt: skip
+
 
 class SampledProbeLoss:
     """Mean cross-entropy of logistic regression on the training images that it is fitted to.
@@ -155,6 +183,17 @@ class SampledProbeLoss:
         logits = fit.logits(features)
         loss = torch.nn.functional.cross_entropy(logits, labels).to(_dtype_and_device(params)[0])
         return loss, {"train_accuracy": _share_of_right(logits, labels)}
+
+    def of_tasks(
+        self, model, params, generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, list[dict[str, float]]]:
+        """The losses [tasks] of params [tasks, ...], and the accuracy of each."""
+        indices = [_draw(len(self.data), self.images, generator) for generator in generators]
+        features, labels = _features_of_tasks(model, params, self.data, indices)
+        fits = fit_logistic_tasks(features.detach(), labels, self.data.classes, self.C)
+        losses = _entropies(fits, features, labels).to(_dtype_and_device(params)[0])
+        right = _shares_of_right(fits.logits(features), labels)
+        return losses, _rows({"train_accuracy": right})
 
 
 class FunctionLoss:
@@ -236,25 +275,78 @@ class RidgeLoss:
             "held_out_accuracy": _share_of_right(outputs, judged_labels),
         }
 
+    def of_tasks(
+        self, model, params, generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, list[dict[str, float]]]:
+        """The losses [tasks] of params [tasks, ...], and the accuracies of each."""
+        orders = [torch.randperm(len(self.data), generator=g, device="cpu") for g in generators]
+        indices = [order[: sum(self.sizes)] for order in orders]
+        features, labels = _features_of_tasks(model, params, self.data, indices)
+        if not bool(torch.isfinite(features).all()):
+            raise NonFiniteFeatures("features are not finite; expected finite features")
+        seen, judged = features.double().split(self.sizes, 1)
+        seen_labels, judged_labels = labels.split(self.sizes, 1)
+        one_hot = torch.nn.functional.one_hot(seen_labels, self.data.classes).double()
+        weight, bias = ridge_regression(seen, one_hot, self.penalty)
+        outputs = judged @ weight + bias.unsqueeze(1)
+        targets = torch.nn.functional.one_hot(judged_labels, self.data.classes)
+        losses = (outputs - targets).square().sum(2).mean(1)
+        of_fit = seen @ weight + bias.unsqueeze(1)
+        return losses.to(_dtype_and_device(params)[0]), _rows({
+            "train_accuracy": _shares_of_right(of_fit, seen_labels),
+            "held_out_accuracy": _shares_of_right(outputs, judged_labels),
+        })  # fmt: skip
+
 
 def ridge_regression(features: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     """Weight [D, K] and bias [K] of ridge regression, differentiable; see the module's formula.
 
     The linear system is of size min(N, D). Raises NonFiniteFeatures if it can't be solved.
 
-    features: [N, D].
+    features: [N, D]; of several tasks [tasks, N, D], and so have all others that dimension.
     targets: [N, K].
     """
-    mean, mean_target = features.mean(0), targets.mean(0)
+    mean, mean_target = features.mean(-2, keepdim=True), targets.mean(-2, keepdim=True)
     F, Y = features - mean, targets - mean_target
-    N, D = F.shape
-    gram = F.T @ F if D <= N else F @ F.T
-    shifted = gram + penalty * torch.eye(len(gram), dtype=F.dtype, device=F.device)
+    N, D = F.shape[-2:]
+    gram = F.mT @ F if D <= N else F @ F.mT
+    shifted = gram + penalty * torch.eye(min(N, D), dtype=F.dtype, device=F.device)
     try:
-        W = torch.linalg.solve(shifted, F.T @ Y) if D <= N else F.T @ torch.linalg.solve(shifted, Y)
+        if D <= N:
+            W = torch.linalg.solve(shifted, F.mT @ Y)
+        else:
+            W = F.mT @ torch.linalg.solve(shifted, Y)
     except torch.linalg.LinAlgError as problem:
         raise NonFiniteFeatures("features are too large for ridge regression") from problem
-    return W, mean_target - mean @ W
+    return W, (mean_target - mean @ W).squeeze(-2)
+
+
+def _features_of_tasks(model, params, data, indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`_attached_features` of each task, [tasks, n, D] and [tasks, n]."""
+    dtype, device = _dtype_and_device(params)
+    images = torch.stack([data.floats(index, dtype=dtype) for index in indices]).to(device)
+    labels = torch.stack([data.labels[index.to(data.labels.device)] for index in indices])
+    features = model(images, params).flatten(2)
+    return features.to(torch.promote_types(features.dtype, torch.float32)), labels.to(device)
+
+
+@torch.no_grad()
+def _all_features_of_tasks(model, params, data, tasks: int) -> tuple[Tensor, Tensor]:
+    """`extract_features` of each task, [tasks, N, D], and labels [tasks, N]."""
+    dtype, device = _dtype_and_device(params)
+    parts = []
+    for rows in torch.arange(len(data), device="cpu").split(ROWS_WITH_GRAPH):
+        images = data.floats(slice(int(rows[0]), int(rows[-1]) + 1), dtype=dtype).to(device)
+        parts.append(model(images.expand(tasks, *images.shape), params).flatten(2))
+    features = torch.cat(parts, 1)
+    wide = torch.promote_types(features.dtype, torch.float32)
+    return features.to(wide), data.labels.to(device).expand(tasks, -1)
+
+
+def _entropies(fits: LogisticFits, features: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of each task, [tasks], attached to the features."""
+    logits = fits.logits(features).mT
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none").mean(1)
 
 
 def _attached_features(model, params, data, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,6 +359,16 @@ def _attached_features(model, params, data, index: Tensor) -> tuple[Tensor, Tens
 
 def _share_of_right(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
+
+
+def _shares_of_right(logits: Tensor, labels: Tensor) -> list[float]:
+    """The same for each task, of logits [tasks, B, classes] and labels [tasks, B]."""
+    return (logits.argmax(2) == labels).double().mean(1).tolist()
+
+
+def _rows(numbers: dict[str, list[float]]) -> list[dict[str, float]]:
+    """The numbers of each task, from lists with one for each."""
+    return [dict(zip(numbers, row, strict=True)) for row in zip(*numbers.values(), strict=True)]
 
 
 def _check_gradient(probe_gradient: str, outer_images: int, available: int) -> None:

@@ -100,7 +100,8 @@ DEFAULTS = {
 RULES = tuple(DEFAULTS)
 META_LEARNING = (
     "metasteps", "lr", "optimizer", "warmup_steps", "decay", "finetune_steps", "finetune_factor",
-    "clip_norm", "tasks", "average", "l1", "l2", "sparsify_from", "stop_below", "nonfinite",
+    "clip_norm", "tasks", "together", "average", "l1", "l2", "sparsify_from", "stop_below",
+    "nonfinite",
 )  # fmt: skip
 INNER_TRAINING = (
     "ungraded_steps", "reinitialize_every", "accumulate", "method", "K", "sigma", "pairs",
@@ -393,7 +394,8 @@ def refuse_flags_without_effect(args, parser) -> None:
     refuse_idle_flags(args, parser, [
         ("lr optimizer warmup_steps decay finetune_steps finetune_factor clip_grads clip_norm "
          "average l1_reg l2_coefficients sparsify sparsify_from stop_below sample_outputs "
-         "nonfinite products method reinitialize_every ungraded_steps memory adjoint_limit compile",
+         "nonfinite products together method reinitialize_every ungraded_steps memory "
+         "adjoint_limit compile",
          takes_gradients, "hypergradients, without --search"),
         (" ".join(n for n in flags_of(SearchSettings) if n != "search"), searches, "--search"),
         ("K", args.method in ("truncated", "lookback", "implicit", "pes"),

@@ -12,16 +12,20 @@
 Hyperparameters belong to the rule, to the initial distribution (the start) or to the batches. The
 gradient of a method is 0 for those that it doesn't reach. A learning rule with its batches is
 treated as a list of update maps, as in hypergradients/methods.py.
+
+Reverse takes the tasks of a meta-step one by one, or `together` as one batched training, in which
+the tensors of params, batches and hyperparameters have a leading dimension for the tasks.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from experiment.meta_settings import MetaSettings
 from hypergradients import (
@@ -34,8 +38,21 @@ from hypergradients import (
     neumann_lookback,
     persistent_evolution_strategies,
 )
-from models_fully_local import Params
-from train import MEMORY_LIMIT, METHOD, START, AdjointLimit, Draw, Training, train_on_the_way
+from kernels.recorded_updates import RecordedUpdates, Recording
+from learning_rules import LearningRule
+from models_fully_local import Params, TaskError, of_task, over_tasks
+from train import (
+    MEMORY_LIMIT,
+    METHOD,
+    START,
+    AdjointLimit,
+    Draw,
+    TaskAdjointLimit,
+    Training,
+    TrainingError,
+    hold_task_adjoint,
+    train_on_the_way,
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,44 @@ class Reverse:
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
         params, batches = training.begin(draw)
         return self._through(training, draw, params, batches, draw.steps)
+
+    def one_by_one(self, training: Training) -> str:
+        """Why tasks of this training are done one by one; "" if `together` takes them."""
+        if training.models is not None:
+            return "each task draws its model"
+        if any(name.startswith("batches.") for name in training.hyperparameters):
+            return "the batches have parameters that are learned"
+        try:
+            over_tasks(training.model)
+        except TaskError as problem:
+            return str(problem)
+        return training.rule.one_by_one()
+
+    def together(
+        self, training: Training, draws: Sequence[Draw], recorder: "Recorder | None" = None
+    ) -> list[Hypergradient | FloatingPointError]:
+        """The hypergradients of several draws in one batched training; for some, why there is none.
+
+        They are those of single draws up to rounding. Only where `one_by_one` returns "".
+
+        recorder: with it, updates are recorded once and replayed, whatever `memory` is; raises
+            RecordingError if they cannot be.
+        """
+        tasks = _Tasks(training, draws)
+        if not tasks.draws:
+            return tasks.hypergradients()
+        times = [_evenly_spaced(draw.steps, self.loss_times) for draw in tasks.draws]
+        ends = sorted({end for of_task in times for end in of_task})
+        if recorder is not None:
+            passed = recorder.train(training, tasks, ends, self.adjoint_limit)
+        else:
+            limit = None if self.adjoint_limit is None else TaskAdjointLimit(self.adjoint_limit)
+            passed = train_on_the_way(
+                over_tasks(training.model), tasks.start, tasks.batches(), tasks.rule, ends,
+                memory=self.memory, memory_limit=self.memory_limit, adjoint_limit=limit,
+            )  # fmt: skip
+        tasks.judge(dict(zip(ends, passed, strict=True)), times)
+        return tasks.hypergradients()
 
     def _through(
         self, training: Training, draw: Draw, params: Params, batches: Iterator, steps: int
@@ -257,6 +312,213 @@ def _unpacked(packed: Params, count: int) -> Pairs:
     )
 
 
+class _Tasks:
+    """Draws of one training as one, the longest first, and what has become of each.
+
+    Hyperparameters are leaves [tasks, ...] of their own, so that the gradient of the sum of all
+    losses by them is the hypergradient of each task.
+
+    Attributes:
+        draws: in the order of the tasks here.
+        start: the parameters before the first update, leaves [tasks, ...].
+        rule: updates parameters [tasks, ...] by those leaves.
+    """
+
+    def __init__(self, training: Training, draws: Sequence[Draw]) -> None:
+        self.training, self.failed = training, {}
+        self._given = [*draws]
+        begun = {}
+        for number in sorted(range(len(draws)), key=lambda k: -draws[k].steps):
+            try:
+                begun[number] = training.begin(draws[number])
+            except FloatingPointError as problem:
+                self.failed[number] = problem
+        self.numbers, self.draws = [*begun], [draws[number] for number in begun]
+        self._drawn, self._streams = [p for p, _ in begun.values()], [b for _, b in begun.values()]
+        self.start = _joined(self._drawn, _leaf)
+        self.psi = {name: _leaf([p] * len(begun)) for name, p in training.rule.named_parameters()}
+        self.rule = _RuleOfTasks(training.rule, self.psi)
+        self._losses: list[list[Tensor]] = [[] for _ in begun]
+        self._rows: list[list[dict[str, float]]] = [[] for _ in begun]
+        self._last: list[Params] = [[] for _ in begun]
+
+    def batches(self, all_go_on: bool = False) -> Iterator:
+        """The batches of the tasks that go on, or of all, stacked, [tasks, batch, ...]."""
+        together = getattr(self._streams[0], "of_tasks", None) or _stacked
+        for step, batch in zip(range(self.draws[0].steps), together(self._streams), strict=False):
+            going = sum(all_go_on or draw.steps > step for draw in self.draws)
+            yield tree_map(lambda x, going=going: x[:going], batch)
+
+    def with_all_entries(self, model: nn.Module, batch) -> Params:
+        """`start`, with 0 for what the rule remembers since its first update."""
+        with torch.no_grad():
+            after = self.rule.update(model, self.start, batch)
+        return [
+            {name: old.get(name, torch.zeros_like(t)) for name, t in new.items()}
+            for old, new in zip(self.start, after, strict=True)
+        ]
+
+    def judge(self, passed: dict[int, Params], times: Sequence[Sequence[int]]) -> None:
+        """Take the losses of all tasks, of each after its `times`; the first of all together.
+
+        passed: the parameters by the number of updates that led to them.
+        """
+        for turn in range(max(map(len, times))):
+            tasks = [k for k, ends in enumerate(times) if turn < len(ends)]
+            draws = [replace(self.draws[k], steps=times[k][turn]) for k in tasks]
+            reached = [of_task(passed[draw.steps], k) for k, draw in zip(tasks, draws, strict=True)]
+            results = self.training.checked_outer_losses(_joined(reached, torch.stack), draws)
+            for k, params, result in zip(tasks, reached, results, strict=True):
+                self._last[k] = params
+                if isinstance(result, FloatingPointError):
+                    self.failed.setdefault(self.numbers[k], result)
+                else:
+                    self._losses[k].append(result[0])
+                    self._rows[k].append(result[1])
+
+    def hypergradients(self) -> list[Hypergradient | FloatingPointError]:
+        """The result of each draw, in the order in which they were given."""
+        sound = [k for k, number in enumerate(self.numbers) if number not in self.failed]
+        results: dict[int, Hypergradient | FloatingPointError] = dict(self.failed)
+        if sound:
+            leaves = [t for t in (*self.psi.values(), *tree_leaves(self.start)) if t.requires_grad]
+            total = sum(sum(self._losses[k]) / len(self._losses[k]) for k in sound)
+            found = torch.autograd.grad(total, leaves, materialize_grads=True)
+            by_leaf = {id(leaf): g for leaf, g in zip(leaves, found, strict=True)}
+            for k in sound:
+                gradient = self._gradient(k, by_leaf)
+                numbers = _means(self._rows[k])
+                results[self.numbers[k]] = Hypergradient(gradient, self._last[k], numbers)
+        return [results[number] for number in range(len(self._given))]
+
+    def _gradient(self, k: int, by_leaf: dict[int, Tensor]) -> list[Tensor]:
+        """The hypergradient of task k, from those of the leaves."""
+        named = self.training.hyperparameters
+        start = {n: p for n, p in named.items() if n.startswith("initializer.")}
+        places = zip(tree_leaves(self._drawn[k]), tree_leaves(self.start), strict=True)
+        pairs = [(drawn, by_leaf[id(leaf)][k]) for drawn, leaf in places if drawn.requires_grad]
+        of_start = [torch.zeros_like(p) for p in start.values()]
+        if start and pairs:
+            tensors, adjoints = zip(*pairs, strict=True)
+            of_start = torch.autograd.grad(
+                tensors, [*start.values()], adjoints, materialize_grads=True
+            )
+        found = dict(zip(start, of_start, strict=True))
+        found |= {
+            f"rule.{name}": by_leaf[id(leaf)][k]
+            for name, leaf in self.psi.items()
+            if leaf.requires_grad
+        }
+        return [found[name] for name in named]
+
+
+class Recorder:
+    """Keeps what has been recorded of the updates of trainings, from meta-step to meta-step.
+
+    length: the updates of a recording.
+    record: the kind of recording; None: that of the device.
+    """
+
+    def __init__(self, length: int = 10, record: type[Recording] | None = None) -> None:
+        self.length, self.record = length, record
+        self._recorded: dict[tuple, tuple[nn.Module, RecordedUpdates]] = {}
+
+    def train(
+        self, training: Training, tasks: _Tasks, ends: Sequence[int], adjoint_limit: float | None
+    ) -> list[Params]:
+        """The parameters after each of `ends` updates, of all tasks even where some are done."""
+        batches = [*tasks.batches(all_go_on=True)]
+        if len(batches) < ends[-1]:
+            raise TrainingError(
+                f"the batches end after {len(batches)} updates; give an iterator that goes on"
+            )
+        start = tasks.with_all_entries(over_tasks(training.model), batches[0])
+        theta, spec = tree_flatten(start)
+        updates = self._updates(training, tasks, spec, tree_flatten(batches[0])[1], adjoint_limit)
+        state = []
+        if adjoint_limit is not None:
+            state = [t.new_zeros(len(t), dtype=torch.float64) for t in theta]
+        psi, flat, passed = [*tasks.psi.values()], [*map(tree_leaves, batches)], []
+        for begin, end in itertools.pairwise([0, *ends]):
+            going = sum(draw.steps > begin for draw in tasks.draws)
+            given = ([_of_first(t, going) for t in tensors] for tensors in (psi, theta))
+            theta = updates(*given, flat[begin:end], state)
+            passed.append(tree_unflatten(theta, spec))
+        return passed
+
+    def _updates(self, training, tasks, spec, of_batch, adjoint_limit) -> RecordedUpdates:
+        """The recorded updates of a training, with parameters and batches of these structures."""
+        key = (id(training.model), str(spec), str(of_batch), adjoint_limit)
+        if key not in self._recorded:
+            model, names = over_tasks(training.model), [*tasks.psi]
+
+            def update(psi, theta, batch) -> list[Tensor]:
+                given = (model, tree_unflatten(theta, spec), tree_unflatten(batch, of_batch))
+                named = dict(zip(names, psi, strict=True))
+                return tree_leaves(functional_call(training.rule, named, given))
+
+            def hold(adjoints, norms) -> tuple[list[Tensor], list[Tensor]]:
+                pairs = zip(adjoints, norms, strict=True)
+                held = [hold_task_adjoint(adjoint_limit, *pair) for pair in pairs]
+                return [a for a, _ in held], [n for _, n in held]
+
+            held = None if adjoint_limit is None else hold
+            updates = RecordedUpdates(update, self.length, held, self.record)
+            self._recorded[key] = training.model, updates  # the model, whose id is then its own
+        return self._recorded[key][1]
+
+
+@dataclass(frozen=True)
+class _RuleOfTasks:
+    """A rule whose hyperparameters are psi [tasks, ...], for the first tasks as many as a batch."""
+
+    rule: LearningRule
+    psi: dict[str, Tensor]
+
+    def update(self, model: nn.Module, params: Params, batch) -> Params:
+        count = len(tree_leaves(batch)[0])
+
+        def first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {n: t if len(t) == count else t[:count] for n, t in tensors.items()}
+
+        given = (model, [first(layer) for layer in params], batch)
+        return functional_call(self.rule, first(self.psi), given)
+
+
+def _stacked(streams: Sequence[Iterator]) -> Iterator:
+    """The next batches of several streams, stacked; those that come again are stacked once."""
+    stacked: dict[tuple[int, ...], tuple] = {}
+    while True:
+        batches = [next(stream, None) for stream in streams]
+        if any(batch is None for batch in batches):
+            return
+        key = tuple(map(id, tree_leaves(batches)))
+        if key not in stacked:  # with the batches, whose ids are then not given to others
+            stacked[key] = batches, tree_map(lambda *x: torch.stack(x), *batches)
+        yield stacked[key][1]
+
+
+def _joined(tasks: Sequence[Params], join: Callable[[list[Tensor]], Tensor]) -> Params:
+    """The parameters [tasks, ...] of tasks that `join` has made one tensor each."""
+    return [
+        {name: join([layer[name] for layer in layers]) for name in layers[0]}
+        for layers in zip(*tasks, strict=True)
+    ]
+
+
+def _of_first(tensor: Tensor, count: int) -> Tensor:
+    """A tensor [tasks, ...] whose gradient is that of the first tasks, also if others' is nan."""
+    if count == len(tensor):
+        return tensor
+    return torch.cat([tensor[:count], tensor[count:].detach()])
+
+
+def _leaf(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors stacked, as a leaf that asks for its gradient if one of them does."""
+    wanted = any(t.requires_grad for t in tensors)
+    return torch.stack([t.detach() for t in tensors]).requires_grad_(wanted)
+
+
 METHODS = {
     "reverse": Reverse,
     "truncated": Truncated,
@@ -364,8 +626,11 @@ class _RecordedLoss:
 
     def mean_numbers(self) -> dict[str, float]:
         """The means of the numbers over all evaluations."""
-        count = len(self._rows)
-        return {name: sum(row[name] for row in self._rows) / count for name in self._rows[0]}
+        return _means(self._rows)
+
+
+def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def _evenly_spaced(steps: int, times: int) -> list[int]:

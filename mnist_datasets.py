@@ -16,7 +16,6 @@ import gzip
 import hashlib
 import importlib.util
 import io
-import itertools
 import math
 import os
 import struct
@@ -181,8 +180,38 @@ def batches(
 
     generator: a generator on the CPU.
     """
-    indices = batch_indices(data, batch_size, generator)
-    return itertools.cycle(data.floats(index, dtype) for index in indices)
+    return Batches(data, batch_indices(data, batch_size, generator), dtype)
+
+
+class Batches(Iterator[Tensor]):
+    """The batches of images with these indices again and again, each made when it first comes."""
+
+    def __init__(self, data: ImageData, indices: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.data, self.indices, self.dtype = data, indices, dtype
+        self._next, self._kept = 0, {}
+
+    def _place(self) -> int:
+        """The number of the next batch, which is then the one after."""
+        place = self._next
+        self._next = (place + 1) % len(self.indices)
+        return place
+
+    def __next__(self) -> Tensor:
+        place = self._place()
+        if place not in self._kept:
+            self._kept[place] = self.data.floats(self.indices[place], self.dtype)
+        return self._kept[place]
+
+    def of_tasks(self, streams: Sequence["Batches"]) -> Iterator[Tensor]:
+        """The next batches of several streams of these data, stacked, [tasks, batch, C, H, W]."""
+        kept = {}
+        while True:
+            places = tuple(stream._place() for stream in streams)
+            if places not in kept:
+                each = [s.indices[place] for s, place in zip(streams, places, strict=True)]
+                images = self.data.floats(torch.cat(each), self.dtype)
+                kept[places] = images.unflatten(0, (len(streams), -1))
+            yield kept[places]
 
 
 def pair_batches(

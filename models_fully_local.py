@@ -6,6 +6,9 @@
 A model holds no parameters. It is called as `model(x, params)`, where params is a list with one
 dict of tensors per layer: {w: [out, in], b: [out], m: [out, out]}, or {} for a layer without
 parameters. In a convolutional layer w is [out, in, kh, kw], and channels compete at every position.
+
+`over_tasks(model)` is the same model for several tasks at once, each with its own parameters:
+inputs are then [tasks, batch, ...], parameters {w: [tasks, out, in], ...}.
 """
 
 import itertools
@@ -20,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from experiment.choices import INHIBITION, NORMS, WITH_LATERAL_WEIGHTS
 from experiment.main_settings import UNIT_FLAGS
 from kernels.equilibrium import equilibrium
-from kernels.local_polynomial import Windows, samples
+from kernels.local_polynomial import TaskWindows, Windows, samples
 from kernels.own_precision import in_own_precision
 
 Params = list[dict[str, Tensor]]
@@ -93,12 +96,12 @@ class _LateralDynamics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, s, m, activation, steps, factor):
         keep = any(ctx.needs_input_grad)
-        scaled, scaled_m_t = activation.slope * s, activation.slope * m.t()
+        scaled, scaled_m_t = activation.slope * s, activation.slope * m.mT
         outputs = s.new_empty(steps + 1 if keep else 1, *s.shape)
         y = activation.of_scaled_(outputs[0].copy_(scaled)).clone()
         for j in range(1, steps + 1):
             z = outputs[j if keep else 0]
-            activation.of_scaled_(torch.addmm(scaled, y, scaled_m_t, out=z))
+            activation.of_scaled_(_plus_product(m)(scaled, y, scaled_m_t, out=z))
             y.lerp_(z, factor)
         if keep:
             ctx.save_for_backward(outputs, m)
@@ -115,7 +118,7 @@ class _LateralDynamics(torch.autograd.Function):
         grad = grad_y
         for j in range(steps, 0, -1):
             grad_scaled[j] = activation.backward(grad, outputs[j])
-            grad = torch.addmm(
+            grad = _plus_product(m)(
                 grad, grad_scaled[j], m, beta=1 - factor, alpha=factor * activation.slope
             )
         grad_s = activation.backward(grad, outputs[0])
@@ -124,9 +127,21 @@ class _LateralDynamics(torch.autograd.Function):
         grad_m = None
         if ctx.needs_input_grad[1]:
             y = _responses(outputs, factor)
-            rows = grad_scaled[1:].reshape(-1, m.shape[0])
-            grad_m = (rows.t() @ y.reshape(-1, m.shape[0])).mul_(factor * activation.slope)
+            rows = _steps_joined(grad_scaled[1:])
+            grad_m = (rows.mT @ _steps_joined(y)).mul_(factor * activation.slope)
         return grad_s.mul_(activation.slope), grad_m, None, None, None
+
+
+def _plus_product(m: Tensor) -> Callable[..., Tensor]:
+    """The sum of a tensor and a product with lateral weights, of one or of several tasks."""
+    return torch.addmm if m.dim() == 2 else torch.baddbmm
+
+
+def _steps_joined(values: Tensor) -> Tensor:
+    """[J, batch, out] as [J * batch, out]; [J, tasks, batch, out] as [tasks, J * batch, out]."""
+    if values.dim() == 3:
+        return values.reshape(-1, values.shape[-1])
+    return values.movedim(1, 0).flatten(1, 2)
 
 
 def _responses(outputs: Tensor, factor: float) -> Tensor:
@@ -142,12 +157,15 @@ def _responses(outputs: Tensor, factor: float) -> Tensor:
 def lateral_dynamics(
     s: Tensor, m: Tensor, activation: Callable, inh_steps: int, inh_factor: float
 ) -> Tensor:
-    """y_J [batch, out] of the dynamics above, for s [batch, out] and m [out, out]."""
+    """y_J [batch, out] of the dynamics above, for s [batch, out] and m [out, out].
+
+    Of several tasks, [tasks, batch, out] for s [tasks, batch, out] and m [tasks, out, out].
+    """
     if isinstance(activation, Activation):
         return _LateralDynamics.apply(s, m, activation, inh_steps, inh_factor)
     y = activation(s)
     for _ in range(inh_steps):
-        y = torch.lerp(y, activation(torch.addmm(s, y, m.t())), inh_factor)
+        y = torch.lerp(y, activation(_plus_product(m)(s, y, m.mT)), inh_factor)
     return y
 
 
@@ -212,7 +230,7 @@ class _LateralLayer(nn.Module):
         y = self.activation(s)
         if self.inhibition == "none":
             return y
-        norms = torch.linalg.vector_norm(y, NORMS[self.inhibition], dim=1, keepdim=True)
+        norms = torch.linalg.vector_norm(y, NORMS[self.inhibition], dim=-1, keepdim=True)
         return y / (1e-6 + norms)
 
     def forward(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
@@ -220,9 +238,9 @@ class _LateralLayer(nn.Module):
         return self.respond(x, params)[1]
 
     def constrain(self, m: Tensor) -> Tensor:
-        """m [out, out] with the entries that this layer forbids set to 0."""
+        """m [..., out, out] with the entries that this layer forbids set to 0."""
         if self.forbid_self_inhibition:
-            m = m - torch.diag_embed(torch.diagonal(m))
+            m = m - torch.diag_embed(m.diagonal(dim1=-2, dim2=-1))
         return m.clamp(max=0) if self.forbid_excitation else m
 
     def extra_repr(self) -> str:
@@ -437,6 +455,106 @@ def with_centres(layers: Sequence[nn.Module]) -> list[nn.Module]:
             first = False
         new.append(layer)
     return new
+
+
+class TaskError(ValueError):
+    """What several tasks cannot do at once; the message is one line."""
+
+
+def _check_inhibition(layer: nn.Module) -> None:
+    if layer.inhibition == "equilibrium":
+        raise TaskError("equilibria are solved for one task at a time")
+
+
+class _TaskLinear(LateralLinear):
+    """A LateralLinear for inputs x [tasks, batch, in] and parameters of every task."""
+
+    def __init__(self, layer: LateralLinear) -> None:
+        _check_inhibition(layer)
+        nn.Module.__init__(self)
+        self.__dict__.update(vars(layer))
+
+    def respond(self, x: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Preactivation s and activation y, both [tasks, batch, out]."""
+        self.check(x)
+        s = torch.baddbmm(params["b"].unsqueeze(1), x, params["w"].mT)
+        return s, self.compete(s, params)
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless inputs are [tasks, batch, in]."""
+        if x.dim() != 3 or x.shape[2] != self.in_features:
+            raise ValueError(
+                f"expected inputs of shape [tasks, batch, {self.in_features}], got {list(x.shape)}"
+            )
+
+
+class _TaskConv2d(LateralConv2d):
+    """A LateralConv2d for inputs x [tasks, batch, in, H, W] and parameters of every task."""
+
+    def __init__(self, layer: LateralConv2d) -> None:
+        _check_inhibition(layer)
+        nn.Module.__init__(self)
+        self.__dict__.update(vars(layer))
+        self.of_task, self.windows = layer.windows, TaskWindows(layer.windows)
+
+    def respond(self, x: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Preactivation s and activation y, both [tasks, batch, out, H', W']."""
+        self.check(x)
+        each = zip(x, params["w"], params["b"], strict=True)
+        s = [self.of_task.convolve(x, w) + b.view(-1, 1, 1) for x, w, b in each]
+        rows = torch.stack([samples(of_task) for of_task in s])
+        by_norm = rows.view(*x.shape[:2], -1) if self.inhibition.endswith("image") else rows
+        y = self.compete(by_norm, params).view_as(rows)
+        return self.windows.image(rows, x), self.windows.image(y, x)
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless inputs are [tasks, batch, in, H, W], none too small."""
+        if x.dim() != 5:
+            raise ValueError(f"expected inputs [tasks, batch, in, H, W], got {list(x.shape)}")
+
+
+class _TaskSamples(Parameterless):
+    """A module that treats each sample by itself, for inputs x [tasks, batch, ...]."""
+
+    def forward(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
+        return self.module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class _TaskCentre(Centre):
+    """A Centre whose mean is one of every task."""
+
+    def forward(self, x: Tensor, params: dict[str, Tensor]) -> Tensor:
+        return x - params["input_mean"].unsqueeze(1) if params else x
+
+
+# What treats each sample by itself and draws no random numbers
+_SAMPLEWISE = (nn.Flatten, nn.AvgPool2d, nn.MaxPool2d, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Identity)
+
+
+def over_tasks(model: nn.Module) -> Sequential:
+    """The model for inputs [tasks, batch, ...] and params whose tensors are [tasks, ...].
+
+    Raises TaskError if one of its layers takes one task at a time.
+    """
+    return Sequential([_over_tasks(layer) for layer in model.layers])
+
+
+def of_task(params: Params, task: int) -> Params:
+    """The parameters of one task, views of those [tasks, ...] of all."""
+    return [{name: tensor[task] for name, tensor in layer.items()} for layer in params]
+
+
+def _over_tasks(layer: nn.Module) -> nn.Module:
+    if type(layer) is LateralLinear:
+        return _TaskLinear(layer)
+    if type(layer) is LateralConv2d:
+        return _TaskConv2d(layer)
+    if type(layer) is Centre:
+        return _TaskCentre()
+    if type(layer) is Parameterless and type(layer.module) in _SAMPLEWISE:
+        return _TaskSamples(layer.module)
+    name = type(layer.module if isinstance(layer, Parameterless) else layer).__name__
+    raise TaskError(f"a layer {name} takes one task at a time")
 
 
 def network_of_flags(

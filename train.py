@@ -23,7 +23,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -41,7 +41,7 @@ from experiment.seeds import seeded_generator
 from hypergradients.replays import Moment, another_result
 from kernels.own_precision import own_precision
 from learning_rules import LearningRule
-from models_fully_local import Params
+from models_fully_local import Params, of_task, over_tasks
 
 MEMORY_LIMIT = int(MetaSettings.memory_limit * 2**30)  # peak below 4 GB in main.py
 # the purposes of a draw's random numbers
@@ -54,7 +54,11 @@ class TrainingError(WrongInputError):
 
 
 class OuterLoss(Protocol):
-    """The loss that judges a training; raises FloatingPointError if it cannot be evaluated."""
+    """The loss that judges a training; raises FloatingPointError if it cannot be evaluated.
+
+    It may also have `of_tasks(model, params, generators)`, the same for several tasks at once: a
+    model of `over_tasks`, params [tasks, ...]; it returns losses [tasks] and a list of numbers.
+    """
 
     metrics: tuple[str, ...]  # the names of the numbers returned with the loss
 
@@ -172,6 +176,31 @@ class Training:
         check_finite(loss, "outer loss")
         return loss, {"meta_loss": loss.item(), **numbers}
 
+    def checked_outer_losses(self, params: Params, draws: Sequence[Draw]) -> list["Judged"]:
+        """The result of `checked_outer_loss` for each task of params [tasks, ...], or its error."""
+        each = [of_task(params, k) for k in range(len(draws))]
+        many = getattr(self.outer_loss, "of_tasks", None)
+        if many is not None and all(torch.isfinite(t).all() for d in params for t in d.values()):
+            generators = [draw.generator(OUTER) for draw in draws]
+            # a task that fails is found one by one
+            with suppress(FloatingPointError), judged(self.model):
+                losses, numbers = many(over_tasks(self.model), params, generators)
+                check_finite(losses, "outer losses")
+                told = zip(losses.tolist(), numbers, strict=True)
+                rows = [{"meta_loss": loss, **of_task} for loss, of_task in told]
+                return list(zip(losses.unbind(), rows, strict=True))
+        return [self._judged(*task) for task in zip(each, draws, strict=True)]
+
+    def _judged(self, params: Params, draw: Draw) -> "Judged":
+        try:
+            return self.checked_outer_loss(params, draw)
+        except FloatingPointError as problem:
+            return problem
+
+
+# An outer loss with its numbers, or why there is none
+Judged = tuple[Tensor, dict[str, float]] | FloatingPointError
+
 
 @contextmanager
 def judged(model: nn.Module) -> Iterator[None]:
@@ -252,6 +281,33 @@ class AdjointLimit:
         at_end = self._norms_at_end[place] = before if before > 0 else norm
         scale = min(self.factor * at_end / max(norm, sys.float_info.min), 1.0)
         return adjoint if scale == 1 else adjoint * scale
+
+
+class TaskAdjointLimit(AdjointLimit):
+    """The bound of an AdjointLimit for several tasks at once, each held to its own last adjoint.
+
+    Tensors are [tasks, ...]; later updates may be of the first tasks only.
+    """
+
+    def held(self, adjoint: Tensor, place: tuple[int, str]) -> Tensor:
+        """An adjoint [tasks, ...] of the tensor at (layer, name), each task's scaled by itself."""
+        begun = self._norms_at_end.get(place, adjoint.new_zeros(0, dtype=torch.float64))
+        begun = torch.cat([begun, begun.new_zeros(len(adjoint) - len(begun))])
+        held, self._norms_at_end[place] = hold_task_adjoint(self.factor, adjoint, begun)
+        return held
+
+
+def hold_task_adjoint(
+    factor: float, adjoint: Tensor, norms_at_end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """An adjoint [tasks, ...] with each task's norm at most `factor` times its norm at the end.
+
+    Returns also the norms at the end, [tasks]: those given, or of the adjoint where these are 0.
+    """
+    norm = torch.linalg.vector_norm(adjoint.flatten(1), dim=1, dtype=torch.float64)
+    at_end = torch.where(norms_at_end > 0, norms_at_end, norm)
+    scale = (factor * at_end / norm.clamp_min(sys.float_info.min)).clamp_max(1.0)
+    return adjoint * scale.to(adjoint.dtype).view(-1, *[1] * (adjoint.dim() - 1)), at_end
 
 
 class _HeldAdjoints(torch.autograd.Function):
@@ -391,6 +447,10 @@ def _check_repeated(start: Params, result: Params, first: Params) -> None:
         start[k].get(name, torch.zeros_like(tensor)).detach()
         for (k, name), tensor in zip(places, once, strict=True)
     ]
+    before = [  # of several tasks, some may be done
+        tensor if tensor.shape == new.shape else tensor[: len(new)]
+        for tensor, new in zip(before, once, strict=True)
+    ]
     without_numbers = any(tensor.is_meta for tensor in once)
     if places and not without_numbers and another_result(before, again, once):
         raise TrainingError(
@@ -450,7 +510,7 @@ def _segment_length(model, params, used, rule, memory: str, memory_limit: int) -
         first = rule.update(model, params, used[0])
         with torch.no_grad(), moment.repeated():
             _check_repeated(params, rule.update(model, params, used[0]), first)
-        size = graph_bytes(lambda: rule.update(model, first, used[-1]))
+        size = graph_bytes(lambda: rule.update(model, first, used[0]))
     return min(steps, max(1, memory_limit // max(1, size)))
 
 

@@ -77,14 +77,11 @@ class Unrolled:
     def outer_loss(self, params: list[Tensor], hparams: list[Tensor]) -> Tensor:
         return self.cross_entropy(params, self.batches[0])
 
-    def maps(self, gradient: str = "graph") -> list[GradientDescent]:
+    def maps(self) -> list[GradientDescent]:
         def step_size(hparams: list[Tensor]) -> Tensor:
             return hparams[0]
 
-        return [
-            GradientDescent(self.inner_loss, step_size, batch, gradient=gradient)
-            for batch in self.batches
-        ]
+        return [GradientDescent(self.inner_loss, step_size, batch) for batch in self.batches]
 
     def history(self) -> list[list[Tensor]]:
         states = [self.start]
@@ -97,14 +94,11 @@ class Unrolled:
         for update in self.maps():
             params = update(params, self.hparams, create_graph=False)
 
-    def unroll(self, gradient: str = "graph") -> list[Tensor]:
+    def unroll(self) -> list[Tensor]:
         params = self.start
-        for update in self.maps(gradient):
+        for update in self.maps():
             params = update(params, self.hparams)
         return reverse_unroll(params, self.hparams, self.outer_loss, set_grad=False)
-
-    def mixed(self) -> list[Tensor]:
-        return self.unroll("mixed")
 
     def reverse(self) -> list[Tensor]:
         return reverse(self.history(), self.hparams, self.maps(), self.outer_loss, set_grad=False)
@@ -129,7 +123,6 @@ class Unrolled:
             "reverse_unroll": self.unroll,
             "reverse": self.reverse,
             "checkpointed_reverse": self.checkpointed,
-            "mixed mode": self.mixed,
         }
         return ways | ({"torchopt unroll": self.torchopt} if HAS_TORCHOPT else {})
 

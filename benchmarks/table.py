@@ -189,7 +189,7 @@ def print_table(rows: Iterable[Row], clock: Clock, common: str) -> None:
     common: a description that holds for all rows.
     """
     kind = "processor time" if clock.reads_processor else "wall clock"
-    print(f"{common}; {_described(clock.device)}, {clock.threads} thread(s), torch "
+    print(f"{common}; {described(clock.device)}, {clock.threads} thread(s), torch "
           f"{torch.__version__}, {kind}")  # fmt: skip
     headings: list[str] = []
     for row in rows:
@@ -199,7 +199,8 @@ def print_table(rows: Iterable[Row], clock: Clock, common: str) -> None:
         print(_line(row.cells(), headings), flush=True)
 
 
-def _described(device: torch.device) -> str:
+def described(device: torch.device) -> str:
+    """The name of a GPU, else the device's own."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 

@@ -19,7 +19,7 @@ derivatives are 0 almost everywhere; they can't be learned.
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -87,20 +87,23 @@ class Views(nn.Module):
         The same state of the generator gives the same pairs on every device. Raises DataError if
         the data are fewer than a batch.
         """
-        draw_order = partial(batch_indices, self.data, self.batch_size, generator)
-        epochs = itertools.chain([draw_order()], (draw_order() for _ in itertools.count()))
-        return map(partial(self._pair, generator), itertools.chain.from_iterable(epochs))
+        return PairStream(self, generator)
 
-    def _pair(self, generator: Generator, index: Tensor) -> Pair:
+    def pair(self, generators: Sequence[Generator], index: Tensor) -> Pair:
+        """A pair of views of the rows `index`, an equal share of which goes with each generator.
+
+        Several generators, those of several tasks, draw what each would draw alone. Mixed views
+        take one.
+        """
         geometric = self.start.kind == GEOMETRIC
         if self.start.kind == MIXED:
-            drawn = torch.rand((), generator=generator, device="cpu")
+            drawn = torch.rand((), generator=generators[0], device="cpu")
             geometric = bool(drawn < self.start.geometric_share)
         x = self._rows(index)
         if not geometric:
             x = self._normalized(x)
         make = self._geometric if geometric else self._masked
-        first, second = (make(x, generator).to(self.dtype) for _ in range(2))
+        first, second = (make(x, generators).to(self.dtype) for _ in range(2))
         return first, second
 
     def _rows(self, index: Tensor) -> Tensor:
@@ -120,12 +123,15 @@ class Views(nn.Module):
         fresh = changed and not x.requires_grad
         return x.sub_(self.shift) if fresh else x - self.shift
 
-    def _geometric(self, x: Tensor, generator: Generator) -> Tensor:
+    def _geometric(self, x: Tensor, generators: Sequence[Generator]) -> Tensor:
         """A view of images x in [0, 1]."""
         changed = self.start.warps or self.start.jitters
         if changed:
             crops, shifts = self.start.crops, self.start.shift > 0
-            draws = draw_numbers(len(x), generator, crops=crops, shifts=shifts)
+            count = len(x) // len(generators)
+            draws = _of_each(
+                generators, lambda g: draw_numbers(count, g, crops=crops, shifts=shifts)
+            )
             if torch.is_grad_enabled() and any(name != "noise" for name in self.moved):
                 # without it, the graphs of many batches would be kept, each seven times a view
                 x = checkpoint(
@@ -133,7 +139,7 @@ class Views(nn.Module):
                 )
             else:
                 x = self._warped(x, draws)
-        return self._noisy(self._normalized(x, changed), generator)
+        return self._noisy(self._normalized(x, changed), generators)
 
     def _warped(self, x: Tensor, draws: Tensor) -> Tensor:
         start = self.start
@@ -148,19 +154,21 @@ class Views(nn.Module):
             x = jitter(x, draws, self.strength("brightness"), self.strength("contrast"))
         return x
 
-    def _masked(self, x: Tensor, generator: Generator) -> Tensor:
+    def _masked(self, x: Tensor, generators: Sequence[Generator]) -> Tensor:
         """A view of normalised images or features x."""
-        x = self._noisy(x, generator)
+        x = self._noisy(x, generators)
         if not self.start.masks:
             return x
-        shape = (len(x), 1, *x.shape[2:]) if x.dim() == 4 else x.shape
-        kept = kept_pixels(shape, self.start.mask, generator).to(x.device)
+        count = len(x) // len(generators)
+        shape = (count, 1, *x.shape[2:]) if x.dim() == 4 else (count, *x.shape[1:])
+        kept = _of_each(generators, lambda g: kept_pixels(shape, self.start.mask, g)).to(x.device)
         return x * kept if self.lost_value is None else torch.where(kept, x, self.lost_value)
 
-    def _noisy(self, x: Tensor, generator: Generator) -> Tensor:
+    def _noisy(self, x: Tensor, generators: Sequence[Generator]) -> Tensor:
         if not self.start.noise:
             return x
-        noise = torch.randn(x.shape, generator=generator, device="cpu").to(x)
+        shape = (len(x) // len(generators), *x.shape[1:])
+        noise = _of_each(generators, lambda g: torch.randn(shape, generator=g, device="cpu")).to(x)
         return x + self.strength("noise") * noise
 
     # ---- strengths ----
@@ -188,6 +196,41 @@ class Views(nn.Module):
     def effective(self) -> dict[str, float]:
         """The current values of the learned strengths."""
         return {name: self.strength(name).item() for name in self.moved}
+
+
+class PairStream(Iterator[Pair]):
+    """The endless pairs of `Views.forward`."""
+
+    def __init__(self, views: Views, generator: Generator) -> None:
+        self.views, self.generator = views, generator
+        draw_order = partial(batch_indices, views.data, views.batch_size, generator)
+        epochs = itertools.chain([draw_order()], (draw_order() for _ in itertools.count()))
+        self.order = itertools.chain.from_iterable(epochs)
+
+    def __next__(self) -> Pair:
+        return self.views.pair([self.generator], next(self.order))
+
+    @property
+    def of_tasks(self) -> Callable[[Sequence["PairStream"]], Iterator[Pair]] | None:
+        """The next pairs of several streams of these views, stacked, [tasks, batch, ...] each.
+
+        None for mixed views, of which each task draws its own kind.
+        """
+        return None if self.views.start.kind == MIXED else self._of_tasks
+
+    def _of_tasks(self, streams: Sequence["PairStream"]) -> Iterator[Pair]:
+        generators = [stream.generator for stream in streams]
+        while True:
+            index = torch.cat([next(stream.order) for stream in streams])
+            first, second = self.views.pair(generators, index)
+            tasks = len(streams), -1
+            yield first.unflatten(0, tasks), second.unflatten(0, tasks)
+
+
+def _of_each(generators: Sequence[Generator], draw: Callable[[Generator], Tensor]) -> Tensor:
+    """What is drawn with each generator, one after the other."""
+    drawn = [draw(generator) for generator in generators]
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
 
 
 def kept_pixels(shape: Sequence[int], share: tuple[float, float], generator: Generator) -> Tensor:

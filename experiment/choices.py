@@ -15,6 +15,7 @@ PROBE_GRADIENTS = ("envelope", "implicit")
 
 # meta_gradients.py and hypgraddesc.py
 METHODS = ("reverse", "truncated", "lookback", "implicit", "forward", "es", "pes")
+TOGETHER = ("auto", "always", "never")
 META_OPTIMIZERS = ("adam", "rmsprop")
 DECAYS = ("none", "cosine")
 NONFINITE = ("skip", "stop")

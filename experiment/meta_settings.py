@@ -5,7 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from experiment.choices import DECAYS, MEMORY, META_OPTIMIZERS, METHODS, NONFINITE, PRODUCTS
+from experiment.choices import (
+    DECAYS,
+    MEMORY,
+    META_OPTIMIZERS,
+    METHODS,
+    NONFINITE,
+    PRODUCTS,
+    TOGETHER,
+)
 from experiment.settings import setting
 
 Schedule = float | Callable[[int], float]
@@ -40,6 +48,9 @@ class MetaSettings:
     inner_steps: Horizon = setting(250, "differentiated updates of a training", "positive")
     ungraded_steps: Horizon = setting(0, "updates before the differentiated ones", "nonnegative")
     tasks: int = setting(1, "trainings over which a hypergradient is averaged", "positive")
+    together: str = setting(
+        "auto", "tasks as one batched computation (auto: on a GPU)", choices=TOGETHER
+    )
     reinitialize_every: int = setting(
         1,
         "meta-steps before a training starts anew; until then it continues",

@@ -25,7 +25,10 @@ from experiment.errors import WrongInputError
 
 _aten = torch.ops.aten
 _PLAIN = {_aten.mm: torch.mm, _aten.bmm: torch.bmm}
-_ADDED = {_aten.addmm: torch.mm, _aten.addmm_: torch.mm, _aten.baddbmm: torch.bmm}
+_ADDED = {
+    _aten.addmm: torch.mm, _aten.addmm_: torch.mm,
+    _aten.baddbmm: torch.bmm, _aten.baddbmm_: torch.bmm,
+}  # fmt: skip
 _CONVOLUTIONS = (_aten.convolution, _aten.convolution_backward)
 
 
@@ -105,7 +108,8 @@ class _Rounding(TorchDispatchMode):
         total, *factors = arguments
         product = _ADDED[kind](*map(_rounded, factors))
         beta, alpha = options.get("beta", 1), options.get("alpha", 1)
-        out = total if kind is _aten.addmm_ else options.get("out")
+        in_place = kind in (_aten.addmm_, _aten.baddbmm_)
+        out = total if in_place else options.get("out")
         scaled = total if beta == 1 else beta * total
         return _into(out, torch.add(scaled, product, alpha=alpha))
 

@@ -17,18 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hypergradients.errors import HypergradientError
 from hypergradients.linear_solvers import Vector
-from hypergradients.replays import Moment
 from hypergradients.update_maps import Tree, attached_scalar, frozen, other_leaves, vjp
 
 Setting = float | Tensor | Callable[[Tree], float | Tensor]  # a number or a function of hparams
 
-GRADIENTS = ("graph", "mixed", "func")
+GRADIENTS = ("graph", "func")
 
 
 class DifferentiableOptimizer:
@@ -46,18 +43,13 @@ class DifferentiableOptimizer:
         per batch.
     gradient: how g is differentiated.
         graph  torch.autograd.grad with create_graph: fast if a step is multiplied many times
-        mixed  forward over reverse mode in the backward pass: only params and hparams are kept
-               until then, and each product costs a step in both modes. The loss runs again with
-               the same random numbers from torch's global generators; raises HypergradientError
-               if its value differs, or if it uses other tensors that require a gradient.
-               (MixFlow; Kemaev 2025, arXiv 2505.00793)
         func   torch.func.grad, for maps inside torch.func transforms
     settings: numbers, or functions from hparams to numbers, such as step_size.
 
     Attributes:
         curr_loss: the loss at the params of the last call. It is attached, and keeps its graph
-            until the next call, if the step is attached and gradient is "graph"; otherwise it is
-            detached, and None for "func".
+            until the next call, if the step is attached; otherwise it is detached, and None if
+            gradient is "func".
     """
 
     extra = 0  # tensors in the list, after the copies of the parameters
@@ -169,9 +161,6 @@ class DifferentiableOptimizer:
         """
         if self.gradient == "func":
             return torch.func.grad(loss)(w, hparams), create_graph
-        if self.gradient == "mixed" and create_graph and wanted:
-            leaves, spec = tree_flatten(hparams)
-            return list(_MixedGradient.apply(loss, spec, len(w), *w, *leaves)), True
         value = attached_scalar(loss(w, hparams), "the inner loss")
         attached = create_graph and (wanted or bool(other_leaves(value, w)))
         self.curr_loss = value if attached else value.detach()
@@ -285,50 +274,6 @@ def gd_step(
     """params - step_size d loss / d params, for a loss of these params. HyperTorch's name."""
     g = vjp([attached_scalar(loss, "loss")], params, [None], create_graph=create_graph)
     return _moved(params, g, step_size)
-
-
-class _MixedGradient(torch.autograd.Function):
-    """grad_w loss; its product with u is d/de grad loss(w + e u, hparams) at e = 0."""
-
-    @staticmethod
-    def forward(ctx, loss, spec, count, *leaves):
-        ctx.loss, ctx.spec, ctx.count = loss, spec, count
-        ctx.save_for_backward(*leaves)
-        ctx.moment = Moment(leaves)
-        w = [t.detach().requires_grad_() for t in leaves[:count]]
-        hparams = tree_unflatten([t.detach() for t in leaves[count:]], spec)
-        with torch.enable_grad():
-            value = attached_scalar(loss(w, hparams), "the inner loss")
-            others = other_leaves(value, w)
-            if others:
-                raise HypergradientError(
-                    f"the inner loss uses a tensor {tuple(others[0].shape)} that wants a gradient "
-                    "and is not in hparams: give it there, or take gradient='graph'"
-                )
-            ctx.value = value.detach()
-            return tuple(vjp([value], w, [None]))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *u):
-        leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-        w, hparams = leaves[: ctx.count], leaves[ctx.count :]
-        with ctx.moment.repeated(), torch.enable_grad(), forward_ad.dual_level():
-            duals = [forward_ad.make_dual(t, d) for t, d in zip(w, u, strict=True)]
-            value = ctx.loss(duals, tree_unflatten(hparams, ctx.spec))
-            _check_repeated(forward_ad.unpack_dual(value).primal.detach(), ctx.value)
-            gradients = torch.autograd.grad(value, [*duals, *hparams], allow_unused=True)
-            tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
-        return None, None, None, *tangents
-
-
-def _check_repeated(value: Tensor, first: Tensor) -> None:
-    """Raises HypergradientError if the loss has changed in its second run by more than rounding."""
-    if bool((value - first).abs() > 1e3 * torch.finfo(first.dtype).eps * first.abs()):
-        raise HypergradientError(
-            f"the inner loss is {value:.6g} the second time, {first:.6g} the first: it must not "
-            "draw random numbers but from torch's global generators; else take gradient='graph'"
-        )
 
 
 def _merged(moved: Vector, old: Vector, fixed: Sequence[bool]) -> list[Tensor]:

@@ -6,6 +6,7 @@
 l are the currents of kernels/unit_statistics.py, with statistics of this batch; the matrix K
 follows from the moments and a few weights. The update is one autograd function. On a CPU its parts
 are compiled loops (unit_statistics_loops.py), because with few units the time is that of the calls.
+Several tasks at once, as in kernels/unit_statistics.py, are batched products on any device.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.local_polynomial import ROWS, Rows, Windows
+from kernels.local_polynomial import ROWS, Place, inner_products, mixed, with_samples
 from kernels.own_precision import in_own_precision
 from kernels.unit_statistics import (
     FLOOR,
@@ -26,6 +27,7 @@ from kernels.unit_statistics import (
     currents_forward,
     gate_backward,
     gate_forward,
+    inner_product,
     inputs_backward,
     moments_backward,
     moments_forward,
@@ -76,11 +78,17 @@ class GatedTerms:
         return tuple(kind for kind in self.rows if kind in LATERAL_CURRENTS)
 
     def split(self, weights: Tensor, views: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The weights of the rows [rows, factors], of s [views, 1] or None, of w [1] or None."""
+        """The weights of the rows [rows, factors], of s [views, 1] or None, of w [1] or None.
+
+        Of several tasks, [tasks, rows, factors], [views, tasks, 1] and [tasks, 1].
+        """
         count = views * len(self.currents) + ("1" in self.rows)
-        end = count * len(self.factors)
-        of_s = weights[end : end + views].unsqueeze(1) if self.of_s else None
-        return weights[:end].view(count, -1), of_s, weights[-1:] if self.of_w else None
+        end, tasks = count * len(self.factors), weights.shape[:-1]
+        of_s = None
+        if self.of_s:
+            of_s = weights[..., end : end + views].movedim(-1, 0).unsqueeze(-1)
+        of_rows = weights[..., :end].view(*tasks, count, -1)
+        return of_rows, of_s, weights[..., -1:] if self.of_w else None
 
     def places(self, views: int) -> np.ndarray:
         """The first rows of c, r, r_cov, r_cross and 1, [5]; -1 for kinds that don't occur."""
@@ -110,7 +118,7 @@ def gated_update(
     eps: Tensor,
     x: Sequence[Tensor],
     activation: Activation,
-    place: Rows | Windows = ROWS,
+    place: Place = ROWS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """w and b after the update of the module's formula, and y = sigma(s) [views, samples, units].
 
@@ -120,19 +128,19 @@ def gated_update(
     w: [units, inputs]; b: [units]; rate, eps: scalars, as in `rms_step`.
     x: [samples, inputs] per view, or images, in which `place` defines the samples.
     """
-    on_cpu = w.device.type == "cpu" and w.dtype in NUMPY_TYPES
-    update = _CompiledUpdate if on_cpu and terms.level == "gram" else _GatedUpdate
+    compiled = w.device.type == "cpu" and w.dtype in NUMPY_TYPES and w.dim() == 2
+    update = _CompiledUpdate if compiled and terms.level == "gram" else _GatedUpdate
     return update.apply(terms, activation, place, weights, w, b, rate, eps, *x)
 
 
 def respond(
-    w: Tensor, b: Tensor, x: Sequence[Tensor], activation: Activation, place: Rows | Windows
+    w: Tensor, b: Tensor, x: Sequence[Tensor], activation: Activation, place: Place
 ) -> tuple[Tensor, Tensor]:
     """Preactivations s and activities y, both [views, samples, units]."""
-    s = w.new_empty(len(x), place.count(x[0]), len(w))
+    s = w.new_empty(len(x), *w.shape[:-2], place.count(x[0]), w.shape[-2])
     for inputs, of_view in zip(x, s, strict=True):
         place.project(inputs, w, out=of_view)
-    return s.add_(b), activation.of_scaled_(activation.slope * s)
+    return s.add_(with_samples(b)), activation.of_scaled_(activation.slope * s)
 
 
 def through_products(grad_s: Tensor, w: Tensor, grad_w: Tensor, x, place, grad_x) -> None:
@@ -152,9 +160,9 @@ class _GatedUpdate(torch.autograd.Function):
         mixing = _Mixing.of_moments(terms, rows, mean, second)
         total = currents_forward(c, mixing.k, mixing.const, s, of_s)
         h = gate_forward(total, y, activation)
-        dw, db = products_forward(h, x, place), h.sum((0, 1))
+        dw, db = products_forward(h, x, place), h.sum((0, -2))
         if of_w is not None:
-            dw.addcmul_(w, of_w)
+            dw.addcmul_(w, of_w.unsqueeze(-1))
         new, root, factor = step_forward(w, b, dw, db, rate, eps)
         kept = (dw, db, eps, root, factor)
         s = s if terms.of_s else None
@@ -178,7 +186,7 @@ class _GatedUpdate(torch.autograd.Function):
         if any(needed[8:]):
             h = gate_forward(total, y, activation)
             grad_x = inputs_backward(h, x, grad_dw, place, needed[8:])
-        grad_h = products_backward(total, x, grad_dw, place).add_(grad_db)
+        grad_h = products_backward(total, x, grad_dw, place).add_(with_samples(grad_db))
         grad_total, grad_sigma = gate_backward(grad_h, total, y, activation)
         mixing, states = _Mixing(terms, rows, *parts), [None] * len(x) if s is None else s
         grad_c, grad_k, grad_const, grad_of_s, grad_s = currents_backward(
@@ -191,16 +199,16 @@ class _GatedUpdate(torch.autograd.Function):
         through_sigma = activation.backward(grad_y, y).mul_(activation.slope)
         if s is not None:
             through_sigma.add_(torch.stack(grad_s))
-        of_weights = [grad_rows.flatten()]
-        of_weights += [grad_of_s.flatten()] if of_s is not None else []
+        of_weights = [grad_rows.flatten(-2)]
+        of_weights += [grad_of_s.squeeze(-1).movedim(0, -1)] if of_s is not None else []
         grad_old = grad_w.clone()
         if of_w is not None:
-            of_weights.append(torch.dot(grad_dw.flatten(), w.flatten()).unsqueeze(0))
-            grad_old.addcmul_(grad_dw, of_w)
+            of_weights.append(inner_product(grad_dw, w, dims=2).view_as(of_w))
+            grad_old.addcmul_(grad_dw, of_w.unsqueeze(-1))
         through_products(through_sigma, w, grad_old, x, place, grad_x)
-        grad_b = grad_b + through_sigma.sum((0, 1))
+        grad_b = grad_b + through_sigma.sum((0, -2))
         return (None,) * 3 + (
-            torch.cat(of_weights), grad_old, grad_b, grad_rate, grad_eps, *grad_x
+            torch.cat(of_weights, -1), grad_old, grad_b, grad_rate, grad_eps, *grad_x
         )  # fmt: skip
 
 
@@ -209,7 +217,7 @@ def _filled(grads: Sequence[Tensor | None], w: Tensor) -> tuple[Tensor, Tensor]:
     grad_w, grad_b, _ = grads
     return (
         torch.zeros_like(w) if grad_w is None else grad_w.contiguous(),
-        w.new_zeros(len(w)) if grad_b is None else grad_b.contiguous(),
+        w.new_zeros(w.shape[:-1]) if grad_b is None else grad_b.contiguous(),
     )
 
 
@@ -357,16 +365,16 @@ class _Mixing:
         cov, d, across = mean, mean, None
         if terms.level != "mean":
             cov = second[0] if views == 1 else second[0] + second[1]
-            d = ((cov.diagonal() if lateral else cov) + FLOOR).rsqrt_()
+            d = ((cov.diagonal(dim1=-2, dim2=-1) if lateral else cov) + FLOOR).rsqrt_()
         factors = _factors(terms.factors, mean, d, cov)
         if "r_cross" in terms.rows:
             across = second[0] - second[1]
-        mixing = cls(terms, rows, factors, rows @ factors, d, cov, across, d)
+        mixing = cls(terms, rows, factors, mixed(rows, factors), d, cov, across, d)
         by_kind = mixing.by_kind(mixing.a)
         if lateral:
             mixing.k = mixing.matrix(by_kind, views)
         else:
-            mixing.k = by_kind["c"] if "c" in by_kind else mean.new_zeros(views, len(mean))
+            mixing.k = by_kind["c"] if "c" in by_kind else mean.new_zeros(views, *mean.shape)
         return mixing
 
     @property
@@ -394,9 +402,9 @@ class _Mixing:
         for kind in self.terms.lateral:
             moments, column = self.moments_of(kind), by_kind[kind]
             if kind != "r_cov":
-                moments, column = moments * self.d.square().unsqueeze(1), column * self.d
-            k.addcmul_(moments, column.unsqueeze(1))
-        diagonal = k.diagonal(dim1=1, dim2=2)
+                moments, column = moments * self.d.square().unsqueeze(-1), column * self.d
+            k.addcmul_(moments, column.unsqueeze(-2))
+        diagonal = k.diagonal(dim1=-2, dim2=-1)
         diagonal.copy_(by_kind["c"] if "c" in by_kind else torch.zeros_like(diagonal))
         return k
 
@@ -408,14 +416,15 @@ class _Mixing:
         by_kind = self.by_kind(grad_a)
         if grad_const is not None:
             grad_a[-1] = grad_const
-        diagonal = grad_k.diagonal(dim1=1, dim2=2) if lateral else grad_k
+        diagonal = grad_k.diagonal(dim1=-2, dim2=-1) if lateral else grad_k
         if "c" in by_kind:
             by_kind["c"].copy_(diagonal)
         grad_d, grad_cov, grad_across = None, None, None
         if lateral:
             diagonal.zero_()
             grad_d, grad_cov, grad_across = self._through_matrix(grad_k, by_kind)
-        grad_rows, grad_factors = grad_a @ self.factors.t(), self.rows.t() @ grad_a
+        grad_rows = inner_products(grad_a, self.factors, tasks=self.rows.dim() == 3)
+        grad_factors = mixed(self.rows.mT, grad_a)
         grad_mean = None
         for row, name in zip(grad_factors, self.terms.factors, strict=True):
             if name == "mean":
@@ -430,13 +439,13 @@ class _Mixing:
 
     def _through_matrix(self, grad_k: Tensor, grads: dict[str, Tensor]):
         """The gradients of d, covariance and cross-view covariance; writes those of rows."""
-        grad_d, of_moments, e = torch.zeros_like(self.d), {}, self.d.square().unsqueeze(1)
+        grad_d, of_moments, e = torch.zeros_like(self.d), {}, self.d.square().unsqueeze(-1)
         by_kind = self.by_kind(self.a)
         for kind in self.terms.lateral:
             moments, column, with_d = self.moments_of(kind), by_kind[kind], kind != "r_cov"
             scaled = moments * e if with_d else moments
             of_column = torch.linalg.vecdot(grad_k, scaled, dim=-2)
-            of_scaled = grad_k * (column * self.d if with_d else column).unsqueeze(1)
+            of_scaled = grad_k * (column * self.d if with_d else column).unsqueeze(-2)
             of_scaled = of_scaled[0] if len(grad_k) == 1 else of_scaled[0].add_(of_scaled[1])
             if with_d:
                 torch.mul(of_column, self.d, out=grads[kind])
@@ -455,9 +464,9 @@ class _Mixing:
         """Add the gradients through the factor rz to those of d and covariance."""
         e, others = self.d.square(), _without_diagonal(self.cov)
         squares = others.square()
-        grad_e = 2 * grad * e * (squares @ e) + squares.t() @ (grad * e * e)
+        grad_e = 2 * grad * e * _applied(squares, e) + _applied(squares.mT, grad * e * e)
         grad_d.addcmul_(grad_e, self.d, value=2)
-        grad_cov.addcmul_(others * (grad * e * e).unsqueeze(1), e, value=2)
+        grad_cov.addcmul_(others * (grad * e * e).unsqueeze(-1), e.unsqueeze(-2), value=2)
 
     def _second(self, views: int, grad_d, grad_cov, grad_across) -> Tensor | None:
         """The gradient of the second moments from those of d and both covariances, or None."""
@@ -465,16 +474,16 @@ class _Mixing:
             return None
         grad_var = grad_d * self.d.pow(3).mul_(-0.5)
         if grad_cov is None:
-            return grad_var.expand(views, -1)
-        grad_cov.diagonal().add_(grad_var)
+            return grad_var.expand(views, *grad_var.shape)
+        grad_cov.diagonal(dim1=-2, dim2=-1).add_(grad_var)
         if grad_across is None:
-            return grad_cov.expand(views, -1, -1)
+            return grad_cov.expand(views, *grad_cov.shape)
         return torch.stack([grad_cov + grad_across, grad_cov - grad_across])
 
 
 def _factors(names: Sequence[str], mean: Tensor, d: Tensor, cov: Tensor) -> Tensor:
     """The values [factors, units] of these FACTORS."""
-    factors = mean.new_empty(len(names), len(mean))
+    factors = mean.new_empty(len(names), *mean.shape)
     for row, name in zip(factors.unbind(), names, strict=True):
         if name == "1":
             row.fill_(1)
@@ -482,11 +491,18 @@ def _factors(names: Sequence[str], mean: Tensor, d: Tensor, cov: Tensor) -> Tens
             torch.square(d, out=row)
         elif name == "rz":
             e = d.square()
-            row.copy_(e * e * (_without_diagonal(cov).square() @ e))
+            row.copy_(e * e * _applied(_without_diagonal(cov).square(), e))
         else:
             row.copy_(mean if name == "mean" else d)
     return factors
 
 
 def _without_diagonal(matrix: Tensor) -> Tensor:
-    return matrix - torch.diag_embed(matrix.diagonal())
+    return matrix - torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1))
+
+
+def _applied(matrix: Tensor, vector: Tensor) -> Tensor:
+    """The product of a matrix and a vector, or of those of each task."""
+    if vector.dim() == 1:
+        return matrix @ vector
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)

@@ -17,6 +17,9 @@ recomputes everything elementwise; the only products kept are those that multipl
 In a convolutional layer a sample is a position, and its input is the window around it. A monomial
 of a window is the window of the image's monomial, so the products become convolutions and their
 gradients, and windows are never cut out.
+
+Several tasks are evaluated at once if every tensor has a leading dimension for them: coefficients
+[tasks, terms], parameters [tasks, out, in], p and q [tasks, batch, ...]. Products are then batched.
 """
 
 import itertools
@@ -39,8 +42,9 @@ def samples(image: Tensor) -> Tensor:
     """Turn [batch, features, H, W] into one row per position, [batch * H * W, features].
 
     The result is a view if the channels are last in memory. [batch, features] is returned as it is.
+    Images of several tasks have a leading dimension for them, and so has the result.
     """
-    return image if image.dim() == 2 else image.permute(0, 2, 3, 1).flatten(0, 2)
+    return image if image.dim() < 4 else image.movedim(-3, -1).flatten(-4, -2)
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,10 @@ class Windows:
     def _kernels(self, weight: Tensor) -> Tensor:
         return weight.unflatten(1, (-1, *self.size))
 
+    def fan_in(self, p: Tensor) -> int:
+        """The number of inputs of a sample."""
+        return p.shape[1] * math.prod(self.size)
+
     def count(self, p: Tensor) -> int:
         """The number of samples."""
         return len(p) * math.prod(self._positions(p))
@@ -169,6 +177,156 @@ class Windows:
 
 
 ROWS = Rows()
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The maps of Rows for several tasks: p is [tasks, batch, in], weights are [tasks, out, in]."""
+
+    def blocks(self, inputs: Sequence[Tensor]) -> Iterator[slice]:
+        """One slice, of all tasks and samples."""
+        yield slice(None)
+
+    def correlate_(self, total: Tensor, post: Tensor, p: Tensor) -> None:
+        """Add sum_b post_tbi p_tbj to total [tasks, out, in]."""
+        total.baddbmm_(post.mT, p)
+
+    def project(self, p: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Write sum_j p_tbj weight_tij to out [tasks, batch, out]."""
+        torch.bmm(p, weight.mT, out=out)
+
+    def spread_(self, total: Tensor, post: Tensor, weight: Tensor) -> None:
+        """Add sum_i post_tbi weight_tij to total [tasks, batch, in]."""
+        total.baddbmm_(post, weight)
+
+    def sum(self, p: Tensor) -> Tensor:
+        """sum_b p_tbj, [tasks, in]."""
+        return p.sum(1)
+
+    def spread_evenly(self, numbers: Tensor, like: Tensor) -> Tensor:
+        """The gradient of numbers [tasks, in] . sum(p) by p, of the shape of `like`."""
+        return numbers.unsqueeze(1).expand_as(like)
+
+    def fan_in(self, p: Tensor) -> int:
+        """The number of inputs of a sample."""
+        return p.shape[2]
+
+    def count(self, p: Tensor) -> int:
+        """The number of samples of a task."""
+        return p.shape[1]
+
+    def image(self, rows: Tensor, p: Tensor) -> Tensor:
+        """Rows [tasks, samples, features] in the shape of a layer's output, the same here."""
+        return rows
+
+
+TASK_ROWS = TaskRows()
+
+
+@dataclass(frozen=True)
+class TaskWindows:
+    """The maps of Windows for several tasks, p [tasks, batch, in, H, W], one after the other."""
+
+    windows: Windows
+
+    def blocks(self, inputs: Sequence[Tensor]) -> Iterator[slice]:
+        """One slice, of all tasks and samples."""
+        yield slice(None)
+
+    def correlate_(self, total: Tensor, post: Tensor, p: Tensor) -> None:
+        """Add sum_b post_tbi p_tbj to total [tasks, out, in * kh * kw]."""
+        for of_task in zip(total, post, p, strict=True):
+            self.windows.correlate_(*of_task)
+
+    def project(self, p: Tensor, weight: Tensor, out: Tensor) -> None:
+        """Write sum_j p_tbj weight_tij to out [tasks, samples, out]."""
+        for of_task in zip(p, weight, out, strict=True):
+            self.windows.project(*of_task)
+
+    def spread_(self, total: Tensor, post: Tensor, weight: Tensor) -> None:
+        """Add sum_i post_tbi weight_tij to total [tasks, batch, in, H, W]."""
+        for of_task in zip(total, post, weight, strict=True):
+            self.windows.spread_(*of_task)
+
+    def sum(self, p: Tensor) -> Tensor:
+        """sum_b p_tbj, [tasks, in * kh * kw]."""
+        return torch.stack([self.windows.sum(of_task) for of_task in p])
+
+    def spread_evenly(self, numbers: Tensor, like: Tensor) -> Tensor:
+        """The gradient of numbers [tasks, in * kh * kw] . sum(p) by p, of the shape of `like`."""
+        each = zip(numbers, like, strict=True)
+        return torch.stack([self.windows.spread_evenly(*of_task) for of_task in each])
+
+    def fan_in(self, p: Tensor) -> int:
+        """The number of inputs of a sample."""
+        return self.windows.fan_in(p[0])
+
+    def count(self, p: Tensor) -> int:
+        """The number of samples of a task."""
+        return self.windows.count(p[0])
+
+    def image(self, rows: Tensor, p: Tensor) -> Tensor:
+        """Rows [tasks, samples, features] as a view [tasks, batch, features, H', W']."""
+        first = self.windows.image(rows[0], p[0])
+        return rows.view(len(rows), len(first), *first.shape[2:], -1).movedim(-1, 2)
+
+
+Place = Rows | Windows | TaskRows | TaskWindows
+
+
+def place_of(inputs: Sequence[Tensor], windows: Windows | TaskWindows | None) -> Place:
+    """The maps for these inputs: `windows` if they are images, else of rows, by their dimensions.
+
+    inputs: [batch, in], [batch, channels, H, W], or with a dimension of tasks before these.
+    """
+    if windows is not None and inputs and inputs[0].dim() > 3:
+        return windows
+    return TASK_ROWS if inputs and inputs[0].dim() == 3 else ROWS
+
+
+def with_samples(values: Tensor) -> Tensor:
+    """Numbers [features] to go with every sample; [tasks, 1, features] from [tasks, features]."""
+    return values if values.dim() == 1 else values.unsqueeze(-2)
+
+
+def mixed(matrix: Tensor, stack: Tensor) -> Tensor:
+    """sum_k matrix_gk stack_k: [groups, ...] from [groups, k] and [k, ...].
+
+    Of several tasks, [groups, tasks, ...] from [tasks, groups, k] and [k, tasks, ...].
+    """
+    if stack.dim() == 2:
+        return matrix @ stack
+    if matrix.dim() == 2:
+        return (matrix @ stack.flatten(1)).view(len(matrix), *stack.shape[1:])
+    product = torch.bmm(matrix, _by_task(stack))
+    return product.view(*product.shape[:2], *stack.shape[2:]).movedim(0, 1)
+
+
+def add_mixed_(total: Tensor, matrix: Tensor, stack: Tensor) -> None:
+    """Add `mixed` to total."""
+    if stack.dim() == 2:
+        total.addmm_(matrix, stack)
+    elif matrix.dim() == 2:
+        total.flatten(1).addmm_(matrix, stack.flatten(1))
+    else:
+        total.add_(mixed(matrix, stack))
+
+
+def inner_products(one: Tensor, other: Tensor, tasks: bool) -> Tensor:
+    """The sums of one_g other_k over all other dimensions, [groups, k].
+
+    Of several tasks, [tasks, groups, k] from [groups, tasks, ...] and [k, tasks, ...].
+    """
+    if tasks:
+        return torch.bmm(_by_task(one), _by_task(other).mT)
+    if one.dim() == 2:
+        return one @ other.t()
+    return one.flatten(1) @ other.flatten(1).t()
+
+
+def _by_task(stack: Tensor) -> Tensor:
+    """A stack [k, tasks, ...] as [tasks, k, numbers]."""
+    return stack.movedim(0, 1).flatten(2)
 
 
 def _channels_last(image: Tensor) -> Tensor:
@@ -208,7 +366,7 @@ class LocalPolynomials:
         psi: Sequence[Tensor],
         weights: Sequence[Tensor],
         tensors: Sequence[Tensor],
-        windows: Windows | None = None,
+        windows: Windows | TaskWindows | None = None,
     ) -> tuple[Tensor, ...]:
         """delta [out, in] for each sum, differentiable once in every tensor.
 
@@ -297,12 +455,14 @@ class _Plan:
     def matrices(self, psi: Tensor) -> list[Tensor]:
         """The three matrices for coefficients psi [terms]."""
         sizes = [rows * columns for rows, columns in self.shapes]
-        flat = psi.new_zeros(sum(sizes)).index_copy_(0, self.places, psi)
-        return [m.view(s) for m, s in zip(flat.split(sizes), self.shapes, strict=True)]
+        tasks = psi.shape[:-1]
+        flat = psi.new_zeros(*tasks, sum(sizes)).index_copy_(-1, self.places, psi)
+        parts = zip(flat.split(sizes, -1), self.shapes, strict=True)
+        return [part.view(*tasks, *shape) for part, shape in parts]
 
     def collected(self, matrices: Sequence[Tensor]) -> Tensor:
         """The entries of three matrices in the order of the coefficients, [terms]."""
-        return torch.cat([m.flatten() for m in matrices]).index_select(0, self.places)
+        return torch.cat([m.flatten(-2) for m in matrices], -1).index_select(-1, self.places)
 
 
 @dataclass(frozen=True)
@@ -373,16 +533,17 @@ class _LocalPolynomials(torch.autograd.Function):
         psi, weights, tensors = joint.split(arguments)
         outputs = [tensors[k] for k in joint.outputs]
         post = joint.postsynaptic.stacked(outputs, len(joint.postsynaptic))
-        batch, features = outputs[0].shape
-        post_sums = torch.cat([post.new_full((1, features), batch), post.sum(1)])
+        *tasks, batch, features = outputs[0].shape
+        post_sums = torch.cat([post.new_full((1, *tasks, features), batch), post.sum(-2)])
         deltas, kept = [], []
         for plan, coefficients, weight in zip(joint.sums, psi, weights, strict=True):
             products, rows, columns = matrices = plan.matrices(coefficients / batch)
             combined, inputs = _combined(products, post), [tensors[k] for k in plan.inputs]
-            place = _place(inputs, windows)
+            place = place_of(inputs, windows)
             correlations, pre_sums = _over_the_batch(plan, combined, weight, inputs, place)
             delta = torch.zeros_like(weight)
-            for factor in reversed(_factors(correlations, rows @ post_sums, columns @ pre_sums)):
+            sums = mixed(rows, post_sums), mixed(columns, pre_sums)
+            for factor in reversed(_factors(correlations, *sums)):
                 delta.mul_(weight).add_(factor)
             deltas.append(delta)
             correlations[0] = None  # the gradient doesn't need it, because it multiplies w^0
@@ -411,15 +572,16 @@ class _LocalPolynomials(torch.autograd.Function):
         for plan, weight, grad in zip(joint.sums, weights, grads, strict=True):
             inputs = [tensors[k] for k in plan.inputs]
             kept_of_sum, kept = kept[: 4 + plan.powers], kept[4 + plan.powers :]
-            place = _place(inputs, ctx.windows)
+            place = place_of(inputs, ctx.windows)
             backward = _SumBackward(plan, place, weight, inputs, post, post_sums, kept_of_sum)
             grad_inputs = [grad_tensors[k] for k in plan.inputs]
             of_psi, of_weight = backward.run(grad, grad_post, grad_post_sums, grad_inputs)
             grad_psi.append(of_psi)
             grad_weights.append(of_weight)
         grad_monomials = [
-            *grad_post.add_(grad_post_sums[1 : 1 + len(post)].unsqueeze(1)).unbind(),
-            *grad_post_sums[1 + len(post) :].unbind(),  # the same for the whole batch
+            *grad_post.add_(grad_post_sums[1 : 1 + len(post)].unsqueeze(-2)).unbind(),
+            # the same for the whole batch
+            *grad_post_sums[1 + len(post) :].unsqueeze(-2).unbind(),
         ]
         grad_outputs = [grad_tensors[k] for k in joint.outputs]
         joint.postsynaptic.pull_back(grad_monomials, post.unbind(), grad_outputs)
@@ -437,28 +599,28 @@ class _SumBackward:
     def run(self, grad, grad_post, grad_post_sums, grad_inputs) -> tuple[Tensor, Tensor]:
         """The gradients of psi and weight; adds to those of monomials, their sums and inputs."""
         grad_weight, grad_powers = self._through_parameter(grad)
-        grad_rows = torch.stack([g.sum(1) for g in grad_powers])
-        grad_columns = torch.stack([g.sum(0) for g in grad_powers])
+        grad_rows = torch.stack([g.sum(-1) for g in grad_powers])
+        grad_columns = torch.stack([g.sum(-2) for g in grad_powers])
         grad_combined = self._through_products(grad_powers)
-        multiplied = self.products.shape[1]
-        flat = grad_combined.flatten(1)
-        grad_post[:multiplied].flatten(1).addmm_(self.products.t(), flat)
-        grad_post_sums.addmm_(self.rows.t(), grad_rows)
+        multiplied = self.products.shape[-1]
+        add_mixed_(grad_post[:multiplied], self.products.mT, grad_combined)
+        add_mixed_(grad_post_sums, self.rows.mT, grad_rows)
         if any(g is not None for g in grad_inputs):
-            grad_pre_sums = self.columns.t() @ grad_columns
+            grad_pre_sums = mixed(self.columns.mT, grad_columns)
             self._through_inputs(grad_powers, grad_pre_sums, grad_inputs)
+        tasks = self.products.dim() == 3
         grad_matrices = (
-            flat @ self.post[:multiplied].flatten(1).t(),
-            grad_rows @ self.post_sums.t(),
-            grad_columns @ self.pre_sums.t(),
+            inner_products(grad_combined, self.post[:multiplied], tasks),
+            inner_products(grad_rows, self.post_sums, tasks),
+            inner_products(grad_columns, self.pre_sums, tasks),
         )
-        grad_psi = self.plan.collected(grad_matrices).div_(self.post.shape[1])
+        grad_psi = self.plan.collected(grad_matrices).div_(self.post.shape[-2])
         return grad_psi, grad_weight
 
     def _through_parameter(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The gradient of the parameter w, and grad * w^e for each e."""
-        by_row, by_column = self.rows @ self.post_sums, self.columns @ self.pre_sums
-        factors = _factors(self.correlations, by_row, by_column)
+        sums = mixed(self.rows, self.post_sums), mixed(self.columns, self.pre_sums)
+        factors = _factors(self.correlations, *sums)
         grad_weight, grad_powers = torch.zeros_like(grad), [grad]
         for e in range(1, self.plan.powers):
             grad_weight.addcmul_(grad_powers[-1], factors[e], value=e)
@@ -468,7 +630,7 @@ class _SumBackward:
     def _through_products(self, grad_powers: list[Tensor]) -> Tensor:
         """The gradient of T_ae [groups, batch, out]."""
         plan = self.plan
-        grad_combined = self.post.new_empty(len(self.products), *self.post.shape[1:])
+        grad_combined = self.post.new_empty(self.products.shape[-2], *self.post.shape[1:])
         for block in self.place.blocks(self.inputs) if self.inputs else ():
             targets = iter(grad_combined[:, block])
             monomials = plan.presynaptic.each([p[block] for p in self.inputs], plan.product_rows)
@@ -493,8 +655,7 @@ class _SumBackward:
 
 def _combined(products: Tensor, post: Tensor) -> Tensor:
     """T_ae [groups, batch, out]."""
-    groups, rows = products.shape
-    return (products @ post[:rows].flatten(1)).view(groups, *post.shape[1:])
+    return mixed(products, post[: products.shape[-1]])
 
 
 def _over_the_batch(
@@ -502,12 +663,12 @@ def _over_the_batch(
     combined: Tensor,
     weight: Tensor,
     inputs: Sequence[Tensor],
-    place: Rows | Windows,
+    place: Place,
 ) -> tuple[list[Tensor | None], Tensor]:
     """sum_a T_ae^T p^a [out, in] for each e (None: no term), and sums of p^a, [monomials, in]."""
     used = {e for powers in plan.groups for e in powers}
     correlations = [torch.zeros_like(weight) if e in used else None for e in range(plan.powers)]
-    pre_sums = weight.new_zeros(len(plan.presynaptic), weight.shape[1])
+    pre_sums = weight.new_zeros(len(plan.presynaptic), *weight.shape[:-2], weight.shape[-1])
     for block in place.blocks(inputs) if inputs else ():
         combined_block = iter(combined[:, block])
         monomials = plan.presynaptic.each([p[block] for p in inputs], len(plan.presynaptic))
@@ -518,17 +679,12 @@ def _over_the_batch(
     return correlations, pre_sums
 
 
-def _place(inputs: Sequence[Tensor], windows: Windows | None) -> Rows | Windows:
-    """`windows` if the presynaptic tensors are images, else ROWS."""
-    return windows if windows is not None and inputs and inputs[0].dim() == 4 else ROWS
-
-
 def _factors(
     correlations: Sequence[Tensor | None], by_row: Tensor, by_column: Tensor
 ) -> list[Tensor]:
     """The factor of w^e for each e, [out, in]."""
     factors = []
     for correlation, row, column in zip(correlations, by_row, by_column, strict=True):
-        sums = row.unsqueeze(1) + column
+        sums = row.unsqueeze(-1) + with_samples(column)
         factors.append(sums if correlation is None else sums.add_(correlation))
     return factors

@@ -17,6 +17,9 @@ one view only the first.
 
 Each function exists as an autograd function, and as separate forward and backward passes, of which
 gated_update.py makes a larger autograd function.
+
+Of several tasks, tensors have a dimension for them after that of the views, or in front if they are
+of no view: c [views, tasks, samples, units], w [tasks, units, inputs], scalars [tasks, 1].
 """
 
 from collections.abc import Sequence
@@ -26,7 +29,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.local_polynomial import ROWS, Rows, Windows
+from kernels.local_polynomial import (
+    ROWS,
+    Place,
+    TaskWindows,
+    Windows,
+    place_of,
+    with_samples,
+)
 from kernels.own_precision import in_own_precision
 
 FLOOR = 1e-4  # added to variances
@@ -98,22 +108,27 @@ def moments_forward(y: Sequence[Tensor], wanted: str) -> tuple[Tensor, Tensor, T
         c = y[0].new_empty(2, *y[0].shape)
         torch.add(y[0], y[1], out=c[0])
         torch.sub(y[0], y[1], out=c[1])
-        mean = c[0].mean(0)
-        c[0].sub_(mean)
+        mean = c[0].mean(-2)
+        c[0].sub_(with_samples(mean))
         mean = mean / 2
     else:
-        mean = y[0].mean(0)
-        c = (y[0] - mean).unsqueeze(0)
+        mean = y[0].mean(-2)
+        c = (y[0] - with_samples(mean)).unsqueeze(0)
     if wanted == "gram":
-        return c, mean, torch.bmm(c.transpose(1, 2), c).div_(count_of(c))
+        return c, mean, _products(c.mT, c).div_(count_of(c))
     if wanted == "variance":
-        return c, mean, torch.linalg.vector_norm(c, dim=1).square_().div_(count_of(c))
-    return c, mean, c.new_empty(len(c), 0)
+        return c, mean, torch.linalg.vector_norm(c, dim=-2).square_().div_(count_of(c))
+    return c, mean, c.new_empty(*c.shape[:-2], 0)
+
+
+def _products(one: Tensor, other: Tensor) -> Tensor:
+    """Matrix products of each view, or of each view and task."""
+    return torch.bmm(one, other) if one.dim() == 3 else torch.matmul(one, other)
 
 
 def count_of(c: Tensor) -> int:
     # one factor `views` for the mean over views, one because sum and difference are not normalised
-    return c.shape[1] * len(c) ** 2
+    return c.shape[-2] * len(c) ** 2
 
 
 def moments_backward(
@@ -121,17 +136,20 @@ def moments_backward(
 ) -> list[Tensor]:
     """The gradient of y of each view."""
     if wanted == "gram":
-        both = grad_second + grad_second.transpose(1, 2)
-        grad = torch.baddbmm(grad_c, c, both, alpha=1 / count_of(c))
+        both = grad_second + grad_second.mT
+        if c.dim() == 3:
+            grad = torch.baddbmm(grad_c, c, both, alpha=1 / count_of(c))
+        else:
+            grad = torch.add(grad_c, torch.matmul(c, both), alpha=1 / count_of(c))
     elif wanted == "variance":
-        grad = torch.addcmul(grad_c, c, grad_second.unsqueeze(1), value=2 / count_of(c))
+        grad = torch.addcmul(grad_c, c, grad_second.unsqueeze(-2), value=2 / count_of(c))
     else:
         grad = grad_c.clone()
-    views, samples, _ = c.shape
-    total = grad[0].sum(0).neg_()
+    views, samples = len(c), c.shape[-2]
+    total = grad[0].sum(-2).neg_()
     if grad_mean is not None:
         total.add_(grad_mean, alpha=1 / views)
-    first = grad[0].add_(total, alpha=1 / samples)
+    first = grad[0].add_(with_samples(total), alpha=1 / samples)
     return [first] if views == 1 else [first + grad[1], first - grad[1]]
 
 
@@ -191,9 +209,9 @@ class _Currents(torch.autograd.Function):
 
 
 def currents_forward(c, k, const, s, of_s) -> Tensor:
-    total = c * k.unsqueeze(1) if k.dim() == 2 else torch.bmm(c, k)
+    total = _products(c, k) if k.dim() == c.dim() else c * k.unsqueeze(-2)
     if const is not None:
-        total[0].add_(const)
+        total[0].add_(with_samples(const))
     if len(c) == 2:
         first = total[0] + total[1]
         torch.sub(total[0], total[1], out=total[1])
@@ -201,7 +219,7 @@ def currents_forward(c, k, const, s, of_s) -> Tensor:
     if of_s is not None:
         for v, of_view in enumerate(total.unbind()):
             for u, preactivation in enumerate(s):
-                of_view.addcmul_(preactivation, of_s[(u - v) % len(s)])
+                of_view.addcmul_(preactivation, with_samples(of_s[(u - v) % len(s)]))
     return total
 
 
@@ -212,13 +230,13 @@ def currents_backward(grad, c, k, s, of_s, has_const: bool):
         grad_s, grad_of_s = _through_preactivations(grad, s, of_s)
     if len(c) == 2:
         grad = torch.stack([grad[0] + grad[1], grad[0] - grad[1]])
-    grad_const = grad[0].sum(0) if has_const else None
-    if k.dim() == 3:
-        grad_c = torch.bmm(grad, k.transpose(1, 2))
-        grad_k = torch.bmm(c.transpose(1, 2), grad)
+    grad_const = grad[0].sum(-2) if has_const else None
+    if k.dim() == c.dim():
+        grad_c = _products(grad, k.mT)
+        grad_k = _products(c.mT, grad)
     else:
-        grad_c = grad * k.unsqueeze(1)
-        grad_k = (c * grad).sum(1)
+        grad_c = grad * k.unsqueeze(-2)
+        grad_k = (c * grad).sum(-2)
     return grad_c, grad_k, grad_const, grad_of_s, grad_s
 
 
@@ -226,19 +244,26 @@ def _through_preactivations(
     grad: Tensor, s: Sequence[Tensor], of_s: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """The gradients of s per view and of S, S', from that of l."""
-    grads, per_unit, views = grad.unbind(), of_s.shape[1] > 1, range(len(s))
-    grad_s = [grads[u] * of_s[0] for u in views]
+    grads, per_unit, views = grad.unbind(), of_s.shape[-1] > 1, range(len(s))
+    grad_s = [grads[u] * with_samples(of_s[0]) for u in views]
     if len(s) == 2:
         for u in views:
-            grad_s[u].addcmul_(grads[1 - u], of_s[1])
+            grad_s[u].addcmul_(grads[1 - u], with_samples(of_s[1]))
     grad_of_s = torch.zeros_like(of_s)
     for k in views:
         for v in views:
             if per_unit:
-                grad_of_s[k].add_((grads[v] * s[(v + k) % len(s)]).sum(0))
+                grad_of_s[k].add_((grads[v] * s[(v + k) % len(s)]).sum(-2))
             else:
-                grad_of_s[k].add_(torch.dot(grads[v].flatten(), s[(v + k) % len(s)].flatten()))
+                grad_of_s[k].add_(inner_product(grads[v], s[(v + k) % len(s)], dims=2))
     return grad_s, grad_of_s
+
+
+def inner_product(one: Tensor, other: Tensor, dims: int) -> Tensor:
+    """The sum of one * other over the last dimensions: a scalar, or [tasks, 1] of several tasks."""
+    if one.dim() == dims:
+        return torch.dot(one.flatten(), other.flatten())
+    return torch.linalg.vecdot(one.flatten(1), other.flatten(1)).unsqueeze(1)
 
 
 def gate_forward(total: Tensor, sigma: Sequence[Tensor], activation: Activation) -> Tensor:
@@ -263,7 +288,7 @@ def gate_backward(
 
 
 def correlate(
-    h: Tensor, x: Sequence[Tensor], windows: Windows | None = None
+    h: Tensor, x: Sequence[Tensor], windows: Windows | TaskWindows | None = None
 ) -> tuple[Tensor, Tensor]:
     """sum_v h_v^T x_v [units, inputs], and the sum of h over samples and views [units].
 
@@ -279,7 +304,7 @@ class _Correlate(torch.autograd.Function):
     def forward(ctx, h, windows, *x):
         ctx.save_for_backward(h, *x)
         ctx.place = place_of(x, windows)
-        return products_forward(h, x, ctx.place), h.sum((0, 1))
+        return products_forward(h, x, ctx.place), h.sum((0, -2))
 
     @staticmethod
     @once_differentiable
@@ -287,21 +312,18 @@ class _Correlate(torch.autograd.Function):
     def backward(ctx, grad, grad_sum):
         h, *x = ctx.saved_tensors
         grad_x = inputs_backward(h, x, grad, ctx.place, ctx.needs_input_grad[2:])
-        return products_backward(h, x, grad, ctx.place).add_(grad_sum), None, *grad_x
+        grad_h = products_backward(h, x, grad, ctx.place).add_(with_samples(grad_sum))
+        return grad_h, None, *grad_x
 
 
-def place_of(x: Sequence[Tensor], windows: Windows | None) -> Rows | Windows:
-    return windows if windows is not None and x[0].dim() == 4 else ROWS
-
-
-def products_forward(h: Tensor, x: Sequence[Tensor], place: Rows | Windows) -> Tensor:
+def products_forward(h: Tensor, x: Sequence[Tensor], place: Place) -> Tensor:
     """sum_v h_v^T x_v, [units, inputs]."""
     if place is ROWS:
         total = torch.mm(h[0].t(), x[0])
         for of_view, inputs in zip(h[1:], x[1:], strict=True):
             total.addmm_(of_view.t(), inputs)
         return total
-    total = h.new_zeros(h.shape[2], x[0].shape[1] * place.size[0] * place.size[1])
+    total = h.new_zeros(*h.shape[1:-2], h.shape[-1], place.fan_in(x[0]))
     for of_view, inputs in zip(h, x, strict=True):
         place.correlate_(total, of_view, inputs)
     return total
@@ -355,10 +377,10 @@ class _RmsStep(torch.autograd.Function):
 
 def step_forward(w, b, dw, db, rate, eps) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
     """The new w and b; 1 / sqrt(mean_j dw_ij^2 + eps^2) and f, both [units]."""
-    square = torch.linalg.vector_norm(dw, dim=1).square_()
-    root = torch.add(eps * eps, square, alpha=1 / dw.shape[1]).rsqrt_()
+    square = torch.linalg.vector_norm(dw, dim=-1).square_()
+    root = torch.add(eps * eps, square, alpha=1 / dw.shape[-1]).rsqrt_()
     factor = root * rate
-    new = torch.addcmul(w, dw, factor.unsqueeze(1)), torch.addcmul(b, db, factor)
+    new = torch.addcmul(w, dw, factor.unsqueeze(-1)), torch.addcmul(b, db, factor)
     return new, root, factor
 
 
@@ -366,8 +388,8 @@ def step_backward(grad_w, grad_b, dw, db, eps, root, factor, needed: Sequence[bo
     """The gradients of dw, db, rate and eps; `needed`: whether rate and eps need theirs."""
     grad_factor = torch.linalg.vecdot(grad_w, dw).addcmul_(grad_b, db)
     shrink = grad_factor * factor * root * root  # minus the gradient by half the mean square
-    grad_dw = grad_w * factor.unsqueeze(1)
-    grad_dw.addcmul_(dw, shrink.unsqueeze(1), value=-1 / dw.shape[1])
-    grad_rate = torch.dot(grad_factor, root) if needed[0] else None
-    grad_eps = -(shrink.sum() * eps) if needed[1] else None
+    grad_dw = grad_w * factor.unsqueeze(-1)
+    grad_dw.addcmul_(dw, shrink.unsqueeze(-1), value=-1 / dw.shape[-1])
+    grad_rate = inner_product(grad_factor, root, dims=1) if needed[0] else None
+    grad_eps = -(shrink.sum(-1).view_as(eps) * eps) if needed[1] else None
     return grad_dw, grad_b * factor, grad_rate, grad_eps

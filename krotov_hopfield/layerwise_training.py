@@ -11,7 +11,9 @@ hundred batches of a layer, or one epoch of a classifier. The features that earl
 are computed once per stage and kept, if they fit into memory and the images are not augmented.
 
 All random numbers come from generators with the key (seed, purpose, stage, epoch or batch), so that
-a training can be resumed without the states of generators.
+a training can be resumed without the states of generators. Dropout and crops are drawn on the
+device of the images, so that no step waits for the host; the order of the images is that of the CPU
+on all devices.
 """
 
 import copy
@@ -65,15 +67,16 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, flip: bool) -> Ten
     """Images padded by reflection and cropped at random; with `flip`, each is mirrored at random.
 
     images: uint8 [B, C, H, W]; the result has the same shape and type.
-    generator: a CPU generator.
+    generator: on any device.
     flip: mirror each image with probability 1/2.
     """
     count, _, height, width = images.shape
-    cpu = {"device": "cpu"}
-    shift = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator, **cpu)
-    rows, columns = shift[0] + torch.arange(height, **cpu), shift[1] + torch.arange(width, **cpu)
+    place = {"device": generator.device}
+    shift = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator, **place)
+    rows = shift[0] + torch.arange(height, **place)
+    columns = shift[1] + torch.arange(width, **place)
     if flip:
-        mirrored = torch.rand(count, 1, generator=generator, **cpu) < 0.5
+        mirrored = torch.rand(count, 1, generator=generator, **place) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     device = images.device
     padded = functional.pad(images.float(), (CROP_PADDING,) * 4, "reflect").to(torch.uint8)
@@ -335,7 +338,7 @@ class LayerwiseTraining:
         first = self.done * self.batches_per_epoch
         for batch in range(first, first + self.batches_per_epoch):
             x, labels = self._batch(depth, batch), self.labels[self._index(batch)]
-            logits = self.classifier(x, seeded_generator(self.seed, DROPOUT, self.stage, batch))
+            logits = self.classifier(x, self._on_device(DROPOUT, batch))
             loss = functional.cross_entropy(logits, labels)
             self.optimizer.zero_grad()
             loss.backward()
@@ -392,10 +395,15 @@ class LayerwiseTraining:
         epoch, place = divmod(batch, self.batches_per_epoch)
         if self._order_of != (self.stage, epoch):
             generator = seeded_generator(self.seed, ORDER, self.stage, epoch)
-            self._order = torch.randperm(len(self.images), generator=generator, device="cpu")
-            self._order_of = self.stage, epoch
+            order = torch.randperm(len(self.images), generator=generator, device="cpu")
+            self._order, self._order_of = order.to(self.images.device), (self.stage, epoch)
         size = self.batch_size
-        return self._order[place * size : (place + 1) * size].to(self.images.device)
+        return self._order[place * size : (place + 1) * size]
+
+    def _on_device(self, purpose: int, batch: int) -> torch.Generator:
+        """The generator of a batch of this stage, on the device of the images."""
+        seed = seeded_generator(self.seed, purpose, self.stage, batch).initial_seed()
+        return torch.Generator(self.images.device).manual_seed(seed)
 
     @torch.no_grad()
     def _batch(self, depth: int, batch: int) -> Tensor:
@@ -406,7 +414,7 @@ class LayerwiseTraining:
             if kept is not None:
                 return chosen(kept, index)
             return self._features(self.images[index], depth)
-        generator = seeded_generator(self.seed, AUGMENTATION, self.stage, batch)
+        generator = self._on_device(AUGMENTATION, batch)
         images = self.images.index_select(0, index)
         images = crop_and_flip(images, generator, self.augmentation == "flip")
         return self._features(images, depth)

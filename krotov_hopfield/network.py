@@ -173,11 +173,13 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Logits [batch, classes] of features [batch, *features].
 
-        generator: a CPU generator for dropout during training (default: torch's global one).
+        generator: for dropout during training, on any device (default: torch's global one of the
+            CPU).
         """
         x = self.norm(x).flatten(1)
         if self.training and self.dropout:
-            options = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+            place = generator.device if generator is not None else "cpu"
+            options = {"generator": generator, "dtype": torch.float32, "device": place}
             kept = torch.rand(x.shape, **options) >= self.dropout
             x = x * (kept.to(x.device) / (1 - self.dropout)).to(x.dtype)
         return self.linear(x)

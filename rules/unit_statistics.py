@@ -36,13 +36,14 @@ from torch import Tensor, nn
 
 from initializers import STRIDE
 from kernels.gated_update import gated_update
-from kernels.local_polynomial import ROWS
+from kernels.local_polynomial import place_of
 from kernels.unit_statistics import rms_step
 from learning_rules import (
     LARGEST_BOUND,
     LearningRule,
     RuleError,
     TermSumRule,
+    as_matrix,
     changes_by_term,
 )
 from models_fully_local import Activation
@@ -51,6 +52,7 @@ from rules.unit_statistics_sums import (
     Signal,
     TermSum,
     Units,
+    placed,
     planned_gated,
     planned_sums,
     wanted_statistics,
@@ -160,6 +162,14 @@ class UnitStatisticsRule(TermSumRule):
         groups = {"w": w, "m": m} if b is None else {"w": w, "b": b, "m": m}
         return cls({g: dict.fromkeys(texts, 0.0) for g, texts in groups.items()}, **options)
 
+    def one_by_one(self) -> str:
+        """As in LearningRule: running statistics, third factors, and classes of your own."""
+        if type(self) is not UnitStatisticsRule:
+            return super().one_by_one()
+        if any(self.start[f"rho_{name}"] < 1 for name in RUNNING):
+            return "a rule of unit statistics has running statistics"
+        return "" if self.signal is None else "a rule of unit statistics has a signal"
+
     # ---- the update ----
 
     def update_layer(
@@ -173,7 +183,8 @@ class UnitStatisticsRule(TermSumRule):
         """New parameters of one layer; arguments as in LearningRule."""
         units, rate = self._units(layer, old, x, s, y), self._rate(old)
         delta = self._changes(units, {group: getattr(self, group) for group in GROUPS})
-        w, b = self._stepped(old["w"].flatten(1), delta.get("w"), rate, old["b"], delta.get("b"))
+        matrix = as_matrix(old["w"], "w", layer)
+        w, b = self._stepped(matrix, delta.get("w"), rate, old["b"], delta.get("b"))
         new = old | units.state | {"w": w.view_as(old["w"]), "b": b}
         if "m" in delta:
             new["m"], _ = self._stepped(old["m"], delta["m"], rate)
@@ -196,13 +207,13 @@ class UnitStatisticsRule(TermSumRule):
             return super().respond_and_update(layer, old, x)
         for view in x:
             layer.check(view)
-        place, rate = layer.windows or ROWS, self._rate(old)
-        psi = self._scaled_to_width(self.w, "w", len(old["b"]))
-        weights = gated.placed(psi, layer.activation.slope / place.count(x[0])) @ psi
-        numbers = (_scalar(number, psi) for number in (rate, self.number("eps")))
+        place, rate = place_of(x, layer.windows), self._rate(old)
+        psi = self._scaled_to_width(self.w, "w", old["b"].shape[-1])
+        weights = placed(gated.placed(psi, layer.activation.slope / place.count(x[0])), psi)
+        numbers = (_scalar(number, old["b"]) for number in (rate, self.number("eps")))
         w, b, y = gated_update(
-            gated.terms, weights, old["w"].flatten(1), old["b"], *numbers, x, layer.activation,
-            place,
+            gated.terms, weights, as_matrix(old["w"], "w", layer), old["b"], *numbers, x,
+            layer.activation, place,
         )  # fmt: skip
         new = old | {"w": w.view_as(old["w"]), "b": b}
         y = [place.image(of_view, view) for of_view, view in zip(y, x, strict=True)]
@@ -213,7 +224,7 @@ class UnitStatisticsRule(TermSumRule):
         if self.start["decay"]:
             decayed = rate * self.number("decay")
             for name in ("w", "m") if self.terms["m"] and "m" in old else ("w",):
-                new[name] = new[name] - decayed * old[name]
+                new[name] = new[name] - _for_each(decayed, old[name]) * old[name]
         if "m" in new and self.terms["m"]:
             new["m"] = layer.constrain(new["m"])
         if math.isfinite(self.start["tau"]):
@@ -247,10 +258,10 @@ class UnitStatisticsRule(TermSumRule):
         for group in GROUPS:
             if not self.terms[group] or group not in old or group not in psi:
                 continue
-            parameter = old[group].flatten(1) if group != "b" else old[group].unsqueeze(1)
-            scaled = self._scaled_to_width(psi[group], group, len(parameter))
+            parameter = as_matrix(old[group], group, units.layer)
+            scaled = self._scaled_to_width(psi[group], group, parameter.shape[-2])
             matrix, bias = units.total(self._plan(group), scaled, parameter)
-            delta[group] = matrix if group != "b" else matrix.squeeze(1)
+            delta[group] = matrix if group != "b" else matrix.squeeze(-1)
             if group == "w" and self.bias_like_w:
                 delta["b"] = bias
         return delta
@@ -288,7 +299,8 @@ class UnitStatisticsRule(TermSumRule):
         if math.isfinite(self.start["tau"]):
             rate = rate / (1 + _updates(old) / self.number("tau"))
         if self.exponents:
-            units, fan_in = len(old["w"]), old["w"][0].numel()
+            units = old["b"].shape[-1]
+            fan_in = old["w"].numel() // old["b"].numel()
             power = self.exponents["units"] * math.log(units / UNITS)
             power = power + self.exponents["fan_in"] * math.log(fan_in / FAN_IN)
             rate = rate * power.exp()
@@ -313,12 +325,14 @@ class UnitStatisticsRule(TermSumRule):
     ) -> tuple[Tensor, Tensor | None]:
         """Weights [units, fan_in] and biases [units] after the step, without decay."""
         if self.step == "plain":
-            new = old if delta is None else old + rate * delta
-            return new, old_bias if of_bias is None else old_bias + rate * of_bias
+            new = old if delta is None else old + _for_each(rate, old) * delta
+            if of_bias is not None:
+                old_bias = old_bias + _for_each(rate, old_bias) * of_bias
+            return new, old_bias
         delta = torch.zeros_like(old) if delta is None else delta
-        bias = old.new_zeros(len(old)) if old_bias is None else old_bias
+        bias = old.new_zeros(old.shape[:-1]) if old_bias is None else old_bias
         of_bias = torch.zeros_like(bias) if of_bias is None else of_bias
-        rate, eps = (_scalar(number, old) for number in (rate, self.number("eps")))
+        rate, eps = (_scalar(number, bias) for number in (rate, self.number("eps")))
         return rms_step(old, bias, delta, of_bias, rate, eps)
 
     # ---- coefficients and formulas ----
@@ -521,11 +535,20 @@ def _check_numbers(start: Mapping[str, float], learn: Sequence[str]) -> None:
 
 
 def _updates(old: dict[str, Tensor]) -> Tensor:
-    return old["updates"] if "updates" in old else old["w"].new_zeros(())
+    return old["updates"] if "updates" in old else old["b"].new_zeros(old["b"].shape[:-1])
 
 
-def _scalar(number: Tensor | float, like: Tensor) -> Tensor:
-    return number.to(like) if isinstance(number, Tensor) else like.new_tensor(number)
+def _scalar(number: Tensor | float, bias: Tensor) -> Tensor:
+    """A number as a scalar tensor, [tasks, 1] if biases are [tasks, units]."""
+    number = number.to(bias) if isinstance(number, Tensor) else bias.new_full((), number)
+    return number if bias.dim() == 1 else number.expand(len(bias)).unsqueeze(-1)
+
+
+def _for_each(number: Tensor | float, parameter: Tensor) -> Tensor | float:
+    """A number of every task, [tasks], in the dimensions of a parameter [tasks, ...]."""
+    if not isinstance(number, Tensor) or not number.dim():
+        return number
+    return number.view(-1, *[1] * (parameter.dim() - 1))
 
 
 def _signed(term: Term, value: float, latex: bool) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.gated_update import LATERAL_CURRENTS, GatedTerms
-from kernels.local_polynomial import samples
+from kernels.local_polynomial import samples, with_samples
 from kernels.unit_statistics import (
     FLOOR,
     correlate,
@@ -30,6 +30,21 @@ GATED = (("gain", 1),)  # the prefactor for which kernels/unit_statistics.py has
 # ---- layout of terms ----
 
 
+class CoefficientMap:
+    """A constant matrix [..., columns, terms], kept on every device where it has been needed."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self._moved: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, psi: Tensor) -> Tensor:
+        """Its product with coefficients psi; see `placed`."""
+        key = (psi.dtype, psi.device)
+        if key not in self._moved:
+            self._moved[key] = self.matrix.to(psi)
+        return placed(self._moved[key], psi)
+
+
 @dataclass(frozen=True)
 class Currents:
     """Terms with the same prefactor, as columns whose weights are linear in the coefficients.
@@ -43,7 +58,7 @@ class Currents:
 
     prefactor: tuple[tuple[str, int], ...]
     columns: dict[str, list[tuple[tuple[str, float], ...]]]
-    place: dict[str, Tensor]
+    place: dict[str, CoefficientMap]
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class TermSum:
     own: int
     currents: list[Currents]
     statistics: list[tuple[tuple[str, float], ...]]
-    place: Tensor
+    place: CoefficientMap
 
 
 def planned_sums(terms: Sequence[Term], views: int) -> list[TermSum]:
@@ -89,7 +104,7 @@ def _planned_sum(terms: Sequence[Term], views: int, sending, own_power: int) -> 
     for column, indices in enumerate(constant.values()):
         place[column, indices] = 1.0
     laid_out = [_laid_out(p, linears, views, len(terms)) for p, linears in parts.items()]
-    return TermSum(sending, own_power, laid_out, list(constant), place)
+    return TermSum(sending, own_power, laid_out, list(constant), CoefficientMap(place))
 
 
 def _laid_out(prefactor, linears, views: int, count: int) -> Currents:
@@ -106,7 +121,7 @@ def _laid_out(prefactor, linears, views: int, count: int) -> Currents:
         key = tuple(sorted((n, p) for n, p in powers.items() if p))
         column = place[linear.kind][:, columns[linear.kind].index(key), index]
         column += linear.sign * torch.tensor(_view_weights(linear, views), device="cpu")
-    return Currents(prefactor, columns, place)
+    return Currents(prefactor, columns, {k: CoefficientMap(m) for k, m in place.items()})
 
 
 def _view_weights(linear: Linear, views: int) -> list[float]:
@@ -165,7 +180,7 @@ def planned_gated(sums: Sequence[TermSum], views: int, count: int) -> GatedPlan:
         if (part.sending, part.own) == ((("x", 1),), 0) and len(part.currents) == 1:
             (currents,) = part.currents
         elif (part.sending, part.own) == ((), 1) and part.statistics == [()] and not part.currents:
-            of_w = part.place
+            of_w = part.place.matrix
         else:
             return refused
     if currents is None or currents.prefactor != GATED:
@@ -179,9 +194,10 @@ def planned_gated(sums: Sequence[TermSum], views: int, count: int) -> GatedPlan:
     for kind in rows:
         of_kind = torch.zeros(1 if kind == "1" else views, len(factors), count, device="cpu")
         for column, key in enumerate(currents.columns[kind]):
-            of_kind[:, factors.index(key)] = currents.place[kind][: len(of_kind), column]
+            matrix = currents.place[kind].matrix
+            of_kind[:, factors.index(key)] = matrix[: len(of_kind), column]
         place.append(of_kind.flatten(0, 1))
-    place += [currents.place["s"][:, 0]] if "s" in currents.columns else []
+    place += [currents.place["s"].matrix[:, 0]] if "s" in currents.columns else []
     place += [of_w] if of_w is not None else []
     names = tuple(_GATED_FACTORS[key] for key in factors)
     terms = GatedTerms(tuple(rows), names, "s" in currents.columns, of_w is not None)
@@ -217,7 +233,7 @@ class Units:
         self.layer, self.old, self.x = layer, old, x
         self.wanted, self.rho, self.signal = wanted, rho, signal
         self.s, self.y = [samples(t) for t in s], [samples(t) for t in y]
-        self.views, (self.samples, self.units) = len(s), self.y[0].shape
+        self.views, (self.samples, self.units) = len(s), self.y[0].shape[-2:]
         self.state: dict[str, Tensor] = {}
         self._values: dict = {}
         level = "gram" if self.wanted & {"cov", "corr", "cross"} else "variance"
@@ -235,7 +251,7 @@ class Units:
         if level == "mean":
             return
         pooled = self.second.sum(0)
-        variance = pooled.diagonal() if level == "gram" else pooled
+        variance = pooled.diagonal(dim1=-2, dim2=-1) if level == "gram" else pooled
         if "square" in self.wanted:
             values["square"] = self._running("square", variance + batch_mean.square())
         if self.shift is not None:
@@ -247,7 +263,8 @@ class Units:
 
     def _take_correlations(self, pooled: Tensor) -> None:
         others = 1 - torch.eye(self.units, dtype=pooled.dtype, device=pooled.device)
-        scale = self._values["d"].unsqueeze(1) * self._values["d"] * others
+        d = self._values["d"]
+        scale = d.unsqueeze(-1) * with_samples(d) * others
         shifted = 0 if self.shift is None else torch.outer(self.shift, self.shift)
         if "cov" in self.wanted:
             self._values["cov"] = self._running("cov", (pooled + shifted) * others)
@@ -271,7 +288,7 @@ class Units:
     def statistic(self, name: str) -> Tensor:
         """A statistic [units], by name; "rz" is <r z>."""
         if name == "rz" and name not in self._values:
-            self._values[name] = self._values["corr"].square().sum(1)
+            self._values[name] = self._values["corr"].square().sum(-1)
         return self._values[name]
 
     def factor(self, powers: tuple[tuple[str, float], ...]) -> Tensor | None:
@@ -305,17 +322,21 @@ class Units:
         if name == "gain":
             return gain(self.sigma(view), self.layer.activation)
         if name == "c":
-            return self.y[view] - self._values["mean"]
+            return self.y[view] - self._of_units("mean")
         if name == "z":
-            return self.quantity("c", view) * self._values["d"]
+            return self.quantity("c", view) * self._of_units("d")
         if name == "r_exact":
             r, z = (self.quantity(n, view) for n in ("r", "z"))
-            return (r - z * self.statistic("rz")) * self._values["d"]
+            return (r - z * self._of_units("rz")) * self._of_units("d")
         if name == "r_cov":
             return self.quantity("c", view) @ self._values["cov"]
         if name == "r_cross":
             return self.quantity("z", 1 - view) @ self._values["cross"]
         return self.quantity("z", view) @ self._values["corr"]
+
+    def _of_units(self, name: str) -> Tensor:
+        """A statistic, to go with every sample."""
+        return with_samples(self.statistic(name))
 
     def sigma(self, view: int) -> Tensor:
         """sigma(s), which is y without inhibition, [samples, units]."""
@@ -347,7 +368,7 @@ class Units:
         change, alone = None, None
         for part in plan:
             matrix, per_unit = self._sum(part, psi)
-            matrix = per_unit.unsqueeze(1) if matrix is None else matrix
+            matrix = per_unit.unsqueeze(-1) if matrix is None else matrix
             matrix = matrix if part.own == 0 else matrix * old**part.own
             change = matrix if change is None else change + matrix
             if part.sending:
@@ -363,10 +384,9 @@ class Units:
         """
         per_unit = None
         if part.statistics:
-            weights = part.place.to(psi) @ psi
+            weights = part.place(psi)
             factors = [self.factor(powers) for powers in part.statistics]
-            ones = self.old["b"].new_ones(self.units)
-            per_unit = weights @ torch.stack([ones if f is None else f for f in factors])
+            per_unit = self._weighted(weights, factors)
         matrix = None
         if part.currents:
             h = [self._received(c, psi) for c in part.currents]
@@ -375,7 +395,7 @@ class Units:
                 sent, windows = self._sent(part.sending)
                 matrix, summed = correlate(h, sent, windows)
             else:
-                summed = h.sum((0, 1))
+                summed = h.sum((0, -2))
             per_unit = summed if per_unit is None else per_unit + summed
         return matrix, per_unit
 
@@ -414,11 +434,12 @@ class Units:
         """K_+- or its diagonal, the constant, S and S'; see kernels/unit_statistics.py."""
         weights = {kind: self._weights(part, kind, psi) for kind in part.columns}
         lateral = [
-            self._lateral(kind) * weights[kind].unsqueeze(1) for kind in LATERAL if kind in weights
+            self._lateral(kind) * weights[kind].unsqueeze(-2) for kind in LATERAL if kind in weights
         ]
-        diagonal = weights.get("c", self.c.new_zeros(self.views, 1)).expand(-1, self.units)
+        diagonal = weights.get("c", self.c.new_zeros(self.views, *psi.shape[:-1], 1))
+        diagonal = diagonal.expand(*diagonal.shape[:-1], self.units)
         k = sum(lateral, start=torch.diag_embed(diagonal)) if lateral else diagonal
-        const = weights["1"][0].expand(self.units) if "1" in weights else None
+        const = weights["1"][0].expand_as(self.old["b"]) if "1" in weights else None
         if self.shift is not None:
             shifted = self.shift @ k[0] if lateral else self.shift * k[0]
             const = self.views * shifted + (0 if const is None else const)
@@ -426,17 +447,30 @@ class Units:
 
     def _weights(self, part: Currents, kind: str, psi: Tensor) -> Tensor:
         """The sum of the columns of a kind, [views, units or 1]."""
-        weights = part.place[kind].to(psi) @ psi
+        weights = part.place[kind](psi)
         factors = [self.factor(powers) for powers in part.columns[kind]]
-        if factors == [None]:
-            return weights
-        ones = self.c.new_ones(self.units)
-        return weights @ torch.stack([ones if f is None else f for f in factors])
+        return weights if factors == [None] else self._weighted(weights, factors)
+
+    def _weighted(self, weights: Tensor, factors: Sequence[Tensor | None]) -> Tensor:
+        """The sum over factors [units] (None: 1) times weights [..., factors], [..., units]."""
+        ones = torch.ones_like(self.old["b"])
+        columns = [ones if factor is None else factor for factor in factors]
+        if ones.dim() == 1:
+            return weights @ torch.stack(columns)
+        return (weights.unsqueeze(-2) @ torch.stack(columns, dim=1)).squeeze(-2)
 
     def _lateral(self, kind: str) -> Tensor:
         """The matrix [units, units] that maps centred activities to a lateral current."""
         matrix = self._values[LATERAL[kind]]
-        return matrix if kind == "r_cov" else matrix * self._values["d"].unsqueeze(1)
+        return matrix if kind == "r_cov" else matrix * self._values["d"].unsqueeze(-1)
+
+
+def placed(place: Tensor, psi: Tensor) -> Tensor:
+    """The map [..., columns, terms] of coefficients psi [terms], [..., columns].
+
+    Of several tasks, psi is [tasks, terms] and the result [..., tasks, columns].
+    """
+    return place @ psi if psi.dim() == 1 else psi @ place.mT
 
 
 def wanted_statistics(groups) -> set[str]:

@@ -1178,7 +1178,7 @@ def dropout_loss(params, hparams):
 
 
 INPUTS, TARGETS = normal(60, 20, 4).detach(), normal(61, 20).detach()
-NOISY_STEPS = [GradientDescent(dropout_loss, 0.1, gradient=g) for g in ("graph", "mixed", "func")]
+NOISY_STEPS = [GradientDescent(dropout_loss, 0.1, gradient=g) for g in ("graph", "func")]
 
 
 def noisy_start():
@@ -1225,8 +1225,6 @@ def through_noise(method, step, steps=5, **options):
 def test_what_runs_again_draws_the_same_random_numbers(method, options):
     expected, following = through_noise(reverse_unroll, NOISY_STEPS[0])
     for step in NOISY_STEPS:
-        if step.gradient == "mixed" and forward_mode in (method, options.get("by")):
-            continue  # has no forward mode
         if step.gradient != "func" and "vectorize" in options:
             continue  # cannot be vectorised
         gradient, drawn = through_noise(method, step, **options)
@@ -1267,9 +1265,6 @@ def test_what_cannot_be_repeated_is_refused():
             history.append(step(history[-1], hparams, create_graph=False))
         with pytest.raises(HypergradientError, match="update 0 leads"):
             reverse(history, hparams, [step] * 3, noisy_outer_loss)
-    mixed = GradientDescent(own_noise, 0.1, gradient="mixed")
-    with pytest.raises(HypergradientError, match="the second time"):
-        reverse_unroll(mixed(noisy_start(), hparams), hparams, noisy_outer_loss)
 
 
 def test_a_history_of_other_rounding_is_no_other_history():
@@ -1318,14 +1313,13 @@ FROZEN_METHODS = {
 
 
 @pytest.mark.parametrize("make", [
-    lambda loss, g: GradientDescent(loss, 0.1, gradient=g),
-    lambda loss, g: HeavyBall(loss, 0.1, 0.5, gradient=g),
-    lambda loss, g: Adam(loss, 0.1, gradient=g),
+    lambda loss: GradientDescent(loss, 0.1),
+    lambda loss: HeavyBall(loss, 0.1, 0.5),
+    lambda loss: Adam(loss, 0.1),
 ])  # fmt: skip
-@pytest.mark.parametrize("gradient", ["graph", "mixed"])
-def test_frozen_parameters_stay_and_five_steps_move_statistics_five_times(make, gradient):
+def test_frozen_parameters_stay_and_five_steps_move_statistics_five_times(make):
     problem, results = FrozenNetwork(), []
-    optimizer = make(problem.inner_loss, gradient)
+    optimizer = make(problem.inner_loss)
     given = list(problem.net.parameters())
 
     def start():
@@ -1346,13 +1340,12 @@ def test_frozen_parameters_stay_and_five_steps_move_statistics_five_times(make, 
     results.append(reverse(history, problem.hparams, maps, problem.outer_loss, False))
     assert problem.counted == before + 5
     for name, method in FROZEN_METHODS.items():
-        if (name, gradient) != ("forward_mode", "mixed"):
-            before = problem.counted
-            results.append(method(
-                start(), problem.hparams, update_maps=maps, outer_loss=problem.outer_loss,
-                set_grad=False,
-            ))  # fmt: skip
-            assert problem.counted == before + 5, name
+        before = problem.counted
+        results.append(method(
+            start(), problem.hparams, update_maps=maps, outer_loss=problem.outer_loss,
+            set_grad=False,
+        ))  # fmt: skip
+        assert problem.counted == before + 5, name
     for result in results[1:]:
         assert_near(result[0], results[0][0], 1e-11)
 

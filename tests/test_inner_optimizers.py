@@ -173,15 +173,13 @@ def test_heavy_ball_starts_at_rest():
 
 
 def test_the_loss_of_the_last_call_is_kept_with_the_graph_of_its_step():
-    for gradient, create_graph, attached in (
-        ("graph", True, True), ("graph", False, False), ("mixed", True, False),
-    ):  # fmt: skip
+    for create_graph in (True, False):
         h = hyperparameters()
-        optimizer = GradientDescent(loss, 0.05, gradient=gradient)
+        optimizer = GradientDescent(loss, 0.05)
         assert optimizer.curr_loss is None
         optimizer(start(), h, create_graph)
         assert optimizer.curr_loss.detach() == loss(start(), h).detach()
-        assert optimizer.curr_loss.requires_grad == attached
+        assert optimizer.curr_loss.requires_grad == create_graph
     attached = GradientDescent(loss, 0.05)
     attached(start(), h)
     expected = sum((t.square().sum() for t in start()[:1]), start()[1].pow(4).sum())
@@ -214,42 +212,6 @@ def test_a_differentiable_optimizer_of_ones_own_is_a_map_for_the_methods():
         assert_near(a, b, 1e-12)
 
 
-def test_mixed_mode_keeps_params_and_hyperparameters_only():
-    x = normal(5, 50, 20).detach()
-
-    def deep_loss(params, hparams):
-        y = x
-        for _ in range(10):
-            y = torch.tanh(y @ params[0])
-        return y.square().sum() + hparams[0] * params[0].square().sum()
-
-    w, h = [normal(6, 20, 20, scale=0.2)], hyperparameters()
-    x.requires_grad_(False)
-    kept = {}
-    for gradient in ("graph", "mixed"):
-        optimizer = GradientDescent(deep_loss, 0.05, gradient=gradient)
-        moved = optimizer(w, h)
-        kept[gradient] = graph_size(moved[0])
-    assert kept["mixed"] <= w[0].nbytes + 3 * 8 < 0.02 * kept["graph"]
-
-
-def graph_size(tensor) -> int:
-    """Bytes of all that the nodes of a graph keep."""
-    storages, nodes, seen = {}, [tensor.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        saved = [getattr(node, n) for n in dir(node) if n.startswith("_saved")]
-        saved += list(getattr(node, "saved_tensors", ()))
-        for t in saved:
-            if isinstance(t, torch.Tensor):
-                storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        nodes += [n for n, _ in node.next_functions]
-    return sum(storages.values())
-
-
 def test_a_step_makes_a_graph_where_anything_in_it_wants_a_gradient_only():
     plain = [h.detach() for h in hyperparameters()]
     wanting = torch.tensor(0.1, dtype=DOUBLE, requires_grad=True)
@@ -257,36 +219,30 @@ def test_a_step_makes_a_graph_where_anything_in_it_wants_a_gradient_only():
     def closed(params, hparams):
         return wanting * loss(params, hparams)
 
-    for gradient in ("graph", "mixed"):
-        assert not any(t.requires_grad for t in GradientDescent(loss, 0.05)(start(), plain))
-        for make, params, hparams in (
-            (GradientDescent(loss, wanting, gradient=gradient), start(), plain),
-            (GradientDescent(loss, 0.05, gradient=gradient), start(), [wanting, *plain[1:]]),
-            (GradientDescent(loss, 0.05, gradient=gradient), [normal(1, 2, 3), start()[1]], plain),
-        ):
-            assert all(t.requires_grad for t in make(params, hparams))
+    assert not any(t.requires_grad for t in GradientDescent(loss, 0.05)(start(), plain))
+    for make, params, hparams in (
+        (GradientDescent(loss, wanting), start(), plain),
+        (GradientDescent(loss, 0.05), start(), [wanting, *plain[1:]]),
+        (GradientDescent(loss, 0.05), [normal(1, 2, 3), start()[1]], plain),
+    ):
+        assert all(t.requires_grad for t in make(params, hparams))
     moved = GradientDescent(closed, 0.05)(start(), plain)
     assert torch.autograd.grad(moved[0].sum(), wanting)[0] != 0
-    with pytest.raises(HypergradientError, match="that wants a gradient and is not in hparams"):
-        GradientDescent(closed, 0.05, gradient="mixed")(start(), hyperparameters())
 
 
 def test_wrong_use_gets_one_line():
     h = hyperparameters()
-    with pytest.raises(HypergradientError, match="'tape' is unknown; choose from graph, mixed"):
+    with pytest.raises(HypergradientError, match="'tape' is unknown; choose from graph, func"):
         GradientDescent(loss, 0.1, gradient="tape")
     for optimizer, params in ((Momentum(loss, 0.1, 0.9), [torch.zeros(2)]), (Adam(loss, 0.1), [])):
         with pytest.raises(HypergradientError, match=r"start with get_opt_params\(params\)"):
             optimizer(params, h)
     with pytest.raises(HypergradientError, match="has not the shapes"):
         Momentum(loss, 0.1, 0.9)([torch.zeros(2), torch.zeros(3)], h)
-    for gradient in ("graph", "mixed"):
-        with pytest.raises(HypergradientError, match="the inner loss must be a scalar"):
-            GradientDescent(lambda p, h: p[0], 0.1, gradient=gradient)([torch.zeros(2)], h)
-        with pytest.raises(HypergradientError, match="detached"):
-            GradientDescent(lambda p, h: p[0].sum().detach(), 0.1, gradient=gradient)(
-                [torch.zeros(2)], h
-            )
+    with pytest.raises(HypergradientError, match="the inner loss must be a scalar"):
+        GradientDescent(lambda p, h: p[0], 0.1)([torch.zeros(2)], h)
+    with pytest.raises(HypergradientError, match="detached"):
+        GradientDescent(lambda p, h: p[0].sum().detach(), 0.1)([torch.zeros(2)], h)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

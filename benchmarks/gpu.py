@@ -1,0 +1,357 @@
+"""Times updates, meta-steps, probes and a classifier on a GPU, and checks them against the CPU.
+
+    python benchmarks/gpu.py --json gpu.json          # at most five minutes
+    python benchmarks/gpu.py --device cpu             # tiny sizes, to see that it runs
+
+update       the polynomial rule, forward and backward, a step of all its tasks:
+    one by one    a task at a time; obvious: one product per monomial (tests/oracles.py)
+    together      all tasks in batched products; obvious: one by one, for each task
+    replayed      the same from recordings: CUDA graphs, or, on a CPU, called again
+    compiled      the same, compiled by torch (--compile)
+    limit         only the products that no formulation can avoid, in batches of all tasks
+meta-step    of many trainings with their probes; the first, which records, is told apart
+probe        logistic regression of all tasks; obvious: one by one
+classifier   a step of train_krotov_hopfield.py's classifiers
+
+tasks/s is task-updates per second, kernels are those of one update, GB the most memory of tensors.
+What the five minutes leave no time for is left out. Exit status 1: the devices disagree.
+"""
+
+import copy
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import oracles
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.table import (
+    Clock,
+    Row,
+    benchmark_parser,
+    described,
+    peak_gigabytes,
+    print_table,
+    set_up,
+)
+from data_sets.image_data import ImageData
+from experiment.command_line import UserError, run_command
+from experiment.meta_settings import MetaSettings
+from hypgraddesc import HypergradientDescent
+from initializers import TRAINABLE, GaussianInitializer
+from kernels.logistic_regression import fit_logistic
+from kernels.logistic_tasks import fit_logistic_tasks
+from krotov_hopfield import KrotovHopfieldNetwork, LayerPlan, LayerwiseTraining, Recipe
+from learning_rules import PolynomialRule
+from linear_probe import ProbeLoss
+from meta_gradients import Recorder, Reverse
+from mnist_datasets import batches
+from models_fully_local import Activation, Params, lateral_mlp
+from train import Draw, Training
+
+INH_STEPS = 10
+LARGEST_DIFFERENCE = 1e-10  # between devices, in float64, relative
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured; the first sizes are for a GPU."""
+
+    tasks: tuple[int, ...] = (1, 16, 64)
+    units: int = 32
+    side: int = 28
+    batch: int = 1024
+    steps: int = 50
+    meta_tasks: tuple[int, ...] = (16, 64)
+    meta_steps: int = 250
+    images: int = 60_000
+    channels: int = 96
+    seconds: float = 270.0
+
+
+TINY = Sizes((1, 2), 4, 6, 16, 4, (2,), 5, 200, 4, 60.0)
+
+
+class Squares:
+    """The sum of the squares of all parameters, an outer loss that takes no time."""
+
+    metrics = ()
+
+    def __call__(self, model, params: Params, generator) -> tuple[Tensor, dict[str, float]]:
+        return sum(t.square().sum() for layer in params for t in layer.values()), {}
+
+    def of_tasks(self, model, params: Params, generators) -> tuple[Tensor, list]:
+        tensors = [t for layer in params for t in layer.values()]
+        return sum(t.flatten(1).square().sum(1) for t in tensors), [{} for _ in generators]
+
+
+def made_images(sizes: Sizes, device: torch.device) -> ImageData:
+    """Images of ten classes, noise around a mean for each."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(sizes.images) % 10
+    means = torch.rand(10, 1, sizes.side, sizes.side, generator=generator)
+    noise = torch.rand(sizes.images, 1, sizes.side, sizes.side, generator=generator)
+    images = (0.3 * means[labels] + 0.7 * noise).mul_(255).byte()
+    return ImageData(images.to(device), labels.to(device), "made")
+
+
+class Updates:
+    """The same training for several tasks, in each of the ways."""
+
+    def __init__(self, sizes: Sizes, tasks: int, device: torch.device, dtype=torch.float32) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int, scale: float) -> Tensor:
+            return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+
+        self.sizes, self.inputs = sizes, sizes.side**2
+        units = sizes.units
+        self.model = lateral_mlp(
+            self.inputs, [units], Activation("sigmoid", 4.0), inh_factor=0.2, inh_steps=INH_STEPS
+        )
+        self.rule = PolynomialRule.of_degree(3, bound="tanh", forward_weight_bound=1.0)
+        for psi in self.rule.parameters():
+            torch.nn.init.normal_(psi, std=1e-4, generator=generator)
+        self.rule.to(device, dtype)
+        x = torch.rand(sizes.batch, self.inputs, generator=generator).to(device, dtype)
+        self.training = Training(
+            self.model, self.rule, None, lambda generator: itertools.repeat(x), Squares()
+        )
+        shapes = {"w": self.inputs**-0.5, "b": 0.1, "m": 0.01}
+        self.draws = [
+            Draw((0, k), sizes.steps, start=[{}, {
+                name: normal(*self.model.layers[1].parameter_shapes()[name], scale=scale)
+                for name, scale in shapes.items()
+            }])
+            for k in range(tasks)
+        ]  # fmt: skip
+        self.method, self.recorder = Reverse(memory="keep"), Recorder()
+        self.fast: torch.nn.Module | None = None
+
+    def one_by_one(self) -> list[list[Tensor]]:
+        return [self.method(self.training, draw).gradient for draw in self.draws]
+
+    def together(self) -> list[list[Tensor]]:
+        return [h.gradient for h in self.method.together(self.training, self.draws)]
+
+    def replayed(self) -> list[list[Tensor]]:
+        results = self.method.together(self.training, self.draws, self.recorder)
+        return [h.gradient for h in results]
+
+    def obvious(self) -> None:
+        """The first task by one product per monomial."""
+        batch, params = next(self.training.batches(None)), self.draws[0].start
+        for _ in range(self.sizes.steps):
+            params = oracles.update([self.rule], self.model, params, batch)
+        loss, _ = Squares()(self.model, params, None)
+        torch.autograd.grad(loss, list(self.rule.parameters()))
+
+    def products(self) -> None:
+        """The products of all tasks' updates, forward and backward."""
+        layer, tasks = self.draws[0].start[1], len(self.draws)
+        batch = next(self.training.batches(None))
+        x = batch.expand(tasks, *batch.shape)
+        w, m = (layer[name].expand(tasks, *layer[name].shape) for name in "wm")
+        t = x.new_ones(tasks, self.sizes.batch, self.sizes.units)
+        for _ in range(self.sizes.steps):
+            for _ in range(4):
+                torch.bmm(x, w.mT)
+                torch.bmm(t.mT, x)
+            for _ in range(2 * INH_STEPS + 4):
+                torch.bmm(t, m)
+            for _ in range(INH_STEPS + 2):
+                torch.bmm(t.mT, t)
+
+    def compiled(self) -> list[list[Tensor]]:
+        """`replayed` with a rule whose update torch compiles."""
+        if self.fast is None:
+            self.fast = copy.deepcopy(self.rule)
+            self.fast.update = torch.compile(self.fast.update, dynamic=False)
+        training = Training(self.model, self.fast, None, self.training.batches, Squares())
+        return [h.gradient for h in self.method.together(training, self.draws, self.recorder)]
+
+
+def kernels_of(run: Callable[[], object], steps: int, device: torch.device) -> str:
+    """The number of kernels for each of so many updates."""
+    if device.type != "cuda":
+        return "-"
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize(device)
+    cuda = torch.autograd.DeviceType.CUDA
+    return f"{sum(e.device_type == cuda for e in profiled.events()) / steps:.0f}"
+
+
+def update_rows(sizes: Sizes, repeat: int, clock: Clock, compiled: bool) -> Iterator[Row]:
+    """One row for each way and number of tasks, in milliseconds per update of all tasks."""
+    alone = None
+    for tasks in sizes.tasks:
+        updates = Updates(sizes, tasks, clock.device)
+        ways = {"together": updates.together, "replayed": updates.replayed}
+        if tasks == 1:
+            ways = {"one by one": updates.one_by_one} | ways
+        if compiled and tasks > 1:
+            ways["compiled"] = updates.compiled
+        others = {"limit": updates.products} | ({"obvious": updates.obvious} if tasks == 1 else {})
+        counted = {name: kernels_of(run, sizes.steps, clock.device) for name, run in ways.items()}
+        first = {name: clock.milliseconds(run) for name, run in ways.items()}
+        times = clock.in_turns(ways | others, repeat)
+        each = {name: [t / sizes.steps for t in values] for name, values in times.items()}
+        alone = each.get("one by one", alone)
+        for name in ways:
+            obvious = each.get("obvious") if name == "one by one" else [t * tasks for t in alone]
+            per_second = f"{1e3 * tasks / min(each[name]):,.0f}"
+            more = columns(per_second, counted[name], first[name], clock)
+            sized = f"{tasks} x {sizes.units} units"
+            yield Row(f"update, {name}", sized, each[name], obvious, each["limit"], more)
+
+
+def columns(tasks_per_second: str, kernels: str, first: float, clock: Clock) -> dict[str, str]:
+    """This benchmark's own columns."""
+    return {
+        "tasks/s": tasks_per_second, "kernels": kernels, "first s": f"{first / 1e3:.2f}",
+        "GB": f"{peak_gigabytes(clock.device):.2f}",
+    }  # fmt: skip
+
+
+def meta_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
+    """One row for each number of tasks: a meta-step with the logistic probe on all images."""
+    data = made_images(sizes, clock.device)
+    model = lateral_mlp(sizes.side**2, [sizes.units], Activation("sigmoid", 4.0), inh_factor=0.2)
+    for tasks in sizes.meta_tasks:
+        rule = PolynomialRule.of_degree(3, bound="tanh", forward_weight_bound=1.0)
+        start = GaussianInitializer({"b": TRAINABLE, "m": TRAINABLE}, {"w": TRAINABLE})
+        training = Training(
+            model, rule.to(clock.device), start.to(clock.device),
+            lambda generator: batches(data, sizes.batch, generator),
+            ProbeLoss(data, data, 1000.0, outer_images=min(4096, sizes.images)),
+        )  # fmt: skip
+        settings = MetaSettings(tasks=tasks, inner_steps=sizes.meta_steps, together="always")
+        descent = HypergradientDescent(training, settings)
+        descent.recorder = Recorder()
+        first = clock.milliseconds(descent.step)
+        times = [clock.milliseconds(descent.step) for _ in range(repeat)]
+        per_second = f"{1e3 * tasks * sizes.meta_steps / min(times):,.0f}"
+        yield Row(
+            "meta-step", f"{tasks} x {sizes.meta_steps} updates", times,
+            more=columns(per_second, "-", first, clock),
+        )  # fmt: skip
+
+
+def probe_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
+    """One row for each number of tasks: logistic regression on the features of all images."""
+    for tasks in sizes.meta_tasks:
+        labels = (torch.arange(sizes.images) % 10).to(clock.device)
+        generator = torch.Generator().manual_seed(0)
+        means = torch.rand(10, sizes.units, generator=generator).to(clock.device)
+        noise = torch.rand(tasks, sizes.images, sizes.units, generator=generator)
+        features, of_all = means[labels] + noise.to(clock.device), labels.expand(tasks, -1)
+
+        def one_by_one(features=features, labels=labels) -> None:
+            fit_logistic(features[0], labels, 10)
+
+        def together(features=features, labels=of_all) -> None:
+            fit_logistic_tasks(features, labels, 10)
+
+        first = clock.milliseconds(together)
+        times = clock.in_turns({"obvious": one_by_one, "ours": together}, repeat)
+        yield Row(
+            "probe", f"{tasks} x {sizes.images:,} images", times["ours"],
+            [t * tasks for t in times["obvious"]], more=columns("-", "-", first, clock),
+        )  # fmt: skip
+
+
+def classifier_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
+    """A step of a classifier on the features of a convolution, 64 images in a batch."""
+    data = made_images(sizes, clock.device)
+    images = data.images[: min(10_000, len(data))]
+    recipe = Recipe(
+        (LayerPlan(sizes.channels, 5, 0.01, pool="max"),),
+        batch_size=64, classifier_batch_size=64, classifier_epochs=repeat + 1, epochs=0,
+        dropout=0.5,
+    )  # fmt: skip
+    labelled = images, data.labels[: len(images)]
+    network = KrotovHopfieldNetwork(
+        tuple(images.shape[1:]), recipe, torch.Generator().manual_seed(0)
+    ).to(clock.device)
+    training = LayerwiseTraining(network, labelled, labelled, (1,), 0, classes=10)
+    while training.stages[training.stage][0] != "classifier":
+        training.train_round()
+    steps = training.batches_per_epoch
+    first = clock.milliseconds(training.train_round)
+    times = [clock.milliseconds(training.train_round) / steps for _ in range(repeat)]
+    yield Row("classifier, a step", "64 images", times, more=columns("-", "-", first, clock))
+
+
+def differences(sizes: Sizes, device: torch.device) -> dict[str, float]:
+    """The largest relative difference of the hypergradients to the CPU's, in float64, by way."""
+    small = Sizes((), min(8, sizes.units), 8, 64, 12)
+    cpu = Updates(small, 3, torch.device("cpu"), torch.float64).one_by_one()
+    ours = Updates(small, 3, device, torch.float64)
+    found = {}
+    for name in ("one_by_one", "together", "replayed"):
+        pairs = [
+            (a.cpu(), b)
+            for task, other in zip(getattr(ours, name)(), cpu, strict=True)
+            for a, b in zip(task, other, strict=True)
+        ]
+        found[name] = max(float((a - b).norm() / b.norm()) for a, b in pairs if b.numel())
+    return found
+
+
+def until(end: float, rows: Iterator[Row], kept: list[Row]) -> Iterator[Row]:
+    """The rows that begin before this moment, which are also kept."""
+    while time.perf_counter() < end:
+        row = next(rows, None)
+        if row is None:
+            return
+        kept.append(row)
+        yield row
+    print("the other rows are left out: no time is left")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the checks and the table, and write both as JSON."""
+    parser = benchmark_parser(__doc__, repeat=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
+    parser.add_argument("--compile", action="store_true", help="also compile updates")
+    arguments = parser.parse_args(argv)
+    begin, clock = time.perf_counter(), set_up(arguments, wall=True)
+    if clock.device.type != "cuda" and arguments.device != "cpu":
+        raise UserError("no CUDA device: --device cpu runs a small version of this benchmark")
+    sizes = Sizes() if clock.device.type == "cuda" else TINY
+    checked = differences(sizes, clock.device)
+    for name, difference in checked.items():
+        print(f"hypergradients {name.replace('_', ' ')}: {difference:.1e} from the CPU's, float64")
+    rows: list[Row] = []
+    lines = itertools.chain(
+        update_rows(sizes, arguments.repeat, clock, arguments.compile),
+        meta_rows(sizes, arguments.repeat, clock),
+        probe_rows(sizes, arguments.repeat, clock),
+        classifier_rows(sizes, arguments.repeat, clock),
+    )
+    common = f"{sizes.side**2} inputs, batch {sizes.batch}, degree 3"
+    print_table(until(begin + sizes.seconds, lines, rows), clock, common)
+    if arguments.json:
+        told = {
+            "device": described(clock.device),
+            "torch": torch.__version__,
+            "sizes": asdict(sizes),
+        }
+        told |= {"differences": checked, "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(told, indent=1))
+    if max(checked.values()) > LARGEST_DIFFERENCE:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)
