@@ -9,7 +9,7 @@ The method is L-BFGS on all rows, a few milliseconds per iteration, precondition
 1. Features are centred and whitened. In these coordinates, Boehning's bound is Hessian <= I/2, and
    the quadratic penalty is diagonal. (Boehning 1992, Multinomial logistic regression algorithm.)
 2. Every few iterations the Hessian of a strided subsample of rows replaces that bound: the whole
-   Hessian if classes x features is small, else (up to 512 features) its block for each class.
+   Hessian if classes x features is small, else (up to 1,024 features) its block for each class.
    (Byrd, Chin, Neveitt, Nocedal 2011, On the use of stochastic Hessian information.)
 Beyond 4,096 features, where a D x D matrix would cost more than the solve, columns are only scaled.
 With fewer rows than features, W is in the span of the centred rows; other directions are left out.
@@ -40,9 +40,11 @@ LOST_SHARE = 1e-11  # of a column's length: more than this, outside the axes, is
 WORST_SCALE = 1e6  # a variance may be raised by at most this factor if it matters
 LIKE_SIZE = 1e-4  # columns at least this size, relative to the largest, are rotated with it
 JOINT_HESSIAN_UP_TO = 800  # classes * (features + 1); above, one block for each class
-BLOCKS_UP_TO = 512  # features; above, Boehning's bound stays: blocks cost more than they save
+BLOCKS_UP_TO = 1024  # features; above, Boehning's bound stays: blocks cost more than they save
+WIDE = 512  # features and the bias; above, blocks are so dear that they are made more rarely
 JOINT_ROWS, BLOCK_ROWS = 4096, 16384  # rows in the subsample of the Hessian, of its blocks
-JOINT_SCHEDULE, BLOCK_SCHEDULE = (4, 8), (10, 30)  # first iteration with a Hessian, and the period
+# first iteration with a Hessian, and the period
+JOINT_SCHEDULE, BLOCK_SCHEDULE, WIDE_SCHEDULE = (4, 8), (10, 30), (10, 100)
 HESSIAN_SHIFT = 0.03  # added, times the mean diagonal, because a subsample misses some directions
 HUGE_ROW, HUGE_ROW_TOLERANCE = 1e4, 1e-12  # relative to the median row's length; see fit_logistic
 MEMORY = 30  # pairs kept by L-BFGS
@@ -410,7 +412,8 @@ def _lbfgs(
     pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
     factors = None
     joint = V.numel() <= JOINT_HESSIAN_UP_TO
-    first, every = JOINT_SCHEDULE if joint else BLOCK_SCHEDULE
+    by_width = WIDE_SCHEDULE if V.shape[1] > WIDE else BLOCK_SCHEDULE
+    first, every = JOINT_SCHEDULE if joint else by_width
     narrow = joint or V.shape[1] <= BLOCKS_UP_TO
     for iteration in range(max_iterations):
         if narrow and iteration % every == first:

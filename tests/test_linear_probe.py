@@ -105,6 +105,15 @@ def test_optimum_is_that_of_scikit_learn(name, C):
         assert fit.objective >= expected * (1 - 1e-6)
 
 
+def test_hundreds_of_features_converge_to_the_optimum_of_scikit_learn():
+    features, labels = mixture(N=900, D=560, classes=3, spread=4.0)
+    features *= torch.linspace(0, 1, 560).square()  # variances as uneven as of pixels, one is 0
+    fit = fit_logistic(features.float(), labels, 3, C=10.0)
+    assert fit.converged
+    expected = objective_of_scikit_learn(features.float().double(), labels, C=10.0)
+    assert fit.objective == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_tight_tolerance_brings_gradient_to_rounding_level(name):
     features, labels = PROBLEMS[name]()
