@@ -109,7 +109,7 @@ def test_hundreds_of_features_converge_to_the_optimum_of_scikit_learn():
     features, labels = mixture(N=900, D=560, classes=3, spread=4.0)
     features *= torch.linspace(0, 1, 560).square()  # variances as uneven as of pixels, one is 0
     fit = fit_logistic(features.float(), labels, 3, C=10.0)
-    assert fit.converged
+    assert fit.converged and fit.iterations < 200  # 476 without blocks of the Hessian
     expected = objective_of_scikit_learn(features.float().double(), labels, C=10.0)
     assert fit.objective == pytest.approx(expected, rel=1e-6)
 
