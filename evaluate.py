@@ -313,7 +313,8 @@ def report(log: RunLog, comparison: RuleComparison) -> None:
     summary = summarize(comparison.rows)
     if summary:
         log.plot(plot_evaluation_run)
-        log.say(f"test accuracy, mean and standard deviation over {comparison.draws} draws")
+        trainings = "1 training" if comparison.draws == 1 else f"{comparison.draws} trainings"
+        log.say(f"test accuracy, mean ± sample deviation over {trainings}")
         for line in aligned(table_cells(summary, comparison.draws)):
             log.say(line)
 

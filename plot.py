@@ -3,6 +3,7 @@
     python plot.py run runs/main-...                       every figure of a run, drawn again
     python plot.py rules runs/a runs/b                     learned rules side by side
     python plot.py rules runs/a --classical oja foldiak    with classical rules
+    python plot.py rules mnist32 transfer32                rules of the zoo, from rules/zoo
     python plot.py one_pass runs/a runs/b                  runs of tune_one_pass.py compared
     python plot.py losses runs/a runs/b                    learned optimisers on all optimizees
 
@@ -18,6 +19,7 @@ from statistics import fmean
 
 from experiment.command_line import OneLineParser, UserError, run_command
 from experiment.screen import repair_streams
+from rules.choices import run_path
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
 
@@ -36,12 +38,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
 
     add = figure("rules", "learned rules beside each other and beside classical ones")
-    add("runs", type=Path, nargs="+", metavar="RUN", help="directories that hold a rule.json")
+    add("runs", type=run_path, nargs="+", metavar="RUN",
+        help="directories that hold a rule.json, or names in the zoo")  # fmt: skip
     add("--classical", nargs="+", default=[], metavar="NAME",
         help="classical rules, such as oja, hebb, foldiak")  # fmt: skip
     add("--by", choices=(EFFECT, COEFFICIENT),
         help="what a term's size shows (default: effect, if every RUN has it)")  # fmt: skip
-    add("--out", type=png_file, metavar="FILE", help="PNG file (default: beside the first RUN's)")
+    zoo = "rules.png if that is of the zoo"
+    add("--out", type=png_file, metavar="FILE",
+        help=f"PNG file (default: beside the first RUN's; {zoo})")  # fmt: skip
 
     add = figure("one_pass", "runs of tune_one_pass.py compared: a table and every figure")
     add("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
@@ -88,6 +93,7 @@ from figures.optimizers import (
 )
 from learning_rules import PerLayerRule, classical_rule
 from rules import load_rule
+from rules.zoo import load_zoo
 from sweeps.report import plot_sweep_run
 
 # The function that draws a run's figures, by command; the command itself calls the same one
@@ -191,8 +197,9 @@ def tuned_losses(directory: Path) -> dict[tuple[str, int], dict[str, float]]:
 def rules_side_by_side(args: argparse.Namespace) -> list[Path]:
     """Draw each layer's rule as a column, then the classical rules."""
     learned = {}
-    for directory, name in zip(args.runs, run_names(args.runs), strict=True):
-        learned |= rules_of_run(directory, name)
+    names = run_names([run.with_suffix("") if run.is_file() else run for run in args.runs])
+    for run, name in zip(args.runs, names, strict=True):
+        learned |= rules_of_run(run, name)
     by = args.by or (EFFECT if all(rule.effects for rule in learned.values()) else COEFFICIENT)
     classical = {name: classical_rule(name, 1.0).coefficients() for name in args.classical}
     if by == EFFECT:
@@ -237,10 +244,15 @@ class LayerRule:
         return {n: e if self.coefficients[n] > 0 else -e for n, e in self.effects.items()}
 
 
-def rules_of_run(directory: Path, name: str) -> dict[str, LayerRule]:
-    """The rule of each layer, by the run's name and, if there are several, the layer's number."""
-    rule = load_rule(directory / "rule.json")
-    effects = effects_of_run(directory)
+def rules_of_run(run: Path, name: str) -> dict[str, LayerRule]:
+    """The rule of each layer, by the run's name and, if there are several, the layer's number.
+
+    run: a run's directory, or a file of the zoo, which tells no effects.
+    """
+    if run.is_file():
+        rule, effects = load_zoo(run).recipe.rule, {}
+    else:
+        rule, effects = load_rule(run / "rule.json"), effects_of_run(run)
     if not isinstance(rule, PerLayerRule):
         return {name: LayerRule(rule.coefficients(), effects)}
     layers = {}
@@ -302,7 +314,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, plot, and print the paths of the files."""
     args = make_parser().parse_args(argv)
     if args.figure in DEFAULT_PLACES and args.out is None:
-        args.out = args.runs[0] / DEFAULT_PLACES[args.figure]
+        first, place = args.runs[0], Path(DEFAULT_PLACES[args.figure])
+        args.out = Path(place.name) if first.is_file() else first / place
     for directory in args.runs:
         refuse_changed_files(directory)
     for path in PLOTS[args.figure](args):

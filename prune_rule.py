@@ -204,15 +204,16 @@ class Pruning:
     It ends early if the trainings by a shortened rule are not finite.
 
     sizes: numbers of terms, decreasing, beginning with that of the whole rule.
+    log: is told what the first step takes, and of warnings.
     stages: for each rule judged, its description, the effects of its terms, and the results of
         trainings from new draws, in plain values.
     """
 
     def __init__(
-        self, rule: PerLayerRule, sizes: Sequence[int], trainings: Trainings, args, warn
+        self, rule: PerLayerRule, sizes: Sequence[int], trainings: Trainings, args, log: RunLog
     ) -> None:
         self.rule, self.sizes, self.trainings = rule, sizes, trainings
-        self.args, self.warn = args, warn
+        self.args, self.log = args, log
         self.grams: dict[str, Tensor] = {}
         self.stages: list[dict] = []
         self.finished = False
@@ -220,6 +221,7 @@ class Pruning:
     def step(self) -> dict[str, float]:
         """Remove one term; returns numbers to record."""
         if not self.stages:
+            self._announce()
             self._judge()
         removal, numbers = choose(self.rule, self.grams, self.trainings, self.args)
         self.rule = without(self.rule, removal)
@@ -229,11 +231,24 @@ class Pruning:
         self.finished |= numbers["terms"] == self.sizes[-1]
         return numbers
 
+    def _announce(self) -> None:
+        """Say what the first step does, because it may take a minute until its row is there."""
+        args, terms = self.args, self.sizes[0]
+        self.log.say(
+            f"{terms} terms: {args.trials} + {args.seeds} trainings of {self.trainings.steps} "
+            "updates measure their effects and judge the rule"
+        )
+        if (below := min(terms, args.try_below)) > self.sizes[-1]:
+            tried = min(args.candidates, below)
+            self.log.say(
+                f"from {below} terms on, up to {tried * args.trials} trainings choose each removal"
+            )
+
     def _judge_if_finite(self) -> None:
         try:
             self._judge()
         except FloatingPointError as problem:
-            self.warn(f"{problem}: no shorter rule is looked for")
+            self.log.warn(f"{problem}: no shorter rule is looked for")
             self.finished = True
 
     def _judge(self) -> None:
@@ -351,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
     trainings = Trainings(training, args.inner_steps or run.steps, args.seed)
     with open_run(args, "prune_rule", train_data) as log:
         log.say(train_data.source)
-        pruning = Pruning(training.rule, sizes, trainings, args, log.warn)
+        pruning = Pruning(training.rule, sizes, trainings, args, log)
         finished = run_steps(log, pruning, "removal", sizes[0] - sizes[-1])
         report(args, log, run, trainings.steps, train_data.source, pruning.stages)
         log.say(f"everything is in {log.directory}")

@@ -584,9 +584,10 @@ def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: Ru
             results[name.replace("/", "_").lower()] = median_of_draws(last)
     log.write_results(results)
     log.plot(plot_one_pass_run)
+    unit = " (squared units of the target)" if problem.unit != 1 else ""
     log.say(
-        f"final test loss: median {results['median']:.4g}, mean {results['mean']:.4g} of those "
-        f"that did not diverge, {results['diverged']:.1%} diverged; in {log.directory}"
+        f"final test loss{unit}: median {results['median']:.4g}, mean {results['mean']:.4g} of "
+        f"those that did not diverge, {results['diverged']:.1%} diverged; in {log.directory}"
     )
 
 

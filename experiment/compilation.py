@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from numba.core import event
 
 SILENT = 2.0  # seconds of compilation, in sum, of which nothing is said
-MESSAGE = "compiling loops for this machine, some ten seconds; later runs find them in a cache"
+MESSAGE = "compiling loops for this machine, ten seconds or more; later runs find them in a cache"
 
 
 @contextmanager

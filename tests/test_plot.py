@@ -202,3 +202,14 @@ def test_damaged_results_are_one_line(tmp_path, capsys):
             assert "results.json is damaged" in refused(capsys, figure, run)
     (run / "results.json").write_text(json.dumps({"term_effects": {}}))
     draw("rules", run, "--out", tmp_path / "rules.png")
+
+
+def test_rules_of_the_zoo_are_drawn_by_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_of(tmp_path / "run", oja())
+    assert {"polynomial-8", "run"} < columns_of(monkeypatch, "polynomial-8", run).keys()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    draw("rules", "mnist32")
+    assert [path.name for path in tmp_path.glob("*.png")] == ["rules.png"]
+    assert "take --by coefficient" in refused(capsys, "rules", "mnist32", "--by", "effect")

@@ -180,6 +180,8 @@ def test_a_run_leaves_rules_a_table_and_a_figure(tmp_path, learned, capsys):
         assert list(rule.coefficients()) == list(stage["term_effects"])
         assert len(rule.coefficients()) == stage["terms"] and len(stage["evaluations"]) == 1
     shown = capsys.readouterr().out
+    assert "13 terms: 1 + 1 trainings of 3 updates" in shown
+    assert "from 4 terms on, up to 2 trainings choose each removal" in shown
     assert shown.count("test accuracy") == 4 and "Δw" in shown
     best = results_of(out)["shortest"]
     assert len(load_rule(out / "rule.json").coefficients()) == best
