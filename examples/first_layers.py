@@ -38,6 +38,7 @@ from torch import Generator, Tensor
 from comparison.first_layers import (
     ENCODINGS,
     GRID,
+    SILENT,
     FirstLayer,
     RandomWindows,
     columns,
@@ -112,7 +113,7 @@ def whitened_centroids(patches: Tensor, units: int, generator: Generator) -> Ten
     """Filters [units, pixels] whose responses are those of centroids of whitened patches."""
     x = patches.double() - patches.double().mean(0)
     variances, directions = torch.linalg.eigh(x.T.cov())
-    scale = (variances + WHITENING * variances.mean()).rsqrt()
+    scale = (variances + WHITENING * variances.mean()).clamp_min(SILENT).rsqrt()
     whitening = (directions * scale) @ directions.T
     return _k_means((x @ whitening).float(), units, generator) @ whitening.float()
 

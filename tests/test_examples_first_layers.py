@@ -100,6 +100,11 @@ def test_whitened_centroids_respond_to_patches_as_they_do_to_whitened_ones():
     assert torch.allclose(means, centroids, atol=0.4)
 
 
+def test_whitened_centroids_of_black_patches_are_finite():
+    found = example.whitened_centroids(torch.zeros(30, 9), 4, seeded_generator(0))
+    assert found.shape == (4, 9) and torch.isfinite(found).all()
+
+
 def test_windows_are_those_of_the_images_at_the_same_places_in_both_views():
     x = torch.arange(2 * 3 * 7 * 6).view(2, 3, 7, 6)
     windows = RandomWindows(lambda generator: iter([(x, -x)]), 5, 3)
