@@ -211,7 +211,7 @@ class FunctionLoss:
             inspect.signature(function).bind(*range(4))
         except (TypeError, ValueError) as error:
             raise ProbeError(
-                f"{function!r:.60} must take (model, params, images, labels)"
+                f"{getattr(function, '__name__', repr(function)):.60} must take (model, params, images, labels)"
             ) from error
         self.function, self.data, self.images = function, data, images
 
