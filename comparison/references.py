@@ -6,6 +6,8 @@ random              the initial network of the learned rule, untrained
 pca                 as many principal components
 oja, sanger         these rules, at the best of a few rates on held-out training images
 latent-predictive   the fixed rule of unit statistics with the constants of its authors' model
+
+With fewer images than a batch of the fixed rule, all of them are its batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,5 +73,11 @@ def _method(name: str, training: Training) -> Method:
     if name == "pca":
         return Method(pca_features, has_steps=False)
     if name == FIXED_RULE:
-        return Method(partial(learned, load_run(zoo_path(FIXED_RULE))))
+        return Method(_by_fixed_rule)
     return Method(partial(classical, name), RATES[name])
+
+
+def _by_fixed_rule(setting: Setting) -> Training:
+    run = load_run(zoo_path(FIXED_RULE))
+    batch_size = min(run.config["batch_size"], len(setting.train))
+    return learned(replace(run, config=run.config | {"batch_size": batch_size}), setting)

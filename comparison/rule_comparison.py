@@ -74,10 +74,14 @@ class Setting:
     held_out: bool = False
 
     def within_training(self) -> "Setting":
-        """The setting in which the last training images take the place of the test images."""
+        """The setting in which the last training images take the place of the test images.
+
+        Batches have at most as many images as remain.
+        """
         kept = len(self.train) - len(self.train) // HELD_OUT
         train, test = (self.train.subset(part) for part in (slice(kept), slice(kept, None)))
-        return replace(self, train=train, test=test, held_out=True)
+        batch_size = min(self.batch_size, kept)
+        return replace(self, train=train, test=test, batch_size=batch_size, held_out=True)
 
     def probe(self, images: tuple[ImageData, ImageData]) -> ProbeLoss:
         """The probe on training and test images as a method has normalised them."""

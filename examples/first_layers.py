@@ -38,6 +38,7 @@ from torch import Generator, Tensor
 from comparison.first_layers import (
     ENCODINGS,
     GRID,
+    SILENT,
     FirstLayer,
     RandomWindows,
     columns,
@@ -71,6 +72,7 @@ from krotov_hopfield import (
     KrotovHopfieldNetwork,
     learning_rate,
 )
+from learning_rules import RuleError
 from mnist_datasets import ImageData, hold_out, load_images, normalize_pixels
 from models_fully_local import LateralConv2d, Sequential
 from rules.zoo import load_zoo
@@ -111,7 +113,7 @@ def whitened_centroids(patches: Tensor, units: int, generator: Generator) -> Ten
     """Filters [units, pixels] whose responses are those of centroids of whitened patches."""
     x = patches.double() - patches.double().mean(0)
     variances, directions = torch.linalg.eigh(x.T.cov())
-    scale = (variances + WHITENING * variances.mean()).rsqrt()
+    scale = (variances + WHITENING * variances.mean()).clamp_min(SILENT).rsqrt()
     whitening = (directions * scale) @ directions.T
     return _k_means((x @ whitening).float(), units, generator) @ whitening.float()
 
@@ -219,7 +221,11 @@ def method_name(text: str) -> str:
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"unknown method {text!r}: there is no such file, and "
                                          f"known are {', '.join(METHODS)}")  # fmt: skip
-    if load_zoo(text).recipe.views is None:
+    try:
+        recipe = load_zoo(text).recipe
+    except RuleError as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from problem
+    if recipe.views is None:
         raise argparse.ArgumentTypeError(f"the rule in {text} takes no views")
     return str(Path(text).resolve())
 
@@ -261,6 +267,10 @@ def check(args, data: ImageData, dtype) -> None:
     channels, *sides = data.shape
     if len(set(args.methods)) < len(args.methods):
         raise UserError("--methods names a method twice; name each once")
+    titles = [title(method) for method in args.methods]
+    if shared := [name for name in titles if titles.count(name) > 1]:
+        raise UserError(f"--methods has two files that tables would call {shared[0]}: rename one, "
+                        "or its folder")  # fmt: skip
     if min(sides) < args.kernel + GRID - 1:
         raise UserError(f"--kernel {args.kernel}: images of {sides} pixels are too small for "
                         f"{GRID} x {GRID} squares of its responses")  # fmt: skip
@@ -268,6 +278,8 @@ def check(args, data: ImageData, dtype) -> None:
     if "PCA" in args.methods and args.units > directions:
         raise UserError(f"--units {args.units}: PCA has {directions} filters here; take no "
                         "more, or leave it out of --methods")  # fmt: skip
+    if args.patches < 2 and not OF_PATCHES.keys().isdisjoint(args.methods):
+        raise UserError("--patches 1: one patch has no covariance, take at least 2")
     centres = {"k-means", "k-means-white"}
     if not centres.isdisjoint(args.methods) and args.units > args.patches:
         raise UserError(

@@ -13,6 +13,7 @@ the spread of the initial weights. filters.json, in the form of rules/zoo, holds
 `make_training` shows how units, batches and an outer loss of your own are meta-learned.
 """
 
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from comparison.first_layers import FilterLoss, RandomWindows
 from data_sets.views import Views
 from experiment.command_line import UserError, common_parser, parse, positive_int, run_command
 from experiment.devices import set_up
+from experiment.errors import NonFiniteError
 from experiment.files import displayable
 from experiment.main_settings import TERMS
 from experiment.opening import open_run
@@ -137,11 +139,17 @@ def zoo_entry(args, training: Training, data: ImageData) -> ZooEntry:
 
 
 def report(args, log: RunLog, training: Training, data: ImageData) -> None:
-    """The rule as files and on the screen, the figures."""
+    """The rule as files and on the screen, the figures.
+
+    Raises NonFiniteError if the rule's numbers overflow; filters.json is then not written.
+    """
+    learned = hyperparameters(training)
     write_rule(log, training.rule)
-    save_zoo(zoo_entry(args, training, data), log.directory / "filters.json")
-    log.write_json("results.json", {"data": data.source, **hyperparameters(training)})
+    log.write_json("results.json", {"data": data.source, **learned})
     log.plot(plot_run)
+    if overflown := [name for name, value in learned.items() if not math.isfinite(value)]:
+        raise NonFiniteError(f"{overflown[0]} of the learned rule: not finite; lower --lr")
+    save_zoo(zoo_entry(args, training, data), log.directory / "filters.json")
     log.say(training.rule.formula())
     log.say(f"everything is in {log.directory}; examples/first_layers.py --methods "
             f"{log.directory}/filters.json judges it")  # fmt: skip
@@ -150,6 +158,8 @@ def report(args, log: RunLog, training: Training, data: ImageData) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse, load, learn, report."""
     args = parse(make_parser(), argv)
+    if args.horizon[0] > args.horizon[1]:
+        raise UserError("--horizon takes a smaller and a larger number of updates, such as 40 150")
     device, dtype = set_up(args)
     data = load_data(args, device)
     training, settings = make_training(args, data, dtype), make_settings(args)

@@ -7,7 +7,8 @@
 Every process holds the same rule and the same optimiser and unrolls its share of the tasks. The
 hypergradients of all tasks, a few hundred numbers each, are then exchanged, and every process makes
 the same meta-step from them, adding in the order of the tasks: the results are the same to the last
-bit for any number of processes. Only the first process writes.
+bit for any number of processes if tasks are computed one by one, and up to rounding if those of a
+process are computed together (--together). Only the first process writes.
 """
 
 import atexit

@@ -26,16 +26,22 @@ from comparison.first_layers import (
 )
 from data_sets.image_data import ImageData, batch_indices
 from data_sets.views import Views
+from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
 from initializers import fixed_initializer
 from krotov_hopfield import BioConv2d
 from models_fully_local import Activation, lateral_mlp
-from rules.zoo import load_zoo
+from rules.zoo import load_zoo, save_zoo
 from train import train
 
 TINY = [
     "--dataset", "mnist5k", "--units", "10", "--train_images", "160", "--held_out", "100",
     "--patches", "500", "--updates", "2", "--evaluations", "1", "--threads", "1", "--quiet",
+]  # fmt: skip
+FILTERS = [
+    "--dataset", "mnist5k", "--units", 6, "--train_images", 200, "--threads", 1, "--batch_size", 8,
+    "--windows", 4, "--horizon", 3, 5, "--fit_images", 80, "--outer_images", 60, "--metasteps", 2,
+    "--quiet",
 ]  # fmt: skip
 SETTINGS = Namespace(units=10, kernel=3, patches=300, epochs=1.5, hopfield_lr=None,
                      softhebb_lr=0.3, updates=2, batch_size=8,
@@ -94,6 +100,11 @@ def test_whitened_centroids_respond_to_patches_as_they_do_to_whitened_ones():
     assert torch.allclose(means, centroids, atol=0.4)
 
 
+def test_whitened_centroids_of_black_patches_are_finite():
+    found = example.whitened_centroids(torch.zeros(30, 9), 4, seeded_generator(0))
+    assert found.shape == (4, 9) and torch.isfinite(found).all()
+
+
 def test_windows_are_those_of_the_images_at_the_same_places_in_both_views():
     x = torch.arange(2 * 3 * 7 * 6).view(2, 3, 7, 6)
     windows = RandomWindows(lambda generator: iter([(x, -x)]), 5, 3)
@@ -127,16 +138,13 @@ def test_the_loss_of_filters_is_that_of_ridge_regression_on_the_features_that_ju
 
 
 def test_a_rule_for_filters_is_learned_continued_and_judged(tmp_path):
-    tiny = ["--dataset", "mnist5k", "--units", 6, "--train_images", 200, "--threads", 1,
-            "--batch_size", 8, "--windows", 4, "--horizon", 3, 5, "--fit_images", 80,
-            "--outer_images", 60, "--metasteps", 2, "--quiet"]  # fmt: skip
     once, twice = tmp_path / "once", tmp_path / "twice"
-    learn_filters.main([*map(str, tiny), "--out", str(once)])
+    learn_filters.main([*map(str, FILTERS), "--out", str(once)])
     redraw(once)
     before = outcome(once)
     learn_filters.main(["--resume", str(once), "--quiet"])
     assert outcome(once) == before
-    learn_filters.main([*map(str, tiny), "--out", str(twice)])
+    learn_filters.main([*map(str, FILTERS), "--out", str(twice)])
     assert (once / "filters.json").read_text() == (twice / "filters.json").read_text()
     assert load_zoo(once / "filters.json").recipe.conv == ((6, 5),)
     flags = [flag for flag in TINY if flag not in ("--patches", "500")]
@@ -234,6 +242,7 @@ def test_a_comparison_goes_on_from_its_state_with_the_same_numbers():
     ("flags", "message"),
     [
         (["--methods", "guess"], "guess"),
+        (["--methods", __file__], "is no rule of the zoo"),
         (["--methods", "PCA", "mnist32", "PCA"], "twice"),
         (["--methods", "k-means", "--updates", "3"], "--updates needs --methods transfer32 or"),
         (["--kernel", "26"], "too small"),
@@ -248,3 +257,32 @@ def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):
     out = tmp_path / "run"
     assert message in refused(capsys, example.main, *TINY, *flags, "--out", out)
     assert not out.exists()
+
+
+def test_one_patch_is_refused_as_it_has_no_covariance(capsys, tmp_path):
+    flags = ["--patches", 1, "--methods", "random", "PCA", "--out", tmp_path / "run"]
+    data = ["--dataset", "mnist5k", "--units", 10]
+    assert "at least 2" in refused(capsys, example.main, *data, *flags)
+
+
+def test_two_files_of_one_name_are_refused_not_averaged(capsys, tmp_path):
+    rules = [tmp_path / place / "filters" / "rule.json" for place in ("a", "b")]
+    for number, path in enumerate(rules):
+        path.parent.mkdir(parents=True)
+        save_zoo(load_zoo(example.LEARNED[number]), path)
+    flags = [flag for flag in TINY if flag not in ("--patches", "500")]
+    line = refused(capsys, example.main, *flags, "--methods", *rules, "--out", tmp_path / "run")
+    assert "filters/rule" in line
+
+
+def test_a_horizon_for_filters_is_a_smaller_and_a_larger_number(capsys, tmp_path):
+    line = refused(capsys, learn_filters.main, "--horizon", 5, 3, "--out", tmp_path / "run")
+    assert "--horizon" in line
+
+
+def test_a_rule_for_filters_that_overflows_is_reported_as_not_finite(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(NonFiniteError, match="of the learned rule: not finite"):
+        learn_filters.main([*map(str, FILTERS), "--lr", "1e6", "--warmup_steps", "0", "--out",
+                            str(out)])  # fmt: skip
+    assert (out / "results.json").exists() and not (out / "filters.json").exists()

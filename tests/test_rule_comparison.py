@@ -13,6 +13,7 @@ import main
 from comparison import rule_comparison
 from comparison.learned_run import LearnedRun, load_run
 from comparison.principal_components import principal_components
+from comparison.references import beside
 from comparison.rule_comparison import (
     CLASSICAL,
     Method,
@@ -371,3 +372,14 @@ def test_learned_starts_are_those_of_the_run(setting):
     training = learned(a_run(), setting)
     assert isinstance(training.initializer, GaussianInitializer)
     assert training.initializer.effective() == pytest.approx(START)
+
+
+def test_references_of_fewer_images_than_a_batch_take_all_of_them(digits):
+    few = Setting(
+        "digits", *(part_of(part, 40) for part in digits), layers=(4,), C=10.0, outer_images=20,
+        batch_size=40,
+    )  # fmt: skip
+    found = beside(["oja", "latent-predictive"], None, few, draws=1, steps=2, seed=0)
+    assert {name: len(values) for name, values in found.items()} == {
+        "oja": 1, "latent-predictive": 1,
+    }  # fmt: skip
