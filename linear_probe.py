@@ -210,9 +210,8 @@ class FunctionLoss:
         try:
             inspect.signature(function).bind(*range(4))
         except (TypeError, ValueError) as error:
-            raise ProbeError(
-                f"{function!r:.60} must take (model, params, images, labels)"
-            ) from error
+            name = getattr(function, "__name__", repr(function))
+            raise ProbeError(f"{name:.60} must take (model, params, images, labels)") from error
         self.function, self.data, self.images = function, data, images
 
     def __call__(

@@ -352,6 +352,7 @@ NUMBERS_TO_FIT = 16 * 10**6  # images x features of a meta-step, unless --probe_
 SAMPLED_IMAGES, SAMPLED_FOR_A_FEATURE, RIDGE_IMAGES = 8192, 256, 2000
 OUTER_IMAGES = {"logistic": 4096, "sampled": 1024, "ridge": 2000}  # sampled: of evaluations alone
 EVALUATION_BATCH_SIZE = 512  # of rules of unit statistics, or all images where there are fewer
+LAYER_UPDATES = ("update_layer", "respond_and_update")  # a rule of one's own has one of them
 OUTER_IMAGES_IMPLICIT = 1024  # these are excluded from the fit
 
 
@@ -537,6 +538,9 @@ def make_own_rule(args, kind: type) -> LearningRule:
     """A rule of the user's own class, which is called without arguments."""
     if not (isinstance(kind, type) and issubclass(kind, LearningRule)):
         raise UserError(f"{args.rule} is no class of learning_rules.LearningRule")
+    if all(getattr(kind, name) is getattr(LearningRule, name) for name in LAYER_UPDATES):
+        raise UserError(f"{kind.__name__} has no update_layer(layer, old, x, s, y), which says "
+                        "what a layer's parameters become")  # fmt: skip
     try:
         rule, views = kind(), 2 if views_of_flags(args) else 1
     except TypeError as error:

@@ -35,6 +35,10 @@ class Decay(LearningRule):
 class Pairs(Decay):
     views = 2
 
+class Whole(LearningRule):
+    def update(self, model, params, batch):
+        return params
+
 def spread(model, params, images, labels):
     return (model(images, params).mean(0) - 0.5).square().mean()
 
@@ -157,6 +161,7 @@ def test_a_run_never_runs_code_that_is_not_given_again_or_has_changed(tmp_path, 
 
 @pytest.mark.parametrize("flags, message", [
     (["--rule", "{file}:number"], "is no class of learning_rules.LearningRule"),
+    (["--rule", "{file}:Whole"], "Whole has no update_layer"),
     (["--rule", "{file}:Pairs"], "takes 2 view(s) of each input, not 1: give --views geometric"),
     (["--rule", "{file}:Decay", "--sparsify"], "--sparsify needs a rule with a method keep"),
     (["--rule", "{file}:Decay", "--degree", "2"], "--rule polynomial"),
