@@ -244,7 +244,7 @@ def statistics_rule():
     {}, {"inner_steps": drawn_steps}, {"inner_steps": drawn_steps, "adjoint_limit": 0.5},
     {"inner_steps": drawn_steps, "loss_times": 2, "memory": "segments"}, {"memory": "recompute"},
     {"ungraded_steps": 2}, {"reinitialize_every": 2}, {"products": "bfloat16"},
-], ids=str)  # fmt: skip
+], ids=lambda options: " ".join(options) or "defaults")  # fmt: skip
 def test_a_meta_step_together_is_that_one_by_one(options):
     fixed = "ungraded_steps" in options or "reinitialize_every" in options
     initializer = SpreadInitializer(0.4, trainable=not fixed).double()
