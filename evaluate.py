@@ -101,7 +101,7 @@ from experiment.opening import open_run
 from experiment.own_code import load_own_code
 from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
-from experiment.statistics import mean_and_deviation
+from experiment.statistics import counted_trainings, mean_and_deviation
 from experiment.tables import aligned, markdown
 from figures.evaluation import plot_evaluation_run
 from mnist_datasets import ImageData, batches, hold_out, load_images
@@ -313,7 +313,7 @@ def report(log: RunLog, comparison: RuleComparison) -> None:
     summary = summarize(comparison.rows)
     if summary:
         log.plot(plot_evaluation_run)
-        trainings = "1 training" if comparison.draws == 1 else f"{comparison.draws} trainings"
+        trainings = counted_trainings(comparison.draws)
         log.say(f"test accuracy, mean ± sample deviation over {trainings}")
         for line in aligned(table_cells(summary, comparison.draws)):
             log.say(line)

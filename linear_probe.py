@@ -262,17 +262,11 @@ class RidgeLoss:
         features, labels = _attached_features(model, params, self.data, index)
         if not bool(torch.isfinite(features).all()):
             raise NonFiniteFeatures("features are not finite; expected finite features")
-        seen, judged = features.double().split(self.sizes)
-        seen_labels, judged_labels = labels.split(self.sizes)
-        one_hot = torch.nn.functional.one_hot(seen_labels, self.data.classes).double()
-        weight, bias = ridge_regression(seen, one_hot, self.penalty)
-        outputs = judged @ weight + bias
-        targets = torch.nn.functional.one_hot(judged_labels, self.data.classes)
-        loss = (outputs - targets).square().sum(1).mean().to(_dtype_and_device(params)[0])
-        return loss, {
-            "train_accuracy": _share_of_right(seen @ weight + bias, seen_labels),
-            "held_out_accuracy": _share_of_right(outputs, judged_labels),
-        }
+        parts = features.double().split(self.sizes)
+        loss, numbers = ridge_error(
+            *parts, *labels.split(self.sizes), self.data.classes, self.penalty
+        )
+        return loss.to(_dtype_and_device(params)[0]), numbers
 
     def of_tasks(
         self, model, params, generators: Sequence[torch.Generator]
@@ -295,6 +289,32 @@ class RidgeLoss:
             "train_accuracy": _shares_of_right(of_fit, seen_labels),
             "held_out_accuracy": _shares_of_right(outputs, judged_labels),
         })  # fmt: skip
+
+
+def ridge_error(
+    seen: Tensor,
+    judged: Tensor,
+    seen_labels: Tensor,
+    judged_labels: Tensor,
+    classes: int,
+    penalty: float,
+) -> tuple[Tensor, dict[str, float]]:
+    """Squared error of ridge regression fitted to `seen` on `judged`, and the accuracies on both.
+
+    The error is summed over the classes and averaged over the rows; it is differentiable in both.
+    Raises NonFiniteFeatures if the system can't be solved.
+
+    seen, judged: features [N, D] and [M, D], float64.
+    seen_labels, judged_labels: int64 [N] and [M], below `classes`.
+    """
+    one_hot = torch.nn.functional.one_hot(seen_labels, classes).double()
+    weight, bias = ridge_regression(seen, one_hot, penalty)
+    outputs = judged @ weight + bias
+    targets = torch.nn.functional.one_hot(judged_labels, classes)
+    return (outputs - targets).square().sum(1).mean(), {
+        "train_accuracy": _share_of_right(seen @ weight + bias, seen_labels),
+        "held_out_accuracy": _share_of_right(outputs, judged_labels),
+    }
 
 
 def ridge_regression(features: Tensor, targets: Tensor, penalty: float) -> tuple[Tensor, Tensor]:

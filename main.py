@@ -305,7 +305,7 @@ from experiment.precision import Products
 from experiment.processes import Team, join_team
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, log_uniform_integer, seeded_generator
-from experiment.statistics import accuracy_text, mean_and_deviation
+from experiment.statistics import accuracy_text, counted_trainings, mean_and_deviation
 from figures.meta_learning import plot_run
 from hypergradients import HypergradientError
 from hypgraddesc import check_settings, evaluate_draws, hypgraddesc, random_steps, rising_steps
@@ -910,7 +910,7 @@ def report(
     for name, part in each.items() if training.name else ():
         log.say(f"{name}: {text(part)}")
     if means:
-        count = "1 training" if len(means) == 1 else f"{len(means)} trainings"
+        count = counted_trainings(len(means))
         log.say(f"{text(accuracies)} over {count} with the final rule, {steps} steps each")
 
 

@@ -508,7 +508,7 @@ class _TaskConv2d(LateralConv2d):
         return self.windows.image(rows, x), self.windows.image(y, x)
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError unless inputs are [tasks, batch, in, H, W], none too small."""
+        """Raise ValueError unless inputs are [tasks, batch, in, H, W]."""
         if x.dim() != 5:
             raise ValueError(f"expected inputs [tasks, batch, in, H, W], got {list(x.shape)}")
 

@@ -73,7 +73,7 @@ from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
-from experiment.statistics import accuracy_text, mean_and_deviation
+from experiment.statistics import accuracy_text, counted_trainings, mean_and_deviation
 from figures.meta_learning import plot_run
 from learning_rules import PerLayerRule, term_effects, term_grams
 from mnist_datasets import load_images
@@ -298,8 +298,7 @@ def stage_text(stage: dict) -> str:
     """A stage as a line of the table."""
     if stage["test_accuracy_mean"] is None:
         return f"{stage['terms']:>5} terms: not finite"
-    trainings = len(stage["evaluations"])
-    count = "1 training" if trainings == 1 else f"{trainings} trainings"
+    count = counted_trainings(len(stage["evaluations"]))
     return f"{stage['terms']:>5} terms: {accuracy_text(stage)} over {count}"
 
 

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d, conv2d, one_hot
+from torch.nn.functional import adaptive_avg_pool2d, conv2d
 from torch.utils.checkpoint import checkpoint
 
-from data_sets.image_data import ImageData
+from experiment.command_line import UserError
 from kernels.logistic_regression import fit_logistic
 from krotov_hopfield import Triangle
-from linear_probe import ProbeError, extract_features, ridge_regression
+from linear_probe import ProbeError, extract_features, ridge_error
+from mnist_datasets import ImageData, hold_out, load_images, normalize_pixels
 from models_fully_local import Params
 
 GRID = 4  # squares, in each direction, over which responses are averaged
@@ -32,6 +33,26 @@ ENCODINGS = ("triangle", "own")
 SILENT = 1e-12  # variance of a feature, far below that of any filter that responds
 
 Response = Callable[[Tensor], Tensor]  # images [n, C, H, W] to [n, units, H', W']
+
+
+# ---- images ----
+
+
+def centred_images(args, device) -> tuple[ImageData, ImageData]:
+    """Images to learn from and images to judge on, centred by the former's pixelwise mean.
+
+    args: dataset, data_dir, and held_out and train_images, which may be None. Raises UserError if
+        there are fewer training images than asked for.
+    """
+    train_data, test_data = load_images(args.dataset, args.data_dir)
+    if args.held_out:
+        train_data, test_data = hold_out(train_data, args.held_out)
+    if args.train_images:
+        if args.train_images > len(train_data):
+            raise UserError(f"--train_images {args.train_images}: there are {len(train_data)}")
+        train_data = train_data.subset(slice(args.train_images))
+    both = normalize_pixels(train_data, test_data, unit_variance=False)
+    return both[0].to(device), both[1].to(device)
 
 
 # ---- filters and their features ----
@@ -145,15 +166,8 @@ class FilterLoss:
         deviation = (variance + SILENT).sqrt()  # differentiable for filters that never respond
         seen, unseen = (seen - mean) / deviation, (unseen - mean) / deviation
         labels = self.data.labels[index.to(self.data.labels.device)].split(self.sizes)
-        targets = [one_hot(part, self.data.classes).double() for part in labels]
-        weight, bias = ridge_regression(seen, targets[0], self.penalty)
-        outputs = [x @ weight + bias for x in (seen, unseen)]
-        loss = (outputs[1] - targets[1]).square().sum(1).mean()
-        right = [
-            (some.argmax(1) == of).double().mean().item()
-            for some, of in zip(outputs, labels, strict=True)
-        ]
-        return loss.to(filters.dtype), dict(zip(self.metrics, right, strict=True))
+        loss, numbers = ridge_error(seen, unseen, *labels, self.data.classes, self.penalty)
+        return loss.to(filters.dtype), numbers
 
     def _features(self, rows: Tensor, filters: Tensor) -> Tensor:
         x = self.data.floats(rows, filters.dtype)

@@ -277,12 +277,12 @@ def zoo_entry(
         layerwise=config.get("layerwise", False),
         dataset=data_titles(_datasets(config))[0],
         data=re.sub(r" from /.*", "", str(read_results(path).get("data", ""))),  # without its path
-        command=_command_text(first["command_line"]),
+        command=command_text(first["command_line"]),
         accuracies=tuple(accuracies),
     )
 
 
-def _command_text(command_line: Sequence[str]) -> str:
+def command_text(command_line: Sequence[str]) -> str:
     """The text of a command without the flags that name places."""
     program, *words = command_line
     kept = []

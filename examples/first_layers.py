@@ -41,6 +41,7 @@ from comparison.first_layers import (
     SILENT,
     FirstLayer,
     RandomWindows,
+    centred_images,
     columns,
     draw_patches,
     judged,
@@ -73,7 +74,7 @@ from krotov_hopfield import (
     learning_rate,
 )
 from learning_rules import RuleError
-from mnist_datasets import ImageData, hold_out, load_images, normalize_pixels
+from mnist_datasets import ImageData
 from models_fully_local import LateralConv2d, Sequential
 from rules.zoo import load_zoo
 from train import check_finite, train
@@ -249,19 +250,6 @@ def flag_needs(methods: Sequence[str]) -> list[tuple[str, bool, str]]:
     ]  # fmt: skip
 
 
-def load_data(args, device) -> tuple[ImageData, ImageData]:
-    """Images to learn from and images to judge on, centred by the former's pixelwise mean."""
-    train_data, test_data = load_images(args.dataset, args.data_dir)
-    if args.held_out:
-        train_data, test_data = hold_out(train_data, args.held_out)
-    if args.train_images:
-        if args.train_images > len(train_data):
-            raise UserError(f"--train_images {args.train_images}: there are {len(train_data)}")
-        train_data = train_data.subset(slice(args.train_images))
-    both = normalize_pixels(train_data, test_data, unit_variance=False)
-    return both[0].to(device), both[1].to(device)
-
-
 def check(args, data: ImageData, dtype) -> None:
     """Refuse, before anything is written, what a method cannot do with images of this shape."""
     channels, *sides = data.shape
@@ -397,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(parser, argv)
     refuse_idle_flags(args, parser, flag_needs(args.methods))
     device, dtype = set_up(args)
-    train_data, test_data = load_data(args, device)
+    train_data, test_data = centred_images(args, device)
     check(args, train_data, dtype)
     with open_run(args, "first_layers", train_data) as log:
         log.say(f"{len(train_data):,} images to learn from; {train_data.source}")

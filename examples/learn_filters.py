@@ -20,23 +20,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-from comparison.first_layers import FilterLoss, RandomWindows
+from comparison.first_layers import FilterLoss, RandomWindows, centred_images
+from comparison.learned_run import command_text
 from data_sets.views import Views
 from experiment.command_line import UserError, common_parser, parse, positive_int, run_command
 from experiment.devices import set_up
 from experiment.errors import NonFiniteError
 from experiment.files import displayable
-from experiment.main_settings import TERMS
+from experiment.main_settings import StatisticsSettings
 from experiment.opening import open_run
 from experiment.run_log import RunLog
+from experiment.run_reader import read_json
 from experiment.settings import add_settings, settings_of
 from experiment.view_strengths import ViewStrengths
 from figures.meta_learning import plot_run
 from hypgraddesc import MetaSettings, check_settings, hypgraddesc, random_steps
 from initializers import SpreadInitializer
 from learning_rules import PerLayerRule
-from mnist_datasets import ImageData, hold_out, load_images, normalize_pixels
+from mnist_datasets import ImageData
 from models_fully_local import Activation, lateral_mlp
 from rules.families import write_rule
 from rules.unit_statistics import UnitStatisticsRule
@@ -50,16 +51,15 @@ META_LEARNING = ("metasteps", "lr", "warmup_steps", "decay", "clip_norm", "tasks
 def make_parser():
     """The command's flags."""
     parser = common_parser("Learn a rule that finds filters of images.", "learn_filters")
-    add = parser.add_argument_group("filters").add_argument
-    add("--units", type=positive_int, default=96, help="filters")
-    add("--kernel", type=positive_int, default=5, help="side of a filter, in pixels")
-    add("--terms", nargs="+", default=list(TERMS), metavar="TERM",
-        help="terms of the rule (see rules/unit_statistics_terms.py)")  # fmt: skip
-    add = parser.add_argument_group("training").add_argument
+    group = parser.add_argument_group("filters and rule")
+    group.add_argument("--units", type=positive_int, default=96, help="filters")
+    group.add_argument("--kernel", type=positive_int, default=5, help="side of a filter, in pixels")
+    add_settings(group, StatisticsSettings, ["terms"])
+    group = parser.add_argument_group("training")
+    add_settings(group, ViewStrengths, ["mask"])
+    add = group.add_argument
     add("--batch_size", type=positive_int, default=32, help="images of an update")
     add("--windows", type=positive_int, default=16, help="random windows of each of them")
-    add("--mask", type=float, nargs=2, default=[0.3, 0.9], metavar=("LOW", "HIGH"),
-        help="share of pixels that a view loses")  # fmt: skip
     add("--horizon", type=positive_int, nargs=2, default=[40, 150], metavar=("LOW", "HIGH"),
         help="updates of a task, drawn log-uniformly")  # fmt: skip
     add_settings(parser.add_argument_group("meta-learning"), MetaSettings, META_LEARNING)
@@ -71,36 +71,29 @@ def make_parser():
         help="leave so many training images to examples/first_layers.py")  # fmt: skip
     parser.set_defaults(
         dataset="cifar10", metasteps=80, lr=0.1, warmup_steps=10, decay="cosine", clip_norm=1.0,
-        tasks=2, adjoint_limit=2.0,
+        tasks=2, adjoint_limit=2.0, mask=[0.3, 0.9],
     )  # fmt: skip
     return parser
 
 
-def load_data(args, device) -> ImageData:
-    """Centred training images, without those held out."""
-    data, _ = load_images(args.dataset, args.data_dir)
-    if args.held_out:
-        data, _ = hold_out(data, args.held_out)
-    if args.train_images:
-        if args.train_images > len(data):
-            raise UserError(f"--train_images {args.train_images}: there are {len(data)}")
-        data = data.subset(slice(args.train_images))
-    if min(data.shape[1:]) < args.kernel:
-        raise UserError(f"--kernel {args.kernel}: images have {data.shape[1:]} pixels")
-    return normalize_pixels(data, data, unit_variance=False)[0].to(device)
+def views(args, *, center: bool = False) -> ViewStrengths:
+    """The views of the flags."""
+    return settings_of(args, ViewStrengths, kind="masks", center=center)
 
 
 def make_training(args, data: ImageData, dtype) -> Training:
     """Units that see windows in two views, and the loss of their weights as filters."""
     inputs = data.shape[0] * args.kernel**2
-    strengths = ViewStrengths(kind="masks", mask=tuple(args.mask))
-    rule = UnitStatisticsRule.of_terms(args.terms, eps=0.1, tau=500.0)
+    chosen = settings_of(args, StatisticsSettings)
+    rule = UnitStatisticsRule.of_terms(
+        chosen.terms, eta=chosen.eta, eps=chosen.eps, tau=chosen.tau, learn=chosen.learn
+    )
     return Training(
         lateral_mlp(inputs, [args.units], ACTIVATION, inhibition="none"),
         PerLayerRule([rule]).to(data.images.device, dtype),
-        SpreadInitializer().to(data.images.device, dtype),
+        SpreadInitializer(chosen.spread).to(data.images.device, dtype),
         RandomWindows(
-            Views(data, args.batch_size, strengths, dtype=dtype), args.windows, args.kernel
+            Views(data, args.batch_size, views(args), dtype=dtype), args.windows, args.kernel
         ),
         FilterLoss(data, args.kernel, fit_images=args.fit_images, outer_images=args.outer_images),
     )
@@ -120,20 +113,21 @@ def hyperparameters(training: Training) -> dict[str, float]:
     return {f"{group}/{n}": v for group, values in groups.items() for n, v in values.items()}
 
 
-def zoo_entry(args, training: Training, data: ImageData) -> ZooEntry:
+def zoo_entry(args, log: RunLog, training: Training, data: ImageData) -> ZooEntry:
     """The rule as it is now with all that its use needs, in the form of rules/zoo."""
+    first, *_ = read_json(log.directory / "environment.json")  # one entry for each start
     recipe = Recipe(
         training.rule,
         activation=ACTIVATION,
         conv=((args.units, args.kernel),),
         initial=training.initializer.effective(),
-        views=ViewStrengths(kind="masks", mask=tuple(args.mask), center=True),
+        views=views(args, center=True),
         batch_size=args.batch_size,
     )
     return ZooEntry(
         name="filters", recipe=recipe, layers=(), steps=args.horizon[1], layerwise=False,
         dataset=displayable(Path(args.dataset).name), data=data.source.split(" from ")[0],
-        command=f"python examples/learn_filters.py --seed {args.seed}",
+        command=command_text(first["command_line"]),
         about=f"filters of {args.kernel} x {args.kernel} pixels, learned from zero coefficients",
     )  # fmt: skip
 
@@ -149,7 +143,7 @@ def report(args, log: RunLog, training: Training, data: ImageData) -> None:
     log.plot(plot_run)
     if overflown := [name for name, value in learned.items() if not math.isfinite(value)]:
         raise NonFiniteError(f"{overflown[0]} of the learned rule: not finite; lower --lr")
-    save_zoo(zoo_entry(args, training, data), log.directory / "filters.json")
+    save_zoo(zoo_entry(args, log, training, data), log.directory / "filters.json")
     log.say(training.rule.formula())
     log.say(f"everything is in {log.directory}; examples/first_layers.py --methods "
             f"{log.directory}/filters.json judges it")  # fmt: skip
@@ -161,7 +155,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.horizon[0] > args.horizon[1]:
         raise UserError("--horizon takes a smaller and a larger number of updates, such as 40 150")
     device, dtype = set_up(args)
-    data = load_data(args, device)
+    data, _ = centred_images(args, device)
+    if min(data.shape[1:]) < args.kernel:
+        raise UserError(f"--kernel {args.kernel}: images have {data.shape[1:]} pixels")
     training, settings = make_training(args, data, dtype), make_settings(args)
     check_settings(settings, training)
     with open_run(args, "learn_filters", data) as log:

@@ -18,6 +18,11 @@ def mean_and_deviation(name: str, values: Sequence[float]) -> dict[str, float | 
     }
 
 
+def counted_trainings(count: int) -> str:
+    """A number of trainings in words, such as "1 training"."""
+    return "1 training" if count == 1 else f"{count} trainings"
+
+
 def accuracy_text(results: Mapping[str, Any], *, held_out: bool = False) -> str:
     """The mean and deviation of "test_accuracy" in `results`, as a text for the screen.
 

@@ -226,7 +226,7 @@ def test_every_method_is_learned_judged_and_drawn(tmp_path):
 def test_a_comparison_goes_on_from_its_state_with_the_same_numbers():
     flags = [*TINY, "--methods", "random", "PCA", "transfer32", "--evaluations", "2"]
     args = example.make_parser().parse_args(flags)
-    data = example.load_data(args, "cpu")
+    data = example.centred_images(args, "cpu")
     whole, second = (example.Comparison(args, *data, torch.float32) for _ in range(2))
     steps = [whole.step() for _ in range(2)]
     second.load_state_dict(whole.state_dict())
