@@ -1,17 +1,19 @@
 """Random numbers that are hashes of a key and a position, those of many keys at once.
 
-    keys = torch.tensor([drawn_key(generator) for generator in generators], device="cuda")
+    keys = on_device([drawn_key(generator) for generator in generators], device)
     of_step = fold_in(keys, 17)                # other keys, int64 [tasks]
-    uniforms(of_step, 100)                     # float64 [tasks, 100]
+    uniforms(words(of_step, 100))              # float64 [tasks, 100]
     permutations(of_step, 60_000)              # int64 [tasks, 60000]
 
 Number k of a key is mix(state + k gamma) in arithmetic modulo 2^64, with an odd gamma:
 
-    state = mix(key + G),   gamma = mix(key + 2 G) | 1,   fold_in(key, n) = mix(mix(key) + n G)
+    state = mix(key + S),   gamma = mix(key + 2 S) | 1,   fold_in(key, n) = mix(key + (n + 1) G)
 
 mix and G are those of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
-generators", OOPSLA). A few integer operations give all numbers of all tasks, the same on every
-device and however many keys go together, and the host waits for none.
+generators", OOPSLA), whose numbers from the seed `key` are fold_in(key, 0), fold_in(key, 1), ...;
+with a gamma of its own, the numbers of one key are not those of another, shifted. A few integer
+operations give all numbers of all tasks, the same on every device and however many keys go
+together, and the host waits for none.
 """
 
 import math
@@ -21,6 +23,7 @@ from torch import Generator, Tensor
 
 BITS = 64
 G = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, odd
+S = 0xD1B54A32D192ED03  # another odd number, so that words and new keys are not the same
 MIXING = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))  # shifts and factors
 LAST_SHIFT = 31
 
@@ -40,39 +43,34 @@ def on_device(numbers: list, device: torch.device) -> Tensor:
 
 def fold_in(keys: Tensor, number: int | Tensor) -> Tensor:
     """New keys for a number, int64 of the shape of keys and number together, broadcast."""
-    steps = number * _signed(G) if isinstance(number, Tensor) else _signed(number * G)
-    return _mixed(_mixed(keys.clone()) + steps)
+    if isinstance(number, Tensor):
+        return _mixed(torch.add(keys, number + 1, alpha=_signed(G)))
+    return _mixed(keys + _signed((number + 1) * G))
 
 
-def words(keys: Tensor, count: int) -> Tensor:
-    """The first `count` numbers of each key, int64 [tasks, count], each of 64 random bits.
+def words(keys: Tensor, count: int, begin: int = 0) -> Tensor:
+    """Numbers begin, ..., begin + count - 1 of each key, int64 [tasks, count], of 64 random bits.
 
     keys: int64 [tasks].
     """
-    state, gamma = _mixed(keys + _signed(G)), _mixed(keys + _signed(2 * G)) | 1
-    positions = torch.arange(count, device=keys.device)
-    return _mixed(torch.addcmul(state.unsqueeze(1), positions, gamma.unsqueeze(1)))
+    state, gamma = _mixed(torch.stack([keys + _signed(S), keys + _signed(2 * S)])).unsqueeze(2)
+    positions = torch.arange(begin, begin + count, device=keys.device)
+    return _mixed(torch.addcmul(state, positions, gamma | 1))
 
 
-def uniforms(keys: Tensor, count: int) -> Tensor:
-    """Uniform numbers in [0, 1) with 53 bits, float64 [tasks, count]."""
-    return _shifted(words(keys, count), 11).double().mul_(2.0**-53)
+def uniforms(words: Tensor) -> Tensor:
+    """A uniform number in [0, 1) with 53 bits from each word, float64 of the same shape."""
+    return _shifted(words, 11).double().mul_(2.0**-53)
 
 
-def normals(keys: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Standard normal numbers, [tasks, count]: two from the halves of each word (Box, Muller 1958).
+def normals(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Two standard normal numbers from each word's halves (Box, Muller 1958), [tasks, 2 words].
 
     dtype: the type to compute in, at least float32.
     """
-    drawn = words(keys, -(-count // 2))
-    radius = (_shifted(drawn, 32) + 1).to(dtype).mul_(2.0**-32).log_().mul_(-2).sqrt_()
-    angle = drawn.bitwise_and_((1 << 32) - 1).to(dtype).mul_(2.0**-32 * 2 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :count]
-
-
-def random_bytes(keys: Tensor, count: int) -> Tensor:
-    """Random bytes, uint8 [tasks, count]."""
-    return words(keys, -(-count // 8)).view(torch.uint8)[:, :count]
+    radius = (_shifted(words, 32) + 1).to(dtype).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+    angle = (words & ((1 << 32) - 1)).to(dtype).mul_(2.0**-32 * 2 * math.pi)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
 
 
 def permutations(keys: Tensor, count: int) -> Tensor:

@@ -12,8 +12,7 @@ from typing import Protocol
 import torch
 from torch import Generator, Size, Tensor
 
-from data_sets import counted_numbers
-from data_sets.counted_numbers import fold_in
+from data_sets.counted_numbers import normals, uniforms, words
 
 
 class Numbers(Protocol):
@@ -65,19 +64,21 @@ class CountedNumbers:
     """Numbers counted from each task's key, int64 [tasks], on the keys' device."""
 
     def __init__(self, keys: Tensor) -> None:
-        self.keys, self.tasks, self._calls = keys, len(keys), 0
+        self.keys, self.tasks, self._used = keys, len(keys), 0
 
     def uniforms(self, *shape: int) -> Tensor:
-        return self._drawn(counted_numbers.uniforms, shape)
+        return uniforms(self._words(Size(shape).numel())).unflatten(1, shape)
 
     def normals(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Of type `dtype`, at least float32."""
-        return self._drawn(counted_numbers.normals, shape, dtype)
+        count = Size(shape).numel()
+        return normals(self._words(-(-count // 2)), dtype)[:, :count].unflatten(1, shape)
 
     def bytes(self, *shape: int) -> Tensor:
-        return self._drawn(counted_numbers.random_bytes, shape)
+        count = Size(shape).numel()
+        drawn = self._words(-(-count // 8)).view(torch.uint8)
+        return drawn[:, :count].unflatten(1, shape)
 
-    def _drawn(self, draw: Callable[..., Tensor], shape: Sequence[int], *options) -> Tensor:
-        self._calls += 1
-        numbers = draw(fold_in(self.keys, self._calls), Size(shape).numel(), *options)
-        return numbers.unflatten(1, shape)
+    def _words(self, count: int) -> Tensor:
+        begin, self._used = self._used, self._used + count
+        return words(self.keys, count, begin)

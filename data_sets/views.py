@@ -48,7 +48,7 @@ from experiment.view_strengths import GEOMETRIC, MIXED, ViewError, ViewStrengths
 STRIDE = 0.3  # d log strength / d u, as for initial distributions: one learning rate suits all
 
 Pair = tuple[Tensor, Tensor]
-EACH_VIEW, KIND = range(2)  # the purposes of a batch's counted numbers
+KIND = 2  # after a batch's keys 0 and 1 of its two views, that of mixed views' kind
 
 
 class Views(nn.Module):
@@ -126,17 +126,17 @@ class Views(nn.Module):
         first, second = (make(x, numbers).to(self.dtype) for _ in range(2))
         return first, second
 
-    def counted_pair(self, rows: Tensor, keys: Tensor) -> Pair:
-        """A pair of views of these rows, [tasks, batch, ...] each, by numbers of the tasks' keys.
+    def counted_pair(self, parts: tuple[Tensor, Tensor]) -> Pair:
+        """A pair of views of some rows, [tasks, batch, ...] each, by numbers of the tasks' keys.
 
-        It is made on the data's device, without waiting for the host. Of mixed views both kinds are
-        made, and each task takes one.
+        It is made on the data's device, without waiting for the host, and can be recorded as a CUDA
+        graph. Of mixed views both kinds are made, and each task takes one.
 
-        rows: int64 [tasks, batch].
-        keys: int64 [tasks].
+        parts: rows, int64 [tasks, batch], and keys, int64 [tasks], as from `next_batches`.
         """
+        rows, keys = parts
         views = torch.arange(2, device=keys.device).unsqueeze(1)
-        numbers = CountedNumbers(fold_in(fold_in(keys, EACH_VIEW), views).flatten())
+        numbers = CountedNumbers(fold_in(keys, views).flatten())
         x, kind = self._rows(rows.expand(2, *rows.shape).flatten()), self.start.kind
         if kind == MIXED:
             drawn = CountedNumbers(fold_in(keys, KIND)).uniforms(*[1] * x.dim())
@@ -279,20 +279,20 @@ class CountedPairs(Iterator[Pair]):
         self._alone = self.parts_of_tasks([self])
 
     def __next__(self) -> Pair:
-        first, second = self.make(*next(self._alone))
+        first, second = self.make(next(self._alone))
         return first.squeeze(0), second.squeeze(0)
 
     def of_tasks(self, streams: Sequence["CountedPairs"]) -> Iterator[Pair]:
         """The next pairs of several streams of these views, stacked, [tasks, batch, ...] each."""
-        return itertools.starmap(self.make, self.parts_of_tasks(streams))
+        return map(self.make, self.parts_of_tasks(streams))
 
     def parts_of_tasks(self, streams: Sequence["CountedPairs"]) -> Iterator[tuple[Tensor, Tensor]]:
         """The few numbers that `make` makes the next pairs of several streams from."""
         return next_batches([stream.order for stream in streams])
 
     @property
-    def make(self) -> Callable[[Tensor, Tensor], Pair]:
-        """Makes the pairs; of learned views only as long as these have the same strengths."""
+    def make(self) -> Callable[[tuple[Tensor, Tensor]], Pair]:
+        """A function of tensors alone, unless strengths are learned."""
         return self.views.counted_pair
 
 

@@ -492,6 +492,24 @@ def test_a_meta_step_with_counted_numbers_is_the_same_together(source, options):
                       initializer=SpreadInitializer(0.4).double(), **options)  # fmt: skip
 
 
+def test_counted_pairs_are_made_within_the_recordings_which_hold_no_images():
+    sizes = []
+
+    class Measured(CalledRecording):
+        def __call__(self, *tensors):
+            sizes.append(max(t.numel() for t in tensors if t.dtype == torch.int64))
+            assert all(t.shape != (TASKS, 20, 1, SIDE, SIDE) for t in tensors)
+            return super().__call__(*tensors)
+
+    views = Views(IMAGES, 20, ViewStrengths(), dtype=torch.float64, random_numbers="device")
+    meta_run(
+        default_rule(), network((4,), inhibition="none"),
+        MetaSettings(together="always", tasks=TASKS, inner_steps=4), recorder=Recorder(3, Measured),
+        source=lambda *arguments, **options: views(arguments[2]),
+    )  # fmt: skip
+    assert sizes and {*sizes} == {TASKS * 20}
+
+
 def test_each_of_mixed_views_chooses_its_own_kind():
     stream = Views(IMAGES, 20, ViewStrengths("mixed"))(torch.Generator())
     assert stream.of_tasks is None

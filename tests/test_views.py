@@ -16,7 +16,7 @@ from data_sets.counted_numbers import drawn_key, fold_in
 from data_sets.counted_orders import CountedOrder, next_batches
 from data_sets.image_data import DataError, ImageData
 from data_sets.number_sources import CountedNumbers, HostNumbers
-from data_sets.views import EACH_VIEW, STRIDE, Views, kept_pixels
+from data_sets.views import STRIDE, Views, kept_pixels
 from experiment.view_strengths import KINDS, LEARNABLE, ViewError, ViewStrengths
 from initializers import GaussianInitializer
 from learning_rules import PolynomialPairRule
@@ -159,7 +159,7 @@ def test_counted_views_are_those_of_the_formulas_with_their_numbers(kind):
     stream = counted(data, 8, strengths, dtype=torch.float64)(seeded(3))
     rows, keys = next(next_batches([CountedOrder(drawn_key(seeded(3)), 20, 8, CPU)]))
     for number, view in enumerate(next(stream)):
-        numbers = CountedNumbers(fold_in(fold_in(keys, EACH_VIEW), number))
+        numbers = CountedNumbers(fold_in(keys, number))
         x = data.images[rows[0]].double() / 255
         if kind == "geometric":
             draws = numbers.uniforms(8, 28)[0]
@@ -230,7 +230,7 @@ def test_counted_pairs_copy_nothing_from_the_host_and_wait_for_no_number(monkeyp
         if views.lost_value is not None:
             views.lost_value = views.lost_value.to("meta")
         with NoCopies():
-            first, second = views.counted_pair(rows, keys)
+            first, second = views.counted_pair((rows, keys))
         assert first.shape == second.shape == (3, 5, 3, 8, 8)
 
 
