@@ -10,6 +10,8 @@ update       the polynomial rule, forward and backward, a step of all its tasks:
     compiled      the same, compiled by torch (--compile)
     limit         only the products that no formulation can avoid, in batches of all tasks
 meta-step    of many trainings with their probes; the first, which records, is told apart
+batches      of images, and pairs of views, for one update of all tasks; obvious: random numbers of
+             CPU generators; ours: counted on the device, pairs also replayed from a recording
 probe        logistic regression of all tasks; obvious: one by one
 classifier   a step of train_krotov_hopfield.py's classifiers
 
@@ -23,7 +25,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,14 +47,18 @@ from benchmarks.table import (
     set_up,
 )
 from data_sets.image_data import ImageData
+from data_sets.views import Views
+from experiment.choices import DEVICE, HOST
 from experiment.command_line import UserError, run_command
 from experiment.meta_settings import MetaSettings
+from experiment.view_strengths import ViewStrengths
 from hypgraddesc import HypergradientDescent
 from initializers import TRAINABLE, GaussianInitializer
 from kernels.logistic_regression import fit_logistic
 from kernels.logistic_tasks import fit_logistic_tasks
+from kernels.recorded_updates import recording_for
 from krotov_hopfield import KrotovHopfieldNetwork, LayerPlan, LayerwiseTraining, Recipe
-from learning_rules import PolynomialRule
+from learning_rules import PolynomialPairRule, PolynomialRule
 from linear_probe import ProbeLoss
 from meta_gradients import Recorder, Reverse
 from mnist_datasets import batches
@@ -59,6 +66,7 @@ from models_fully_local import Activation, Params, lateral_mlp
 from train import Draw, Training
 
 INH_STEPS = 10
+BENCHMARKED_VIEWS = ("geometric", "masks", "mixed")
 LARGEST_DIFFERENCE = 1e-10  # between devices, in float64, relative
 
 
@@ -76,9 +84,10 @@ class Sizes:
     images: int = 60_000
     channels: int = 96
     seconds: float = 270.0
+    pairs: int = 10
 
 
-TINY = Sizes((1, 2), 4, 6, 16, 4, (2,), 5, 200, 4, 60.0)
+TINY = Sizes((1, 2), 4, 6, 16, 4, (2,), 5, 200, 4, 60.0, 2)
 
 
 class Squares:
@@ -227,12 +236,14 @@ def meta_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
     """One row for each number of tasks: a meta-step with the logistic probe on all images."""
     data = made_images(sizes, clock.device)
     model = lateral_mlp(sizes.side**2, [sizes.units], Activation("sigmoid", 4.0), inh_factor=0.2)
-    for tasks in sizes.meta_tasks:
-        rule = PolynomialRule.of_degree(3, bound="tanh", forward_weight_bound=1.0)
+    images = partial(batches, data, sizes.batch, random_numbers=DEVICE)
+    pairs = Views(data, sizes.batch, random_numbers=DEVICE)
+    ways = [(PolynomialRule, images, tasks) for tasks in sizes.meta_tasks]
+    for kind, source, tasks in [*ways, (PolynomialPairRule, pairs, sizes.meta_tasks[0])]:
+        rule = kind.of_degree(3, bound="tanh", forward_weight_bound=1.0)
         start = GaussianInitializer({"b": TRAINABLE, "m": TRAINABLE}, {"w": TRAINABLE})
         training = Training(
-            model, rule.to(clock.device), start.to(clock.device),
-            lambda generator: batches(data, sizes.batch, generator),
+            model, rule.to(clock.device), start.to(clock.device), source,
             ProbeLoss(data, data, 1000.0, outer_images=min(4096, sizes.images)),
         )  # fmt: skip
         settings = MetaSettings(tasks=tasks, inner_steps=sizes.meta_steps, together="always")
@@ -241,10 +252,73 @@ def meta_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
         first = clock.milliseconds(descent.step)
         times = [clock.milliseconds(descent.step) for _ in range(repeat)]
         per_second = f"{1e3 * tasks * sizes.meta_steps / min(times):,.0f}"
+        what = "meta-step" if source is images else "meta-step, pairs"
         yield Row(
-            "meta-step", f"{tasks} x {sizes.meta_steps} updates", times,
+            what, f"{tasks} x {sizes.meta_steps} updates", times,
             more=columns(per_second, "-", first, clock),
         )  # fmt: skip
+
+
+class Batches:
+    """The batches of several tasks, of images or, with strengths, pairs of views, in each way."""
+
+    def __init__(self, data: ImageData, size: int, tasks: int, strengths: ViewStrengths | None):
+        self.data, self.size, self.tasks, self.strengths = data, size, tasks, strengths
+
+    def streams(self, random_numbers: str) -> list[Iterator]:
+        """A new stream for each task."""
+        options = {"random_numbers": random_numbers}
+        if self.strengths is None:
+            draw = partial(batches, self.data, self.size, **options)
+        else:
+            draw = Views(self.data, self.size, self.strengths, **options)
+        return [draw(torch.Generator().manual_seed(k)) for k in range(self.tasks)]
+
+    def drawn(self, random_numbers: str, steps: int) -> None:
+        """All tasks' batches of some updates; those of mixed views by generators one by one."""
+        streams = self.streams(random_numbers)
+        if streams[0].of_tasks is None:
+            for _ in range(steps * self.tasks):
+                next(streams[0])
+        else:
+            for _ in itertools.islice(streams[0].of_tasks(streams), steps):
+                pass
+
+    def recorded(self) -> Callable[[int], None]:
+        """A function that replays as many pairs of all tasks."""
+        streams = self.streams(DEVICE)
+        parts, make = streams[0].parts_of_tasks(streams), streams[0].make
+        given = next(parts)
+        replay = recording_for(given[0].device)(lambda *tensors: [*make(tensors)], given)
+
+        def replayed(steps: int) -> None:
+            for tensors in itertools.islice(parts, steps):
+                replay(*tensors)
+
+        return replayed
+
+
+def batch_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
+    """One row for each kind of batches and number of tasks, in milliseconds for an update of all.
+
+    An epoch's batches of images are made once, so that these are of the updates of a meta-step.
+    """
+    data = made_images(sizes, clock.device)
+    kinds = {"batches": None} | {f"pairs, {k}": ViewStrengths(k) for k in BENCHMARKED_VIEWS}
+    for (name, strengths), tasks in itertools.product(kinds.items(), sizes.meta_tasks):
+        of_tasks = Batches(data, sizes.batch, tasks, strengths)
+        steps = sizes.meta_steps if strengths is None else sizes.pairs
+        ways = {way: partial(of_tasks.drawn, way, steps) for way in (HOST, DEVICE)} | (
+            {} if strengths is None else {"recorded": partial(of_tasks.recorded(), steps)}
+        )
+        counted = {way: kernels_of(run, steps, clock.device) for way, run in ways.items()}
+        first = {way: clock.milliseconds(run) for way, run in ways.items()}
+        times = clock.in_turns(ways, repeat)
+        each = {way: [t / steps for t in values] for way, values in times.items()}
+        for way in list(ways)[1:]:
+            more = columns("-", counted[way], first[way], clock)
+            told = name if way == DEVICE else f"{name}, {way}"
+            yield Row(told, f"{tasks} x {sizes.batch}", each[way], each[HOST], more=more)
 
 
 def probe_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
@@ -308,6 +382,31 @@ def differences(sizes: Sizes, device: torch.device) -> dict[str, float]:
     return found
 
 
+def differences_of_pairs(sizes: Sizes, device: torch.device) -> dict[str, float]:
+    """The largest difference of counted pairs of views to the CPU's, in float64, by way."""
+    strengths, options = ViewStrengths("mixed", noise=0.1, shift=1.0), {"dtype": torch.float64}
+    cpu = torch.device("cpu")
+    data = made_images(replace(sizes, images=200), cpu)
+
+    def made(device: torch.device, record: type | None) -> list[Tensor]:
+        views = Views(data.to(device), 64, strengths, random_numbers=DEVICE, **options)
+        streams = [views(torch.Generator().manual_seed(k)) for k in range(3)]
+        parts, make = [*itertools.islice(streams[0].parts_of_tasks(streams), 4)], views.counted_pair
+        if record is not None:
+            replay = record(lambda *tensors: [*make(tensors)], parts[0])
+            return [x.to(cpu, copy=True) for tensors in parts for x in replay(*tensors)]
+        return [x.to(cpu) for tensors in parts for x in make(tensors)]
+
+    expected = made(cpu, None)
+    ways = {"pairs": None, "pairs_recorded": recording_for(device)}
+    return {
+        name: max(
+            float((a - b).abs().max()) for a, b in zip(made(device, way), expected, strict=True)
+        )
+        for name, way in ways.items()
+    }
+
+
 def until(end: float, rows: Iterator[Row], kept: list[Row]) -> Iterator[Row]:
     """The rows that begin before this moment, which are also kept."""
     while time.perf_counter() < end:
@@ -329,13 +428,14 @@ def main(argv: list[str] | None = None) -> None:
     if clock.device.type != "cuda" and arguments.device != "cpu":
         raise UserError("no CUDA device: --device cpu runs a small version of this benchmark")
     sizes = Sizes() if clock.device.type == "cuda" else TINY
-    checked = differences(sizes, clock.device)
+    checked = differences(sizes, clock.device) | differences_of_pairs(sizes, clock.device)
     for name, difference in checked.items():
-        print(f"hypergradients {name.replace('_', ' ')}: {difference:.1e} from the CPU's, float64")
+        print(f"{name.replace('_', ' ')}: {difference:.1e} from the CPU's, float64")
     rows: list[Row] = []
     lines = itertools.chain(
         update_rows(sizes, arguments.repeat, clock, arguments.compile),
         meta_rows(sizes, arguments.repeat, clock),
+        batch_rows(sizes, arguments.repeat, clock),
         probe_rows(sizes, arguments.repeat, clock),
         classifier_rows(sizes, arguments.repeat, clock),
     )

@@ -1,6 +1,7 @@
 """benchmarks/gpu.py at tiny sizes on the CPU: rows, checks, and the file with the numbers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ def test_the_table_is_printed_and_written(tmp_path, capsys):
     whats = [row["what"] for row in told["rows"]]
     assert whats == [
         "update, one by one", "update, together", "update, replayed", "update, together",
-        "update, replayed", "meta-step", "probe", "classifier, a step",
+        "update, replayed", "meta-step", "meta-step, pairs", "batches",
+        *(f"pairs, {kind}{way}" for kind in gpu.BENCHMARKED_VIEWS for way in ("", ", recorded")),
+        "probe", "classifier, a step",
     ]  # fmt: skip
-    assert set(told["differences"]) == {"one_by_one", "together", "replayed"}
+    ways = {"one_by_one", "together", "replayed", "pairs", "pairs_recorded"}
+    assert set(told["differences"]) == ways
     assert max(told["differences"].values()) < 1e-12
     assert (told["device"], told["torch"]) == ("cpu", torch.__version__)
     lines = capsys.readouterr().out.splitlines()
@@ -26,7 +30,7 @@ def test_the_table_is_printed_and_written(tmp_path, capsys):
 
 
 def test_rows_for_which_no_time_is_left_are_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "TINY", gpu.Sizes(*list(vars(gpu.TINY).values())[:-1], seconds=0.0))
+    monkeypatch.setattr(gpu, "TINY", replace(gpu.TINY, seconds=0.0))
     gpu.main(["--device", "cpu", "--repeat", "1"])
     assert "the other rows are left out" in capsys.readouterr().out
 
@@ -34,7 +38,7 @@ def test_rows_for_which_no_time_is_left_are_left_out(monkeypatch, capsys):
 def test_devices_that_disagree_end_with_status_one(monkeypatch):
     monkeypatch.setattr(gpu, "differences", lambda sizes, device: {"together": 1e-3})
     monkeypatch.setattr(gpu, "update_rows", lambda *arguments: iter(()))
-    monkeypatch.setattr(gpu, "TINY", gpu.Sizes(*list(vars(gpu.TINY).values())[:-1], seconds=0.0))
+    monkeypatch.setattr(gpu, "TINY", replace(gpu.TINY, seconds=0.0))
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--device", "cpu", "--repeat", "1"])
     assert stop.value.code == 1
