@@ -84,7 +84,7 @@ class Sizes:
     images: int = 60_000
     channels: int = 96
     seconds: float = 270.0
-    pairs: int = 10
+    pairs: int = 40
 
 
 TINY = Sizes((1, 2), 4, 6, 16, 4, (2,), 5, 200, 4, 60.0, 2)
@@ -308,15 +308,17 @@ def batch_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
     for (name, strengths), tasks in itertools.product(kinds.items(), sizes.meta_tasks):
         of_tasks = Batches(data, sizes.batch, tasks, strengths)
         steps = sizes.meta_steps if strengths is None else sizes.pairs
-        ways = {way: partial(of_tasks.drawn, way, steps) for way in (HOST, DEVICE)} | (
-            {} if strengths is None else {"recorded": partial(of_tasks.recorded(), steps)}
-        )
-        counted = {way: kernels_of(run, steps, clock.device) for way, run in ways.items()}
-        first = {way: clock.milliseconds(run) for way, run in ways.items()}
+        counts = {HOST: max(1, steps // 10) if strengths else steps, DEVICE: steps}
+        ways = {way: partial(of_tasks.drawn, way, count) for way, count in counts.items()}
+        if strengths is not None:
+            counts["recorded"], ways["recorded"] = steps, partial(of_tasks.recorded(), steps)
+        ours = list(ways)[1:]
+        kernels = {way: kernels_of(ways[way], steps, clock.device) for way in ours}
+        first = {way: clock.milliseconds(ways[way]) for way in ours}
         times = clock.in_turns(ways, repeat)
-        each = {way: [t / steps for t in values] for way, values in times.items()}
-        for way in list(ways)[1:]:
-            more = columns("-", counted[way], first[way], clock)
+        each = {way: [t / counts[way] for t in values] for way, values in times.items()}
+        for way in ours:
+            more = columns("-", kernels[way], first[way], clock)
             told = name if way == DEVICE else f"{name}, {way}"
             yield Row(told, f"{tasks} x {sizes.batch}", each[way], each[HOST], more=more)
 
