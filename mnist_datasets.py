@@ -48,6 +48,7 @@ from data_sets.image_data import (
     DataError,
     ImageData,
     ImageSets,
+    ImagesOfRows,
     batch_indices,
     check_batch_size,
     device_of,
@@ -225,13 +226,26 @@ class Batches(Iterator[Tensor]):
     def of_tasks(self, streams: Sequence["Batches"]) -> Iterator[Tensor]:
         """The next batches of several streams of these data, stacked, [tasks, batch, C, H, W]."""
         kept = {}
+        for rows in self.parts_of_tasks(streams):
+            if id(rows) not in kept:  # with the rows, whose id is then not given to others
+                images = self.data.floats(rows.flatten(), self.dtype)
+                kept[id(rows)] = rows, images.unflatten(0, rows.shape)
+            yield kept[id(rows)][1]
+
+    def parts_of_tasks(self, streams: Sequence["Batches"]) -> Iterator[Tensor]:
+        """The rows of the next batches of several streams, int64 [tasks, batch]."""
+        kept = {}
         while True:
             places = tuple(stream._place() for stream in streams)
             if places not in kept:
                 each = [s.indices[place] for s, place in zip(streams, places, strict=True)]
-                images = self.data.floats(torch.cat(each), self.dtype)
-                kept[places] = images.unflatten(0, (len(streams), -1))
+                kept[places] = torch.stack(each)
             yield kept[places]
+
+    @property
+    def make(self) -> ImagesOfRows:
+        """Makes batches of such rows: those of `of_tasks` up to rounding."""
+        return ImagesOfRows(self.data, self.dtype)
 
 
 class CountedBatches(Batches):
@@ -246,10 +260,10 @@ class CountedBatches(Batches):
         _find_orders([self])
         return super().__next__()
 
-    def of_tasks(self, streams: Sequence["CountedBatches"]) -> Iterator[Tensor]:
-        """The next batches of several streams of these data, stacked, [tasks, batch, C, H, W]."""
+    def parts_of_tasks(self, streams: Sequence["CountedBatches"]) -> Iterator[Tensor]:
+        """The rows of the next batches of several streams, int64 [tasks, batch]."""
         _find_orders(streams)
-        return super().of_tasks(streams)
+        return super().parts_of_tasks(streams)
 
 
 def _find_orders(streams: Sequence[CountedBatches]) -> None:
