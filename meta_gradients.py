@@ -421,7 +421,7 @@ class Recorder:
 
     def __init__(self, length: int = 10, record: type[Recording] | None = None) -> None:
         self.length, self.record = length, record
-        self._recorded: dict[tuple, tuple[nn.Module, RecordedUpdates]] = {}
+        self._recorded: dict[tuple, tuple[tuple[nn.Module, nn.Module], RecordedUpdates]] = {}
 
     def train(
         self, training: Training, tasks: _Tasks, ends: Sequence[int], adjoint_limit: float | None
@@ -448,7 +448,8 @@ class Recorder:
 
     def _updates(self, training, tasks, spec, of_batch, adjoint_limit) -> RecordedUpdates:
         """The recorded updates of a training, with parameters and batches of these structures."""
-        key = (id(training.model), str(spec), str(of_batch), adjoint_limit)
+        owners = training.model, training.rule
+        key = (*map(id, owners), str(spec), str(of_batch), adjoint_limit)
         if key not in self._recorded:
             model, names = over_tasks(training.model), [*tasks.psi]
 
@@ -464,7 +465,7 @@ class Recorder:
 
             held = None if adjoint_limit is None else hold
             updates = RecordedUpdates(update, self.length, held, self.record)
-            self._recorded[key] = training.model, updates  # the model, whose id is then its own
+            self._recorded[key] = owners, updates  # the owners, whose ids are then their own
         return self._recorded[key][1]
 
 
