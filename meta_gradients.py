@@ -349,6 +349,18 @@ class _Tasks:
             going = sum(all_go_on or draw.steps > step for draw in self.draws)
             yield tree_map(lambda x, going=going: x[:going], batch)
 
+    def parts(self) -> tuple[Iterator, Callable]:
+        """What the batches of all tasks are made from, and the function that makes them.
+
+        Pairs by counted numbers are made from a few of these, everything else from itself.
+        """
+        first = self._streams[0]
+        if not hasattr(first, "parts_of_tasks"):
+            return self.batches(all_go_on=True), _unchanged
+        return itertools.islice(
+            first.parts_of_tasks(self._streams), self.draws[0].steps
+        ), first.make
+
     def with_all_entries(self, model: nn.Module, batch) -> Params:
         """`start`, with 0 for what the rule remembers since its first update."""
         with torch.no_grad():
@@ -427,14 +439,16 @@ class Recorder:
         self, training: Training, tasks: _Tasks, ends: Sequence[int], adjoint_limit: float | None
     ) -> list[Params]:
         """The parameters after each of `ends` updates, of all tasks even where some are done."""
-        batches = [*tasks.batches(all_go_on=True)]
+        batches, make = tasks.parts()
+        batches = [*batches]
         if len(batches) < ends[-1]:
             raise TrainingError(
                 f"the batches end after {len(batches)} updates; give an iterator that goes on"
             )
-        start = tasks.with_all_entries(over_tasks(training.model), batches[0])
+        start = tasks.with_all_entries(over_tasks(training.model), make(batches[0]))
         theta, spec = tree_flatten(start)
-        updates = self._updates(training, tasks, spec, tree_flatten(batches[0])[1], adjoint_limit)
+        of_batch = tree_flatten(batches[0])[1]
+        updates = self._updates(training, tasks, spec, of_batch, make, adjoint_limit)
         state = []
         if adjoint_limit is not None:
             state = [t.new_zeros(len(t), dtype=torch.float64) for t in theta]
@@ -446,15 +460,18 @@ class Recorder:
             passed.append(tree_unflatten(theta, spec))
         return passed
 
-    def _updates(self, training, tasks, spec, of_batch, adjoint_limit) -> RecordedUpdates:
-        """The recorded updates of a training, with parameters and batches of these structures."""
+    def _updates(self, training, tasks, spec, of_batch, make, adjoint_limit) -> RecordedUpdates:
+        """The recorded updates of a training, with parameters and batches of these structures.
+
+        Batches are made within the updates, so that many need no memory.
+        """
         owners = training.model, training.rule
-        key = (*map(id, owners), str(spec), str(of_batch), adjoint_limit)
+        key = (*map(id, owners), str(spec), str(of_batch), make, adjoint_limit)
         if key not in self._recorded:
             model, names = over_tasks(training.model), [*tasks.psi]
 
             def update(psi, theta, batch) -> list[Tensor]:
-                given = (model, tree_unflatten(theta, spec), tree_unflatten(batch, of_batch))
+                given = (model, tree_unflatten(theta, spec), make(tree_unflatten(batch, of_batch)))
                 named = dict(zip(names, psi, strict=True))
                 return tree_leaves(functional_call(training.rule, named, given))
 
@@ -497,6 +514,10 @@ def _stacked(streams: Sequence[Iterator]) -> Iterator:
         if key not in stacked:  # with the batches, whose ids are then not given to others
             stacked[key] = batches, tree_map(lambda *x: torch.stack(x), *batches)
         yield stacked[key][1]
+
+
+def _unchanged(batch):
+    return batch
 
 
 def _joined(tasks: Sequence[Params], join: Callable[[list[Tensor]], Tensor]) -> Params:

@@ -62,8 +62,13 @@ def draw_numbers(
     count: int, generator: torch.Generator, *, crops: bool = True, shifts: bool = False
 ) -> Tensor:
     """The random numbers of views: float64 [count, columns], uniform in [0, 1), on the CPU."""
-    columns = 6 + 20 * crops + 2 * shifts
+    columns = count_columns(crops=crops, shifts=shifts)
     return torch.rand(count, columns, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def count_columns(*, crops: bool, shifts: bool) -> int:
+    """The random numbers that the view of an image takes."""
+    return 6 + 20 * crops + 2 * shifts
 
 
 def warp(
@@ -80,7 +85,8 @@ def warp(
 
     Pixels from outside the image are 0.
 
-    draws: from `draw_numbers`, with columns for crops and shifts if they are used.
+    draws: as from `draw_numbers`, with columns for crops and shifts if they are used; on the CPU or
+        on the device of x.
     degrees: the largest angle, in either direction.
     scale: the range of the crop's share of the padded image's area; None: no crops.
     ratio: the range of the crop's width / height.
@@ -91,14 +97,14 @@ def warp(
         return _warp_in_loops(x, draws, float(degrees), scale, ratio, padding, shift)
     count, _, height, width = x.shape
     if scale is None:
-        box = draws.new_tensor([0, 0, height, width]).expand(count, 4)
+        box = _rows_of(draws, count, (0.0, 0.0, height, width))
     else:
         box = _random_boxes(
             draws[:, AREAS], draws[:, RATIOS], draws[:, POSITION],
             height, width, padding, scale, ratio,
         )  # fmt: skip
     if shift:
-        sides = box[:, 2:] / box.new_tensor([height, width])  # the sides of a pixel of the view
+        sides = box[:, 2:] / _rows_of(box, 1, (height, width))  # the sides of a pixel of the view
         moved = (2 * draws[:, SHIFT] - 1) * shift * sides
         box = torch.cat([box[:, :2] + moved, box[:, 2:]], 1)
     angle = (2 * draws[:, ANGLE] - 1) * (degrees * (math.pi / 180))
@@ -112,7 +118,7 @@ def jitter(
     """Multiply brightness and contrast of each image by random factors, in random order.
 
     x: [B, C, H, W], changed in place.
-    draws: from `draw_numbers`.
+    draws: as for `warp`.
     brightness, contrast: factors are uniform in [1 - strength, 1 + strength], and at least 0.
     """
     if _in_loops(x, brightness, contrast) and x.is_contiguous():
@@ -153,7 +159,7 @@ def _random_boxes(
     w, h = w.gather(1, first).squeeze(1), h.gather(1, first).squeeze(1)
     top = (position_draws[:, 0] * (padded_height - h + 1)).floor()
     left = (position_draws[:, 1] * (padded_width - w + 1)).floor()
-    fallback = area.new_tensor(_fallback(padded_height, padded_width, ratio))
+    fallback = _rows_of(area, 1, _fallback(padded_height, padded_width, ratio))
     return torch.where(fits.any(1, keepdim=True), torch.stack([top, left, h, w], 1), fallback)
 
 
@@ -190,7 +196,7 @@ def _crop_grid(
     top, left, h, w = box.unbind(1)
     cos, sin = angle.cos(), angle.sin()
     x, y = left + w / 2 - (width / 2 + padding), top + h / 2 - (height / 2 + padding)
-    half = angle.new_tensor([2 / width, 2 / height])  # from pixels to grid_sample's [-1, 1]
+    half = _rows_of(angle, 1, (2 / width, 2 / height))  # from pixels to grid_sample's [-1, 1]
     matrix = torch.stack(
         [cos * w / 2, -sin * h / 2, cos * x - sin * y, sin * w / 2, cos * h / 2, sin * x + cos * y],
         1,
@@ -222,7 +228,7 @@ def _grey_mean(x: Tensor) -> Tensor:
     """Mean grey value of each image [B, 1, 1, 1]; for three channels the ITU-R 601 luma."""
     means = x.mean((2, 3), keepdim=True)
     if x.shape[1] == 3:
-        means = means * means.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * 3
+        means = means * _rows_of(means, 1, (0.299, 0.587, 0.114)).view(3, 1, 1) * 3
     return means if x.shape[1] == 1 else means.mean(1, keepdim=True)
 
 
@@ -274,6 +280,11 @@ def _jitter_in_loops(x: Tensor, draws: Tensor, brightness: float, contrast: floa
     for first in (True, False):
         view_loops.change(used, *ranges, first, _grey_mean(x).view(-1).numpy(), pixels)
     return x
+
+
+def _rows_of(like: Tensor, count: int, values: Sequence[float]) -> Tensor:
+    """[count, values], filled on the device: a copy from the host would wait for it."""
+    return torch.stack([like.new_full((count,), value) for value in values], 1)
 
 
 def _between(draw: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:

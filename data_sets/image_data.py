@@ -126,13 +126,22 @@ def batch_indices(
 
     generator: a generator on the CPU.
     """
+    check_batch_size(data, batch_size)
+    order = torch.randperm(len(data), generator=generator, device="cpu").to(device_of(data))
+    return [index for index in order.split(batch_size) if len(index) == batch_size]
+
+
+def check_batch_size(data: ImageData | Tensor, batch_size: int) -> None:
+    """Raise DataError if there isn't one whole batch."""
     if not 1 <= batch_size <= len(data):
         raise DataError(
             f"batch size {batch_size} must be from 1 to {len(data)}, the number of images"
         )
-    device = data.device if isinstance(data, Tensor) else data.images.device
-    order = torch.randperm(len(data), generator=generator, device="cpu").to(device)
-    return [index for index in order.split(batch_size) if len(index) == batch_size]
+
+
+def device_of(data: ImageData | Tensor) -> torch.device:
+    """The device that the images, or features, are on."""
+    return data.device if isinstance(data, Tensor) else data.images.device
 
 
 @dataclass(frozen=True)

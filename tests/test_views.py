@@ -6,12 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_copies import NoCopies
 from torch import Tensor
 from torch.testing import assert_close
 
 import initializers
-from data_sets.augmentation import augment
+from data_sets.augmentation import augment, jitter, warp
+from data_sets.counted_numbers import drawn_key, fold_in
+from data_sets.counted_orders import CountedOrder, next_batches
 from data_sets.image_data import DataError, ImageData
+from data_sets.number_sources import CountedNumbers, HostNumbers
 from data_sets.views import STRIDE, Views, kept_pixels
 from experiment.view_strengths import KINDS, LEARNABLE, ViewError, ViewStrengths
 from initializers import GaussianInitializer
@@ -21,6 +25,7 @@ from models_fully_local import Activation, lateral_network
 from rules.unit_statistics import default_rule
 from train import train
 
+CPU = torch.device("cpu")
 STILL = {"degrees": 0, "crop": (1, 1), "crop_ratio": (1, 1), "brightness": 0, "contrast": 0}
 ranges = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted).map(tuple)
 strengths_of_any_kind = st.builds(
@@ -126,14 +131,124 @@ def test_views_leave_the_data_alone():
     assert torch.equal(data.images, before)
 
 
+# ---- counted numbers ----
+
+
+def counted(data, batch_size: int, strengths: ViewStrengths, **options) -> Views:
+    return Views(data, batch_size, strengths, random_numbers="device", **options)
+
+
+@given(strengths_of_any_kind, st.integers(0, 2**40))
+@settings(max_examples=60, deadline=None)
+def test_counted_pairs_of_tasks_are_those_of_each_to_the_last_bit(strengths, seed):
+    views = counted(random_data(6, channels=3), 2, strengths)
+    several, alone = ([views(seeded(seed + k)) for k in range(3)] for _ in range(2))
+    next(several[1]), next(alone[1])  # one is ahead
+    for pair, _ in zip(several[0].of_tasks(several), range(5), strict=False):
+        for view, others in zip(pair, zip(*map(next, alone), strict=True), strict=True):
+            assert view.shape == (3, 2, 3, 8, 8) and view.isfinite().all()
+            assert torch.equal(view, torch.stack(others))
+
+
+@pytest.mark.parametrize("kind", ["geometric", "masks", "none"])
+def test_counted_views_are_those_of_the_formulas_with_their_numbers(kind):
+    """The same steps by the functions for given draws, a view at a time."""
+    data = random_data(20)
+    data = normalize_pixels(data, data)[0]
+    strengths = ViewStrengths(kind, noise=0.1, shift=1.0, mask=(0.2, 0.6))
+    stream = counted(data, 8, strengths, dtype=torch.float64)(seeded(3))
+    rows, keys = next(next_batches([CountedOrder(drawn_key(seeded(3)), 20, 8, CPU)]))
+    for number, view in enumerate(next(stream)):
+        numbers = CountedNumbers(fold_in(keys, number))
+        x = data.images[rows[0]].double() / 255
+        if kind == "geometric":
+            draws = numbers.uniforms(8, 28)[0]
+            x = warp(x, draws, degrees=25.0, scale=(0.7, 1.0), ratio=(0.75, 1.3333), padding=2,
+                     shift=1.0)  # fmt: skip
+            x = jitter(x, draws, 0.5, 0.5)
+        x = data.normalize(x)
+        x = x + 0.1 * numbers.normals(*x.shape, dtype=torch.float64)[0]
+        if kind == "masks":
+            kept = kept_pixels((8, 1, 8, 8), (0.2, 0.6), numbers)[0]
+            x = torch.where(kept, x, data.floats(dtype=torch.float64).mean(0))
+        assert_close(view, x, rtol=0, atol=1e-6 if kind == "masks" else 1e-12)
+
+
+def test_each_task_of_counted_mixed_views_has_the_kind_that_its_step_draws():
+    data, tasks = random_data(4), 20
+    strengths = ViewStrengths("mixed", geometric_share=0.3, mask=(0, 0))
+    streams = [counted(data, 4, strengths)(seeded(k)) for k in range(tasks)]
+    plain = data.floats().flatten(1).sum(1).sort().values
+    kinds = []
+    for pair, _ in zip(streams[0].of_tasks(streams), range(60), strict=False):
+        sums = torch.stack([x.flatten(2).sum(2).sort(1).values for x in pair])
+        same = ((sums - plain).abs() < 1e-3).all(2)
+        assert torch.equal(same[0], same[1])
+        kinds.append(~same[0])
+    shares = torch.stack(kinds).double()
+    assert abs(shares.mean() - 0.3) < 0.06
+    assert 0 < shares[0].sum() < tasks and 0 < shares[:, 0].sum() < 60
+
+
+def test_counted_views_differ_between_views_epochs_and_tasks_and_from_the_generators():
+    data = random_data(20)
+    for strengths in (ViewStrengths(), ViewStrengths("masks"), ViewStrengths("none", noise=1.0)):
+        streams = [counted(data, 20, strengths)(seeded(k)) for k in range(2)]
+        drawn = [next(Views(data, 20, strengths)(seeded()))[0]]
+        for stream in streams:
+            drawn += [x for _ in range(2) for x in next(stream)]
+        for one, other in itertools.combinations(drawn, 2):
+            assert (one != other).double().mean() > 0.2
+
+
+def test_learned_strengths_of_counted_views_have_the_derivatives_of_finite_differences():
+    for kind in ("geometric", "mixed"):
+        strengths = ViewStrengths(kind, noise=0.05, shift=0.5)
+        views = counted(smooth_data(), 6, strengths, learn=LEARNABLE, dtype=torch.float64).double()
+
+        def loss(views=views) -> Tensor:
+            pairs = itertools.islice(views(seeded(4)), 4)
+            return sum(x.square().cos().sum() for pair in pairs for x in pair)
+
+        for name, u in views.moved.items():
+            (gradient,) = torch.autograd.grad(loss(), u)
+            assert abs(gradient) > 1e-3, name
+            assert_close(gradient, slope(loss, u), rtol=1e-4, atol=1e-6)
+
+
+def test_counted_pairs_copy_nothing_from_the_host_and_wait_for_no_number(monkeypatch):
+    """On "meta" tensors there are no numbers to wait for, and a copy from the CPU is noticed."""
+    all_kinds = {
+        kind: counted(random_data(channels=3), 5, ViewStrengths(kind, noise=0.1, shift=1.0))
+        for kind in KINDS
+    }
+    for module, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
+        monkeypatch.setattr(module, name, None)
+    rows, keys = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((3, 5), 3))
+    for views in all_kinds.values():
+        views.data = views.data.to("meta")
+        if views.lost_value is not None:
+            views.lost_value = views.lost_value.to("meta")
+        with NoCopies():
+            first, second = views.counted_pair((rows, keys))
+        assert first.shape == second.shape == (3, 5, 3, 8, 8)
+
+
 # ---- masks ----
 
 
-@given(ranges, st.integers(0, 2**40))
+SOURCES = {
+    "host": lambda seed: HostNumbers([seeded(seed)]),
+    "device": lambda seed: CountedNumbers(torch.tensor([seed])),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@given(share=ranges, seed=st.integers(0, 2**40))
 @settings(max_examples=20, deadline=None)
-def test_masks_take_a_share_of_each_image_that_is_uniform_in_the_range(share, seed):
+def test_masks_take_a_share_of_each_image_that_is_uniform_in_the_range(source, share, seed):
     count, pixels = 300, 500
-    lost = 1 - kept_pixels((count, pixels), share, seeded(seed)).double().mean(1)
+    lost = 1 - kept_pixels((count, pixels), share, SOURCES[source](seed))[0].double().mean(1)
     low, high = share
     tolerance = 5 * (0.25 / pixels) ** 0.5 + 1 / 256
     assert lost.min() >= low - tolerance and lost.max() <= high + tolerance
@@ -143,17 +258,20 @@ def test_masks_take_a_share_of_each_image_that_is_uniform_in_the_range(share, se
     assert lost.std() < deviation + 0.04 and lost.std() > (high - low) / 12**0.5 - 0.04
 
 
-def test_small_shares_are_met_in_the_mean_though_a_pixel_costs_only_a_byte():
-    kept = kept_pixels((4000, 1000), (0.001, 0.001), seeded())
+@pytest.mark.parametrize("source", SOURCES)
+def test_small_shares_are_met_in_the_mean_though_a_pixel_costs_only_a_byte(source):
+    kept = kept_pixels((4000, 1000), (0.001, 0.001), SOURCES[source](0))
     assert_close(1 - kept.double().mean(), torch.tensor(0.001).double(), rtol=0.1, atol=0)
 
 
-def test_masks_of_pixels_and_of_views_are_independent():
-    kept = kept_pixels((1, 28, 28 * 500), (0.5, 0.5), seeded()).double().flatten()
+@pytest.mark.parametrize("source", SOURCES)
+def test_masks_of_pixels_and_of_views_are_independent(source):
+    kept = kept_pixels((1, 28, 28 * 500), (0.5, 0.5), SOURCES[source](0)).double().flatten()
     for lag in (1, 2, 3, 4, 7, 8, 28, 64):
         assert abs(torch.corrcoef(torch.stack([kept[lag:], kept[:-lag]]))[0, 1]) < 0.01
     data = random_data(2000, size=4)
-    views = first_pair(data, 2000, ViewStrengths("masks", mask=(0.2, 0.8), center=True))
+    strengths = ViewStrengths("masks", mask=(0.2, 0.8), center=True)
+    views = first_pair(data, 2000, strengths, random_numbers=source)
     lost = torch.stack([(x == 0).double().flatten() for x in views])
     assert abs(torch.corrcoef(lost)[0, 1]) < 0.02
     shares = lost.view(2, 2000, 16).mean(2)
