@@ -251,6 +251,35 @@ class CountedBatches(Batches):
         _find_orders(streams)
         return super().of_tasks(streams)
 
+    def parts_of_tasks(self, streams: Sequence["CountedBatches"]) -> Iterator[Tensor]:
+        """The rows of the next batches of several streams, [tasks, batch], for `make`."""
+        _find_orders(streams)
+        while True:
+            places = [(stream, stream._place()) for stream in streams]
+            yield torch.stack([stream.indices[place] for stream, place in places])
+
+    @property
+    def make(self) -> Callable[[Tensor], Tensor]:
+        """A function of such rows that gives the images, equal for all streams of these data."""
+        return _ImagesOf(self.data, self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class _ImagesOf:
+    data: ImageData
+    dtype: torch.dtype
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Images [tasks, batch, C, H, W] of these rows [tasks, batch]."""
+        return self.data.floats(rows.flatten(), self.dtype).unflatten(0, rows.shape)
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, _ImagesOf) and self.data is other.data
+        return same and self.dtype == other.dtype
+
+    def __hash__(self) -> int:
+        return hash((id(self.data), self.dtype))
+
 
 def _find_orders(streams: Sequence[CountedBatches]) -> None:
     """Give each stream its order, unless it has one."""
