@@ -685,11 +685,13 @@ def make_training(args, parts: tuple, inputs: Inputs) -> Training:
     return Training(*parts)
 
 
-def compile_update(training: Training) -> None:
+def compile_update(trainings: Sequence[Training]) -> None:
     """Have the rule's update compiled when it is first called; results agree up to rounding.
 
-    That takes from twenty seconds on. Raises UserError if there is no compiler.
+    That takes from twenty seconds on. Pairs of views by counted numbers are compiled too. Raises
+    UserError if there is no compiler.
     """
+    training = trainings[0]
     rule, model = training.rule, training.model
     params, batch = training.initializer(model), next(training.batches(seeded_generator(0)))
     rule.update(model, params, batch)  # prepares its sums, which can't be traced
@@ -700,6 +702,8 @@ def compile_update(training: Training) -> None:
             "--compile needs a compiler that torch can use (C++, on a GPU Triton): leave it out"
         ) from problem
     rule.update = torch.compile(rule.update, dynamic=False)
+    for views in (t.batches for t in trainings if isinstance(t.batches, Views)):
+        views.counted_pair = torch.compile(views.counted_pair, dynamic=False)
 
 
 # ---- loop ----
@@ -968,7 +972,7 @@ def main(argv: list[str] | None = None) -> None:
     ]  # fmt: skip
     check_settings(make_settings(args), *trainings)
     if args.compile:
-        compile_update(trainings[0])
+        compile_update(trainings)
     with open_run(args, "main", ImageSets(tuple(data[0] for data in sets)), team) as log:
         for data in sets:
             log.say(data[0].source)

@@ -506,7 +506,9 @@ class Recorder:
             model, names = over_tasks(training.model), [*tasks.psi]
 
             def update(psi, theta, batch) -> list[Tensor]:
-                given = (model, tree_unflatten(theta, spec), make(tree_unflatten(batch, of_batch)))
+                with torch.no_grad():
+                    made = make(tree_unflatten(batch, of_batch))
+                given = (model, tree_unflatten(theta, spec), made)
                 named = dict(zip(names, psi, strict=True))
                 return tree_leaves(functional_call(training.rule, named, given))
 

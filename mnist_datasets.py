@@ -48,6 +48,7 @@ from data_sets.image_data import (
     DataError,
     ImageData,
     ImageSets,
+    ImagesOfRows,
     batch_indices,
     check_batch_size,
     device_of,
@@ -225,13 +226,26 @@ class Batches(Iterator[Tensor]):
     def of_tasks(self, streams: Sequence["Batches"]) -> Iterator[Tensor]:
         """The next batches of several streams of these data, stacked, [tasks, batch, C, H, W]."""
         kept = {}
+        for rows in self.parts_of_tasks(streams):
+            if id(rows) not in kept:  # with the rows, whose id is then not given to others
+                images = self.data.floats(rows.flatten(), self.dtype)
+                kept[id(rows)] = rows, images.unflatten(0, rows.shape)
+            yield kept[id(rows)][1]
+
+    def parts_of_tasks(self, streams: Sequence["Batches"]) -> Iterator[Tensor]:
+        """The rows of the next batches of several streams, int64 [tasks, batch]."""
+        kept = {}
         while True:
             places = tuple(stream._place() for stream in streams)
             if places not in kept:
                 each = [s.indices[place] for s, place in zip(streams, places, strict=True)]
-                images = self.data.floats(torch.cat(each), self.dtype)
-                kept[places] = images.unflatten(0, (len(streams), -1))
+                kept[places] = torch.stack(each)
             yield kept[places]
+
+    @property
+    def make(self) -> ImagesOfRows:
+        """Makes batches of such rows: those of `of_tasks` up to rounding."""
+        return ImagesOfRows(self.data, self.dtype)
 
 
 class CountedBatches(Batches):
@@ -246,39 +260,10 @@ class CountedBatches(Batches):
         _find_orders([self])
         return super().__next__()
 
-    def of_tasks(self, streams: Sequence["CountedBatches"]) -> Iterator[Tensor]:
-        """The next batches of several streams of these data, stacked, [tasks, batch, C, H, W]."""
-        _find_orders(streams)
-        return super().of_tasks(streams)
-
     def parts_of_tasks(self, streams: Sequence["CountedBatches"]) -> Iterator[Tensor]:
-        """The rows of the next batches of several streams, [tasks, batch], for `make`."""
+        """The rows of the next batches of several streams, int64 [tasks, batch]."""
         _find_orders(streams)
-        while True:
-            places = [(stream, stream._place()) for stream in streams]
-            yield torch.stack([stream.indices[place] for stream, place in places])
-
-    @property
-    def make(self) -> Callable[[Tensor], Tensor]:
-        """A function of such rows that gives the images, equal for all streams of these data."""
-        return _ImagesOf(self.data, self.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class _ImagesOf:
-    data: ImageData
-    dtype: torch.dtype
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Images [tasks, batch, C, H, W] of these rows [tasks, batch]."""
-        return self.data.floats(rows.flatten(), self.dtype).unflatten(0, rows.shape)
-
-    def __eq__(self, other: object) -> bool:
-        same = isinstance(other, _ImagesOf) and self.data is other.data
-        return same and self.dtype == other.dtype
-
-    def __hash__(self) -> int:
-        return hash((id(self.data), self.dtype))
+        return super().parts_of_tasks(streams)
 
 
 def _find_orders(streams: Sequence[CountedBatches]) -> None:

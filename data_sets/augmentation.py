@@ -117,7 +117,7 @@ def jitter(
 ) -> Tensor:
     """Multiply brightness and contrast of each image by random factors, in random order.
 
-    x: [B, C, H, W], changed in place.
+    x: [B, C, H, W], which may be changed in place.
     draws: as for `warp`.
     brightness, contrast: factors are uniform in [1 - strength, 1 + strength], and at least 0.
     """
@@ -214,13 +214,17 @@ def _jitter(x: Tensor, b: Tensor, c: Tensor, brightness_first: Tensor) -> Tensor
     Since brightness is a contrast towards black, both steps have the same form, and each image can
     have its own order.
 
-    x: float [B, C, H, W], changed in place.
+    x: float [B, C, H, W], which may be changed in place.
     b, c, brightness_first (0 or 1): [B, 1, 1, 1].
     """
     for now_brightness in (brightness_first, 1 - brightness_first):
         factor = torch.lerp(c, b, now_brightness)
         towards = (1 - now_brightness) * (1 - c) * _grey_mean(x)
-        x.mul_(factor).add_(towards).clamp_(0, 1)
+        if x.device.type == "cpu":  # rounded as in the compiled loops
+            x = x.mul_(factor).add_(towards)
+        else:  # one pass
+            x = torch.addcmul(towards, x, factor)
+        x.clamp_(0, 1)
     return x
 
 

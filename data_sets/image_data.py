@@ -95,6 +95,21 @@ class ImageData:
             x = x / self.scale.to(x.dtype)
         return x
 
+    def rescaled(
+        self, x: Tensor, dtype: torch.dtype, unit: float = 1.0, minus: Tensor | None = None
+    ) -> Tensor:
+        """(x / unit - shift) / scale - minus, in one pass over x; else the formula, up to rounding.
+
+        x: bytes or floats [..., C, H, W].
+        dtype: the type of the result and of minus, at least float32.
+        """
+        scale = self.images.new_ones((), dtype=dtype)
+        scale = scale if self.scale is None else self.scale.to(dtype)
+        terms = [] if self.shift is None else [-self.shift.to(dtype) / scale]
+        terms += [] if minus is None else [-minus]
+        factor = 1 / (unit * scale)
+        return torch.addcmul(sum(terms), x, factor) if terms else x * factor
+
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data with all tensors on `device`."""
         return replace(
@@ -104,6 +119,20 @@ class ImageData:
             shift=None if self.shift is None else self.shift.to(device),
             scale=None if self.scale is None else self.scale.to(device),
         )
+
+
+@dataclass(frozen=True)
+class ImagesOfRows:
+    """Makes the images of rows, a function of tensors that does not wait for a GPU."""
+
+    data: ImageData
+    dtype: torch.dtype
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The normalised images of rows [...], as floats [..., C, H, W]."""
+        images = self.data.images.index_select(0, rows.flatten())
+        x = self.data.rescaled(images, working_dtype(self.dtype), 255.0).to(self.dtype)
+        return x.unflatten(0, rows.shape)
 
 
 def pixel_sums(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -137,25 +137,40 @@ class Views(nn.Module):
         rows, keys = parts
         views = torch.arange(2, device=keys.device).unsqueeze(1)
         numbers = CountedNumbers(fold_in(keys, views).flatten())
-        x, kind = self._rows(rows.expand(2, *rows.shape).flatten()), self.start.kind
+        x, kind = self._stored(rows.expand(2, *rows.shape).flatten()), self.start.kind
+        makers = [self._counted_geometric] if kind in (GEOMETRIC, MIXED) else []
+        makers += [self._counted_masked] if kind != GEOMETRIC else []
+        made = [make(x, numbers).unflatten(0, (2, *rows.shape)) for make in makers]
         if kind == MIXED:
             drawn = CountedNumbers(fold_in(keys, KIND)).uniforms(*[1] * x.dim())
-            geometric = (drawn < self.start.geometric_share).unsqueeze(0)
-            made = self._geometric(x, numbers), self._masked(self._normalized(x), numbers)
-            made = torch.where(geometric, *(m.unflatten(0, (2, *rows.shape)) for m in made))
-        elif kind == GEOMETRIC:
-            made = self._geometric(x, numbers).unflatten(0, (2, *rows.shape))
-        else:
-            made = self._masked(self._normalized(x), numbers).unflatten(0, (2, *rows.shape))
-        first, second = made.to(self.dtype)
+            made = [torch.where(drawn < self.start.geometric_share, *made)]
+        first, second = made[0].to(self.dtype)
         return first, second
+
+    def _counted_geometric(self, stored: Tensor, numbers: Numbers) -> Tensor:
+        """A view of images as bytes, normalised in one pass."""
+        work = working_dtype(self.dtype)
+        x = self._changed(stored / stored.new_full((), 255, dtype=work), numbers)
+        return self._noisy(self.data.rescaled(x, work, minus=self.shift), numbers)
+
+    def _counted_masked(self, stored: Tensor, numbers: Numbers) -> Tensor:
+        """A view of images as bytes, or of features, normalised in one pass."""
+        work = working_dtype(self.dtype)
+        if isinstance(self.data, ImageData):
+            x = self.data.rescaled(stored, work, 255.0, minus=self.shift)
+        else:
+            x = stored.to(work) if self.shift is None else stored - self.shift
+        return self._masked(x, numbers)
+
+    def _stored(self, index: Tensor) -> Tensor:
+        """These rows, as bytes if they are images."""
+        data = self.data if isinstance(self.data, Tensor) else self.data.images
+        return data.index_select(0, index)
 
     def _rows(self, index: Tensor) -> Tensor:
         """The images in [0, 1], or the features, of these rows as floats."""
-        work = working_dtype(self.dtype)
-        if isinstance(self.data, Tensor):
-            return self.data.index_select(0, index).to(work)
-        return self.data.images.index_select(0, index).to(work).div_(255)
+        x = self._stored(index).to(working_dtype(self.dtype))
+        return x if isinstance(self.data, Tensor) else x.div_(255)
 
     def _normalized(self, x: Tensor, changed: bool = False) -> Tensor:
         """x normalised and centred; `changed`: x is a copy already and may be modified."""
@@ -170,17 +185,18 @@ class Views(nn.Module):
     def _geometric(self, x: Tensor, numbers: Numbers) -> Tensor:
         """A view of images x in [0, 1]."""
         changed = self.start.warps or self.start.jitters
-        if changed:
-            columns = count_columns(crops=self.start.crops, shifts=self.start.shift > 0)
-            draws = numbers.uniforms(len(x) // numbers.tasks, columns).flatten(0, 1)
-            if torch.is_grad_enabled() and any(name != "noise" for name in self.moved):
-                # without it, the graphs of many batches would be kept, each seven times a view
-                x = checkpoint(
-                    self._warped, x, draws, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x = self._warped(x, draws)
-        return self._noisy(self._normalized(x, changed), numbers)
+        return self._noisy(self._normalized(self._changed(x, numbers), changed), numbers)
+
+    def _changed(self, x: Tensor, numbers: Numbers) -> Tensor:
+        """Images x in [0, 1], warped, brightness and contrast changed."""
+        if not (self.start.warps or self.start.jitters):
+            return x
+        columns = count_columns(crops=self.start.crops, shifts=self.start.shift > 0)
+        draws = numbers.uniforms(len(x) // numbers.tasks, columns).flatten(0, 1)
+        if torch.is_grad_enabled() and any(name != "noise" for name in self.moved):
+            # without it, the graphs of many batches would be kept, each seven times a view
+            return checkpoint(self._warped, x, draws, use_reentrant=False, preserve_rng_state=False)
+        return self._warped(x, draws)
 
     def _warped(self, x: Tensor, draws: Tensor) -> Tensor:
         start, strength = self.start, partial(self.strength, device=draws.device)

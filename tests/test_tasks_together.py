@@ -516,6 +516,27 @@ def test_counted_batches_are_made_within_the_recordings_which_hold_no_images(pai
     assert sizes and {*sizes} == {TASKS * 20} and len(recorder._recorded) == 1
 
 
+@pytest.mark.parametrize("random_numbers", ["host", "device"])
+@pytest.mark.parametrize("kind", [PolynomialRule, PolynomialPairRule])
+def test_recordings_are_made_once_for_all_meta_steps(kind, random_numbers):
+    made = []
+
+    class Counted(CalledRecording):
+        def __init__(self, function, examples):
+            made.append([t.shape for t in examples])
+            super().__init__(function, examples)
+
+    views = Views(IMAGES, 20, dtype=torch.float64, random_numbers=random_numbers)
+    source = partial(batches, random_numbers=random_numbers)
+    if kind is PolynomialPairRule:
+        source = lambda *arguments, **options: views(arguments[2])  # noqa: E731
+    meta_run(
+        kind.of_degree(2), network((4,)), MetaSettings(together="always", tasks=2, inner_steps=6),
+        initializer=SpreadInitializer(0.4).double(), source=source, recorder=Recorder(3, Counted),
+    )  # fmt: skip
+    assert len(made) == 2  # forward, and forward and back
+
+
 def test_each_of_mixed_views_chooses_its_own_kind():
     stream = Views(IMAGES, 20, ViewStrengths("mixed"))(torch.Generator())
     assert stream.of_tasks is None
