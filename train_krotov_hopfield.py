@@ -100,8 +100,9 @@ def make_parser():
         metavar="FILE",
         help="only evaluate the network saved in FILE",
     )
-    add("--cache", type=nonnegative_float, default=4.0, metavar="GB",
-        help="largest amount of memory for features that are kept")  # fmt: skip
+    add("--cache", type=nonnegative_float, metavar="GB",
+        help="most memory for features that are kept (default: 4; on a GPU half of its own)",
+    )  # fmt: skip
     for flag in OF_BIOPYTORCH:
         add(flag, nargs="*", action=Elsewhere, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
@@ -203,9 +204,16 @@ def make_training(args, recipe: Recipe, data, classes: int, dtype) -> SteppedTra
         args.seed,
         classes=classes,
         round_batches=args.round_batches,
-        cache_bytes=int(args.cache * 2**30),
+        cache_bytes=cache_bytes(args.cache, data.images.device),
         record=CudaRecording if data.images.is_cuda else None,
     )
+
+
+def cache_bytes(gigabytes: float | None, device: torch.device) -> int:
+    """The most memory for features that are kept; by default 4 GB, or half of a GPU's own."""
+    if gigabytes is None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    return int((4.0 if gigabytes is None else gigabytes) * 2**30)
 
 
 def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) -> None:

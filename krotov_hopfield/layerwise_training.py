@@ -166,7 +166,7 @@ class LayerwiseTraining:
         self.stages = stages_of(len(network.blocks), classify_after, self.recipe.together)
         self.stage, self.outcomes, self.reached = 0, {}, {}
         self._order, self._order_of = None, None  # the order of the images, and its stage and epoch
-        self._kept: dict[tuple[int, bool], Tensor] = {}
+        self._kept: dict[tuple[int, bool], Tensor | None] = {}
         self._begin_stage()
 
     def _check_batch_sizes(self, classify_after: Sequence[int]) -> None:
@@ -603,18 +603,22 @@ class LayerwiseTraining:
         if depth == 0:
             return None
         if (depth, validation) not in self._kept:
-            one = self._features(images[:1], depth)
-            plain = self.recipe.augmentation == "none"
-            training = len(self.images) if plain else 0  # or never kept
-            size = one.numel() * one.element_size() * (training + len(self.validation[0]))
-            if size > self.cache_bytes:
-                return None
-            kept = one.movedim(1, -1).new_empty(len(images), *one.movedim(1, -1).shape[1:])
-            for first in range(0, len(images), self._at_once):
-                part = slice(first, min(first + self._at_once, len(images)))
-                kept[part] = self._features(images[part], depth).movedim(1, -1)
-            self._kept[depth, validation] = kept
+            self._kept[depth, validation] = self._all_features(images, depth)
         return self._kept[depth, validation]
+
+    def _all_features(self, images: Tensor, depth: int) -> Tensor | None:
+        """Features of all these images, channels last; None if there is no room to keep them."""
+        one = self._features(images[:1], depth)
+        plain = self.recipe.augmentation == "none"
+        training = len(self.images) if plain else 0  # or never kept
+        size = one.numel() * one.element_size() * (training + len(self.validation[0]))
+        if size > self.cache_bytes:
+            return None
+        kept = one.movedim(1, -1).new_empty(len(images), *one.movedim(1, -1).shape[1:])
+        for first in range(0, len(images), self._at_once):
+            part = slice(first, min(first + self._at_once, len(images)))
+            kept[part] = self._features(images[part], depth).movedim(1, -1)
+        return kept
 
     # ---- state ----
 

@@ -99,6 +99,24 @@ def test_where_no_recording_can_be_made_the_state_is_as_before(problem, seen):
     assert all(map(torch.equal, state, before))
 
 
+@pytest.mark.parametrize("kind", ["one by one", "soft", "losers, images"])
+def test_recorded_steps_never_ask_a_device_for_a_number(kind):
+    """On "meta", tensors have shapes and no numbers: to ask one for a number is an error."""
+    part = training(replace(KINDS[kind], dropout=0.0), after=(3,))
+    while part.classifier is None:
+        part.train_round()
+    for module in (part.network, part.classifier):
+        module.to("meta")
+    part.images, part.labels = part.images.to("meta"), part.labels.to("meta")
+    index = torch.empty(4, dtype=torch.int64, device="meta")
+    rates = torch.empty(3, dtype=torch.float64, device="meta")
+    crops = [torch.empty(4, 12, dtype=torch.int64, device="meta") for _ in range(2)]
+    for drawn in ([index], [index, *crops]):
+        assert part._learn((1, 2, 3), rates, *drawn).device.type == "meta"
+        part.record, part.cache_bytes = CalledRecording, 0
+        assert part._recorded_classifier(3).step(rates[0], *drawn).shape == (2,)
+
+
 @pytest.fixture(params=[False, True], ids=["compiled", "products"])
 def products(request, monkeypatch):
     """Whether layers learn by products, as they do on a GPU, in the place of compiled loops."""
