@@ -41,7 +41,8 @@ def test_products_with_patches_are_the_convolutions():
     currents = rows @ layer._weight_rows().t()
     torch.testing.assert_close(currents, g.movedim(1, -1).reshape(-1, 4))
     torch.testing.assert_close(
-        layer._as_weight(currents.t() @ rows), layer._correlate(g, x, layer.weight)
+        layer._as_weight(gpu_layers.contracted(currents, rows)),
+        layer._correlate(g, x, layer.weight),
     )
 
 
