@@ -287,7 +287,7 @@ def patches_of(layer, x: Tensor) -> Tensor:
 
 
 def contracted(g: Tensor, rows: Tensor) -> Tensor:
-    """g^T x [O, N] of g [B, O] and x [B, N], as a sum of parts where there is little to fill a GPU."""
+    """g^T x [O, N] of g [B, O] and x [B, N], in parts where there is little to fill a GPU."""
     most = max(1, LARGEST_SUMS // (g.shape[1] * rows.shape[1]))
     parts = max(k for k in (1, 2, 4, 8, 16, 32, 64) if k <= most and len(g) % k == 0)
     each = g.unflatten(0, (parts, -1)).mT @ rows.unflatten(0, (parts, -1))
