@@ -53,7 +53,6 @@ from krotov_hopfield import (
 )
 
 LARGEST_DIFFERENCE = 1e-8  # relative, in float64
-LARGEST_SUMS = 2**20  # numbers in all parts of a product with a long contraction
 
 
 @dataclass(frozen=True)
@@ -268,30 +267,10 @@ def products(training: LayerwiseTraining, numbers: Sequence[int], size: int) -> 
 
     def patches() -> None:
         for layer, inputs in pairs:
-            rows = patches_of(layer, inputs)
-            currents = rows @ layer._weight_rows().t()
-            contracted(currents, rows)
+            rows = layer._patches(inputs) if inputs.dim() == 4 else inputs
+            layer._correlate(layer._respond(rows, layer._weight_rows(), None), rows, layer.weight)
 
     return {"convolutions": convolutions, "patches": patches}
-
-
-def patches_of(layer, x: Tensor) -> Tensor:
-    """The inputs of each place of padded images [B, C, H, W], as rows like those of the weights."""
-    if x.dim() == 2:
-        return x
-    (kh, kw), (batch, channels, height, width) = layer.kernel_size, x.shape
-    x = x.permute(0, 2, 3, 1).contiguous()
-    b, h, w, c = x.stride()
-    shape = batch, height - kh + 1, width - kw + 1, kh, kw, channels
-    return x.as_strided(shape, (b, h, w, h, w, c)).reshape(-1, kh * kw * channels)
-
-
-def contracted(g: Tensor, rows: Tensor) -> Tensor:
-    """g^T x [O, N] of g [B, O] and x [B, N], in parts where there is little to fill a GPU."""
-    most = max(1, LARGEST_SUMS // (g.shape[1] * rows.shape[1]))
-    parts = max(k for k in (1, 2, 4, 8, 16, 32, 64) if k <= most and len(g) % k == 0)
-    each = g.unflatten(0, (parts, -1)).mT @ rows.unflatten(0, (parts, -1))
-    return each.sum(0)
 
 
 def main(argv: list[str] | None = None) -> None:

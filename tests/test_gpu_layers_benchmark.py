@@ -7,7 +7,6 @@ import torch
 from commands import refused
 
 from benchmarks import gpu_layers
-from krotov_hopfield import BioConv2d
 
 
 def test_the_table_is_printed_and_written(tmp_path, capsys):
@@ -31,19 +30,6 @@ def test_numbers_that_differ_end_with_status_one(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         gpu_layers.main(["--device", "cpu", "--repeat", "1"])
     assert stop.value.code == 1
-
-
-def test_products_with_patches_are_the_convolutions():
-    generator = torch.Generator().manual_seed(0)
-    layer = BioConv2d(3, 4, 3, padding=1)
-    x = layer._padded(layer._inputs(torch.rand(2, 3, 6, 7, generator=generator)))
-    g, rows = layer._respond(x, layer.weight, None), gpu_layers.patches_of(layer, x)
-    currents = rows @ layer._weight_rows().t()
-    torch.testing.assert_close(currents, g.movedim(1, -1).reshape(-1, 4))
-    torch.testing.assert_close(
-        layer._as_weight(gpu_layers.contracted(currents, rows)),
-        layer._correlate(g, x, layer.weight),
-    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
