@@ -334,6 +334,7 @@ class LayerwiseTraining:
     def _replay_layers(self, layers: Sequence[int], last: int) -> tuple[float, list[list[float]]]:
         """The same by recorded steps, whose convergences are read for several of them at once."""
         if self._steps is None:
+            self._keep(layers[0] - 1, validation=False)  # not within a recording
             state = [t for k in layers for t in _state_of(self.network.blocks[k - 1].layer)]
             self._steps = RecordedSteps(
                 lambda rates, *drawn: self._learn(layers, rates, *drawn), state, self.record
