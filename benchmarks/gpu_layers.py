@@ -17,6 +17,7 @@ numbers of the GPU are not those of the CPU, or recorded steps not those that ar
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -69,6 +70,7 @@ class Sizes:
 TINY = Sizes(24, 128, 2, 6, 4)
 
 
+@functools.cache
 def made_images(count: int, side: int) -> tuple[Tensor, Tensor]:
     """Images of noise around a mean for each of ten classes, and their labels."""
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +120,7 @@ CHECKED = {
         SMALL, gate="soft", normalization="clamp", rate_exponent=0.5, padding_mode="reflect",
         together=True, schedule="constant",
     ),
-    "patience": replace(SMALL, epochs=20, patience=9),
+    "patience": replace(SMALL, epochs=4, patience=9),
     "losers": replace(SMALL, gate="losers", feature_norm="image"),
 }  # fmt: skip
 
@@ -206,25 +208,23 @@ def round_times(training: LayerwiseTraining, clock: Clock) -> dict[Learner, list
     return found
 
 
-def kernel_numbers(training: LayerwiseTraining, device: torch.device) -> dict[Learner, str]:
-    """The number of kernels in a step, in the first round of each."""
-    found: dict[Learner, str] = {}
+def kernel_numbers(
+    name: str, sizes: Sizes, device: torch.device, most: int = 10
+) -> dict[Learner, str]:
+    """The number of kernels in a step, of a round of so many steps of each."""
+    few = replace(sizes, images=min(most * 100, sizes.images), round_batches=most)
+    training, found = training_of(measured(few, 1)[name], few, device, False), {}
     while not training.finished:
         learner, steps = steps_of(training)
-        if learner in found:
-            training.train_round()
-        else:
-            found[learner] = kernels_of(training.train_round, steps, device)
+        found[learner] = kernels_of(training.train_round, steps, device)
     return found
 
 
 def rows_of(name: str, recipe: Recipe, sizes: Sizes, clock: Clock) -> Iterator[Row]:
     """A row for each layer that learns by itself, for all together, or for the classifier."""
-    plain, other, recorded = (
-        training_of(recipe, sizes, clock.device, kind) for kind in (False, False, True)
-    )
+    plain, recorded = (training_of(recipe, sizes, clock.device, kind) for kind in (False, True))
     obvious, ours = round_times(plain, clock), round_times(recorded, clock)
-    kernels = kernel_numbers(other, clock.device)
+    kernels = kernel_numbers(name, sizes, clock.device)
     for learner, times in ours.items():
         layer, classifies = learner
         if not classifies and not recipe.epochs:

@@ -173,8 +173,9 @@ def peak_gigabytes(device: torch.device) -> float:
 
 
 def kernels_of(run: Callable[[], object], steps: int, device: torch.device) -> str:
-    """The number of kernels for each of so many steps."""
+    """The number of kernels for each of so many steps, which are run; "-" without a GPU."""
     if device.type != "cuda":
+        run()
         return "-"
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         run()
