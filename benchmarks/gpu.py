@@ -36,13 +36,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import oracles
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.table import (
     Clock,
     Row,
     benchmark_parser,
     described,
+    kernels_of,
     peak_gigabytes,
     print_table,
     set_up,
@@ -214,17 +214,6 @@ class Updates:
             self.fast.update = torch.compile(self.fast.update, dynamic=False)
         training = Training(self.model, self.fast, None, self.training.batches, Squares())
         return [h.gradient for h in self.method.together(training, self.draws, self.recorder)]
-
-
-def kernels_of(run: Callable[[], object], steps: int, device: torch.device) -> str:
-    """The number of kernels for each of so many updates."""
-    if device.type != "cuda":
-        return "-"
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        run()
-        torch.cuda.synchronize(device)
-    cuda = torch.autograd.DeviceType.CUDA
-    return f"{sum(e.device_type == cuda for e in profiled.events()) / steps:.0f}"
 
 
 def update_rows(
