@@ -336,13 +336,20 @@ class TextObjective(ModuleObjective):
         """
         self.module.eval()
         buffers = {name: torch.zeros_like(buffer) for name, buffer in buffers.items()}
-        each = vmap(self._outputs, in_dims=(0, 0, None))
         sums = []
-        for window, following in zip(inputs, targets, strict=True):
-            outputs, buffers = each(weights, buffers, window)
-            sums.append(summed(outputs, following))
+        for window in zip(inputs, targets, strict=True):
+            *found, buffers = self.calls("window", self._judged, (weights, buffers, *window))
+            sums.append(found)
         losses, correct = (torch.stack(part).sum(dim=0) for part in zip(*sums, strict=True))
         return Evaluation(losses / targets[..., 0].numel(), correct / targets[..., 0].numel())
+
+    def _judged(
+        self, weights: Tensor, buffers: Buffers, window: Tensor, following: Tensor
+    ) -> tuple[Tensor, Tensor, Buffers]:
+        """Losses and numbers of correct answers [runs] of one window, and the buffers after it."""
+        each = vmap(self._outputs, in_dims=(0, 0, None))
+        outputs, after = each(weights, buffers, window)
+        return *summed(outputs, following), after
 
 
 def read_text(folder: Path) -> tuple[list[Tensor], int]:
