@@ -304,7 +304,7 @@ def hold_task_adjoint(
 
     Returns also the norms at the end, [tasks]: those given, or of the adjoint where these are 0.
     """
-    norm = torch.linalg.vector_norm(adjoint.flatten(1), dim=1, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(adjoint.reshape(len(adjoint), -1), dim=1, dtype=torch.float64)
     at_end = torch.where(norms_at_end > 0, norms_at_end, norm)
     scale = (factor * at_end / norm.clamp_min(sys.float_info.min)).clamp_max(1.0)
     return adjoint * scale.to(adjoint.dtype).view(-1, *[1] * (adjoint.dim() - 1)), at_end
