@@ -234,14 +234,14 @@ def _image_objective(network: Network, data: ImageData) -> Objective:
         return _perceptron(network, data.images[0].numel(), data.classes, "cross_entropy")
     if network.model in ("resnet18", "resnet18_unmodified"):
         small = network.model == "resnet18"
-        return ModuleObjective(_resnet(data.shape[0], data.classes, small), "cross_entropy")
+        return ModuleObjective(resnet(data.shape[0], data.classes, small), "cross_entropy")
     raise ProblemError(
         f"model {network.model} is not for images: take mlp, mlp_batch_norm, resnet18 or "
         f"resnet18_unmodified"
     )
 
 
-def _resnet(channels: int, classes: int, small: bool) -> nn.Module:
+def resnet(channels: int, classes: int, small: bool) -> nn.Module:
     """torchvision's ResNet-18.
 
     small: for images of about 32 x 32, a 3 x 3 first convolution and no pooling after it.

@@ -135,11 +135,16 @@ class VICReg:
         begin = time.perf_counter()
         generator = seeded_generator(self.seed, self.epoch, 1)
         pairs = pair_batches(self.data, self.batch_size, generator, self.dtype)
-        some = itertools.islice(pairs, len(self.data) // self.batch_size)
-        rows = [self._step(*pair) for pair in some] if self.record is None else self._replay(some)
+        rows = self.train_on(itertools.islice(pairs, len(self.data) // self.batch_size))
         self.epoch += 1
         means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
         return means | {"seconds": time.perf_counter() - begin}
+
+    def train_on(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
+        """A step for each pair of batches; returns their numbers. Raises as `train_epoch`."""
+        if self.record is not None:
+            return self._replay(pairs)
+        return [self._step(*pair) for pair in pairs]
 
     def _step(self, x1: Tensor, x2: Tensor) -> dict[str, float]:
         loss, terms = self.loss(self.model(x1, self.params), self.model(x2, self.params))

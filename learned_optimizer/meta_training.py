@@ -322,12 +322,13 @@ class MetaTraining:
         for first in range(0, settings.inner_steps, VALIDATION_WINDOW):
             steps = min(VALIDATION_WINDOW, settings.inner_steps - first)
             window = replayed_roll_out(self.network, optimizee, trainings, steps, self.calls)
-            # Only the first network: the others would show much the same and cost more time
-            tensors = trainings.theta, trainings.gradient, window.u, window.gradients
-            found = self.calls("deviations", self._deviations_along, tensors)
-            for name, of_labels in found.items():
-                for label, sizes in of_labels.items():
-                    deviations[name].setdefault(label, []).append(sizes)
+            if self.symmetries:
+                # Only the first network: the others would show much the same and cost more time
+                tensors = trainings.theta, trainings.gradient, window.u, window.gradients
+                found = self.calls("deviations", self._deviations_along, tensors)
+                for name, of_labels in found.items():
+                    for label, sizes in of_labels.items():
+                        deviations[name].setdefault(label, []).append(sizes)
             trainings = window.end
             losses.append(window.losses.T)
         curves = [

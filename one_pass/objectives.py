@@ -344,9 +344,15 @@ class ModuleObjective:
         gradient, (loss, after) = self._over_runs(self._gradient, batch, weights, buffers)
 
         def hessian_product(vectors: Tensor) -> Tensor:
-            return self._over_runs(self._hessian_product, batch, weights, buffers, vectors)
+            return self.product_with_hessian(weights, buffers, batch, vectors)
 
         return Linearization(loss, gradient, after, hessian_product)
+
+    def product_with_hessian(
+        self, weights: Tensor, buffers: Buffers, batch: Batch, vectors: Tensor
+    ) -> Tensor:
+        """The products of the training loss's Hessian with vectors [D, P], [D, P]."""
+        return self._over_runs(self._hessian_product, batch, weights, buffers, vectors)
 
     def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
         """Loss and gradient in evaluation mode, which does not change batch norm's statistics."""
