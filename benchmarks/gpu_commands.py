@@ -1,6 +1,7 @@
 """Times steps of the commands beside main.py on a GPU, and checks them against the CPU.
 
     python benchmarks/gpu_commands.py --json gpu_commands.json     # about a minute
+    python benchmarks/gpu_commands.py --seconds 20                 # the checks, and the first rows
     python benchmarks/gpu_commands.py --device cpu                 # tiny sizes, to see that it runs
 
 one pass     tune_one_pass.py: a weight step, of ten with a hyperparameter step; perceptrons
@@ -44,7 +45,7 @@ from comparison.one_pass_problems import LanguageModel, TextObjective, resnet
 from comparison.settings import VICRegSettings
 from comparison.vicreg import VICReg
 from data_sets.image_data import ImageData
-from experiment.command_line import UserError, run_command
+from experiment.command_line import UserError, positive_float, run_command
 from experiment.precision import Products, set_tensor_cores
 from kernels.recorded_training import recordings
 from kernels.recorded_updates import CalledRecording
@@ -84,10 +85,9 @@ class Sizes:
     optimizee: str = "sigmoid20"
     pixels: int = 28
     tasks: tuple[int, ...] = (1, 16)
-    seconds: float = 75.0
 
 
-TINY = Sizes(4, 3, 2, 8, 13, 5, 3, 4, 16, "sigmoid2", 6, (1, 2), 60.0)
+TINY = Sizes(4, 3, 2, 8, 13, 5, 3, 4, 16, "sigmoid2", 6, (1, 2))
 
 
 def generators(count: int) -> list[torch.Generator]:
@@ -411,7 +411,10 @@ def until(end: float, lines: Iterator[Row], kept: list[Row]) -> Iterator[Row]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the checks and the table, and write both as JSON."""
     parser = benchmark_parser(__doc__, repeat=3)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
+    add = parser.add_argument
+    add("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
+    add("--seconds", type=positive_float, default=75.0, metavar="S",
+        help="begin no row after so many seconds")  # fmt: skip
     arguments = parser.parse_args(argv)
     begin, clock = time.perf_counter(), set_up(arguments, wall=True)
     torch.set_deterministic_debug_mode("warn")  # as in the commands, and so are products
@@ -423,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, difference in checked.items():
         print(f"{name}: {difference:.1e} from the CPU's, float64")
     kept: list[Row] = []
-    lines = until(begin + sizes.seconds, rows(sizes, arguments.repeat, clock), kept)
+    lines = until(begin + arguments.seconds, rows(sizes, arguments.repeat, clock), kept)
     print_table(lines, clock, "milliseconds of a step")
     if arguments.json:
         told = {"device": described(clock.device), "torch": torch.__version__}
