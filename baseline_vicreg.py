@@ -51,6 +51,7 @@ from experiment.loop import run_steps
 from experiment.opening import open_run
 from experiment.run_log import RunLog
 from figures.baselines import plot_vicreg_run
+from kernels.recorded_training import recordings
 from linear_probe import linear_probe
 from mnist_datasets import load_images, normalize_pixels
 from models_fully_local import Activation, lateral_mlp
@@ -122,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     training = make_training(args, train_data, dtype)
     with open_run(args, "baseline_vicreg", train_data) as log:
         log.say(train_data.source)
+        training.record = recordings(device, log.say)
         probed = ProbedTraining(args, training, test_data)
         finished = run_steps(log, probed, "epoch", args.epochs)
         report(args, training, test_data, log)

@@ -114,6 +114,7 @@ from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
 from figures.optimizers import plot_optimizer_run
 from hypergradients import HypergradientError
+from kernels.recorded_training import recordings
 from learned_optimizer import (
     CoordinateNetwork,
     MetaTraining,
@@ -370,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
         make(name, 0)
     with open_run(args, "learn_to_optimize", data, team) as log:
         log.say(data.source)
-        training.warn = log.warn
+        training.warn, training.calls.record = log.warn, recordings(device, log.say)
         if args.start_from is not None and team.first:
             log.write_json(START, start)
         finished = meta_train(training, team, log)

@@ -25,6 +25,7 @@ from experiment.main_settings import UNIT_FLAGS
 from kernels.equilibrium import equilibrium
 from kernels.local_polynomial import TaskWindows, Windows, samples
 from kernels.own_precision import in_own_precision
+from kernels.task_products import contracted
 
 Params = list[dict[str, Tensor]]
 
@@ -128,7 +129,7 @@ class _LateralDynamics(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             y = _responses(outputs, factor)
             rows = _steps_joined(grad_scaled[1:])
-            grad_m = (rows.mT @ _steps_joined(y)).mul_(factor * activation.slope)
+            grad_m = contracted(rows, _steps_joined(y)).mul_(factor * activation.slope)
         return grad_s.mul_(activation.slope), grad_m, None, None, None
 
 

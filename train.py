@@ -304,7 +304,7 @@ def hold_task_adjoint(
 
     Returns also the norms at the end, [tasks]: those given, or of the adjoint where these are 0.
     """
-    norm = torch.linalg.vector_norm(adjoint.flatten(1), dim=1, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(adjoint.reshape(len(adjoint), -1), dim=1, dtype=torch.float64)
     at_end = torch.where(norms_at_end > 0, norms_at_end, norm)
     scale = (factor * at_end / norm.clamp_min(sys.float_info.min)).clamp_max(1.0)
     return adjoint * scale.to(adjoint.dtype).view(-1, *[1] * (adjoint.dim() - 1)), at_end
@@ -412,8 +412,16 @@ def check_finite(value: Tensor | Params, what: str) -> None:
     what: the name of the value, for the message.
     """
     tensors = [value] if isinstance(value, Tensor) else [t for d in value for t in d.values()]
-    if not all(torch.isfinite(t).all() for t in tensors):
+    if tensors and not all_finite(tensors):
         raise NonFiniteError(f"{what}: not finite")
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no entry is infinite or nan; the host waits once for each device."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+    return all(bool(torch.stack(flags).all()) for flags in found.values())
 
 
 class _Repeatable:

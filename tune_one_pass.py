@@ -55,7 +55,13 @@ from experiment.yaml_settings import (
     parse_settings,
     refuse_idle_settings,
 )
-from one_pass.settings import NAMES, SMALLEST_POPULATION, TRANSFORM_KINDS, Settings
+from one_pass.settings import (
+    NAMES,
+    SMALLEST_POPULATION,
+    TRANSFORM_KINDS,
+    WITH_VALIDATION_BATCHES,
+    Settings,
+)
 
 # the keys, as Clarke et al. call them, and their fields of Settings; the defaults that differ
 FIELDS = {
@@ -111,6 +117,13 @@ KEYS = (
         1,
         "order of rows: a permutation's seed, published, or a file of numbers",
     ),
+    Key(
+        "products",
+        str,
+        "float32",
+        "precision of matrix products and convolutions; tf32 is for GPUs",
+        choices=("float32", "tf32"),
+    ),
     Key("lr", positive_float, None, "initial learning rate of every draw; none: drawn"),
     Key("weight_decay", nonnegative_float, None, "initial weight decay of every draw; none: drawn"),
     Key("momentum", fraction_below_1, None, "initial momentum of every draw; none: drawn"),
@@ -165,6 +178,7 @@ from experiment.devices import set_up
 from experiment.files import digest, write_whole
 from experiment.loop import run_steps
 from experiment.opening import open_run
+from experiment.precision import Products
 from experiment.run_log import RunLog
 from experiment.run_reader import read_config
 from figures.one_pass_report import (
@@ -174,8 +188,11 @@ from figures.one_pass_report import (
     plot_one_pass_run,
     summary,
 )
+from kernels.recorded_training import recordings
 from one_pass import (
+    ModuleObjective,
     OnePassError,
+    ReplayedTuning,
     Samples,
     State,
     Tuning,
@@ -187,8 +204,7 @@ from one_pass import (
 # the purposes of a draw's random numbers, each of which has its own stream
 HYPERPARAMETERS, WEIGHTS, TRAINING, VALIDATION = range(4)
 
-# methods that use batches of validation samples; any validation samples; hypergradients
-WITH_VALIDATION_BATCHES = ("look_back", "unrolled")
+# methods that use validation samples; hypergradients
 VALIDATED = (*WITH_VALIDATION_BATCHES, "population")
 BY_HYPERGRADIENTS = (*WITH_VALIDATION_BATCHES, "successive_gradients")
 
@@ -206,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     args, notes = parse_all(argv)
     fill_in(args)
     device, dtype = set_up(args)
+    products = Products(args.products)
     problem = make_problem(
         args.dataset,
         Network(args.model, tuple(args.hidden_sizes), args.activation),
@@ -224,7 +241,8 @@ def main(argv: list[str] | None = None) -> None:
         for note in notes:
             log.say(note)
         log.say(f"{problem.source}; {args.draws} runs of {args.steps:,} steps")
-        columns, finished = train_draws(args, problem, tuning, log)
+        with products:
+            columns, finished = train_draws(args, problem, tuning, log)
         if args.save_state is not None:
             save_state(args.save_state, tuning)
         report(args, problem, columns, log)
@@ -391,7 +409,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
 
 def make_tuning(
     args: argparse.Namespace, problem: Problem, device: torch.device, dtype: torch.dtype
-) -> Tuning:
+) -> ReplayedTuning:
     """All draws at their start; the numbers of a draw do not depend on the other draws."""
     settings = make_settings(args)
     check_parts(args, problem)
@@ -419,7 +437,7 @@ def make_tuning(
         few = len(problem.validation[0]) < (args.batch_size or math.inf)
         size = None if few or args.method == "population" else args.batch_size
         validation = samples(problem.validation, size, VALIDATION)
-    return Tuning(problem.objective, training, validation, settings, state)
+    return ReplayedTuning(problem.objective, training, validation, settings, state)
 
 
 def check_parts(args: argparse.Namespace, problem: Problem) -> None:
@@ -490,11 +508,15 @@ class RecordedTuning:
 
 
 def train_draws(
-    args: argparse.Namespace, problem: Problem, tuning: Tuning, log: RunLog
+    args: argparse.Namespace, problem: Problem, tuning: ReplayedTuning, log: RunLog
 ) -> tuple[Columns, bool]:
     """Train, with a record every `log_every` steps; the second value is False after Ctrl-C."""
     records = [*range(0, args.steps, args.log_every), args.steps]
     recorded = RecordedTuning(problem, tuning, records, log)
+    # of a large network single gradients are recorded: whole steps of one would take long to record
+    large = isinstance(tuning.objective, ModuleObjective)
+    calls = tuning.objective.calls if large else tuning.calls
+    calls.record = recordings(tuning.state.weights.device, log.say)
     compile_loops(tuning)
     finished = run_steps(
         log, recorded, "record", len(records), numbers=records, shown=["Loss/Validation"]

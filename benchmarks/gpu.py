@@ -3,15 +3,16 @@
     python benchmarks/gpu.py --json gpu.json          # at most five minutes
     python benchmarks/gpu.py --device cpu             # tiny sizes, to see that it runs
 
-update       the polynomial rule, forward and backward, a step of all its tasks:
+update       the cubic rule, or unit statistics of pairs of half batches, forward and backward, a
+             step of all tasks:
     one by one    a task at a time; obvious: one product per monomial (tests/oracles.py)
     together      all tasks in batched products; obvious: one by one, for each task
     replayed      the same from recordings: CUDA graphs, or, on a CPU, called again
     compiled      the same, compiled by torch (--compile)
-    limit         only the products that no formulation can avoid, in batches of all tasks
+    limit         only the products that no formulation can avoid, in batches of all tasks, recorded
 meta-step    of many trainings with their probes; the first, which records, is told apart
-batches      of images, and pairs of views, for one update of all tasks; obvious: random numbers of
-             CPU generators; ours: counted on the device, pairs also replayed from a recording
+images       a batch, and views: pairs of them, for one update of all tasks; obvious: random
+             numbers of CPU generators; ours: counted on the device, pairs also recorded
 probe        logistic regression of all tasks; obvious: one by one
 classifier   a step of train_krotov_hopfield.py's classifiers
 
@@ -35,13 +36,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import oracles
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.table import (
     Clock,
     Row,
     benchmark_parser,
     described,
+    kernels_of,
     peak_gigabytes,
     print_table,
     set_up,
@@ -57,14 +58,17 @@ from initializers import TRAINABLE, GaussianInitializer
 from kernels.logistic_regression import fit_logistic
 from kernels.logistic_tasks import fit_logistic_tasks
 from kernels.recorded_updates import Recording, recording_for
+from kernels.task_products import contracted
 from krotov_hopfield import KrotovHopfieldNetwork, LayerPlan, LayerwiseTraining, Recipe
-from learning_rules import PolynomialPairRule, PolynomialRule
+from learning_rules import LearningRule, PolynomialRule
 from linear_probe import ProbeLoss
 from meta_gradients import Recorder, Reverse
 from mnist_datasets import batches
-from models_fully_local import Activation, Params, lateral_mlp
+from models_fully_local import Activation, Params, Sequential, lateral_mlp
+from rules.unit_statistics import default_rule
 from train import Draw, Training
 
+KINDS = ("cubic", "pairs")
 INH_STEPS = 10
 BENCHMARKED_VIEWS = ("geometric", "masks", "mixed")
 LARGEST_DIFFERENCE = 1e-10  # between devices, in float64, relative
@@ -113,38 +117,55 @@ def made_images(sizes: Sizes, device: torch.device) -> ImageData:
     return ImageData(images.to(device), labels.to(device), "made")
 
 
+def new_rule(kind: str) -> LearningRule:
+    """The cubic rule as main.py makes it, or the default rule of pairs of views."""
+    if kind == "cubic":
+        return PolynomialRule.of_degree(3, bound="tanh", forward_weight_bound=1.0)
+    return default_rule()
+
+
+def new_model(kind: str, sizes: Sizes) -> Sequential:
+    """A layer of units, with lateral dynamics for the cubic rule."""
+    return lateral_mlp(
+        sizes.side**2, [sizes.units], Activation("sigmoid", 4.0), inh_factor=0.2,
+        inh_steps=INH_STEPS, inhibition="lateral" if kind == "cubic" else "none",
+    )  # fmt: skip
+
+
 class Updates:
     """The same training for several tasks, in each of the ways."""
 
-    def __init__(self, sizes: Sizes, tasks: int, device: torch.device, dtype=torch.float32) -> None:
+    def __init__(
+        self, kind: str, sizes: Sizes, tasks: int, device: torch.device, dtype=torch.float32
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int, scale: float) -> Tensor:
             return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
 
-        self.sizes, self.inputs = sizes, sizes.side**2
-        units = sizes.units
-        self.model = lateral_mlp(
-            self.inputs, [units], Activation("sigmoid", 4.0), inh_factor=0.2, inh_steps=INH_STEPS
-        )
-        self.rule = PolynomialRule.of_degree(3, bound="tanh", forward_weight_bound=1.0)
-        for psi in self.rule.parameters():
-            torch.nn.init.normal_(psi, std=1e-4, generator=generator)
+        self.kind, self.sizes, self.inputs = kind, sizes, sizes.side**2
+        cubic = kind == "cubic"
+        self.model, self.rule = new_model(kind, sizes), new_rule(kind)
+        if cubic:
+            for psi in self.rule.parameters():
+                torch.nn.init.normal_(psi, std=1e-4, generator=generator)
         self.rule.to(device, dtype)
-        x = torch.rand(sizes.batch, self.inputs, generator=generator).to(device, dtype)
+        images = torch.rand(sizes.batch, self.inputs, generator=generator).to(device, dtype)
+        batch = images if cubic else tuple(images.chunk(2))
         self.training = Training(
-            self.model, self.rule, None, lambda generator: itertools.repeat(x), Squares()
+            self.model, self.rule, None, lambda generator: itertools.repeat(batch), Squares()
         )
-        shapes = {"w": self.inputs**-0.5, "b": 0.1, "m": 0.01}
+        scales = {"w": self.inputs**-0.5, "b": 0.1, "m": 0.01}
+        shapes = self.model.layers[1].parameter_shapes()
         self.draws = [
             Draw((0, k), sizes.steps, start=[{}, {
-                name: normal(*self.model.layers[1].parameter_shapes()[name], scale=scale)
-                for name, scale in shapes.items()
+                name: normal(*shape, scale=scales[name]) for name, shape in shapes.items()
             }])
             for k in range(tasks)
         ]  # fmt: skip
         self.method, self.recorder = Reverse(memory="keep"), Recorder()
         self.fast: torch.nn.Module | None = None
+        self.recording: Recording | None = None
 
     def one_by_one(self) -> list[list[Tensor]]:
         return [self.method(self.training, draw).gradient for draw in self.draws]
@@ -157,7 +178,7 @@ class Updates:
         return [h.gradient for h in results]
 
     def obvious(self) -> None:
-        """The first task by one product per monomial."""
+        """The first task of the cubic rule by one product per monomial."""
         batch, params = next(self.training.batches(None)), self.draws[0].start
         for _ in range(self.sizes.steps):
             params = oracles.update([self.rule], self.model, params, batch)
@@ -165,20 +186,26 @@ class Updates:
         torch.autograd.grad(loss, list(self.rule.parameters()))
 
     def products(self) -> None:
-        """The products of all tasks' updates, forward and backward."""
-        layer, tasks = self.draws[0].start[1], len(self.draws)
-        batch = next(self.training.batches(None))
-        x = batch.expand(tasks, *batch.shape)
-        w, m = (layer[name].expand(tasks, *layer[name].shape) for name in "wm")
-        t = x.new_ones(tasks, self.sizes.batch, self.sizes.units)
+        """The products of all tasks' updates, forward and backward, replayed."""
+        if self.recording is None:
+            layer, tasks = self.draws[0].start[1], len(self.draws)
+            images = torch.rand(tasks, self.sizes.batch, self.inputs).to(layer["w"])
+            given = [images, layer["w"].expand(tasks, -1, -1).contiguous()]
+            self.recording = recording_for(images.device)(self._products, given)
         for _ in range(self.sizes.steps):
-            for _ in range(4):
-                torch.bmm(x, w.mT)
-                torch.bmm(t.mT, x)
-            for _ in range(2 * INH_STEPS + 4):
-                torch.bmm(t, m)
-            for _ in range(INH_STEPS + 2):
-                torch.bmm(t.mT, t)
+            self.recording.replay()
+
+    def _products(self, x: Tensor, w: Tensor) -> list[Tensor]:
+        """Those of one update; the last of each kind."""
+        units, cubic = self.sizes.units, self.kind == "cubic"
+        m, t = x.new_ones(len(x), units, units), x.new_ones(*x.shape[:2], units)
+        for _ in range(4 if cubic else 2):  # with the inputs
+            projected, correlated = torch.bmm(x, w.mT), contracted(t, x)
+        for _ in range(2 * INH_STEPS + 4 if cubic else 3):  # between units
+            spread = torch.bmm(t, m)
+        for _ in range(INH_STEPS + 2 if cubic else 2):
+            moments = contracted(t, t)
+        return [projected, correlated, spread, moments]
 
     def compiled(self) -> list[list[Tensor]]:
         """`replayed` with a rule whose update torch compiles."""
@@ -189,28 +216,21 @@ class Updates:
         return [h.gradient for h in self.method.together(training, self.draws, self.recorder)]
 
 
-def kernels_of(run: Callable[[], object], steps: int, device: torch.device) -> str:
-    """The number of kernels for each of so many updates."""
-    if device.type != "cuda":
-        return "-"
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        run()
-        torch.cuda.synchronize(device)
-    cuda = torch.autograd.DeviceType.CUDA
-    return f"{sum(e.device_type == cuda for e in profiled.events()) / steps:.0f}"
-
-
-def update_rows(sizes: Sizes, repeat: int, clock: Clock, compiled: bool) -> Iterator[Row]:
+def update_rows(
+    kind: str, sizes: Sizes, repeat: int, clock: Clock, compiled: bool
+) -> Iterator[Row]:
     """One row for each way and number of tasks, in milliseconds per update of all tasks."""
     alone = None
     for tasks in sizes.tasks:
-        updates = Updates(sizes, tasks, clock.device)
+        updates = Updates(kind, sizes, tasks, clock.device)
         ways = {"together": updates.together, "replayed": updates.replayed}
         if tasks == 1:
             ways = {"one by one": updates.one_by_one} | ways
-        if compiled and tasks > 1:
+        if compiled and tasks > 1 and kind == "cubic":
             ways["compiled"] = updates.compiled
-        others = {"limit": updates.products} | ({"obvious": updates.obvious} if tasks == 1 else {})
+        others = {"limit": updates.products} | (
+            {"obvious": updates.obvious} if tasks == 1 and kind == "cubic" else {}
+        )
         counted = {name: kernels_of(run, sizes.steps, clock.device) for name, run in ways.items()}
         first = {name: clock.milliseconds(run) for name, run in ways.items()}
         times = clock.in_turns(ways | others, repeat)
@@ -221,7 +241,7 @@ def update_rows(sizes: Sizes, repeat: int, clock: Clock, compiled: bool) -> Iter
             per_second = f"{1e3 * tasks / min(each[name]):,.0f}"
             more = columns(per_second, counted[name], first[name], clock)
             sized = f"{tasks} x {sizes.units} units"
-            yield Row(f"update, {name}", sized, each[name], obvious, each["limit"], more)
+            yield Row(f"{kind}, {name}", sized, each[name], obvious, each["limit"], more)
 
 
 def columns(tasks_per_second: str, kernels: str, first: float, clock: Clock) -> dict[str, str]:
@@ -235,13 +255,13 @@ def columns(tasks_per_second: str, kernels: str, first: float, clock: Clock) -> 
 def meta_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
     """One row for each number of tasks: a meta-step with the logistic probe on all images."""
     data = made_images(sizes, clock.device)
-    model = lateral_mlp(sizes.side**2, [sizes.units], Activation("sigmoid", 4.0), inh_factor=0.2)
     images = partial(batches, data, sizes.batch, random_numbers=DEVICE)
-    pairs = Views(data, sizes.batch, random_numbers=DEVICE)
-    ways = [(PolynomialRule, images, tasks) for tasks in sizes.meta_tasks]
-    for kind, source, tasks in [*ways, (PolynomialPairRule, pairs, sizes.meta_tasks[0])]:
-        rule = kind.of_degree(3, bound="tanh", forward_weight_bound=1.0)
-        start = GaussianInitializer({"b": TRAINABLE, "m": TRAINABLE}, {"w": TRAINABLE})
+    pairs = Views(data, sizes.batch // 2, random_numbers=DEVICE)
+    ways = [("cubic", images, tasks) for tasks in sizes.meta_tasks]
+    for kind, source, tasks in [*ways, ("pairs", pairs, sizes.meta_tasks[0])]:
+        rule, model = new_rule(kind), new_model(kind, sizes)
+        lateral = {"m": TRAINABLE} if kind == "cubic" else {}
+        start = GaussianInitializer({"b": TRAINABLE} | lateral, {"w": TRAINABLE})
         training = Training(
             model, rule.to(clock.device), start.to(clock.device), source,
             ProbeLoss(data, data, 1000.0, outer_images=min(4096, sizes.images)),
@@ -252,9 +272,8 @@ def meta_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
         first = clock.milliseconds(descent.step)
         times = [clock.milliseconds(descent.step) for _ in range(repeat)]
         per_second = f"{1e3 * tasks * sizes.meta_steps / min(times):,.0f}"
-        what = "meta-step" if source is images else "meta-step, pairs"
         yield Row(
-            what, f"{tasks} x {sizes.meta_steps} updates", times,
+            f"meta-step, {kind}", f"{tasks} x {sizes.meta_steps} updates", times,
             more=columns(per_second, "-", first, clock),
         )  # fmt: skip
 
@@ -308,7 +327,7 @@ def batch_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
     An epoch's batches of images are made once, so that these are of the updates of a meta-step.
     """
     data = made_images(sizes, clock.device)
-    kinds = {"batches": None} | {f"pairs, {k}": ViewStrengths(k) for k in BENCHMARKED_VIEWS}
+    kinds = {"images": None} | {f"views, {k}": ViewStrengths(k) for k in BENCHMARKED_VIEWS}
     for (name, strengths), tasks in itertools.product(kinds.items(), sizes.meta_tasks):
         of_tasks = Batches(data, sizes.batch, tasks, strengths)
         steps = sizes.meta_steps if strengths is None else sizes.pairs
@@ -372,11 +391,11 @@ def classifier_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
     yield Row("classifier, a step", "64 images", times, more=columns("-", "-", first, clock))
 
 
-def differences(sizes: Sizes, device: torch.device) -> dict[str, float]:
+def differences(kind: str, sizes: Sizes, device: torch.device) -> dict[str, float]:
     """The largest relative difference of the hypergradients to the CPU's, in float64, by way."""
     small = Sizes((), min(8, sizes.units), 8, 64, 12)
-    cpu = Updates(small, 3, torch.device("cpu"), torch.float64).one_by_one()
-    ours = Updates(small, 3, device, torch.float64)
+    cpu = Updates(kind, small, 3, torch.device("cpu"), torch.float64).one_by_one()
+    ours = Updates(kind, small, 3, device, torch.float64)
     found = {}
     for name in ("one_by_one", "together", "replayed"):
         pairs = [
@@ -384,11 +403,13 @@ def differences(sizes: Sizes, device: torch.device) -> dict[str, float]:
             for task, other in zip(getattr(ours, name)(), cpu, strict=True)
             for a, b in zip(task, other, strict=True)
         ]
-        found[name] = max(float((a - b).norm() / b.norm()) for a, b in pairs if b.numel())
+        found[f"hypergradients, {kind}, {name}"] = max(
+            float((a - b).norm() / b.norm()) for a, b in pairs if b.numel()
+        )
     return found
 
 
-def differences_of_pairs(sizes: Sizes, device: torch.device) -> dict[str, float]:
+def differences_of_views(sizes: Sizes, device: torch.device) -> dict[str, float]:
     """The largest difference of counted pairs of views to the CPU's, in float64, by way."""
     strengths, options = ViewStrengths("mixed", noise=0.1, shift=1.0), {"dtype": torch.float64}
     cpu = torch.device("cpu")
@@ -404,7 +425,7 @@ def differences_of_pairs(sizes: Sizes, device: torch.device) -> dict[str, float]
         return [x.to(cpu) for of_batch in parts for x in make(of_batch)]
 
     expected = made(cpu, None)
-    ways = {"pairs": None, "pairs_recorded": recording_for(device)}
+    ways = {"views": None, "views_recorded": recording_for(device)}
     return {
         name: max(
             float((a - b).abs().max()) for a, b in zip(made(device, way), expected, strict=True)
@@ -434,18 +455,20 @@ def main(argv: list[str] | None = None) -> None:
     if clock.device.type != "cuda" and arguments.device != "cpu":
         raise UserError("no CUDA device: --device cpu runs a small version of this benchmark")
     sizes = Sizes() if clock.device.type == "cuda" else TINY
-    checked = differences(sizes, clock.device) | differences_of_pairs(sizes, clock.device)
+    checked = differences_of_views(sizes, clock.device)
+    for kind in KINDS:
+        checked |= differences(kind, sizes, clock.device)
     for name, difference in checked.items():
         print(f"{name.replace('_', ' ')}: {difference:.1e} from the CPU's, float64")
     rows: list[Row] = []
     lines = itertools.chain(
-        update_rows(sizes, arguments.repeat, clock, arguments.compile),
+        *(update_rows(kind, sizes, arguments.repeat, clock, arguments.compile) for kind in KINDS),
         meta_rows(sizes, arguments.repeat, clock),
         batch_rows(sizes, arguments.repeat, clock),
         probe_rows(sizes, arguments.repeat, clock),
         classifier_rows(sizes, arguments.repeat, clock),
     )
-    common = f"{sizes.side**2} inputs, batch {sizes.batch}, degree 3"
+    common = f"{sizes.side**2} inputs, batch {sizes.batch}"
     print_table(until(begin + sizes.seconds, lines, rows), clock, common)
     if arguments.json:
         told = {

@@ -234,14 +234,14 @@ def _image_objective(network: Network, data: ImageData) -> Objective:
         return _perceptron(network, data.images[0].numel(), data.classes, "cross_entropy")
     if network.model in ("resnet18", "resnet18_unmodified"):
         small = network.model == "resnet18"
-        return ModuleObjective(_resnet(data.shape[0], data.classes, small), "cross_entropy")
+        return ModuleObjective(resnet(data.shape[0], data.classes, small), "cross_entropy")
     raise ProblemError(
         f"model {network.model} is not for images: take mlp, mlp_batch_norm, resnet18 or "
         f"resnet18_unmodified"
     )
 
 
-def _resnet(channels: int, classes: int, small: bool) -> nn.Module:
+def resnet(channels: int, classes: int, small: bool) -> nn.Module:
     """torchvision's ResNet-18.
 
     small: for images of about 32 x 32, a 3 x 3 first convolution and no pooling after it.
@@ -336,13 +336,20 @@ class TextObjective(ModuleObjective):
         """
         self.module.eval()
         buffers = {name: torch.zeros_like(buffer) for name, buffer in buffers.items()}
-        each = vmap(self._outputs, in_dims=(0, 0, None))
         sums = []
-        for window, following in zip(inputs, targets, strict=True):
-            outputs, buffers = each(weights, buffers, window)
-            sums.append(summed(outputs, following))
+        for window in zip(inputs, targets, strict=True):
+            *found, buffers = self.calls("window", self._judged, (weights, buffers, *window))
+            sums.append(found)
         losses, correct = (torch.stack(part).sum(dim=0) for part in zip(*sums, strict=True))
         return Evaluation(losses / targets[..., 0].numel(), correct / targets[..., 0].numel())
+
+    def _judged(
+        self, weights: Tensor, buffers: Buffers, window: Tensor, following: Tensor
+    ) -> tuple[Tensor, Tensor, Buffers]:
+        """Losses and numbers of correct answers [runs] of one window, and the buffers after it."""
+        each = vmap(self._outputs, in_dims=(0, 0, None))
+        outputs, after = each(weights, buffers, window)
+        return *summed(outputs, following), after
 
 
 def read_text(folder: Path) -> tuple[list[Tensor], int]:

@@ -10,6 +10,7 @@ chosen on training images alone. Layers of a learned rule are extended to networ
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from experiment.loop import finish_on_interrupt
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, SELECTION
 from initializers import GaussianInitializer, fixed_initializer
+from kernels.recorded_training import recordings
 from learning_rules import LearningRule, PerLayerRule
 from linear_probe import ProbeLoss
 from mnist_datasets import ImageData, augment, batches, normalize_pixels
@@ -190,6 +192,7 @@ def vicreg_features(setting: Setting) -> Training:
     def trained(model: nn.Module, generator: torch.Generator) -> Params:
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         training = VICReg(model, setting.train, seed, VICREG, dtype=setting.dtype)
+        training.record = recordings(setting.train.images.device, warnings.warn)
         while training.epoch < VICREG.epochs:
             training.train_epoch()
         return detached(training.params)

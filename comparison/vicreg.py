@@ -16,6 +16,7 @@ import copy
 import itertools
 import math
 import time
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -25,6 +26,7 @@ from comparison.settings import VICRegSettings
 from data_sets.image_data import DataError, ImageData
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
+from kernels.recorded_training import AdamWState, Descent
 from mnist_datasets import pair_batches
 from models_fully_local import Params
 
@@ -88,7 +90,11 @@ class VICReg:
     params: a list with one dict of tensors per layer, on the data's device, changed in place.
     epoch: the number of passes done. Each pass has its own generator, seeded with (seed, epoch), so
         that a resumed run needs no generator's state.
+    record: makes recordings of steps, which are then replayed and not awaited; None: the host waits
+        for each step.
     """
+
+    record: Callable | None = None
 
     def __init__(
         self,
@@ -115,7 +121,7 @@ class VICReg:
         self.optimizer = torch.optim.AdamW(
             self._leaves(), settings.lr, weight_decay=settings.weight_decay
         )
-        self.epoch = 0
+        self.epoch, self._descent = 0, None
 
     def _leaves(self) -> list[Tensor]:
         return [tensor for layer in self.params for tensor in layer.values()]
@@ -129,11 +135,16 @@ class VICReg:
         begin = time.perf_counter()
         generator = seeded_generator(self.seed, self.epoch, 1)
         pairs = pair_batches(self.data, self.batch_size, generator, self.dtype)
-        steps = len(self.data) // self.batch_size
-        rows = [self._step(*pair) for pair in itertools.islice(pairs, steps)]
+        rows = self.train_on(itertools.islice(pairs, len(self.data) // self.batch_size))
         self.epoch += 1
         means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
         return means | {"seconds": time.perf_counter() - begin}
+
+    def train_on(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
+        """A step for each pair of batches; returns their numbers. Raises as `train_epoch`."""
+        if self.record is not None:
+            return self._replay(pairs)
+        return [self._step(*pair) for pair in pairs]
 
     def _step(self, x1: Tensor, x2: Tensor) -> dict[str, float]:
         loss, terms = self.loss(self.model(x1, self.params), self.model(x2, self.params))
@@ -141,16 +152,65 @@ class VICReg:
         norm = torch.nn.utils.get_total_norm(gradient)
         # everything the host needs in one transfer, because each transfer waits for the device
         values = torch.stack([t.detach() for t in (norm, loss, *terms.values())]).tolist()
+        numbers = self._checked(values, terms)
+        for tensor, slope in zip(self._leaves(), gradient, strict=True):
+            tensor.grad = slope
+        self.optimizer.step()
+        return numbers
+
+    def _checked(self, values: Sequence[float], terms: Iterable[str]) -> dict[str, float]:
+        """The numbers of a step by name, from its gradient's norm, its loss and its terms."""
         if not all(map(math.isfinite, values[:2])):
             raise NonFiniteError(
                 f"epoch {self.epoch + 1}, loss {values[1]:g} with a gradient of norm "
                 f"{values[0]:g}: not finite"
             )
-        numbers = dict(zip(("loss", *terms), values[1:], strict=True))
-        for tensor, slope in zip(self._leaves(), gradient, strict=True):
-            tensor.grad = slope
-        self.optimizer.step()
-        return numbers
+        return dict(zip(("loss", *terms), values[1:], strict=True))
+
+    def _replay(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
+        """The same steps from recordings; the host waits once, after the last."""
+        if self._descent is None:
+            group = self.optimizer.param_groups[0]
+            rates = group["lr"], group["weight_decay"]
+            self._descent = Descent(self._loss_of_flat, *rates, self.record)
+        state, values = self._descent(self._adamw_state(), pairs)
+        self._take_up(state)
+        return [self._checked(row, TERMS) for row in values.tolist()]
+
+    def _loss_of_flat(self, theta: list[Tensor], pair: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        parts = iter(theta)
+        params = [{name: next(parts) for name in layer} for layer in self.params]
+        loss, terms = self.loss(*(self.model(x, params) for x in pair))
+        return loss, [*terms.values()]
+
+    def _adamw_state(self) -> AdamWState:
+        """The parameters and the optimiser's state, in tensors of their own."""
+        leaves, saved = self._leaves(), self.optimizer.state
+        moments = [
+            [saved[t][name].clone() if t in saved else torch.zeros_like(t) for t in leaves]
+            for name in ("exp_avg", "exp_avg_sq")
+        ]
+        count = float(saved[leaves[0]]["step"]) if saved else 0.0
+        device = leaves[0].device
+        return AdamWState(
+            [t.detach().clone() for t in leaves],
+            *([m.detach() for m in some] for some in moments),
+            torch.tensor(count, dtype=torch.float64, device=device),
+            torch.tensor(True, device=device),
+        )
+
+    @torch.no_grad()
+    def _take_up(self, state: AdamWState) -> None:
+        """Write a state into the parameters and the optimiser."""
+        count = state.count.float().cpu()  # as the optimiser has it
+        leaves = self._leaves()
+        for t, new, first, second in zip(
+            leaves, state.theta, state.first, state.second, strict=True
+        ):
+            t.copy_(new)
+            self.optimizer.state[t] = {
+                "step": count.clone(), "exp_avg": first, "exp_avg_sq": second
+            }  # fmt: skip
 
     def state_dict(self) -> dict:
         """Everything that a resumed run needs, in plain containers of tensors."""

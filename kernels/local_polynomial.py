@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kernels.own_precision import in_own_precision
+from kernels.task_products import contracted
 
 Exponents = tuple[int, ...]
 
@@ -189,7 +190,10 @@ class TaskRows:
 
     def correlate_(self, total: Tensor, post: Tensor, p: Tensor) -> None:
         """Add sum_b post_tbi p_tbj to total [tasks, out, in]."""
-        total.baddbmm_(post.mT, p)
+        if p.device.type == "cpu":
+            total.baddbmm_(post.mT, p)
+        else:
+            total.add_(contracted(post, p))
 
     def project(self, p: Tensor, weight: Tensor, out: Tensor) -> None:
         """Write sum_j p_tbj weight_tij to out [tasks, batch, out]."""
@@ -318,7 +322,7 @@ def inner_products(one: Tensor, other: Tensor, tasks: bool) -> Tensor:
     Of several tasks, [tasks, groups, k] from [groups, tasks, ...] and [k, tasks, ...].
     """
     if tasks:
-        return torch.bmm(_by_task(one), _by_task(other).mT)
+        return contracted(_by_task(one).mT, _by_task(other).mT)
     if one.dim() == 2:
         return one @ other.t()
     return one.flatten(1) @ other.flatten(1).t()
@@ -376,6 +380,8 @@ class LocalPolynomials:
         windows: with them, presynaptic tensors may be images [images, channels, H, W], and `batch`
             counts the windows in them.
         """
+        if torch.compiler.is_compiling() and windows is None and weights[0].dim() == 3:
+            return written_out(self.joint, psi, weights, tensors)
         return _LocalPolynomials.apply(self.joint, windows, *psi, *weights, *tensors)
 
 
@@ -450,6 +456,7 @@ class _Plan:
     groups: tuple[tuple[int, ...], ...]  # for each presynaptic monomial, the e of its products
     product_rows: int  # only so many presynaptic monomials, the first ones, occur in products
     shapes: tuple[tuple[int, int], ...]  # of the three matrices
+    terms: tuple[tuple[int | None, int | None, int], ...]  # rows of p^a and q^c, if any, and e
     places: Tensor  # of the coefficients in the three flattened matrices, concatenated
 
     def matrices(self, psi: Tensor) -> list[Tensor]:
@@ -523,6 +530,7 @@ def _plan(
         groups=tuple(tuple(e for r, e in groups if r == row) for row in range(len(pre))),
         product_rows=1 + max((row for row, _ in groups), default=-1),
         shapes=shapes,
+        terms=tuple((pre.row.get(a), post.row.get(c), e) for a, c, e in terms),
         places=torch.tensor(places, dtype=torch.long, device=device),
     )
 
@@ -586,6 +594,53 @@ class _LocalPolynomials(torch.autograd.Function):
         grad_outputs = [grad_tensors[k] for k in joint.outputs]
         joint.postsynaptic.pull_back(grad_monomials, post.unbind(), grad_outputs)
         return None, None, *grad_psi, *grad_weights, *grad_tensors
+
+
+def written_out(
+    joint: _JointPlan, psi: Sequence[Tensor], weights: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The sums of LocalPolynomials for several tasks as plain operations, for torch.compile.
+
+    psi: [tasks, terms] of each sum; the other arguments have a dimension of tasks as well.
+    """
+    outputs = [tensors[k] for k in joint.outputs]
+    post = list(joint.postsynaptic.each(outputs, len(joint.postsynaptic)))
+    post_means = [q.mean(-2) for q in post]
+    deltas = []
+    for plan, coefficients, weight in zip(joint.sums, psi, weights, strict=True):
+        inputs = [tensors[k] for k in plan.inputs]
+        factors = _written_factors(plan, coefficients.unbind(-1), inputs, post, post_means)
+        delta = torch.zeros_like(weight)
+        for factor in reversed(factors):
+            delta = delta * weight + factor
+        deltas.append(delta)
+    return tuple(deltas)
+
+
+def _written_factors(plan: _Plan, psi, inputs, post, post_means) -> list[Tensor | float]:
+    """The factor of w^e for each e, of each task."""
+    pre = list(plan.presynaptic.each(inputs, len(plan.presynaptic)))
+    pre_means = [p.mean(-2) for p in pre]
+    factors: list[Tensor | float] = [0.0] * plan.powers
+    combined: dict[int, dict[int, Tensor]] = {}
+    for coefficient, (a, c, e) in zip(psi, plan.terms, strict=True):
+        coefficient = coefficient.view(-1, 1, 1)
+        if a is not None and c is not None:
+            groups = combined.setdefault(a, {})
+            groups[e] = groups.get(e, 0.0) + coefficient * post[c]
+        elif a is not None:
+            factors[e] = factors[e] + coefficient * pre_means[a].unsqueeze(-2)
+        elif c is not None:
+            factors[e] = factors[e] + coefficient * post_means[c].unsqueeze(-1)
+        else:
+            factors[e] = factors[e] + coefficient
+    for a, groups in combined.items():
+        # the groups side by side, so that the monomial is read once
+        together = contracted(torch.cat([*groups.values()], -1), pre[a]) / pre[a].shape[-2]
+        parts = together.chunk(len(groups), -2)
+        for e, part in zip(groups, parts, strict=True):
+            factors[e] = factors[e] + part
+    return factors
 
 
 class _SumBackward:

@@ -14,11 +14,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# once, because torch.compile does not see through the question
+AUTOCAST_DEVICES = frozenset(
+    device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
+)
+
 
 def own_precision(tensors: Iterable[Tensor]) -> AbstractContextManager:
     """A context without autocast on the device of the first tensor, by default the CPU."""
     device = next((tensor.device.type for tensor in tensors), "cpu")
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

@@ -29,7 +29,17 @@ class RecordingError(RuntimeError):
 
 
 class Recording(Protocol):
-    """A recorded computation."""
+    """A recorded computation.
+
+    Attributes:
+        inputs, outputs: the buffers that it reads from and writes to.
+    """
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    def replay(self) -> None:
+        """Compute the outputs from what is in the inputs."""
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         """The results for these inputs, valid until the next call."""
@@ -62,8 +72,12 @@ class CudaRecording:
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         torch._foreach_copy_(self.inputs, [t.detach() for t in tensors])
-        self.graph.replay()
+        self.replay()
         return self.outputs
+
+    def replay(self) -> None:
+        """Compute the outputs from what is in the inputs."""
+        self.graph.replay()
 
 
 class CalledRecording:
@@ -75,8 +89,12 @@ class CalledRecording:
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         torch._foreach_copy_(self.inputs, [t.detach() for t in tensors])
-        torch._foreach_copy_(self.outputs, self.function(*self.inputs))
+        self.replay()
         return self.outputs
+
+    def replay(self) -> None:
+        """Compute the outputs from what is in the inputs."""
+        torch._foreach_copy_(self.outputs, self.function(*self.inputs))
 
 
 def recording_for(device: torch.device) -> type[Recording]:

@@ -38,6 +38,7 @@ from kernels.local_polynomial import (
     with_samples,
 )
 from kernels.own_precision import in_own_precision
+from kernels.task_products import contracted
 
 FLOOR = 1e-4  # added to variances
 
@@ -115,7 +116,7 @@ def moments_forward(y: Sequence[Tensor], wanted: str) -> tuple[Tensor, Tensor, T
         mean = y[0].mean(-2)
         c = (y[0] - with_samples(mean)).unsqueeze(0)
     if wanted == "gram":
-        return c, mean, _products(c.mT, c).div_(count_of(c))
+        return c, mean, contracted(c, c).div_(count_of(c))
     if wanted == "variance":
         return c, mean, torch.linalg.vector_norm(c, dim=-2).square_().div_(count_of(c))
     return c, mean, c.new_empty(*c.shape[:-2], 0)
@@ -233,7 +234,7 @@ def currents_backward(grad, c, k, s, of_s, has_const: bool):
     grad_const = grad[0].sum(-2) if has_const else None
     if k.dim() == c.dim():
         grad_c = _products(grad, k.mT)
-        grad_k = _products(c.mT, grad)
+        grad_k = contracted(c, grad)
     else:
         grad_c = grad * k.unsqueeze(-2)
         grad_k = (c * grad).sum(-2)

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Protocol, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from learned_optimizer.errors import OptimizerError
 from learned_optimizer.networks import CoordinateNetwork
 from learned_optimizer.optimizees import Task
+from learned_optimizer.recorded import RecordedCalls
 from learned_optimizer.seeds import seeded_generator
 from learned_optimizer.settings import MetaTrainingSettings
 from learned_optimizer.symmetries import Symmetry, mean_deviations, symmetry_penalty
@@ -33,7 +35,7 @@ from learned_optimizer.window_gradients import (
     WindowLoss,
     autograd_gradient,
     persistent_gradient,
-    roll_out,
+    replayed_roll_out,
     start,
     steps_of_adam,
     strategies_gradient,
@@ -44,6 +46,7 @@ VALIDATION = 2**31  # takes the place of the run in the seeds of validation
 VALIDATION_WINDOW = 20
 STARTING_RATE = 0.05  # the learning rate of Adam's steps before a random start
 LAST_STEPS = 10  # the final loss is the mean over these
+MOMENTS = "exp_avg", "exp_avg_sq"  # of torch's Adam
 
 Value = TypeVar("Value")
 
@@ -113,6 +116,8 @@ class MetaTraining:
         curves: the validation losses [steps] of each epoch, beginning with the untrained optimiser.
         deviations: curves like these, by "update/<label>" and "gradient/<label>"; a label is the
             kind of a symmetry, followed by CONTROL for negative controls.
+        calls: how windows are called; where its `record` is not None they are replayed, and the
+            host waits for their numbers once a run.
     """
 
     def __init__(
@@ -142,6 +147,7 @@ class MetaTraining:
         self.best, self.best_loss = copy.deepcopy(network.state_dict()), math.inf
         self.curves: list[Tensor] = []
         self.deviations: dict[str, list[Tensor]] = {}
+        self.calls = RecordedCalls()
 
     def train_run(self) -> dict[str, float]:
         """Do one run and return its numbers; those of validation are NaN if none was due.
@@ -192,28 +198,63 @@ class MetaTraining:
 
     def _windows(self, begun: int) -> tuple[list[float], list[float]]:
         """Mean losses and meta-gradient norms of the run's windows, after `begun` steps of Adam."""
-        settings, losses, norms = self.settings, [], []
+        settings, rows = self.settings, []
         trainings = self._started(self.run, self.team.share(settings.tasks))
         trainings = steps_of_adam(self.task.optimizee, trainings, begun, STARTING_RATE)
-        estimate = self._estimator()
-        for first in range(begun, settings.inner_steps, settings.unroll):
-            steps = min(settings.unroll, settings.inner_steps - first)
-            window = estimate(trainings, steps)
+        estimate, waits = self._estimator(), self.calls.record is None
+        ends = [*range(begun + settings.unroll, settings.inner_steps, settings.unroll)]
+        sound = torch.ones_like(trainings.theta[0, 0], dtype=torch.bool)
+        for first, end in pairwise([begun, *ends, settings.inner_steps]):
+            window = estimate(trainings, end - first)
             loss, mean_loss, *gradient = self._pooled(window)
             norm = torch.nn.utils.get_total_norm(gradient)
-            if not (loss.isfinite() and norm.square().isfinite()):
-                self.warn(
-                    f"run {self.run + 1}, step {first + steps}: loss {loss:g}, "
-                    f"meta-gradient {norm:g}; the run ends here"
-                )
+            sound = sound & loss.isfinite() & norm.square().isfinite()
+            rows.append(torch.stack([sound.to(loss), loss, mean_loss, norm]))
+            if waits and not sound:
                 break
             for p, g in zip(self.network.parameters(), gradient, strict=True):
                 p.grad = g
-            self.optimizer.step()
+            if waits:
+                self.optimizer.step()
+            else:
+                self._step_if(sound)
             trainings = window.end
-            losses.append(mean_loss.item())
-            norms.append(norm.item())
-        return losses, norms
+        return self._told(torch.stack(rows).tolist(), [*ends, settings.inner_steps])
+
+    def _told(
+        self, rows: Sequence[Sequence[float]], ends: Sequence[int]
+    ) -> tuple[list[float], list[float]]:
+        """Mean losses and gradient norms of the windows before the first that is not finite.
+
+        rows: for each window, whether it is finite, its loss, mean loss and meta-gradient's norm.
+        ends: the step at which each window ends.
+        """
+        finite = [row for row in rows if row[0]]
+        if len(finite) < len(rows):
+            _, loss, _, norm = rows[len(finite)]
+            self.warn(
+                f"run {self.run + 1}, step {ends[len(finite)]}: loss {loss:g}, "
+                f"meta-gradient {norm:g}; the run ends here"
+            )
+            if self.calls.record is not None:
+                for state in self.optimizer.state.values():
+                    state["step"] -= len(rows) - len(finite)  # those that changed nothing
+        return [row[2] for row in finite], [row[3] for row in finite]
+
+    @torch.no_grad()
+    def _step_if(self, sound: Tensor) -> None:
+        """One step of Adam, except for its count undone if not `sound`; the host doesn't wait."""
+        weights = list(self.network.parameters())
+        before = [p.clone() for p in weights]
+        moments = [
+            self.optimizer.state[p].get(name, torch.zeros_like(p)).clone()
+            for p in weights
+            for name in MOMENTS
+        ]
+        self.optimizer.step()
+        after = [*weights, *(self.optimizer.state[p][name] for p in weights for name in MOMENTS)]
+        for new, old in zip(after, [*before, *moments], strict=True):
+            new.copy_(torch.where(sound, new, old))
 
     def _pooled(self, window: WindowGradient) -> list[Tensor]:
         """The window's loss, mean loss and meta-gradient, over the trainings of the whole team."""
@@ -226,7 +267,9 @@ class MetaTraining:
 
     def _estimator(self) -> Callable[[Trainings, int], WindowGradient]:
         settings, noise = self.settings, seeded_generator(self.settings.seed, self.run, 2)
-        fixed = {"network": self.network, "optimizee": self.task.optimizee}
+        fixed = {
+            "network": self.network, "optimizee": self.task.optimizee, "calls": self.calls
+        }  # fmt: skip
         if settings.estimator == "suffix_sum":
             estimate = partial(
                 suffix_sum_gradient, coordinates=settings.coordinates, generator=noise
@@ -275,26 +318,45 @@ class MetaTraining:
         """Run the frozen optimiser on the validation runs, which are the same at each call."""
         settings, optimizee = self.settings, self.task.optimizee
         trainings, losses = self._started(VALIDATION, range(settings.validation_runs)), []
-        update: dict[str, list[Tensor]] = {}
-        gradient: dict[str, list[Tensor]] = {}
+        deviations: dict[str, dict[str, list[Tensor]]] = {"update": {}, "gradient": {}}
         for first in range(0, settings.inner_steps, VALIDATION_WINDOW):
             steps = min(VALIDATION_WINDOW, settings.inner_steps - first)
-            window = roll_out(self.network, optimizee, trainings, steps)
-            u = window.u.view_as(window.gradients)
-            theta, g = trainings.theta, trainings.gradient
-            for t in range(steps):
+            window = replayed_roll_out(self.network, optimizee, trainings, steps, self.calls)
+            if self.symmetries:
                 # Only the first network: the others would show much the same and cost more time
-                at = optimizee.unflat(theta[0])
-                for curves, v in ((update, -self.network.out_mul * u[t]), (gradient, g)):
-                    sizes = mean_deviations(self.symmetries, optimizee.unflat(v[0]), at)
-                    for label, size in sizes.items():
-                        curves.setdefault(label, []).append(size)
-                theta = torch.add(theta, u[t], alpha=self.network.out_mul)
-                g = window.gradients[t]
+                tensors = trainings.theta, trainings.gradient, window.u, window.gradients
+                found = self.calls("deviations", self._deviations_along, tensors)
+                for name, of_labels in found.items():
+                    for label, sizes in of_labels.items():
+                        deviations[name].setdefault(label, []).append(sizes)
             trainings = window.end
             losses.append(window.losses.T)
-        tensors = ({k: torch.stack(v).cpu() for k, v in d.items()} for d in (update, gradient))
-        return Validation(torch.cat(losses, 1).nan_to_num(math.inf), *tensors)
+        curves = [
+            {label: torch.cat(sizes).cpu() for label, sizes in of_labels.items()}
+            for of_labels in deviations.values()
+        ]
+        return Validation(torch.cat(losses, 1).nan_to_num(math.inf), *curves)
+
+    def _deviations_along(
+        self, theta: Tensor, g: Tensor, u: Tensor, gradients: Tensor
+    ) -> dict[str, dict[str, Tensor]]:
+        """Deviations of the first training's "update" and "gradient" by label, [T] each.
+
+        theta, g: parameters [K, n] and their gradient before the first step.
+        u, gradients: [T, K n] and [T, K, n], as in a Rollout.
+        """
+        optimizee, found = self.task.optimizee, {"update": {}, "gradient": {}}
+        for step, after in zip(u.view_as(gradients), gradients, strict=True):
+            at = optimizee.unflat(theta[0])
+            for name, v in (("update", -self.network.out_mul * step), ("gradient", g)):
+                sizes = mean_deviations(self.symmetries, optimizee.unflat(v[0]), at)
+                for label, size in sizes.items():
+                    found[name].setdefault(label, []).append(size)
+            theta, g = torch.add(theta, step, alpha=self.network.out_mul), after
+        return {
+            name: {label: torch.stack(sizes) for label, sizes in of_labels.items()}
+            for name, of_labels in found.items()
+        }
 
     def select(self) -> None:
         """Replace the weights of the network by the best ones."""

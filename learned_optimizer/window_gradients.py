@@ -27,7 +27,9 @@ from hypergradients import Pairs, evolution_strategies, persistent_evolution_str
 from learned_optimizer.errors import OptimizerError
 from learned_optimizer.networks import CoordinateNetwork
 from learned_optimizer.optimizees import Optimizee
+from learned_optimizer.recorded import RecordedCalls
 
+AT_ONCE = RecordedCalls()
 Penalty = Callable[[Tensor, Tensor], Tensor]  # of theta and v, both [n]: a scalar
 
 
@@ -155,6 +157,60 @@ def roll_out(
     return Rollout(trainings, end, *map(torch.stack, (inputs, updates, losses, gradients)))
 
 
+def replayed_roll_out(
+    network: CoordinateNetwork,
+    optimizee: Optimizee,
+    trainings: Trainings,
+    steps: int,
+    calls: RecordedCalls,
+) -> Rollout:
+    """`roll_out` at once or from a recording, as `calls` does."""
+    if calls.record is None:
+        return roll_out(network, optimizee, trainings, steps)
+
+    def whole(tensors: list[Tensor], drawn: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        window = roll_out(network, optimizee, _of_tensors(tensors, drawn, steps), steps)
+        return _tensors(window.end), [window.inputs, window.u, window.losses, window.gradients]
+
+    arguments = _tensors(trainings), _drawn(trainings, steps)
+    end, curves = calls(("roll_out", steps), whole, arguments)
+    return Rollout(trainings, Trainings(*end, trainings.batches), *curves)
+
+
+def _replayed(
+    calls: RecordedCalls,
+    estimate: Callable[..., WindowGradient],
+    trainings: Trainings,
+    steps: int,
+) -> WindowGradient:
+    """estimate(trainings=trainings) from a recording of a window of `steps` steps."""
+
+    def whole(tensors: list[Tensor], drawn: list[Tensor]) -> tuple:
+        found = estimate(trainings=_of_tensors(tensors, drawn, steps))
+        return found.gradient, found.loss, found.losses, _tensors(found.end)
+
+    arguments = _tensors(trainings), _drawn(trainings, steps)
+    *found, end = calls(("window", steps), whole, arguments)
+    return WindowGradient(*found, Trainings(*end, trainings.batches))
+
+
+def _tensors(trainings: Trainings) -> list[Tensor]:
+    return [trainings.theta, trainings.memory, trainings.gradient]
+
+
+def _drawn(trainings: Trainings, steps: int) -> list[Tensor]:
+    """The parts, such as inputs and targets, of the next batches: [steps * K, ...] each."""
+    batches = [batch for _ in range(steps) for batch in _next_of(trainings.batches)]
+    return [torch.stack(part) for part in zip(*batches, strict=True)]
+
+
+def _of_tensors(tensors: Sequence[Tensor], drawn: Sequence[Tensor], steps: int) -> Trainings:
+    """Trainings from what `_tensors` and `_drawn` return."""
+    batches = list(zip(*drawn, strict=True))
+    count = len(batches) // steps
+    return Trainings(*tensors, [iter(batches[k::count]) for k in range(count)])
+
+
 def suffix_sum_gradient(
     network: CoordinateNetwork,
     optimizee: Optimizee,
@@ -164,15 +220,21 @@ def suffix_sum_gradient(
     *,
     coordinates: int | None = None,
     generator: torch.Generator | None = None,
+    calls: RecordedCalls = AT_ONCE,
 ) -> WindowGradient:
     """The meta-gradient without an autograd graph through the window.
 
     coordinates: about how many columns enter the pass over the network. They are drawn with
         probabilities in proportion to the norms of their d L / d u and weighted by the inverse
-        probability, so that the gradient is unbiased; None: all columns with d L / d u != 0.
+        probability, so that the gradient is unbiased; None: all columns with d L / d u != 0, or
+        those with 0 too where the window is recorded, whose shapes do not depend on numbers.
     generator: draws the columns.
+    calls: calls the window at once, or from a recording; so in the other estimators.
     """
-    window = roll_out(network, optimizee, trainings, steps)
+    if calls.record is not None and coordinates is None:
+        whole = partial(_all_columns, network, optimizee, steps=steps, window_loss=window_loss)
+        return _replayed(calls, whole, trainings, steps)
+    window = replayed_roll_out(network, optimizee, trainings, steps, calls)
     du, loss = _loss_by_updates(network.out_mul, window, window_loss)
     norms = du.norm(dim=0)
     if coordinates is None:
@@ -187,6 +249,19 @@ def suffix_sum_gradient(
     gradient = network.sequence_gradient(
         window.inputs[:, :, chosen], window.start.memory[:, chosen], du
     )
+    return WindowGradient(gradient, loss, window.losses, window.end)
+
+
+def _all_columns(
+    network: CoordinateNetwork,
+    optimizee: Optimizee,
+    trainings: Trainings,
+    steps: int,
+    window_loss: WindowLoss,
+) -> WindowGradient:
+    window = roll_out(network, optimizee, trainings, steps)
+    du, loss = _loss_by_updates(network.out_mul, window, window_loss)
+    gradient = network.sequence_gradient(window.inputs, window.start.memory, du)
     return WindowGradient(gradient, loss, window.losses, window.end)
 
 
@@ -260,8 +335,12 @@ def autograd_gradient(
     trainings: Trainings,
     steps: int,
     window_loss: WindowLoss,
+    calls: RecordedCalls = AT_ONCE,
 ) -> WindowGradient:
     """The meta-gradient by a backward pass through all updates of the window."""
+    if calls.record is not None:
+        whole = partial(autograd_gradient, network, optimizee, steps=steps, window_loss=window_loss)
+        return _replayed(calls, whole, trainings, steps)
     theta, memory, g = trainings.theta, trainings.memory, trainings.gradient
     sizes, losses, penalty = optimizee.sizes() * len(theta), [], 0
     for _ in range(steps):
@@ -295,13 +374,14 @@ def strategies_gradient(
     sigma: float,
     pairs: int,
     generator: torch.Generator,
+    calls: RecordedCalls = AT_ONCE,
 ) -> WindowGradient:
     """The meta-gradient by truncated evolution strategies, with all windows from the same start.
 
     sigma: the standard deviation of the perturbations of the weights.
     pairs: the number of pairs of opposite perturbations.
     """
-    window = _Window(network, optimizee, trainings, steps, window_loss)
+    window = _Window(network, optimizee, trainings, steps, window_loss, calls)
     gradient = evolution_strategies(
         window.tree(), window.weights, window.maps(), window.loss, sigma, pairs, generator,
         set_grad=False,
@@ -320,13 +400,14 @@ def persistent_gradient(
     sigma: float,
     pairs: int,
     generator: torch.Generator,
+    calls: RecordedCalls = AT_ONCE,
 ) -> tuple[WindowGradient, Pairs]:
     """The meta-gradient by persistent evolution strategies, and the pairs for the next window.
 
     persistent: the pairs from the window before; None in the first window.
     sigma, pairs: as in `strategies_gradient`.
     """
-    window = _Window(network, optimizee, trainings, steps, window_loss)
+    window = _Window(network, optimizee, trainings, steps, window_loss, calls)
     if persistent is None:
         persistent = Pairs.start(window.tree(), window.weights, pairs)
     gradient, after = persistent_evolution_strategies(
@@ -342,9 +423,18 @@ class _Window:
     The params of the maps are [theta, memory, gradient, sum of losses [K], sum of penalties []].
     """
 
-    def __init__(self, network, optimizee, trainings: Trainings, steps: int, window_loss) -> None:
+    def __init__(
+        self,
+        network: CoordinateNetwork,
+        optimizee: Optimizee,
+        trainings: Trainings,
+        steps: int,
+        window_loss: WindowLoss,
+        calls: RecordedCalls,
+    ) -> None:
         self.network, self.optimizee, self.trainings = network, optimizee, trainings
         self.window_loss, self.weights = window_loss, list(network.parameters())
+        self.calls = calls
         self.batches = [_next_of(trainings.batches) for _ in range(steps)]
 
     def tree(self) -> list[Tensor]:
@@ -353,7 +443,10 @@ class _Window:
         return [trainings.theta, trainings.memory, trainings.gradient, zeros, zeros[0]]
 
     def maps(self) -> list[Callable]:
-        return [partial(self._update, batches) for batches in self.batches]
+        return [partial(self._called, batches) for batches in self.batches]
+
+    def _called(self, batches: Sequence, tree: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        return self.calls("update", self._update, (list(batches), tree, weights))
 
     @torch.no_grad()
     def _update(self, batches: Sequence, tree: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
@@ -376,7 +469,8 @@ class _Window:
         """The gradient, and the results of the window with unperturbed weights."""
         drawn = [iter(batches) for batches in zip(*self.batches, strict=True)]
         start = replace(self.trainings, batches=drawn)
-        window = roll_out(self.network, self.optimizee, start, len(self.batches))
+        steps = len(self.batches)
+        window = replayed_roll_out(self.network, self.optimizee, start, steps, self.calls)
         loss, penalty = self.window_loss.of_losses(window.losses), self.window_loss.penalty
         if penalty is not None:
             steps = _penalised(self.network.out_mul, window)

@@ -9,6 +9,7 @@ _NAMES = {  # the public names of each module, which is loaded when one of them 
     "objectives": (
         "Batch Buffers Evaluation HeldOut Linearization MLPObjective ModuleObjective Objective"
     ),
+    "replayed": "ReplayedTuning",
     "settings": "DEFAULT_TRANSFORMS METHODS NAMES SMALLEST_POPULATION TRANSFORM_KINDS Settings",
     "samples": "FullBatches Samples SequentialBatches ShuffledBatches",
     "tuning": "State Tuning check_start initial_hyperparameters initial_state",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     from one_pass.objectives import MLPObjective as MLPObjective
     from one_pass.objectives import ModuleObjective as ModuleObjective
     from one_pass.objectives import Objective as Objective
+    from one_pass.replayed import ReplayedTuning as ReplayedTuning
     from one_pass.samples import FullBatches as FullBatches
     from one_pass.samples import Samples as Samples
     from one_pass.samples import SequentialBatches as SequentialBatches

@@ -16,7 +16,7 @@ Hessian product 6L - 4 more. `ModuleObjective` takes any nn.Module and leaves bo
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 
 from one_pass.errors import OnePassError
+from one_pass.recorded import RecordedCalls
 
 Buffers = dict[str, Tensor]
 
@@ -297,6 +298,7 @@ class ModuleObjective:
             evaluation mode of a module in training mode stay in it.
         loss: "mse" (targets as the outputs) or "cross_entropy" (outputs [B, classes, ...], targets
             int64 [B, ...]).
+        calls: how computations over all runs are called: at once, or recorded and replayed.
     Raises OnePassError for a module without parameters to train and for an unknown loss. Its
     methods
     raise it for a module that draws random numbers in training: a run would depend on the others,
@@ -306,6 +308,7 @@ class ModuleObjective:
 
     module: nn.Module
     loss: str
+    calls: RecordedCalls = field(default_factory=RecordedCalls, compare=False, repr=False)
 
     recurrent = False
 
@@ -338,20 +341,24 @@ class ModuleObjective:
 
     def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
         """The loss around `weights`, in training mode."""
-        gradient, (loss, after) = self._over_runs(
-            grad(self._loss, has_aux=True), batch, weights, buffers
-        )
+        gradient, (loss, after) = self._over_runs(self._gradient, batch, weights, buffers)
 
         def hessian_product(vectors: Tensor) -> Tensor:
-            return self._over_runs(self._hessian_product, batch, weights, buffers, vectors)
+            return self.product_with_hessian(weights, buffers, batch, vectors)
 
         return Linearization(loss, gradient, after, hessian_product)
+
+    def product_with_hessian(
+        self, weights: Tensor, buffers: Buffers, batch: Batch, vectors: Tensor
+    ) -> Tensor:
+        """The products of the training loss's Hessian with vectors [D, P], [D, P]."""
+        return self._over_runs(self._hessian_product, batch, weights, buffers, vectors)
 
     def held_out(self, weights: Tensor, buffers: Buffers, batch: Batch) -> HeldOut:
         """Loss and gradient in evaluation mode, which does not change batch norm's statistics."""
         with in_evaluation_mode(self.module):
             gradient, (loss, after) = self._over_runs(
-                grad(self._loss, has_aux=True), batch, weights, buffers, training=False
+                self._gradient, batch, weights, buffers, training=False
             )
         return HeldOut(loss, gradient, after)
 
@@ -382,10 +389,10 @@ class ModuleObjective:
             self.module.train()
         samples = None if batch.shared else 0
         dims = (0, 0, samples, samples, *(0 for _ in vectors))
+        arguments = weights, buffers, batch.inputs, batch.targets, *vectors
+        name = function.__name__, training, batch.shared
         try:
-            return vmap(function, in_dims=dims)(
-                weights, buffers, batch.inputs, batch.targets, *vectors
-            )
+            return self.calls(name, vmap(function, in_dims=dims), arguments)
         except RuntimeError as problem:
             if "randomness" not in str(problem):
                 raise
@@ -393,6 +400,12 @@ class ModuleObjective:
                 "the module draws random numbers (dropout?), and these would differ with a run's "
                 "neighbours and from gradient to Hessian: leave that out"
             ) from problem
+
+    def _gradient(
+        self, flat: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Buffers]]:
+        """One run's gradient, its loss and its buffers afterwards."""
+        return grad(self._loss, has_aux=True)(flat, buffers, inputs, targets)
 
     def _hessian_product(
         self, flat: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor, vector: Tensor
@@ -404,7 +417,7 @@ class ModuleObjective:
         """
 
         def gradient(some: Tensor) -> Tensor:
-            return grad(self._loss, has_aux=True)(some, buffers, inputs, targets)[0]
+            return self._gradient(some, buffers, inputs, targets)[0]
 
         return jvp(gradient, (flat,), (vector,))[1]
 

@@ -23,6 +23,12 @@ class Samples(Protocol):
     def next(self) -> Batch:
         """The next batch of every run."""
 
+    def draw(self, count: int) -> Tensor:
+        """The numbers of the samples in the next `count` batches, [count, ...]."""
+
+    def batch(self, numbers: Tensor) -> Batch:
+        """The batch of these samples, an entry of what `draw` returns."""
+
 
 class FullBatches:
     """The whole set at every step, shared by all runs."""
@@ -33,6 +39,14 @@ class FullBatches:
     def next(self) -> Batch:
         """The whole set."""
         return Batch(self.inputs, self.targets, shared=True)
+
+    def draw(self, count: int) -> Tensor:
+        """Nothing, since no batch differs from another: [count, 0]."""
+        return torch.zeros(count, 0, dtype=torch.long, device=self.inputs.device)
+
+    def batch(self, numbers: Tensor) -> Batch:
+        """The whole set."""
+        return self.next()
 
     def state_dict(self) -> dict:
         """An empty dict: there is no state."""
@@ -61,11 +75,23 @@ class ShuffledBatches:
 
     def next(self) -> Batch:
         """The next samples of each run, [D, size, ...]; an epoch's incomplete batch is dropped."""
+        return self.batch(self._next_rows())
+
+    def draw(self, count: int) -> Tensor:
+        """The rows of the next batches, [count, D, size]."""
+        return torch.stack([self._next_rows() for _ in range(count)])
+
+    def batch(self, numbers: Tensor) -> Batch:
+        """The batch of these rows [D, size]."""
+        inputs, targets = _gathered(self.inputs, numbers), _gathered(self.targets, numbers)
+        return Batch(inputs, targets, shared=False)
+
+    def _next_rows(self) -> Tensor:
         if self._position + self.size > self._orders.shape[1]:
             self._orders, self._position = self._new_orders(), 0
         rows = self._orders[:, self._position : self._position + self.size]
         self._position += self.size
-        return Batch(_gathered(self.inputs, rows), _gathered(self.targets, rows), shared=False)
+        return rows
 
     def state_dict(self) -> dict:
         """What a resumed run needs to draw the same batches."""
@@ -99,6 +125,17 @@ class SequentialBatches:
         index = self._position % len(self.inputs)
         self._position += 1
         return Batch(self.inputs[index], self.targets[index], shared=True)
+
+    def draw(self, count: int) -> Tensor:
+        """The numbers of the next windows, [count]."""
+        numbers = torch.arange(self._position, self._position + count, device=self.inputs.device)
+        self._position += count
+        return numbers % len(self.inputs)
+
+    def batch(self, numbers: Tensor) -> Batch:
+        """The window of this number []."""
+        inputs, targets = (t.index_select(0, numbers[None])[0] for t in (self.inputs, self.targets))
+        return Batch(inputs, targets, shared=True)
 
     def state_dict(self) -> dict:
         """The position in the text."""

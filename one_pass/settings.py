@@ -9,6 +9,7 @@ NAMES = ("lr", "weight_decay", "momentum")
 METHODS = (
     "fixed", "look_back", "unrolled", "successive_gradients", "stepped_lr", "population",
 )  # fmt: skip
+WITH_VALIDATION_BATCHES = ("look_back", "unrolled")  # the methods that use some
 OPTIMIZERS = ("adam", "sgd")  # for the raw hyperparameters
 TRANSFORM_KINDS = ("10^", "exp", "sigmoid")  # how a raw value becomes the hyperparameter
 DEFAULT_TRANSFORMS = {"lr": "10^", "weight_decay": "10^", "momentum": "sigmoid"}

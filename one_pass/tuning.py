@@ -361,7 +361,7 @@ class Tuning:
                 _METHODS[settings.method](self, step, window)
                 self.hyperparameters = natural(state.raw, settings)
                 window.clear()
-                if settings.reset and state.step < settings.updates * settings.every:
+                if self._reset_is_due():
                     self._reset_or_renew()
 
     def _weight_step(self) -> WeightStep:
@@ -444,7 +444,7 @@ class Tuning:
         stepped = inverse((forward(raw["lr"]) * self.state.factor).clamp(*STEPPED_LR_BOUNDS))
         raw["lr"] = self._bounded("lr", stepped)
 
-    def _exploit(self, step: WeightStep, window: deque[WeightStep]) -> None:
+    def _exploit(self, *_) -> None:
         """Population-based training: the worst fifth continues from the best, slightly changed.
 
         Source: Jaderberg et al., "Population based training of neural networks" (2017).
@@ -512,6 +512,10 @@ class Tuning:
         settings, state = self.settings, self.state
         done = ((state.updates - state.begun) / max(settings.updates - 1, 1)).clamp(0, 1)
         return settings.lr * (settings.final_lr / settings.lr) ** done
+
+    def _reset_is_due(self) -> bool:
+        settings = self.settings
+        return settings.reset and self.state.step < settings.updates * settings.every
 
     def _reset_or_renew(self) -> None:
         """Reset weights and buffers to the start, and ignore momentum and the last gradient.

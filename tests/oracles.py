@@ -75,8 +75,8 @@ def monomial_sum(exponents, psi, weight, presynaptic, postsynaptic) -> Tensor:
     batch = len(postsynaptic[0])
     delta = 0 * weight
     for coefficient, term in zip(psi, exponents, strict=True):
-        sending = torch.ones(batch, weight.shape[1], dtype=weight.dtype)
-        receiving = torch.ones(batch, weight.shape[0], dtype=weight.dtype)
+        sending = weight.new_ones(batch, weight.shape[1])
+        receiving = weight.new_ones(batch, weight.shape[0])
         for p, power in zip(presynaptic, term[: len(presynaptic)], strict=True):
             sending = sending * p**power
         for q, power in zip(postsynaptic, term[len(presynaptic) : -1], strict=True):
@@ -104,7 +104,7 @@ def delta_m(terms, psi, diagonal, y, m) -> Tensor:
     delta = 0 * m
     for coefficient, (d1, d2, e) in zip(psi, terms, strict=True):
         delta = delta + coefficient * _mean_of_products(y**d1, y**d2) * m**e
-    return delta + sum(diagonal) * torch.eye(len(m), dtype=m.dtype)
+    return delta + sum(diagonal) * torch.eye(len(m), dtype=m.dtype, device=m.device)
 
 
 def pair_delta_w(terms, psi, x, s, y, w) -> Tensor:
@@ -128,7 +128,7 @@ def pair_delta_m(terms, psi, diagonal, y, m) -> Tensor:
     for coefficient, (j1, i1, j2, i2, e) in zip(psi, terms, strict=True):
         sending, receiving = y[0] ** j1 * y[1] ** j2, y[0] ** i1 * y[1] ** i2
         delta = delta + coefficient * _mean_of_products(sending, receiving) * m**e
-    return delta + sum(diagonal) * torch.eye(len(m), dtype=m.dtype)
+    return delta + sum(diagonal) * torch.eye(len(m), dtype=m.dtype, device=m.device)
 
 
 def _mean_of_products(sending: Tensor, receiving: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def layer_update(rule, layer, old, x, s, y) -> dict[str, Tensor]:
         delta = of_m(rule.exponents["m"], rule.m, rule.diagonal, y, old["m"])
         m = bounded_step(rule, old["m"], delta)
         if layer.forbid_self_inhibition:
-            m = m * (1 - torch.eye(len(m), dtype=m.dtype))
+            m = m * (1 - torch.eye(len(m), dtype=m.dtype, device=m.device))
         if layer.forbid_excitation:
             m = torch.clamp(m, max=0)
         new["m"] = m

@@ -16,13 +16,21 @@ def test_the_table_is_printed_and_written(tmp_path, capsys):
     told = json.loads(path.read_text())
     whats = [row["what"] for row in told["rows"]]
     assert whats == [
-        "update, one by one", "update, together", "update, replayed", "update, together",
-        "update, replayed", "meta-step", "meta-step, pairs", "batches",
-        *(f"pairs, {kind}{way}" for kind in gpu.BENCHMARKED_VIEWS for way in ("", ", recorded")),
+        *(
+            f"{kind}, {way}"
+            for kind in gpu.KINDS
+            for way in ("one by one", "together", "replayed", "together", "replayed")
+        ),
+        "meta-step, cubic", "meta-step, pairs", "images",
+        *(f"views, {kind}{way}" for kind in gpu.BENCHMARKED_VIEWS for way in ("", ", recorded")),
         "probe", "classifier, a step",
     ]  # fmt: skip
-    ways = {"one_by_one", "together", "replayed", "pairs", "pairs_recorded"}
-    assert set(told["differences"]) == ways
+    ways = {
+        f"hypergradients, {kind}, {way}"
+        for kind in gpu.KINDS
+        for way in ("one_by_one", "together", "replayed")
+    }
+    assert set(told["differences"]) == ways | {"views", "views_recorded"}
     assert max(told["differences"].values()) < 1e-12
     assert (told["device"], told["torch"]) == ("cpu", torch.__version__)
     lines = capsys.readouterr().out.splitlines()
@@ -36,7 +44,7 @@ def test_rows_for_which_no_time_is_left_are_left_out(monkeypatch, capsys):
 
 
 def test_devices_that_disagree_end_with_status_one(monkeypatch):
-    monkeypatch.setattr(gpu, "differences", lambda sizes, device: {"together": 1e-3})
+    monkeypatch.setattr(gpu, "differences", lambda *arguments: {"together": 1e-3})
     monkeypatch.setattr(gpu, "update_rows", lambda *arguments: iter(()))
     monkeypatch.setattr(gpu, "TINY", replace(gpu.TINY, seconds=0.0))
     with pytest.raises(SystemExit) as stop:

@@ -8,6 +8,7 @@ import torch
 from test_optimizees import labelled_images
 
 from experiment.seeds import seeded_generator
+from kernels.recorded_updates import CalledRecording
 from learned_optimizer import (
     ESTIMATORS,
     MetaTraining,
@@ -57,6 +58,46 @@ def test_a_resumed_run_goes_on_bit_for_bit(estimator):
     assert numbers(resumed.train_run()) == rows[3]
     for ours, theirs in zip(plain.network.parameters(), resumed.network.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"estimator": name, "random_start": True} for name in ESTIMATORS),
+        {"coordinates": 20},
+        {"log_loss": True, "penalty": 0.1},
+    ],
+    ids=str,
+)
+def test_replayed_windows_are_those_one_by_one(settings, tasks):
+    learning = [training(tasks=tasks, **settings) for _ in range(2)]
+    for each in learning:
+        each.network.double()
+        each.task = make_task("relu3", *labelled_images(60), 10, torch.float64)
+    learning[1].calls.record = CalledRecording
+    for _ in range(3):
+        rows = [each.train_run() for each in learning]
+        assert rows[1] == pytest.approx(rows[0] | {"seconds": rows[1]["seconds"]}, rel=1e-12,
+                                        nan_ok=True)  # fmt: skip
+    for one, other in zip(*(each.network.parameters() for each in learning), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12)
+    for name, curves in learning[0].deviations.items():
+        for one, other in zip(curves, learning[1].deviations[name], strict=True):
+            assert torch.allclose(one, other, rtol=1e-10, atol=1e-15)
+    assert learning[1].calls.recordings
+
+
+def test_a_resumed_run_of_replayed_windows_goes_on_bit_for_bit():
+    whole, resumed = training(), training()
+    for each in (whole, resumed):
+        each.calls.record = CalledRecording
+    rows = [numbers(whole.train_run()) for _ in range(3)]
+    first = training()
+    first.calls.record = CalledRecording
+    assert [numbers(first.train_run()) for _ in range(2)] == rows[:2]
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert numbers(resumed.train_run()) == rows[2]
 
 
 def test_suffix_sums_and_autograd_train_alike_up_to_rounding():
@@ -132,6 +173,24 @@ def test_a_window_that_is_not_finite_ends_the_run_and_is_not_stepped_on():
     row = learning.train_run()
     assert row["skipped_windows"] == 3 and len(warnings) == 1 and "run 1" in warnings[0]
     assert all(torch.equal(before[n], p) for n, p in learning.network.state_dict().items())
+
+
+def test_replayed_windows_from_one_that_is_not_finite_on_change_nothing():
+    warnings: list[list[str]] = [[], []]
+    learning = [training(told.append, unroll=2) for told in warnings]
+    learning[1].calls.record = CalledRecording
+    for each in learning:
+        each.train_run()
+        each.network.out_mul = 1e19  # the squares of a later loss overflow
+        assert each.train_run()["skipped_windows"] > 0
+        each.network.out_mul = 0.1
+    assert warnings[0] == warnings[1] and "run 2" in warnings[0][0]
+    states = [each.optimizer.state_dict()["state"] for each in learning]
+    assert states[0][0]["step"] == states[1][0]["step"]
+    rows = [numbers(each.train_run()) for each in learning]
+    assert rows[0].keys() == rows[1].keys()
+    for one, other in zip(*(each.network.parameters() for each in learning), strict=True):
+        assert torch.allclose(one, other, rtol=1e-4)
 
 
 def test_the_penalty_lessens_deviations():

@@ -223,6 +223,13 @@ def test_all_copies_of_the_compilers_decorator_agree():
         assert (ROOT / library / "compiling.py").read_text() == ours
 
 
+def test_both_copies_of_recorded_calls_agree():
+    one, other = (
+        (ROOT / name / "recorded.py").read_text() for name in ("one_pass", "learned_optimizer")
+    )
+    assert one == other
+
+
 def test_loops_are_compiled_also_where_no_cache_can_be_written(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("""

@@ -479,7 +479,8 @@ def test_counted_batches_of_several_tasks_are_those_of_each_and_are_made_once():
     assert found[0] is found[3] is found[6] and found[0] is not found[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"inner_steps": drawn_steps}, {"tasks": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"inner_steps": drawn_steps}, {"tasks": 1}],
+    ids=lambda options: " ".join(options) or "defaults")  # fmt: skip
 @pytest.mark.parametrize("source", [
     partial(batches, random_numbers="device"),
     *(lambda data, size, generator, dtype, kind=kind: Views(
@@ -492,7 +493,8 @@ def test_a_meta_step_with_counted_numbers_is_the_same_together(source, options):
                       initializer=SpreadInitializer(0.4).double(), **options)  # fmt: skip
 
 
-def test_counted_pairs_are_made_within_the_recordings_which_hold_no_images():
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "images"])
+def test_counted_batches_are_made_within_the_recordings_which_hold_no_images(pairs):
     sizes = []
 
     class Measured(CalledRecording):
@@ -500,13 +502,18 @@ def test_counted_pairs_are_made_within_the_recordings_which_hold_no_images():
             sizes.append(max(t.numel() for t in tensors))
             return super().__call__(*tensors)
 
-    views = Views(IMAGES, 20, ViewStrengths(), dtype=torch.float64, random_numbers="device")
+    counted = {"dtype": torch.float64, "random_numbers": "device"}
+    views = Views(IMAGES, 20, ViewStrengths(), **counted)
+    recorder = Recorder(3, Measured)
     meta_run(
-        default_rule(), network((4,), inhibition="none"),
-        MetaSettings(together="always", tasks=TASKS, inner_steps=4), recorder=Recorder(3, Measured),
-        source=lambda *arguments, **options: views(arguments[2]),
+        default_rule() if pairs else bcm(), network((4,), inhibition="none"),
+        MetaSettings(together="always", tasks=TASKS, inner_steps=4), recorder=recorder,
+        source=lambda *arguments, **options: (
+            views(arguments[2]) if pairs else batches(IMAGES, 20, arguments[2], **counted)
+        ),
     )  # fmt: skip
-    assert sizes and {*sizes} == {TASKS * 2 * 20 * 6}  # affine maps
+    of_batch = TASKS * 2 * 20 * 6 if pairs else TASKS * 4 * SIDE**2  # affine maps, else weights
+    assert sizes and {*sizes} == {of_batch} and len(recorder._recorded) == 1
 
 
 @pytest.mark.parametrize("random_numbers", ["host", "device"])

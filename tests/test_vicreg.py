@@ -18,6 +18,7 @@ from comparison.vicreg import EPSILON, TERMS, VICReg, uniform_parameters, vicreg
 from data_sets.image_data import DataError, ImageData
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
+from kernels.recorded_updates import CalledRecording
 from mnist_datasets import pair_batches
 from models_fully_local import Activation, lateral_mlp
 
@@ -222,3 +223,77 @@ def test_training_lowers_the_loss():
     training = VICReg(network(8), images(), settings=replace(SMALL, batch_size=20, lr=0.03))
     losses = [training.train_epoch()["loss"] for _ in range(30)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+# ---- replayed steps ----
+
+
+def replayed(plain: VICReg, record=CalledRecording) -> VICReg:
+    """Another training in the same state, whose steps are recorded."""
+    training = VICReg(plain.model, plain.data, plain.seed, SMALL, dtype=leaves(plain)[0].dtype)
+    training.load_state_dict(copy.deepcopy(plain.state_dict()))
+    training.record = record
+    return training
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_replayed_steps_are_those_one_by_one(epochs):
+    plain = VICReg(network(5, 3), images(90), 4, SMALL, dtype=DOUBLE)  # 11 steps: ten, and one
+    for _ in range(epochs):
+        plain.train_epoch()
+    other = replayed(plain)
+    for _ in range(2):
+        rows = [training.train_epoch() for training in (plain, other)]
+        assert rows[0] | {"seconds": 0} == pytest.approx(rows[1] | {"seconds": 0}, rel=1e-12)
+    for one, two in zip(leaves(plain), leaves(other), strict=True):
+        assert torch.allclose(one, two, rtol=1e-12, atol=1e-15)
+        for name, value in plain.optimizer.state[one].items():
+            assert_near(other.optimizer.state[two][name], value, 1e-12)
+
+
+def test_two_recordings_serve_every_epoch():
+    made = []
+
+    def record(function, examples):
+        made.append(function)
+        return CalledRecording(function, examples)
+
+    training = replayed(VICReg(network(5, 3), images(90), 4, SMALL), record)
+    for _ in range(3):
+        training.train_epoch()
+    assert len(made) == 2
+
+
+def test_a_resumed_run_of_replayed_steps_goes_on_bit_for_bit():
+    whole = replayed(VICReg(network(5, 3), images(), 0, SMALL))
+    whole.train_epoch()
+    resumed = replayed(whole)
+    for training in (whole, resumed):
+        training.train_epoch()
+    assert all(torch.equal(*pair) for pair in zip(leaves(whole), leaves(resumed), strict=True))
+
+
+def test_parameters_stay_as_they_were_before_a_replayed_step_that_is_not_finite():
+    plain = VICReg(network(5, 3), images(), 4, SMALL, dtype=DOUBLE)
+    loss = plain.loss
+
+    def spoilt(z1, z2):
+        """Not finite for the fourth pair of the epoch."""
+        value, terms = loss(z1, z2)
+        return value * torch.where((z1.detach() - third).abs().sum() < 1e-9, math.nan, 1), terms
+
+    pairs = pair_batches(images(), 8, seeded_generator(4, 0, 1), DOUBLE)
+    before = replayed(plain)
+    for number, pair in enumerate(itertools.islice(pairs, 4)):
+        if number == 3:
+            third = before.model(pair[0], before.params).detach()
+        else:
+            before._step(*pair)
+    trainings = [plain, replayed(plain)]
+    for training in trainings:
+        training.loss = spoilt
+        with pytest.raises(NonFiniteError, match="epoch 1, loss nan with a gradient of norm nan"):
+            training.train_epoch()
+        assert training.epoch == 0
+        for one, other in zip(leaves(before), leaves(training), strict=True):
+            assert torch.allclose(one, other, rtol=1e-12)
