@@ -160,7 +160,7 @@ class PairMaker:
         if "factors" in parts:
             factors = parts["factors"].view(-1, 4, 1, 1, 1).unbind(1)
             for factor, towards in (factors[:2], factors[2:]):
-                x = torch.addcmul(towards * grey_mean(x), x, factor).clamp(0, 1)
+                x = torch.addcmul(towards * grey_mean(x), x, factor).clamp_(0, 1)
         return x
 
     def _masked(self, stored: Tensor, parts: Parts) -> Tensor:
@@ -176,16 +176,15 @@ class PairMaker:
             return x
         lost = parts["thresholds"].flatten().view(-1, *[1] * (x.dim() - 1))
         shape = (len(x), 1, *x.shape[2:]) if x.dim() == 4 else x.shape
-        words = _numbers_of_views(parts["mask"], torch.Size(shape).numel(), 8)
-        kept = words.view(torch.uint8).view(len(words), -1)[:, : _each(shape, words)]
-        kept = kept.reshape(shape) >= lost
+        drawn = _words_of_views(parts["mask"], torch.Size(shape), of_word=8)
+        kept = _fitted(drawn.view(torch.uint8), shape) >= lost
         return x * kept if views.lost_value is None else torch.where(kept, x, views.lost_value)
 
     def _noisy(self, x: Tensor, parts: Parts) -> Tensor:
         if "noise" not in parts:
             return x
-        words = _numbers_of_views(parts["noise"], x.numel(), 2)
-        noise = normals(words, self.dtype)[:, : _each(x.shape, words)].reshape(x.shape)
+        drawn = _words_of_views(parts["noise"], x.shape, of_word=2)
+        noise = _fitted(normals(drawn, self.dtype), x.shape)
         return x + self.views.strength("noise", x.device) * noise
 
 
@@ -228,15 +227,15 @@ def thresholds(low_to_high: Tensor, rounding: Tensor, share: tuple[float, float]
     return (256 * (low + (high - low) * low_to_high) + rounding).floor().clamp(max=255).byte()
 
 
-def _numbers_of_views(begun: Tensor, count: int, of_word: int) -> Tensor:
-    """Words [views, words] for so many numbers of all views together, of_word from each word.
+def _words_of_views(begun: Tensor, shape: torch.Size, of_word: int) -> Tensor:
+    """Words [views, words] for the numbers of all views together, of which a word has so many.
 
     begun: states and gammas, int64 [tasks, 2, 2].
     """
-    views = begun.flatten(0, 1)
-    return counted(views.T, -(-(count // len(views)) // of_word))
+    of_views = begun.flatten(0, 1)
+    return counted(of_views.T, -(-shape.numel() // len(of_views) // of_word))
 
 
-def _each(shape: Sequence[int], words: Tensor) -> int:
-    """The numbers of each view."""
-    return torch.Size(shape).numel() // len(words)
+def _fitted(numbers: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first numbers of each view, as many as there are in this shape of all views."""
+    return numbers[:, : torch.Size(shape).numel() // len(numbers)].reshape(shape)
