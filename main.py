@@ -703,7 +703,8 @@ def compile_update(trainings: Sequence[Training]) -> None:
         ) from problem
     rule.update = torch.compile(rule.update, dynamic=False)
     for views in (t.batches for t in trainings if isinstance(t.batches, Views)):
-        views.counted_pair = torch.compile(views.counted_pair, dynamic=False)
+        if views.maker is not None:
+            views.maker.make = torch.compile(views.maker.make, dynamic=False)
 
 
 # ---- loop ----

@@ -354,7 +354,7 @@ class _Tasks:
     def parts(self) -> tuple[Iterator, Callable]:
         """What the batches of all tasks are made from, and the function that makes them.
 
-        Pairs by counted numbers are made from a few of these, everything else from itself.
+        The house's own streams make theirs from a few numbers; other batches are themselves.
         """
         first = self._streams[0]
         if not hasattr(first, "parts_of_tasks"):

@@ -278,6 +278,11 @@ def meta_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
         )  # fmt: skip
 
 
+def recorded(make: Callable, parts: dict[str, Tensor], record: type[Recording]) -> Recording:
+    """The making of pairs from such parts as a recording, which takes their values."""
+    return record(lambda *t: [*make(dict(zip(parts, t, strict=True)))], [*parts.values()])
+
+
 class Batches:
     """The batches of several tasks, of images or, with strengths, pairs of views, in each way."""
 
@@ -307,12 +312,11 @@ class Batches:
         """A function that replays as many pairs of all tasks."""
         streams = self.streams(DEVICE)
         parts, make = streams[0].parts_of_tasks(streams), streams[0].make
-        given = next(parts)
-        replay = recording_for(given[0].device)(lambda *tensors: [*make(tensors)], given)
+        replay = recorded(make, next(parts), recording_for(self.data.images.device))
 
         def replayed(steps: int) -> None:
-            for tensors in itertools.islice(parts, steps):
-                replay(*tensors)
+            for of_batch in itertools.islice(parts, steps):
+                replay(*of_batch.values())
 
         return replayed
 
@@ -414,11 +418,11 @@ def differences_of_views(sizes: Sizes, device: torch.device) -> dict[str, float]
     def made(device: torch.device, record: type | None) -> list[Tensor]:
         views = Views(data.to(device), 64, strengths, random_numbers=DEVICE, **options)
         streams = [views(torch.Generator().manual_seed(k)) for k in range(3)]
-        parts, make = [*itertools.islice(streams[0].parts_of_tasks(streams), 4)], views.counted_pair
+        parts, make = [*itertools.islice(streams[0].parts_of_tasks(streams), 4)], streams[0].make
         if record is not None:
-            replay = record(lambda *tensors: [*make(tensors)], parts[0])
-            return [x.to(cpu, copy=True) for tensors in parts for x in replay(*tensors)]
-        return [x.to(cpu) for tensors in parts for x in make(tensors)]
+            replay = recorded(make, parts[0], record)
+            return [x.to(cpu, copy=True) for of_batch in parts for x in replay(*of_batch.values())]
+        return [x.to(cpu) for of_batch in parts for x in make(of_batch)]
 
     expected = made(cpu, None)
     ways = {"views": None, "views_recorded": recording_for(device)}

@@ -48,14 +48,25 @@ def fold_in(keys: Tensor, number: int | Tensor) -> Tensor:
     return _mixed(keys + _signed((number + 1) * G))
 
 
-def words(keys: Tensor, count: int, begin: int = 0) -> Tensor:
-    """Numbers begin, ..., begin + count - 1 of each key, int64 [tasks, count], of 64 random bits.
+def starts(keys: Tensor) -> Tensor:
+    """State and gamma of each key, int64 [2, *keys.shape]."""
+    state, gamma = _mixed(torch.stack([keys + _signed(S), keys + _signed(2 * S)]))
+    return torch.stack([state, gamma | 1])
 
-    keys: int64 [tasks].
+
+def counted(begun: Tensor, count: int) -> Tensor:
+    """The first `count` numbers of each key, int64 [..., count], each of 64 random bits.
+
+    begun: from `starts`.
     """
-    state, gamma = _mixed(torch.stack([keys + _signed(S), keys + _signed(2 * S)])).unsqueeze(2)
-    positions = torch.arange(begin, begin + count, device=keys.device)
-    return _mixed(torch.addcmul(state, positions, gamma | 1))
+    positions = torch.arange(count, device=begun.device)
+    state, gamma = begun.unsqueeze(-1)
+    return _mixed(torch.addcmul(state, positions, gamma))
+
+
+def words(keys: Tensor, count: int) -> Tensor:
+    """`counted` from keys, int64 [..., count]."""
+    return counted(starts(keys), count)
 
 
 def uniforms(words: Tensor) -> Tensor:
@@ -64,13 +75,13 @@ def uniforms(words: Tensor) -> Tensor:
 
 
 def normals(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """Two standard normal numbers from each word's halves (Box, Muller 1958), [tasks, 2 words].
+    """Two standard normal numbers from each word's halves (Box, Muller 1958), [..., 2 words].
 
     dtype: the type to compute in, at least float32.
     """
     radius = (_shifted(words, 32) + 1).to(dtype).mul_(2.0**-32).log_().mul_(-2).sqrt_()
     angle = (words & ((1 << 32) - 1)).to(dtype).mul_(2.0**-32 * 2 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], -1)
 
 
 def permutations(keys: Tensor, count: int) -> Tensor:

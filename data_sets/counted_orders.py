@@ -1,6 +1,6 @@
 """Random orders of the rows of a data set by counted numbers, those of several tasks at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,21 +31,27 @@ class CountedOrder:
         return self.rows // self.batch_size
 
 
-def next_batches(orders: Sequence[CountedOrder]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of each next batch of orders of the same rows, int64 [tasks, batch], and keys.
+def next_batches(
+    orders: Sequence[CountedOrder], numbers: Callable[[Tensor], dict[str, Tensor]], at_once: int = 1
+) -> Iterator[dict[str, Tensor]]:
+    """For each next batch of orders of the same rows: its "rows", int64 [tasks, batch], and more.
 
-    The keys [tasks] are those of the batches' other random numbers.
+    numbers: from keys [batches, tasks] of batches, tensors [batches, ...] by name.
+    at_once: the number of batches whose numbers are computed together.
     """
-    first, begun = orders[0], None
+    first, begun, chunk = orders[0], None, None
     while True:
         done = [order.done for order in orders]
         ahead = 0 if begun is None else done[0] - begun[0]
         if begun is None or ahead >= first.batches or done != [n + ahead for n in begun]:
             rows, keys = _an_epoch(orders)
-            begun, ahead = done, 0
+            begun, ahead, chunk = done, 0, None
+        if chunk is None or ahead // at_once != chunk:
+            chunk = ahead // at_once
+            some = numbers(keys[chunk * at_once : (chunk + 1) * at_once])
         for order in orders:
             order.done += 1
-        yield rows[ahead], keys[ahead]
+        yield {"rows": rows[ahead]} | {n: t[ahead % at_once] for n, t in some.items()}
 
 
 def orders_of_first_epochs(orders: Sequence[CountedOrder]) -> Tensor:

@@ -1,7 +1,7 @@
 """Labelled images, stored as one uint8 tensor and turned into floats batch by batch."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -95,20 +95,17 @@ class ImageData:
             x = x / self.scale.to(x.dtype)
         return x
 
-    def rescaled(
-        self, x: Tensor, dtype: torch.dtype, unit: float = 1.0, minus: Tensor | None = None
-    ) -> Tensor:
-        """(x / unit - shift) / scale - minus, in one pass over x; else the formula, up to rounding.
+    def affine(
+        self, dtype: torch.dtype, unit: float, minus: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """offset and factor, so that offset + factor x = (x / unit - shift) / scale - minus.
 
-        x: bytes or floats [..., C, H, W].
-        dtype: the type of the result and of minus, at least float32.
+        dtype: their type and that of `minus`.
         """
-        scale = self.images.new_ones((), dtype=dtype)
-        scale = scale if self.scale is None else self.scale.to(dtype)
-        terms = [] if self.shift is None else [-self.shift.to(dtype) / scale]
-        terms += [] if minus is None else [-minus]
-        factor = 1 / (unit * scale)
-        return torch.addcmul(sum(terms), x, factor) if terms else x * factor
+        one = self.images.new_ones((), dtype=dtype)
+        scale = one if self.scale is None else self.scale.to(dtype)
+        offset = torch.zeros_like(one) if self.shift is None else -self.shift.to(dtype) / scale
+        return offset if minus is None else offset - minus, 1 / (unit * scale)
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data with all tensors on `device`."""
@@ -127,12 +124,16 @@ class ImagesOfRows:
 
     data: ImageData
     dtype: torch.dtype
+    affine: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "affine", self.data.affine(working_dtype(self.dtype), 255.0))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """The normalised images of rows [...], as floats [..., C, H, W]."""
+        """Normalised images of rows [...], as floats [..., C, H, W]; up to rounding as `floats`."""
         images = self.data.images.index_select(0, rows.flatten())
-        x = self.data.rescaled(images, working_dtype(self.dtype), 255.0).to(self.dtype)
-        return x.unflatten(0, rows.shape)
+        offset, factor = self.affine
+        return torch.addcmul(offset, images, factor).to(self.dtype).unflatten(0, rows.shape)
 
 
 def pixel_sums(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,25 +30,22 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data_sets.augmentation import count_columns, jitter, warp
-from data_sets.counted_numbers import drawn_key, fold_in
-from data_sets.counted_orders import CountedOrder, next_batches
+from data_sets.augmentation import draw_numbers, jitter, warp
+from data_sets.counted_numbers import drawn_key
+from data_sets.counted_views import CountedPairs, PairMaker, thresholds
 from data_sets.image_data import (
     ImageData,
     batch_indices,
     check_batch_size,
-    device_of,
     pixel_sums,
     working_dtype,
 )
-from data_sets.number_sources import CountedNumbers, HostNumbers, Numbers
 from experiment.choices import HOST
 from experiment.view_strengths import GEOMETRIC, MIXED, ViewError, ViewStrengths
 
 STRIDE = 0.3  # d log strength / d u, as for initial distributions: one learning rate suits all
 
 Pair = tuple[Tensor, Tensor]
-KIND = 2  # after a batch's keys 0 and 1 of its two views, that of mixed views' kind
 
 
 class Views(nn.Module):
@@ -62,7 +59,7 @@ class Views(nn.Module):
         start: how views are made, with the initial values of learned strengths.
         moved: the nn.Parameters u of the learned strengths, by name, initially 0.
         dtype: the type of the views.
-        random_numbers: host or device.
+        maker: makes pairs by counted numbers; None: numbers are those of generators.
     """
 
     def __init__(
@@ -80,9 +77,10 @@ class Views(nn.Module):
             raise ViewError(f"no {strengths.kind} views of features [N, D]: take masks, or noise")
         strengths.check_learnable(tuple(learn))
         self.data, self.batch_size, self.dtype = data, batch_size, dtype
-        self.start, self.random_numbers = strengths, random_numbers
+        self.start = strengths
         self.moved = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in learn})
         self.shift, self.lost_value = self._means()
+        self.maker = None if random_numbers == HOST else PairMaker(self)
 
     def _means(self) -> tuple[Tensor | None, Tensor | None]:
         """The mean to subtract and the value of lost pixels, each of an image's shape; None: 0."""
@@ -105,9 +103,10 @@ class Views(nn.Module):
         pairs if it draws only the key of counted numbers. Raises DataError if the data are fewer
         than a batch.
         """
-        if self.random_numbers == HOST:
+        if self.maker is None:
             return PairStream(self, generator)
-        return CountedPairs(self, generator)
+        check_batch_size(self.data, self.batch_size)
+        return CountedPairs(self.maker, drawn_key(generator))
 
     def pair(self, generators: Sequence[Generator], index: Tensor) -> Pair:
         """A pair of views of the rows `index`, an equal share of which goes with each generator.
@@ -119,58 +118,19 @@ class Views(nn.Module):
         if self.start.kind == MIXED:
             drawn = torch.rand((), generator=generators[0], device="cpu")
             geometric = bool(drawn < self.start.geometric_share)
-        x, numbers = self._rows(index), HostNumbers(generators)
+        x = self._rows(index)
         if not geometric:
             x = self._normalized(x)
         make = self._geometric if geometric else self._masked
-        first, second = (make(x, numbers).to(self.dtype) for _ in range(2))
+        first, second = (make(x, generators).to(self.dtype) for _ in range(2))
         return first, second
-
-    def counted_pair(self, parts: tuple[Tensor, Tensor]) -> Pair:
-        """A pair of views of some rows, [tasks, batch, ...] each, by numbers of the tasks' keys.
-
-        It is made on the data's device, without waiting for the host, and can be recorded as a CUDA
-        graph. Of mixed views both kinds are made, and each task takes one.
-
-        parts: rows, int64 [tasks, batch], and keys, int64 [tasks], as from `next_batches`.
-        """
-        rows, keys = parts
-        views = torch.arange(2, device=keys.device).unsqueeze(1)
-        numbers = CountedNumbers(fold_in(keys, views).flatten())
-        x, kind = self._stored(rows.expand(2, *rows.shape).flatten()), self.start.kind
-        makers = [self._counted_geometric] if kind in (GEOMETRIC, MIXED) else []
-        makers += [self._counted_masked] if kind != GEOMETRIC else []
-        made = [make(x, numbers).unflatten(0, (2, *rows.shape)) for make in makers]
-        if kind == MIXED:
-            drawn = CountedNumbers(fold_in(keys, KIND)).uniforms(*[1] * x.dim())
-            made = [torch.where(drawn < self.start.geometric_share, *made)]
-        first, second = made[0].to(self.dtype)
-        return first, second
-
-    def _counted_geometric(self, stored: Tensor, numbers: Numbers) -> Tensor:
-        """A view of images as bytes, normalised in one pass."""
-        work = working_dtype(self.dtype)
-        x = self._changed(stored / stored.new_full((), 255, dtype=work), numbers)
-        return self._noisy(self.data.rescaled(x, work, minus=self.shift), numbers)
-
-    def _counted_masked(self, stored: Tensor, numbers: Numbers) -> Tensor:
-        """A view of images as bytes, or of features, normalised in one pass."""
-        work = working_dtype(self.dtype)
-        if isinstance(self.data, ImageData):
-            x = self.data.rescaled(stored, work, 255.0, minus=self.shift)
-        else:
-            x = stored.to(work) if self.shift is None else stored - self.shift
-        return self._masked(x, numbers)
-
-    def _stored(self, index: Tensor) -> Tensor:
-        """These rows, as bytes if they are images."""
-        data = self.data if isinstance(self.data, Tensor) else self.data.images
-        return data.index_select(0, index)
 
     def _rows(self, index: Tensor) -> Tensor:
         """The images in [0, 1], or the features, of these rows as floats."""
-        x = self._stored(index).to(working_dtype(self.dtype))
-        return x if isinstance(self.data, Tensor) else x.div_(255)
+        work = working_dtype(self.dtype)
+        if isinstance(self.data, Tensor):
+            return self.data.index_select(0, index).to(work)
+        return self.data.images.index_select(0, index).to(work).div_(255)
 
     def _normalized(self, x: Tensor, changed: bool = False) -> Tensor:
         """x normalised and centred; `changed`: x is a copy already and may be modified."""
@@ -182,51 +142,53 @@ class Views(nn.Module):
         fresh = changed and not x.requires_grad
         return x.sub_(self.shift) if fresh else x - self.shift
 
-    def _geometric(self, x: Tensor, numbers: Numbers) -> Tensor:
+    def _geometric(self, x: Tensor, generators: Sequence[Generator]) -> Tensor:
         """A view of images x in [0, 1]."""
         changed = self.start.warps or self.start.jitters
-        return self._noisy(self._normalized(self._changed(x, numbers), changed), numbers)
-
-    def _changed(self, x: Tensor, numbers: Numbers) -> Tensor:
-        """Images x in [0, 1], warped, brightness and contrast changed."""
-        if not (self.start.warps or self.start.jitters):
-            return x
-        columns = count_columns(crops=self.start.crops, shifts=self.start.shift > 0)
-        draws = numbers.uniforms(len(x) // numbers.tasks, columns).flatten(0, 1)
-        if torch.is_grad_enabled() and any(name != "noise" for name in self.moved):
-            # without it, the graphs of many batches would be kept, each seven times a view
-            return checkpoint(self._warped, x, draws, use_reentrant=False, preserve_rng_state=False)
-        return self._warped(x, draws)
+        if changed:
+            crops, shifts = self.start.crops, self.start.shift > 0
+            count = len(x) // len(generators)
+            draws = _of_each(
+                generators, lambda g: draw_numbers(count, g, crops=crops, shifts=shifts)
+            )
+            if torch.is_grad_enabled() and any(name != "noise" for name in self.moved):
+                # without it, the graphs of many batches would be kept, each seven times a view
+                x = checkpoint(
+                    self._warped, x, draws, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x = self._warped(x, draws)
+        return self._noisy(self._normalized(x, changed), generators)
 
     def _warped(self, x: Tensor, draws: Tensor) -> Tensor:
-        start, strength = self.start, partial(self.strength, device=draws.device)
+        start = self.start
         if start.warps:
             scale, padding = (start.crop, start.crop_padding) if start.crops else (None, 0)
             x = warp(
-                x, draws, degrees=strength("degrees"), scale=scale, ratio=start.crop_ratio,
+                x, draws, degrees=self.strength("degrees"), scale=scale, ratio=start.crop_ratio,
                 padding=padding, shift=start.shift,
             )  # fmt: skip
         if start.jitters:
             x = x if start.warps else x.clone()
-            x = jitter(x, draws, strength("brightness"), strength("contrast"))
+            x = jitter(x, draws, self.strength("brightness"), self.strength("contrast"))
         return x
 
-    def _masked(self, x: Tensor, numbers: Numbers) -> Tensor:
+    def _masked(self, x: Tensor, generators: Sequence[Generator]) -> Tensor:
         """A view of normalised images or features x."""
-        x = self._noisy(x, numbers)
+        x = self._noisy(x, generators)
         if not self.start.masks:
             return x
-        count = len(x) // numbers.tasks
+        count = len(x) // len(generators)
         shape = (count, 1, *x.shape[2:]) if x.dim() == 4 else (count, *x.shape[1:])
-        kept = kept_pixels(shape, self.start.mask, numbers).flatten(0, 1).to(x.device)
+        kept = _of_each(generators, lambda g: kept_pixels(shape, self.start.mask, g)).to(x.device)
         return x * kept if self.lost_value is None else torch.where(kept, x, self.lost_value)
 
-    def _noisy(self, x: Tensor, numbers: Numbers) -> Tensor:
+    def _noisy(self, x: Tensor, generators: Sequence[Generator]) -> Tensor:
         if not self.start.noise:
             return x
-        noise = numbers.normals(len(x) // numbers.tasks, *x.shape[1:], dtype=x.dtype)
-        noise = noise.flatten(0, 1)
-        return x + self.strength("noise", noise.device) * noise.to(x)
+        shape = (len(x) // len(generators), *x.shape[1:])
+        noise = _of_each(generators, lambda g: torch.randn(shape, generator=g, device="cpu")).to(x)
+        return x + self.strength("noise") * noise
 
     # ---- strengths ----
 
@@ -256,7 +218,7 @@ class Views(nn.Module):
 
 
 class PairStream(Iterator[Pair]):
-    """The endless pairs of `Views.forward`."""
+    """The endless pairs of `Views.forward` by numbers of a generator."""
 
     def __init__(self, views: Views, generator: Generator) -> None:
         self.views, self.generator = views, generator
@@ -284,42 +246,22 @@ class PairStream(Iterator[Pair]):
             yield first.unflatten(0, tasks), second.unflatten(0, tasks)
 
 
-class CountedPairs(Iterator[Pair]):
-    """The same by counted numbers, whose key the generator draws."""
-
-    def __init__(self, views: Views, generator: Generator) -> None:
-        check_batch_size(views.data, views.batch_size)
-        size, device = len(views.data), device_of(views.data)
-        self.views = views
-        self.order = CountedOrder(drawn_key(generator), size, views.batch_size, device)
-        self._alone = self.parts_of_tasks([self])
-
-    def __next__(self) -> Pair:
-        first, second = self.make(next(self._alone))
-        return first.squeeze(0), second.squeeze(0)
-
-    def of_tasks(self, streams: Sequence["CountedPairs"]) -> Iterator[Pair]:
-        """The next pairs of several streams of these views, stacked, [tasks, batch, ...] each."""
-        return map(self.make, self.parts_of_tasks(streams))
-
-    def parts_of_tasks(self, streams: Sequence["CountedPairs"]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The few numbers that `make` makes the next pairs of several streams from."""
-        return next_batches([stream.order for stream in streams])
-
-    @property
-    def make(self) -> Callable[[tuple[Tensor, Tensor]], Pair]:
-        """A function of tensors alone, unless strengths are learned."""
-        return self.views.counted_pair
+def _of_each(generators: Sequence[Generator], draw: Callable[[Generator], Tensor]) -> Tensor:
+    """What is drawn with each generator, one after the other."""
+    drawn = [draw(generator) for generator in generators]
+    return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
 
 
-def kept_pixels(shape: Sequence[int], share: tuple[float, float], numbers: Numbers) -> Tensor:
-    """Masks that are False for lost pixels, bool [tasks, *shape] with `shape` [B, ...].
+def kept_pixels(shape: Sequence[int], share: tuple[float, float], generator: Generator) -> Tensor:
+    """A mask that is False for lost pixels, bool of `shape` [B, ...], on the CPU.
 
     For each image the share p of lost pixels is uniform in `share` = [low, high]. One random byte
     is drawn for each pixel, which is lost if the byte is below 256 p. This threshold is rounded up
     or down at random, so that the mean share is exactly p, but at most 255 / 256.
     """
-    low, high = share
-    draws = numbers.uniforms(2, shape[0])
-    threshold = (256 * (low + (high - low) * draws[:, 0]) + draws[:, 1]).floor().clamp(max=255)
-    return numbers.bytes(*shape) >= threshold.byte().unflatten(1, (-1, *[1] * (len(shape) - 1)))
+    draws = torch.rand(2, shape[0], generator=generator, dtype=torch.float64, device="cpu")
+    threshold = thresholds(*draws, share)
+    words = torch.empty(-(-torch.Size(shape).numel() // 8), dtype=torch.int64, device="cpu")
+    words.random_(-(2**63), None, generator=generator)
+    pixels = words.view(torch.uint8)[: torch.Size(shape).numel()].view(*shape)
+    return pixels >= threshold.view(-1, *[1] * (len(shape) - 1))

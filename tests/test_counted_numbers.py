@@ -57,8 +57,7 @@ def test_new_keys_are_the_numbers_of_split_mix():
 def test_words_and_keys_are_those_of_python_integers(some, count, number):
     found = unsigned(m.words(tensor(*some), count))
     assert found == [[word(key, k) for k in range(count)] for key in some]
-    later = unsigned(m.words(tensor(*some), count, 7))
-    assert later == [[word(key, k) for k in range(7, 7 + count)] for key in some]
+    assert unsigned(m.counted(m.starts(tensor(*some)), count)) == found
     expected = [folded(key, number) for key in some]
     assert unsigned(m.fold_in(tensor(*some), number)[None])[0] == expected
     as_tensor = m.fold_in(tensor(*some), torch.tensor([[number], [number + 1]]))

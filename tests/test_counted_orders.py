@@ -18,6 +18,10 @@ from data_sets.counted_orders import (
 CPU = torch.device("cpu")
 
 
+def by_keys(keys):
+    return {"keys": keys}
+
+
 def obvious(key: int, rows: int, batch_size: int, number: int) -> tuple[list[int], int]:
     """The rows of batch `number`, and its key."""
     keys = torch.tensor([key])
@@ -33,11 +37,13 @@ def obvious(key: int, rows: int, batch_size: int, number: int) -> tuple[list[int
     ),
     st.integers(5, 9),
     st.integers(1, 5),
+    st.integers(1, 4),
 )
-def test_batches_of_tasks_are_those_of_each_wherever_it_is(tasks, rows, batch_size):
+def test_batches_of_tasks_are_those_of_each_wherever_it_is(tasks, rows, batch_size, at_once):
     orders = [CountedOrder(key, rows, batch_size, CPU, done) for key, done in tasks]
-    together = itertools.islice(next_batches(orders), 2 * rows)
-    for number, (index, keys) in enumerate(together):
+    together = itertools.islice(next_batches(orders, by_keys, at_once), 2 * rows)
+    for number, parts in enumerate(together):
+        index, keys = parts["rows"], parts["keys"]
         for k, (key, done) in enumerate(tasks):
             expected = obvious(key, rows, batch_size, done + number)
             assert (index[k].tolist(), int(keys[k])) == expected
@@ -46,13 +52,16 @@ def test_batches_of_tasks_are_those_of_each_wherever_it_is(tasks, rows, batch_si
 
 def test_an_order_goes_on_where_another_iterator_has_left_it():
     order, other = (CountedOrder(k, 7, 2, CPU) for k in (5, 6))
-    alone, together = next_batches([order]), next_batches([order, other])
-    taken = [next(alone)[0][0], next(together)[0][0], next(together)[0][0], next(alone)[0][0]]
-    assert [t.tolist() for t in taken] == [obvious(5, 7, 2, number)[0] for number in range(4)]
+    alone = next_batches([order], by_keys, 3)
+    together = next_batches([order, other], by_keys, 2)
+    taken = [next(stream) for stream in (alone, together, together, alone)]
+    assert [int(parts["keys"][0]) for parts in taken] == [obvious(5, 7, 2, k)[1] for k in range(4)]
+    expected = [obvious(5, 7, 2, number)[0] for number in range(4)]
+    assert [parts["rows"][0].tolist() for parts in taken] == expected
 
 
 def test_first_epochs_are_those_of_next_batches():
     orders = [CountedOrder(k, 9, 4, CPU) for k in (5, 6)]
     first = orders_of_first_epochs(orders)
-    for number, (index, _) in enumerate(itertools.islice(next_batches(orders), 2)):
-        assert torch.equal(first[:, number], index)
+    for number, parts in enumerate(itertools.islice(next_batches(orders, by_keys), 2)):
+        assert torch.equal(first[:, number], parts["rows"])

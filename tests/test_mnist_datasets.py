@@ -584,8 +584,8 @@ def test_images_of_rows_are_the_floats_up_to_rounding(prepared, dtype, near):
     expected = data.floats(rows.flatten(), dtype).unflatten(0, (2, 3))
     assert_close(images, expected, rtol=near, atol=near)
     x, minus = data.floats(dtype=torch.float64), data.floats(dtype=torch.float64).mean(0)
-    shifted = data.rescaled(x, torch.float64, 2.0, minus)
-    assert_close(shifted, data.normalize(x / 2) - minus, rtol=1e-12, atol=1e-12)
+    offset, factor = data.affine(torch.float64, 2.0, minus)
+    assert_close(offset + factor * x, data.normalize(x / 2) - minus, rtol=1e-12, atol=1e-12)
 
 
 def test_images_of_rows_of_the_same_data_are_made_by_the_same_function():

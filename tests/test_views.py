@@ -12,10 +12,10 @@ from torch.testing import assert_close
 
 import initializers
 from data_sets.augmentation import augment, jitter, warp
-from data_sets.counted_numbers import drawn_key, fold_in
+from data_sets.counted_numbers import drawn_key, fold_in, normals, uniforms, words
 from data_sets.counted_orders import CountedOrder, next_batches
+from data_sets.counted_views import MASK, NOISE, SHARE, PairMaker
 from data_sets.image_data import DataError, ImageData
-from data_sets.number_sources import CountedNumbers, HostNumbers
 from data_sets.views import STRIDE, Views, kept_pixels
 from experiment.view_strengths import KINDS, LEARNABLE, ViewError, ViewStrengths
 from initializers import GaussianInitializer
@@ -150,28 +150,56 @@ def test_counted_pairs_of_tasks_are_those_of_each_to_the_last_bit(strengths, see
             assert torch.equal(view, torch.stack(others))
 
 
-@pytest.mark.parametrize("kind", ["geometric", "masks", "none"])
-def test_counted_views_are_those_of_the_formulas_with_their_numbers(kind):
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("strengths", [
+    ViewStrengths(noise=0.1, shift=1.0), ViewStrengths(crop=(0.1, 0.2), crop_ratio=(4, 5)),
+    ViewStrengths(brightness=0, contrast=0, center=True), ViewStrengths(**STILL, shift=1.0),
+    ViewStrengths(**STILL | {"contrast": 1.5}), ViewStrengths(**STILL, center=True),
+    ViewStrengths("masks", mask=(0.2, 0.6)), ViewStrengths("masks", noise=0.1, center=True),
+    ViewStrengths("none"), ViewStrengths("none", noise=0.1, center=True),
+], ids=str)  # fmt: skip
+def test_counted_views_are_those_of_the_formulas_with_their_numbers(
+    strengths, dtype, near, channels
+):
     """The same steps by the functions for given draws, a view at a time."""
-    data = random_data(20)
-    data = normalize_pixels(data, data)[0]
-    strengths = ViewStrengths(kind, noise=0.1, shift=1.0, mask=(0.2, 0.6))
-    stream = counted(data, 8, strengths, dtype=torch.float64)(seeded(3))
-    rows, keys = next(next_batches([CountedOrder(drawn_key(seeded(3)), 20, 8, CPU)]))
-    for number, view in enumerate(next(stream)):
-        numbers = CountedNumbers(fold_in(keys, number))
-        x = data.images[rows[0]].double() / 255
-        if kind == "geometric":
-            draws = numbers.uniforms(8, 28)[0]
-            x = warp(x, draws, degrees=25.0, scale=(0.7, 1.0), ratio=(0.75, 1.3333), padding=2,
-                     shift=1.0)  # fmt: skip
-            x = jitter(x, draws, 0.5, 0.5)
-        x = data.normalize(x)
-        x = x + 0.1 * numbers.normals(*x.shape, dtype=torch.float64)[0]
-        if kind == "masks":
-            kept = kept_pixels((8, 1, 8, 8), (0.2, 0.6), numbers)[0]
-            x = torch.where(kept, x, data.floats(dtype=torch.float64).mean(0))
-        assert_close(view, x, rtol=0, atol=1e-6 if kind == "masks" else 1e-12)
+    data = random_data(20, channels=channels)
+    data, mean = normalize_pixels(data, data)[0], data.floats(dtype=torch.float64).mean(0)
+    order = CountedOrder(drawn_key(seeded(3)), 20, 8, CPU)
+    parts = next(next_batches([order], lambda keys: {"keys": keys}))
+    rows, key, columns = parts["rows"][0], parts["keys"], 6 + 20 * strengths.crops
+    columns += 2 * (strengths.shift > 0)
+    centre = data.normalize(mean.float()).to(dtype)
+    for number, view in enumerate(next(counted(data, 8, strengths, dtype=dtype)(seeded(3)))):
+        of_view = fold_in(key, number)
+        x = data.images[rows].to(dtype) / 255
+        if strengths.kind == "geometric":
+            draws = uniforms(words(of_view, 8 * columns)).view(8, columns)
+            crop, padding = (strengths.crop, 2) if strengths.crops else (None, 0)
+            x = warp(x, draws, degrees=strengths.degrees, padding=padding, scale=crop,
+                     ratio=strengths.crop_ratio, shift=strengths.shift)  # fmt: skip
+            x = jitter(x, draws, strengths.brightness, strengths.contrast)
+        x = data.normalize(x) - (centre if strengths.center else 0)
+        if strengths.noise:
+            drawn = words(fold_in(of_view, NOISE), x.numel() // 2)
+            x = x + strengths.noise * normals(drawn, dtype).view_as(x)
+        if strengths.masks:
+            low, high = strengths.mask
+            share, up = uniforms(words(fold_in(of_view, SHARE), 16)).view(2, 8, 1, 1, 1)
+            drawn = words(fold_in(of_view, MASK), 8 * 8).view(torch.uint8).view(8, 1, 8, 8)
+            kept = drawn >= (256 * (low + (high - low) * share) + up).floor()
+            x = torch.where(kept, x, 0 if strengths.center else centre)
+        assert_close(view, x, rtol=0, atol=near)
+
+
+@given(share=ranges, seed=st.integers(0, 2**40))
+@settings(max_examples=10, deadline=None)
+def test_counted_masks_take_a_share_that_is_uniform_in_the_range(share, seed):
+    data = ImageData(torch.full((300, 1, 20, 25), 255).byte(), torch.zeros(300).long(), "white")
+    views = counted(data, 300, ViewStrengths("masks", mask=share))
+    views.lost_value = torch.zeros(1, 20, 25)
+    for view in next(views(seeded(seed))):
+        assert_shares_are_uniform((view == 0).double().mean((1, 2, 3)), share, 500)
 
 
 def test_each_task_of_counted_mixed_views_has_the_kind_that_its_step_draws():
@@ -224,32 +252,34 @@ def test_counted_pairs_copy_nothing_from_the_host_and_wait_for_no_number(monkeyp
     }
     for module, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
         monkeypatch.setattr(module, name, None)
-    rows, keys = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((3, 5), 3))
+    rows, keys = (
+        torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((3, 5), (4, 3))
+    )
     for views in all_kinds.values():
         views.data = views.data.to("meta")
         if views.lost_value is not None:
             views.lost_value = views.lost_value.to("meta")
+        maker = PairMaker(views)
         with NoCopies():
-            first, second = views.counted_pair((rows, keys))
-        assert first.shape == second.shape == (3, 5, 3, 8, 8)
+            parts = maker.parts(keys)
+            pair = maker.make({name: part[0] for name, part in parts.items()} | {"rows": rows})
+        assert [x.shape for x in pair] == [(3, 5, 3, 8, 8)] * 2
 
 
 # ---- masks ----
 
 
-SOURCES = {
-    "host": lambda seed: HostNumbers([seeded(seed)]),
-    "device": lambda seed: CountedNumbers(torch.tensor([seed])),
-}
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@given(share=ranges, seed=st.integers(0, 2**40))
+@given(ranges, st.integers(0, 2**40))
 @settings(max_examples=20, deadline=None)
-def test_masks_take_a_share_of_each_image_that_is_uniform_in_the_range(source, share, seed):
+def test_masks_take_a_share_of_each_image_that_is_uniform_in_the_range(share, seed):
     count, pixels = 300, 500
-    lost = 1 - kept_pixels((count, pixels), share, SOURCES[source](seed))[0].double().mean(1)
-    low, high = share
+    kept = kept_pixels((count, pixels), share, seeded(seed))
+    assert_shares_are_uniform(1 - kept.double().mean(1), share, pixels)
+
+
+def assert_shares_are_uniform(lost: Tensor, share: tuple[float, float], pixels: int) -> None:
+    """Of shares of lost pixels, [count]."""
+    (low, high), count = share, len(lost)
     tolerance = 5 * (0.25 / pixels) ** 0.5 + 1 / 256
     assert lost.min() >= low - tolerance and lost.max() <= high + tolerance
     spread = ((high - low) ** 2 / 12 / count) ** 0.5
@@ -258,24 +288,23 @@ def test_masks_take_a_share_of_each_image_that_is_uniform_in_the_range(source, s
     assert lost.std() < deviation + 0.04 and lost.std() > (high - low) / 12**0.5 - 0.04
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_small_shares_are_met_in_the_mean_though_a_pixel_costs_only_a_byte(source):
-    kept = kept_pixels((4000, 1000), (0.001, 0.001), SOURCES[source](0))
+def test_small_shares_are_met_in_the_mean_though_a_pixel_costs_only_a_byte():
+    kept = kept_pixels((4000, 1000), (0.001, 0.001), seeded())
     assert_close(1 - kept.double().mean(), torch.tensor(0.001).double(), rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_masks_of_pixels_and_of_views_are_independent(source):
-    kept = kept_pixels((1, 28, 28 * 500), (0.5, 0.5), SOURCES[source](0)).double().flatten()
+def test_masks_of_pixels_and_of_views_are_independent():
+    kept = kept_pixels((1, 28, 28 * 500), (0.5, 0.5), seeded()).double().flatten()
     for lag in (1, 2, 3, 4, 7, 8, 28, 64):
         assert abs(torch.corrcoef(torch.stack([kept[lag:], kept[:-lag]]))[0, 1]) < 0.01
     data = random_data(2000, size=4)
     strengths = ViewStrengths("masks", mask=(0.2, 0.8), center=True)
-    views = first_pair(data, 2000, strengths, random_numbers=source)
-    lost = torch.stack([(x == 0).double().flatten() for x in views])
-    assert abs(torch.corrcoef(lost)[0, 1]) < 0.02
-    shares = lost.view(2, 2000, 16).mean(2)
-    assert abs(torch.corrcoef(shares)[0, 1]) < 0.1
+    for source in ("host", "device"):
+        views = first_pair(data, 2000, strengths, random_numbers=source)
+        lost = torch.stack([(x == 0).double().flatten() for x in views])
+        assert abs(torch.corrcoef(lost)[0, 1]) < 0.02
+        shares = lost.view(2, 2000, 16).mean(2)
+        assert abs(torch.corrcoef(shares)[0, 1]) < 0.1
 
 
 @pytest.mark.parametrize("prepared", ["as they are", "centred", "normalised"])
