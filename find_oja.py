@@ -13,6 +13,7 @@ constant, y^2) gains nothing by chance. Source: Oja 1982.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from experiment.command_line import (
@@ -60,6 +61,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from comparison.principal_components import principal_components
 from experiment.devices import set_up
@@ -72,7 +74,7 @@ from hypgraddesc import hypgraddesc
 from initializers import FIXED, GaussianInitializer
 from learning_rules import PerLayerRule, PolynomialRule, classical_rule
 from mnist_datasets import batches, load_images, normalize_pixels
-from models_fully_local import Activation, Params, lateral_mlp
+from models_fully_local import Activation, Params, lateral_mlp, over_tasks
 from rules import write_rule
 from train import Draw, Training, evaluate_training
 
@@ -157,13 +159,20 @@ def compare_with_oja(args, training: Training, log: RunLog) -> dict:
         _, params = evaluate_training(replace(training, rule=rule), draw)
         return cosines(params[-1]["w"], direction), params[-1]["w"][0]
 
-    options = {"bound": "tanh", "bound_size": args.bound}
+    rules = [
+        PerLayerRule([classical_rule("oja", rate, bound="tanh", bound_size=args.bound)])
+        for rate in OJA_RATES
+    ]
+    rules = [rule.to(direction) for rule in rules]
     learned, learned_weight = trained(training.rule)
     best, oja_rate, oja_weight = torch.zeros_like(learned), math.nan, direction
+    ends = together(training, rules, draw) if direction.is_cuda else None
     with log.progress(len(OJA_RATES), description="Oja's rule at each rate") as progress:
-        for rate in OJA_RATES:
-            oja = PerLayerRule([classical_rule("oja", rate, **options)]).to(direction)
-            values, weight = trained(oja)
+        for number, (rate, rule) in enumerate(zip(OJA_RATES, rules, strict=True)):
+            if ends is None:
+                values, weight = trained(rule)
+            else:
+                values, weight = cosines(ends[number], direction), ends[number][0]
             if values.mean() > best.mean():
                 best, oja_rate, oja_weight = values, rate, weight
             progress.advance()
@@ -174,6 +183,25 @@ def compare_with_oja(args, training: Training, log: RunLog) -> dict:
         "oja_weight": oja_weight,
         "oja_rate": oja_rate,
     }
+
+
+@torch.no_grad()
+def together(training: Training, rules: Sequence[PerLayerRule], draw: Draw) -> Tensor:
+    """The weights [rules, neurons, pixels] after the same training by each of several rules.
+
+    All are updated at once, in the same terms with coefficients [rules, ...].
+    """
+    start, batches = training.begin(draw)
+    model, count = over_tasks(training.model), len(rules)
+    psi = {
+        name: torch.stack([rule.get_parameter(name) for rule in rules])
+        for name, _ in rules[0].named_parameters()
+    }
+    params = [{n: t.expand(count, *t.shape) for n, t in layer.items()} for layer in start]
+    for batch in itertools.islice(batches, draw.steps):
+        given = model, params, batch.expand(count, *batch.shape)
+        params = functional_call(rules[0], psi, given)
+    return params[-1]["w"]
 
 
 def verdict(coefficients: dict[str, float]) -> tuple[bool, list[str]]:

@@ -127,6 +127,7 @@ from learned_optimizer import (
     make_task,
     network_to_dict,
 )
+from learned_optimizer.recorded import Record
 from mnist_datasets import load_images
 
 SHOWN = ("meta_loss", "last_window_loss", "seconds")
@@ -243,7 +244,13 @@ def save(training: MetaTraining, source: str, log: RunLog) -> dict:
 
 
 def compare(
-    args, network: CoordinateNetwork, make, test: HeldOut | None, results: dict, log: RunLog
+    args,
+    network: CoordinateNetwork,
+    make,
+    test: HeldOut | None,
+    results: dict,
+    log: RunLog,
+    record: Record | None,
 ) -> bool:
     """Run every optimiser on every optimizee of --compare; False if interrupted by Ctrl-C.
 
@@ -251,12 +258,14 @@ def compare(
     test: test images, for optimizees of images.
     results: the content of results.json, which is extended and written with the curves after each
         optimiser.
+    record: makes recordings of steps.
     """
     weights = next(network.parameters())
     names = [args.optimizee] if args.compare is None else args.compare
     comparison = OptimizerComparison(
-        args.seed, args.test_steps, args.test_runs, args.tuning_runs, weights, args.lion_shares
-    )
+        args.seed, args.test_steps, args.test_runs, args.tuning_runs, weights, args.lion_shares,
+        record,
+    )  # fmt: skip
     arrays = {"edges": EDGES.numpy()}
     with (
         finish_on_interrupt() as interrupt,
@@ -371,7 +380,8 @@ def main(argv: list[str] | None = None) -> None:
         make(name, 0)
     with open_run(args, "learn_to_optimize", data, team) as log:
         log.say(data.source)
-        training.warn, training.calls.record = log.warn, recordings(device, log.say)
+        record = recordings(device, log.say)
+        training.warn, training.calls.record = log.warn, record
         if args.start_from is not None and team.first:
             log.write_json(START, start)
         finished = meta_train(training, team, log)
@@ -379,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         results = save(training, data.source, log)
         test = held_out(args, test_data.to(device), dtype)
-        finished = finished and compare(args, network, make, test, results, log)
+        finished = finished and compare(args, network, make, test, results, log, record)
         log.plot(plot_optimizer_run)
         log.say(f"everything is in {log.directory}")
     if not finished:

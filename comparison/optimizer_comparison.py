@@ -33,9 +33,11 @@ from learned_optimizer import (
     never_zero,
     tail_index,
 )
+from learned_optimizer.recorded import Record, RecordedCalls
 from models_fully_local import Params
 
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+LENGTH = 10  # steps that are replayed together
 LAST = 10  # the loss "at" a step is the mean of the last so many losses up to it
 EDGES = torch.logspace(-8, 1, 91, dtype=torch.float64)  # bins of the histograms of |u|
 BLOCKS = (2, 5, 10)  # block lengths m of the tail index
@@ -97,9 +99,16 @@ class Mixed(torch.optim.Optimizer):
         torch._foreach_add_(params, steps)
 
 
+def adam(leaves: Sequence[Tensor], lr: float) -> torch.optim.Adam:
+    """Adam, which on a GPU counts its steps there, so that they can be recorded."""
+    optimizer = torch.optim.Adam(leaves, lr, capturable=leaves[0].is_cuda)
+    optimizer._warned_capturable_if_run_uncaptured = True  # some of its steps are not recorded
+    return optimizer
+
+
 # Constructors and default learning rates by name
 BASELINES: dict[str, tuple[Callable, float]] = {
-    "adam": (torch.optim.Adam, 0.03),
+    "adam": (adam, 0.03),
     "sgd": (lambda leaves, lr: torch.optim.SGD(leaves, lr, momentum=0.9), 0.1),
     "lion": (Lion, 1e-4),
 }
@@ -244,6 +253,7 @@ class OptimizerComparison:
     tuning_runs: the number of trainings that judge a learning rate.
     weights: any tensor of the dtype and device that the parameters are to have.
     lion_shares: the shares of Lion where SGD and Lion are mixed, beside BASELINES.
+    record: makes recordings of steps; see `train_all`.
     """
 
     seed: int
@@ -252,6 +262,7 @@ class OptimizerComparison:
     tuning_runs: int
     weights: Tensor
     lion_shares: Sequence[float] = ()
+    record: Record | None = None
 
     @property
     def names(self) -> list[str]:
@@ -287,7 +298,9 @@ class OptimizerComparison:
         for rate in sorted({*RATES, BASELINES[name][1]}):
             if interrupt.requested:
                 return [], {}
-            curves = train_all(baseline(name, rate), task, self.steps, draws, self.weights)
+            curves = train_all(
+                baseline(name, rate), task, self.steps, draws, self.weights, record=self.record
+            )
             losses[rate] = curves.at(self.steps).mean().item()
         best = min(losses, key=losses.get)
         rates = dict.fromkeys([BASELINES[name][1], best])
@@ -304,8 +317,9 @@ class OptimizerComparison:
         """The trainings by which a contender is judged; for the arguments see `train_all`."""
         draws = [(self.seed, TEST, k) for k in range(self.runs)]
         return train_all(
-            contender, task, self.steps, draws, self.weights, symmetries, histogram_steps, test
-        )
+            contender, task, self.steps, draws, self.weights, symmetries, histogram_steps, test,
+            self.record,
+        )  # fmt: skip
 
 
 def train_all(
@@ -317,17 +331,25 @@ def train_all(
     symmetries: Sequence[Symmetry] = (),
     histogram_steps: Sequence[int] = (),
     test: HeldOut | None = None,
+    record: Record | None = None,
 ) -> Curves:
     """One training from each draw; symmetries, norms and |u| are measured along the first.
 
     draws: keys of `seeded_generator`.
     weights: any tensor of the dtype and device that the parameters are to have.
     histogram_steps: the steps, counted from 1, whose |u| are counted in histograms.
+    record: makes recordings of steps, which are replayed in trainings where nothing else is
+        measured or learned; None: there are none.
     """
     runs, measured = [], _Measurements(symmetries, histogram_steps)
+    calls = RecordedCalls(record)
     for number, draw in enumerate(draws):
         run = _Training(contender, task, draw, weights, test)
-        run.advance(steps, None if number else measured)
+        wanted = None if number or not (symmetries or histogram_steps) else measured
+        if record is None or wanted or run.statistics:
+            run.advance(steps, measured if number == 0 else None)
+        else:
+            run.replay(steps, calls)
         runs.append(run.curves(steps))
     return Curves(*map(torch.stack, zip(*runs, strict=True)), steps_of_tests(steps, test),
                   **measured.tensors())  # fmt: skip
@@ -354,7 +376,7 @@ class _Training:
             seeded_generator(*draw, 0), weights.dtype, weights.device
         )
         self.leaves = [t.requires_grad_() for layer in self.params for t in layer.values()]
-        self.optimizer = contender.make(self.leaves)
+        self.optimizer, self.make = contender.make(self.leaves), contender.make
         self.batches = task.batches(seeded_generator(*draw, 1))
         self.seen: list[tuple[Tensor, Tensor]] = []  # loss and accuracy of each batch
         self.tested: list[tuple[Tensor, Tensor]] = []
@@ -363,27 +385,89 @@ class _Training:
 
     def advance(self, steps: int, measured: "_Measurements | None") -> None:
         """So many steps and a loss after them; it ends early where a gradient is not finite."""
-        for step in range(steps + 1):
-            with self.statistics.learned() if self.statistics else nullcontext():
-                loss, accuracy = self._judged(*next(self.batches))
-            self.seen.append((loss.detach(), accuracy))
-            self._look_at_test(step)
-            if step == steps:
-                return
-            gradients = torch.autograd.grad(loss, self.leaves, materialize_grads=True)
-            for leaf, g in zip(self.leaves, gradients, strict=True):
-                leaf.grad = g
+        if self._take(0, steps, measured):
+            self._see(steps)
+
+    def replay(self, steps: int, calls: RecordedCalls) -> None:
+        """The same without measurements; a few steps at a time are one of the calls.
+
+        calls: of this contender on this task. The first step, which makes the optimiser's state, is
+            none of them.
+        """
+        if not self._take(0, 1, None):
+            return
+        tensors, done = self._state_of(self.optimizer, self.leaves), 1
+        sound = torch.ones_like(self.leaves[0].flatten()[0], dtype=torch.bool)
+        while done < steps:
+            every = LENGTH if self.test is None else self.test.every
+            count = min(LENGTH, steps - done, every - done % every)
+            self._look_at_test(done)
+            batches = [next(self.batches) for _ in range(count)]
+            arguments = [leaf.detach() for leaf in self.leaves], tensors, sound, batches
+            leaves, tensors, sound, losses, accuracies = calls("steps", self._steps, arguments)
+            self.seen += zip(losses, accuracies, strict=True)
+            with torch.no_grad():
+                torch._foreach_copy_(self.leaves, leaves)
+            done += count
+        self._see(steps)
+
+    def _take(self, first: int, last: int, measured: "_Measurements | None") -> bool:
+        """The steps from first to last - 1; whether all gradients were finite."""
+        for step in range(first, last):
+            loss = self._see(step)
+            _set_gradients(loss, self.leaves)
             before = _copied(self.params) if measured else None
             try:
                 self.optimizer.step()
             except NonFiniteError:
-                return
+                return False
             if measured:
                 measured.add(step + 1, before, self.params)
+        return True
 
-    def _judged(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _see(self, step: int) -> Tensor:
+        """The loss of the next batch before a step; it is recorded, with that of the test set."""
+        with self.statistics.learned() if self.statistics else nullcontext():
+            loss, accuracy = self._judged(*next(self.batches))
+        self.seen.append((loss.detach(), accuracy))
+        self._look_at_test(step)
+        return loss
+
+    def _steps(
+        self, leaves: list[Tensor], state: list, sound: Tensor, batches: list
+    ) -> tuple[list[Tensor], list, Tensor, list[Tensor], list[Tensor]]:
+        """A step for each batch, as a function: parameters, state, losses and accuracies.
+
+        From the first gradient on that the optimiser would refuse, losses are infinite.
+        """
+        leaves = [t.detach().clone().requires_grad_() for t in leaves]
+        optimizer, parts = self.make(leaves), iter(leaves)
+        for part, of_part in zip(_parts(optimizer), state, strict=True):
+            for leaf, of_leaf in zip(leaves, of_part, strict=True):
+                part.state[leaf] = {name: t.clone() for name, t in of_leaf.items()}
+        params = [{name: next(parts) for name in layer} for layer in self.params]
+        losses, accuracies = [], []
+        for batch in batches:
+            loss, accuracy = self._judged(*batch, params)
+            losses.append(torch.where(sound, loss.detach(), math.inf))
+            accuracies.append(accuracy)
+            _set_gradients(loss, leaves)
+            if isinstance(optimizer, LearnedOptimizer):
+                sound = sound & optimizer.step_unchecked()
+            else:
+                optimizer.step()
+        after = self._state_of(optimizer, leaves)
+        return [t.detach() for t in leaves], after, sound, losses, accuracies
+
+    @staticmethod
+    def _state_of(optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor]) -> list:
+        return [[dict(part.state[leaf]) for leaf in leaves] for part in _parts(optimizer)]
+
+    def _judged(
+        self, inputs: Tensor, targets: Tensor, params: Params | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The loss, and the share of inputs that are classified as they should, or nan."""
-        outputs = self.optimizee(inputs, self.params)
+        outputs = self.optimizee(inputs, self.params if params is None else params)
         loss = self.optimizee.loss_of(outputs, targets)
         if targets.is_floating_point():
             return loss, loss.new_full((), math.nan)
@@ -399,6 +483,17 @@ class _Training:
         """Losses and accuracies of batches [steps + 1] and of the test set [tests]."""
         count = len(steps_of_tests(steps, self.test))
         return [*_padded(self.seen, steps + 1), *_padded(self.tested, count)]
+
+
+def _set_gradients(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+    gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    for leaf, g in zip(leaves, gradients, strict=True):
+        leaf.grad = g
+
+
+def _parts(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """The optimisers that keep a state: this one, or those that it mixes."""
+    return [part for _, part in optimizer.parts] if isinstance(optimizer, Mixed) else [optimizer]
 
 
 class RunningStatistics:

@@ -71,6 +71,28 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        moving = self._moving()
+        finite = _all_finite([g for _, _, g in moving])
+        if finite is not None and not finite:
+            raise NonFiniteError("a gradient is not finite: nothing was changed")
+        for p, lr, g in moving:
+            self._move(p, g, lr)
+        return loss
+
+    @torch.no_grad()
+    def step_unchecked(self) -> Tensor:
+        """One step also where a gradient is not finite; whether all are, a scalar on the device.
+
+        Unlike in `step` the host does not wait for the device.
+        """
+        moving = self._moving()
+        finite = _all_finite([g for _, _, g in moving])
+        for p, lr, g in moving:
+            self._move(p, g, lr)
+        return finite
+
+    def _moving(self) -> list[tuple[Tensor, float, Tensor]]:
+        """Parameters that have a gradient, their learning rates, and the gradients, flat."""
         moving = [
             (p, group["lr"])
             for group in self.param_groups
@@ -80,11 +102,7 @@ class LearnedOptimizer(torch.optim.Optimizer):
         if any(p.grad.is_sparse for p, _ in moving):
             raise OptimizerError("sparse gradients are not supported; take dense ones")
         dtype = next(self.network.parameters()).dtype  # a gradient may overflow in it
-        gradients = [p.grad.to(dtype) for p, _ in moving]
-        _refuse_nonfinite(gradients)
-        for (p, lr), g in zip(moving, gradients, strict=True):
-            self._move(p, g.flatten(), lr)
-        return loss
+        return [(p, lr, p.grad.to(dtype).flatten()) for p, lr in moving]
 
     def _move(self, p: Tensor, g: Tensor, lr: float) -> None:
         weights, state = next(self.network.parameters()), self.state[p]
@@ -139,7 +157,9 @@ class LearnedOptimizer(torch.optim.Optimizer):
         return f"{self.network.kind} {settings}"
 
 
-def _refuse_nonfinite(gradients: Sequence[Tensor]) -> None:
-    norms = torch._foreach_norm(gradients, float("inf")) if gradients else []
-    if norms and not torch.stack([n.to(norms[0]) for n in norms]).isfinite().all():
-        raise NonFiniteError("a gradient is not finite: nothing was changed")
+def _all_finite(gradients: Sequence[Tensor]) -> Tensor | None:
+    """Whether all numbers are finite; None if there are none."""
+    if not gradients:
+        return None
+    norms = torch._foreach_norm(gradients, float("inf"))
+    return torch.stack([n.to(norms[0]) for n in norms]).isfinite().all()

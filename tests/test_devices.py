@@ -12,8 +12,15 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from comparison.optimizer_comparison import (
+    BASELINES,
+    _Training,
+    baseline,
+    learned,
+    sgd_and_lion,
+)
 from comparison.vicreg import vicreg_loss
 from data_sets.image_data import ImageData
 from data_sets.tabular_datasets import Table, split_table
@@ -22,8 +29,18 @@ from experiment.seeds import log_uniform_integer
 from experiment.view_strengths import ViewStrengths
 from hypergradients import reverse
 from initializers import TRAINABLE, GaussianInitializer
-from learned_optimizer import image_optimizee, make_network
-from learned_optimizer.window_gradients import Trainings, roll_out
+from kernels.recorded_training import AdamWState, Descent
+from kernels.recorded_updates import CalledRecording
+from learned_optimizer import LearnedOptimizer, image_optimizee, make_network, make_task
+from learned_optimizer.recorded import RecordedCalls
+from learned_optimizer.window_gradients import (
+    Trainings,
+    WindowLoss,
+    autograd_gradient,
+    roll_out,
+    start,
+    suffix_sum_gradient,
+)
 from learning_rules import PolynomialPairRule, PolynomialRule
 from linear_probe import ProbeLoss, RidgeLoss, SampledProbeLoss
 from mnist_datasets import batches, pair_batches
@@ -31,9 +48,12 @@ from models_fully_local import Activation, lateral_mlp, lateral_network
 from one_pass import (
     NAMES,
     Batch,
+    FullBatches,
     MLPObjective,
     ModuleObjective,
+    ReplayedTuning,
     Settings,
+    ShuffledBatches,
     Tuning,
     initial_hyperparameters,
     initial_state,
@@ -151,6 +171,75 @@ def test_steps_of_a_learned_optimiser(kind, name, together):
         [itertools.repeat(batch)] * together,
     )  # fmt: skip
     assert roll_out(network, optimizee, trainings, 3).losses.device == META
+
+
+@pytest.mark.parametrize("estimate", [suffix_sum_gradient, autograd_gradient])
+@pytest.mark.parametrize("kind", ["lstm", "mlp"])
+def test_recorded_windows_of_a_learned_optimiser(estimate, kind):
+    network, optimizee = make_network(kind, 0).to(META), image_optimizee("relu3", (1, 4, 4), 10)
+    theta = torch.empty(2, sum(optimizee.sizes()), device=META)
+    batch = torch.empty(8, 1, 4, 4, device=META), torch.empty(8, dtype=int, device=META)
+    batches = [itertools.repeat(batch)] * 2
+    trainings, _ = start(network, optimizee, theta, batches)
+    calls = RecordedCalls(CalledRecording)
+    window = estimate(network, optimizee, trainings, 3, WindowLoss(), calls=calls)
+    assert window.loss.device == window.gradient[0].device == META and calls.recordings
+
+
+@pytest.mark.parametrize(
+    "contender",
+    [learned("lstm", make_network("lstm", 0)), *map(baseline, BASELINES), sgd_and_lion(0.1)],
+    ids=lambda c: c.name,
+)
+def test_recorded_steps_of_optimisers(contender):
+    images = torch.arange(320).remainder(7).view(20, 1, 4, 4).byte()
+    task = make_task("relu3", images, torch.arange(20) % 10, 4)
+    run = _Training(contender, task, (0,), torch.zeros(()), None)
+    run._take(0, 1, None)
+    tensors = run.leaves, run._state_of(run.optimizer, run.leaves), torch.tensor(True)
+    here = tree_map(
+        lambda t: t.detach().to(META) if t.dim() else t, (*tensors, [next(run.batches)])
+    )
+    if isinstance(run.optimizer, LearnedOptimizer):
+        run.optimizer.network.to(META)
+    leaves, _, _, losses, _ = run._steps(*here)
+    assert leaves[0].device == losses[0].device == META
+
+
+def test_recorded_steps_of_adamw():
+    model, pairs = lateral_mlp(36, [4], Activation(), inhibition="none"), []
+    theta = [t.detach() for layer in parameters(model) for t in layer.values()]
+    for _ in range(3):
+        pairs.append([torch.empty(8, 1, 6, 6, device=META) for _ in range(2)])
+
+    def loss(theta, pair):
+        params = [{}, dict(zip("wb", theta, strict=True))]
+        value, terms = vicreg_loss(*(model(x, params) for x in pair))
+        return value, [*terms.values()]
+
+    count = torch.zeros((), dtype=torch.float64, device=META)
+    begin = AdamWState(theta, theta, theta, count, count > 0)
+    state, numbers = Descent(loss, 1e-3, 0.1, CalledRecording, 2)(begin, pairs)
+    assert state.theta[0].device == META and numbers.shape == (3, 5)
+
+
+@pytest.mark.parametrize("size", [None, 4])
+@pytest.mark.parametrize("method", ["look_back", "unrolled", "population", "stepped_lr"])
+def test_replayed_weight_steps(method, size):
+    generators = [torch.Generator().manual_seed(k) for k in range(5)]
+    data = torch.empty(20, 6, device=META), torch.empty(20, dtype=int, device=META)
+    if size is None:
+        samples = [FullBatches(*data) for _ in range(2)]
+    else:
+        samples = [ShuffledBatches(*data, size, generators) for _ in range(2)]
+    objective, settings = MLPObjective((6, 5, 3), "cross_entropy"), Settings(method, NAMES, every=5)
+    natural = {n: v.to(META) for n, v in initial_hyperparameters(generators).items()}
+    weights, _ = objective.initial(generators)
+    state = initial_state(weights.float().to(META), {}, natural, settings)
+    tuning = ReplayedTuning(objective, *samples, settings, state)
+    tuning.calls.record = CalledRecording
+    tuning.advance(30)
+    assert tuning.state.weights.device == META and tuning.calls.recordings
 
 
 def test_the_loss_of_pairs():

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,24 @@ def test_ojas_own_rule_reaches_the_principal_direction(digits):
     cosine, params = evaluate_training(training, Draw((0,), 300))
     assert cosine["cosine"] > 0.99
     assert ((params[-1]["w"].norm(dim=1) - 1).abs() < 0.1).all()
+
+
+def test_rules_together_are_those_one_by_one(digits):
+    double = digits.subset(slice(512))
+    training = Training(
+        find_oja.make_neurons(784, 3),
+        None,
+        find_oja.OppositeStarts().double(),
+        lambda generator: batches(double, 64, generator, torch.float64),
+        find_oja.DirectionLoss(principal_components(digits).components[0].double()),
+    )
+    options = {"bound": "tanh", "bound_size": 0.1}
+    rules = [PerLayerRule([classical_rule("oja", rate, **options)]) for rate in (1e-3, 0.1, 1.0)]
+    rules, draw = [rule.double() for rule in rules], Draw((0,), 20)
+    found = find_oja.together(replace(training, rule=rules[0]), rules, draw)
+    for weights, rule in zip(found, rules, strict=True):
+        _, params = evaluate_training(replace(training, rule=rule), draw)
+        assert torch.allclose(weights, params[-1]["w"], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,13 @@ from comparison.optimizer_comparison import (
     halves,
     learned,
     noise_statistics,
+    sgd_and_lion,
     train_all,
 )
 from data_sets.image_data import ImageData
 from experiment.loop import Interrupt
 from experiment.seeds import seeded_generator
+from kernels.recorded_updates import CalledRecording
 from learned_optimizer import find_symmetries, make_network, make_task
 from learned_optimizer.window_gradients import roll_out, start
 
@@ -131,10 +133,10 @@ def test_the_best_rate_is_the_one_with_the_smallest_loss_and_the_default_stays(t
 def test_no_rate_is_tried_once_the_comparison_is_interrupted(task, monkeypatch):
     interrupt, tried = Interrupt(), []
 
-    def train(contender, *rest):
+    def train(contender, *rest, **options):
         tried.append(contender.name)
         interrupt.requested = len(tried) == 2
-        return train_all(contender, *rest)
+        return train_all(contender, *rest, **options)
 
     monkeypatch.setattr(optimizer_comparison, "train_all", train)
     comparison = OptimizerComparison(0, 2, 1, 1, WEIGHTS)
@@ -286,3 +288,55 @@ def test_the_noise_of_a_diverging_optimiser_is_not_a_number(task):
     network = make_network("lstm", 0, hidden=3, out_mul=1e308).double()
     found = noise_statistics(network, task, 3, 30, (0, 1), WEIGHTS)
     assert all(map(math.isnan, found["update"]["trace"] + found["update"]["largest_eigenvalue"]))
+
+
+CONTENDERS = [
+    learned("lstm", make_network("lstm", 0).double()),
+    learned("mlp", make_network("mlp", 0).double()),
+    *(baseline(name) for name in BASELINES),
+    sgd_and_lion(0.3),
+]
+
+
+@pytest.mark.parametrize("every", [None, 3, 12])
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda c: c.name)
+def test_replayed_trainings_are_those_step_by_step(task, contender, every):
+    inputs, targets = next(task.batches(seeded_generator(9)))
+    test = every and HeldOut(inputs, targets, every)
+    draws = [(0, 7, k) for k in range(3)]
+    plain, replayed = (
+        train_all(contender, task, 25, draws, WEIGHTS, (), (2,), test, record)
+        for record in (None, CalledRecording)
+    )
+    for name in ("losses", "accuracies", "test_losses", "test_accuracies", "histograms"):
+        pair = getattr(plain, name), getattr(replayed, name)
+        assert torch.allclose(*pair, rtol=1e-12, equal_nan=True), name
+
+
+def test_only_what_is_measured_is_not_replayed(task):
+    made = []
+
+    def record(function, examples):
+        made.append(function)
+        return CalledRecording(function, examples)
+
+    train_all(baseline("adam"), task, 25, DRAWS, WEIGHTS, record=record)
+    assert len(made) == 3  # of ten steps, nine before the first ten, four in the end
+
+
+@pytest.mark.parametrize("contender", [CONTENDERS[0], baseline("sgd", 1e200)], ids=["lstm", "sgd"])
+def test_replayed_trainings_end_where_numbers_are_not_finite(contender):
+    def data():
+        images, labels = labelled_images(60)
+        images = images.double()
+        images[40] = math.inf
+        return images, labels
+
+    task = make_task("relu4", *data(), 12, torch.float64)
+    plain, replayed = (
+        train_all(contender, task, 25, DRAWS, WEIGHTS, (), (), None, record)
+        for record in (None, CalledRecording)
+    )
+    assert plain.losses[:, -1].isinf().all() and plain.losses[:, 0].isfinite().any()
+    assert torch.allclose(plain.losses, replayed.losses, rtol=1e-12)
+    assert torch.allclose(plain.accuracies, replayed.accuracies, equal_nan=True)
