@@ -264,7 +264,9 @@ def meta_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
         start = GaussianInitializer({"b": TRAINABLE} | lateral, {"w": TRAINABLE})
         training = Training(
             model, rule.to(clock.device), start.to(clock.device), source,
-            ProbeLoss(data, data, 1000.0, outer_images=min(4096, sizes.images)),
+            ProbeLoss(
+                data, data, 1000.0, outer_images=min(4096, sizes.images), random_numbers=DEVICE
+            ),
         )  # fmt: skip
         settings = MetaSettings(tasks=tasks, inner_steps=sizes.meta_steps, together="always")
         descent = HypergradientDescent(training, settings)
