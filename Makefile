@@ -1,7 +1,7 @@
 # make run    the main job, some minutes: a rule for 32 units, learned on MNIST from zero
 # make test   the tests
 # make lint   ruff
-# make bench  every benchmark, a table each
+# make bench  every benchmark that needs no GPU, a table each
 # make test-slow  the tests that run the real commands for minutes
 
 PYTHON ?= python3
@@ -25,7 +25,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 
 bench: $(VENV)/installed
-	for benchmark in $(filter-out benchmarks/table.py,$(wildcard benchmarks/*.py)); do \
+	for benchmark in $(filter-out benchmarks/table.py benchmarks/gpu%,$(wildcard benchmarks/*.py)); do \
 		echo $$benchmark; $(RUN) $$benchmark || exit 1; \
 	done
 

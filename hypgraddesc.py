@@ -37,6 +37,7 @@ from train import (
     Draw,
     OuterLoss,
     Training,
+    all_finite,
     check_finite,
     detached,
     evaluate_training,
@@ -401,13 +402,12 @@ class HypergradientDescent:
         """The result, or an error if its gradient is not finite."""
         if isinstance(result, FloatingPointError):
             return result
-        try:
-            for name, g in zip(self._trained(), result.gradient, strict=True):
-                # The optimiser squares it, and the square may overflow.
-                check_finite(g.square(), f"hypergradient of {name}")
-        except NonFiniteError as problem:
-            return problem
-        return result
+        # The optimiser squares them, and the square may overflow.
+        squares = [g.square() for g in result.gradient]
+        if all_finite(squares):
+            return result
+        names = [n for n, s in zip(self._trained(), squares, strict=True) if not all_finite([s])]
+        return NonFiniteError(f"hypergradient of {names[0]}: not finite")
 
     def _inner_steps(self, task: int) -> int:
         """The number of updates of this task in this meta-step."""

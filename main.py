@@ -26,9 +26,7 @@ from dataclasses import replace
 from functools import partial
 
 from comparison.choices import BESIDE
-from experiment.choices import (
-    WITH_LATERAL_WEIGHTS,
-)
+from experiment.choices import AUTO, DEVICE, HOST, RANDOM_NUMBERS, WITH_LATERAL_WEIGHTS
 from experiment.command_line import (
     LARGEST_WHOLE,
     SwitchWithNumber,
@@ -184,6 +182,9 @@ def add_inner_training(parser) -> None:
     add("--trainings_below", type=positive_int, metavar="N",
         help="trainings of the layers before the last (default: one for each task)")  # fmt: skip
     add("--batch_size", type=positive_int, default=1024, help="images in a batch")
+    add("--random_numbers", choices=RANDOM_NUMBERS, default=AUTO,
+        help="where random numbers of batches and views are made (auto: on a GPU, the device); "
+             "evaluations always take the host's")  # fmt: skip
     add_settings(group, MetaSettings, INNER_TRAINING)
     add("--compile", action="store_true", help="compile the rule's update (needs a C++ compiler)")
     add("--pixelwise_normalization", action=PixelNormalization, number="center", type=mean_alone,
@@ -641,14 +642,14 @@ def count_features(model: nn.Module, initializer, data: ImageData) -> int:
 
 
 def make_batches(
-    args, data: ImageData, dtype: torch.dtype, size: int
+    args, data: ImageData, dtype: torch.dtype, size: int, random_numbers: str = HOST
 ) -> Callable[[Generator], Iterator]:
     """A function from a generator to batches, or pairs of batches, of this size in random order."""
-    strengths = views_of_flags(args)
+    strengths, options = views_of_flags(args), {"dtype": dtype, "random_numbers": random_numbers}
     if strengths is None:
-        draw = partial(batches, data, size, dtype=dtype)
+        draw = partial(batches, data, size, **options)
     else:
-        draw = Views(data, size, strengths, learn=args.learn_views, dtype=dtype)
+        draw = Views(data, size, strengths, learn=args.learn_views, **options)
         draw.to(data.images.device, dtype)
     next(draw(seeded_generator(0)))  # raises an error for a wrong batch size
     return draw
@@ -660,7 +661,9 @@ def make_streams(
     """`make_batches` for each data set; the learned strengths of views are shared."""
     for data in sets:  # raises errors before anything is learned
         make_batches(args, data, dtype, args.evaluation_batch_size or args.batch_size)
-    streams = [make_batches(args, data, dtype, args.batch_size) for data in sets]
+    streams = [
+        make_batches(args, data, dtype, args.batch_size, args.random_numbers) for data in sets
+    ]
     for stream in streams[1:]:
         if isinstance(stream, Views):
             stream.moved = streams[0].moved
@@ -682,21 +685,26 @@ def make_training(args, parts: tuple, inputs: Inputs) -> Training:
     return Training(*parts)
 
 
-def compile_update(training: Training) -> None:
-    """Compile the rule's update, which takes about twenty seconds; results agree up to rounding.
+def compile_update(trainings: Sequence[Training]) -> None:
+    """Have the rule's update compiled when it is first called; results agree up to rounding.
 
-    Raises UserError if there is no C++ compiler.
+    That takes from twenty seconds on. Pairs of views by counted numbers are compiled too. Raises
+    UserError if there is no compiler.
     """
+    training = trainings[0]
     rule, model = training.rule, training.model
     params, batch = training.initializer(model), next(training.batches(seeded_generator(0)))
     rule.update(model, params, batch)  # prepares its sums, which can't be traced
-    rule.update = torch.compile(rule.update, dynamic=False)
     try:
-        rule.update(model, params, batch)
+        torch.compile(torch.neg)(params[-1]["b"])
     except torch._dynamo.exc.BackendCompilerFailed as problem:
         raise UserError(
-            "--compile needs a C++ compiler that torch can use: leave it out"
+            "--compile needs a compiler that torch can use (C++, on a GPU Triton): leave it out"
         ) from problem
+    rule.update = torch.compile(rule.update, dynamic=False)
+    for views in (t.batches for t in trainings if isinstance(t.batches, Views)):
+        if views.maker is not None:
+            views.maker.make = torch.compile(views.maker.make, dynamic=False)
 
 
 # ---- loop ----
@@ -808,14 +816,15 @@ def evaluate_and_report(
 def judged_training(args, training: Training, data: tuple[ImageData, ImageData]) -> Training:
     """The training as it is evaluated: with the evaluation's batch size, probed on all images.
 
-    All layers are drawn anew.
+    All layers are drawn anew. Random numbers are the host's, as in every command that judges rules.
     """
     whole = replace(training, outer_loss=make_probe(args, *data))
     if isinstance(whole, LayerwiseTraining):
         whole = replace(whole, trainings_below=None)
-    if args.evaluation_batch_size is None:
+    if args.evaluation_batch_size is None and args.random_numbers == HOST:
         return whole
-    stream = make_batches(args, data[0], getattr(torch, args.dtype), args.evaluation_batch_size)
+    size = args.evaluation_batch_size or args.batch_size
+    stream = make_batches(args, data[0], getattr(torch, args.dtype), size)
     if isinstance(stream, Views):
         stream.moved = training.batches.moved
     return replace(whole, batches=stream)
@@ -934,6 +943,8 @@ def main(argv: list[str] | None = None) -> None:
     args.dataset = args.dataset or "mnist"
     args.outer_images = args.outer_images or default_outer_images(args)
     device, dtype = set_up(args)
+    if args.random_numbers == AUTO:  # config.json then says which, for a run that goes on
+        args.random_numbers = DEVICE if device.type == "cuda" else HOST
     _, processes = place_in_team()
     if args.tasks < processes:
         raise UserError(f"{processes} processes need --tasks {processes} or more, one for each")
@@ -962,7 +973,7 @@ def main(argv: list[str] | None = None) -> None:
     ]  # fmt: skip
     check_settings(make_settings(args), *trainings)
     if args.compile:
-        compile_update(trainings[0])
+        compile_update(trainings)
     with open_run(args, "main", ImageSets(tuple(data[0] for data in sets)), team) as log:
         for data in sets:
             log.say(data[0].source)

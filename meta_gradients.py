@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -327,10 +327,12 @@ class _Tasks:
     def __init__(self, training: Training, draws: Sequence[Draw]) -> None:
         self.training, self.failed = training, {}
         self._given = [*draws]
-        begun = {}
+        begun, self._initializers = {}, []
         for number in sorted(range(len(draws)), key=lambda k: -draws[k].steps):
+            own = _InitializerOfTask(training.initializer)
             try:
-                begun[number] = training.begin(draws[number])
+                begun[number] = replace(training, initializer=own).begin(draws[number])
+                self._initializers.append(own)
             except FloatingPointError as problem:
                 self.failed[number] = problem
         self.numbers, self.draws = [*begun], [draws[number] for number in begun]
@@ -348,6 +350,18 @@ class _Tasks:
         for step, batch in zip(range(self.draws[0].steps), together(self._streams), strict=False):
             going = sum(all_go_on or draw.steps > step for draw in self.draws)
             yield tree_map(lambda x, going=going: x[:going], batch)
+
+    def parts(self) -> tuple[Iterator, Callable]:
+        """What the batches of all tasks are made from, and the function that makes them.
+
+        The house's own streams make theirs from a few numbers; other batches are themselves.
+        """
+        first = self._streams[0]
+        if not hasattr(first, "parts_of_tasks"):
+            return self.batches(all_go_on=True), _unchanged
+        return itertools.islice(
+            first.parts_of_tasks(self._streams), self.draws[0].steps
+        ), first.make
 
     def with_all_entries(self, model: nn.Module, batch) -> Params:
         """`start`, with 0 for what the rule remembers since its first update."""
@@ -385,31 +399,64 @@ class _Tasks:
             total = sum(sum(self._losses[k]) / len(self._losses[k]) for k in sound)
             found = torch.autograd.grad(total, leaves, materialize_grads=True)
             by_leaf = {id(leaf): g for leaf, g in zip(leaves, found, strict=True)}
-            for k in sound:
-                gradient = self._gradient(k, by_leaf)
+            of_initializers = self._through_the_start(sound, by_leaf)
+            for k, of_initializer in zip(sound, of_initializers, strict=True):
+                gradient = self._gradient(k, by_leaf, of_initializer)
                 numbers = _means(self._rows[k])
                 results[self.numbers[k]] = Hypergradient(gradient, self._last[k], numbers)
         return [results[number] for number in range(len(self._given))]
 
-    def _gradient(self, k: int, by_leaf: dict[int, Tensor]) -> list[Tensor]:
-        """The hypergradient of task k, from those of the leaves."""
-        named = self.training.hyperparameters
-        start = {n: p for n, p in named.items() if n.startswith("initializer.")}
-        places = zip(tree_leaves(self._drawn[k]), tree_leaves(self.start), strict=True)
-        pairs = [(drawn, by_leaf[id(leaf)][k]) for drawn, leaf in places if drawn.requires_grad]
-        of_start = [torch.zeros_like(p) for p in start.values()]
-        if start and pairs:
-            tensors, adjoints = zip(*pairs, strict=True)
-            of_start = torch.autograd.grad(
-                tensors, [*start.values()], adjoints, materialize_grads=True
+    def _through_the_start(
+        self, tasks: Sequence[int], by_leaf: dict[int, Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """The hypergradients of the initializer of each of these tasks, found all at once."""
+        leaves = [[*self._initializers[k].leaves.values()] for k in tasks]
+        pairs = [
+            (drawn, by_leaf[id(leaf)][k])
+            for k in tasks
+            for drawn, leaf in zip(
+                tree_leaves(self._drawn[k]), tree_leaves(self.start), strict=True
             )
-        found = dict(zip(start, of_start, strict=True))
+            if drawn.requires_grad
+        ]
+        found = [torch.zeros_like(leaf) for of_task in leaves for leaf in of_task]
+        if found and pairs:
+            tensors, adjoints = zip(*pairs, strict=True)
+            found = torch.autograd.grad(
+                tensors, [*itertools.chain(*leaves)], adjoints, materialize_grads=True
+            )
+        each = iter(found)
+        return [{n: next(each) for n in self._initializers[k].leaves} for k in tasks]
+
+    def _gradient(
+        self, k: int, by_leaf: dict[int, Tensor], of_initializer: dict[str, Tensor]
+    ) -> list[Tensor]:
+        """The hypergradient of task k, from those of the leaves and of its initializer."""
+        found = {f"initializer.{name}": g for name, g in of_initializer.items()}
         found |= {
             f"rule.{name}": by_leaf[id(leaf)][k]
             for name, leaf in self.psi.items()
             if leaf.requires_grad
         }
-        return [found[name] for name in named]
+        return [found[name] for name in self.training.hyperparameters]
+
+
+class _InitializerOfTask:
+    """An initializer with leaves of its own for its trained parameters, of which it is a function.
+
+    So one backward pass gives the gradients of several tasks.
+    """
+
+    def __init__(self, initializer: Callable[[nn.Module, Generator], Params]) -> None:
+        self.initializer, self.leaves = initializer, {}
+        if isinstance(initializer, nn.Module):
+            named = initializer.named_parameters()
+            self.leaves = {n: p.detach().requires_grad_() for n, p in named if p.requires_grad}
+
+    def __call__(self, model: nn.Module, generator: Generator) -> Params:
+        if not self.leaves:
+            return self.initializer(model, generator)
+        return functional_call(self.initializer, self.leaves, (model, generator))
 
 
 class Recorder:
@@ -421,20 +468,22 @@ class Recorder:
 
     def __init__(self, length: int = 10, record: type[Recording] | None = None) -> None:
         self.length, self.record = length, record
-        self._recorded: dict[tuple, tuple[nn.Module, RecordedUpdates]] = {}
+        self._recorded: dict[tuple, tuple[tuple[nn.Module, nn.Module], RecordedUpdates]] = {}
 
     def train(
         self, training: Training, tasks: _Tasks, ends: Sequence[int], adjoint_limit: float | None
     ) -> list[Params]:
         """The parameters after each of `ends` updates, of all tasks even where some are done."""
-        batches = [*tasks.batches(all_go_on=True)]
+        batches, make = tasks.parts()
+        batches = [*batches]
         if len(batches) < ends[-1]:
             raise TrainingError(
                 f"the batches end after {len(batches)} updates; give an iterator that goes on"
             )
-        start = tasks.with_all_entries(over_tasks(training.model), batches[0])
+        start = tasks.with_all_entries(over_tasks(training.model), make(batches[0]))
         theta, spec = tree_flatten(start)
-        updates = self._updates(training, tasks, spec, tree_flatten(batches[0])[1], adjoint_limit)
+        of_batch = tree_flatten(batches[0])[1]
+        updates = self._updates(training, tasks, spec, of_batch, make, adjoint_limit)
         state = []
         if adjoint_limit is not None:
             state = [t.new_zeros(len(t), dtype=torch.float64) for t in theta]
@@ -446,14 +495,20 @@ class Recorder:
             passed.append(tree_unflatten(theta, spec))
         return passed
 
-    def _updates(self, training, tasks, spec, of_batch, adjoint_limit) -> RecordedUpdates:
-        """The recorded updates of a training, with parameters and batches of these structures."""
-        key = (id(training.model), str(spec), str(of_batch), adjoint_limit)
+    def _updates(self, training, tasks, spec, of_batch, make, adjoint_limit) -> RecordedUpdates:
+        """The recorded updates of a training, with parameters and batches of these structures.
+
+        Batches are made within the updates, so that many need no memory.
+        """
+        owners = training.model, training.rule
+        key = (*map(id, owners), str(spec), str(of_batch), make, adjoint_limit)
         if key not in self._recorded:
             model, names = over_tasks(training.model), [*tasks.psi]
 
             def update(psi, theta, batch) -> list[Tensor]:
-                given = (model, tree_unflatten(theta, spec), tree_unflatten(batch, of_batch))
+                with torch.no_grad():
+                    made = make(tree_unflatten(batch, of_batch))
+                given = (model, tree_unflatten(theta, spec), made)
                 named = dict(zip(names, psi, strict=True))
                 return tree_leaves(functional_call(training.rule, named, given))
 
@@ -464,7 +519,7 @@ class Recorder:
 
             held = None if adjoint_limit is None else hold
             updates = RecordedUpdates(update, self.length, held, self.record)
-            self._recorded[key] = training.model, updates  # the model, whose id is then its own
+            self._recorded[key] = owners, updates  # the owners, whose ids are then their own
         return self._recorded[key][1]
 
 
@@ -496,6 +551,10 @@ def _stacked(streams: Sequence[Iterator]) -> Iterator:
         if key not in stacked:  # with the batches, whose ids are then not given to others
             stacked[key] = batches, tree_map(lambda *x: torch.stack(x), *batches)
         yield stacked[key][1]
+
+
+def _unchanged(batch):
+    return batch
 
 
 def _joined(tasks: Sequence[Params], join: Callable[[list[Tensor]], Tensor]) -> Params:

@@ -34,6 +34,8 @@ from torch import Tensor
 
 from data_sets.augmentation import augment
 from data_sets.cifar10 import load_cifar10
+from data_sets.counted_numbers import drawn_key
+from data_sets.counted_orders import CountedOrder, orders_of_first_epochs
 from data_sets.fetching import (
     ARCHIVE_ERRORS,
     import_torchvision,
@@ -42,9 +44,19 @@ from data_sets.fetching import (
     run_silently,
     run_with_torchvision,
 )
-from data_sets.image_data import DataError, ImageData, ImageSets, batch_indices, pixel_sums
+from data_sets.image_data import (
+    DataError,
+    ImageData,
+    ImageSets,
+    ImagesOfRows,
+    batch_indices,
+    check_batch_size,
+    device_of,
+    pixel_sums,
+)
 from data_sets.own_images import dataset_images, image_data, load_own_images
 from data_sets.views import Views
+from experiment.choices import HOST
 from experiment.data_names import is_path
 from experiment.files import write_whole
 
@@ -171,7 +183,12 @@ def hold_out(train: ImageData, count: int) -> tuple[ImageData, ImageData]:
 
 
 def batches(
-    data: ImageData, batch_size: int, generator: torch.Generator, dtype=torch.float32
+    data: ImageData,
+    batch_size: int,
+    generator: torch.Generator,
+    dtype=torch.float32,
+    *,
+    random_numbers: str = HOST,
 ) -> Iterator[Tensor]:
     """Endless batches, float [batch_size, C, H, W], in an order drawn once from `generator`.
 
@@ -179,8 +196,12 @@ def batches(
     incomplete batch is dropped. Raises DataError if there isn't one whole batch.
 
     generator: a generator on the CPU.
+    random_numbers: host: the generator draws the order; device: it draws only a key, from which the
+        images' device computes another order.
     """
-    return Batches(data, batch_indices(data, batch_size, generator), dtype)
+    if random_numbers == HOST:
+        return Batches(data, batch_indices(data, batch_size, generator), dtype)
+    return CountedBatches(data, batch_size, drawn_key(generator), dtype)
 
 
 class Batches(Iterator[Tensor]):
@@ -205,13 +226,52 @@ class Batches(Iterator[Tensor]):
     def of_tasks(self, streams: Sequence["Batches"]) -> Iterator[Tensor]:
         """The next batches of several streams of these data, stacked, [tasks, batch, C, H, W]."""
         kept = {}
+        for rows in self.parts_of_tasks(streams):
+            if id(rows) not in kept:  # with the rows, whose id is then not given to others
+                images = self.data.floats(rows.flatten(), self.dtype)
+                kept[id(rows)] = rows, images.unflatten(0, rows.shape)
+            yield kept[id(rows)][1]
+
+    def parts_of_tasks(self, streams: Sequence["Batches"]) -> Iterator[Tensor]:
+        """The rows of the next batches of several streams, int64 [tasks, batch]."""
+        kept = {}
         while True:
             places = tuple(stream._place() for stream in streams)
             if places not in kept:
                 each = [s.indices[place] for s, place in zip(streams, places, strict=True)]
-                images = self.data.floats(torch.cat(each), self.dtype)
-                kept[places] = images.unflatten(0, (len(streams), -1))
+                kept[places] = torch.stack(each)
             yield kept[places]
+
+    @property
+    def make(self) -> ImagesOfRows:
+        """Makes batches of such rows: those of `of_tasks` up to rounding."""
+        return ImagesOfRows(self.data, self.dtype)
+
+
+class CountedBatches(Batches):
+    """The same with an order from a key; the orders of several streams are computed at once."""
+
+    def __init__(self, data: ImageData, batch_size: int, key: int, dtype: torch.dtype) -> None:
+        check_batch_size(data, batch_size)
+        super().__init__(data, (), dtype)
+        self.order = CountedOrder(key, len(data), batch_size, device_of(data))
+
+    def __next__(self) -> Tensor:
+        _find_orders([self])
+        return super().__next__()
+
+    def parts_of_tasks(self, streams: Sequence["CountedBatches"]) -> Iterator[Tensor]:
+        """The rows of the next batches of several streams, int64 [tasks, batch]."""
+        _find_orders(streams)
+        return super().parts_of_tasks(streams)
+
+
+def _find_orders(streams: Sequence[CountedBatches]) -> None:
+    """Give each stream its order, unless it has one."""
+    if new := [stream for stream in streams if not stream.indices]:
+        orders = orders_of_first_epochs([stream.order for stream in new])
+        for stream, rows in zip(new, orders, strict=True):
+            stream.indices = rows.unbind()
 
 
 def pair_batches(

@@ -412,8 +412,16 @@ def check_finite(value: Tensor | Params, what: str) -> None:
     what: the name of the value, for the message.
     """
     tensors = [value] if isinstance(value, Tensor) else [t for d in value for t in d.values()]
-    if not all(torch.isfinite(t).all() for t in tensors):
+    if tensors and not all_finite(tensors):
         raise NonFiniteError(f"{what}: not finite")
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no entry is infinite or nan; the host waits once for each device."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+    return all(bool(torch.stack(flags).all()) for flags in found.values())
 
 
 class _Repeatable:

@@ -30,7 +30,7 @@ from experiment.command_line import (
     save_whole_paths,
 )
 from experiment.settings import add_settings
-from krotov_hopfield.choices import AUGMENTATIONS, gate_needs
+from krotov_hopfield.choices import gate_needs
 from krotov_hopfield.recipes import DEEPEST, RECIPES, LayerPlan, Recipe
 
 # Flags that change the preset: per layer (one value for all, or one for each), and as a whole
@@ -39,8 +39,8 @@ RATES_OF_LAYERS = ("lr", "lr_end", "lr_speed")
 OF_LAYERS = ("units", "power", *COMPETITION_OF_LAYERS, *RATES_OF_LAYERS)
 COMPETITION = ("gate", "normalization", "rate_exponent")
 TRAINING = (
-    "schedule", "rate_waits_above", "epochs", "batch_size", "patience", "patience_epochs",
-    "threshold",
+    "schedule", "rate_waits_above", "epochs", "batch_size", "augmentation", "patience",
+    "patience_epochs", "threshold",
 )  # fmt: skip
 CLASSIFIER = (
     "feature_norm", "dropout", "classifier_epochs", "classifier_lr", "classifier_batch_size",
@@ -86,8 +86,6 @@ def make_parser():
         help="train layers one by one, or all of them together")  # fmt: skip
     add_changes(parser.add_argument_group("classifier (default: the preset's)"), Recipe, CLASSIFIER)
     add = parser.add_argument_group("images and rounds").add_argument
-    add("--augmentation", choices=AUGMENTATIONS, default="none",
-        help="crop images at random; flip: also mirror half of them")  # fmt: skip
     add("--train_images", type=positive_int, metavar="N",
         help="use only the first N training images (default: all)")  # fmt: skip
     add("--validation", type=fraction, default=0.2,
@@ -102,8 +100,9 @@ def make_parser():
         metavar="FILE",
         help="only evaluate the network saved in FILE",
     )
-    add("--cache", type=nonnegative_float, default=4.0, metavar="GB",
-        help="largest amount of memory for features that are kept")  # fmt: skip
+    add("--cache", type=nonnegative_float, metavar="GB",
+        help="most memory for features that are kept (default: 4; on a GPU half of its own)",
+    )  # fmt: skip
     for flag in OF_BIOPYTORCH:
         add(flag, nargs="*", action=Elsewhere, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
@@ -130,6 +129,7 @@ from experiment.run_log import RunLog
 from experiment.seeds import seeded_generator
 from experiment.tables import aligned
 from figures.competition import plot_competition_run
+from kernels.recorded_updates import CudaRecording
 from krotov_hopfield import (
     BioConv2d,
     BioLinear,
@@ -203,10 +203,17 @@ def make_training(args, recipe: Recipe, data, classes: int, dtype) -> SteppedTra
         after,
         args.seed,
         classes=classes,
-        augmentation=args.augmentation,
         round_batches=args.round_batches,
-        cache_bytes=int(args.cache * 2**30),
+        cache_bytes=cache_bytes(args.cache, data.images.device),
+        record=CudaRecording if data.images.is_cuda else None,
     )
+
+
+def cache_bytes(gigabytes: float | None, device: torch.device) -> int:
+    """The most memory for features that are kept; by default 4 GB, or half of a GPU's own."""
+    if gigabytes is None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    return int((4.0 if gigabytes is None else gigabytes) * 2**30)
 
 
 def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) -> None:
@@ -321,6 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     training = make_training(args, recipe, used, data.classes, dtype)
     with open_run(args, "train_krotov_hopfield", used) as log:
         log.say(data.source)
+        training.warn = log.warn
         finished = run_steps(log, training, "round", training.rounds)
         report(training, recipe, test_data, log)
         log.say(f"everything is in {log.directory}")

@@ -11,6 +11,8 @@ update       the cubic rule, or unit statistics of pairs of half batches, forwar
     compiled      the same, compiled by torch (--compile)
     limit         only the products that no formulation can avoid, in batches of all tasks, recorded
 meta-step    of many trainings with their probes; the first, which records, is told apart
+images       a batch, and views: pairs of them, for one update of all tasks; obvious: random
+             numbers of CPU generators; ours: counted on the device, pairs also recorded
 probe        logistic regression of all tasks; obvious: one by one
 classifier   a step of train_krotov_hopfield.py's classifiers
 
@@ -24,7 +26,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,20 +36,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import oracles
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.table import (
     Clock,
     Row,
     benchmark_parser,
     described,
+    kernels_of,
     peak_gigabytes,
     print_table,
     set_up,
 )
 from data_sets.image_data import ImageData
+from data_sets.views import Views
+from experiment.choices import DEVICE, HOST
 from experiment.command_line import UserError, run_command
 from experiment.meta_settings import MetaSettings
+from experiment.view_strengths import ViewStrengths
 from hypgraddesc import HypergradientDescent
 from initializers import TRAINABLE, GaussianInitializer
 from kernels.logistic_regression import fit_logistic
@@ -54,16 +60,17 @@ from kernels.logistic_tasks import fit_logistic_tasks
 from kernels.recorded_updates import Recording, recording_for
 from kernels.task_products import contracted
 from krotov_hopfield import KrotovHopfieldNetwork, LayerPlan, LayerwiseTraining, Recipe
-from learning_rules import PolynomialRule
+from learning_rules import LearningRule, PolynomialRule
 from linear_probe import ProbeLoss
 from meta_gradients import Recorder, Reverse
 from mnist_datasets import batches
-from models_fully_local import Activation, Params, lateral_mlp
+from models_fully_local import Activation, Params, Sequential, lateral_mlp
 from rules.unit_statistics import default_rule
 from train import Draw, Training
 
 KINDS = ("cubic", "pairs")
 INH_STEPS = 10
+BENCHMARKED_VIEWS = ("geometric", "masks", "mixed")
 LARGEST_DIFFERENCE = 1e-10  # between devices, in float64, relative
 
 
@@ -81,9 +88,10 @@ class Sizes:
     images: int = 60_000
     channels: int = 96
     seconds: float = 270.0
+    pairs: int = 40
 
 
-TINY = Sizes((1, 2), 4, 6, 16, 4, (2,), 5, 200, 4, 60.0)
+TINY = Sizes((1, 2), 4, 6, 16, 4, (2,), 5, 200, 4, 60.0, 2)
 
 
 class Squares:
@@ -109,6 +117,21 @@ def made_images(sizes: Sizes, device: torch.device) -> ImageData:
     return ImageData(images.to(device), labels.to(device), "made")
 
 
+def new_rule(kind: str) -> LearningRule:
+    """The cubic rule as main.py makes it, or the default rule of pairs of views."""
+    if kind == "cubic":
+        return PolynomialRule.of_degree(3, bound="tanh", forward_weight_bound=1.0)
+    return default_rule()
+
+
+def new_model(kind: str, sizes: Sizes) -> Sequential:
+    """A layer of units, with lateral dynamics for the cubic rule."""
+    return lateral_mlp(
+        sizes.side**2, [sizes.units], Activation("sigmoid", 4.0), inh_factor=0.2,
+        inh_steps=INH_STEPS, inhibition="lateral" if kind == "cubic" else "none",
+    )  # fmt: skip
+
+
 class Updates:
     """The same training for several tasks, in each of the ways."""
 
@@ -122,11 +145,7 @@ class Updates:
 
         self.kind, self.sizes, self.inputs = kind, sizes, sizes.side**2
         cubic = kind == "cubic"
-        self.model = lateral_mlp(
-            self.inputs, [sizes.units], Activation("sigmoid", 4.0), inh_factor=0.2,
-            inh_steps=INH_STEPS, inhibition="lateral" if cubic else "none",
-        )  # fmt: skip
-        self.rule = cubic_rule() if cubic else default_rule()
+        self.model, self.rule = new_model(kind, sizes), new_rule(kind)
         if cubic:
             for psi in self.rule.parameters():
                 torch.nn.init.normal_(psi, std=1e-4, generator=generator)
@@ -197,22 +216,6 @@ class Updates:
         return [h.gradient for h in self.method.together(training, self.draws, self.recorder)]
 
 
-def kernels_of(run: Callable[[], object], steps: int, device: torch.device) -> str:
-    """The number of kernels for each of so many updates."""
-    if device.type != "cuda":
-        return "-"
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        run()
-        torch.cuda.synchronize(device)
-    cuda = torch.autograd.DeviceType.CUDA
-    return f"{sum(e.device_type == cuda for e in profiled.events()) / steps:.0f}"
-
-
-def cubic_rule() -> PolynomialRule:
-    """The rule of degree 3 as main.py makes it."""
-    return PolynomialRule.of_degree(3, bound="tanh", forward_weight_bound=1.0)
-
-
 def update_rows(
     kind: str, sizes: Sizes, repeat: int, clock: Clock, compiled: bool
 ) -> Iterator[Row]:
@@ -252,13 +255,15 @@ def columns(tasks_per_second: str, kernels: str, first: float, clock: Clock) -> 
 def meta_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
     """One row for each number of tasks: a meta-step with the logistic probe on all images."""
     data = made_images(sizes, clock.device)
-    model = lateral_mlp(sizes.side**2, [sizes.units], Activation("sigmoid", 4.0), inh_factor=0.2)
-    for tasks in sizes.meta_tasks:
-        rule = cubic_rule()
-        start = GaussianInitializer({"b": TRAINABLE, "m": TRAINABLE}, {"w": TRAINABLE})
+    images = partial(batches, data, sizes.batch, random_numbers=DEVICE)
+    pairs = Views(data, sizes.batch // 2, random_numbers=DEVICE)
+    ways = [("cubic", images, tasks) for tasks in sizes.meta_tasks]
+    for kind, source, tasks in [*ways, ("pairs", pairs, sizes.meta_tasks[0])]:
+        rule, model = new_rule(kind), new_model(kind, sizes)
+        lateral = {"m": TRAINABLE} if kind == "cubic" else {}
+        start = GaussianInitializer({"b": TRAINABLE} | lateral, {"w": TRAINABLE})
         training = Training(
-            model, rule.to(clock.device), start.to(clock.device),
-            lambda generator: batches(data, sizes.batch, generator),
+            model, rule.to(clock.device), start.to(clock.device), source,
             ProbeLoss(data, data, 1000.0, outer_images=min(4096, sizes.images)),
         )  # fmt: skip
         settings = MetaSettings(tasks=tasks, inner_steps=sizes.meta_steps, together="always")
@@ -268,9 +273,77 @@ def meta_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
         times = [clock.milliseconds(descent.step) for _ in range(repeat)]
         per_second = f"{1e3 * tasks * sizes.meta_steps / min(times):,.0f}"
         yield Row(
-            "meta-step", f"{tasks} x {sizes.meta_steps} updates", times,
+            f"meta-step, {kind}", f"{tasks} x {sizes.meta_steps} updates", times,
             more=columns(per_second, "-", first, clock),
         )  # fmt: skip
+
+
+def recorded(make: Callable, parts: dict[str, Tensor], record: type[Recording]) -> Recording:
+    """The making of pairs from such parts as a recording, which takes their values."""
+    return record(lambda *t: [*make(dict(zip(parts, t, strict=True)))], [*parts.values()])
+
+
+class Batches:
+    """The batches of several tasks, of images or, with strengths, pairs of views, in each way."""
+
+    def __init__(self, data: ImageData, size: int, tasks: int, strengths: ViewStrengths | None):
+        self.data, self.size, self.tasks, self.strengths = data, size, tasks, strengths
+
+    def streams(self, random_numbers: str) -> list[Iterator]:
+        """A new stream for each task."""
+        options = {"random_numbers": random_numbers}
+        if self.strengths is None:
+            draw = partial(batches, self.data, self.size, **options)
+        else:
+            draw = Views(self.data, self.size, self.strengths, **options)
+        return [draw(torch.Generator().manual_seed(k)) for k in range(self.tasks)]
+
+    def drawn(self, random_numbers: str, steps: int) -> None:
+        """All tasks' batches of some updates; those of mixed views by generators one by one."""
+        streams = self.streams(random_numbers)
+        if streams[0].of_tasks is None:
+            for _ in range(steps * self.tasks):
+                next(streams[0])
+        else:
+            for _ in itertools.islice(streams[0].of_tasks(streams), steps):
+                pass
+
+    def recorded(self) -> Callable[[int], None]:
+        """A function that replays as many pairs of all tasks."""
+        streams = self.streams(DEVICE)
+        parts, make = streams[0].parts_of_tasks(streams), streams[0].make
+        replay = recorded(make, next(parts), recording_for(self.data.images.device))
+
+        def replayed(steps: int) -> None:
+            for of_batch in itertools.islice(parts, steps):
+                replay(*of_batch.values())
+
+        return replayed
+
+
+def batch_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
+    """One row for each kind of batches and number of tasks, in milliseconds for an update of all.
+
+    An epoch's batches of images are made once, so that these are of the updates of a meta-step.
+    """
+    data = made_images(sizes, clock.device)
+    kinds = {"images": None} | {f"views, {k}": ViewStrengths(k) for k in BENCHMARKED_VIEWS}
+    for (name, strengths), tasks in itertools.product(kinds.items(), sizes.meta_tasks):
+        of_tasks = Batches(data, sizes.batch, tasks, strengths)
+        steps = sizes.meta_steps if strengths is None else sizes.pairs
+        counts = {HOST: max(1, steps // 10) if strengths else steps, DEVICE: steps}
+        ways = {way: partial(of_tasks.drawn, way, count) for way, count in counts.items()}
+        if strengths is not None:
+            counts["recorded"], ways["recorded"] = steps, partial(of_tasks.recorded(), steps)
+        ours = list(ways)[1:]
+        kernels = {way: kernels_of(ways[way], steps, clock.device) for way in ours}
+        first = {way: clock.milliseconds(ways[way]) for way in ours}
+        times = clock.in_turns(ways, repeat)
+        each = {way: [t / counts[way] for t in values] for way, values in times.items()}
+        for way in ours:
+            more = columns("-", kernels[way], first[way], clock)
+            told = name if way == DEVICE else f"{name}, {way}"
+            yield Row(told, f"{tasks} x {sizes.batch}", each[way], each[HOST], more=more)
 
 
 def probe_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
@@ -330,10 +403,35 @@ def differences(kind: str, sizes: Sizes, device: torch.device) -> dict[str, floa
             for task, other in zip(getattr(ours, name)(), cpu, strict=True)
             for a, b in zip(task, other, strict=True)
         ]
-        found[f"{kind}, {name}"] = max(
+        found[f"hypergradients, {kind}, {name}"] = max(
             float((a - b).norm() / b.norm()) for a, b in pairs if b.numel()
         )
     return found
+
+
+def differences_of_views(sizes: Sizes, device: torch.device) -> dict[str, float]:
+    """The largest difference of counted pairs of views to the CPU's, in float64, by way."""
+    strengths, options = ViewStrengths("mixed", noise=0.1, shift=1.0), {"dtype": torch.float64}
+    cpu = torch.device("cpu")
+    data = made_images(replace(sizes, images=200), cpu)
+
+    def made(device: torch.device, record: type | None) -> list[Tensor]:
+        views = Views(data.to(device), 64, strengths, random_numbers=DEVICE, **options)
+        streams = [views(torch.Generator().manual_seed(k)) for k in range(3)]
+        parts, make = [*itertools.islice(streams[0].parts_of_tasks(streams), 4)], streams[0].make
+        if record is not None:
+            replay = recorded(make, parts[0], record)
+            return [x.to(cpu, copy=True) for of_batch in parts for x in replay(*of_batch.values())]
+        return [x.to(cpu) for of_batch in parts for x in make(of_batch)]
+
+    expected = made(cpu, None)
+    ways = {"views": None, "views_recorded": recording_for(device)}
+    return {
+        name: max(
+            float((a - b).abs().max()) for a, b in zip(made(device, way), expected, strict=True)
+        )
+        for name, way in ways.items()
+    }
 
 
 def until(end: float, rows: Iterator[Row], kept: list[Row]) -> Iterator[Row]:
@@ -357,15 +455,16 @@ def main(argv: list[str] | None = None) -> None:
     if clock.device.type != "cuda" and arguments.device != "cpu":
         raise UserError("no CUDA device: --device cpu runs a small version of this benchmark")
     sizes = Sizes() if clock.device.type == "cuda" else TINY
-    checked = {}
+    checked = differences_of_views(sizes, clock.device)
     for kind in KINDS:
         checked |= differences(kind, sizes, clock.device)
     for name, difference in checked.items():
-        print(f"hypergradients {name.replace('_', ' ')}: {difference:.1e} from the CPU's, float64")
+        print(f"{name.replace('_', ' ')}: {difference:.1e} from the CPU's, float64")
     rows: list[Row] = []
     lines = itertools.chain(
         *(update_rows(kind, sizes, arguments.repeat, clock, arguments.compile) for kind in KINDS),
         meta_rows(sizes, arguments.repeat, clock),
+        batch_rows(sizes, arguments.repeat, clock),
         probe_rows(sizes, arguments.repeat, clock),
         classifier_rows(sizes, arguments.repeat, clock),
     )

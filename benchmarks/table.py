@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 
 import torch
 from threadpoolctl import threadpool_limits
+from torch.profiler import ProfilerActivity, profile
 
 from experiment.command_line import OneLineParser, UserError, device_name, positive_int
 from experiment.devices import find_device, keep_freed_memory
@@ -169,6 +170,18 @@ def peak_gigabytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def kernels_of(run: Callable[[], object], steps: int, device: torch.device) -> str:
+    """The number of kernels for each of so many steps, which are run; "-" without a GPU."""
+    if device.type != "cuda":
+        run()
+        return "-"
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize(device)
+    cuda = torch.autograd.DeviceType.CUDA
+    return f"{sum(e.device_type == cuda for e in profiled.events()) / steps:.0f}"
 
 
 def numbers_of_process(script: str, flags: Sequence[str]) -> list[float]:

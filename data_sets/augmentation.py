@@ -62,8 +62,13 @@ def draw_numbers(
     count: int, generator: torch.Generator, *, crops: bool = True, shifts: bool = False
 ) -> Tensor:
     """The random numbers of views: float64 [count, columns], uniform in [0, 1), on the CPU."""
-    columns = 6 + 20 * crops + 2 * shifts
+    columns = count_columns(crops=crops, shifts=shifts)
     return torch.rand(count, columns, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def count_columns(*, crops: bool, shifts: bool) -> int:
+    """The random numbers that the view of an image takes."""
+    return 6 + 20 * crops + 2 * shifts
 
 
 def warp(
@@ -80,7 +85,8 @@ def warp(
 
     Pixels from outside the image are 0.
 
-    draws: from `draw_numbers`, with columns for crops and shifts if they are used.
+    draws: as from `draw_numbers`, with columns for crops and shifts if they are used; on the CPU or
+        on the device of x.
     degrees: the largest angle, in either direction.
     scale: the range of the crop's share of the padded image's area; None: no crops.
     ratio: the range of the crop's width / height.
@@ -89,21 +95,40 @@ def warp(
     """
     if _in_loops(x, degrees):
         return _warp_in_loops(x, draws, float(degrees), scale, ratio, padding, shift)
-    count, _, height, width = x.shape
+    matrix = affine_matrices(
+        draws, x.shape[2:], degrees=degrees, scale=scale, ratio=ratio, padding=padding, shift=shift
+    )
+    return grid_sample(x, _grid(matrix.to(x.device, x.dtype), *x.shape[2:]), align_corners=False)
+
+
+def affine_matrices(
+    draws: Tensor,
+    size: Sequence[int],
+    *,
+    degrees: float | Tensor,
+    scale: tuple[float, float] | None,
+    ratio: tuple[float, float],
+    padding: int,
+    shift: float,
+) -> Tensor:
+    """From positions in a view to those in its image, both in [-1, 1]^2: float64 [B, 2, 3].
+
+    size: height and width of the images. The other arguments are those of `warp`.
+    """
+    height, width = size
     if scale is None:
-        box = draws.new_tensor([0, 0, height, width]).expand(count, 4)
+        box = _rows_of(draws, len(draws), (0.0, 0.0, height, width))
     else:
         box = _random_boxes(
             draws[:, AREAS], draws[:, RATIOS], draws[:, POSITION],
             height, width, padding, scale, ratio,
         )  # fmt: skip
     if shift:
-        sides = box[:, 2:] / box.new_tensor([height, width])  # the sides of a pixel of the view
+        sides = box[:, 2:] / _rows_of(box, 1, (height, width))  # the sides of a pixel of the view
         moved = (2 * draws[:, SHIFT] - 1) * shift * sides
         box = torch.cat([box[:, :2] + moved, box[:, 2:]], 1)
     angle = (2 * draws[:, ANGLE] - 1) * (degrees * (math.pi / 180))
-    grid = _crop_grid(box, angle, height, width, padding, x.device, x.dtype)
-    return grid_sample(x, grid, align_corners=False)
+    return _crop_matrices(box, angle, height, width, padding)
 
 
 def jitter(
@@ -112,17 +137,22 @@ def jitter(
     """Multiply brightness and contrast of each image by random factors, in random order.
 
     x: [B, C, H, W], changed in place.
-    draws: from `draw_numbers`.
+    draws: as for `warp`.
     brightness, contrast: factors are uniform in [1 - strength, 1 + strength], and at least 0.
     """
     if _in_loops(x, brightness, contrast) and x.is_contiguous():
         return _jitter_in_loops(x, draws, float(brightness), float(contrast))
+    factors = jitter_factors(draws, brightness, contrast).to(x)
+    return _jitter(x, *factors.view(3, -1, 1, 1, 1))
+
+
+def jitter_factors(draws: Tensor, brightness: float | Tensor, contrast: float | Tensor) -> Tensor:
+    """Factors of brightness and contrast, and 1 where brightness is first, else 0: [3, B]."""
     b, c = (
         _between(draws[:, column], _at_least_0(1 - strength), 1 + strength)
         for column, strength in ((BRIGHTNESS, brightness), (CONTRAST, contrast))
     )
-    factors = torch.stack([b, c, (draws[:, ORDER] < 0.5).double()]).to(x)
-    return _jitter(x, *factors.view(3, -1, 1, 1, 1))
+    return torch.stack([b, c, (draws[:, ORDER] < 0.5).double()])
 
 
 def _random_boxes(
@@ -153,7 +183,7 @@ def _random_boxes(
     w, h = w.gather(1, first).squeeze(1), h.gather(1, first).squeeze(1)
     top = (position_draws[:, 0] * (padded_height - h + 1)).floor()
     left = (position_draws[:, 1] * (padded_width - w + 1)).floor()
-    fallback = area.new_tensor(_fallback(padded_height, padded_width, ratio))
+    fallback = _rows_of(area, 1, _fallback(padded_height, padded_width, ratio))
     return torch.where(fits.any(1, keepdim=True), torch.stack([top, left, h, w], 1), fallback)
 
 
@@ -168,38 +198,39 @@ def _fallback(
     return tuple(float(number) for number in box)
 
 
-def _crop_grid(
-    box: Tensor,
-    angle: Tensor,
-    height: int,
-    width: int,
-    padding: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """The position in the original image of each pixel of the crop, for grid_sample: [B, H, W, 2].
+def _crop_matrices(box: Tensor, angle: Tensor, height: int, width: int, padding: int) -> Tensor:
+    """The affine maps of `affine_matrices` for boxes [B, 4] and angles [B].
 
     For the position u in [-1, 1]^2 in the crop, p = centre of the box + u * half its sides is the
     position in the rotated image, relative to its centre, and R(angle)^-1 p the position in the
     original image. R turns counter-clockwise on the screen (rows count downwards). Padding only
     enlarges the range of boxes, because everything outside the image is zero anyway.
-
-    The map is affine, so the grid is the sum of a column and a row; F.affine_grid gives the same
-    but takes several times as long as the interpolation itself.
     """
     top, left, h, w = box.unbind(1)
     cos, sin = angle.cos(), angle.sin()
     x, y = left + w / 2 - (width / 2 + padding), top + h / 2 - (height / 2 + padding)
-    half = angle.new_tensor([2 / width, 2 / height])  # from pixels to grid_sample's [-1, 1]
-    matrix = torch.stack(
+    half = _rows_of(angle, 1, (2 / width, 2 / height))  # from pixels to grid_sample's [-1, 1]
+    return torch.stack(
         [cos * w / 2, -sin * h / 2, cos * x - sin * y, sin * w / 2, cos * h / 2, sin * x + cos * y],
         1,
     ).view(-1, 2, 3) * half.view(1, 2, 1)
-    a, b, c = matrix.to(device, dtype).unsqueeze(-2).unbind(-1)  # each [B, 2, 1]
-    across = (torch.arange(width, device=device, dtype=dtype) * 2 + 1) / width - 1
-    down = (torch.arange(height, device=device, dtype=dtype) * 2 + 1) / height - 1
+
+
+def _grid(matrix: Tensor, height: int, width: int) -> Tensor:
+    """The position in the original image of each pixel of a view, for grid_sample: [B, H, W, 2].
+
+    The map is affine, so the grid is the sum of a column and a row; F.affine_grid gives the same
+    but takes several times as long as the interpolation itself.
+    """
+    a, b, c = matrix.unsqueeze(-2).unbind(-1)  # each [B, 2, 1]
+    across, down = (pixel_centres(size, matrix) for size in (width, height))
     grid = (a * across + c).unsqueeze(2) + (b * down).unsqueeze(3)  # [B, 2, H, W]
     return grid.permute(0, 2, 3, 1)
+
+
+def pixel_centres(size: int, like: Tensor) -> Tensor:
+    """The positions of `size` pixels in [-1, 1], of the type and device of `like`."""
+    return (torch.arange(size, device=like.device, dtype=like.dtype) * 2 + 1) / size - 1
 
 
 def _jitter(x: Tensor, b: Tensor, c: Tensor, brightness_first: Tensor) -> Tensor:
@@ -213,16 +244,16 @@ def _jitter(x: Tensor, b: Tensor, c: Tensor, brightness_first: Tensor) -> Tensor
     """
     for now_brightness in (brightness_first, 1 - brightness_first):
         factor = torch.lerp(c, b, now_brightness)
-        towards = (1 - now_brightness) * (1 - c) * _grey_mean(x)
+        towards = (1 - now_brightness) * (1 - c) * grey_mean(x)
         x.mul_(factor).add_(towards).clamp_(0, 1)
     return x
 
 
-def _grey_mean(x: Tensor) -> Tensor:
+def grey_mean(x: Tensor) -> Tensor:
     """Mean grey value of each image [B, 1, 1, 1]; for three channels the ITU-R 601 luma."""
     means = x.mean((2, 3), keepdim=True)
     if x.shape[1] == 3:
-        means = means * means.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1) * 3
+        means = means * _rows_of(means, 1, (0.299, 0.587, 0.114)).view(3, 1, 1) * 3
     return means if x.shape[1] == 1 else means.mean(1, keepdim=True)
 
 
@@ -272,8 +303,13 @@ def _jitter_in_loops(x: Tensor, draws: Tensor, brightness: float, contrast: floa
     used = draws[:, BRIGHTNESS : ORDER + 1].contiguous().numpy()
     pixels = x.view(len(x), -1).numpy()
     for first in (True, False):
-        view_loops.change(used, *ranges, first, _grey_mean(x).view(-1).numpy(), pixels)
+        view_loops.change(used, *ranges, first, grey_mean(x).view(-1).numpy(), pixels)
     return x
+
+
+def _rows_of(like: Tensor, count: int, values: Sequence[float]) -> Tensor:
+    """[count, values], filled on the device: a copy from the host would wait for it."""
+    return torch.stack([like.new_full((count,), value) for value in values], 1)
 
 
 def _between(draw: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:

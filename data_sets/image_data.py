@@ -1,7 +1,7 @@
 """Labelled images, stored as one uint8 tensor and turned into floats batch by batch."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -95,6 +95,18 @@ class ImageData:
             x = x / self.scale.to(x.dtype)
         return x
 
+    def affine(
+        self, dtype: torch.dtype, unit: float, minus: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """offset and factor, so that offset + factor x = (x / unit - shift) / scale - minus.
+
+        dtype: their type and that of `minus`.
+        """
+        one = self.images.new_ones((), dtype=dtype)
+        scale = one if self.scale is None else self.scale.to(dtype)
+        offset = torch.zeros_like(one) if self.shift is None else -self.shift.to(dtype) / scale
+        return offset if minus is None else offset - minus, 1 / (unit * scale)
+
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data with all tensors on `device`."""
         return replace(
@@ -104,6 +116,24 @@ class ImageData:
             shift=None if self.shift is None else self.shift.to(device),
             scale=None if self.scale is None else self.scale.to(device),
         )
+
+
+@dataclass(frozen=True)
+class ImagesOfRows:
+    """Makes the images of rows, a function of tensors that does not wait for a GPU."""
+
+    data: ImageData
+    dtype: torch.dtype
+    affine: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "affine", self.data.affine(working_dtype(self.dtype), 255.0))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Normalised images of rows [...], as floats [..., C, H, W]; up to rounding as `floats`."""
+        images = self.data.images.index_select(0, rows.flatten())
+        offset, factor = self.affine
+        return torch.addcmul(offset, images, factor).to(self.dtype).unflatten(0, rows.shape)
 
 
 def pixel_sums(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,13 +156,22 @@ def batch_indices(
 
     generator: a generator on the CPU.
     """
+    check_batch_size(data, batch_size)
+    order = torch.randperm(len(data), generator=generator, device="cpu").to(device_of(data))
+    return [index for index in order.split(batch_size) if len(index) == batch_size]
+
+
+def check_batch_size(data: ImageData | Tensor, batch_size: int) -> None:
+    """Raise DataError if there isn't one whole batch."""
     if not 1 <= batch_size <= len(data):
         raise DataError(
             f"batch size {batch_size} must be from 1 to {len(data)}, the number of images"
         )
-    device = data.device if isinstance(data, Tensor) else data.images.device
-    order = torch.randperm(len(data), generator=generator, device="cpu").to(device)
-    return [index for index in order.split(batch_size) if len(index) == batch_size]
+
+
+def device_of(data: ImageData | Tensor) -> torch.device:
+    """The device that the images, or features, are on."""
+    return data.device if isinstance(data, Tensor) else data.images.device
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def warp(x, areas, aspects, positions, moves, cos, sin, padding, scale, fallback
 
 @loop
 def _matrix(box, cos, sin, padding, height, width, like):
-    """The affine map [2, 3] of augmentation._crop_grid."""
+    """The affine map [2, 3] of augmentation._crop_matrices."""
     top, left, h, w = box
     x, y = left + w / 2 - (width / 2 + padding), top + h / 2 - (height / 2 + padding)
     matrix = np.empty((2, 3), dtype=like.dtype)

@@ -15,6 +15,9 @@ A learned strength is its initial value times exp(0.3 u) with an nn.Parameter u.
 on u, so views are differentiable in it: rotations through the grid of the interpolation, the others
 directly. The share of a mask and the sides of a crop act through comparisons and roundings, whose
 derivatives are 0 almost everywhere; they can't be learned.
+
+Random numbers are those of a CPU generator, or are counted from a key on the data's device
+(random_numbers="device"), where the pairs of many tasks are then made at once.
 """
 
 import itertools
@@ -28,7 +31,16 @@ from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data_sets.augmentation import draw_numbers, jitter, warp
-from data_sets.image_data import ImageData, batch_indices, pixel_sums, working_dtype
+from data_sets.counted_numbers import drawn_key
+from data_sets.counted_views import CountedPairs, PairMaker, thresholds
+from data_sets.image_data import (
+    ImageData,
+    batch_indices,
+    check_batch_size,
+    pixel_sums,
+    working_dtype,
+)
+from experiment.choices import HOST
 from experiment.view_strengths import GEOMETRIC, MIXED, ViewError, ViewStrengths
 
 STRIDE = 0.3  # d log strength / d u, as for initial distributions: one learning rate suits all
@@ -47,6 +59,7 @@ class Views(nn.Module):
         start: how views are made, with the initial values of learned strengths.
         moved: the nn.Parameters u of the learned strengths, by name, initially 0.
         dtype: the type of the views.
+        maker: makes pairs by counted numbers; None: numbers are those of generators.
     """
 
     def __init__(
@@ -57,6 +70,7 @@ class Views(nn.Module):
         *,
         learn: Sequence[str] = (),
         dtype: torch.dtype = torch.float32,
+        random_numbers: str = HOST,
     ) -> None:
         super().__init__()
         if isinstance(data, Tensor) and strengths.kind in (GEOMETRIC, MIXED):
@@ -66,6 +80,7 @@ class Views(nn.Module):
         self.start = strengths
         self.moved = nn.ParameterDict({name: nn.Parameter(torch.zeros(())) for name in learn})
         self.shift, self.lost_value = self._means()
+        self.maker = None if random_numbers == HOST else PairMaker(self)
 
     def _means(self) -> tuple[Tensor | None, Tensor | None]:
         """The mean to subtract and the value of lost pixels, each of an image's shape; None: 0."""
@@ -84,10 +99,14 @@ class Views(nn.Module):
     def forward(self, generator: Generator) -> Iterator[Pair]:
         """Endless pairs (x1, x2), each [batch_size, ...]; every epoch has its own order.
 
-        The same state of the generator gives the same pairs on every device. Raises DataError if
-        the data are fewer than a batch.
+        The same state of the generator gives the same pairs on every device, up to rounding; other
+        pairs if it draws only the key of counted numbers. Raises DataError if the data are fewer
+        than a batch.
         """
-        return PairStream(self, generator)
+        if self.maker is None:
+            return PairStream(self, generator)
+        check_batch_size(self.data, self.batch_size)
+        return CountedPairs(self.maker, drawn_key(generator))
 
     def pair(self, generators: Sequence[Generator], index: Tensor) -> Pair:
         """A pair of views of the rows `index`, an equal share of which goes with each generator.
@@ -173,12 +192,12 @@ class Views(nn.Module):
 
     # ---- strengths ----
 
-    def strength(self, name: str) -> float | Tensor:
-        """The current value of a strength; if learned, a float64 scalar on the CPU, like draws."""
+    def strength(self, name: str, device: torch.device | str = "cpu") -> float | Tensor:
+        """The current value of a strength; if learned, a float64 scalar on the device of draws."""
         start = getattr(self.start, name)
         if name not in self.moved:
             return start
-        return start * (STRIDE * self.moved[name].to("cpu", torch.float64)).exp()
+        return start * (STRIDE * self.moved[name].to(device, torch.float64)).exp()
 
     @torch.no_grad()
     def set_values(self, strengths: ViewStrengths) -> None:
@@ -199,7 +218,7 @@ class Views(nn.Module):
 
 
 class PairStream(Iterator[Pair]):
-    """The endless pairs of `Views.forward`."""
+    """The endless pairs of `Views.forward` by numbers of a generator."""
 
     def __init__(self, views: Views, generator: Generator) -> None:
         self.views, self.generator = views, generator
@@ -240,10 +259,9 @@ def kept_pixels(shape: Sequence[int], share: tuple[float, float], generator: Gen
     is drawn for each pixel, which is lost if the byte is below 256 p. This threshold is rounded up
     or down at random, so that the mean share is exactly p, but at most 255 / 256.
     """
-    low, high = share
     draws = torch.rand(2, shape[0], generator=generator, dtype=torch.float64, device="cpu")
-    threshold = (256 * (low + (high - low) * draws[0]) + draws[1]).floor().clamp(max=255)
+    threshold = thresholds(*draws, share)
     words = torch.empty(-(-torch.Size(shape).numel() // 8), dtype=torch.int64, device="cpu")
     words.random_(-(2**63), None, generator=generator)
     pixels = words.view(torch.uint8)[: torch.Size(shape).numel()].view(*shape)
-    return pixels >= threshold.byte().view(-1, *[1] * (len(shape) - 1))
+    return pixels >= threshold.view(-1, *[1] * (len(shape) - 1))

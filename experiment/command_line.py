@@ -50,6 +50,8 @@ DTYPES = ("float32", "float64")
 # Flags that belong to one call, not to the run
 OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 
+IN_OLDER_RUNS = {"random_numbers": "host"}  # flags that these do not have, and their values there
+
 # Flags that may name something to write outside the run's directory: --resume takes them from
 # config.json only if it is inside
 OUTSIDE = ("save_state", "to_zoo", "storage")
@@ -200,6 +202,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         parser.error(f"argument --resume: {error}")
     if (command := f"{config.get('command')}.py") != parser.prog:
         parser.error(f"argument --resume: {directory} is a run of {command}, not of {parser.prog}")
+    config = IN_OLDER_RUNS | config
     args = _relaxed(parser, without_defaults=False).parse_args(argv)
     known = {action.dest for action in parser._actions}
     for name in known.intersection(OUTSIDE) - {*explicit}:

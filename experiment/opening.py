@@ -12,7 +12,13 @@ from typing import Any, Protocol
 import torch
 
 from experiment.checkpoints import MAY_DIFFER
-from experiment.command_line import IMAGES, OF_THE_CALL, UserError, new_directory
+from experiment.command_line import (
+    IMAGES,
+    IN_OLDER_RUNS,
+    OF_THE_CALL,
+    UserError,
+    new_directory,
+)
 from experiment.devices import find_device
 from experiment.files import plain
 from experiment.own_code import is_own_code
@@ -84,6 +90,7 @@ def _refuse_other_configuration(
     directory: Path, saved: dict[str, Any], given: dict[str, Any]
 ) -> None:
     """Raise UserError if a run with flags `saved` can't be resumed with flags `given`."""
+    saved = {name: value for name, value in IN_OLDER_RUNS.items() if name in given} | saved
     names = [name for name in {**saved, **given} if name not in MAY_DIFFER]
     names = [name for name in names if name in saved or name not in NOTED_LATER]
     for noted, (flags, what) in NOTED_BY_CONTENT.items():

@@ -145,7 +145,11 @@ def _newton(problem: _Problem, V: Tensor) -> tuple[Tensor, Tensor]:
         value = problem.value(V)
         gradient, P = problem.gradient_and_probabilities(V)
         factors, failed = torch.linalg.cholesky_ex(problem.hessian(P))
-        direction = -torch.cholesky_solve(gradient.flatten(1).unsqueeze(2), factors).view_as(V)
+        # not cholesky_solve, which takes 11 ms for 16 systems of 330 equations on an H200
+        half = torch.linalg.solve_triangular(
+            factors, -gradient.flatten(1).unsqueeze(2), upper=False
+        )
+        direction = torch.linalg.solve_triangular(factors.mT, half, upper=True).view_as(V)
         slope = (gradient * direction).sum((1, 2))
         done = done | (-slope / 2 <= TOLERANCE * value)
         going = ~done & (failed == 0) & torch.isfinite(slope)

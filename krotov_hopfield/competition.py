@@ -80,6 +80,8 @@ class Competition:
         if self.gate == "losers":
             return (-delta).expand_as(currents).scatter(dim, winner, 1)
         g = torch.zeros_like(currents).scatter_(dim, winner, 1)
+        if currents.device.type != "cpu":  # where scattering a tensor may copy from the host
+            return g - delta * torch.zeros_like(currents).scatter_(dim, other, 1)
         return g.scatter(dim, other, (-delta).expand_as(other))
 
 

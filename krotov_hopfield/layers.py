@@ -12,8 +12,8 @@ of a constant input 1.
 
 Names and signatures are BioPyTorch's; everything that BioPyTorch lacks is a keyword argument. On a
 CPU, if at most two units learn from a sample, the compiled loops of competition_kernels.py compute
-the update. In all other cases it takes two products, without storing patches or waiting for the
-device.
+the update. In all other cases it takes two products, without waiting for the device: convolutions,
+which store no patches, or, on another device and where there are not too many, products with them.
 """
 
 import math
@@ -42,6 +42,8 @@ LANES = 16  # row lengths of sums are multiples of this, so that each row begins
 FEW_CHANNELS = 16  # below this, torch's batch norm is faster if channels aren't last in memory
 ROWS_AT_ONCE = 500  # of a fully connected layer's weights, when they are raised to a power
 LARGEST_EXPONENT = 16  # the largest p for which the loops multiply instead of calling pow
+MOST_IN_PATCHES = 2**27  # numbers; beyond these, convolutions take the place of patches
+MOST_IN_PARTS, SHORTEST_PART = 2**20, 256  # numbers, and terms of each, of a sum that is split
 
 
 class _Competing:
@@ -104,6 +106,14 @@ class _Competing:
                 options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
                 parameter.copy_(spread * torch.randn(parameter.shape, **options))
 
+    def _respond(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The currents [batch, out] of inputs [batch, in], f(W) [out, in] and f(b) [out]."""
+        return functional.linear(x, weight, bias)
+
+    def _by_group(self, currents: Tensor, gates) -> Tensor:
+        """`gates` applied to currents [batch, out]; the result has the same shape."""
+        return gates(currents, 1)
+
     def _powers(self) -> tuple[Tensor, Tensor | None]:
         bias = None if self.bias is None else signed_power(self.bias, self.lebesgue_p)
         return signed_power(self.weight, self.lebesgue_p), bias
@@ -152,11 +162,11 @@ class _Competing:
             return self._compiled_step(x, learning_rate)
         return self._dense_step(x, learning_rate)
 
-    def _rates(self, learning_rate: float | Tensor) -> Tensor:
+    def _rates(self, weight: Tensor, learning_rate: float | Tensor) -> Tensor:
         """The learning rate of each unit [O]."""
         if self.rate_exponent is None:
-            return learning_rate * self.weight.new_ones(len(self.weight))
-        radius = torch.linalg.vector_norm(self.weight.flatten(1), dim=1)
+            return learning_rate * weight.new_ones(len(weight))
+        radius = torch.linalg.vector_norm(weight.flatten(1), dim=1)
         return learning_rate * (radius - 1).abs() ** self.rate_exponent
 
     @torch.no_grad()
@@ -173,7 +183,7 @@ class _Competing:
     def _changes(
         self, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """D / scale for weights and biases; x is normalized and padded."""
+        """D / scale for weights and biases; x is normalized and padded, or patches [B, N]."""
         p = self.lebesgue_p
         of_bias = None if bias is None else signed_power(bias, p)
         currents = self._respond(x, signed_power(weight, p), of_bias)
@@ -185,12 +195,17 @@ class _Competing:
 
     def _dense_step(self, x: Tensor, learning_rate: float | Tensor) -> Tensor:
         """The update by matrix products, on any device; x is normalized and padded."""
-        change, of_bias = self._changes(x, self.weight, self.bias)
-        rates = self._rates(learning_rate)
-        self.weight.add_(rates.view(-1, *[1] * (change.dim() - 1)) * change)
+        weight, by_patches = self.weight, self._takes_patches(x)
+        if by_patches:
+            x, weight = self._patches(x), self._weight_rows()
+        change, of_bias = self._changes(x, weight, self.bias)
+        rates = self._rates(weight, learning_rate)
+        weight.add_(rates.view(-1, *[1] * (change.dim() - 1)) * change)
         if of_bias is not None:
             self.bias.add_(rates * of_bias)
-        return convergence(p_norms(self.weight, self.bias, self.lebesgue_p))
+        if by_patches:
+            self._keep_rows(weight)
+        return convergence(p_norms(weight, self.bias, self.lebesgue_p))
 
     def _compiled_step(self, x: Tensor, learning_rate: float | Tensor) -> Tensor:
         """The update by compiled loops, which touch only the rows of units that learned."""
@@ -200,7 +215,7 @@ class _Competing:
         learned, changes, pull = self._add_up(currents, x)
         largest = np.empty(len(learned), weight.dtype)
         kernels.subtract_pull(weight, bias, learned, changes, pull, largest)
-        factors = self._rates(learning_rate)[torch.from_numpy(learned)]
+        factors = self._rates(self.weight, learning_rate)[torch.from_numpy(learned)]
         factors = factors / scales(torch.from_numpy(largest), self.normalization)
         kernels.add_changes(weight, bias, learned, changes, factors.numpy())
         self._keep_rows(rows)
@@ -324,13 +339,8 @@ class BioLinear(_Competing, nn.Linear):
     def _padded(self, x: Tensor) -> Tensor:
         return x
 
-    def _respond(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The currents [batch, out] of f(W) [out, in] and f(b) [out]."""
-        return functional.linear(x, weight, bias)
-
-    def _by_group(self, currents: Tensor, gates) -> Tensor:
-        """`gates` applied to currents [batch, out]; the result has the same shape."""
-        return gates(currents, 1)
+    def _takes_patches(self, x: Tensor) -> bool:
+        return False
 
     def _correlate(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """g^T x [out, in] of gates [batch, out], shaped as the weights."""
@@ -448,23 +458,54 @@ class BioConv2d(_Competing, nn.Conv2d):
         return x.contiguous(memory_format=torch.channels_last)
 
     def _respond(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The currents [batch, out, H', W'] for padded x and f(W) [out, in / groups, kh, kw]."""
+        """The currents [batch, out, H', W'] for padded x and f(W) [out, in / groups, kh, kw].
+
+        Of patches [B, N] and f(W) [out, N] they are [B, out].
+        """
+        if x.dim() == 2:
+            return super()._respond(x, weight, bias)
         return functional.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
     def _by_group(self, currents: Tensor, gates) -> Tensor:
         """`gates` applied to currents [batch, out, H', W'] within each group; same shape."""
+        if currents.dim() == 2:
+            return super()._by_group(currents, gates)
         return gates(currents.unflatten(1, (self.groups, -1)), 2).flatten(1, 2)
 
     def _correlate(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The sum over samples of gates times windows, [out, in / groups, kh, kw].
 
         It is the weight gradient of the convolution if g [batch, out, H', W'] is the gradient of
-        its output.
+        its output. Of gates [B, out] and patches [B, N] it is [out, N].
         """
+        if x.dim() == 2:
+            return contracted(g, x)
         return torch.ops.aten.convolution_backward(
             g, x, weight, None, self.stride, (0, 0), self.dilation, False, (0, 0), self.groups,
             (False, True, False),
         )[1]  # fmt: skip
+
+    def _takes_patches(self, x: Tensor) -> bool:
+        """Whether products with patches of padded x take the place of convolutions."""
+        if x.device.type == "cpu" or self.groups > 1:
+            return False
+        places = len(x) * math.prod(self._places(x))
+        return places * self.weight[0].numel() <= MOST_IN_PATCHES
+
+    def _places(self, x: Tensor) -> list[int]:
+        """Height and width of the output for padded x [batch, in, H, W]."""
+        spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return [(n - span - 1) // s + 1
+                for n, span, s in zip(x.shape[2:], spans, self.stride, strict=True)]  # fmt: skip
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """The windows of padded x, as rows [places, N] in the order of those of the weights."""
+        x = x.permute(0, 2, 3, 1).contiguous()
+        (image, down, across, channel), (dh, dw), (sh, sw) = x.stride(), self.dilation, self.stride
+        (height, width), (kh, kw) = self._places(x.permute(0, 3, 1, 2)), self.kernel_size
+        steps = image, sh * down, sw * across, dh * down, dw * across, channel
+        windows = x.as_strided((len(x), height, width, kh, kw, x.shape[3]), steps)
+        return windows.reshape(-1, kh * kw * x.shape[3])
 
     def _weight_rows(self) -> Tensor:
         """W as [out, kh * kw * in / groups]; a view if its channels are last in memory."""
@@ -515,6 +556,18 @@ class Triangle(nn.Module):
 
     def extra_repr(self) -> str:
         return f"power={self.power}"
+
+
+def contracted(g: Tensor, x: Tensor) -> Tensor:
+    """g^T x [O, N] of g [B, O] and x [B, N], as a sum of parts over B where the result is small.
+
+    One product with a small result would leave most of a GPU idle.
+    """
+    most = min(MOST_IN_PARTS // (g.shape[1] * x.shape[1]), len(g) // SHORTEST_PART)
+    parts = max(k for k in (1, 2, 4, 8, 16, 32, 64) if k <= max(1, most) and len(g) % k == 0)
+    if parts == 1:
+        return g.t() @ x
+    return (g.unflatten(0, (parts, -1)).mT @ x.unflatten(0, (parts, -1))).sum(0)
 
 
 def _array(bias: Tensor | None, like: Tensor) -> np.ndarray:

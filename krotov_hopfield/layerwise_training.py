@@ -14,12 +14,17 @@ All random numbers come from generators with the key (seed, purpose, stage, epoc
 a training can be resumed without the states of generators. Dropout and crops are drawn on the
 device of the images, so that no step waits for the host; the order of the images is that of the CPU
 on all devices.
+
+With `record`, the steps of a round are replayed from recordings of several (recorded_steps.py),
+from the same random numbers. What they reach is read once a round; where a layer turns out to have
+needed no more within it, the round is taken again up to there.
 """
 
 import copy
 import math
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +33,7 @@ from torch.nn import functional
 from krotov_hopfield.errors import CompetitionError, NonFiniteError
 from krotov_hopfield.network import Classifier, KrotovHopfieldNetwork
 from krotov_hopfield.recipes import learning_rate
+from krotov_hopfield.recorded_steps import STEPS, NotRecordedError, RecordedSteps, Recording
 from krotov_hopfield.saved_networks import classifying
 from krotov_hopfield.seeds import seeded_generator
 
@@ -36,7 +42,7 @@ Labelled = tuple[Tensor, Tensor]  # images, uint8 [N, C, H, W], and their labels
 CROP_PADDING = 4
 FIRST_RESTART, LONGER = 10, 2  # epochs until a classifier's rate restarts; their factor afterwards
 MOMENTUM = 0.9
-EXTRACTED_AT_ONCE = 256  # images
+EXTRACTED_AT_ONCE, ON_A_GPU = 256, 1024  # images
 ORDER, AUGMENTATION, DROPOUT, START, SPLIT = range(5)  # the purposes of generators
 
 
@@ -70,7 +76,17 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, flip: bool) -> Ten
     generator: on any device.
     flip: mirror each image with probability 1/2.
     """
-    count, _, height, width = images.shape
+    return cropped(images, *drawn_crops(images.shape, generator, flip))
+
+
+def drawn_crops(
+    shape: Sequence[int], generator: torch.Generator, flip: bool
+) -> tuple[Tensor, Tensor]:
+    """The rows [B, H] and the columns [B, W] of padded images that `crop_and_flip` takes.
+
+    shape: of the images, [B, C, H, W].
+    """
+    count, _, height, width = shape
     place = {"device": generator.device}
     shift = torch.randint(2 * CROP_PADDING + 1, (2, count, 1), generator=generator, **place)
     rows = shift[0] + torch.arange(height, **place)
@@ -78,9 +94,14 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, flip: bool) -> Ten
     if flip:
         mirrored = torch.rand(count, 1, generator=generator, **place) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
+    return rows, columns
+
+
+def cropped(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """These rows and columns of images uint8 [B, C, H, W], after their padding by reflection."""
     device = images.device
     padded = functional.pad(images.float(), (CROP_PADDING,) * 4, "reflect").to(torch.uint8)
-    each = torch.arange(count, device=device)[:, None, None]
+    each = torch.arange(len(images), device=device)[:, None, None]
     rows, columns = rows.to(device)[:, :, None], columns.to(device)[:, None, :]
     return padded.permute(0, 2, 3, 1)[each, rows, columns].permute(0, 3, 1, 2)
 
@@ -107,9 +128,10 @@ class LayerwiseTraining:
     classify_after: the numbers of the layers, counted from 1, on whose features a classifier is
         trained.
     classes: the number of classes; there need not be images of all of them.
-    augmentation: "none", "crop" or "flip", see `crop_and_flip`.
     round_batches: the largest number of batches in a round of a layer.
     cache_bytes: the most memory that kept features may take.
+    record: how steps are recorded; None: they are not.
+    warn: called with the reason why they cannot be, before they are taken one by one.
 
     Attributes:
         reached: for each layer's number, its convergence after its last batch.
@@ -126,9 +148,10 @@ class LayerwiseTraining:
         seed: int,
         *,
         classes: int,
-        augmentation: str = "none",
         round_batches: int = 100,
         cache_bytes: int = 4 * 2**30,
+        record: type[Recording] | None = None,
+        warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.network, self.recipe = network, network.recipe
         for images, labels in (train, validation):
@@ -136,14 +159,14 @@ class LayerwiseTraining:
         self.images, self.labels = train
         self.validation, self.seed = validation, seed
         self.classes = classes
-        self.augmentation, self.round_batches = augmentation, round_batches
-        self.cache_bytes = cache_bytes
+        self.round_batches, self.cache_bytes = round_batches, cache_bytes
+        self.record, self.warn = record, warn
         classify_after = classify_after if self.recipe.classifier_epochs else ()
         self._check_batch_sizes(classify_after)
         self.stages = stages_of(len(network.blocks), classify_after, self.recipe.together)
         self.stage, self.outcomes, self.reached = 0, {}, {}
         self._order, self._order_of = None, None  # the order of the images, and its stage and epoch
-        self._kept: dict[tuple[int, bool], Tensor] = {}
+        self._kept: dict[tuple[int, bool], Tensor | None] = {}
         self._begin_stage()
 
     def _check_batch_sizes(self, classify_after: Sequence[int]) -> None:
@@ -192,6 +215,7 @@ class LayerwiseTraining:
         self.counted = [0] * len(self.network.blocks)  # batches that count in the schedules
         self.classifier = self.optimizer = self.best = None
         self._kept = {}
+        self._steps: RecordedSteps | None = None  # of this stage, once they have been recorded
         if self.finished:
             return
         kind, layers = self.stages[self.stage]
@@ -265,45 +289,132 @@ class LayerwiseTraining:
         """The largest number of batches that a layer learns from."""
         return round(self.recipe.epochs * (len(self.images) // self.recipe.batch_size))
 
+    @property
+    def _judged(self) -> bool:
+        """Whether the next batch depends on the convergence after this one."""
+        recipe = self.recipe
+        ends = recipe.patience or recipe.patience_epochs or recipe.threshold
+        return bool(ends or recipe.rate_waits_above)
+
     def _train_layers(self, layers: Sequence[int]) -> dict[str, float]:
-        last, rows, recipe = min(self.done + self.round_batches, self._batches), [], self.recipe
-        # reading the convergence after each batch waits for the device, so only if it is needed
-        judged = recipe.patience or recipe.patience_epochs or recipe.threshold
-        judged = judged or recipe.rate_waits_above
-        while self.done < last and not self._need_no_more(layers):
-            rate = self._rate(layers[0])
-            rows.append(self._step(layers, self.done))
-            self.done += 1
-            if judged:
-                self._judge(layers, rows[-1].tolist())
-            self._count(layers)
-        if not rows:
+        last = min(self.done + self.round_batches, self._batches)
+        rate, values = self._recorded_or_not(self._replay_layers, self._step_layers, layers, last)
+        if not values:
             return {"epoch": 0.0}
-        values = torch.stack(rows).tolist()
         self._check_finite(layers, values)
         self.reached |= dict(zip(layers, values[-1], strict=True))
         numbers = {"epoch": self.done / self.batches_per_epoch, "learning_rate": rate}
         return numbers | {f"convergence/{k}": self.reached[k] for k in layers}
+
+    def _recorded_or_not(self, recorded: Callable, one_by_one: Callable, *arguments):
+        """The result of the first, or of the second if steps are not, or cannot be, recorded."""
+        if self.record is not None:
+            try:
+                return recorded(*arguments)
+            except NotRecordedError as problem:
+                self.warn(f"steps are not replayed as a recording: {problem}")
+                self.record = self._steps = None
+        return one_by_one(*arguments)
+
+    def _step_layers(self, layers: Sequence[int], last: int) -> tuple[float, list[list[float]]]:
+        """Train until batch `last`, or until layers need no more.
+
+        Returns the first layer's last learning rate, and the convergences [layers] of each batch.
+        """
+        rows, rate = [], math.nan
+        while self.done < last and not self._need_no_more(layers):
+            rate = self._rate(layers[0])
+            rows.append(self._step(layers, self.done))
+            self.done += 1
+            if self._judged:  # reading the convergence after each batch waits for the device
+                self._judge(layers, rows[-1].tolist())
+            self._count(layers)
+        return rate, torch.stack(rows).tolist() if rows else []
+
+    def _replay_layers(self, layers: Sequence[int], last: int) -> tuple[float, list[list[float]]]:
+        """The same by recorded steps, whose convergences are read for several of them at once."""
+        if self._steps is None:
+            self._keep(layers[0] - 1, validation=False)  # not within a recording
+            state = [t for k in layers for t in _state_of(self.network.blocks[k - 1].layer)]
+            self._steps = RecordedSteps(
+                lambda rates, *drawn: self._learn(layers, rates, *drawn), state, self.record
+            )
+        rows, rate = [], math.nan
+        while self.done < last and not self._need_no_more(layers):
+            count = last - self.done
+            if self.recipe.rate_waits_above:
+                count = min(count, STEPS)
+            taken, values = self._replay_ahead(layers, count)
+            rate, rows = taken[-1][0], rows + values
+        return rate, rows
+
+    def _replay_ahead(
+        self, layers: Sequence[int], count: int
+    ) -> tuple[list[list[float]], list[list[float]]]:
+        """Take at most so many steps; returns the rates and the convergences [layers] of each.
+
+        They are taken as if layers went on counting batches, or not, as they do now, and never
+        needed no more. Where that turns out wrong, they are taken again up to there.
+        """
+        before = self._steps.copies() if self._judged else None
+        first, counted, waiting = self.done, list(self.counted), self._waiting(layers)
+        rates = []
+        for _ in range(count):
+            rates.append([self._rate(k) for k in layers])
+            self._count(layers)
+        ahead, self.counted = self.counted, counted
+        place = {"dtype": next(self.network.parameters()).dtype, "device": self.images.device}
+        on_device = torch.tensor(rates, **place)
+
+        def batch(k: int) -> list[Tensor]:
+            return [on_device[k], *self._drawn(first + k)]
+
+        values = self._steps(count, batch)
+        if not self._judged:
+            self.done, self.counted = first + count, ahead
+            return rates, values.tolist()
+        values = values.tolist()
+        for row in values:
+            self.done += 1
+            self._judge(layers, row)
+            self._count(layers)
+            if self._need_no_more(layers) or self._waiting(layers) != waiting:
+                break
+        valid = self.done - first
+        if valid < count:
+            self._steps.put_back(before)
+            self._steps(valid, batch)
+        return rates[:valid], values[:valid]
 
     def _rate(self, layer: int) -> float:
         """The learning rate of a layer's next batch."""
         epochs = self.counted[layer - 1] / self.batches_per_epoch
         return learning_rate(self.recipe.layers[layer - 1], self.recipe, epochs)
 
+    def _waiting(self, layers: Sequence[int]) -> list[bool]:
+        """Whether the convergence of each layer is too large for its schedule to advance."""
+        limit = self.recipe.rate_waits_above
+        return [limit > 0 and not self.convergence[k - 1] < limit for k in layers]
+
     def _count(self, layers: Sequence[int]) -> None:
         """Advance the schedule of each layer by a batch, unless its convergence is too large."""
-        limit = self.recipe.rate_waits_above
-        for k in layers:
-            self.counted[k - 1] += not limit or self.convergence[k - 1] < limit
+        for k, waiting in zip(layers, self._waiting(layers), strict=True):
+            self.counted[k - 1] += not waiting
 
-    @torch.no_grad()
     def _step(self, layers: Sequence[int], batch: int) -> Tensor:
         """Update these layers from the batch with this number; returns convergences [layers]."""
-        x = self._batch(layers[0] - 1, batch)
+        return self._learn(layers, [self._rate(k) for k in layers], *self._drawn(batch))
+
+    @torch.no_grad()
+    def _learn(
+        self, layers: Sequence[int], rates: Sequence[float] | Tensor, *drawn: Tensor
+    ) -> Tensor:
+        """Update layers at their rates from a batch of `_drawn`; returns convergences [layers]."""
+        x = self._inputs(layers[0] - 1, *drawn)
         reached = []
-        for k in layers:
+        for k, rate in zip(layers, rates, strict=True):
             block = self.network.blocks[k - 1]
-            reached.append(block.layer.training_step(x, self._rate(k)))
+            reached.append(block.layer.training_step(x, rate))
             if k != layers[-1]:
                 x = block(x)
         return torch.stack(reached)
@@ -331,26 +442,16 @@ class LayerwiseTraining:
     def _train_classifier(self, depth: int) -> dict[str, float]:
         """Train a classifier for one epoch and return its numbers."""
         rate = restarting_rate(self.recipe.classifier_lr, self.done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         self.classifier.train()
-        losses, right = [], []
-        first = self.done * self.batches_per_epoch
-        for batch in range(first, first + self.batches_per_epoch):
-            x, labels = self._batch(depth, batch), self.labels[self._index(batch)]
-            logits = self.classifier(x, self._on_device(DROPOUT, batch))
-            loss = functional.cross_entropy(logits, labels)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            losses.append(loss.detach())
-            right.append((logits.argmax(1) == labels).double().mean())
+        loss, right = self._recorded_or_not(
+            self._replay_classifier, self._step_classifier, depth, rate
+        )
         self.done += 1
         numbers = {
             "epoch": self.done,
             "learning_rate": rate,
-            "loss": torch.stack(losses).mean().item(),
-            "train_accuracy": torch.stack(right).mean().item(),
+            "loss": loss,
+            "train_accuracy": right,
             "validation_accuracy": self._accuracy(self.classifier, *self.validation, depth),
         }
         if not math.isfinite(numbers["loss"]):
@@ -360,6 +461,67 @@ class LayerwiseTraining:
             kept = ("epoch", "train_accuracy", "validation_accuracy")
             self.best = {name: numbers[name] for name in kept} | {"state": state}
         return numbers
+
+    def _step_classifier(self, depth: int, rate: float) -> tuple[float, float]:
+        """Train for an epoch; returns the means of loss and accuracy over its batches."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        losses, accuracies = [], []
+        first = self.done * self.batches_per_epoch
+        for batch in range(first, first + self.batches_per_epoch):
+            loss, accuracy = self._classify(depth, *self._drawn(batch), *self._dropout(batch))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.detach())
+            accuracies.append(accuracy)
+        return torch.stack(losses).mean().item(), torch.stack(accuracies).mean().item()
+
+    def _replay_classifier(self, depth: int, rate: float) -> tuple[float, float]:
+        """The same by recorded steps."""
+        if self._steps is None:
+            self._keep(depth, validation=False)  # not within a recording
+            self._steps = self._recorded_classifier(depth)
+        weight, first = self.classifier.linear.weight, self.done * self.batches_per_epoch
+        on_device = torch.full((), rate, dtype=weight.dtype, device=weight.device)
+
+        def batch(k: int) -> list[Tensor]:
+            return [on_device, *self._drawn(first + k), *self._dropout(first + k)]
+
+        return tuple(self._steps(self.batches_per_epoch, batch).mean(0).tolist())
+
+    def _recorded_classifier(self, depth: int) -> RecordedSteps:
+        """The classifier's steps, which give loss and accuracy, in float64."""
+        parameters, memory = list(self.classifier.parameters()), self.optimizer.state
+        for parameter in parameters:
+            memory[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        velocities = [memory[parameter]["momentum_buffer"] for parameter in parameters]
+
+        def step(rate: Tensor, *drawn: Tensor) -> Tensor:
+            loss, accuracy = self._classify(depth, *drawn)
+            gradients = torch.autograd.grad(loss, parameters)
+            with torch.no_grad():  # torch.optim.SGD would read the rate from the host
+                for w, v, g in zip(parameters, velocities, gradients, strict=True):
+                    v.mul_(MOMENTUM).add_(g)
+                    w.addcmul_(v, -rate)
+            return torch.stack([loss.detach().double(), accuracy])
+
+        return RecordedSteps(step, [*_state_of(self.classifier), *velocities], self.record)
+
+    def _classify(self, depth: int, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and, in float64, the accuracy on a batch of `_drawn` and `_dropout`."""
+        places, uniform = (drawn[:-1], drawn[-1]) if self.classifier.dropout else (drawn, None)
+        labels = self.labels[places[0]]
+        logits = self.classifier.logits(self._inputs(depth, *places), uniform)
+        accuracy = (logits.argmax(1) == labels).double().mean()
+        return functional.cross_entropy(logits, labels), accuracy
+
+    def _dropout(self, batch: int) -> list[Tensor]:
+        """The uniform numbers of a batch that decide what is dropped, if anything is."""
+        if not self.classifier.dropout:
+            return []
+        generator = self._on_device(DROPOUT, batch)
+        return [self.classifier.uniform(self.batch_size, generator)]
 
     def test_accuracy(self, depth: int, images: Tensor, labels: Tensor) -> float:
         """The accuracy, in [0, 1], of the best state of the classifier on `depth` layers.
@@ -383,7 +545,7 @@ class LayerwiseTraining:
         classifier.eval()
         kept = self._keep(depth, validation=True) if images is self.validation[0] else None
         right = 0
-        for rows in torch.arange(len(images), device=images.device).split(EXTRACTED_AT_ONCE):
+        for rows in torch.arange(len(images), device=images.device).split(self._at_once):
             x = self._features(images[rows], depth) if kept is None else chosen(kept, rows)
             right += (classifier(x).argmax(1) == labels[rows]).sum()
         return int(right) / len(images)
@@ -405,19 +567,28 @@ class LayerwiseTraining:
         seed = seeded_generator(self.seed, purpose, self.stage, batch).initial_seed()
         return torch.Generator(self.images.device).manual_seed(seed)
 
+    @property
+    def _at_once(self) -> int:
+        """How many images features are extracted from, or judged, at once."""
+        return ON_A_GPU if self.images.is_cuda else EXTRACTED_AT_ONCE
+
+    def _drawn(self, batch: int) -> list[Tensor]:
+        """What determines the images of a batch of this stage: their indices, and their crops."""
+        index, augmentation = self._index(batch), self.recipe.augmentation
+        if augmentation == "none":
+            return [index]
+        generator, shape = self._on_device(AUGMENTATION, batch), self.images.shape[1:]
+        return [index, *drawn_crops((len(index), *shape), generator, augmentation == "flip")]
+
     @torch.no_grad()
-    def _batch(self, depth: int, batch: int) -> Tensor:
-        """The first `depth` layers' features of a batch of training images."""
-        index = self._index(batch)
-        if self.augmentation == "none":
+    def _inputs(self, depth: int, index: Tensor, *crops: Tensor) -> Tensor:
+        """The first `depth` layers' features of a batch of training images, from `_drawn`."""
+        if not crops:
             kept = self._keep(depth, validation=False)
             if kept is not None:
                 return chosen(kept, index)
             return self._features(self.images[index], depth)
-        generator = self._on_device(AUGMENTATION, batch)
-        images = self.images.index_select(0, index)
-        images = crop_and_flip(images, generator, self.augmentation == "flip")
-        return self._features(images, depth)
+        return self._features(cropped(self.images.index_select(0, index), *crops), depth)
 
     @torch.no_grad()
     def _features(self, images: Tensor, depth: int) -> Tensor:
@@ -433,17 +604,22 @@ class LayerwiseTraining:
         if depth == 0:
             return None
         if (depth, validation) not in self._kept:
-            one = self._features(images[:1], depth)
-            training = len(self.images) if self.augmentation == "none" else 0  # or never kept
-            size = one.numel() * one.element_size() * (training + len(self.validation[0]))
-            if size > self.cache_bytes:
-                return None
-            kept = one.movedim(1, -1).new_empty(len(images), *one.movedim(1, -1).shape[1:])
-            for first in range(0, len(images), EXTRACTED_AT_ONCE):
-                part = slice(first, min(first + EXTRACTED_AT_ONCE, len(images)))
-                kept[part] = self._features(images[part], depth).movedim(1, -1)
-            self._kept[depth, validation] = kept
+            self._kept[depth, validation] = self._all_features(images, depth)
         return self._kept[depth, validation]
+
+    def _all_features(self, images: Tensor, depth: int) -> Tensor | None:
+        """Features of all these images, channels last; None if there is no room to keep them."""
+        one = self._features(images[:1], depth)
+        plain = self.recipe.augmentation == "none"
+        training = len(self.images) if plain else 0  # or never kept
+        size = one.numel() * one.element_size() * (training + len(self.validation[0]))
+        if size > self.cache_bytes:
+            return None
+        kept = one.movedim(1, -1).new_empty(len(images), *one.movedim(1, -1).shape[1:])
+        for first in range(0, len(images), self._at_once):
+            part = slice(first, min(first + self._at_once, len(images)))
+            kept[part] = self._features(images[part], depth).movedim(1, -1)
+        return kept
 
     # ---- state ----
 
@@ -476,6 +652,11 @@ class LayerwiseTraining:
         if self.classifier is not None:
             self.classifier.load_state_dict(state["classifier"])
             self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _state_of(module: nn.Module) -> list[Tensor]:
+    """All tensors of a module that its training changes in place."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def _check_images(images: Tensor, labels: Tensor) -> None:

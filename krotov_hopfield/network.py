@@ -176,10 +176,22 @@ class Classifier(nn.Module):
         generator: for dropout during training, on any device (default: torch's global one of the
             CPU).
         """
+        drops = self.training and self.dropout
+        return self.logits(x, self.uniform(len(x), generator) if drops else None)
+
+    def uniform(self, batch: int, generator: torch.Generator | None) -> Tensor:
+        """Numbers in [0, 1) that decide what is dropped, float32 [batch, features]."""
+        place = generator.device if generator is not None else "cpu"
+        options = {"generator": generator, "dtype": torch.float32, "device": place}
+        return torch.rand(batch, self.linear.in_features, **options)
+
+    def logits(self, x: Tensor, uniform: Tensor | None) -> Tensor:
+        """Logits [batch, classes], with those features dropped whose `uniform` is small enough.
+
+        uniform: numbers in [0, 1), [batch, features]; None: nothing is dropped.
+        """
         x = self.norm(x).flatten(1)
-        if self.training and self.dropout:
-            place = generator.device if generator is not None else "cpu"
-            options = {"generator": generator, "dtype": torch.float32, "device": place}
-            kept = torch.rand(x.shape, **options) >= self.dropout
+        if uniform is not None:
+            kept = uniform >= self.dropout
             x = x * (kept.to(x.device) / (1 - self.dropout)).to(x.dtype)
         return self.linear(x)

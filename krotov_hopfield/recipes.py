@@ -12,7 +12,13 @@ import math
 from dataclasses import MISSING, dataclass, field, replace
 from typing import Any
 
-from krotov_hopfield.choices import FEATURE_NORMS, GATES, NORMALIZATIONS, SCHEDULES
+from krotov_hopfield.choices import (
+    AUGMENTATIONS,
+    FEATURE_NORMS,
+    GATES,
+    NORMALIZATIONS,
+    SCHEDULES,
+)
 
 
 def _setting(default: Any, help: str, range: str = "", **metadata: Any) -> Any:
@@ -82,6 +88,8 @@ class Recipe:
         together: all layers learn from each batch; otherwise one layer after the other.
         epochs: passes of each layer's training; may be a fraction.
         batch_size: images in a batch of the layers' training.
+        augmentation: of the training images, for layers and classifiers: "none"; "crop": padded by
+            4 pixels of reflection and cropped at random; "flip": half of them also mirrored.
         patience: end a layer's training after this many batches in a row of which none set a new
             minimum of its convergence; 0: never.
         patience_epochs: the same, as a number of epochs' batches.
@@ -116,6 +124,11 @@ class Recipe:
         20, "passes over the images for each layer; may be a fraction", "nonnegative"
     )
     batch_size: int = _setting(64, "images in a batch of the layers' training", "positive")
+    augmentation: str = _setting(
+        "none",
+        "crop training images at random; flip: also mirror half of them",
+        choices=AUGMENTATIONS,
+    )
     patience: int = _setting(
         0,
         "end a layer's training after this many batches without progress; 0: never",
@@ -178,12 +191,16 @@ SOFTHEBB_LAYERS = (
 
 
 def deep(depth: int) -> Recipe:
-    """The first layers of the network of Amato et al., each trained after those before it."""
+    """The first layers of the network of Amato et al., each trained after those before it.
+
+    As in BioPyTorch's search, images are padded, cropped and mirrored at random (its
+    slides/slides.pdf, page 34).
+    """
     p, k, delta, dropout = FOUND_BY_DEPTH[depth]
     layers = tuple(
         replace(plan, lebesgue_p=p, ranking_param=k, delta=delta) for plan in DEEP_LAYERS[:depth]
     )
-    return Recipe(layers, dropout=dropout, patience=300)
+    return Recipe(layers, dropout=dropout, patience=300, augmentation="flip")
 
 
 def dense(depth: int) -> Recipe:

@@ -1,6 +1,7 @@
 """benchmarks/gpu.py at tiny sizes on the CPU: rows, checks, and the file with the numbers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,21 @@ def test_the_table_is_printed_and_written(tmp_path, capsys):
     told = json.loads(path.read_text())
     whats = [row["what"] for row in told["rows"]]
     assert whats == [
-        "update, one by one", "update, together", "update, replayed", "update, together",
-        "update, replayed", "meta-step", "probe", "classifier, a step",
+        *(
+            f"{kind}, {way}"
+            for kind in gpu.KINDS
+            for way in ("one by one", "together", "replayed", "together", "replayed")
+        ),
+        "meta-step, cubic", "meta-step, pairs", "images",
+        *(f"views, {kind}{way}" for kind in gpu.BENCHMARKED_VIEWS for way in ("", ", recorded")),
+        "probe", "classifier, a step",
     ]  # fmt: skip
-    assert set(told["differences"]) == {"one_by_one", "together", "replayed"}
+    ways = {
+        f"hypergradients, {kind}, {way}"
+        for kind in gpu.KINDS
+        for way in ("one_by_one", "together", "replayed")
+    }
+    assert set(told["differences"]) == ways | {"views", "views_recorded"}
     assert max(told["differences"].values()) < 1e-12
     assert (told["device"], told["torch"]) == ("cpu", torch.__version__)
     lines = capsys.readouterr().out.splitlines()
@@ -26,15 +38,15 @@ def test_the_table_is_printed_and_written(tmp_path, capsys):
 
 
 def test_rows_for_which_no_time_is_left_are_left_out(monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "TINY", gpu.Sizes(*list(vars(gpu.TINY).values())[:-1], seconds=0.0))
+    monkeypatch.setattr(gpu, "TINY", replace(gpu.TINY, seconds=0.0))
     gpu.main(["--device", "cpu", "--repeat", "1"])
     assert "the other rows are left out" in capsys.readouterr().out
 
 
 def test_devices_that_disagree_end_with_status_one(monkeypatch):
-    monkeypatch.setattr(gpu, "differences", lambda sizes, device: {"together": 1e-3})
+    monkeypatch.setattr(gpu, "differences", lambda *arguments: {"together": 1e-3})
     monkeypatch.setattr(gpu, "update_rows", lambda *arguments: iter(()))
-    monkeypatch.setattr(gpu, "TINY", gpu.Sizes(*list(vars(gpu.TINY).values())[:-1], seconds=0.0))
+    monkeypatch.setattr(gpu, "TINY", replace(gpu.TINY, seconds=0.0))
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--device", "cpu", "--repeat", "1"])
     assert stop.value.code == 1

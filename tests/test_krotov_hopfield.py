@@ -129,12 +129,20 @@ def seeded(layer, seed: int = 1):
     return layer
 
 
-@pytest.fixture(params=["compiled", "products"])
+@pytest.fixture(params=["compiled", "products", "patches"])
 def way(request, monkeypatch) -> str:
-    """Both ways to the update: loops where they apply, and products everywhere."""
-    if request.param == "products":
+    """All ways to the update: loops where they apply, convolutions, products with patches."""
+    if request.param != "compiled":
         monkeypatch.setattr(krotov_hopfield, "COMPILED_TYPES", ())
+    if request.param == "patches":
+        take_patches(monkeypatch)
     return request.param
+
+
+def take_patches(patch: pytest.MonkeyPatch) -> None:
+    """Let convolutions learn by products with patches, as on a GPU."""
+    patch.setattr(BioConv2d, "_takes_patches", lambda self, x: self.groups == 1)
+    patch.setattr(krotov_hopfield, "SHORTEST_PART", 2)
 
 
 # ---- the update ----
@@ -180,10 +188,14 @@ def test_a_step_of_any_convolution_is_the_sum_over_its_patches(given_):
     other = copy.deepcopy(layer)
     assert_step_is_expected(layer, x)
     expected_rows = rows_of(layer)
+    third = copy.deepcopy(other)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(krotov_hopfield, "COMPILED_TYPES", ())
         other.training_step(x, 0.1)
+        take_patches(patch)
+        third.training_step(x, 0.1)
     np.testing.assert_allclose(rows_of(other), expected_rows, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(rows_of(third), expected_rows, rtol=1e-10, atol=1e-10)
 
 
 @settings(max_examples=60, deadline=None)
@@ -357,6 +369,8 @@ def test_a_step_holds_no_tensor_larger_than_its_output_and_input_together(gate, 
     layer = BioConv2d(4, 6, 5, padding=2, gate=gate)
     x = noise(8, 4, 16, 16, dtype=torch.float32)
     limit = x.numel() + 8 * 6 * 16 * 16
+    if way == "patches":  # which are stored
+        limit = 8 * 16 * 16 * 5 * 5 * 4
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         seen = 0

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import assert_near, gradients, monomial_sum, normal, weighted_sum
 
-from kernels.local_polynomial import LocalPolynomials, LocalSum
+from kernels.local_polynomial import LocalPolynomials, LocalSum, written_out
 
 hypothesis_settings = settings(deadline=None, max_examples=80, derandomize=True)
 
@@ -177,6 +177,32 @@ def test_sums_evaluated_together_equal_those_evaluated_alone(problem, data):
     )
     for grad, expected_grad in zip(found, expected_grads, strict=True):
         assert_near(grad, expected_grad)
+
+
+@pytest.mark.parametrize("degree, inputs, outputs", [(0, 1, 2), (2, 0, 1), (3, 1, 2), (2, 2, 4)])
+def test_the_sum_written_out_for_tasks_is_that_of_each(degree, inputs, outputs):
+    exponents = all_powers(inputs + outputs + 1, degree)
+    alone = [problem(exponents, inputs, outputs, 4, 3, 2, seed=100 * k) for k in range(2)]
+
+    def written(exponents, psi, weight, pre, post):
+        layout = LocalSum(tuple(exponents), tuple(range(len(post), len(post) + len(pre))))
+        plan = LocalPolynomials([layout], range(len(post)), torch.device("cpu"))
+        return written_out(plan.joint, [psi], [weight], [*post, *pre])[0]
+
+    psi, weight, pre, post = (
+        [torch.stack(t) for t in zip(*parts, strict=True)]
+        if isinstance(parts[0], list)
+        else torch.stack(parts)
+        for parts in zip(*alone, strict=True)
+    )
+    leaves = [t.requires_grad_() for t in (psi, weight, *pre, *post)]
+    delta = written(exponents, psi, weight, pre, post)
+    found = gradients(weighted_sum(delta.unbind()[:1]) + weighted_sum(delta.unbind()[1:]), leaves)
+    for k, task in enumerate(alone):
+        expected, of_each = sum_and_gradients(monomial_sum, exponents, *task)
+        assert_near(delta[k], expected)
+        for ours, theirs in zip(found, of_each, strict=True):
+            assert_near(ours[k], theirs)
 
 
 def test_the_same_tensors_may_send_and_receive():

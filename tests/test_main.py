@@ -214,6 +214,7 @@ def test_coefficients_are_recorded_as_they_were_when_the_loss_was_seen(plain):
         ["--method", "es", "--sigma", "1e-3", "--pairs", "1"],
         ["--method", "pes", "--K", "1", "--sigma", "1e-3", "--pairs", "1"],
         ["--held_out", "500"],
+        ["--random_numbers", "device"],
     ],
     ids=" ".join,
 )
@@ -221,6 +222,31 @@ def test_every_flag_changes_the_course_of_a_run(tmp_path, plain, flags):
     run(4, *TINY, *flags, "--out", tmp_path / "run")
     before, after = outcome(plain), outcome(tmp_path / "run")
     assert (before == after) == (flags[0] == "--memory")
+
+
+def test_a_run_goes_on_with_the_random_numbers_that_it_began_with(tmp_path, plain, capsys):
+    assert json.loads((plain / "config.json").read_text())["random_numbers"] == "host"
+    flags = [*TINY, "--views", "mixed", "--random_numbers", "device", "--metasteps", 12]
+    run(4, *flags, "--out", tmp_path / "whole")
+    kill_at_row(11, "main.py", 4, *flags, "--out", tmp_path / "killed")
+    run("--resume", tmp_path / "killed", "--quiet")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    line = refused(capsys, main.main, "--resume", tmp_path / "whole", "--random_numbers", "host")
+    assert "random_numbers 'device' there, 'host' now" in line
+
+
+def test_a_run_from_before_the_flag_has_random_numbers_of_the_host(tmp_path, plain, capsys):
+    old = tmp_path / "old"
+    shutil.copytree(plain, old)
+    config = json.loads((old / "config.json").read_text())
+    del config["random_numbers"]
+    (old / "config.json").write_text(json.dumps(config))
+    for path in [*old.glob("checkpoint*"), old / "metrics.csv"]:
+        path.unlink()
+    line = refused(capsys, main.main, "--resume", old, "--random_numbers", "device")
+    assert "random_numbers 'host' there, 'device' now" in line
+    run("--resume", old, "--quiet")
+    assert outcome(old) == outcome(plain)
 
 
 def test_learned_views_are_recorded_saved_gone_on_with_and_the_same_when_resumed(tmp_path):

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 import mnist_datasets as m
 from data_sets import fetching
-from data_sets.image_data import DataError, ImageData
+from data_sets.image_data import DataError, ImageData, ImagesOfRows
 
 FILES = (
     "train-images-idx3-ubyte",
@@ -570,3 +570,26 @@ def test_the_views_of_a_pair_differ_and_are_of_the_same_image(digits):
     a, b = (x.flatten(1) - x.flatten(1).mean(0) for x in (x1, x2))
     similarity = torch.nn.functional.normalize(a) @ torch.nn.functional.normalize(b).T
     assert similarity.diag().mean() > similarity.mean() + 0.15
+
+
+@pytest.mark.parametrize("prepared", ["as they are", "centred", "normalised"])
+@pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-13), (torch.float32, 3e-6)])
+def test_images_of_rows_are_the_floats_up_to_rounding(prepared, dtype, near):
+    data = random_data(30)
+    if prepared != "as they are":
+        data = m.normalize_pixels(data, data, unit_variance=prepared == "normalised")[0]
+    rows = torch.tensor([[3, 4, 3], [29, 0, 1]])
+    images = ImagesOfRows(data, dtype)(rows)
+    assert images.dtype == dtype and images.shape == (2, 3, *data.shape)
+    expected = data.floats(rows.flatten(), dtype).unflatten(0, (2, 3))
+    assert_close(images, expected, rtol=near, atol=near)
+    x, minus = data.floats(dtype=torch.float64), data.floats(dtype=torch.float64).mean(0)
+    offset, factor = data.affine(torch.float64, 2.0, minus)
+    assert_close(offset + factor * x, data.normalize(x / 2) - minus, rtol=1e-12, atol=1e-12)
+
+
+def test_images_of_rows_of_the_same_data_are_made_by_the_same_function():
+    data = random_data(30)
+    one, other = (m.batches(data, 7, seeded(k)).make for k in range(2))
+    assert one == other and hash(one) == hash(other)
+    assert one != m.batches(random_data(30), 7, seeded()).make

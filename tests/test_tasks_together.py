@@ -7,10 +7,9 @@ from functools import partial
 
 import pytest
 import torch
+from no_copies import NoCopies
 from oracles import normal
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from data_sets.views import Views
 from experiment.errors import NonFiniteError
@@ -413,17 +412,6 @@ def test_a_task_that_diverges_after_its_last_update_spoils_nothing():
 # ---- what a CUDA graph cannot record ----
 
 
-class NoCopies(TorchDispatchMode):
-    """Refuses copies between devices."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
-        found = tree_leaves((arguments, options, result))
-        devices = {t.device.type for t in found if isinstance(t, torch.Tensor)}
-        assert len(devices) < 2, f"{function} of tensors on {devices}"
-        return result
-
-
 @pytest.mark.parametrize("rule, inhibition", [
     (PolynomialRule.of_degree(3, bound="tanh"), "lateral"),
     (PolynomialPairRule.of_degree(2), "l2"),
@@ -478,6 +466,75 @@ def test_batches_of_several_tasks_are_those_of_each_and_are_made_once():
     for x in found:
         assert torch.equal(x, torch.stack([next(stream) for stream in alone]))
     assert found[0] is found[3] is found[6] and found[0] is not found[1]
+
+
+def test_counted_batches_of_several_tasks_are_those_of_each_and_are_made_once():
+    counted = partial(batches, IMAGES, 20, random_numbers="device")
+    several, alone = ([counted(torch.Generator().manual_seed(k)) for k in range(TASKS)]
+                      for _ in range(2))  # fmt: skip
+    next(several[1]), next(alone[1])  # one is ahead
+    found = [x for x, _ in zip(several[0].of_tasks(several), range(7), strict=False)]
+    for x in found:
+        assert torch.equal(x, torch.stack([next(stream) for stream in alone]))
+    assert found[0] is found[3] is found[6] and found[0] is not found[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"inner_steps": drawn_steps}, {"tasks": 1}],
+    ids=lambda options: " ".join(options) or "defaults")  # fmt: skip
+@pytest.mark.parametrize("source", [
+    partial(batches, random_numbers="device"),
+    *(lambda data, size, generator, dtype, kind=kind: Views(
+        data, size, ViewStrengths(kind, mask=(0.1, 0.4), noise=0.1), dtype=dtype,
+        random_numbers="device")(generator) for kind in ("geometric", "masks", "mixed")),
+], ids=["images", "geometric", "masks", "mixed"])  # fmt: skip
+def test_a_meta_step_with_counted_numbers_is_the_same_together(source, options):
+    kind = PolynomialRule if isinstance(source, partial) else PolynomialPairRule
+    assert_runs_agree(kind.of_degree(2, bound="tanh"), network((4,)), source=source,
+                      initializer=SpreadInitializer(0.4).double(), **options)  # fmt: skip
+
+
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "images"])
+def test_counted_batches_are_made_within_the_recordings_which_hold_no_images(pairs):
+    sizes = []
+
+    class Measured(CalledRecording):
+        def __call__(self, *tensors):
+            sizes.append(max(t.numel() for t in tensors))
+            return super().__call__(*tensors)
+
+    counted = {"dtype": torch.float64, "random_numbers": "device"}
+    views = Views(IMAGES, 20, ViewStrengths(), **counted)
+    recorder = Recorder(3, Measured)
+    meta_run(
+        default_rule() if pairs else bcm(), network((4,), inhibition="none"),
+        MetaSettings(together="always", tasks=TASKS, inner_steps=4), recorder=recorder,
+        source=lambda *arguments, **options: (
+            views(arguments[2]) if pairs else batches(IMAGES, 20, arguments[2], **counted)
+        ),
+    )  # fmt: skip
+    of_batch = TASKS * 2 * 20 * 6 if pairs else TASKS * 4 * SIDE**2  # affine maps, else weights
+    assert sizes and {*sizes} == {of_batch} and len(recorder._recorded) == 1
+
+
+@pytest.mark.parametrize("random_numbers", ["host", "device"])
+@pytest.mark.parametrize("kind", [PolynomialRule, PolynomialPairRule])
+def test_recordings_are_made_once_for_all_meta_steps(kind, random_numbers):
+    made = []
+
+    class Counted(CalledRecording):
+        def __init__(self, function, examples):
+            made.append([t.shape for t in examples])
+            super().__init__(function, examples)
+
+    views = Views(IMAGES, 20, dtype=torch.float64, random_numbers=random_numbers)
+    source = partial(batches, random_numbers=random_numbers)
+    if kind is PolynomialPairRule:
+        source = lambda *arguments, **options: views(arguments[2])  # noqa: E731
+    meta_run(
+        kind.of_degree(2), network((4,)), MetaSettings(together="always", tasks=2, inner_steps=6),
+        initializer=SpreadInitializer(0.4).double(), source=source, recorder=Recorder(3, Counted),
+    )  # fmt: skip
+    assert len(made) == 2  # forward, and forward and back
 
 
 def test_each_of_mixed_views_chooses_its_own_kind():

@@ -6,11 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_copies import NoCopies
 from torch import Tensor
 from torch.testing import assert_close
 
 import initializers
-from data_sets.augmentation import augment
+from data_sets.augmentation import augment, jitter, warp
+from data_sets.counted_numbers import drawn_key, fold_in, normals, uniforms, words
+from data_sets.counted_orders import CountedOrder, next_batches
+from data_sets.counted_views import MASK, NOISE, SHARE, PairMaker
 from data_sets.image_data import DataError, ImageData
 from data_sets.views import STRIDE, Views, kept_pixels
 from experiment.view_strengths import KINDS, LEARNABLE, ViewError, ViewStrengths
@@ -21,6 +25,7 @@ from models_fully_local import Activation, lateral_network
 from rules.unit_statistics import default_rule
 from train import train
 
+CPU = torch.device("cpu")
 STILL = {"degrees": 0, "crop": (1, 1), "crop_ratio": (1, 1), "brightness": 0, "contrast": 0}
 ranges = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted).map(tuple)
 strengths_of_any_kind = st.builds(
@@ -126,6 +131,141 @@ def test_views_leave_the_data_alone():
     assert torch.equal(data.images, before)
 
 
+# ---- counted numbers ----
+
+
+def counted(data, batch_size: int, strengths: ViewStrengths, **options) -> Views:
+    return Views(data, batch_size, strengths, random_numbers="device", **options)
+
+
+@given(strengths_of_any_kind, st.integers(0, 2**40))
+@settings(max_examples=60, deadline=None)
+def test_counted_pairs_of_tasks_are_those_of_each_to_the_last_bit(strengths, seed):
+    views = counted(random_data(6, channels=3), 2, strengths)
+    several, alone = ([views(seeded(seed + k)) for k in range(3)] for _ in range(2))
+    next(several[1]), next(alone[1])  # one is ahead
+    for pair, _ in zip(several[0].of_tasks(several), range(5), strict=False):
+        for view, others in zip(pair, zip(*map(next, alone), strict=True), strict=True):
+            assert view.shape == (3, 2, 3, 8, 8) and view.isfinite().all()
+            assert torch.equal(view, torch.stack(others))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dtype, near", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+@pytest.mark.parametrize("strengths", [
+    ViewStrengths(noise=0.1, shift=1.0), ViewStrengths(crop=(0.1, 0.2), crop_ratio=(4, 5)),
+    ViewStrengths(brightness=0, contrast=0, center=True), ViewStrengths(**STILL, shift=1.0),
+    ViewStrengths(**STILL | {"contrast": 1.5}), ViewStrengths(**STILL, center=True),
+    ViewStrengths("masks", mask=(0.2, 0.6)), ViewStrengths("masks", noise=0.1, center=True),
+    ViewStrengths("none"), ViewStrengths("none", noise=0.1, center=True),
+], ids=str)  # fmt: skip
+def test_counted_views_are_those_of_the_formulas_with_their_numbers(
+    strengths, dtype, near, channels
+):
+    """The same steps by the functions for given draws, a view at a time."""
+    data = random_data(20, channels=channels)
+    data, mean = normalize_pixels(data, data)[0], data.floats(dtype=torch.float64).mean(0)
+    order = CountedOrder(drawn_key(seeded(3)), 20, 8, CPU)
+    parts = next(next_batches([order], lambda keys: {"keys": keys}))
+    rows, key, columns = parts["rows"][0], parts["keys"], 6 + 20 * strengths.crops
+    columns += 2 * (strengths.shift > 0)
+    centre = data.normalize(mean.float()).to(dtype)
+    for number, view in enumerate(next(counted(data, 8, strengths, dtype=dtype)(seeded(3)))):
+        of_view = fold_in(key, number)
+        x = data.images[rows].to(dtype) / 255
+        if strengths.kind == "geometric":
+            draws = uniforms(words(of_view, 8 * columns)).view(8, columns)
+            crop, padding = (strengths.crop, 2) if strengths.crops else (None, 0)
+            x = warp(x, draws, degrees=strengths.degrees, padding=padding, scale=crop,
+                     ratio=strengths.crop_ratio, shift=strengths.shift)  # fmt: skip
+            x = jitter(x, draws, strengths.brightness, strengths.contrast)
+        x = data.normalize(x) - (centre if strengths.center else 0)
+        if strengths.noise:
+            drawn = words(fold_in(of_view, NOISE), x.numel() // 2)
+            x = x + strengths.noise * normals(drawn, dtype).view_as(x)
+        if strengths.masks:
+            low, high = strengths.mask
+            share, up = uniforms(words(fold_in(of_view, SHARE), 16)).view(2, 8, 1, 1, 1)
+            drawn = words(fold_in(of_view, MASK), 8 * 8).view(torch.uint8).view(8, 1, 8, 8)
+            kept = drawn >= (256 * (low + (high - low) * share) + up).floor()
+            x = torch.where(kept, x, 0 if strengths.center else centre)
+        assert_close(view, x, rtol=0, atol=near)
+
+
+@given(share=ranges, seed=st.integers(0, 2**40))
+@settings(max_examples=10, deadline=None)
+def test_counted_masks_take_a_share_that_is_uniform_in_the_range(share, seed):
+    data = ImageData(torch.full((300, 1, 20, 25), 255).byte(), torch.zeros(300).long(), "white")
+    views = counted(data, 300, ViewStrengths("masks", mask=share))
+    views.lost_value = torch.zeros(1, 20, 25)
+    for view in next(views(seeded(seed))):
+        assert_shares_are_uniform((view == 0).double().mean((1, 2, 3)), share, 500)
+
+
+def test_each_task_of_counted_mixed_views_has_the_kind_that_its_step_draws():
+    data, tasks = random_data(4), 20
+    strengths = ViewStrengths("mixed", geometric_share=0.3, mask=(0, 0))
+    streams = [counted(data, 4, strengths)(seeded(k)) for k in range(tasks)]
+    plain = data.floats().flatten(1).sum(1).sort().values
+    kinds = []
+    for pair, _ in zip(streams[0].of_tasks(streams), range(60), strict=False):
+        sums = torch.stack([x.flatten(2).sum(2).sort(1).values for x in pair])
+        same = ((sums - plain).abs() < 1e-3).all(2)
+        assert torch.equal(same[0], same[1])
+        kinds.append(~same[0])
+    shares = torch.stack(kinds).double()
+    assert abs(shares.mean() - 0.3) < 0.06
+    assert 0 < shares[0].sum() < tasks and 0 < shares[:, 0].sum() < 60
+
+
+def test_counted_views_differ_between_views_epochs_and_tasks_and_from_the_generators():
+    data = random_data(20)
+    for strengths in (ViewStrengths(), ViewStrengths("masks"), ViewStrengths("none", noise=1.0)):
+        streams = [counted(data, 20, strengths)(seeded(k)) for k in range(2)]
+        drawn = [next(Views(data, 20, strengths)(seeded()))[0]]
+        for stream in streams:
+            drawn += [x for _ in range(2) for x in next(stream)]
+        for one, other in itertools.combinations(drawn, 2):
+            assert (one != other).double().mean() > 0.2
+
+
+def test_learned_strengths_of_counted_views_have_the_derivatives_of_finite_differences():
+    for kind in ("geometric", "mixed"):
+        strengths = ViewStrengths(kind, noise=0.05, shift=0.5)
+        views = counted(smooth_data(), 6, strengths, learn=LEARNABLE, dtype=torch.float64).double()
+
+        def loss(views=views) -> Tensor:
+            pairs = itertools.islice(views(seeded(4)), 4)
+            return sum(x.square().cos().sum() for pair in pairs for x in pair)
+
+        for name, u in views.moved.items():
+            (gradient,) = torch.autograd.grad(loss(), u)
+            assert abs(gradient) > 1e-3, name
+            assert_close(gradient, slope(loss, u), rtol=1e-4, atol=1e-6)
+
+
+def test_counted_pairs_copy_nothing_from_the_host_and_wait_for_no_number(monkeypatch):
+    """On "meta" tensors there are no numbers to wait for, and a copy from the CPU is noticed."""
+    all_kinds = {
+        kind: counted(random_data(channels=3), 5, ViewStrengths(kind, noise=0.1, shift=1.0))
+        for kind in KINDS
+    }
+    for module, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
+        monkeypatch.setattr(module, name, None)
+    rows, keys = (
+        torch.empty(shape, dtype=torch.int64, device="meta") for shape in ((3, 5), (4, 3))
+    )
+    for views in all_kinds.values():
+        views.data = views.data.to("meta")
+        if views.lost_value is not None:
+            views.lost_value = views.lost_value.to("meta")
+        maker = PairMaker(views)
+        with NoCopies():
+            parts = maker.parts(keys)
+            pair = maker.make({name: part[0] for name, part in parts.items()} | {"rows": rows})
+        assert [x.shape for x in pair] == [(3, 5, 3, 8, 8)] * 2
+
+
 # ---- masks ----
 
 
@@ -133,8 +273,13 @@ def test_views_leave_the_data_alone():
 @settings(max_examples=20, deadline=None)
 def test_masks_take_a_share_of_each_image_that_is_uniform_in_the_range(share, seed):
     count, pixels = 300, 500
-    lost = 1 - kept_pixels((count, pixels), share, seeded(seed)).double().mean(1)
-    low, high = share
+    kept = kept_pixels((count, pixels), share, seeded(seed))
+    assert_shares_are_uniform(1 - kept.double().mean(1), share, pixels)
+
+
+def assert_shares_are_uniform(lost: Tensor, share: tuple[float, float], pixels: int) -> None:
+    """Of shares of lost pixels, [count]."""
+    (low, high), count = share, len(lost)
     tolerance = 5 * (0.25 / pixels) ** 0.5 + 1 / 256
     assert lost.min() >= low - tolerance and lost.max() <= high + tolerance
     spread = ((high - low) ** 2 / 12 / count) ** 0.5
@@ -153,11 +298,13 @@ def test_masks_of_pixels_and_of_views_are_independent():
     for lag in (1, 2, 3, 4, 7, 8, 28, 64):
         assert abs(torch.corrcoef(torch.stack([kept[lag:], kept[:-lag]]))[0, 1]) < 0.01
     data = random_data(2000, size=4)
-    views = first_pair(data, 2000, ViewStrengths("masks", mask=(0.2, 0.8), center=True))
-    lost = torch.stack([(x == 0).double().flatten() for x in views])
-    assert abs(torch.corrcoef(lost)[0, 1]) < 0.02
-    shares = lost.view(2, 2000, 16).mean(2)
-    assert abs(torch.corrcoef(shares)[0, 1]) < 0.1
+    strengths = ViewStrengths("masks", mask=(0.2, 0.8), center=True)
+    for source in ("host", "device"):
+        views = first_pair(data, 2000, strengths, random_numbers=source)
+        lost = torch.stack([(x == 0).double().flatten() for x in views])
+        assert abs(torch.corrcoef(lost)[0, 1]) < 0.02
+        shares = lost.view(2, 2000, 16).mean(2)
+        assert abs(torch.corrcoef(shares)[0, 1]) < 0.1
 
 
 @pytest.mark.parametrize("prepared", ["as they are", "centred", "normalised"])
