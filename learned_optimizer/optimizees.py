@@ -280,7 +280,7 @@ def make_task(
     if batch_size == 1:
         _refuse_batch_norm_of_one(name, optimizee, _floats(images[:1], dtype))
     return Task(
-        optimizee, lambda generator: labelled_batches(images, labels, batch_size, generator, dtype)
+        optimizee, lambda generator: LabelledBatches(images, labels, batch_size, generator, dtype)
     )
 
 
@@ -428,23 +428,45 @@ def quadratic_batches(
         yield numbers[:, :-1], numbers[:, -1]
 
 
-def labelled_batches(
-    images: Tensor,
-    labels: Tensor,
-    batch_size: int,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-) -> Iterator[tuple[Tensor, Tensor]]:
+class LabelledBatches:
     """Batches of images [batch, C, H, W] and labels [batch], endless, in a new order at each pass.
 
     uint8 images become numbers in [0, 1]. An incomplete batch at the end of a pass is dropped.
     """
-    while True:
-        order = torch.randperm(len(images), generator=generator, device=generator.device)
-        order = order.to(images.device)
-        for index in order.split(batch_size):
-            if len(index) == batch_size:
-                yield _floats(images.index_select(0, index), dtype), labels[index]
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+    ) -> None:
+        self.images, self.labels, self.dtype = images, labels, dtype
+        self.batch_size, self.generator = batch_size, generator
+        self._indices = self._endless()
+
+    def __iter__(self) -> "LabelledBatches":
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        return self.of(next(self._indices))
+
+    def next_indices(self, count: int) -> Tensor:
+        """The image numbers [count, batch] of the next batches, which are then over."""
+        return torch.stack([next(self._indices) for _ in range(count)])
+
+    def of(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The images and labels with these numbers [N]."""
+        return _floats(self.images.index_select(0, index), self.dtype), self.labels[index]
+
+    def _endless(self) -> Iterator[Tensor]:
+        while True:
+            count, generator = len(self.images), self.generator
+            order = torch.randperm(count, generator=generator, device=generator.device)
+            for index in order.to(self.images.device).split(self.batch_size):
+                if len(index) == self.batch_size:
+                    yield index
 
 
 def _floats(images: Tensor, dtype: torch.dtype) -> Tensor:

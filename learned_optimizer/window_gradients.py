@@ -26,7 +26,7 @@ from torch.func import functional_call
 from hypergradients import Pairs, evolution_strategies, persistent_evolution_strategies
 from learned_optimizer.errors import OptimizerError
 from learned_optimizer.networks import CoordinateNetwork
-from learned_optimizer.optimizees import Optimizee
+from learned_optimizer.optimizees import LabelledBatches, Optimizee
 from learned_optimizer.recorded import RecordedCalls
 
 AT_ONCE = RecordedCalls()
@@ -200,6 +200,11 @@ def _tensors(trainings: Trainings) -> list[Tensor]:
 
 def _drawn(trainings: Trainings, steps: int) -> list[Tensor]:
     """The parts, such as inputs and targets, of the next batches: [steps * K, ...] each."""
+    first = trainings.batches[0]
+    if isinstance(first, LabelledBatches):  # of one task, so that images and labels are the same
+        each = [batches.next_indices(steps) for batches in trainings.batches]
+        index = torch.stack(each, dim=1)
+        return [part.unflatten(0, (-1, index.shape[2])) for part in first.of(index.flatten())]
     batches = [batch for _ in range(steps) for batch in _next_of(trainings.batches)]
     return [torch.stack(part) for part in zip(*batches, strict=True)]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from learned_optimizer import Optimizee, OptimizerError, image_optimizee, make_task, optimizees
-from learned_optimizer.optimizees import activation_of, labelled_batches, quadratic_batches
+from learned_optimizer.optimizees import LabelledBatches, activation_of, quadratic_batches
 from learned_optimizer.seeds import seeded_generator
 
 
@@ -173,7 +173,7 @@ def test_the_gradient_of_a_parameter_that_the_loss_does_not_use_is_0(tasks):
 
 def test_batches_of_one_pass_hold_every_image_once_with_its_label():
     images, all_labels = labelled_images(40)
-    made = labelled_batches(images, all_labels, 8, seeded_generator(0), torch.float32)
+    made = LabelledBatches(images, all_labels, 8, seeded_generator(0), torch.float32)
     found = list(itertools.islice(made, 5))
     rows = torch.cat([x for x, _ in found]).flatten(1)
     labels = torch.cat([y for _, y in found])
@@ -184,8 +184,8 @@ def test_batches_of_one_pass_hold_every_image_once_with_its_label():
 
 def test_images_of_floating_point_numbers_are_taken_as_they_are():
     images, labels = labelled_images(12)
-    made = labelled_batches(-3.0 * images, labels, 12, seeded_generator(0), torch.float64)
-    bytes_made = labelled_batches(images, labels, 12, seeded_generator(0), torch.float64)
+    made = LabelledBatches(-3.0 * images, labels, 12, seeded_generator(0), torch.float64)
+    bytes_made = LabelledBatches(images, labels, 12, seeded_generator(0), torch.float64)
     (x, _), (pixels, _) = next(made), next(bytes_made)
     assert x.dtype == torch.float64
     torch.testing.assert_close(x, -3 * 255 * pixels)
