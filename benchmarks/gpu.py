@@ -313,7 +313,9 @@ def meta_row(
     start = GaussianInitializer(dict.fromkeys({"b", *lateral}, TRAINABLE), {"w": TRAINABLE})
     training = Training(
         new_model(kind, sizes), rule, start.to(clock.device), source,
-        ProbeLoss(data, data, 1000.0, outer_images=min(4096, sizes.images)),
+        ProbeLoss(
+            data, data, 1000.0, outer_images=min(4096, sizes.images), random_numbers=DEVICE
+        ),
     )  # fmt: skip
     if compile_rule:
         compiled(rule, training, training.initializer(training.model))
