@@ -45,6 +45,7 @@ from comparison.one_pass_problems import LanguageModel, TextObjective, resnet
 from comparison.settings import VICRegSettings
 from comparison.vicreg import VICReg
 from data_sets.image_data import ImageData
+from experiment.choices import DEVICE
 from experiment.command_line import UserError, positive_float, run_command
 from experiment.precision import Products, set_tensor_cores
 from kernels.recorded_training import recordings
@@ -216,7 +217,8 @@ class Pairs:
         pixels = torch.randint(256, (10 * batch, 1, side, side), generator=generators(1)[0])
         data = ImageData(pixels.byte().to(device), torch.arange(10 * batch).to(device) % 10, "made")
         network = lateral_mlp(side**2, [256, 32], Activation("sigmoid"), inhibition="none")
-        self.training = VICReg(network, data, 0, VICRegSettings(batch_size=batch), dtype=dtype)
+        settings = VICRegSettings(batch_size=batch)
+        self.training = VICReg(network, data, 0, settings, dtype=dtype, random_numbers=DEVICE)
         if recorded:
             self.training.record = recorder(device)
         self.pairs = None
@@ -228,7 +230,7 @@ class Pairs:
         if self.pairs is None:
             self.training.train_epoch()
         else:
-            self.training.train_on(self.pairs)
+            self.training.train_on(iter(self.pairs), self.steps)
 
     def tensors(self) -> list[Tensor]:
         return [t.detach() for layer in self.training.params for t in layer.values()]
