@@ -32,10 +32,11 @@ def make_parser():
     )
     group = parser.add_argument_group("training and loss")
     add_settings(group, VICRegSettings)
-    group.add_argument("--random_numbers", choices=RANDOM_NUMBERS, default=AUTO,
-                       help="where those of views are made (auto: on a GPU, the device)")  # fmt: skip
-    group.add_argument("--pixelwise_normalization", action="store_true",
-                       help="give each pixel mean 0 and variance 1")  # fmt: skip
+    add = group.add_argument
+    add("--random_numbers", choices=RANDOM_NUMBERS, default=AUTO,
+        help="where random numbers of views are made (auto: on a GPU, the device)")  # fmt: skip
+    add("--pixelwise_normalization", action="store_true",
+        help="give each pixel mean 0 and variance 1")  # fmt: skip
     add = parser.add_argument_group("probe").add_argument
     add("--C", type=positive_float, default=1e6, help="inverse strength of the probe's penalty")
     add("--probe_every", type=nonnegative_int, default=10, metavar="EPOCHS",
