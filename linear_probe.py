@@ -31,7 +31,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiment.choices import PROBE_GRADIENTS
+from data_sets.counted_numbers import drawn_key, on_device, permutations
+from experiment.choices import HOST, PROBE_GRADIENTS
 from kernels.logistic_regression import (
     LogisticFit,
     NonFiniteFeatures,
@@ -70,6 +71,7 @@ def linear_probe(
     outer_images: int = 1024,
     probe_gradient: str = "envelope",
     generator: torch.Generator | None = None,
+    random_numbers: str = HOST,
     start: LogisticFit | None = None,
 ) -> ProbeResult:
     """Fit a classifier to the training features, and judge params by it.
@@ -83,11 +85,12 @@ def linear_probe(
     probe_gradient: "envelope" or "implicit"; with the latter the classifier is fitted to the other
         training images only.
     generator: draws these images; None: they are evenly spaced.
+    random_numbers: host: so the generator does; device: it draws only a key of counted numbers.
     start: a classifier from which the fit starts.
     """
     _check_gradient(probe_gradient, outer_images, len(train_data))
     implicit = probe_gradient == "implicit"
-    index = _draw(len(train_data), outer_images, generator)
+    (index,) = _draw_for_tasks(train_data, outer_images, [generator], random_numbers)
     features = extract_features(model, params, train_data)
     test_features = extract_features(model, params, test_data)
     if not bool(torch.isfinite(test_features).all()):
@@ -121,10 +124,15 @@ class ProbeLoss:
         *,
         outer_images: int = 1024,
         probe_gradient: str = "envelope",
+        random_numbers: str = HOST,
     ) -> None:
         _check_gradient(probe_gradient, outer_images, len(train_data))
         self.data, self.C = (train_data, test_data), C
-        self.options = {"outer_images": outer_images, "probe_gradient": probe_gradient}
+        self.options = {
+            "outer_images": outer_images,
+            "probe_gradient": probe_gradient,
+            "random_numbers": random_numbers,
+        }
 
     def __call__(
         self, model, params, generator: torch.Generator
@@ -153,7 +161,7 @@ class ProbeLoss:
             raise NonFiniteFeatures("test features are not finite; expected finite features")
         fits = fit_logistic_tasks(features, labels, train_data.classes, self.C)
         wanted = self.options["outer_images"]
-        indices = [_draw(len(train_data), wanted, generator) for generator in generators]
+        indices = _draw_for_tasks(train_data, wanted, generators, self.options["random_numbers"])
         losses = _entropies(fits, *_features_of_tasks(model, params, train_data, indices))
         return losses.to(_dtype_and_device(params)[0]), _rows({
             "train_accuracy": _shares_of_right(fits.logits(features), labels),
@@ -170,14 +178,14 @@ class SampledProbeLoss:
 
     metrics = ("train_accuracy",)
 
-    def __init__(self, data, C: float, *, images: int = 8192) -> None:
-        self.data, self.C, self.images = data, C, images
+    def __init__(self, data, C: float, *, images: int = 8192, random_numbers: str = HOST) -> None:
+        self.data, self.C, self.images, self.random_numbers = data, C, images, random_numbers
 
     def __call__(
         self, model, params, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss attached to params, and the accuracy on these images."""
-        index = _draw(len(self.data), self.images, generator)
+        (index,) = _draw_for_tasks(self.data, self.images, [generator], self.random_numbers)
         features, labels = _attached_features(model, params, self.data, index)
         fit = fit_logistic(features.detach(), labels, self.data.classes, self.C)
         logits = fit.logits(features)
@@ -188,7 +196,7 @@ class SampledProbeLoss:
         self, model, params, generators: Sequence[torch.Generator]
     ) -> tuple[Tensor, list[dict[str, float]]]:
         """The losses [tasks] of params [tasks, ...], and the accuracy of each."""
-        indices = [_draw(len(self.data), self.images, generator) for generator in generators]
+        indices = _draw_for_tasks(self.data, self.images, generators, self.random_numbers)
         features, labels = _features_of_tasks(model, params, self.data, indices)
         fits = fit_logistic_tasks(features.detach(), labels, self.data.classes, self.C)
         losses = _entropies(fits, features, labels).to(_dtype_and_device(params)[0])
@@ -206,19 +214,27 @@ class FunctionLoss:
 
     metrics = ()
 
-    def __init__(self, function: Callable[..., Tensor], data, *, images: int = 4096) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        data,
+        *,
+        images: int = 4096,
+        random_numbers: str = HOST,
+    ) -> None:
         try:
             inspect.signature(function).bind(*range(4))
         except (TypeError, ValueError) as error:
             name = getattr(function, "__name__", repr(function))
             raise ProbeError(f"{name:.60} must take (model, params, images, labels)") from error
         self.function, self.data, self.images = function, data, images
+        self.random_numbers = random_numbers
 
     def __call__(
         self, model, params, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         """The function's loss, and no numbers beside it."""
-        index = _draw(len(self.data), self.images, generator)
+        (index,) = _draw_for_tasks(self.data, self.images, [generator], self.random_numbers)
         x = self.data.floats(index, _dtype_and_device(params)[0])
         labels = self.data.labels.index_select(0, index.to(self.data.labels.device))
         loss = self.function(model, params, x, labels)
@@ -243,22 +259,27 @@ class RidgeLoss:
     metrics = ("train_accuracy", "held_out_accuracy")
 
     def __init__(
-        self, data, *, fit_images: int = 2000, outer_images: int = 2000, penalty: float = 0.1
+        self,
+        data,
+        *,
+        fit_images: int = 2000,
+        outer_images: int = 2000,
+        penalty: float = 0.1,
+        random_numbers: str = HOST,
     ) -> None:
         if min(fit_images, outer_images) < 1 or fit_images + outer_images > len(data):
             raise ProbeError(
                 f"ridge regression on {fit_images} images, judged on {outer_images} others: "
                 f"expected at least 1 of each, of {len(data)} training images"
             )
-        self.data, self.penalty = data, penalty
+        self.data, self.penalty, self.random_numbers = data, penalty, random_numbers
         self.sizes = [fit_images, outer_images]
 
     def __call__(
         self, model, params, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, float]]:
         """The loss attached to params, and the accuracies on images of the fit and on others."""
-        order = torch.randperm(len(self.data), generator=generator, device="cpu")
-        index = order[: sum(self.sizes)]
+        (index,) = self._images_of_tasks([generator])
         features, labels = _attached_features(model, params, self.data, index)
         if not bool(torch.isfinite(features).all()):
             raise NonFiniteFeatures("features are not finite; expected finite features")
@@ -272,8 +293,7 @@ class RidgeLoss:
         self, model, params, generators: Sequence[torch.Generator]
     ) -> tuple[Tensor, list[dict[str, float]]]:
         """The losses [tasks] of params [tasks, ...], and the accuracies of each."""
-        orders = [torch.randperm(len(self.data), generator=g, device="cpu") for g in generators]
-        indices = [order[: sum(self.sizes)] for order in orders]
+        indices = self._images_of_tasks(generators)
         features, labels = _features_of_tasks(model, params, self.data, indices)
         if not bool(torch.isfinite(features).all()):
             raise NonFiniteFeatures("features are not finite; expected finite features")
@@ -289,6 +309,14 @@ class RidgeLoss:
             "train_accuracy": _shares_of_right(of_fit, seen_labels),
             "held_out_accuracy": _shares_of_right(outputs, judged_labels),
         })  # fmt: skip
+
+    def _images_of_tasks(self, generators: Sequence[torch.Generator]) -> Tensor:
+        """The images of the fit and of the loss for each generator, [tasks, images]."""
+        count, wanted = len(self.data), sum(self.sizes)
+        if self.random_numbers != HOST:
+            return _counted_orders(self.data, generators)[:, :wanted]
+        orders = (torch.randperm(count, generator=g, device="cpu") for g in generators)
+        return torch.stack([order[:wanted] for order in orders])
 
 
 def ridge_error(
@@ -340,13 +368,14 @@ def ridge_regression(features: Tensor, targets: Tensor, penalty: float) -> tuple
     return W, (mean_target - mean @ W).squeeze(-2)
 
 
-def _features_of_tasks(model, params, data, indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """`_attached_features` of each task, [tasks, n, D] and [tasks, n]."""
+def _features_of_tasks(model, params, data, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """`_attached_features` of each task, [tasks, n, D] and [tasks, n], of images [tasks, n]."""
     dtype, device = _dtype_and_device(params)
-    images = torch.stack([data.floats(index, dtype=dtype) for index in indices]).to(device)
-    labels = torch.stack([data.labels[index.to(data.labels.device)] for index in indices])
+    rows = indices.to(data.images.device)
+    images = data.floats(rows.flatten(), dtype=dtype).unflatten(0, rows.shape).to(device)
     features = model(images, params).flatten(2)
-    return features.to(torch.promote_types(features.dtype, torch.float32)), labels.to(device)
+    labels = data.labels[rows.to(data.labels.device)].to(device)
+    return features.to(torch.promote_types(features.dtype, torch.float32)), labels
 
 
 @torch.no_grad()
@@ -502,6 +531,21 @@ def _draw(available: int, wanted: int, generator: torch.Generator | None) -> Ten
     if generator is None:
         return torch.arange(wanted, device="cpu") * available // wanted
     return torch.randperm(available, generator=generator, device=generator.device)[:wanted].cpu()
+
+
+def _draw_for_tasks(
+    data, wanted: int, generators: Sequence[torch.Generator | None], random_numbers: str
+) -> Tensor:
+    """The indices that `_draw` gives for each generator, or as many by its key, [tasks, n]."""
+    if random_numbers == HOST or None in generators or not 1 <= wanted < len(data):
+        return torch.stack([_draw(len(data), wanted, generator) for generator in generators])
+    return _counted_orders(data, generators)[:, :wanted]
+
+
+def _counted_orders(data, generators: Sequence[torch.Generator]) -> Tensor:
+    """A random order of the images for each generator's key, int64 [tasks, N] on their device."""
+    keys = on_device([drawn_key(generator) for generator in generators], data.images.device)
+    return permutations(keys, len(data))
 
 
 def _all_but(index: Tensor, available: int) -> Tensor:

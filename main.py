@@ -183,8 +183,8 @@ def add_inner_training(parser) -> None:
         help="trainings of the layers before the last (default: one for each task)")  # fmt: skip
     add("--batch_size", type=positive_int, default=1024, help="images in a batch")
     add("--random_numbers", choices=RANDOM_NUMBERS, default=AUTO,
-        help="where random numbers of batches and views are made (auto: on a GPU, the device); "
-             "evaluations always take the host's")  # fmt: skip
+        help="where random numbers of batches, views and probes are made (auto: on a GPU, the "
+             "device); evaluations always take the host's")  # fmt: skip
     add_settings(group, MetaSettings, INNER_TRAINING)
     add("--compile", action="store_true", help="compile the rule's update (needs a C++ compiler)")
     add("--pixelwise_normalization", action=PixelNormalization, number="center", type=mean_alone,
@@ -605,21 +605,24 @@ def make_outer_loss(
 
     data: training and test images.
     """
+    where = {"random_numbers": args.random_numbers}
     if "objective" in own:
-        return FunctionLoss(own["objective"].value, data[0], images=args.outer_images)
+        return FunctionLoss(own["objective"].value, data[0], images=args.outer_images, **where)
     if args.probe == "ridge":
         fit_images = args.probe_images or RIDGE_IMAGES
-        return RidgeLoss(data[0], fit_images=fit_images, outer_images=args.outer_images)
+        return RidgeLoss(data[0], fit_images=fit_images, outer_images=args.outer_images, **where)
     widest = make_model(args, data[0].shape, args.units_range and args.units_range[1])
     features = count_features(widest, initializer, data[0])
     if args.probe == "sampled":
         enough = max(SAMPLED_IMAGES, SAMPLED_FOR_A_FEATURE * features)
-        return SampledProbeLoss(data[0], args.C, images=args.probe_images or enough)
+        return SampledProbeLoss(data[0], args.C, images=args.probe_images or enough, **where)
     count = args.probe_images or max(1, NUMBERS_TO_FIT // features)
-    return make_probe(args, *(images.subset(slice(count)) for images in data))
+    return make_probe(args, *(images.subset(slice(count)) for images in data), **where)
 
 
-def make_probe(args, train_data: ImageData, test_data: ImageData) -> ProbeLoss:
+def make_probe(
+    args, train_data: ImageData, test_data: ImageData, random_numbers: str = HOST
+) -> ProbeLoss:
     """The logistic probe on these training and test images."""
     return ProbeLoss(
         train_data,
@@ -627,6 +630,7 @@ def make_probe(args, train_data: ImageData, test_data: ImageData) -> ProbeLoss:
         args.C,
         outer_images=args.outer_images,
         probe_gradient=args.probe_gradient,
+        random_numbers=random_numbers,
     )
 
 

@@ -70,6 +70,7 @@ from train import Draw, Training
 
 KINDS = ("cubic", "pairs")
 INH_STEPS = 10
+FEW = 10  # updates in a recording
 BENCHMARKED_VIEWS = ("geometric", "masks", "mixed")
 LARGEST_DIFFERENCE = 1e-10  # between devices, in float64, relative
 
@@ -163,9 +164,15 @@ class Updates:
             }])
             for k in range(tasks)
         ]  # fmt: skip
-        self.method, self.recorder = Reverse(memory="keep"), Recorder()
+        self.method, self.recorder = Reverse(memory="keep"), Recorder(FEW)
         self.fast: torch.nn.Module | None = None
         self.recording: Recording | None = None
+
+    def few(self) -> "Updates":
+        """The same with FEW updates, a recording's, to count kernels."""
+        few = copy.copy(self)
+        few.draws = [replace(draw, steps=FEW) for draw in self.draws]
+        return few
 
     def one_by_one(self) -> list[list[Tensor]]:
         return [self.method(self.training, draw).gradient for draw in self.draws]
@@ -216,32 +223,54 @@ class Updates:
         return [h.gradient for h in self.method.together(training, self.draws, self.recorder)]
 
 
-def update_rows(
-    kind: str, sizes: Sizes, repeat: int, clock: Clock, compiled: bool
-) -> Iterator[Row]:
+def update_rows(kind: str, sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
     """One row for each way and number of tasks, in milliseconds per update of all tasks."""
     alone = None
     for tasks in sizes.tasks:
         updates = Updates(kind, sizes, tasks, clock.device)
-        ways = {"together": updates.together, "replayed": updates.replayed}
-        if tasks == 1:
-            ways = {"one by one": updates.one_by_one} | ways
-        if compiled and tasks > 1 and kind == "cubic":
-            ways["compiled"] = updates.compiled
+        ways = ["together", "replayed"] if tasks > 1 else ["one by one", "together", "replayed"]
         others = {"limit": updates.products} | (
             {"obvious": updates.obvious} if tasks == 1 and kind == "cubic" else {}
         )
-        counted = {name: kernels_of(run, sizes.steps, clock.device) for name, run in ways.items()}
-        first = {name: clock.milliseconds(run) for name, run in ways.items()}
-        times = clock.in_turns(ways | others, repeat)
-        each = {name: [t / sizes.steps for t in values] for name, values in times.items()}
+        first, each = timed_updates(updates, ways, others, repeat, clock)
         alone = each.get("one by one", alone)
         for name in ways:
             obvious = each.get("obvious") if name == "one by one" else [t * tasks for t in alone]
-            per_second = f"{1e3 * tasks / min(each[name]):,.0f}"
-            more = columns(per_second, counted[name], first[name], clock)
-            sized = f"{tasks} x {sizes.units} units"
-            yield Row(f"{kind}, {name}", sized, each[name], obvious, each["limit"], more)
+            yield update_row(updates, name, first[name], each, obvious, clock)
+
+
+def compiled_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
+    """The compiled update and meta-step of the cubic rule, the largest numbers of tasks first."""
+    data = made_images(sizes, clock.device)
+    for tasks in sorted(sizes.tasks, reverse=True):
+        updates = Updates("cubic", sizes, tasks, clock.device)
+        first, each = timed_updates(
+            updates, ["compiled"], {"limit": updates.products}, repeat, clock
+        )
+        yield update_row(updates, "compiled", first["compiled"], each, None, clock)
+        if tasks in sizes.meta_tasks:
+            yield meta_row("cubic", tasks, sizes, data, repeat, clock, compiled=True)
+
+
+def timed_updates(
+    updates: Updates, ways: list[str], others: dict[str, Callable], repeat: int, clock: Clock
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The milliseconds of the first run of each way, then of an update of each, others too."""
+    runs = {name: getattr(updates, name.replace(" ", "_")) for name in ways}
+    first = {name: clock.milliseconds(run) for name, run in runs.items()}
+    times = clock.in_turns(runs | others, repeat)
+    steps = updates.sizes.steps
+    return first, {name: [t / steps for t in values] for name, values in times.items()}
+
+
+def update_row(updates: Updates, name: str, first: float, each, obvious, clock: Clock) -> Row:
+    """The row of one way."""
+    tasks = len(updates.draws)
+    per_second = f"{1e3 * tasks / min(each[name]):,.0f}"
+    kernels = kernels_of(getattr(updates.few(), name.replace(" ", "_")), FEW, clock.device)
+    more = columns(per_second, kernels, first, clock)
+    sized = f"{tasks} x {updates.sizes.units} units"
+    return Row(f"{updates.kind}, {name}", sized, each[name], obvious, each["limit"], more)
 
 
 def columns(tasks_per_second: str, kernels: str, first: float, clock: Clock) -> dict[str, str]:
@@ -255,27 +284,36 @@ def columns(tasks_per_second: str, kernels: str, first: float, clock: Clock) -> 
 def meta_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
     """One row for each number of tasks: a meta-step with the logistic probe on all images."""
     data = made_images(sizes, clock.device)
-    images = partial(batches, data, sizes.batch, random_numbers=DEVICE)
-    pairs = Views(data, sizes.batch // 2, random_numbers=DEVICE)
-    ways = [("cubic", images, tasks) for tasks in sizes.meta_tasks]
-    for kind, source, tasks in [*ways, ("pairs", pairs, sizes.meta_tasks[0])]:
-        rule, model = new_rule(kind), new_model(kind, sizes)
-        lateral = {"m": TRAINABLE} if kind == "cubic" else {}
-        start = GaussianInitializer({"b": TRAINABLE} | lateral, {"w": TRAINABLE})
-        training = Training(
-            model, rule.to(clock.device), start.to(clock.device), source,
-            ProbeLoss(data, data, 1000.0, outer_images=min(4096, sizes.images)),
-        )  # fmt: skip
-        settings = MetaSettings(tasks=tasks, inner_steps=sizes.meta_steps, together="always")
-        descent = HypergradientDescent(training, settings)
-        descent.recorder = Recorder()
-        first = clock.milliseconds(descent.step)
-        times = [clock.milliseconds(descent.step) for _ in range(repeat)]
-        per_second = f"{1e3 * tasks * sizes.meta_steps / min(times):,.0f}"
-        yield Row(
-            f"meta-step, {kind}", f"{tasks} x {sizes.meta_steps} updates", times,
-            more=columns(per_second, "-", first, clock),
-        )  # fmt: skip
+    for kind, tasks in itertools.product(KINDS, sizes.meta_tasks):
+        yield meta_row(kind, tasks, sizes, data, repeat, clock)
+
+
+def meta_row(
+    kind: str, tasks: int, sizes: Sizes, data: ImageData, repeat: int, clock: Clock, compiled=False
+) -> Row:
+    """The row of a meta-step; compiled: the rule's update is."""
+    rule, lateral = new_rule(kind).to(clock.device), {}
+    if kind == "cubic":
+        source, lateral = partial(batches, data, sizes.batch, random_numbers=DEVICE), {"m"}
+    else:
+        source = Views(data, sizes.batch // 2, random_numbers=DEVICE)
+    start = GaussianInitializer(dict.fromkeys({"b", *lateral}, TRAINABLE), {"w": TRAINABLE})
+    training = Training(
+        new_model(kind, sizes), rule, start.to(clock.device), source,
+        ProbeLoss(data, data, 1000.0, outer_images=min(4096, sizes.images)),
+    )  # fmt: skip
+    if compiled:
+        rule.update = torch.compile(rule.update, dynamic=False)
+    settings = MetaSettings(tasks=tasks, inner_steps=sizes.meta_steps, together="always")
+    descent = HypergradientDescent(training, settings)
+    descent.recorder = Recorder(FEW)
+    first = clock.milliseconds(descent.step)
+    times = [clock.milliseconds(descent.step) for _ in range(repeat)]
+    per_second = f"{1e3 * tasks * sizes.meta_steps / min(times):,.0f}"
+    return Row(
+        f"meta-step, {kind}{', compiled' if compiled else ''}",
+        f"{tasks} x {sizes.meta_steps} updates", times, more=columns(per_second, "-", first, clock),
+    )  # fmt: skip
 
 
 def recorded(make: Callable, parts: dict[str, Tensor], record: type[Recording]) -> Recording:
@@ -434,19 +472,19 @@ def differences_of_views(sizes: Sizes, device: torch.device) -> dict[str, float]
     }
 
 
-def until(end: float, rows: Iterator[Row], kept: list[Row]) -> Iterator[Row]:
+def until(end: float, rows: Iterator[Row], keep: Callable[[Row], None]) -> Iterator[Row]:
     """The rows that begin before this moment, which are also kept."""
     while time.perf_counter() < end:
         row = next(rows, None)
         if row is None:
             return
-        kept.append(row)
+        keep(row)
         yield row
     print("the other rows are left out: no time is left")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the checks and the table, and write both as JSON."""
+    """Print the checks and the table, and write both as JSON, anew after each row."""
     parser = benchmark_parser(__doc__, repeat=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
     parser.add_argument("--compile", action="store_true", help="also compile updates")
@@ -460,24 +498,25 @@ def main(argv: list[str] | None = None) -> None:
         checked |= differences(kind, sizes, clock.device)
     for name, difference in checked.items():
         print(f"{name.replace('_', ' ')}: {difference:.1e} from the CPU's, float64")
-    rows: list[Row] = []
+    told = {"device": described(clock.device), "torch": torch.__version__}
+    told |= {"sizes": asdict(sizes), "differences": checked, "rows": []}
+
+    def keep(row: Row) -> None:
+        told["rows"].append(asdict(row))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(told, indent=1))
+
+    given = sizes, arguments.repeat, clock
     lines = itertools.chain(
-        *(update_rows(kind, sizes, arguments.repeat, clock, arguments.compile) for kind in KINDS),
-        meta_rows(sizes, arguments.repeat, clock),
-        batch_rows(sizes, arguments.repeat, clock),
-        probe_rows(sizes, arguments.repeat, clock),
-        classifier_rows(sizes, arguments.repeat, clock),
+        *(update_rows(kind, *given) for kind in KINDS),
+        meta_rows(*given),
+        probe_rows(*given),
+        classifier_rows(*given),
+        compiled_rows(*given) if arguments.compile else (),
+        batch_rows(*given),
     )
     common = f"{sizes.side**2} inputs, batch {sizes.batch}"
-    print_table(until(begin + sizes.seconds, lines, rows), clock, common)
-    if arguments.json:
-        told = {
-            "device": described(clock.device),
-            "torch": torch.__version__,
-            "sizes": asdict(sizes),
-        }
-        told |= {"differences": checked, "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(told, indent=1))
+    print_table(until(begin + sizes.seconds, lines, keep), clock, common)
     if max(checked.values()) > LARGEST_DIFFERENCE:
         sys.exit(1)
 

@@ -21,9 +21,8 @@ def test_the_table_is_printed_and_written(tmp_path, capsys):
             for kind in gpu.KINDS
             for way in ("one by one", "together", "replayed", "together", "replayed")
         ),
-        "meta-step, cubic", "meta-step, pairs", "images",
+        "meta-step, cubic", "meta-step, pairs", "probe", "classifier, a step", "images",
         *(f"views, {kind}{way}" for kind in gpu.BENCHMARKED_VIEWS for way in ("", ", recorded")),
-        "probe", "classifier, a step",
     ]  # fmt: skip
     ways = {
         f"hypergradients, {kind}, {way}"

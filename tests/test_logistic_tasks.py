@@ -1,5 +1,7 @@
 """Logistic regression of several tasks at once: the same as one by one."""
 
+from functools import partial
+
 import pytest
 import torch
 from oracles import normal
@@ -7,7 +9,7 @@ from oracles import normal
 from data_sets.image_data import ImageData
 from kernels.logistic_regression import NonFiniteFeatures, ProbeError, fit_logistic
 from kernels.logistic_tasks import fit_logistic_tasks
-from linear_probe import ProbeLoss, RidgeLoss, SampledProbeLoss
+from linear_probe import FunctionLoss, ProbeLoss, RidgeLoss, SampledProbeLoss
 from models_fully_local import Activation, lateral_network, of_task, over_tasks
 
 TASKS, N = 3, 90
@@ -77,16 +79,19 @@ IMAGES = ImageData(
 )
 MODEL = lateral_network((1, 5, 5), [3], Activation("sigmoid", 2.0))
 LOSSES = {
-    "ridge": (RidgeLoss(IMAGES, fit_images=40, outer_images=30), 1e-12),
-    "ridge, fewer images than features": (RidgeLoss(IMAGES, fit_images=2, outer_images=9), 1e-12),
-    "sampled": (SampledProbeLoss(IMAGES, 10.0, images=60), 1e-4),
-    "logistic": (ProbeLoss(IMAGES, IMAGES, 10.0, outer_images=30), 1e-4),
-}
+    "ridge": (partial(RidgeLoss, IMAGES, fit_images=40, outer_images=30), 1e-12),
+    "ridge, fewer images than features": (
+        partial(RidgeLoss, IMAGES, fit_images=2, outer_images=9), 1e-12),
+    "sampled": (partial(SampledProbeLoss, IMAGES, 10.0, images=60), 1e-4),
+    "logistic": (partial(ProbeLoss, IMAGES, IMAGES, 10.0, outer_images=30), 1e-4),
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("random_numbers", ["host", "device"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_losses_of_tasks_are_those_one_by_one(name):
-    loss, tolerance = LOSSES[name]
+def test_the_losses_of_tasks_are_those_one_by_one(name, random_numbers):
+    make, tolerance = LOSSES[name]
+    loss = make(random_numbers=random_numbers)
     params = [
         {n: (0.3 * normal(9 + k, TASKS, *s)).detach().requires_grad_()
          for k, (n, s) in enumerate(layer.parameter_shapes().items())}
@@ -107,3 +112,28 @@ def test_the_losses_of_tasks_are_those_one_by_one(name):
     found, wanted = (torch.autograd.grad(t.sum(), leaves) for t in (together, expected))
     for one, other in zip(found, wanted, strict=True):
         assert torch.allclose(one, other, rtol=100 * tolerance, atol=tolerance)
+
+
+def mean_square(model, params, x, labels):
+    return model(x, params).square().mean()
+
+
+@pytest.mark.parametrize("name", [*LOSSES, "function"])
+def test_images_drawn_by_counted_numbers_are_others_and_each_only_once(name):
+    makers = {n: make for n, (make, _) in LOSSES.items()}
+    makers["function"] = partial(FunctionLoss, mean_square, IMAGES, images=30)
+    seen = []
+
+    class Seeing(torch.nn.Module):
+        def forward(self, x, params):
+            seen.append((x[:, 0, 0, 0] * 255).round().tolist())  # tells which image it is
+            return MODEL(x, params)
+
+    params = [{n: 0.3 * normal(3, *s) for n, s in layer.parameter_shapes().items()}
+              for layer in MODEL.layers]  # fmt: skip
+    for random_numbers in ("host", "device"):
+        loss = makers[name](random_numbers=random_numbers)
+        loss(Seeing(), params, torch.Generator().manual_seed(1))
+    drawn = [images for images in seen if len(images) < len(IMAGES)]
+    assert len(drawn) == 2 and drawn[0] != drawn[1]
+    assert all(len({*images}) == len(images) for images in drawn)
