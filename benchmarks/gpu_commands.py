@@ -399,19 +399,19 @@ def differences(device: torch.device) -> dict[str, float]:
     return found
 
 
-def until(end: float, lines: Iterator[Row], kept: list[Row]) -> Iterator[Row]:
+def until(end: float, lines: Iterator[Row], keep: Callable[[Row], None]) -> Iterator[Row]:
     """The rows that begin before this moment, which are also kept."""
     while time.perf_counter() < end:
         row = next(lines, None)
         if row is None:
             return
-        kept.append(row)
+        keep(row)
         yield row
     print("the other rows are left out: no time is left")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the checks and the table, and write both as JSON."""
+    """Print the checks and the table, and write both as JSON after each row."""
     parser = benchmark_parser(__doc__, repeat=3)
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
@@ -427,13 +427,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     checked = differences(clock.device)
     for name, difference in checked.items():
         print(f"{name}: {difference:.1e} from the CPU's, float64")
-    kept: list[Row] = []
-    lines = until(begin + arguments.seconds, rows(sizes, arguments.repeat, clock), kept)
+    told = {"device": described(clock.device), "torch": torch.__version__}
+    told |= {"differences": checked, "rows": []}
+
+    def keep(row: Row) -> None:
+        told["rows"].append(asdict(row))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(told, indent=1))
+
+    lines = until(begin + arguments.seconds, rows(sizes, arguments.repeat, clock), keep)
     print_table(lines, clock, "milliseconds of a step")
-    if arguments.json:
-        told = {"device": described(clock.device), "torch": torch.__version__}
-        told |= {"differences": checked, "rows": [asdict(row) for row in kept]}
-        arguments.json.write_text(json.dumps(told, indent=1))
     if max(checked.values()) > LARGEST_DIFFERENCE:
         sys.exit(1)
 
