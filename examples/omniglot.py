@@ -6,12 +6,11 @@
     python examples/omniglot.py --method first_order                 to compare
     python examples/omniglot.py --resume runs/omniglot-...
 
-Tasks, network, adaptation and meta-batch are those of the original program
-(github.com/aravindr93/imaml_dev): characters are turned by 0, 90, 180 or 270 degrees, which makes
-four classes of each, and a task has no character twice; there are as many queries as shots; batch
-normalization takes the statistics of the given points, at tests too. Unlike there, every inner step
-includes the proximal term, as in the paper. On a CUDA device a meta-step is one recorded graph. The
-files of Omniglot are looked for in --data-dir (data_sets/omniglot.py).
+Tasks, network and meta-batch are those of the original program (github.com/aravindr93/imaml_dev):
+characters are turned by 0, 90, 180 or 270 degrees, which makes four classes of each, and a task has
+no character twice; there are as many queries as shots; batch normalization takes the statistics of
+the given points, at tests too. docs/hypergradients.md says what differs, and why. On a CUDA device
+a meta-step is one recorded graph. Omniglot is looked for in --data-dir (data_sets/omniglot.py).
 """
 
 import math
@@ -228,7 +227,7 @@ def make_parser():
     add("--pull", type=positive_float, default=2.0, metavar="LAMBDA",
         help="strength of the pull towards theta")  # fmt: skip
     add("--steps", type=positive_int, default=16, help="steps of gradient descent")
-    add("--rate", type=positive_float, default=0.1, help="rate of gradient descent")
+    add("--rate", type=positive_float, default=0.025, help="rate of gradient descent")
     add = parser.add_argument_group("meta-learning").add_argument
     add("--method", choices=METHODS, default=IMPLICIT, help="what theta learns from")
     add("--damping", type=nonnegative_float, default=22.0, metavar="D",
