@@ -12,6 +12,7 @@ the same pairs and the same probe, but a loss and its exact gradient.
 import math
 
 from comparison.settings import VICRegSettings
+from experiment.choices import AUTO, DEVICE, HOST, RANDOM_NUMBERS
 from experiment.command_line import (
     common_parser,
     nonnegative_int,
@@ -31,8 +32,11 @@ def make_parser():
     )
     group = parser.add_argument_group("training and loss")
     add_settings(group, VICRegSettings)
-    group.add_argument("--pixelwise_normalization", action="store_true",
-                       help="give each pixel mean 0 and variance 1")  # fmt: skip
+    add = group.add_argument
+    add("--random_numbers", choices=RANDOM_NUMBERS, default=AUTO,
+        help="where random numbers of views are made (auto: on a GPU, the device)")  # fmt: skip
+    add("--pixelwise_normalization", action="store_true",
+        help="give each pixel mean 0 and variance 1")  # fmt: skip
     add = parser.add_argument_group("probe").add_argument
     add("--C", type=positive_float, default=1e6, help="inverse strength of the probe's penalty")
     add("--probe_every", type=nonnegative_int, default=10, metavar="EPOCHS",
@@ -65,7 +69,9 @@ def make_training(args, data, dtype: torch.dtype) -> VICReg:
     """The untrained network and its optimiser."""
     sizes = math.prod(data.shape), args.layers
     network = lateral_mlp(*sizes, Activation("sigmoid"), inhibition="none")
-    return VICReg(network, data, args.seed, settings_of(args, VICRegSettings), dtype=dtype)
+    settings = settings_of(args, VICRegSettings)
+    options = {"dtype": dtype, "random_numbers": args.random_numbers}
+    return VICReg(network, data, args.seed, settings, **options)
 
 
 def probe(training: VICReg, test_data, C: float) -> dict[str, float]:
@@ -117,6 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     """Data; network, optimiser and loss; the loop over epochs; the report."""
     args = parse(make_parser(), argv)
     device, dtype = set_up(args)
+    if args.random_numbers == AUTO:  # config.json then says which, for a run that goes on
+        args.random_numbers = DEVICE if device.type == "cuda" else HOST
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
     if args.pixelwise_normalization:
         train_data, test_data = normalize_pixels(train_data, test_data)

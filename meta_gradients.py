@@ -365,8 +365,11 @@ class _Tasks:
 
     def with_all_entries(self, model: nn.Module, batch) -> Params:
         """`start`, with 0 for what the rule remembers since its first update."""
+        # detached as within a recording, so that a compiled update is not compiled once more
+        start = [{name: t.detach() for name, t in layer.items()} for layer in self.start]
+        psi = {name: t.detach() for name, t in self.psi.items()}
         with torch.no_grad():
-            after = self.rule.update(model, self.start, batch)
+            after = _RuleOfTasks(self.training.rule, psi).update(model, start, batch)
         return [
             {name: old.get(name, torch.zeros_like(t)) for name, t in new.items()}
             for old, new in zip(self.start, after, strict=True)

@@ -108,6 +108,7 @@ DRAW: dict[str, Callable[[Path], list[Path]]] = {
     "train_krotov_hopfield": plot_competition_run,
     "tune_competition": plot_searches_run,
     "imaml": plot_imaml_run,
+    "omniglot": plot_imaml_run,
     "equilibrium_network": plot_equilibrium_run,
     "first_layers": plot_first_layers_run,
     "learn_filters": plot_run,

@@ -217,10 +217,17 @@ class Updates:
     def compiled(self) -> list[list[Tensor]]:
         """`replayed` with a rule whose update torch compiles."""
         if self.fast is None:
-            self.fast = copy.deepcopy(self.rule)
-            self.fast.update = torch.compile(self.fast.update, dynamic=False)
+            self.fast = compiled(copy.deepcopy(self.rule), self.training, self.draws[0].start)
         training = Training(self.model, self.fast, None, self.training.batches, Squares())
         return [h.gradient for h in self.method.together(training, self.draws, self.recorder)]
+
+
+def compiled(rule: LearningRule, training: Training, params: Params) -> LearningRule:
+    """The rule, whose update is compiled from now on."""
+    # prepares its sums, which can't be traced
+    rule.update(training.model, params, next(iter(training.batches(torch.Generator()))))
+    rule.update = torch.compile(rule.update, dynamic=False)
+    return rule
 
 
 def update_rows(kind: str, sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
@@ -249,7 +256,7 @@ def compiled_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
         )
         yield update_row(updates, "compiled", first["compiled"], each, None, clock)
         if tasks in sizes.meta_tasks:
-            yield meta_row("cubic", tasks, sizes, data, repeat, clock, compiled=True)
+            yield meta_row("cubic", tasks, sizes, data, repeat, clock, compile_rule=True)
 
 
 def timed_updates(
@@ -289,9 +296,15 @@ def meta_rows(sizes: Sizes, repeat: int, clock: Clock) -> Iterator[Row]:
 
 
 def meta_row(
-    kind: str, tasks: int, sizes: Sizes, data: ImageData, repeat: int, clock: Clock, compiled=False
+    kind: str,
+    tasks: int,
+    sizes: Sizes,
+    data: ImageData,
+    repeat: int,
+    clock: Clock,
+    compile_rule=False,
 ) -> Row:
-    """The row of a meta-step; compiled: the rule's update is."""
+    """The row of a meta-step; compile_rule: the rule's update is compiled."""
     rule, lateral = new_rule(kind).to(clock.device), {}
     if kind == "cubic":
         source, lateral = partial(batches, data, sizes.batch, random_numbers=DEVICE), {"m"}
@@ -304,8 +317,8 @@ def meta_row(
             data, data, 1000.0, outer_images=min(4096, sizes.images), random_numbers=DEVICE
         ),
     )  # fmt: skip
-    if compiled:
-        rule.update = torch.compile(rule.update, dynamic=False)
+    if compile_rule:
+        compiled(rule, training, training.initializer(training.model))
     settings = MetaSettings(tasks=tasks, inner_steps=sizes.meta_steps, together="always")
     descent = HypergradientDescent(training, settings)
     descent.recorder = Recorder(FEW)
@@ -313,7 +326,7 @@ def meta_row(
     times = [clock.milliseconds(descent.step) for _ in range(repeat)]
     per_second = f"{1e3 * tasks * sizes.meta_steps / min(times):,.0f}"
     return Row(
-        f"meta-step, {kind}{', compiled' if compiled else ''}",
+        f"meta-step, {kind}{', compiled' if compile_rule else ''}",
         f"{tasks} x {sizes.meta_steps} updates", times, more=columns(per_second, "-", first, clock),
     )  # fmt: skip
 
@@ -512,9 +525,9 @@ def main(argv: list[str] | None = None) -> None:
     lines = itertools.chain(
         *(update_rows(kind, *given) for kind in KINDS),
         meta_rows(*given),
+        compiled_rows(*given) if arguments.compile else (),
         probe_rows(*given),
         classifier_rows(*given),
-        compiled_rows(*given) if arguments.compile else (),
         batch_rows(*given),
     )
     common = f"{sizes.side**2} inputs, batch {sizes.batch}"

@@ -45,6 +45,7 @@ from comparison.one_pass_problems import LanguageModel, TextObjective, resnet
 from comparison.settings import VICRegSettings
 from comparison.vicreg import VICReg
 from data_sets.image_data import ImageData
+from experiment.choices import DEVICE
 from experiment.command_line import UserError, positive_float, run_command
 from experiment.precision import Products, set_tensor_cores
 from kernels.recorded_training import recordings
@@ -216,7 +217,8 @@ class Pairs:
         pixels = torch.randint(256, (10 * batch, 1, side, side), generator=generators(1)[0])
         data = ImageData(pixels.byte().to(device), torch.arange(10 * batch).to(device) % 10, "made")
         network = lateral_mlp(side**2, [256, 32], Activation("sigmoid"), inhibition="none")
-        self.training = VICReg(network, data, 0, VICRegSettings(batch_size=batch), dtype=dtype)
+        settings = VICRegSettings(batch_size=batch)
+        self.training = VICReg(network, data, 0, settings, dtype=dtype, random_numbers=DEVICE)
         if recorded:
             self.training.record = recorder(device)
         self.pairs = None
@@ -228,7 +230,7 @@ class Pairs:
         if self.pairs is None:
             self.training.train_epoch()
         else:
-            self.training.train_on(self.pairs)
+            self.training.train_on(iter(self.pairs), self.steps)
 
     def tensors(self) -> list[Tensor]:
         return [t.detach() for layer in self.training.params for t in layer.values()]
@@ -397,19 +399,19 @@ def differences(device: torch.device) -> dict[str, float]:
     return found
 
 
-def until(end: float, lines: Iterator[Row], kept: list[Row]) -> Iterator[Row]:
+def until(end: float, lines: Iterator[Row], keep: Callable[[Row], None]) -> Iterator[Row]:
     """The rows that begin before this moment, which are also kept."""
     while time.perf_counter() < end:
         row = next(lines, None)
         if row is None:
             return
-        kept.append(row)
+        keep(row)
         yield row
     print("the other rows are left out: no time is left")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the checks and the table, and write both as JSON."""
+    """Print the checks and the table, and write both as JSON after each row."""
     parser = benchmark_parser(__doc__, repeat=3)
     add = parser.add_argument
     add("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
@@ -425,13 +427,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     checked = differences(clock.device)
     for name, difference in checked.items():
         print(f"{name}: {difference:.1e} from the CPU's, float64")
-    kept: list[Row] = []
-    lines = until(begin + arguments.seconds, rows(sizes, arguments.repeat, clock), kept)
+    told = {"device": described(clock.device), "torch": torch.__version__}
+    told |= {"differences": checked, "rows": []}
+
+    def keep(row: Row) -> None:
+        told["rows"].append(asdict(row))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(told, indent=1))
+
+    lines = until(begin + arguments.seconds, rows(sizes, arguments.repeat, clock), keep)
     print_table(lines, clock, "milliseconds of a step")
-    if arguments.json:
-        told = {"device": described(clock.device), "torch": torch.__version__}
-        told |= {"differences": checked, "rows": [asdict(row) for row in kept]}
-        arguments.json.write_text(json.dumps(told, indent=1))
     if max(checked.values()) > LARGEST_DIFFERENCE:
         sys.exit(1)
 

@@ -22,7 +22,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -54,6 +54,7 @@ from krotov_hopfield import (
 )
 
 LARGEST_DIFFERENCE = 1e-8  # relative, in float64
+PRODUCTS = 10  # how often the limit's products are taken in a replay
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,10 @@ def rows_of(name: str, recipe: Recipe, sizes: Sizes, clock: Clock) -> Iterator[R
                 sizes.round_batches,
             )
             ways = products(plain, numbers, recipe.batch_size)
-            limits = clock.in_turns(ways, len(times) - 1)
+            limits = {
+                way: [t / PRODUCTS for t in of_way]
+                for way, of_way in clock.in_turns(ways, len(times) - 1).items()
+            }
             limit, patches = limits["convolutions"], median_text(limits["patches"])
         more = {
             "patches ms": patches, "kernels": kernels[learner],
@@ -251,7 +255,7 @@ def rows_of(name: str, recipe: Recipe, sizes: Sizes, clock: Clock) -> Iterator[R
 
 
 def products(training: LayerwiseTraining, numbers: Sequence[int], size: int) -> dict:
-    """Functions that take the products of a step of these layers, in two ways."""
+    """Functions that take the products of so many steps of these layers, in two ways, replayed."""
     pairs, x = [], training.network.prepared(training.images[:size].float() / 255)
     with torch.no_grad():
         for k, block in enumerate(training.network.blocks, 1):
@@ -260,17 +264,27 @@ def products(training: LayerwiseTraining, numbers: Sequence[int], size: int) -> 
                 pairs.append((layer, layer._padded(layer._inputs(x))))
             x = block(x)
 
-    def convolutions() -> None:
-        for layer, inputs in pairs:
-            currents = layer._respond(inputs, layer.weight, None)
-            layer._correlate(currents, inputs, layer.weight)
+    def convolutions(layer, inputs: Tensor) -> Tensor:
+        return layer._correlate(layer._respond(inputs, layer.weight, None), inputs, layer.weight)
 
-    def patches() -> None:
-        for layer, inputs in pairs:
-            rows = layer._patches(inputs) if inputs.dim() == 4 else inputs
-            layer._correlate(layer._respond(rows, layer._weight_rows(), None), rows, layer.weight)
+    def patches(layer, inputs: Tensor) -> Tensor:
+        rows = layer._patches(inputs) if inputs.dim() == 4 else inputs
+        return layer._correlate(
+            layer._respond(rows, layer._weight_rows(), None), rows, layer.weight
+        )
 
-    return {"convolutions": convolutions, "patches": patches}
+    kind = CudaRecording if x.is_cuda else CalledRecording
+    none = x.new_zeros(())
+
+    def replayed(product: Callable[..., Tensor]) -> Callable[[], object]:
+        def several(_: Tensor) -> list[Tensor]:
+            for _, (layer, inputs) in itertools.product(range(PRODUCTS), pairs):
+                found = product(layer, inputs)
+            return [found]
+
+        return functools.partial(kind(several, [none]), none)
+
+    return {product.__name__: replayed(product) for product in (convolutions, patches)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -300,6 +300,11 @@ class LanguageModel(nn.Module):
 
     def forward(self, words: Tensor) -> Tensor:
         """Logits [streams, vocabulary, length] of the words that follow words [streams, length]."""
+        outputs = self.word_by_word(words) if words.device.type == "cpu" else self.in_waves(words)
+        return self.decoder(outputs).movedim(-1, 1)
+
+    def word_by_word(self, words: Tensor) -> Tensor:
+        """Outputs [streams, length, units] of the last layer; each layer reads each word alone."""
         states = [tuple(layer) for layer in self.hidden.detach().clone()]
         outputs = []
         for step in self.embedding(words).unbind(dim=1):
@@ -309,7 +314,37 @@ class LanguageModel(nn.Module):
                 entering = states[index][0]
             outputs.append(entering)
         self.hidden.copy_(torch.stack([torch.stack(state) for state in states]).detach())
-        return self.decoder(torch.stack(outputs, dim=1)).movedim(-1, 1)
+        return torch.stack(outputs, dim=1)
+
+    def in_waves(self, words: Tensor) -> Tensor:
+        """The same up to rounding, where the number of operations counts rather than their sizes.
+
+        In wave k all layers are one product: layer l reads what is below it of word k - l.
+        """
+        layers, length = len(self.gates), words.shape[1]
+        rows = [
+            torch.cat([x.weight, h.weight, (x.bias + h.bias)[:, None]], 1) for x, h in self.gates
+        ]
+        weights = torch.stack(rows).mT
+        output, cell = self.hidden.detach().clone().unbind(1)
+        ones = torch.ones_like(output[..., :1])
+        entering, outputs = self.embedding(words).unbind(dim=1), []
+        below = output.unbind()
+        for wave in range(length + layers - 1):
+            first, last = max(0, wave - length + 1), min(layers, wave + 1)
+            read = [below[k - 1] if k else entering[wave] for k in range(first, last)]
+            before = [t if last - first == layers else t[first:last]
+                      for t in (weights, output, cell, ones)]  # fmt: skip
+            moved = _cells(torch.stack(read), *before)
+            output, cell = (
+                new if len(new) == layers else torch.cat([old[:first], new, old[last:]])
+                for new, old in zip(moved, (output, cell), strict=True)
+            )
+            below = output.unbind()
+            if last == layers:
+                outputs.append(below[-1])
+        self.hidden.copy_(torch.stack([output, cell], dim=1).detach())
+        return torch.stack(outputs, dim=1)
 
 
 def _lstm_cell(
@@ -318,6 +353,18 @@ def _lstm_cell(
     """The next output and cell state; in plain operations, since vmap can't batch nn.LSTMCell."""
     output, cell = state
     i, f, g, o = (gates[0](entering) + gates[1](output)).chunk(4, dim=1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    return o.sigmoid() * cell.tanh(), cell
+
+
+def _cells(
+    entering: Tensor, weights: Tensor, output: Tensor, cell: Tensor, ones: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The next outputs and cell states [layers, streams, units] of several layers.
+
+    weights: [layers, 2 units + 1, 4 units], of [entering, output, 1].
+    """
+    i, f, g, o = torch.bmm(torch.cat([entering, output, ones], 2), weights).chunk(4, dim=2)
     cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
     return o.sigmoid() * cell.tanh(), cell
 

@@ -27,6 +27,7 @@ from comparison.settings import VICRegSettings
 from comparison.vicreg import VICReg
 from data_sets.views import Views
 from experiment.checkpoints import taking_up_state
+from experiment.choices import DEVICE, HOST
 from experiment.loop import finish_on_interrupt
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, SELECTION
@@ -191,8 +192,12 @@ def vicreg_features(setting: Setting) -> Training:
 
     def trained(model: nn.Module, generator: torch.Generator) -> Params:
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
-        training = VICReg(model, setting.train, seed, VICREG, dtype=setting.dtype)
-        training.record = recordings(setting.train.images.device, warnings.warn)
+        device = setting.train.images.device
+        numbers = DEVICE if device.type == "cuda" else HOST
+        training = VICReg(
+            model, setting.train, seed, VICREG, dtype=setting.dtype, random_numbers=numbers
+        )
+        training.record = recordings(device, warnings.warn)
         while training.epoch < VICREG.epochs:
             training.train_epoch()
         return detached(training.params)

@@ -16,18 +16,20 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from comparison.settings import VICRegSettings
+from data_sets.counted_views import CountedPairs
 from data_sets.image_data import DataError, ImageData
+from data_sets.views import Views
+from experiment.choices import HOST
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
 from kernels.recorded_training import AdamWState, Descent
-from mnist_datasets import pair_batches
 from models_fully_local import Params
 
 EPSILON = 1e-4  # under the square root of a variance: keeps its gradient finite
@@ -87,6 +89,7 @@ class VICReg:
     for a batch size below 2 or above the number of images.
 
     model: called as model(x, params) on float [B, C, H, W], returns [B, D].
+    random_numbers: of the views, from a generator on the host or counted on the data's device.
     params: a list with one dict of tensors per layer, on the data's device, changed in place.
     epoch: the number of passes done. Each pass has its own generator, seeded with (seed, epoch), so
         that a resumed run needs no generator's state.
@@ -104,6 +107,7 @@ class VICReg:
         settings: VICRegSettings = DEFAULTS,
         *,
         dtype: torch.dtype = torch.float32,
+        random_numbers: str = HOST,
     ) -> None:
         if not 2 <= settings.batch_size <= len(data):
             raise DataError(
@@ -111,6 +115,7 @@ class VICReg:
             )
         self.model, self.data, self.seed = model, data, seed
         self.batch_size, self.dtype = settings.batch_size, dtype
+        self.views = Views(data, self.batch_size, dtype=dtype, random_numbers=random_numbers)
         weights = {name: getattr(settings, name) for name in (*TERMS, "hinge")}
         self.loss = partial(vicreg_loss, **weights)
         drawn = uniform_parameters(model, seeded_generator(seed, 0, 0))
@@ -121,7 +126,7 @@ class VICReg:
         self.optimizer = torch.optim.AdamW(
             self._leaves(), settings.lr, weight_decay=settings.weight_decay
         )
-        self.epoch, self._descent = 0, None
+        self.epoch, self._descents = 0, {}
 
     def _leaves(self) -> list[Tensor]:
         return [tensor for layer in self.params for tensor in layer.values()]
@@ -134,17 +139,23 @@ class VICReg:
         """
         begin = time.perf_counter()
         generator = seeded_generator(self.seed, self.epoch, 1)
-        pairs = pair_batches(self.data, self.batch_size, generator, self.dtype)
-        rows = self.train_on(itertools.islice(pairs, len(self.data) // self.batch_size))
+        rows = self.train_on(self.views(generator), len(self.data) // self.batch_size)
         self.epoch += 1
         means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
         return means | {"seconds": time.perf_counter() - begin}
 
-    def train_on(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
-        """A step for each pair of batches; returns their numbers. Raises as `train_epoch`."""
-        if self.record is not None:
-            return self._replay(pairs)
-        return [self._step(*pair) for pair in pairs]
+    def train_on(
+        self, pairs: Iterator[tuple[Tensor, Tensor]], steps: int
+    ) -> list[dict[str, float]]:
+        """So many steps, each on a pair of batches; returns their numbers. Raises as `train_epoch`.
+
+        pairs: of `views`, or of any tensors.
+        """
+        if self.record is None:
+            return [self._step(*pair) for pair in itertools.islice(pairs, steps)]
+        if isinstance(pairs, CountedPairs):  # made within the recordings, from few numbers
+            pairs = pairs.parts_of_tasks([pairs])
+        return self._replay([*itertools.islice(pairs, steps)])
 
     def _step(self, x1: Tensor, x2: Tensor) -> dict[str, float]:
         loss, terms = self.loss(self.model(x1, self.params), self.model(x2, self.params))
@@ -167,17 +178,27 @@ class VICReg:
             )
         return dict(zip(("loss", *terms), values[1:], strict=True))
 
-    def _replay(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
-        """The same steps from recordings; the host waits once, after the last."""
-        if self._descent is None:
-            group = self.optimizer.param_groups[0]
+    def _replay(self, batches: Sequence[tuple | dict]) -> list[dict[str, float]]:
+        """The same steps from recordings; the host waits once, after the last.
+
+        batches: pairs, or the numbers that a maker makes them from, by name.
+        """
+        names = tuple(batches[0]) if isinstance(batches[0], dict) else None
+        if names not in self._descents:
+            group, loss = self.optimizer.param_groups[0], partial(self._loss_of_flat, names)
             rates = group["lr"], group["weight_decay"]
-            self._descent = Descent(self._loss_of_flat, *rates, self.record)
-        state, values = self._descent(self._adamw_state(), pairs)
+            self._descents[names] = Descent(loss, *rates, self.record)
+        given = [[batch[n] for n in names] for batch in batches] if names else batches
+        state, values = self._descents[names](self._adamw_state(), given)
         self._take_up(state)
         return [self._checked(row, TERMS) for row in values.tolist()]
 
-    def _loss_of_flat(self, theta: list[Tensor], pair: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _loss_of_flat(
+        self, names: Sequence[str] | None, theta: list[Tensor], pair: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        if names is not None:
+            made = self.views.maker.make(dict(zip(names, pair, strict=True)))
+            pair = [x.squeeze(0) for x in made]
         parts = iter(theta)
         params = [{name: next(parts) for name in layer} for layer in self.params]
         loss, terms = self.loss(*(self.model(x, params) for x in pair))

@@ -14,8 +14,9 @@ I - J, the Hessian, for all tasks of a meta-step at once. (iMAML; Rajeswaran et 
 negative curvature, they stop one iteration earlier.
 
 Classes are pictures of one kind, turned by 0, 90, 180 or 270 degrees. Test classes are made of
-kinds never seen in training: labels 7, 8, 9 of each data set, or Omniglot's evaluation set. The
+kinds never seen in training: labels 7, 8, 9 of each data set, or other alphabets of Omniglot. The
 example compares adaptation from the learned and from the initial theta on the same tasks.
+examples/omniglot.py has Omniglot as it was published, and is fast on a GPU.
 """
 
 import math
@@ -29,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.func import vmap
 from torch.nn.functional import conv2d, cross_entropy, linear, mse_loss
 
-from data_sets.image_data import DataError, ImageData
+from data_sets.image_data import ImageData
+from data_sets.omniglot import load_omniglot
 from experiment.command_line import (
     UserError,
     common_parser,
@@ -68,7 +69,6 @@ METHODS = {
     "fixed_point": FixedPoint,
 }
 FIRST_HELD_OUT = 7  # the first label of each data set that is kept for testing
-OMNIGLOT = ("omniglot-py/images_background", "omniglot-py/images_evaluation")
 TASKS_AT_ONCE = 16  # when testing
 FEATURE_SCALE = 0.5  # keeps the inner loss's curvature below 2 / rate, so that steps don't diverge
 NO_IMAGES = torch.zeros(0, 1, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
@@ -350,44 +350,18 @@ def load_kinds(args) -> tuple[list[Tensor], list[Tensor], ImageData]:
     if "omniglot" in args.dataset:
         if len(args.dataset) > 1:
             raise UserError("--dataset omniglot stands alone, its characters are divided already")
-        folder = Path(args.data_dir).expanduser()
-        train, test = (read_omniglot(folder / part) for part in OMNIGLOT)
-        source = f"Omniglot in {folder}"
-    else:
-        sets = [load_images(name, args.data_dir)[0] for name in args.dataset]
-        train, test = (
-            [data.images[data.labels == label] for data in sets for label in labels]
-            for labels in (range(FIRST_HELD_OUT), range(FIRST_HELD_OUT, 10))
-        )
-        source = "; ".join(data.source for data in sets)
+        found = load_omniglot(args.data_dir)
+        return [*found.train.images], [*found.test.images], found.pooled()
+    sets = [load_images(name, args.data_dir)[0] for name in args.dataset]
+    train, test = (
+        [data.images[data.labels == label] for data in sets for label in labels]
+        for labels in (range(FIRST_HELD_OUT), range(FIRST_HELD_OUT, 10))
+    )
     kinds = [*train, *test]
     sizes = torch.tensor([len(kind) for kind in kinds])
     labels = torch.arange(len(kinds)).repeat_interleave(sizes)
+    source = "; ".join(data.source for data in sets)
     return train, test, ImageData(torch.cat(kinds), labels, source)
-
-
-def read_omniglot(folder: Path) -> list[Tensor]:
-    """The characters in a folder with torchvision's layout, alphabet/character/*.png, as 28 x 28.
-
-    Ink is bright, as in MNIST. Raises DataError if there are none.
-    """
-    characters = sorted(path for path in folder.glob("*/*") if path.is_dir())
-    if not characters:
-        raise DataError(
-            f"Omniglot is not in {folder}; torchvision.datasets.Omniglot(..., download=True) puts "
-            f"it there, or take --dataset mnist fashion"
-        )
-    return [
-        torch.stack([drawing(path) for path in sorted(character.glob("*.png"))])
-        for character in characters
-    ]
-
-
-def drawing(path: Path) -> Tensor:
-    """uint8 [1, 28, 28] from a file with black ink on white."""
-    with Image.open(path) as image:
-        small = image.convert("L").resize((28, 28), Image.Resampling.BOX)
-    return torch.from_numpy(255 - np.array(small))[None]
 
 
 # ---- the command ----

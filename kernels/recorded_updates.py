@@ -54,6 +54,7 @@ class CudaRecording:
 
     def __init__(self, function: Callable[..., list[Tensor]], examples: Tensors) -> None:
         self.inputs = [t.detach().clone() for t in examples]
+        self.function = function  # a graph does not keep the tensors that its function refers to
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         self.graph = torch.cuda.CUDAGraph()

@@ -213,20 +213,17 @@ class LayerwiseTraining:
         self.closest = list(self.convergence)
         self.without_progress = 0
         self.counted = [0] * len(self.network.blocks)  # batches that count in the schedules
-        self.classifier = self.optimizer = self.best = None
+        self.classifier = self.best = None
+        self.velocities: list[Tensor] = []  # of the classifier's parameters
         self._kept = {}
         self._steps: RecordedSteps | None = None  # of this stage, once they have been recorded
         if self.finished:
             return
         kind, layers = self.stages[self.stage]
         if kind == "classifier":
-            self._begin_classifier(layers[0])
-
-    def _begin_classifier(self, depth: int) -> None:
-        self.classifier = self._make_classifier(depth)
-        self.optimizer = torch.optim.SGD(
-            self.classifier.parameters(), self.recipe.classifier_lr, momentum=MOMENTUM
-        )
+            self.classifier = self._make_classifier(layers[0])
+            # not torch.optim.SGD, which takes seconds to import torch's compiler
+            self.velocities = [torch.zeros_like(p) for p in self.classifier.parameters()]
 
     def _make_classifier(self, depth: int) -> Classifier:
         """A new classifier for the features of the first `depth` layers."""
@@ -464,16 +461,12 @@ class LayerwiseTraining:
 
     def _step_classifier(self, depth: int, rate: float) -> tuple[float, float]:
         """Train for an epoch; returns the means of loss and accuracy over its batches."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         losses, accuracies = [], []
         first = self.done * self.batches_per_epoch
         for batch in range(first, first + self.batches_per_epoch):
-            loss, accuracy = self._classify(depth, *self._drawn(batch), *self._dropout(batch))
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            losses.append(loss.detach())
+            drawn = *self._drawn(batch), *self._dropout(batch)
+            loss, accuracy = self._descend(depth, rate, *drawn)
+            losses.append(loss)
             accuracies.append(accuracy)
         return torch.stack(losses).mean().item(), torch.stack(accuracies).mean().item()
 
@@ -492,21 +485,25 @@ class LayerwiseTraining:
 
     def _recorded_classifier(self, depth: int) -> RecordedSteps:
         """The classifier's steps, which give loss and accuracy, in float64."""
-        parameters, memory = list(self.classifier.parameters()), self.optimizer.state
-        for parameter in parameters:
-            memory[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-        velocities = [memory[parameter]["momentum_buffer"] for parameter in parameters]
 
-        def step(rate: Tensor, *drawn: Tensor) -> Tensor:
-            loss, accuracy = self._classify(depth, *drawn)
-            gradients = torch.autograd.grad(loss, parameters)
-            with torch.no_grad():  # torch.optim.SGD would read the rate from the host
-                for w, v, g in zip(parameters, velocities, gradients, strict=True):
-                    v.mul_(MOMENTUM).add_(g)
+        def step(*drawn: Tensor) -> Tensor:
+            return torch.stack([t.double() for t in self._descend(depth, *drawn)])
+
+        return RecordedSteps(step, [*_state_of(self.classifier), *self.velocities], self.record)
+
+    def _descend(self, depth: int, rate: float | Tensor, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """A step of SGD with momentum; returns loss and accuracy before it."""
+        loss, accuracy = self._classify(depth, *drawn)
+        parameters = list(self.classifier.parameters())
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for w, v, g in zip(parameters, self.velocities, gradients, strict=True):
+                v.mul_(MOMENTUM).add_(g)
+                if isinstance(rate, Tensor):
                     w.addcmul_(v, -rate)
-            return torch.stack([loss.detach().double(), accuracy])
-
-        return RecordedSteps(step, [*_state_of(self.classifier), *velocities], self.record)
+                else:
+                    w.add_(v, alpha=-rate)
+        return loss.detach(), accuracy
 
     def _classify(self, depth: int, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and, in float64, the accuracy on a batch of `_drawn` and `_dropout`."""
@@ -635,7 +632,7 @@ class LayerwiseTraining:
             "reached": self.reached,
             "network": self.network.state_dict(),
             "classifier": self.classifier.state_dict() if busy else None,
-            "optimizer": self.optimizer.state_dict() if busy else None,
+            "velocities": self.velocities,
             "best": self.best,
             "outcomes": self.outcomes,
         })  # fmt: skip
@@ -651,7 +648,8 @@ class LayerwiseTraining:
         self.counted, self.reached = state["counted"], state["reached"]
         if self.classifier is not None:
             self.classifier.load_state_dict(state["classifier"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for velocity, saved in zip(self.velocities, state["velocities"], strict=True):
+                velocity.copy_(saved)
 
 
 def _state_of(module: nn.Module) -> list[Tensor]:

@@ -17,12 +17,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
+from torch.utils._pytree import tree_map
 
 from one_pass.errors import OnePassError
 from one_pass.recorded import RecordedCalls
@@ -299,6 +301,7 @@ class ModuleObjective:
         loss: "mse" (targets as the outputs) or "cross_entropy" (outputs [B, classes, ...], targets
             int64 [B, ...]).
         calls: how computations over all runs are called: at once, or recorded and replayed.
+        drawn: whether the module draws random numbers, once that is known.
     Raises OnePassError for a module without parameters to train and for an unknown loss. Its
     methods
     raise it for a module that draws random numbers in training: a run would depend on the others,
@@ -309,6 +312,7 @@ class ModuleObjective:
     module: nn.Module
     loss: str
     calls: RecordedCalls = field(default_factory=RecordedCalls, compare=False, repr=False)
+    drawn: list[bool] = field(default_factory=list, compare=False, repr=False)
 
     recurrent = False
 
@@ -391,8 +395,12 @@ class ModuleObjective:
         dims = (0, 0, samples, samples, *(0 for _ in vectors))
         arguments = weights, buffers, batch.inputs, batch.targets, *vectors
         name = function.__name__, training, batch.shared
+        over_runs = vmap(function, in_dims=dims)
         try:
-            return self.calls(name, vmap(function, in_dims=dims), arguments)
+            if _without_vmap(weights):
+                self._check_draws_nothing(dims[:3], *arguments[:3])
+                over_runs = partial(_of_one_run, function, dims)
+            return self.calls(name, over_runs, arguments)
         except RuntimeError as problem:
             if "randomness" not in str(problem):
                 raise
@@ -400,6 +408,15 @@ class ModuleObjective:
                 "the module draws random numbers (dropout?), and these would differ with a run's "
                 "neighbours and from gradient to Hessian: leave that out"
             ) from problem
+
+    @torch.no_grad()
+    def _check_draws_nothing(
+        self, dims: tuple, weights: Tensor, buffers: Buffers, inputs: Tensor
+    ) -> None:
+        """Raises RuntimeError as vmap does, once, where a run is then computed without it."""
+        if not self.drawn:
+            vmap(self._outputs, in_dims=dims)(weights, buffers, inputs)
+            self.drawn.append(False)
 
     def _gradient(
         self, flat: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
@@ -450,6 +467,23 @@ class ModuleObjective:
             if hasattr(part, "reset_parameters") and not frozen:
                 part.reset_parameters()
         return torch.cat([p.detach().flatten() for p in self._trained().values()]).double()
+
+
+def _without_vmap(weights: Tensor) -> bool:
+    """Whether there is a single run on a GPU."""
+    return len(weights) == 1 and weights.device.type != "cpu"
+
+
+def _of_one_run(function: Callable, dims: Sequence[int | None], *arguments) -> Any:
+    """What vmap gives for a single run, without what it costs a GPU: operations in place of one.
+
+    dims: 0 for arguments that have a dimension for the run, else None.
+    """
+    of_run = [
+        tree_map(lambda t: t[0], value) if dim == 0 else value
+        for dim, value in zip(dims, arguments, strict=True)
+    ]
+    return tree_map(lambda t: t[None], function(*of_run))
 
 
 @contextmanager

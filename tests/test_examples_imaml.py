@@ -7,11 +7,10 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from commands import kill_at_row, redraw
-from PIL import Image
+from omniglot_files import files, write_folder
 
 from experiment.command_line import run_command
 
@@ -154,24 +153,14 @@ def test_kinds_for_testing_are_never_seen_in_training():
         assert torch.equal(kind, own.images[own.labels == label])
 
 
-def write_omniglot(folder: Path) -> None:
-    """Two alphabets of two characters, five drawings each, in both parts."""
-    for part in example.OMNIGLOT:
-        for number in range(4):
-            character = folder / part / f"alphabet{number // 2}" / f"character{number % 2}"
-            character.mkdir(parents=True)
-            for drawing in range(5):
-                ink = np.full((105, 105), 255, dtype=np.uint8)
-                ink[20 * number : 20 * number + 15] = 0
-                Image.fromarray(ink).convert("1").save(character / f"{drawing}.png")
-
-
 def test_omniglot_is_read_where_it_is(tmp_path):
-    write_omniglot(tmp_path)
+    place = tmp_path / "omniglot-py"
+    write_folder(place / "images_background", files({"a": 2, "b": 2}, 5))
+    write_folder(place / "images_evaluation", files({"c": 2, "d": 2}, 5))
     args = example.make_parser().parse_args(["--dataset", "omniglot", "--data-dir", str(tmp_path)])
     train, test, pool = example.load_kinds(args)
     assert [k.shape for k in (*train, *test)] == [(5, 1, 28, 28)] * 8 and len(pool) == 40
-    assert int(train[0][0, 0, 1, 0]) == 255 and int(train[0][0, 0, 20, 0]) == 0
+    assert int(train[0][4, 0, 1, 0]) == 255 and int(train[0][4, 0, 20, 0]) == 0
     run(*TINY, "--metasteps", 1, "--dataset", "omniglot", "--data-dir", tmp_path, "--queries", 4,
         "--out", tmp_path / "run")  # fmt: skip
     assert "Omniglot" in json.loads((tmp_path / "run" / "results.json").read_text())["data"]

@@ -181,6 +181,28 @@ def test_the_language_model_is_torchs_lstm_and_goes_on_where_it_ended():
     assert torch.allclose(pieces, expected)
 
 
+class InWaves(LanguageModel):
+    """The language model as it is on a GPU."""
+
+    word_by_word = LanguageModel.in_waves
+
+
+@pytest.mark.parametrize("length", [1, 2, 6])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_layers_in_waves_are_layers_word_by_word(layers, length):
+    found, text = [], torch.randint(7, (3, length), generator=torch.Generator().manual_seed(0))
+    for kind in (LanguageModel, InWaves):
+        objective = TextObjective(kind(7, 5, 3, layers).double(), "cross_entropy")
+        generators = [torch.Generator().manual_seed(run) for run in range(2)]
+        weights, buffers = objective.initial(generators)
+        buffers = {name: buffer + 0.3 for name, buffer in buffers.items()}
+        at = objective.linearize(weights, buffers, Batch(text, text, shared=True))
+        product = at.hessian_product(weights)
+        found.append((at.loss, at.gradient, at.buffers["hidden"], product))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-14)
+
+
 def test_a_language_model_is_evaluated_in_the_order_of_the_text():
     objective = TextObjective(LanguageModel(7, 5, 3).double(), "cross_entropy")
     weights, buffers = objective.initial(generators(2))

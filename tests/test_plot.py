@@ -163,6 +163,7 @@ def test_a_run_that_lacks_what_its_figures_show_is_one_line(tmp_path, capsys):
         "evaluate",
         "imaml",
         "logistic_regression",
+        "omniglot",
         "train_krotov_hopfield",
         "tune_one_pass",
         "sweep",

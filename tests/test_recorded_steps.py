@@ -108,6 +108,7 @@ def test_recorded_steps_never_ask_a_device_for_a_number(kind):
     for module in (part.network, part.classifier):
         module.to("meta")
     part.images, part.labels = part.images.to("meta"), part.labels.to("meta")
+    part.velocities = [t.to("meta") for t in part.velocities]
     index = torch.empty(4, dtype=torch.int64, device="meta")
     rates = torch.empty(3, dtype=torch.float64, device="meta")
     crops = [torch.empty(4, 12, dtype=torch.int64, device="meta") for _ in range(2)]

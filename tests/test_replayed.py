@@ -9,9 +9,11 @@ from torch import nn
 from comparison.one_pass_problems import LanguageModel, TextObjective
 from kernels.recorded_updates import CalledRecording
 from one_pass import (
+    Batch,
     FullBatches,
     MLPObjective,
     ModuleObjective,
+    OnePassError,
     ReplayedTuning,
     SequentialBatches,
     Settings,
@@ -19,6 +21,7 @@ from one_pass import (
     Tuning,
     initial_hyperparameters,
     initial_state,
+    objectives,
 )
 
 SIZES = (3, 4, 1)
@@ -181,3 +184,30 @@ def test_windows_that_are_drawn_are_those_that_come_next():
         a, b = one.next(), other.batch(number)
         assert torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets) and b.shared
     assert one.state_dict() == other.state_dict()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_single_run_without_vmap_is_one_with_it(shared, monkeypatch):
+    found, rows = [], (7,) if shared else (1, 7)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*rows, 3, generator=generator, dtype=torch.float64)
+    batch = Batch(x, torch.randint(2, rows, generator=generator), shared)
+    for alone in (False, True):
+        monkeypatch.setattr(objectives, "_without_vmap", lambda weights, alone=alone: alone)
+        objective = ModuleObjective(batch_norm().double(), "cross_entropy")
+        weights, buffers = objective.initial(generators(1))
+        at = objective.linearize(weights, buffers, batch)
+        held_out = objective.held_out(weights, at.buffers, batch)
+        product = at.hessian_product(weights)
+        found.append([at.loss, at.gradient, *at.buffers.values(), product, held_out.gradient])
+    for one, other in zip(*found, strict=True):
+        assert one.shape == other.shape and torch.allclose(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_a_single_run_of_a_module_that_draws_numbers_is_refused(monkeypatch):
+    monkeypatch.setattr(objectives, "_without_vmap", lambda weights: True)
+    objective = ModuleObjective(nn.Sequential(nn.Linear(3, 2), nn.Dropout()), "cross_entropy")
+    weights, buffers = objective.initial(generators(1))
+    batch = Batch(torch.ones(7, 3).double(), torch.zeros(7, dtype=torch.long), shared=True)
+    with pytest.raises(OnePassError, match="the module draws random numbers"):
+        objective.linearize(weights, buffers, batch)

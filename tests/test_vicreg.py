@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from comparison.settings import VICRegSettings
 from comparison.vicreg import EPSILON, TERMS, VICReg, uniform_parameters, vicreg_loss
 from data_sets.image_data import DataError, ImageData
+from experiment.choices import DEVICE
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
 from kernels.recorded_updates import CalledRecording
@@ -249,6 +250,19 @@ def test_replayed_steps_are_those_one_by_one(epochs):
         assert torch.allclose(one, two, rtol=1e-12, atol=1e-15)
         for name, value in plain.optimizer.state[one].items():
             assert_near(other.optimizer.state[two][name], value, 1e-12)
+
+
+def test_replayed_steps_make_their_views_by_counted_numbers():
+    trainings = [
+        VICReg(network(5, 3), images(90), 4, SMALL, dtype=DOUBLE, random_numbers=DEVICE)
+        for _ in range(2)
+    ]
+    trainings[1].record = CalledRecording
+    for _ in range(2):
+        rows = [training.train_epoch() | {"seconds": 0} for training in trainings]
+        assert rows[0] == pytest.approx(rows[1], rel=1e-12)
+    for one, two in zip(*map(leaves, trainings), strict=True):
+        assert torch.allclose(one, two, rtol=1e-12, atol=1e-15)
 
 
 def test_two_recordings_serve_every_epoch():
