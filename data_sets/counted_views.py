@@ -69,15 +69,13 @@ class PairMaker:
     # ---- what is small ----
 
     def parts(self, keys: Tensor) -> Parts:
-        """The numbers of batches with these keys, each tensor [batches, tasks, ...].
+        """The numbers of batches with these keys, int64 [batches, tasks].
 
-        Numbers of a view have a dimension of two after the tasks, and those of an image one for the
-        batch.
-
-        keys: int64 [batches, tasks].
+        Of views they are [batches, 2, tasks, ...], so that each view of a batch is contiguous; of
+        tasks [batches, tasks].
         """
         start, size = self.views.start, self.views.batch_size
-        of_views = fold_in(keys.unsqueeze(-1), torch.arange(2, device=keys.device))
+        of_views = fold_in(keys.unsqueeze(1), torch.arange(2, device=keys.device).unsqueeze(1))
         parts = {}
         if self.geometric and (start.warps or start.jitters):
             columns = count_columns(crops=start.crops, shifts=start.shift > 0)
@@ -123,18 +121,17 @@ class PairMaker:
     def make(self, parts: Parts) -> Pair:
         """A pair of views [tasks, batch, ...] each; of mixed views, each task takes one kind.
 
-        parts: tensors [tasks, ...] of one batch, and its "rows", int64 [tasks, batch].
+        parts: the numbers of one batch, and its "rows", int64 [tasks, batch].
         """
-        rows = parts["rows"].unsqueeze(1).expand(-1, 2, -1)
+        rows = parts["rows"].expand(2, *parts["rows"].shape)
         data = self.data if isinstance(self.data, Tensor) else self.data.images
         stored = data.index_select(0, rows.flatten())
         made = [self._geometric(stored, parts)] if self.geometric else []
         made += [self._masked(stored, parts)] if self.masked else []
         if len(made) == 2:
             chosen = parts["geometric"].view(-1, *[1] * stored.dim())
-            made = [x.unflatten(0, (-1, 2 * rows.shape[2])) for x in made]
-            made = [torch.where(chosen, *made).flatten(0, 1)]
-        first, second = made[0].to(self.views.dtype).unflatten(0, rows.shape).unbind(1)
+            made = [torch.where(chosen, *(x.unflatten(0, rows.shape) for x in made)).flatten(0, 2)]
+        first, second = made[0].to(self.views.dtype).unflatten(0, rows.shape)
         return first, second
 
     def _geometric(self, stored: Tensor, parts: Parts) -> Tensor:
@@ -230,7 +227,7 @@ def thresholds(low_to_high: Tensor, rounding: Tensor, share: tuple[float, float]
 def _words_of_views(begun: Tensor, shape: torch.Size, of_word: int) -> Tensor:
     """Words [views, words] for the numbers of all views together, of which a word has so many.
 
-    begun: states and gammas, int64 [tasks, 2, 2].
+    begun: states and gammas, int64 [2, tasks, 2].
     """
     of_views = begun.flatten(0, 1)
     return counted(of_views.T, -(-shape.numel() // len(of_views) // of_word))

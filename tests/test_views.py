@@ -146,7 +146,7 @@ def test_counted_pairs_of_tasks_are_those_of_each_to_the_last_bit(strengths, see
     next(several[1]), next(alone[1])  # one is ahead
     for pair, _ in zip(several[0].of_tasks(several), range(5), strict=False):
         for view, others in zip(pair, zip(*map(next, alone), strict=True), strict=True):
-            assert view.shape == (3, 2, 3, 8, 8) and view.isfinite().all()
+            assert view.shape == (3, 2, 3, 8, 8) and view.isfinite().all() and view.is_contiguous()
             assert torch.equal(view, torch.stack(others))
 
 
