@@ -781,7 +781,8 @@ class _BoundedStep(torch.autograd.Function):
         decayed = old * (1 - l2) if l2 else old
         new = decayed + delta if kept is None else torch.add(decayed, kept, alpha=size)
         if limit < float("inf"):
-            new.clamp_(-limit, limit)
+            # not in place: compiled by torch 2.11, the gradient would be 0
+            new = new.clamp(-limit, limit)
         ctx.save_for_backward(kept, new if limit < float("inf") else None)
         ctx.bound, ctx.l2, ctx.limit = bound, l2, limit
         return new

@@ -103,7 +103,8 @@ class _LateralDynamics(torch.autograd.Function):
         for j in range(1, steps + 1):
             z = outputs[j if keep else 0]
             activation.of_scaled_(_plus_product(m)(scaled, y, scaled_m_t, out=z))
-            y.lerp_(z, factor)
+            # the last not in place: compiled by torch 2.11, the gradient would be 0
+            y = y.lerp(z, factor) if j == steps else y.lerp_(z, factor)
         if keep:
             ctx.save_for_backward(outputs, m)
             ctx.activation, ctx.factor = activation, factor
