@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from test_optimizees import labelled_images
+from traced import TracedRecording
 
 from experiment.seeds import seeded_generator
 from kernels.recorded_updates import CalledRecording
@@ -86,6 +87,19 @@ def test_replayed_windows_are_those_one_by_one(settings, tasks):
         for one, other in zip(curves, learning[1].deviations[name], strict=True):
             assert torch.allclose(one, other, rtol=1e-10, atol=1e-15)
     assert learning[1].calls.recordings
+
+
+def test_windows_whose_operations_are_frozen_are_those_one_by_one():
+    learning = [training() for _ in range(2)]
+    for each in learning:
+        each.network.double()
+        each.task = make_task("relu3", *labelled_images(60), 10, torch.float64)
+    learning[1].calls.record = TracedRecording
+    for _ in range(2):
+        rows = [numbers(each.train_run()) for each in learning]
+        assert rows[0].keys() == rows[1].keys()
+    for one, other in zip(*(each.network.parameters() for each in learning), strict=True):
+        assert torch.allclose(one, other, rtol=1e-12)
 
 
 def test_a_resumed_run_of_replayed_windows_goes_on_bit_for_bit():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_optimizees import labelled_images
 from torch import nn
+from traced import TracedRecording
 
 from comparison import optimizer_comparison
 from comparison.optimizer_comparison import (
@@ -311,6 +312,15 @@ def test_replayed_trainings_are_those_step_by_step(task, contender, every):
     for name in ("losses", "accuracies", "test_losses", "test_accuracies", "histograms"):
         pair = getattr(plain, name), getattr(replayed, name)
         assert torch.allclose(*pair, rtol=1e-12, equal_nan=True), name
+
+
+@pytest.mark.parametrize("contender", [CONTENDERS[0], baseline("sgd")], ids=lambda c: c.name)
+def test_trainings_whose_operations_are_frozen_are_those_step_by_step(task, contender):
+    plain, replayed = (
+        train_all(contender, task, 11, DRAWS, WEIGHTS, record=record)
+        for record in (None, TracedRecording)
+    )
+    assert torch.allclose(plain.losses, replayed.losses, rtol=1e-12)
 
 
 def test_only_what_is_measured_is_not_replayed(task):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from traced import TracedRecording
 
 from comparison.one_pass_problems import LanguageModel, TextObjective
 from kernels.recorded_updates import CalledRecording
@@ -105,6 +106,17 @@ def test_replayed_steps_are_those_taken_one_by_one(settings, size, counted):
         for a, b in zip(*(getattr(t, samples).state_dict().values() for t in (plain, replayed)),
                         strict=True):  # fmt: skip
             assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+@pytest.mark.parametrize("settings", [METHODS[2], METHODS[4], METHODS[6]], ids=lambda s: s.method)
+def test_steps_whose_operations_are_frozen_are_those_taken_one_by_one(settings):
+    plain, replayed = make(Tuning, settings, 4), make(ReplayedTuning, settings, 4)
+    replayed.calls.record = TracedRecording
+    for steps in (24, 30):
+        plain.advance(steps)
+        replayed.advance(steps)
+    assert replayed.calls.recordings
+    assert_same(plain, replayed)
 
 
 def test_what_is_recorded_serves_all_steps_but_the_first(counted):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
 from torch import Tensor, nn
+from traced import TracedRecording
 
 from comparison.settings import VICRegSettings
 from comparison.vicreg import EPSILON, TERMS, VICReg, uniform_parameters, vicreg_loss
@@ -237,12 +238,13 @@ def replayed(plain: VICReg, record=CalledRecording) -> VICReg:
     return training
 
 
+@pytest.mark.parametrize("record", [CalledRecording, TracedRecording])
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_replayed_steps_are_those_one_by_one(epochs):
+def test_replayed_steps_are_those_one_by_one(epochs, record):
     plain = VICReg(network(5, 3), images(90), 4, SMALL, dtype=DOUBLE)  # 11 steps: ten, and one
     for _ in range(epochs):
         plain.train_epoch()
-    other = replayed(plain)
+    other = replayed(plain, record)
     for _ in range(2):
         rows = [training.train_epoch() for training in (plain, other)]
         assert rows[0] | {"seconds": 0} == pytest.approx(rows[1] | {"seconds": 0}, rel=1e-12)
