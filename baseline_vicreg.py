@@ -12,7 +12,7 @@ the same pairs and the same probe, but a loss and its exact gradient.
 import math
 
 from comparison.settings import VICRegSettings
-from experiment.choices import AUTO, DEVICE, HOST, RANDOM_NUMBERS
+from experiment.choices import HOST, RANDOM_NUMBERS
 from experiment.command_line import (
     common_parser,
     nonnegative_int,
@@ -33,8 +33,8 @@ def make_parser():
     group = parser.add_argument_group("training and loss")
     add_settings(group, VICRegSettings)
     add = group.add_argument
-    add("--random_numbers", choices=RANDOM_NUMBERS, default=AUTO,
-        help="where random numbers of views are made (auto: on a GPU, the device)")  # fmt: skip
+    add("--random_numbers", choices=RANDOM_NUMBERS, default=HOST,
+        help="where random numbers of views are made")  # fmt: skip
     add("--pixelwise_normalization", action="store_true",
         help="give each pixel mean 0 and variance 1")  # fmt: skip
     add = parser.add_argument_group("probe").add_argument
@@ -123,8 +123,6 @@ def main(argv: list[str] | None = None) -> None:
     """Data; network, optimiser and loss; the loop over epochs; the report."""
     args = parse(make_parser(), argv)
     device, dtype = set_up(args)
-    if args.random_numbers == AUTO:  # config.json then says which, for a run that goes on
-        args.random_numbers = DEVICE if device.type == "cuda" else HOST
     train_data, test_data = (d.to(device) for d in load_images(args.dataset, args.data_dir))
     if args.pixelwise_normalization:
         train_data, test_data = normalize_pixels(train_data, test_data)

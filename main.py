@@ -26,7 +26,7 @@ from dataclasses import replace
 from functools import partial
 
 from comparison.choices import BESIDE
-from experiment.choices import AUTO, DEVICE, HOST, RANDOM_NUMBERS, WITH_LATERAL_WEIGHTS
+from experiment.choices import HOST, RANDOM_NUMBERS, WITH_LATERAL_WEIGHTS
 from experiment.command_line import (
     LARGEST_WHOLE,
     SwitchWithNumber,
@@ -182,9 +182,9 @@ def add_inner_training(parser) -> None:
     add("--trainings_below", type=positive_int, metavar="N",
         help="trainings of the layers before the last (default: one for each task)")  # fmt: skip
     add("--batch_size", type=positive_int, default=1024, help="images in a batch")
-    add("--random_numbers", choices=RANDOM_NUMBERS, default=AUTO,
-        help="where random numbers of batches, views and probes are made (auto: on a GPU, the "
-             "device); evaluations always take the host's")  # fmt: skip
+    add("--random_numbers", choices=RANDOM_NUMBERS, default=HOST,
+        help="where random numbers of batches, views and probes are made; evaluations always "
+             "take the host's")  # fmt: skip
     add_settings(group, MetaSettings, INNER_TRAINING)
     add("--compile", action="store_true", help="compile the rule's update (needs a C++ compiler)")
     add("--pixelwise_normalization", action=PixelNormalization, number="center", type=mean_alone,
@@ -947,8 +947,6 @@ def main(argv: list[str] | None = None) -> None:
     args.dataset = args.dataset or "mnist"
     args.outer_images = args.outer_images or default_outer_images(args)
     device, dtype = set_up(args)
-    if args.random_numbers == AUTO:  # config.json then says which, for a run that goes on
-        args.random_numbers = DEVICE if device.type == "cuda" else HOST
     _, processes = place_in_team()
     if args.tasks < processes:
         raise UserError(f"{processes} processes need --tasks {processes} or more, one for each")

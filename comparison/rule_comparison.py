@@ -27,7 +27,6 @@ from comparison.settings import VICRegSettings
 from comparison.vicreg import VICReg
 from data_sets.views import Views
 from experiment.checkpoints import taking_up_state
-from experiment.choices import DEVICE, HOST
 from experiment.loop import finish_on_interrupt
 from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, SELECTION
@@ -193,10 +192,7 @@ def vicreg_features(setting: Setting) -> Training:
     def trained(model: nn.Module, generator: torch.Generator) -> Params:
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         device = setting.train.images.device
-        numbers = DEVICE if device.type == "cuda" else HOST
-        training = VICReg(
-            model, setting.train, seed, VICREG, dtype=setting.dtype, random_numbers=numbers
-        )
+        training = VICReg(model, setting.train, seed, VICREG, dtype=setting.dtype)
         training.record = recordings(device, warnings.warn)
         while training.epoch < VICREG.epochs:
             training.train_epoch()

@@ -10,7 +10,7 @@ MEMORY = ("fit", "keep", "segments", "recompute")
 PRODUCTS = ("float32", "tf32", "bfloat16")
 
 # Where the random numbers of batches and views are made (main.py, data_sets/counted_numbers.py)
-RANDOM_NUMBERS = (AUTO, HOST, DEVICE) = ("auto", "host", "device")
+RANDOM_NUMBERS = (HOST, DEVICE) = ("host", "device")
 
 # linear_probe.py: ProbeLoss, SampledProbeLoss and RidgeLoss; how ProbeLoss is differentiated
 PROBES = ("logistic", "sampled", "ridge")
