@@ -46,6 +46,7 @@ CLASSIFIER = (
     "feature_norm", "dropout", "classifier_epochs", "classifier_lr", "classifier_batch_size",
 )  # fmt: skip
 ORDERS = ("one_by_one", "together")
+DIGITS = ("mnist", "mnist5k")  # which a preset crops, but does not mirror
 OF_BIOPYTORCH = {  # flags of its experiments, and their equivalents here
     "--layers": "--depth", "--random": "--epochs 0", "--data_augment": "--augmentation flip",
     "--restart_db": "another --out of sweep.py",
@@ -164,6 +165,8 @@ def make_recipe(args) -> Recipe:
         layers = [replace(plan, **{name: v}) for plan, v in zip(layers, values, strict=True)]
     given = {field.name: getattr(args, field.name, None) for field in fields(Recipe)}
     given = {name: v for name, v in given.items() if v is not None and name != "layers"}
+    if recipe.augmentation == "flip" and args.dataset in DIGITS:
+        given.setdefault("augmentation", "crop")
     if args.order is not None:
         given["together"] = args.order == "together"
     return replace(recipe, layers=tuple(layers), **given)

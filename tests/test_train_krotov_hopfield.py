@@ -238,3 +238,13 @@ def test_two_thousand_units_reach_a_good_accuracy_on_mnist_within_few_epochs(tmp
     flags = ["--preset", "dense", "--epochs", 20, "--lr", 0.2, "--classifier_epochs", 30]
     run(*flags, "--data-dir", tmp_path / "data", "--quiet", "--out", tmp_path / "run")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["test_accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--dataset", "mnist5k"], "crop"), (["--dataset", "fashion"], "flip"),
+    (["--dataset", "cifar10"], "flip"), (["--dataset", "mnist", "--augmentation", "flip"], "flip"),
+    (["--dataset", "mnist", "--preset", "softhebb"], "none"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else value)  # fmt: skip
+def test_a_preset_does_not_mirror_digits(flags, expected):
+    args = train_krotov_hopfield.make_parser().parse_args(flags)
+    assert train_krotov_hopfield.make_recipe(args).augmentation == expected
