@@ -210,6 +210,7 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
         (["--pull", "0"], "above 0"),
         (["--dataset", "omniglot", "--data-dir", "nowhere"], "Omniglot is not in"),
         (["--dataset", "omniglot", "mnist5k"], "stands alone"),
+        (["--dataset", "mnist5k", "--dataset", "fashion"], "give all values after one"),
         (["--problem", "sinusoid"], "--dataset needs --problem pictures"),
         (["--problem", "sinusoid", "--dataset", "mnist", "fashion", "--ways", "3"], "--ways needs"),
         (["--seed", "9" * 26], "below 2^63"),
