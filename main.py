@@ -233,8 +233,8 @@ def add_probe(parser) -> None:
     add = group.add_argument
     add_settings(group, ProbeSettings)
     add("--objective", type=own_code_name, metavar=FORM,
-        help="a function (model, params, images, labels) that replaces the probe in "
-             "meta-steps")  # fmt: skip
+        help="a function (model, params, images, labels) whose loss replaces the probe's in "
+             "meta-steps; evaluations stay the probe's")  # fmt: skip
     add("--evaluations", type=positive_int, default=5,
         help="trainings with the final rule that evaluate it")  # fmt: skip
     add("--evaluation_steps", type=positive_int, metavar="UPDATES",

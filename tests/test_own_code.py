@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, refused
+from commands import ROOT, refused, rows
 
 import evaluate
 import main
@@ -135,6 +135,8 @@ def test_main_learns_a_rule_of_ones_own_by_an_objective_of_ones_own(tmp_path, fi
     assert json.loads((out / "rule.json").read_text())["rules"][0]["kind"] == "Decay"
     results = json.loads((out / "results.json").read_text())
     assert 0 < results["test_accuracy_mean"] < 1  # the probe judges what came of it
+    spread = max(float(row["meta_loss"]) for row in rows(out))  # of outputs in [0, 1] about 0.5
+    assert spread <= 0.25 < results["evaluations"][0]["meta_loss"] < 2.5  # a cross-entropy
 
     small = ["--steps", "1", "--evaluations", "1", "--quiet", "--no_figures", "--out", judged]
     error = refused(capsys, evaluate.main, out, *small)
