@@ -37,6 +37,7 @@ from pathlib import Path
 
 from comparison.choices import CLASSICAL_NAMES, REFERENCES
 from experiment.command_line import (
+    Once,
     UserError,
     common_parser,
     parse,
@@ -62,7 +63,8 @@ def make_parser():
     group = parser.add_argument_group("what is compared", conflict_handler="resolve")
     add = group.add_argument
     known = (*DATASETS, ROTATED)
-    add("--datasets", "--dataset", nargs="+", type=partial(data_name, known=known), metavar="DATA",
+    add("--datasets", "--dataset", nargs="+", action=Once,
+        type=partial(data_name, known=known), metavar="DATA",
         help=f"images to compare on: {', '.join(known)}, {OWN}")  # fmt: skip
     add("--layers", type=positive_int, nargs="+", action="append", metavar="UNITS",
         help="units of each layer of a network; may be given several times")  # fmt: skip

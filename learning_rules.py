@@ -232,12 +232,14 @@ class TermSumRule(LearningRule):
     ) -> str:
         """The rule as text or LaTeX: a line per parameter, largest terms first, and the step.
 
+        Lateral weights have no line in a rule without terms of them, which leaves them as they are.
+
         effects: from `term_effects`; terms are then sorted by them, and each is followed by its
             effect in brackets.
         max_terms: the most terms to write for each parameter.
         """
         lines = []
-        for group in VARIABLES:
+        for group in self._written():
             texts = self._term_texts(group, effects, latex)
             shown = texts[:max_terms]
             left = len(texts) - len(shown)
@@ -249,7 +251,7 @@ class TermSumRule(LearningRule):
     def tex(self, effects: Mapping[str, float] | None = None) -> str:
         """The whole formula as an align* environment of LaTeX's amsmath."""
         rows = []
-        for group in VARIABLES:
+        for group in self._written():
             texts = self._term_texts(group, effects, latex=True)
             starts = range(0, len(texts), TEX_TERMS)
             lines = [texts[k : k + TEX_TERMS] for k in starts] or [[]]
@@ -257,6 +259,11 @@ class TermSumRule(LearningRule):
             rows.append(rf"\Delta {group} ={{}}& " + " \\\\\n  & {} ".join(written))
         rows += [f"& {text}" for text in self._step_texts(latex=True)]
         return "\\begin{align*}\n" + " \\\\\n".join(rows) + "\n\\end{align*}"
+
+    def _written(self) -> list[str]:
+        """The parameters that have a line in the formula."""
+        has_lateral = any(name.startswith("m/") for name in self.coefficients())
+        return [group for group in VARIABLES if group != "m" or has_lateral]
 
     def _term_texts(
         self, group: str, effects: Mapping[str, float] | None, latex: bool

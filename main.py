@@ -233,8 +233,8 @@ def add_probe(parser) -> None:
     add = group.add_argument
     add_settings(group, ProbeSettings)
     add("--objective", type=own_code_name, metavar=FORM,
-        help="a function (model, params, images, labels) that replaces the probe in "
-             "meta-steps")  # fmt: skip
+        help="a function (model, params, images, labels) whose loss replaces the probe's in "
+             "meta-steps; evaluations stay the probe's")  # fmt: skip
     add("--evaluations", type=positive_int, default=5,
         help="trainings with the final rule that evaluate it")  # fmt: skip
     add("--evaluation_steps", type=positive_int, metavar="UPDATES",
@@ -770,16 +770,6 @@ def make_samples(args, data: ImageData, dtype: torch.dtype) -> Tensor | None:
     return data.floats(slice(args.sample_outputs), dtype) if args.sample_outputs else None
 
 
-def hyperparameters(training: Training) -> dict[str, float]:
-    """Coefficients, initial distribution and learned views, as columns of metrics.csv."""
-    groups = {
-        "coefficient": training.rule.coefficients(),
-        "initial": training.initializer.effective(),
-        "views": training.batches.effective() if isinstance(training.batches, Views) else {},
-    }
-    return {f"{group}/{n}": v for group, values in groups.items() for n, v in values.items()}
-
-
 # ---- report ----
 
 
@@ -912,8 +902,10 @@ def report(
         "beside": others,
     })  # fmt: skip
     log.plot(plot_run)
-    log.say("the rule; in brackets, the size of a term relative to the whole change")
-    log.say(training.rule.formula(effects or None, max_terms=6))
+    formula = training.rule.formula(effects or None, max_terms=6)
+    brackets = "; in brackets, the size of a term relative to the whole change"
+    log.say(f"the rule{brackets if '[' in formula else ''}")
+    log.say(formula)
     log.say(f"everything is in {log.directory}")
     for dataset, features in others.items():
         for name, values in features.items():
@@ -979,7 +971,7 @@ def main(argv: list[str] | None = None) -> None:
     with open_run(args, "main", ImageSets(tuple(data[0] for data in sets)), team) as log:
         for data in sets:
             log.say(data[0].source)
-        recorded = partial(hyperparameters, trainings[0])
+        recorded = trainings[0].hyperparameter_values
         finished = learn(
             args, trainings, log, recorded, make_samples(args, sets[0][0], dtype), team
         )

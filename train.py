@@ -136,6 +136,15 @@ class Training:
             if p.requires_grad
         }
 
+    def hyperparameter_values(self) -> dict[str, float]:
+        """Coefficients, initial distribution and learned views, as columns of metrics.csv."""
+        groups = {
+            "coefficient": self.rule.coefficients(),
+            "initial": self.initializer.effective(),
+            "views": self.batches.effective() if hasattr(self.batches, "effective") else {},
+        }
+        return {f"{group}/{n}": v for group, values in groups.items() for n, v in values.items()}
+
     def begin(self, draw: Draw) -> tuple[Params, Iterator]:
         """The parameters before the graded updates, attached to the initializer, and the batches.
 

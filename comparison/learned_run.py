@@ -37,6 +37,7 @@ from rules import load_rule
 from rules.zoo import Recipe, ZooEntry, load_zoo
 
 PROBE = {"C": 1000.0, "outer_images": 4096}  # the probe that judges rules of the zoo
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 LEFT_OUT = ("--out", "--data-dir", "--resume")  # flags of a command that name places
 
 
@@ -283,10 +284,15 @@ def zoo_entry(
 
 
 def command_text(command_line: Sequence[str]) -> str:
-    """The text of a command without the flags that name places."""
+    """The text of a command without the flags that name places, as typed in this program's folder.
+
+    command_line: as in sys.argv, from anywhere.
+    """
     program, *words = command_line
+    name = Path(program).name
+    script = f"{EXAMPLES.name}/{name}" if (EXAMPLES / name).is_file() else name
     kept = []
     for before, word in zip(["", *words], words, strict=False):
         if word not in LEFT_OUT and before not in LEFT_OUT:
             kept.append(Path(word).name if word.startswith("/") else word)
-    return shlex.join(["python", Path(program).name, *kept])
+    return shlex.join(["python", script, *kept])

@@ -15,7 +15,6 @@ the spread of the initial weights. filters.json, in the form of rules/zoo, holds
 
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -104,15 +103,6 @@ def make_settings(args) -> MetaSettings:
     return settings_of(args, MetaSettings, inner_steps=random_steps(*args.horizon))
 
 
-def hyperparameters(training: Training) -> dict[str, float]:
-    """The rule's coefficients and the initial spread, as columns of metrics.csv."""
-    groups = {
-        "coefficient": training.rule.coefficients(),
-        "initial": training.initializer.effective(),
-    }
-    return {f"{group}/{n}": v for group, values in groups.items() for n, v in values.items()}
-
-
 def zoo_entry(args, log: RunLog, training: Training, data: ImageData) -> ZooEntry:
     """The rule as it is now with all that its use needs, in the form of rules/zoo."""
     first, *_ = read_json(log.directory / "environment.json")  # one entry for each start
@@ -137,7 +127,7 @@ def report(args, log: RunLog, training: Training, data: ImageData) -> None:
 
     Raises NonFiniteError if the rule's numbers overflow; filters.json is then not written.
     """
-    learned = hyperparameters(training)
+    learned = training.hyperparameter_values()
     write_rule(log, training.rule)
     log.write_json("results.json", {"data": data.source, **learned})
     log.plot(plot_run)
@@ -162,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     check_settings(settings, training)
     with open_run(args, "learn_filters", data) as log:
         log.say(f"{len(data):,} images to learn from; {data.source}")
-        recorded = partial(hyperparameters, training)
+        recorded = training.hyperparameter_values
         finished = hypgraddesc(training, settings, log, hyperparameters=recorded).finished
         report(args, log, training, data)
     if not finished:

@@ -41,7 +41,7 @@ from typing import Any, NoReturn
 from experiment.data_names import DATASETS, OWN, data_name
 from experiment.errors import RunLogError, WrongInputError
 from experiment.own_code import FLAGS as CODE
-from experiment.own_code import is_own_code
+from experiment.own_code import is_own_code, own_errors_told
 from experiment.run_reader import read_config
 from experiment.screen import mute_broken_streams, repair_streams, show
 
@@ -143,6 +143,20 @@ class OneOrMore(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class Once(argparse.Action):
+    """An action that stores its value, and refuses to be given a second time.
+
+    The parser must be a OneLineParser.
+    """
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if self.dest in parser.given_once:
+            several = ", give all values after one" if self.nargs == "+" else ""
+            parser.error(f"argument {option_string}: taken once here, but given twice{several}")
+        parser.given_once.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class SwitchWithNumber(argparse.Action):
     """A switch that may be followed by the number of another flag: --sparsify, --sparsify 100.
 
@@ -176,7 +190,7 @@ def common_parser(
         add("--dataset", type=data_name, action=OneOrMore, metavar="DATA",
             help=f"{images} (default: mnist); may be repeated")  # fmt: skip
     else:
-        add("--dataset", type=data_name, default="mnist", metavar="DATA", help=images)
+        add("--dataset", type=data_name, action=Once, default="mnist", metavar="DATA", help=images)
     add("--data-dir", "--data_dir", type=Path, default="data", metavar="DIR",
         help="folder of the data sets")  # fmt: skip
     return parser
@@ -286,7 +300,8 @@ def run_command(
     """Run a command's `main(argv)` and turn the errors that end it early into an exit status.
 
     One line on stderr and status 2: wrong input, a file that can't be read or written, too little
-    memory. One line and 1: numbers that are not finite, the loss of another process of the team.
+    memory; below its traceback, an error in code of your own (experiment/own_code.py). One line and
+    1: numbers that are not finite, the loss of another process of the team.
     Nothing and 1: a pipe closed by its reader. One line and 130: Ctrl-C. Every other error keeps
     its traceback.
 
@@ -295,7 +310,8 @@ def run_command(
     """
     repair_streams()
     try:
-        main(argv)
+        with own_errors_told():
+            main(argv)
         sys.stdout.flush()
     except BrokenPipeError:
         sys.exit(1)
@@ -441,6 +457,11 @@ def check_whole(name: str, value: Any) -> None:
 
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser that reports errors in one line and limits whole numbers (AT_MOST)."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Like argparse's; `given_once` begins empty."""
+        self.given_once: set[str] = set()
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())

@@ -12,15 +12,20 @@ import argparse
 import hashlib
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from experiment.errors import WrongInputError
+from experiment.screen import show
 
 FLAGS = ("rule", "objective")  # that may name such code
 FORM = "FILE.py:NAME"
+MODULE = "own_code_"  # begins the names of the modules that are made of such files
 
 
 class OwnCodeError(WrongInputError):
@@ -63,7 +68,7 @@ def load_own_code(text: str) -> OwnCode:
     file, _, name = text.rpartition(":")
     path = Path(file)
     content = path.read_bytes()
-    spec = spec_from_file_location(f"own_code_{path.stem}", path)
+    spec = spec_from_file_location(f"{MODULE}{path.stem}", path)
     module = module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses and pickle look for a class's module
     if str(path.parent) not in sys.path:
@@ -75,6 +80,37 @@ def load_own_code(text: str) -> OwnCode:
     if not hasattr(module, name):
         raise OwnCodeError(f"{path} defines no {name}")
     return OwnCode(getattr(module, name), hashlib.sha256(content).hexdigest())
+
+
+@contextmanager
+def own_errors_told() -> Iterator[None]:
+    """Show the traceback of an error that arises in such code, from there on, and end in one line.
+
+    Raises OwnCodeError, which names the file, the function and the error. Wrong input, numbers that
+    are not finite and closed pipes pass: commands know how to end with them.
+    """
+    try:
+        yield
+    except (WrongInputError, FloatingPointError, BrokenPipeError):
+        raise
+    except Exception as error:
+        own = _frames_of_own_code(error)
+        if not own:
+            raise
+        code = own[-1].tb_frame.f_code
+        show("".join(traceback.format_exception(type(error), error, own[0])).rstrip(), sys.stderr)
+        place = f"{code.co_filename}, line {own[-1].tb_lineno}, in {code.co_qualname}"
+        raise OwnCodeError(f"{place}: {_said(error)}") from error
+
+
+def _frames_of_own_code(error: BaseException) -> list[TracebackType]:
+    """The frames of an error's traceback that run such code, the outermost first."""
+    frames, step = [], error.__traceback__
+    while step is not None:
+        if step.tb_frame.f_globals.get("__name__", "").startswith(MODULE):
+            frames.append(step)
+        step = step.tb_next
+    return frames
 
 
 def _line_of(error: BaseException, path: Path) -> str:

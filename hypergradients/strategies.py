@@ -23,7 +23,7 @@ from hypergradients.errors import HypergradientError
 from hypergradients.replays import Moment, buffers_kept
 from hypergradients.update_maps import OuterLoss, Point, Tree, UpdateMap, advance
 
-SMALLEST_SIGMA = 1e-30  # differences of losses are divided by it, once
+SMALLEST_SIGMA, LARGEST_SIGMA = 1e-30, 1e30  # differences of losses are divided by it, once
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,12 @@ def persistent_evolution_strategies(
     pairs: the state of the trajectories, which is Pairs.start(...) at first.
     update_maps: those of this unroll. The other arguments are those of `evolution_strategies`.
     """
-    if not SMALLEST_SIGMA <= sigma <= 1 / SMALLEST_SIGMA or not update_maps:
+    if not SMALLEST_SIGMA <= sigma <= LARGEST_SIGMA:
         raise HypergradientError(
-            f"sigma must be from {SMALLEST_SIGMA:g} to {1 / SMALLEST_SIGMA:g} and update_maps not "
-            f"empty, got {sigma} and {len(update_maps)} maps"
+            f"sigma must be from {SMALLEST_SIGMA:g} to {LARGEST_SIGMA:g}, got {sigma:g}"
         )
+    if not update_maps:
+        raise HypergradientError("update_maps must not be empty")
     point = Point(pairs.above[0], hparams)
     total = [torch.zeros_like(h) for h in point.hparams]
     above, below, sums = [], [], []

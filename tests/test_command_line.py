@@ -113,6 +113,20 @@ def test_a_flag_that_may_be_given_again_is_one_value_or_a_list(tmp_path, capsys)
         assert said in capsys.readouterr().err
 
 
+def test_where_one_data_set_is_taken_a_second_is_refused(tmp_path, capsys):
+    parser = common_parser("d", "demo")
+    assert parse(parser, []).dataset == "mnist"
+    for second in ("mnist", "fashion"):
+        with pytest.raises(SystemExit) as stop:
+            parse(parser, ["--dataset", "mnist", "--dataset", second])
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and line.count("\n") == 1
+        assert "argument --dataset: taken once here, but given twice" in line
+    args = parse(parser, ["--dataset", "fashion", "--out", str(tmp_path / "run")])
+    open_run(args, "demo").close()
+    assert parse(parser, ["--resume", str(tmp_path / "run")]).dataset == "fashion"
+
+
 def test_dashes_and_underscores_are_one():
     for flag in ("--data-dir", "--data_dir"):
         assert parse(some_parser(), ["1", flag, "elsewhere"]).data_dir == Path("elsewhere")

@@ -142,6 +142,7 @@ def test_an_interrupted_run_ends_cleanly_with_what_it_has_and_status_130(runs, t
         (["--rules", "ojas"], "oja"),
         (["--references", "lda"], "pca"),
         (["--datasets", "svhn"], "mnist"),
+        (["--datasets", "mnist", "--datasets", "fashion"], "give all values after one"),
         (["--rules", "oja", "oja"], "oja would name several rows"),
     ],
     ids=" ".join,

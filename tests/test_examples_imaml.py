@@ -17,7 +17,8 @@ from experiment.command_line import run_command
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "imaml.py"
 TINY = ["--threads", "1", "--quiet", "--tasks", "2", "--test_tasks", "3", "--steps", "2"]
-PICTURES = [*TINY, "--dataset", "mnist5k", "--metasteps", "2", "--queries", "2"]
+FEW = [*TINY, "--metasteps", "2", "--queries", "2"]
+PICTURES = [*FEW, "--dataset", "mnist5k"]
 WAVES = [*TINY, "--problem", "sinusoid", "--metasteps", "3"]
 
 spec = importlib.util.spec_from_file_location("example_of_imaml", SCRIPT)
@@ -210,6 +211,7 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
         (["--pull", "0"], "above 0"),
         (["--dataset", "omniglot", "--data-dir", "nowhere"], "Omniglot is not in"),
         (["--dataset", "omniglot", "mnist5k"], "stands alone"),
+        (["--dataset", "mnist5k", "--dataset", "fashion"], "give all values after one"),
         (["--problem", "sinusoid"], "--dataset needs --problem pictures"),
         (["--problem", "sinusoid", "--dataset", "mnist", "fashion", "--ways", "3"], "--ways needs"),
         (["--seed", "9" * 26], "below 2^63"),
@@ -217,7 +219,8 @@ def test_a_run_killed_and_resumed_ends_as_one_never_killed(tmp_path):
 )
 def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):
     with pytest.raises(SystemExit) as stop:
-        run_command(example.main, [*PICTURES, *flags, "--out", str(tmp_path / "run")])
+        few = FEW if "--dataset" in flags else PICTURES
+        run_command(example.main, [*few, *flags, "--out", str(tmp_path / "run")])
     assert stop.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and message in lines[0], lines

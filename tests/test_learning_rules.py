@@ -511,7 +511,7 @@ def test_everything_may_be_removed():
     for tensor, old in zip(tensors_of(new), tensors_of(params), strict=True):
         assert torch.equal(tensor, old)
     assert rule.coefficients() == {}
-    assert rule.formula() == "Δw = 0\nΔb = 0\nΔm = 0"
+    assert rule.formula() == "Δw = 0\nΔb = 0"
 
 
 def test_per_layer_masks_reach_their_rule():
@@ -562,6 +562,13 @@ def test_the_formula_names_the_largest_terms_first():
     assert example_rule().formula() == expected
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_formula_speaks_of_lateral_weights_where_the_rule_has_terms_of_them(kind):
+    with_m, without = (kind.of_degree(2, lateral=lateral) for lateral in (True, False))
+    assert with_m.formula() == "Δw = 0\nΔb = 0\nΔm = 0" and r"\Delta m" in with_m.tex()
+    assert without.formula() == "Δw = 0\nΔb = 0" and r"\Delta m" not in without.tex()
+
+
 def test_the_formula_counts_the_terms_left_out():
     lines = example_rule().formula(max_terms=1).splitlines()
     assert lines[0] == "Δw = - 0.5 y^2 w + ... (1 smaller terms)"
@@ -579,7 +586,8 @@ def test_latex_names_the_largest_terms_first():
 def test_every_formula_lists_the_terms_by_size(rule, seed):
     filled(rule, seed)
     for latex in (False, True):
-        for line, group in zip(rule.formula(latex=latex).splitlines(), "wbm", strict=True):
+        groups = "wbm" if rule.m.numel() or rule.diagonal.numel() else "wb"
+        for line, group in zip(rule.formula(latex=latex).splitlines(), groups, strict=True):
             numbers = r"(\d\.\d\d) \\cdot 10\^\{(-?\d+)\}" if latex else r"[+-] (\S+)"
             parts = re.findall(numbers, re.sub(r"= (?=\d)", "= + ", line))
             sizes = [float("e".join(p)) if latex else float(p) for p in parts]
@@ -1092,9 +1100,7 @@ def test_tex_is_an_environment_with_every_term_once():
 
 def test_tex_of_a_rule_without_terms_is_zero_and_of_several_layers_a_block_each():
     empty = PolynomialRule({"w": [(1, 0, 1, 0)]})
-    assert empty.tex().splitlines()[1:-1] == [
-        r"\Delta w ={}& 0 \\", r"\Delta b ={}& 0 \\", r"\Delta m ={}& 0",
-    ]  # fmt: skip
+    assert empty.tex().splitlines()[1:-1] == [r"\Delta w ={}& 0 \\", r"\Delta b ={}& 0"]
     both = PerLayerRule([example_rule(), example_rule()])
     assert both.tex() == f"Layer 1:\n{example_rule().tex()}\nLayer 2:\n{example_rule().tex()}"
 

@@ -82,6 +82,17 @@ def test_rules_of_unit_statistics_have_defaults_of_their_own_and_end_beside_refe
     assert "test accuracy" in last and "+-" in last and "3 steps each" in last
 
 
+@pytest.mark.parametrize("flags, said, not_said", [
+    (["--rule", "krotov_hopfield"], "the rule\n", "in brackets"),
+    (["--inhibition", "none"], "the rule; in brackets, the size of a term", "Δm"),
+    ([], "Δm = ", "the rule\n"),
+])  # fmt: skip
+def test_the_rule_is_told_without_lines_that_say_nothing(tmp_path, flags, said, not_said):
+    run(4, *TINY, *flags, "--out", tmp_path / "run")
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert said in log and not_said not in log
+
+
 def test_a_killed_run_of_unit_statistics_goes_on_to_the_same_numbers(tmp_path):
     flags = [*STATISTICS, "--metasteps", "12", "--start_from", "mnist32", "--beside"]
     run(6, *flags, "--out", tmp_path / "whole")

@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, refused
+from commands import ROOT, refused, rows
 
 import evaluate
 import main
 import sweep
+from experiment.command_line import run_command
 from experiment.own_code import OwnCodeError, load_own_code, own_code_name
 from learning_rules import RuleError
 from linear_probe import FunctionLoss, ProbeError
@@ -134,6 +135,8 @@ def test_main_learns_a_rule_of_ones_own_by_an_objective_of_ones_own(tmp_path, fi
     assert json.loads((out / "rule.json").read_text())["rules"][0]["kind"] == "Decay"
     results = json.loads((out / "results.json").read_text())
     assert 0 < results["test_accuracy_mean"] < 1  # the probe judges what came of it
+    spread = max(float(row["meta_loss"]) for row in rows(out))  # of outputs in [0, 1] about 0.5
+    assert spread <= 0.25 < results["evaluations"][0]["meta_loss"] < 2.5  # a cross-entropy
 
     small = ["--steps", "1", "--evaluations", "1", "--quiet", "--no_figures", "--out", judged]
     error = refused(capsys, evaluate.main, out, *small)
@@ -174,6 +177,52 @@ def test_wrong_uses_are_refused_before_a_folder_is_made(tmp_path, file, capsys, 
     out = tmp_path / "run"
     assert message in refused(capsys, main.main, *SMALL, *flags, "--out", out)
     assert not out.exists()
+
+
+WRONG = """
+from learning_rules import LearningRule
+
+def halved(loss):
+    return loss / 0
+
+def objective(model, params, images, labels):
+    return halved(3)
+
+class Rule(LearningRule):
+    def update_layer(self, layer, old, x, s, y):
+        return old | {"w": old["w"] + x[0] @ y[0]}
+
+class Absent(LearningRule):
+    def update_layer(self, layer, old, x, s, y):
+        open("/nowhere/at/all")
+"""
+
+
+@pytest.mark.parametrize("flags, place, error", [
+    (["--objective", "objective"], "line 5, in halved", "ZeroDivisionError: division by zero"),
+    (["--rule", "Rule"], "line 12, in Rule.update_layer", "RuntimeError: mat1 and mat2 shapes"),
+    (["--rule", "Absent"], "line 16, in Absent.update_layer", "FileNotFoundError: [Errno 2] No"),
+])  # fmt: skip
+def test_an_error_in_code_of_ones_own_ends_in_one_line_below_its_traceback(
+    tmp_path, file, capsys, flags, place, error
+):
+    file.write_text(WRONG)
+    flags = [flags[0], f"{file}:{flags[1]}"]
+    with pytest.raises(SystemExit) as stop:
+        run_command(main.main, [*SMALL, *flags, "--out", str(tmp_path / "run")])
+    first, *traced, last = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and last.startswith(f"error: {file}, {place}: {error}")
+    assert first.startswith("Traceback") and str(file) in traced[0]  # not that of this program
+
+
+def test_other_errors_keep_their_whole_traceback(tmp_path, file, monkeypatch):
+    def broken(*_):
+        raise KeyError("a mistake in this program")
+
+    monkeypatch.setattr(main, "make_initializer", broken)
+    with pytest.raises(KeyError, match="a mistake"):
+        flags = ["--rule", f"{file}:Decay", "--out", str(tmp_path / "run")]
+        run_command(main.main, [*SMALL, *flags])
 
 
 def test_a_rule_that_writes_into_what_it_was_given_changes_nothing_else(tmp_path, file):

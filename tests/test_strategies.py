@@ -111,9 +111,13 @@ def test_wrong_use_gets_one_line():
     start, hparams = problem()
     with pytest.raises(HypergradientError, match="pairs must be at least 1, got 0"):
         evolution_strategies(start, hparams, [step], loss, 0.1, 0, seeded())
-    for sigma, maps in ((0.0, [step]), (float("inf"), [step]), (1e-300, [step]), (0.1, [])):
-        with pytest.raises(HypergradientError, match="sigma must be from 1e-30 to 1e"):
-            evolution_strategies(start, hparams, maps, loss, sigma, 2, seeded())
+    for sigma in (0.0, float("inf"), 1e-300, 1.001e30):
+        with pytest.raises(HypergradientError, match=r"sigma must be from 1e-30 to 1e\+30, got"):
+            evolution_strategies(start, hparams, [step], loss, sigma, 2, seeded())
+    for sigma in (1e-30, 1e30):  # the limits themselves are taken
+        evolution_strategies(start, hparams, [step], loss, sigma, 2, seeded())
+    with pytest.raises(HypergradientError, match="update_maps must not be empty"):
+        evolution_strategies(start, hparams, [], loss, 0.1, 2, seeded())
     with pytest.raises(HypergradientError, match="requires_grad"):
         evolution_strategies(start, [h.detach() for h in hparams], [step], loss, 0.1, 2, seeded())
 

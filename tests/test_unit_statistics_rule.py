@@ -479,7 +479,8 @@ def test_every_preset_is_read_back_and_written_as_formula(name):
     rule = preset(name).double()
     assert rule_from_dict(json.loads(json.dumps(rule.to_dict()))).to_dict() == rule.to_dict()
     lines = rule.formula().splitlines()
-    assert [line[:2] for line in lines] == ["Δw", "Δb", "Δm", "w_"]
+    lateral = ["Δm"] if rule.terms["m"] else []
+    assert [line[:2] for line in lines] == ["Δw", "Δb", *lateral, "w_"]
     for line in rule.tex().splitlines()[1:-1]:
         MathTextParser("agg").parse(f"${line.removesuffix(chr(92) * 2).replace('&', '')}$")
 

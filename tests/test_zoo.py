@@ -10,7 +10,7 @@ from commands import refused
 
 import evaluate
 import main
-from comparison.learned_run import load_run, zoo_entry
+from comparison.learned_run import command_text, load_run, zoo_entry
 from experiment.view_strengths import ViewStrengths
 from learning_rules import PerLayerRule, RuleError, classical_rule
 from rules import choices, load_zoo, names, save_zoo
@@ -162,6 +162,14 @@ def test_a_run_is_kept_with_its_command_and_wins_over_a_name(a_zoo, tmp_path, mo
         assert by_name.config[name] == run.config[name], name
     for p, q in zip(by_name.rule.parameters(), run.rule.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("folder", ["", "examples/", "./examples/", "/somewhere/"])
+def test_a_command_is_told_as_it_is_typed_in_this_programs_folder(folder):
+    line = [f"{folder}learn_filters.py", "--out", "a", "--dataset", "/home/me/my photos"]
+    told = "python examples/learn_filters.py --dataset 'my photos'"
+    assert command_text(line) == told
+    assert command_text([f"{folder}main.py", "32"]) == "python main.py 32"
 
 
 def test_what_is_not_for_the_zoo_is_refused(a_zoo, capsys):
