@@ -551,9 +551,11 @@ class _LocalPolynomials(torch.autograd.Function):
             correlations, pre_sums = _over_the_batch(plan, combined, weight, inputs, place)
             delta = torch.zeros_like(weight)
             sums = mixed(rows, post_sums), mixed(columns, pre_sums)
-            for factor in reversed(_factors(correlations, *sums)):
+            first, *higher = _factors(correlations, *sums)
+            for factor in reversed(higher):
                 delta.mul_(weight).add_(factor)
-            deltas.append(delta)
+            # not in place: compiled by torch 2.11, the gradient would be 0
+            deltas.append(delta.mul_(weight).add(first))
             correlations[0] = None  # the gradient doesn't need it, because it multiplies w^0
             kept += [*matrices, pre_sums, *correlations]
         ctx.joint, ctx.windows = joint, windows
