@@ -243,6 +243,9 @@ def make_parser():
 def check(args, characters: Sequence[Characters]) -> None:
     """Raise UserError if there are too few characters or drawings for the tasks."""
     fewest = min(len(part) for part in characters)
+    for flag, least, why in (("ways", 2, "to tell apart"), ("test_tasks", 2, "for a deviation")):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} {getattr(args, flag)}: it takes {least} {why}")
     if args.ways > fewest:
         raise UserError(f"--ways {args.ways}: there are {fewest} characters for training or tests")
     drawings = characters[0].images.shape[1]

@@ -146,6 +146,8 @@ def test_what_cannot_be_recorded_is_called_with_one_line_that_says_why():
     ("flags", "message"),
     [
         (["--ways", 4], "there are 3 characters for training or tests"),
+        (["--ways", 1], "it takes 2 to tell apart"),
+        (["--test_tasks", 1], "it takes 2 for a deviation"),
         (["--shots", 3], "there are 4 drawings of a character"),
         (["--method", "first_order"], "--K needs --method implicit"),
         (["--method", "first_order", "--K", 5, "--damping", 0], "--damping needs --method"),
