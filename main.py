@@ -291,6 +291,7 @@ if __name__ == "__main__":
 import torch
 from torch import Generator, Tensor, nn
 
+from comparison.kept_references import KeptReferences
 from comparison.learned_run import LearnedRun, load_run, steps_to_judge
 from comparison.references import beside
 from comparison.references import trainings as count_trainings
@@ -849,10 +850,14 @@ def judge_references(
                 title, *images, tuple(args.layers), args.C, args.outer_images,
                 args.evaluation_batch_size or args.batch_size,
             )  # fmt: skip
+            amount = {"draws": draws, "steps": steps, "seed": args.seed}
+            kept = KeptReferences(setting, **amount)
             judged[title] = beside(
-                args.beside, judged_training(args, training, data), setting,
-                draws=draws, steps=steps, seed=args.seed, advance=lambda: progress.advance(None),
+                args.beside, judged_training(args, training, data), setting, **amount,
+                kept=kept, advance=lambda: progress.advance(None),
             )  # fmt: skip
+            if kept.given:
+                log.say(f"{title}: {', '.join(kept.given)} as an earlier run has found them")
     return judged
 
 

@@ -7,13 +7,15 @@ pca                 as many principal components
 oja, sanger         these rules, at the best of a few rates on held-out training images
 latent-predictive   the fixed rule of unit statistics with the constants of its authors' model
 
-With fewer images than a batch of the fixed rule, all of them are its batch.
+With fewer images than a batch of the fixed rule, all of them are its batch. All but the random
+features are the same for every learned rule, and kept for later runs (kept_references.py).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+from comparison.kept_references import KeptReferences
 from comparison.learned_run import load_run
 from comparison.rule_comparison import (
     Method,
@@ -26,6 +28,7 @@ from comparison.rule_comparison import (
 from rules.choices import zoo_path
 from train import Training
 
+RANDOM = "random"
 FIXED_RULE = "latent-predictive"  # its name in the zoo
 RATES = {"oja": (1e-3, 3e-3, 1e-2), "sanger": (1e-2, 3e-2, 1e-1)}  # per batch, of centred pixels
 
@@ -38,6 +41,7 @@ def beside(
     draws: int,
     steps: int,
     seed: int,
+    kept: KeptReferences | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """The test accuracies of each reference, one for each draw that stayed finite.
@@ -47,19 +51,27 @@ def beside(
     setting: the images, without normalisation, the layers and the probe for all other references.
     draws: the number of trainings of each reference.
     steps: the number of updates of the references that are trained.
-    advance: called after each training.
+    kept: what earlier runs have found for this setting, draws, steps and seed; is added to.
+    advance: called after each training, also where its result was kept.
     """
-    comparison = RuleComparison(
-        {name: _method(name, training) for name in names}, [setting], [steps], draws, seed
-    )
+    shared = [name for name in names if name != RANDOM] if kept else []
+    found = {name: kept.read(name) for name in shared}
+    found = {name: values for name, values in found.items() if values is not None}
+    for _ in range(trainings(list(found), draws)):
+        advance()
+    methods = {name: _method(name, training) for name in names if name not in found}
+    comparison = RuleComparison(methods, [setting], [steps], draws, seed)
     for _ in comparison.run():
         advance()
     judged = [row for row in comparison.rows if not row["held_out"]]
-    return {
-        name: [row["test_accuracy"] for row in judged
-               if row["method"] == name and row["test_accuracy"] == row["test_accuracy"]]
-        for name in names
-    }  # fmt: skip
+    for name in methods:
+        found[name] = [
+            row["test_accuracy"] for row in judged
+            if row["method"] == name and row["test_accuracy"] == row["test_accuracy"]
+        ]  # fmt: skip
+        if name in shared:
+            kept.write(name, found[name])
+    return {name: found[name] for name in names}
 
 
 def trainings(names: Sequence[str], draws: int) -> int:
@@ -68,7 +80,7 @@ def trainings(names: Sequence[str], draws: int) -> int:
 
 
 def _method(name: str, training: Training) -> Method:
-    if name == "random":
+    if name == RANDOM:
         return Method(lambda setting: replace(training), has_steps=False)
     if name == "pca":
         return Method(pca_features, has_steps=False)

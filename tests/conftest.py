@@ -10,13 +10,16 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # numba's would become torch's 
 import pytest
 
 import mnist_datasets
+from comparison import kept_references
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quick():
+def quick(tmp_path_factory):
     """Nothing here is meant to outlive a loss of power; tests of a full disk patch fsync again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
+        # neither read what runs of this user have kept nor add to it
+        patch.setattr(kept_references, "FOLDER", tmp_path_factory.mktemp("kept"))
         digits = functools.cache(mnist_datasets._embedded_digits)
         patch.setattr(mnist_datasets, "_embedded_digits", digits)
         yield
