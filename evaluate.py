@@ -316,7 +316,8 @@ def report(log: RunLog, comparison: RuleComparison) -> None:
     if summary:
         log.plot(plot_evaluation_run)
         trainings = counted_trainings(comparison.draws)
-        log.say(f"test accuracy, mean ± sample deviation over {trainings}")
+        spread = ", mean ± sample deviation over" if comparison.draws > 1 else " of"
+        log.say(f"test accuracy{spread} {trainings}")
         for line in aligned(table_cells(summary, comparison.draws)):
             log.say(line)
 

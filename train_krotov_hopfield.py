@@ -251,7 +251,8 @@ def report(training: LayerwiseTraining, recipe: Recipe, test_data, log: RunLog) 
             f"{row['parameters']:,} parameters"
         )
     if None not in convergence:
-        log.say("convergence by layer: " + ", ".join(f"{value:.3g}" for value in convergence))
+        values = ", ".join(f"{value:.3g}" for value in convergence)
+        log.say(f"convergence by layer, of the unit farthest from rest: {values}")
 
 
 def file_of(network: nn.Sequential) -> bytes:
