@@ -49,7 +49,7 @@ from benchmarks.table import (
 )
 from data_sets.image_data import ImageData
 from data_sets.views import Views
-from experiment.choices import DEVICE, HOST
+from experiment.choices import DEVICE, HOST, RANDOM_NUMBERS
 from experiment.command_line import UserError, run_command
 from experiment.meta_settings import MetaSettings
 from experiment.view_strengths import ViewStrengths
@@ -61,11 +61,11 @@ from kernels.recorded_updates import Recording, recording_for
 from kernels.task_products import contracted
 from krotov_hopfield import KrotovHopfieldNetwork, LayerPlan, LayerwiseTraining, Recipe
 from learning_rules import LearningRule, PolynomialRule
-from linear_probe import ProbeLoss
+from linear_probe import ProbeLoss, RidgeLoss
 from meta_gradients import Recorder, Reverse
 from mnist_datasets import batches
 from models_fully_local import Activation, Params, Sequential, lateral_mlp
-from rules.unit_statistics import default_rule
+from rules.unit_statistics import default_rule, preset
 from train import Draw, Training
 
 KINDS = ("cubic", "pairs")
@@ -495,6 +495,45 @@ def differences_of_views(sizes: Sizes, device: torch.device) -> dict[str, float]
     }
 
 
+def differences_of_meta_steps(sizes: Sizes, device: torch.device) -> dict[str, float]:
+    """The largest relative difference of meta-steps' hypergradients to the CPU's, in float64.
+
+    Each is of three tasks, replayed through pairs of views, whose numbers of updates differ; the
+    next one replays the same recordings.
+    """
+    data = made_images(replace(sizes, images=200), torch.device("cpu"))
+
+    def found(device: torch.device, numbers: str, recorder: Recorder | None) -> list:
+        training = small_training(data.to(device), numbers)
+        found, method = [], Reverse(memory="keep")
+        for metastep in range(3):
+            draws = [Draw((metastep, task), steps) for task, steps in enumerate((23, 12, 7))]
+            if recorder is None:
+                found += [method(training, draw) for draw in draws]
+            else:
+                found += method.together(training, draws, recorder)
+        return [hypergradient.gradient for hypergradient in found]
+
+    return {
+        f"meta-steps, numbers of the {numbers}": largest_difference(
+            found(device, numbers, Recorder(FEW)), found(torch.device("cpu"), numbers, None)
+        )
+        for numbers in RANDOM_NUMBERS
+    }
+
+
+def small_training(data: ImageData, numbers: str) -> Training:
+    """Four units that learn from pairs of views, in float64, judged by ridge regression."""
+    device = data.images.device
+    start = GaussianInitializer({"b": TRAINABLE}, {"w": TRAINABLE}).double()
+    return Training(
+        new_model("pairs", Sizes(units=4, side=data.shape[-1])),
+        preset("latent-predictive").double().to(device), start.to(device),
+        Views(data, 32, dtype=torch.float64, random_numbers=numbers),
+        RidgeLoss(data, fit_images=60, outer_images=60, random_numbers=numbers),
+    )  # fmt: skip
+
+
 def largest(check: str) -> float:
     """The largest difference that this check may find."""
     return LARGEST_IN_FLOAT32 if check.endswith("float32") else LARGEST_DIFFERENCE
@@ -522,6 +561,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("no CUDA device: --device cpu runs a small version of this benchmark")
     sizes = Sizes() if clock.device.type == "cuda" else TINY
     checked = differences_of_views(sizes, clock.device)
+    checked |= differences_of_meta_steps(sizes, clock.device)
     for kind in KINDS:
         checked |= differences(kind, sizes, clock.device)
     for name, difference in checked.items():

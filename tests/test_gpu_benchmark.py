@@ -29,6 +29,7 @@ def test_the_table_is_printed_and_written(tmp_path, capsys):
         for kind in gpu.KINDS
         for way in ("one_by_one", "together", "replayed")
     }
+    ways |= {f"meta-steps, numbers of the {numbers}" for numbers in ("host", "device")}
     assert set(told["differences"]) == ways | {"views", "views_recorded"}
     assert max(told["differences"].values()) < 1e-12
     assert (told["device"], told["torch"]) == ("cpu", torch.__version__)
