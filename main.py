@@ -186,7 +186,8 @@ def add_inner_training(parser) -> None:
         help="where random numbers of batches, views and probes are made; evaluations always "
              "take the host's")  # fmt: skip
     add_settings(group, MetaSettings, INNER_TRAINING)
-    add("--compile", action="store_true", help="compile the rule's update (needs a C++ compiler)")
+    add("--compile", action="store_true",
+        help="compile the rule's update (needs a C++ compiler, on a GPU Triton)")  # fmt: skip
     add("--pixelwise_normalization", action=PixelNormalization, number="center", type=mean_alone,
         metavar="mean",
         help="give each pixel mean 0 and variance 1; mean: mean 0 only")  # fmt: skip

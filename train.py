@@ -189,7 +189,7 @@ class Training:
         """The result of `checked_outer_loss` for each task of params [tasks, ...], or its error."""
         each = [of_task(params, k) for k in range(len(draws))]
         many = getattr(self.outer_loss, "of_tasks", None)
-        if many is not None and all(torch.isfinite(t).all() for d in params for t in d.values()):
+        if many is not None and all_finite(tree_leaves(params)):
             generators = [draw.generator(OUTER) for draw in draws]
             # a task that fails is found one by one
             with suppress(FloatingPointError), judged(self.model):

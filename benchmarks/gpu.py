@@ -22,7 +22,6 @@ What the five minutes leave no time for is left out. Exit status 1: the devices 
 
 import copy
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,18 +38,19 @@ from torch import Tensor
 
 from benchmarks.table import (
     Clock,
+    Report,
     Row,
     benchmark_parser,
-    described,
     kernels_of,
     peak_gigabytes,
     print_table,
+    runs_on_gpu,
     set_up,
 )
 from data_sets.image_data import ImageData
 from data_sets.views import Views
 from experiment.choices import DEVICE, HOST, RANDOM_NUMBERS
-from experiment.command_line import UserError, run_command
+from experiment.command_line import run_command
 from experiment.meta_settings import MetaSettings
 from experiment.view_strengths import ViewStrengths
 from hypgraddesc import HypergradientDescent
@@ -534,20 +534,9 @@ def small_training(data: ImageData, numbers: str) -> Training:
     )  # fmt: skip
 
 
-def largest(check: str) -> float:
-    """The largest difference that this check may find."""
-    return LARGEST_IN_FLOAT32 if check.endswith("float32") else LARGEST_DIFFERENCE
-
-
-def until(end: float, rows: Iterator[Row], keep: Callable[[Row], None]) -> Iterator[Row]:
-    """The rows that begin before this moment, which are also kept."""
-    while time.perf_counter() < end:
-        row = next(rows, None)
-        if row is None:
-            return
-        keep(row)
-        yield row
-    print("the other rows are left out: no time is left")
+def is_small(check: str, difference: float) -> bool:
+    """Whether the check may find such a difference."""
+    return difference <= (LARGEST_IN_FLOAT32 if check.endswith("float32") else LARGEST_DIFFERENCE)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -557,23 +546,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="also compile updates")
     arguments = parser.parse_args(argv)
     begin, clock = time.perf_counter(), set_up(arguments, wall=True)
-    if clock.device.type != "cuda" and arguments.device != "cpu":
-        raise UserError("no CUDA device: --device cpu runs a small version of this benchmark")
-    sizes = Sizes() if clock.device.type == "cuda" else TINY
+    sizes = Sizes() if runs_on_gpu(arguments, clock) else TINY
     checked = differences_of_views(sizes, clock.device)
     checked |= differences_of_meta_steps(clock.device)
     for kind in KINDS:
         checked |= differences(kind, sizes, clock.device)
     for name, difference in checked.items():
         print(f"{name.replace('_', ' ')}: {difference:.1e} from the CPU's, float64")
-    told = {"device": described(clock.device), "torch": torch.__version__}
-    told |= {"sizes": asdict(sizes), "differences": checked, "rows": []}
-
-    def keep(row: Row) -> None:
-        told["rows"].append(asdict(row))
-        if arguments.json:
-            arguments.json.write_text(json.dumps(told, indent=1))
-
+    report = Report(clock, checked, arguments.json, sizes=asdict(sizes))
     given = sizes, arguments.repeat, clock
     lines = itertools.chain(
         *(update_rows(kind, *given) for kind in KINDS),
@@ -584,9 +564,8 @@ def main(argv: list[str] | None = None) -> None:
         batch_rows(*given),
     )
     common = f"{sizes.side**2} inputs, batch {sizes.batch}"
-    print_table(until(begin + sizes.seconds, lines, keep), clock, common)
-    if any(value > largest(name) for name, value in checked.items()):
-        sys.exit(1)
+    print_table(report.until(begin + sizes.seconds, lines), clock, common)
+    report.end_unless(is_small)
 
 
 if __name__ == "__main__":

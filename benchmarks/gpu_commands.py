@@ -17,11 +17,10 @@ time of the first calls, which record. Exit status 1: the devices disagree.
 """
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,11 +33,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.table import (
     Clock,
+    Report,
     Row,
     benchmark_parser,
-    described,
     peak_gigabytes,
     print_table,
+    runs_on_gpu,
     set_up,
 )
 from comparison.one_pass_problems import LanguageModel, TextObjective, resnet
@@ -46,7 +46,7 @@ from comparison.settings import VICRegSettings
 from comparison.vicreg import VICReg
 from data_sets.image_data import ImageData
 from experiment.choices import DEVICE
-from experiment.command_line import UserError, positive_float, run_command
+from experiment.command_line import positive_float, run_command
 from experiment.precision import Products, set_tensor_cores
 from kernels.recorded_training import recordings
 from kernels.recorded_updates import CalledRecording
@@ -399,17 +399,6 @@ def differences(device: torch.device) -> dict[str, float]:
     return found
 
 
-def until(end: float, lines: Iterator[Row], keep: Callable[[Row], None]) -> Iterator[Row]:
-    """The rows that begin before this moment, which are also kept."""
-    while time.perf_counter() < end:
-        row = next(lines, None)
-        if row is None:
-            return
-        keep(row)
-        yield row
-    print("the other rows are left out: no time is left")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the checks and the table, and write both as JSON after each row."""
     parser = benchmark_parser(__doc__, repeat=3)
@@ -421,24 +410,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin, clock = time.perf_counter(), set_up(arguments, wall=True)
     torch.set_deterministic_debug_mode("warn")  # as in the commands, and so are products
     set_tensor_cores("ieee")
-    if clock.device.type != "cuda" and arguments.device != "cpu":
-        raise UserError("no CUDA device: --device cpu runs a small version of this benchmark")
-    sizes = Sizes() if clock.device.type == "cuda" else TINY
+    sizes = Sizes() if runs_on_gpu(arguments, clock) else TINY
     checked = differences(clock.device)
     for name, difference in checked.items():
         print(f"{name}: {difference:.1e} from the CPU's, float64")
-    told = {"device": described(clock.device), "torch": torch.__version__}
-    told |= {"differences": checked, "rows": []}
-
-    def keep(row: Row) -> None:
-        told["rows"].append(asdict(row))
-        if arguments.json:
-            arguments.json.write_text(json.dumps(told, indent=1))
-
-    lines = until(begin + arguments.seconds, rows(sizes, arguments.repeat, clock), keep)
-    print_table(lines, clock, "milliseconds of a step")
-    if max(checked.values()) > LARGEST_DIFFERENCE:
-        sys.exit(1)
+    report = Report(clock, checked, arguments.json)
+    lines = rows(sizes, arguments.repeat, clock)
+    end = begin + arguments.seconds
+    print_table(report.until(end, lines), clock, "milliseconds of a step")
+    report.end_unless(lambda check, difference: difference <= LARGEST_DIFFERENCE)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ numbers of the GPU are not those of the CPU, or recorded steps not those that ar
 import argparse
 import functools
 import itertools
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,16 +32,17 @@ from torch import Tensor
 
 from benchmarks.table import (
     Clock,
+    Report,
     Row,
     benchmark_parser,
-    described,
     kernels_of,
     median_text,
     peak_gigabytes,
     print_table,
+    runs_on_gpu,
     set_up,
 )
-from experiment.command_line import UserError, run_command
+from experiment.command_line import run_command
 from experiment.devices import set_up as set_up_as_commands_do
 from kernels.recorded_updates import CalledRecording, CudaRecording
 from krotov_hopfield import (
@@ -294,9 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     clock = set_up(arguments, wall=True)
     set_up_as_commands_do(argparse.Namespace(**vars(arguments), dtype="float32"))
-    if clock.device.type != "cuda" and arguments.device != "cpu":
-        raise UserError("no CUDA device: --device cpu runs a small version of this benchmark")
-    sizes = Sizes() if clock.device.type == "cuda" else TINY
+    sizes = Sizes() if runs_on_gpu(arguments, clock) else TINY
     checked = differences(clock.device)
     for name, difference in checked.items():
         print(f"{name}: {difference:.1e}, float64")
@@ -304,20 +302,10 @@ def main(argv: list[str] | None = None) -> None:
         rows_of(name, recipe, sizes, clock)
         for name, recipe in measured(sizes, 1 + arguments.repeat).items()
     )
-    rows: list[Row] = []
-
-    def kept() -> Iterator[Row]:
-        for row in lines:
-            rows.append(row)
-            yield row
-
-    print_table(kept(), clock, f"images of {sizes.side} x {sizes.side} pixels")
-    if arguments.json:
-        told = {"device": described(clock.device), "torch": torch.__version__}
-        told |= {"sizes": asdict(sizes), "differences": checked}
-        arguments.json.write_text(json.dumps(told | {"rows": [asdict(row) for row in rows]}))
-    if max(checked.values()) > LARGEST_DIFFERENCE:
-        sys.exit(1)
+    report = Report(clock, checked, arguments.json, sizes=asdict(sizes))
+    common = f"images of {sizes.side} x {sizes.side} pixels"
+    print_table(report.until(math.inf, lines), clock, common)
+    report.end_unless(lambda check, difference: difference <= LARGEST_DIFFERENCE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: three flags, timing in turns, peak memory, and the table.
+"""Shared parts of the benchmarks: three flags, timing in turns, peak memory, table, report.
 
     parser = benchmark_parser(__doc__, repeat=9)
     arguments = parser.parse_args(argv)
@@ -12,19 +12,28 @@
     ours/limit     how far ours is from the limit, likewise
     median of      the number of turns
 
+Those for a GPU write checks against the CPU and all rows to a file, anew after each row:
+
+    report = Report(clock, differences, arguments.json)
+    print_table(report.until(end, rows), clock, "what all rows have in common")
+    report.end_unless(lambda check, difference: difference < 1e-10)
+
 Further columns belong to single benchmarks. In one thread of a CPU, times are processor times,
 which other processes disturb less than the wall clock; otherwise they are the wall clock's.
 """
 
 import argparse
+import json
 import math
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -215,6 +224,50 @@ def print_table(rows: Iterable[Row], clock: Clock, common: str) -> None:
 def described(device: torch.device) -> str:
     """The name of a GPU, else the device's own."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def runs_on_gpu(arguments: argparse.Namespace, clock: Clock) -> bool:
+    """Whether the benchmark runs on a GPU; if not, raises UserError unless a CPU was asked for."""
+    if clock.device.type != "cuda" and arguments.device != "cpu":
+        raise UserError("no CUDA device: --device cpu runs a small version of this benchmark")
+    return clock.device.type == "cuda"
+
+
+class Report:
+    """The numbers of a benchmark, which are written to a file anew after each row.
+
+    differences: what each check has found; may grow with the rows.
+    path: the file; None: none.
+    also: what else stands in the file.
+    """
+
+    def __init__(
+        self, clock: Clock, differences: dict[str, float], path: Path | None, **also: Any
+    ) -> None:
+        self.differences, self.path = differences, path
+        self.told = {"device": described(clock.device), "torch": torch.__version__, **also}
+        self.told |= {"differences": differences, "rows": []}
+        self._write()
+
+    def until(self, end: float, rows: Iterator[Row]) -> Iterator[Row]:
+        """The rows that begin before this moment of time.perf_counter, which are also kept."""
+        while time.perf_counter() < end:
+            row = next(rows, None)
+            if row is None:
+                return
+            self.told["rows"].append(asdict(row))
+            self._write()
+            yield row
+        print("the other rows are left out: no time is left")
+
+    def end_unless(self, small: Callable[[str, float], bool]) -> None:
+        """Exit with status 1 unless this says of each check's name and difference that it is."""
+        if not all(small(*check) for check in self.differences.items()):
+            sys.exit(1)
+
+    def _write(self) -> None:
+        if self.path:
+            self.path.write_text(json.dumps(self.told, indent=1))
 
 
 def _line(cells: Sequence[str], headings: Sequence[str]) -> str:

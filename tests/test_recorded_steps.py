@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from counted_recording import Counted
 from oracles import normal
 from test_layerwise_training import TINY, run, training
 
@@ -30,20 +31,6 @@ KINDS = {  # of trainings whose batches differ in what determines them
     "crop": replace(TINY, augmentation="crop"),
     "flip, no dropout": replace(TINY, augmentation="flip", dropout=0.0),
 }
-
-
-class Counted(CalledRecording):
-    """Tells which recordings were made, and how often any was called."""
-
-    made, calls = 0, 0
-
-    def __init__(self, function, examples):
-        super().__init__(function, examples)
-        Counted.made += 1
-
-    def __call__(self, *tensors):
-        Counted.calls += 1
-        return super().__call__(*tensors)
 
 
 def weighted_sum(state):
@@ -192,11 +179,11 @@ def test_a_recorded_training_taken_up_after_any_round_goes_on_as_if_never_left(k
 
 
 def test_a_stage_has_two_recordings_and_few_replays():
-    Counted.made = Counted.calls = 0
+    Counted.from_zero()
     recipe = replace(TINY, layers=TINY.layers[:1], batch_size=1, classifier_batch_size=1)
     run(training(recipe, after=(1,), record=Counted))  # 60 batches, and 3 epochs of 30
     assert (Counted.made, Counted.calls) == (2, 6 + 9)
-    Counted.made = Counted.calls = 0
+    Counted.from_zero()
     run(training(replace(recipe, epochs=1.5), after=(), round_batches=45, record=Counted))
     assert (Counted.made, Counted.calls) == (2, 4 + 5)
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from counted_recording import Counted
 from torch import nn
 from traced import TracedRecording
 
 from comparison.one_pass_problems import LanguageModel, TextObjective
-from kernels.recorded_updates import CalledRecording
 from one_pass import (
     Batch,
     FullBatches,
@@ -58,22 +58,9 @@ def assert_same(one, other):
         assert same or x == y
 
 
-class Counted(CalledRecording):
-    made, calls = 0, 0
-
-    def __init__(self, function, examples):
-        super().__init__(function, examples)
-        Counted.made += 1
-
-    def __call__(self, *tensors):
-        Counted.calls += 1
-        return super().__call__(*tensors)
-
-
 @pytest.fixture
 def counted():
-    Counted.made = Counted.calls = 0
-    return Counted
+    return Counted.from_zero()
 
 
 METHODS = [
