@@ -43,7 +43,12 @@ from experiment.command_line import (
     run_command,
     save_whole_paths,
 )
-from experiment.main_settings import ProbeSettings, StatisticsSettings, UnitSettings
+from experiment.main_settings import (
+    ProbeSettings,
+    StatisticsSettings,
+    UnitSettings,
+    refuse_idle_temperature,
+)
 from experiment.meta_settings import Horizon, MetaSettings
 from experiment.own_code import FORM, is_own_code, own_code_name
 from experiment.search_settings import SearchSettings
@@ -51,7 +56,7 @@ from experiment.settings import add_settings, flags_of, settings_of
 from experiment.view_flags import add_views, view_needs, views_of_flags
 from krotov_hopfield.choices import gate_needs
 from krotov_hopfield.recipes import LayerPlan, Recipe
-from rules.choices import run_path
+from rules.choices import compete, run_path
 
 # Defaults of flags: for all rules, and for each --rule. Flags not listed here have the default of
 # their field in the settings, or that of the add_... functions below.
@@ -438,6 +443,7 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("center", not args.pixelwise_normalization, "no --pixelwise_normalization, which centres"),
         *view_needs(args),
     ])  # fmt: skip
+    refuse_idle_temperature(args, parser, compete(args.terms))
 
 
 # ---- data, model, rule, loss ----
@@ -521,6 +527,7 @@ def make_statistics_rule(args) -> UnitStatisticsRule:
         eta=settings.eta,
         eps=settings.eps,
         tau=settings.tau,
+        beta=settings.beta,
         learn=settings.learn,
     )
 

@@ -133,6 +133,13 @@ KEYS = (
     Key(
         "log_every", positive_int, None, "weight steps between records; none: a fortieth of the run"
     ),
+    Key(
+        "record_samples",
+        positive_int,
+        None,
+        "evaluate the first so many training, validation and test samples (of text: windows) "
+        "only; none: all",
+    ),
 )
 
 
@@ -242,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
             log.say(note)
         log.say(f"{problem.source}; {args.draws} runs of {args.steps:,} steps")
         with products:
-            columns, finished = train_draws(args, problem, tuning, log)
+            columns, finished = train_draws(args, evaluated(args, problem), tuning, log)
         if args.save_state is not None:
             save_state(args.save_state, tuning)
         report(args, problem, columns, log)
@@ -507,6 +514,15 @@ class RecordedTuning:
         self.records = [number for number in self.records if number > self.tuning.state.step]
 
 
+def evaluated(args: argparse.Namespace, problem: Problem) -> Problem:
+    """The problem with those samples only that records look at."""
+    parts = {
+        name: tuple(values[: args.record_samples] for values in getattr(problem, name))
+        for name in ("training", "validation", "test")
+    }
+    return replace(problem, **parts)
+
+
 def train_draws(
     args: argparse.Namespace, problem: Problem, tuning: ReplayedTuning, log: RunLog
 ) -> tuple[Columns, bool]:
@@ -607,8 +623,11 @@ def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: Ru
     log.write_results(results)
     log.plot(plot_one_pass_run)
     unit = " (squared units of the target)" if problem.unit != 1 else ""
+    test_samples = len(problem.test[0])
+    some = args.record_samples is not None and args.record_samples < test_samples
+    of = f", {args.record_samples:,} of {test_samples:,} samples" if some else ""
     log.say(
-        f"final test loss{unit}: median {results['median']:.4g}, mean {results['mean']:.4g} of "
+        f"final test loss{unit}{of}: median {results['median']:.4g}, mean {results['mean']:.4g} of "
         f"those that did not diverge, {results['diverged']:.1%} diverged; in {log.directory}"
     )
 

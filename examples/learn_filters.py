@@ -26,7 +26,7 @@ from experiment.command_line import UserError, common_parser, parse, positive_in
 from experiment.devices import set_up
 from experiment.errors import NonFiniteError
 from experiment.files import displayable
-from experiment.main_settings import StatisticsSettings
+from experiment.main_settings import StatisticsSettings, refuse_idle_temperature
 from experiment.opening import open_run
 from experiment.run_log import RunLog
 from experiment.run_reader import read_json
@@ -38,6 +38,7 @@ from initializers import SpreadInitializer
 from learning_rules import PerLayerRule
 from mnist_datasets import ImageData
 from models_fully_local import Activation, lateral_mlp
+from rules.choices import compete
 from rules.families import write_rule
 from rules.unit_statistics import UnitStatisticsRule
 from rules.zoo import Recipe, ZooEntry, save_zoo
@@ -53,7 +54,7 @@ def make_parser():
     group = parser.add_argument_group("filters and rule")
     group.add_argument("--units", type=positive_int, default=96, help="filters")
     group.add_argument("--kernel", type=positive_int, default=5, help="side of a filter, in pixels")
-    add_settings(group, StatisticsSettings, ["terms"])
+    add_settings(group, StatisticsSettings, ["terms", "beta", "learn"])
     group = parser.add_argument_group("training")
     add_settings(group, ViewStrengths, ["mask"])
     add = group.add_argument
@@ -85,8 +86,9 @@ def make_training(args, data: ImageData, dtype) -> Training:
     inputs = data.shape[0] * args.kernel**2
     chosen = settings_of(args, StatisticsSettings)
     rule = UnitStatisticsRule.of_terms(
-        chosen.terms, eta=chosen.eta, eps=chosen.eps, tau=chosen.tau, learn=chosen.learn
-    )
+        chosen.terms, eta=chosen.eta, eps=chosen.eps, tau=chosen.tau, beta=chosen.beta,
+        learn=chosen.learn,
+    )  # fmt: skip
     return Training(
         lateral_mlp(inputs, [args.units], ACTIVATION, inhibition="none"),
         PerLayerRule([rule]).to(data.images.device, dtype),
@@ -141,7 +143,9 @@ def report(args, log: RunLog, training: Training, data: ImageData) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, load, learn, report."""
-    args = parse(make_parser(), argv)
+    parser = make_parser()
+    args = parse(parser, argv)
+    refuse_idle_temperature(args, parser, compete(args.terms))
     if args.horizon[0] > args.horizon[1]:
         raise UserError("--horizon takes a smaller and a larger number of updates, such as 40 150")
     device, dtype = set_up(args)

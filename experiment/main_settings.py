@@ -4,11 +4,12 @@ import argparse
 from dataclasses import dataclass, fields
 
 from experiment.choices import INHIBITION, PROBE_GRADIENTS, PROBES
+from experiment.command_line import UserError, refuse_idle_flags
 from experiment.settings import setting
 
 TERMS = ("x gain", "x gain y", "x gain y'", "x gain z", "x gain z'", "x gain r", "x gain r'",
          "x gain s", "x gain r_exact", "x gain z var^-1/2", "w")  # fmt: skip
-LEARNED = ("eta", "eps", "tau", "exponents")
+LEARNED = ("eta", "eps", "tau", "beta", "exponents")
 
 
 def term(text: str) -> str:
@@ -54,6 +55,9 @@ class StatisticsSettings:
         "positive",
         metavar="UPDATES",
     )
+    beta: float = setting(
+        10.0, "initial inverse temperature of competition, in terms with share or won", "positive"
+    )
     spread: float = setting(
         0.167, "spread of the initial weights, before it is learned", "positive"
     )
@@ -61,6 +65,16 @@ class StatisticsSettings:
         ("eta",), f"numbers to learn besides coefficients and spread: {', '.join(LEARNED)}",
         choices=LEARNED, metavar="NUMBER", nargs="*",
     )  # fmt: skip
+
+
+def refuse_idle_temperature(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, compete: bool
+) -> None:
+    """Raise UserError for --beta and --learn beta where no term of the rule competes."""
+    needs = "a term with share or won"
+    refuse_idle_flags(args, parser, [("beta", compete, needs)])
+    if "beta" in args.learn and not compete:
+        raise UserError(f"--learn beta needs {needs}")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""The names of the rules in the zoo; importing it does not load torch."""
+"""The names of the rules in the zoo and of quantities; importing it does not load torch."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "zoo"
+COMPETING = ("share", "won")  # the quantities of terms that have an inverse temperature
 
 
 def names() -> list[str]:
@@ -19,3 +21,9 @@ def run_path(text: str) -> Path:
     """The type of a flag: the path of a run, or else of the file of the zoo's rule of this name."""
     path = Path(text)
     return zoo_path(text) if not path.exists() and text in names() else path
+
+
+def compete(terms: Iterable[str]) -> bool:
+    """Whether a term of unit statistics, as a text, has a unit's share in the competition."""
+    names = (factor.partition("^")[0].rstrip("'") for text in terms for factor in text.split())
+    return any(name in COMPETING for name in names)

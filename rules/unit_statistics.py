@@ -47,6 +47,7 @@ from learning_rules import (
     changes_by_term,
 )
 from models_fully_local import Activation
+from rules.choices import compete
 from rules.unit_statistics_sums import (
     GatedPlan,
     Signal,
@@ -80,6 +81,7 @@ SYMBOLS = {
     "eps": ("eps", r"\epsilon"),
     "tau": ("tau", r"\tau"),
     "decay": ("decay", r"\lambda"),
+    "beta": ("beta", r"\beta"),
     **{f"rho_{name}": (f"rho_{name}", rf"\rho_{{\mathrm{{{name}}}}}") for name in RUNNING},
 }
 
@@ -93,7 +95,8 @@ class UnitStatisticsRule(TermSumRule):
         w, b, m: the coefficients psi of these terms, nn.Parameters of the same lengths.
         bias_like_w: whether b has the terms of w instead of a group of its own.
         step: "rms" or "plain".
-        start: initial values of eta, eps, tau, decay and the time constants "rho_mean", ...
+        start: initial values of eta, eps, tau, decay, beta (the inverse temperature of
+            competition) and the time constants "rho_mean", ...
         moved: the nn.Parameters u of those that are learned. Their values are start exp(0.3 u), or
             logistic(logit(start) + 0.3 u) for a time constant.
         exponents: if exponents are learned, the nn.Parameters "w", "b", "m" [terms] multiply each
@@ -113,6 +116,7 @@ class UnitStatisticsRule(TermSumRule):
         eps: float = 0.1,
         tau: float = math.inf,
         decay: float = 0.0,
+        beta: float = 1.0,
         rho: Mapping[str, float] | None = None,
         learn: Sequence[str] = ("eta",),
         signal: Signal | None = None,
@@ -121,7 +125,7 @@ class UnitStatisticsRule(TermSumRule):
 
         terms: {"w": {"x gain z'": coefficient}, ...}; without "b", b has the terms of w.
         rho: time constants by the names in RUNNING; those left out are 1.
-        learn: some of "eta", "eps", "tau", "decay", "rho_mean", ..., "exponents".
+        learn: some of "eta", "eps", "tau", "decay", "beta", "rho_mean", ..., "exponents".
         """
         super().__init__()
         _check(terms, views, step)
@@ -135,7 +139,7 @@ class UnitStatisticsRule(TermSumRule):
             self.terms[group] = parsed
             values = torch.tensor([float(v) for v in terms.get(group, {}).values()])
             setattr(self, group, nn.Parameter(values, requires_grad=bool(len(values))))
-        self.start = {"eta": eta, "eps": eps, "tau": tau, "decay": decay}
+        self.start = {"eta": eta, "eps": eps, "tau": tau, "decay": decay, "beta": beta}
         self.start |= {f"rho_{name}": 1.0 for name in RUNNING}
         self.start |= {f"rho_{name}": value for name, value in (rho or {}).items()}
         _check_numbers(self.start, learn)
@@ -250,7 +254,11 @@ class UnitStatisticsRule(TermSumRule):
     def _units(self, layer, old, x, s, y) -> Units:
         running = [name for name in RUNNING if self.start[f"rho_{name}"] < 1]
         rho = {name: self.number(f"rho_{name}") for name in running}
-        return Units(layer, old, x, s, y, wanted_statistics(self.terms.values()), rho, self.signal)
+        wanted, beta = (
+            wanted_statistics(self.terms.values()),
+            _scalar(self.number("beta"), old["b"]),
+        )
+        return Units(layer, old, x, s, y, wanted, rho, self.signal, beta)
 
     def _changes(self, units: Units, psi: dict[str, Tensor]) -> dict[str, Tensor]:
         """Like `changes`, with w and m as matrices."""
@@ -307,7 +315,7 @@ class UnitStatisticsRule(TermSumRule):
         return rate
 
     def number(self, name: str) -> Tensor | float:
-        """The current value of eta, eps, tau, decay or a time constant "rho_mean", ..."""
+        """The current value of eta, eps, tau, decay, beta or a time constant "rho_mean", ..."""
         start = self.start[name]
         if name not in self.moved:
             return start
@@ -372,12 +380,17 @@ class UnitStatisticsRule(TermSumRule):
         return number.item() if isinstance(number, Tensor) else number
 
     def _acting(self) -> list[str]:
-        """The names of the step's numbers that have an effect."""
+        """The names of the rule's numbers that have an effect."""
         eps = ["eps"] if self.step == "rms" else []
         tau = ["tau"] if math.isfinite(self.start["tau"]) else []
         decay = ["decay"] if self.start["decay"] else []
+        beta = ["beta"] if self._competes() else []
         running = [name for name in self.start if name[:4] == "rho_" and self.start[name] < 1]
-        return ["eta", *eps, *tau, *decay, *running]
+        return ["eta", *eps, *tau, *decay, *beta, *running]
+
+    def _competes(self) -> bool:
+        """Whether a term has a unit's share in the competition."""
+        return compete(str(term) for terms in self.terms.values() for term in terms)
 
     def _sum_text(self, group: str, texts: Sequence[str], latex: bool) -> str:
         if group == "b" and self.bias_like_w:
@@ -423,7 +436,7 @@ class UnitStatisticsRule(TermSumRule):
 
     def set_extra_state(self, state: Mapping[str, float]) -> None:
         """Restore what `get_extra_state` returned."""
-        self.start = dict(state)
+        self.start |= state  # files of older versions lack beta
         self._forget_plans()
 
     def to_dict(self) -> dict:
@@ -452,6 +465,7 @@ class UnitStatisticsRule(TermSumRule):
             views=description["views"],
             step=description["step"],
             **{name: start[name] for name in ("eta", "eps", "tau", "decay")},
+            beta=start.get("beta", 1.0),  # files of older versions lack it
             rho={name: start[f"rho_{name}"] for name in RUNNING},
             learn=learned,
         ).double()
@@ -621,6 +635,16 @@ def foldiak(rate: float = 0.01, *, target: float = 0.1, **options) -> UnitStatis
     return UnitStatisticsRule(groups, **{"views": 1, "step": "plain", "eta": rate, **options})
 
 
+def softhebb(rate: float = 0.01, **options) -> UnitStatisticsRule:
+    """dw = rate won (x - s w): the winner of a sample learns it, the others unlearn it.
+
+    A unit at rest has weights of Euclidean norm 1; the bias is one of them, of an input 1. Source:
+    Journe et al. 2023 (ICLR, arXiv 2209.11883), without its rates that depend on the norm.
+    """
+    groups = {"w": {"x won": 1.0, "won s w": -1.0}, "b": {"won": 1.0, "won s b": -1.0}}
+    return UnitStatisticsRule(groups, **{"views": 1, "step": "plain", "eta": rate, **options})
+
+
 PRESETS: dict[str, Callable[..., UnitStatisticsRule]] = {
     "default": default_rule,
     "latent-predictive": latent_predictive,
@@ -628,6 +652,7 @@ PRESETS: dict[str, Callable[..., UnitStatisticsRule]] = {
     "bcm": bcm,
     "oja": oja,
     "foldiak": foldiak,
+    "softhebb": softhebb,
 }
 
 

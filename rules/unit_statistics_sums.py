@@ -214,6 +214,7 @@ class Units:
     wanted: the names of the statistics that are needed.
     rho: the time constants of running statistics.
     signal: from the layer's inputs to the third factor, or None.
+    beta: the inverse temperature of competition, a scalar; of several tasks, [tasks, 1].
 
     Attributes:
         state: the running statistics after this update.
@@ -229,7 +230,9 @@ class Units:
         wanted: Set[str],
         rho: Mapping[str, Tensor | float],
         signal: Signal | None,
+        beta: Tensor,
     ) -> None:
+        self.beta = beta if beta.dim() == 0 else beta.unsqueeze(-1)
         self.layer, self.old, self.x = layer, old, x
         self.wanted, self.rho, self.signal = wanted, rho, signal
         self.s, self.y = [samples(t) for t in s], [samples(t) for t in y]
@@ -328,6 +331,10 @@ class Units:
         if name == "r_exact":
             r, z = (self.quantity(n, view) for n in ("r", "z"))
             return (r - z * self._of_units("rz")) * self._of_units("d")
+        if name == "share":
+            return (self.beta * self.s[view]).softmax(-1)
+        if name == "won":
+            return won(self.quantity("share", view), self.s[view])
         if name == "r_cov":
             return self.quantity("c", view) @ self._values["cov"]
         if name == "r_cross":
@@ -463,6 +470,15 @@ class Units:
         """The matrix [units, units] that maps centred activities to a lateral current."""
         matrix = self._values[LATERAL[kind]]
         return matrix if kind == "r_cov" else matrix * self._values["d"].unsqueeze(-1)
+
+
+def won(share: Tensor, s: Tensor) -> Tensor:
+    """The shares [..., units], negative for all but the unit of the largest s (Journe et al. 2023).
+
+    Of equal units the first has won.
+    """
+    winner = s.argmax(-1, keepdim=True)
+    return (-share).scatter(-1, winner, share.gather(-1, winner))
 
 
 def placed(place: Tensor, psi: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ names mean:
     r_cov, r             lateral currents sum_{k != i} Cov_ik c_k, sum_{k != i} Corr_ik z_k
     r_exact              (r - z <r z>) var^-1/2: x gain r_exact is the gradient of squared Corr_ik
     r_cross              sum_{k != i} X_ik z'_k, X the correlation across views
-    s' y' gain' c' z' r_cov' r' r_exact' r_cross'      the same in the other view of the input
+    share                softmax over the layer's units of beta s, which are 1 in sum at each place
+    won                  share of the unit with the largest s, -share of the others
+    s' y' gain' c' z' r_cov' r' r_exact' r_cross' share' won'   the same in the other view
     signal               a number broadcast to all units, such as a reward
     w, b, m              the parameter itself
 """
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from learning_rules import LARGEST_POWER, RuleError
 
 SENDING = {"w": ("x",), "b": (), "m": ("y_j", "c_j", "z_j")}
-RECEIVING = ("gain", "s", "y", "c", "z", "r", "r_cov", "r_exact", "r_cross")
+RECEIVING = ("gain", "s", "y", "c", "z", "r", "r_cov", "r_exact", "r_cross", "share", "won")
 VARYING = (*(name + prime for name in RECEIVING for prime in ("", "'")), "signal")
 STATISTICS = ("mean", "square", "var")
 LATERAL = {"r": "corr", "r_cov": "cov", "r_exact": "corr", "r_cross": "cross"}
@@ -31,14 +33,24 @@ LATERAL = {"r": "corr", "r_cov": "cov", "r_exact": "corr", "r_cross": "cross"}
 # Typical sizes of coefficients of working rules, by the quantity that they multiply: activities of
 # two views differ little, currents are sums over many units. Searches over coefficients take steps
 # of these sizes; the rule itself doesn't use them.
-SIZES = {"y": 10.0, "r": 0.3, "r_cov": 3.0, "r_exact": 0.1, "r_cross": 0.3, "var": 100.0, "w": 0.1}
+SIZES = {
+    "y": 10.0,
+    "r": 0.3,
+    "r_cov": 3.0,
+    "r_exact": 0.1,
+    "r_cross": 0.3,
+    "var": 100.0,
+    "w": 0.1,
+    "share": 10.0,
+    "won": 10.0,
+}
 
 _FACTOR = re.compile(r"([A-Za-z_]+'?(?:_i)?)(?:\^(-?\d+(?:\.\d+)?(?:/\d+)?))?")
 _TEX = {
     "x": "x_j", "y_j": "y_j", "c_j": "c_j", "z_j": "z_j", "gain": r"\sigma", "s": "s_i",
     "y": "y_i", "c": "c_i", "z": "z_i", "r": "r_i", "r_cov": r"r^{\mathrm{cov}}_i",
     "r_exact": r"r^{\mathrm{exact}}_i", "r_cross": r"r^{\mathrm{cross}}_i",
-    "signal": r"\mathrm{signal}", "mean": r"\langle y_i \rangle",
+    "share": "p_i", "won": r"\pm p_i", "signal": r"\mathrm{signal}", "mean": r"\langle y_i \rangle",
     "square": r"\langle y_i^2 \rangle", "var": "v_i", "w": "w_{ij}", "b": "b_i", "m": "m_{ij}",
 }  # fmt: skip
 

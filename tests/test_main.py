@@ -139,6 +139,8 @@ def test_flags_of_another_family_are_refused(capsys, tmp_path):
         (["--rule", "unit_statistics", "--degree", "2"], "--rule polynomial"),
         (["--eps", "0.2"], "--rule unit_statistics"),
         (["--rule", "unit_statistics", "--terms", "x gain q"], "q"),
+        (["--rule", "unit_statistics", "--beta", "3"], "--beta needs a term with share or won"),
+        (["--rule", "unit_statistics", "--learn", "beta"], "--learn beta needs a term with share"),
     ):
         assert said in refused(
             capsys, main.main, 4, "--dataset", "mnist5k", *flags, "--out", tmp_path / "run"

@@ -157,7 +157,8 @@ def test_numbers_of_the_step_are_those_of_each_task(learn, inhibition):
 
 GENERAL = {
     "w": {"x gain z'": 1.0, "x y": 0.2, "x gain r_exact": 0.1, "w": -0.1, "x s' y": 0.3,
-          "y^2 var^-1 w": 0.1, "x gain r_cov' var^-1/2": 0.2, "x s": 0.1},
+          "y^2 var^-1 w": 0.1, "x gain r_cov' var^-1/2": 0.2, "x s": 0.1,
+          "x won": 0.5, "share' s w": -0.2},
     "b": {"y": 0.3, "mean": -1.0},
     "m": {"y_j y_i": -0.1, "z_j c_i": 0.1, "m": -0.1},
 }  # fmt: skip
@@ -171,7 +172,7 @@ def test_terms_of_every_kind(inhibition, views, step):
         group: {t: v for t, v in of_group.items() if views == 2 or "'" not in t}
         for group, of_group in GENERAL.items()
     }
-    rule = UnitStatisticsRule(terms, views=views, step=step, decay=0.01, learn=("eta", "decay"))
+    rule = UnitStatisticsRule(terms, views=views, step=step, decay=0.01, learn=("eta", "decay", "beta"))
     Setup(rule, network((4,), inhibition=inhibition)).check()
 
 

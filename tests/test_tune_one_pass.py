@@ -11,6 +11,7 @@ from commands import ROOT, interrupt_at_row, kill_at_row, outcome, redraw, refus
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tune_one_pass
+from comparison.one_pass_problems import Network
 from experiment.run_reader import read_config, read_json
 from experiment.yaml_settings import read_settings
 from figures.one_pass_report import read_run
@@ -123,6 +124,27 @@ def test_flags_win_over_files_and_are_saved(tmp_path):
     saved = read_config(run)
     assert saved["look_back"] == 3 and saved["optimised_hyperparameters"] == ["weight_decay", "lr"]
     assert read_run(run).columns["Hyperparameter/Lr"][0, 0] == pytest.approx(0.01)
+
+
+def test_records_of_some_samples_leave_the_training_as_it_is(tmp_path, capsys):
+    flags = [*config("boston", "ours_lr"), "--draws", 2, "--threads", 1, "--dtype", "float64"]
+    flags += ["--total_step_limit", 20, "--data-dir", tmp_path]
+    run(*flags, "--out", tmp_path / "all", "-S", tmp_path / "state.pt")
+    run(*flags, "--out", tmp_path / "some", "--record_samples", 10)
+    args, _ = tune_one_pass.parse_all([*map(str, flags)])
+    tune_one_pass.fill_in(args)
+    problem = tune_one_pass.make_problem(
+        "boston", Network("mlp"), 0.1, args.split, tmp_path, torch.float64, torch.device("cpu")
+    )
+    weights = torch.load(tmp_path / "state.pt")["weights"]
+    every, some = (read_run(tmp_path / name).columns for name in ("all", "some"))
+    assert np.array_equal(every["Hyperparameter/Lr"], some["Hyperparameter/Lr"])
+    for name in ("training", "validation", "test"):
+        inputs, targets = (values[:10] for values in getattr(problem, name))
+        expected = problem.objective.evaluate(weights, {}, inputs, targets).loss
+        assert some[f"Loss/{name.title()}"][-1] == pytest.approx(expected.numpy(), rel=1e-12)
+    said = capsys.readouterr().out
+    assert "squared units of the target), 10 of " in said.splitlines()[-1]
 
 
 def test_a_saved_state_is_gone_on_from(tmp_path):

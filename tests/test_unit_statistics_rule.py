@@ -12,6 +12,7 @@ from matplotlib.mathtext import MathTextParser
 from oracles import DOUBLE, assert_near, gradients, normal, weighted_sum
 from torch import Tensor
 
+from krotov_hopfield import BioLinear
 from learning_rules import RuleError, classical_rule, term_effects, term_grams
 from models_fully_local import Activation, LateralConv2d, LateralLinear, lateral_mlp
 from rules import load_rule, rule_from_dict, save_rule
@@ -93,7 +94,7 @@ def assert_update_equals_oracle(rule, model, params, batch, relative=1e-10) -> N
 
 # ---- against one product per term ----
 
-NAMES = ["s", "y", "gain", "c", "z", "r", "r_cov", "r_exact"]
+NAMES = ["s", "y", "gain", "c", "z", "r", "r_cov", "r_exact", "share", "won"]
 PAIR_NAMES = [*NAMES, "r_cross", *(f"{n}'" for n in NAMES), "r_cross'"]
 POWERS_OF_VAR = ["", "var", "var^-1", "var^-1/2", "var^0.3", "mean", "mean^2 square"]
 
@@ -116,12 +117,14 @@ def rules(draw) -> UnitStatisticsRule:
     for group in draw(st.sampled_from(["w", "wb", "wm", "wbm"])):
         texts = draw(st.lists(terms(group, views), min_size=1, max_size=4))
         groups[group] = {str(parse_term(text, group, views)): 0.0 for text in texts}
-    learn = draw(st.sampled_from([(), ("eta", "eps", "tau", "decay", "exponents"), ("eps",)]))
+    learn = draw(
+        st.sampled_from([(), ("eta", "eps", "tau", "decay", "beta", "exponents"), ("eps",)])
+    )
     rho = draw(st.sampled_from([{}, RHO, {"mean": 0.3}, {"corr": 0.5, "cov": 0.2}]))
     learn += tuple(f"rho_{name}" for name in rho) if learn else ()
     return filled(UnitStatisticsRule(
         groups, views=views, step=draw(st.sampled_from(["rms", "plain"])), tau=10.0,
-        decay=0.1, eta=0.2, eps=0.3, rho=rho, learn=learn,
+        decay=0.1, eta=0.2, eps=0.3, beta=2.0, rho=rho, learn=learn,
     ), draw(st.integers(0, 100)))  # fmt: skip
 
 
@@ -243,7 +246,8 @@ def test_cross_view_decorrelation_is_a_gradient_at_constant_variances():
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_a_synapse_changes_by_its_own_input_and_weight_alone(views):
-    texts = [t for t in (*DEFAULT, "x r_exact var^-1", "x r_cov", "x^2 s w", "y^2 w^2", "x r_cross")
+    texts = [t for t in (*DEFAULT, "x r_exact var^-1", "x r_cov", "x^2 s w", "y^2 w^2", "x r_cross",
+                         "x won s", "share w")
              if views == 2 or not ("'" in t or "cross" in t)]  # fmt: skip
     rule = filled(UnitStatisticsRule.of_terms(texts, views=views))
     layer, old, x, s, y = one_layer(rule)
@@ -270,6 +274,29 @@ def test_classical_rules_are_points_of_both_families(rule, classical, inhibition
     new = rule.double().update(model, params, x)[1]
     for name, tensor in expected.items():
         assert_near(new[name], tensor, 1e-7)  # the polynomial's coefficients were float32
+
+
+@pytest.mark.parametrize("beta", [0.5, 4.0])
+def test_softhebb_is_what_competing_units_with_soft_gates_do(beta):
+    options = {"gate": "soft", "lebesgue_p": 2, "batch_norm": False}
+    units = BioLinear(5, 4, inverse_temperature=beta, **options).double()
+    rule = preset("softhebb", rate=1.0, beta=beta).double()
+    layer, old, (x,), (s,), (y,) = one_layer(rule)
+    new = rule.update_layer(layer, old, [x], [s], [y])
+    change = torch.cat([new["w"] - old["w"], (new["b"] - old["b"])[:, None]], dim=1)
+    weight = torch.cat([old["w"], old["b"][:, None]], dim=1)
+    ones = torch.ones(len(x), 1, dtype=DOUBLE)
+    expected = units.delta_weights(torch.cat([x, ones], dim=1), weight)
+    assert_near(change / change.abs().max(), expected / expected.abs().max(), 1e-12)
+
+
+def test_rules_written_before_there_was_competition_are_read():
+    rule = preset("latent-predictive").double()
+    written, state = rule.to_dict(), rule.state_dict()
+    del written["start"]["beta"], state["_extra_state"]["beta"]
+    assert rule_from_dict(written).to_dict() == rule.to_dict()
+    rule.load_state_dict(state)
+    assert rule.number("beta") == 1.0
 
 
 @pytest.mark.parametrize("gain", [False, True])
@@ -314,11 +341,11 @@ def test_pairs_may_be_exchanged():
 
 # ---- learning it ----
 
-LEARNED = ("eta", "eps", "tau", "decay", "exponents", *(f"rho_{name}" for name in RUNNING))
+LEARNED = ("eta", "eps", "tau", "decay", "beta", "exponents", *(f"rho_{name}" for name in RUNNING))
 
 
 def learned_rule() -> UnitStatisticsRule:
-    texts = [*DEFAULT, "x r_exact", "x gain r_cov", "x r_cross", "x y square"]
+    texts = [*DEFAULT, "x r_exact", "x gain r_cov", "x r_cross", "x y square", "x won'", "share w"]
     return filled(UnitStatisticsRule.of_terms(
         texts, m=["y_j y_i", "m"], rho=RHO, learn=LEARNED, eta=0.1, eps=0.3, tau=5.0, decay=0.1,
     ))  # fmt: skip
@@ -547,6 +574,7 @@ def test_a_rule_that_starts_from_another_has_its_numbers_and_0_elsewhere():
     ({"rho": {"var": 0.0}}, r"within \(0, 1\]"),
     ({"rho": {"median": 0.5}}, "time constants are of mean"),
     ({"learn": ("rho_var",)}, "below 1 to be learned"),
+    ({"beta": 0.0}, "beta must be > 0"),
     ({"learn": ("tau",)}, "finite to be learned"),
     ({"learn": ("psi",)}, "cannot be learned"),
     ({"b": ["x y"]}, "is no power of any of"),

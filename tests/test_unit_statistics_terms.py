@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learning_rules import RuleError
+from rules.choices import COMPETING, compete
 from rules.unit_statistics_terms import (
     RECEIVING,
     SENDING,
@@ -63,7 +64,7 @@ def test_what_no_term_is_gets_one_line(text, group, views, message):
         parse_term(text, group, views)
 
 
-@pytest.mark.parametrize("name", RECEIVING[1:])
+@pytest.mark.parametrize("name", [n for n in RECEIVING[1:] if n not in COMPETING])
 def test_every_receiving_quantity_is_what_a_current_is_linear_in(name):
     for powers in ({name: 1}, {name + "'": 1}, {name: 1, "gain": 1}):
         prefactor, linear = split_linear(powers)
@@ -71,3 +72,8 @@ def test_every_receiving_quantity_is_what_a_current_is_linear_in(name):
         assert all(part.primed == ("'" in next(iter(powers))) for part in linear)
     prefactor, _ = split_linear({name: 3})
     assert dict(prefactor) == {name: 2}
+
+
+def test_terms_that_compete_are_told_from_others():
+    assert compete(["x gain z'", "x won'^2"]) and compete(["share w"])
+    assert not compete(["x gain z'", "w", "1"])

@@ -11,7 +11,8 @@ from oracles import SIGMAS, layer_response
 from torch import Tensor
 
 SENDING = ("x", "y_j", "c_j", "z_j")
-VARYING = ("s", "y", "gain", "c", "z", "r", "r_cov", "r_exact", "r_cross", "signal")
+VARYING = ("s", "y", "gain", "c", "z", "r", "r_cov", "r_exact", "r_cross", "share", "won",
+           "signal")  # fmt: skip
 
 
 def powers_of(text: str) -> list[tuple[str, float]]:
@@ -68,6 +69,11 @@ def quantity(name: str, view: int, layer, x, s, y, known, signal) -> Tensor:
             base(slope * s[view]).sum(), s[view], create_graph=True, allow_unused=True
         )
         return slopes
+    if name in ("share", "won"):
+        exponentials = (known["beta"] * s[view]).exp()
+        share = exponentials / exponentials.sum(1, keepdim=True)
+        largest = s[view] == s[view].max(1, keepdim=True).values
+        return share if name == "share" else torch.where(largest, share, -share)
     c, z = known["c"][view], known["z"][view]
     if name in ("c", "z"):
         return {"c": c, "z": z}[name]
@@ -119,7 +125,7 @@ def scaled(rule, group: str, units: int) -> Tensor:
 
 
 def changes(rule, layer, old, x, s, y, state) -> dict[str, Tensor]:
-    known = statistics(rule, old, y, state)
+    known = statistics(rule, old, y, state) | {"beta": rule.number("beta")}
     signal = rule.signal(x).reshape(-1, 1) if rule.signal else None
     seen = (layer, x, s, y, known, signal)
     units, texts = len(old["b"]), {g: list(map(str, terms)) for g, terms in rule.terms.items()}
