@@ -303,10 +303,9 @@ class ModuleObjective:
         calls: how computations over all runs are called: at once, or recorded and replayed.
         drawn: whether the module draws random numbers, once that is known.
     Raises OnePassError for a module without parameters to train and for an unknown loss. Its
-    methods
-    raise it for a module that draws random numbers in training: a run would depend on the others,
-        and
-    the Hessian would belong to another draw than the gradient.
+        methods raise it for targets of another shape than the outputs, with mse, and for a module
+        that draws random numbers in training: a run would depend on the others, and the Hessian
+        would belong to another draw than the gradient.
     """
 
     module: nn.Module
@@ -504,7 +503,17 @@ def check_loss(loss: str) -> None:
         raise OnePassError(f"loss {loss!r} is unknown; choose from {', '.join(_LOSSES)}")
 
 
-_TORCH_LOSSES = {"mse": nn.functional.mse_loss, "cross_entropy": nn.functional.cross_entropy}
+def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Like mse_loss, whose derivatives torch.func cannot differentiate behind batch norm."""
+    if outputs.shape != targets.shape:
+        raise OnePassError(
+            f"the network gives {tuple(outputs.shape)} for targets {tuple(targets.shape)}: with "
+            "mse both have the same shape"
+        )
+    return (outputs - targets).square().mean()
+
+
+_TORCH_LOSSES = {"mse": _squared_error, "cross_entropy": nn.functional.cross_entropy}
 
 
 # ---- evaluation ----

@@ -126,17 +126,21 @@ def test_a_compiled_run_that_diverged_stays_nan_and_spoils_no_other():
     assert found.loss[1].isfinite() and found.gradient[1].isfinite().all()
 
 
+TORCH_LOSSES = {"mse": "mse_loss", "cross_entropy": "cross_entropy"}
+
+
 def batch_norm_network():
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
 
 
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
 @pytest.mark.parametrize("shared", [True, False])
-def test_a_module_has_the_gradient_and_curvature_of_double_backward(shared):
+def test_a_module_has_the_gradient_and_curvature_of_double_backward(shared, loss):
     network = batch_norm_network().double()
-    objective = ModuleObjective(network, "cross_entropy")
+    objective = ModuleObjective(network, loss)
     weights, buffers = objective.initial(generators(2))
     buffers = {n: b.double() if b.is_floating_point() else b for n, b in buffers.items()}
-    batch = samples((4, 3), "cross_entropy", 6, 2, shared)
+    batch = samples((4, 3), loss, 6, 2, shared)
     vectors = torch.randn_like(weights)
     found = objective.linearize(weights, buffers, batch)
     product = found.hessian_product(vectors)
@@ -153,7 +157,7 @@ def test_a_module_has_the_gradient_and_curvature_of_double_backward(shared):
         network.train()
         inputs, targets = (t if shared else t[run] for t in (batch.inputs, batch.targets))
         own = {name: buffer[run].clone() for name, buffer in buffers.items()}
-        value = nn.functional.cross_entropy(
+        value = getattr(nn.functional, TORCH_LOSSES[loss])(
             functional_call(network, {**named, **own}, (inputs,)), targets
         )
         (gradient,) = torch.autograd.grad(value, flat, create_graph=True)
@@ -162,6 +166,14 @@ def test_a_module_has_the_gradient_and_curvature_of_double_backward(shared):
         assert torch.allclose(found.gradient[run], gradient)
         assert torch.allclose(product[run], expected)
         assert torch.allclose(found.buffers["1.running_mean"][run], own["1.running_mean"])
+
+
+def test_targets_of_another_shape_than_the_outputs_are_refused():
+    objective = ModuleObjective(nn.Linear(4, 1).double(), "mse")
+    weights, buffers = objective.initial(generators(2))
+    batch = Batch(torch.randn(6, 4).double(), torch.randn(6).double(), shared=True)
+    with pytest.raises(OnePassError, match=r"gives \(6, 1\) for targets \(6,\)"):
+        objective.linearize(weights, buffers, batch)
 
 
 def test_validation_leaves_the_statistics_of_batch_norm_alone():

@@ -172,7 +172,9 @@ def test_terms_of_every_kind(inhibition, views, step):
         group: {t: v for t, v in of_group.items() if views == 2 or "'" not in t}
         for group, of_group in GENERAL.items()
     }
-    rule = UnitStatisticsRule(terms, views=views, step=step, decay=0.01, learn=("eta", "decay", "beta"))
+    rule = UnitStatisticsRule(
+        terms, views=views, step=step, decay=0.01, learn=("eta", "decay", "beta")
+    )
     Setup(rule, network((4,), inhibition=inhibition)).check()
 
 
