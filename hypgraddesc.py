@@ -535,6 +535,7 @@ class HypergradientDescent:
         return {
             "metastep": self.metastep,
             "stopped": self.stopped,
+            "alone": self.alone,
             "removals": self.removals,
             **{name: module.state_dict() for name, module in self.trainings[0].modules.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -553,7 +554,8 @@ class HypergradientDescent:
     def load_state_dict(self, state: dict) -> None:
         """Resume a run from the result of `state_dict`."""
         self.metastep, self.removals = state["metastep"], list(state["removals"])
-        self.stopped = state.get("stopped", False)  # missing in older runs
+        self.stopped = state.get("stopped", False)  # missing in older runs, as is the next
+        self.alone = state.get("alone")
         for keep in self.removals:
             self.rule.keep(keep)
         for name, module in self.trainings[0].modules.items():

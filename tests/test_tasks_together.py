@@ -196,17 +196,20 @@ IMAGES = ImageData(
 )
 
 
-def meta_run(
-    rule, model, settings, outer_loss=None, initializer=None, source=batches, recorder=None
-):
-    """Three meta-steps; their rows, the hyperparameters after them, and what was said."""
-    training = Training(
+def training_of(rule, model, outer_loss=None, initializer=None, source=batches):
+    return Training(
         model, copy.deepcopy(rule).double(),
         initializer or SpreadInitializer(0.4).double(),
         partial(source, IMAGES, 20, dtype=torch.float64),
         outer_loss or RidgeLoss(IMAGES, fit_images=30, outer_images=20),
     )  # fmt: skip
-    said = []
+
+
+def meta_run(
+    rule, model, settings, outer_loss=None, initializer=None, source=batches, recorder=None
+):
+    """Three meta-steps; their rows, the hyperparameters after them, and what was said."""
+    training, said = training_of(rule, model, outer_loss, initializer, source), []
     descent = HypergradientDescent(training, settings, said.append)
     descent.recorder = recorder
     rows = [descent.step() for _ in range(3)]
@@ -548,3 +551,28 @@ def test_each_of_mixed_views_chooses_its_own_kind():
         source=lambda data, size, generator, dtype: Views(
             data, size, ViewStrengths("mixed", mask=(0.1, 0.4)), dtype=dtype)(generator),
     )  # fmt: skip
+
+
+def test_tasks_that_did_not_fit_together_stay_apart_in_a_resumed_run(monkeypatch):
+    settings = MetaSettings(together="always", tasks=2, inner_steps=3)
+    model, said = network((4,), inhibition="none"), []
+
+    def descent():
+        training = training_of(default_rule(), model, source=pair_batches)
+        return HypergradientDescent(training, settings, said.append)
+
+    def too_large(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    first, resumed = descent(), descent()
+    monkeypatch.setattr(type(first.method), "together", too_large)
+    first.step()
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert said == ["tasks are done one by one: together they do not fit into the device's memory"]
+    assert first.step()["meta_loss"] == resumed.step()["meta_loss"]
+    for one, other in zip(
+        first.trainings[0].hyperparameters.values(),
+        resumed.trainings[0].hyperparameters.values(),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
