@@ -96,6 +96,7 @@ if __name__ == "__main__":
 import torch
 
 from comparison.optimizer_comparison import (
+    BASELINES,
     EDGES,
     PUBLISHED,
     HeldOut,
@@ -343,6 +344,9 @@ def say_losses(name: str, summaries: dict, args, log: RunLog) -> None:
         keys = {PUBLISHED: early} | keys
     tested = "test_loss" in next(iter(summaries.values()))
     also = "; loss and accuracy on test images" if tested else ""
+    kinds = [contender.split()[0] for contender in summaries]
+    if any(kinds.count(kind) > 1 for kind in BASELINES):
+        also += "; of an optimiser's two rates the first is its default, the other the best tried"
     log.say(f"{name}: training loss at step {' and '.join(map(str, keys))}, mean and deviation of "
             f"{args.test_runs} runs{also}")  # fmt: skip
     for contender, summary in summaries.items():

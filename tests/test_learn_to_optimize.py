@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -230,6 +231,15 @@ def test_losses_are_said_at_the_last_step_and_of_long_trainings_at_the_published
     assert f"at step {'2 and 3' if steps > 2 else '2'}, mean" in shown
     line = next(line for line in shown.splitlines() if line.startswith("  learned"))
     assert line.count("+-") == (2 if steps > 2 else 1)
+
+
+@pytest.mark.parametrize("rates, told", [(("0.1",), False), (("0.1", "0.03"), True)])
+def test_two_rates_of_an_optimiser_are_told_apart(rates, told):
+    said, summary = [], {"loss": 0.5, "deviation": 0.1}
+    summaries = dict.fromkeys(("learned", *(f"sgd {r}" for r in rates), "sgd-lion 0.5"), summary)
+    args, log = SimpleNamespace(test_steps=50, test_runs=3), SimpleNamespace(say=said.append)
+    learn_to_optimize.say_losses("relu20", summaries, args, log)
+    assert ("the first is its default, the other the best tried" in said[0]) == told
 
 
 @pytest.mark.parametrize(
