@@ -40,7 +40,7 @@ COMMANDS = {
     "learn_to_optimize.py": "quadratic --dataset mnist5k --inner_steps 20 --runs_per_epoch 2 "
     f"--validation_runs 1 --epochs {ENDLESS}",
     "train_krotov_hopfield.py": "--dataset mnist5k --depth 1 --units 16 --round_batches 5 "
-    f"--patience 0 --epochs {ENDLESS}",
+    f"--patience_epochs 0 --threshold 0 --epochs {ENDLESS}",
     "baseline_vicreg.py": f"8 --dataset mnist5k --epochs {ENDLESS}",
 }
 

@@ -200,7 +200,7 @@ def deep(depth: int) -> Recipe:
     layers = tuple(
         replace(plan, lebesgue_p=p, ranking_param=k, delta=delta) for plan in DEEP_LAYERS[:depth]
     )
-    return Recipe(layers, dropout=dropout, patience=300, augmentation="flip")
+    return Recipe(layers, dropout=dropout, patience_epochs=1, threshold=0.01, augmentation="flip")
 
 
 def dense(depth: int) -> Recipe:

@@ -163,7 +163,7 @@ def test_a_run_killed_at_any_moment_and_resumed_ends_as_one_never_killed(tmp_pat
 
 def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
     out = tmp_path / "run"
-    flags = [*TINY, "--epochs", 100000, "--patience", 0, "--out", out]
+    flags = [*TINY, "--epochs", 100000, "--patience_epochs", 0, "--threshold", 0, "--out", out]
     interrupt_at_row(2, train_krotov_hopfield.main, *flags)
     results = json.loads((out / "results.json").read_text())
     assert results["classifiers"] == [] and results["validation_accuracy"] is None
