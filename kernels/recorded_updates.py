@@ -13,7 +13,8 @@ next replay overwrites.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -45,6 +46,20 @@ class Recording(Protocol):
         """The results for these inputs, valid until the next call."""
 
 
+@contextmanager
+def own_workspaces() -> Iterator[None]:
+    """A context in which a CUDA graph that is captured gets workspaces of cuBLAS of its own.
+
+    torch keeps one for each thread and stream, and captures all graphs on the same stream; in torch
+    2.13 a graph that is deleted frees those of its stream, which the others would go on to use.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:  # from now on they are free memory of the graph's own pool, where only it writes
+        torch._C._cuda_clearCublasWorkspaces()
+
+
 class CudaRecording:
     """A function of tensors as a CUDA graph. Raises RecordingError if it cannot be captured.
 
@@ -63,7 +78,7 @@ class CudaRecording:
                 for _ in range(WARM_UPS):
                     function(*self.inputs)
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self.graph):
+            with own_workspaces(), torch.cuda.graph(self.graph):
                 self.outputs = function(*self.inputs)
         except torch.OutOfMemoryError:
             raise

@@ -1,12 +1,19 @@
 """Updates that are replayed from recordings, on the CPU: results, gradients, buffers."""
 
 import itertools
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from oracles import normal
 
-from kernels.recorded_updates import CalledRecording, RecordedUpdates
+from kernels.recorded_updates import (
+    CalledRecording,
+    CudaRecording,
+    RecordedUpdates,
+    RecordingError,
+)
 
 
 def update(psi, theta, batch):
@@ -112,3 +119,65 @@ def test_adjoints_are_held_from_the_last_to_the_first_with_a_state(length):
     for one, other in zip(gradients(found, leaves), gradients(expected, leaves), strict=True):
         assert torch.allclose(one, other, rtol=1e-12)
     assert state[0] == 7
+
+
+class Workspaces:
+    """torch's workspace of products on the stream that all graphs are captured on, as a tensor.
+
+    A graph that is deleted frees it, as in torch 2.13, and what is free is nan.
+    """
+
+    def __init__(self):
+        self.kept, self.capturing = None, False
+
+    def product(self, x):
+        """x, by way of the workspace that a graph under capture refers to from then on."""
+        if not self.capturing:
+            return x
+        self.kept = torch.zeros(()) if self.kept is None else self.kept
+        return x + self.kept
+
+    def free(self):
+        """Free the workspace, which stays as it is: only a graph writes to its own pool."""
+        self.kept = None
+
+    @contextmanager
+    def graph(self, graph):
+        self.capturing, graph.used = True, None
+        try:
+            yield
+            graph.used = self.kept
+        finally:
+            self.capturing = False
+
+    def deleted(self):
+        if self.kept is not None:
+            self.kept.fill_(torch.nan)
+        self.free()
+
+
+def test_a_graph_outlives_others_that_are_deleted(monkeypatch):
+    torch_s = Workspaces()
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream, "current_stream": lambda: stream, "graph": torch_s.graph,
+        "stream": lambda stream: nullcontext(), "CUDAGraph": SimpleNamespace,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", torch_s.free, raising=False)
+    one, _ = (CudaRecording(lambda x: [torch_s.product(x)], [torch.ones(2)]) for _ in range(2))
+    torch_s.deleted()  # the other one
+    assert one.graph.used is not None and one.graph.used.isfinite()
+    with pytest.raises(RecordingError, match="no"):
+        CudaRecording(_refused(torch_s), [torch.ones(2)])
+    assert torch_s.kept is None
+
+
+def _refused(torch_s):
+    def function(x):
+        torch_s.product(x)
+        if torch_s.capturing:
+            raise RuntimeError("no")
+        return [x]
+
+    return function
