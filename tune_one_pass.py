@@ -622,14 +622,19 @@ def report(args: argparse.Namespace, problem: Problem, columns: Columns, log: Ru
             results[name.replace("/", "_").lower()] = median_of_draws(last)
     log.write_results(results)
     log.plot(plot_one_pass_run)
-    unit = " (squared units of the target)" if problem.unit != 1 else ""
-    test_samples = len(problem.test[0])
-    some = args.record_samples is not None and args.record_samples < test_samples
-    of = f", {args.record_samples:,} of {test_samples:,} samples" if some else ""
     log.say(
-        f"final test loss{unit}{of}: median {results['median']:.4g}, mean {results['mean']:.4g} of "
-        f"those that did not diverge, {results['diverged']:.1%} diverged; in {log.directory}"
+        f"final test {measure(args, problem)}: median {results['median']:.4g}, mean "
+        f"{results['mean']:.4g} of those that did not diverge, {results['diverged']:.1%} diverged; "
+        f"in {log.directory}"
     )
+
+
+def measure(args: argparse.Namespace, problem: Problem) -> str:
+    """What the last numbers of a run are, and of how many samples if not of all."""
+    name, kind = ("perplexity", "windows") if problem.sequential else ("loss", "samples")
+    unit = " (squared units of the target)" if problem.unit != 1 else ""
+    count, wanted = len(problem.test[0]), args.record_samples
+    return name + unit + (f", {wanted:,} of {count:,} {kind}" if (wanted or count) < count else "")
 
 
 # ---- saving ----

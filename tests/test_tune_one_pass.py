@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -134,9 +135,9 @@ def test_records_of_some_samples_leave_the_training_as_it_is(tmp_path, capsys):
     args, _ = tune_one_pass.parse_all([*map(str, flags)])
     tune_one_pass.fill_in(args)
     problem = tune_one_pass.make_problem(
-        "boston", Network("mlp"), 0.1, args.split, tmp_path, torch.float64, torch.device("cpu")
+        "boston", Network("mlp"), 0.2, args.split, tmp_path, torch.float64, torch.device("cpu")
     )
-    weights = torch.load(tmp_path / "state.pt")["weights"]
+    weights = torch.load(tmp_path / "state.pt")["state"]["weights"]
     every, some = (read_run(tmp_path / name).columns for name in ("all", "some"))
     assert np.array_equal(every["Hyperparameter/Lr"], some["Hyperparameter/Lr"])
     for name in ("training", "validation", "test"):
@@ -145,6 +146,18 @@ def test_records_of_some_samples_leave_the_training_as_it_is(tmp_path, capsys):
         assert some[f"Loss/{name.title()}"][-1] == pytest.approx(expected.numpy(), rel=1e-12)
     said = capsys.readouterr().out
     assert "squared units of the target), 10 of " in said.splitlines()[-1]
+
+
+def test_of_a_text_the_last_perplexity_of_some_windows_is_told(tmp_path, capsys):
+    (tmp_path / "ptb").mkdir()
+    for part in ("train", "valid", "test"):
+        words = " ".join(f"w{number * 7 % 30}" for number in range(9000))
+        (tmp_path / "ptb" / f"ptb.{part}.txt").write_text(words)
+    flags = ["--dataset", "ptb", "--hidden_sizes", 2, "--total_step_limit", 2, "--threads", 1]
+    run(*flags, "--record_samples", 1, "--out", tmp_path / "run", "--data-dir", tmp_path)
+    last = read_run(tmp_path / "run").columns["Loss/Test"][-1, 0]
+    told = f"final test perplexity, 1 of 3 windows: median {math.exp(last):.4g}, "
+    assert told in capsys.readouterr().out
 
 
 def test_a_saved_state_is_gone_on_from(tmp_path):
