@@ -45,6 +45,7 @@ from rules.zoo import Recipe, ZooEntry, save_zoo
 from train import Training
 
 ACTIVATION = Activation("sigmoid", 4.0)
+TERMS = (*StatisticsSettings().terms, "x won", "won s w")  # units also compete
 META_LEARNING = ("metasteps", "lr", "warmup_steps", "decay", "clip_norm", "tasks", "adjoint_limit")
 
 
@@ -70,8 +71,8 @@ def make_parser():
     add("--held_out", type=positive_int, metavar="IMAGES",
         help="leave so many training images to examples/first_layers.py")  # fmt: skip
     parser.set_defaults(
-        dataset="cifar10", metasteps=80, lr=0.1, warmup_steps=10, decay="cosine", clip_norm=1.0,
-        tasks=2, adjoint_limit=2.0, mask=[0.3, 0.9],
+        dataset="cifar10", metasteps=60, lr=0.015, warmup_steps=6, decay="cosine", clip_norm=1.0,
+        tasks=2, adjoint_limit=2.0, mask=[0.0, 0.3], terms=TERMS, learn=("eta", "beta"),
     )  # fmt: skip
     return parser
 
