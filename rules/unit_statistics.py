@@ -12,9 +12,10 @@ to sample, such as "w", counts only once. By default b has the terms of w that c
 and w = b and the same coefficients: it is the weight of a constant input.
 
 All terms are local: given what the receiving unit i knows (s and y of both views, lateral currents,
-statistics), the change dw_ij depends on no input except x_j and on no weight except w_ij. The step
-divides it by one number per unit, which does depend on all of the unit's dw_i. b_i has the divisor
-of w_i, and m_i has its own, from mean_k dm_ik^2. The plain step has no divisor.
+its share in the competition, statistics), the change dw_ij depends on no input except x_j and on no
+weight except w_ij. The step divides it by one number per unit, which does depend on all of the
+unit's dw_i. b_i has the divisor of w_i, and m_i has its own, from mean_k dm_ik^2. The plain step
+has no divisor.
 
 Statistics are those of the batch, over all its views. If their time constant rho is below 1, they
 are running averages old + rho (batch - old), which include the current batch and start from the
@@ -25,7 +26,8 @@ even if units are dead, views equal, or the batch is one image.
 
 Sources: Halvagal, Zenke 2023 (latent predictive learning); Bienenstock, Cooper, Munro 1982 and
 Intrator, Cooper 1992 (BCM); Oja 1982; Foldiak 1990; Zbontar et al. 2021 (decorrelation across
-views); Metz et al. 2019, Confavreux et al. 2020 (learned rules of such terms).
+views); Journe et al. 2023 (competition); Metz et al. 2019, Confavreux et al. 2020 (learned rules of
+such terms).
 """
 
 import math
@@ -254,10 +256,8 @@ class UnitStatisticsRule(TermSumRule):
     def _units(self, layer, old, x, s, y) -> Units:
         running = [name for name in RUNNING if self.start[f"rho_{name}"] < 1]
         rho = {name: self.number(f"rho_{name}") for name in running}
-        wanted, beta = (
-            wanted_statistics(self.terms.values()),
-            _scalar(self.number("beta"), old["b"]),
-        )
+        wanted = wanted_statistics(self.terms.values())
+        beta = _scalar(self.number("beta"), old["b"])
         return Units(layer, old, x, s, y, wanted, rho, self.signal, beta)
 
     def _changes(self, units: Units, psi: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -542,7 +542,7 @@ def _check_numbers(start: Mapping[str, float], learn: Sequence[str]) -> None:
                 raise RuleError(f"{name} must be within (0, 1], below 1 to be learned: {value}")
         elif not (value > 0 or (name == "decay" and value == 0)):
             raise RuleError(f"{name} must be > 0: {value}")
-        elif LARGEST_BOUND < value < math.inf:
+        elif value > LARGEST_BOUND and (name, value) != ("tau", math.inf):
             raise RuleError(f"{name} must be at most {LARGEST_BOUND:g}: {value}")
         elif name in learn and not 0 < value < math.inf:
             raise RuleError(f"{name} must be > 0 and finite to be learned: {value}")

@@ -575,6 +575,7 @@ def test_a_rule_that_starts_from_another_has_its_numbers_and_0_elsewhere():
     ({"rho": {"median": 0.5}}, "time constants are of mean"),
     ({"learn": ("rho_var",)}, "below 1 to be learned"),
     ({"beta": 0.0}, "beta must be > 0"),
+    ({"beta": math.inf}, "beta must be at most"),
     ({"learn": ("tau",)}, "finite to be learned"),
     ({"learn": ("psi",)}, "cannot be learned"),
     ({"b": ["x y"]}, "is no power of any of"),
