@@ -504,7 +504,11 @@ def check_loss(loss: str) -> None:
 
 
 def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Like mse_loss, whose derivatives torch.func cannot differentiate behind batch norm."""
+    """The mean squared error [] of outputs and targets of one shape.
+
+    torch.func cannot differentiate the derivatives of mse_loss behind batch norm. Raises
+    OnePassError if the shapes differ: mse_loss would expand one of them.
+    """
     if outputs.shape != targets.shape:
         raise OnePassError(
             f"the network gives {tuple(outputs.shape)} for targets {tuple(targets.shape)}: with "

@@ -473,9 +473,9 @@ class Units:
 
 
 def won(share: Tensor, s: Tensor) -> Tensor:
-    """The shares [..., units], negative for all but the unit of the largest s (Journe et al. 2023).
+    """The shares [..., units], negative for all but the unit of the largest s [..., units].
 
-    Of equal units the first has won.
+    Of equal units the first has won. Source: Journe et al. 2023 (ICLR, arXiv 2209.11883).
     """
     winner = s.argmax(-1, keepdim=True)
     return (-share).scatter(-1, winner, share.gather(-1, winner))
