@@ -25,5 +25,5 @@ def run_path(text: str) -> Path:
 
 def compete(terms: Iterable[str]) -> bool:
     """Whether a term of unit statistics, as a text, has a unit's share in the competition."""
-    names = (factor.partition("^")[0].rstrip("'") for text in terms for factor in text.split())
-    return any(name in COMPETING for name in names)
+    names = (factor.partition("^")[0] for text in terms for factor in text.split())
+    return any(name.replace("_i", "").rstrip("'") in COMPETING for name in names)

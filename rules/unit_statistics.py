@@ -384,13 +384,10 @@ class UnitStatisticsRule(TermSumRule):
         eps = ["eps"] if self.step == "rms" else []
         tau = ["tau"] if math.isfinite(self.start["tau"]) else []
         decay = ["decay"] if self.start["decay"] else []
-        beta = ["beta"] if self._competes() else []
+        terms = (str(term) for of_group in self.terms.values() for term in of_group)
+        beta = ["beta"] if compete(terms) else []
         running = [name for name in self.start if name[:4] == "rho_" and self.start[name] < 1]
         return ["eta", *eps, *tau, *decay, *beta, *running]
-
-    def _competes(self) -> bool:
-        """Whether a term has a unit's share in the competition."""
-        return compete(str(term) for terms in self.terms.values() for term in terms)
 
     def _sum_text(self, group: str, texts: Sequence[str], latex: bool) -> str:
         if group == "b" and self.bias_like_w:

@@ -75,5 +75,5 @@ def test_every_receiving_quantity_is_what_a_current_is_linear_in(name):
 
 
 def test_terms_that_compete_are_told_from_others():
-    assert compete(["x gain z'", "x won'^2"]) and compete(["share w"])
+    assert compete(["x gain z'", "x won'^2"]) and compete(["share w"]) and compete(["x_j won_i"])
     assert not compete(["x gain z'", "w", "1"])
