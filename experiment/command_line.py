@@ -50,7 +50,10 @@ DTYPES = ("float32", "float64")
 # Flags that belong to one call, not to the run
 OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 
-IN_OLDER_RUNS = {"random_numbers": "host"}  # flags that these do not have, and their values there
+# Flags that these do not have, and their values there
+IN_OLDER_RUNS = {
+    "random_numbers": "host", "beta": 10.0, "learn": ["eta"], "record_samples": None,
+}  # fmt: skip
 
 # Flags that may name something to write outside the run's directory: --resume takes them from
 # config.json only if it is inside

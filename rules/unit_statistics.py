@@ -496,8 +496,9 @@ class UnitStatisticsRule(TermSumRule):
     def start_from(self, other: LearningRule) -> None:
         """Take over another rule's coefficients and numbers; terms that it lacks get 0.
 
-        Exponents are kept. Raises RuleError if the other rule is of another family, has terms that
-        this one lacks, another step, another kind of biases, or another number of views.
+        Exponents are kept, and beta if the other rule has no term that competes. Raises RuleError
+        if the other rule is of another family, has terms that this one lacks, another step, another
+        kind of biases, or another number of views.
         """
         if not isinstance(other, UnitStatisticsRule) or other.views != self.views:
             raise RuleError(f"the rule is not one of unit statistics with {self.views} views")
@@ -507,6 +508,7 @@ class UnitStatisticsRule(TermSumRule):
         missing = [name for name, value in values.items() if value and name not in terms]
         if missing:
             raise RuleError(f"the rule has a term {missing[0]} that this one lacks")
+        kept = {} if "beta" in other._acting() else {"beta": self._value("beta")}
         with torch.no_grad():
             for group in GROUPS:
                 names = [f"{group}/{term}" for term in self.terms[group]]
@@ -514,7 +516,7 @@ class UnitStatisticsRule(TermSumRule):
                 getattr(self, group).copy_(torch.tensor(taken, dtype=torch.double))
             for u in self.moved.values():
                 u.zero_()
-        self.start = {name: other._value(name) for name in other.start}
+        self.start = {name: other._value(name) for name in other.start} | kept
         self._forget_plans()
 
 

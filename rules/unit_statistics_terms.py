@@ -50,8 +50,9 @@ _TEX = {
     "x": "x_j", "y_j": "y_j", "c_j": "c_j", "z_j": "z_j", "gain": r"\sigma", "s": "s_i",
     "y": "y_i", "c": "c_i", "z": "z_i", "r": "r_i", "r_cov": r"r^{\mathrm{cov}}_i",
     "r_exact": r"r^{\mathrm{exact}}_i", "r_cross": r"r^{\mathrm{cross}}_i",
-    "share": "p_i", "won": r"\pm p_i", "signal": r"\mathrm{signal}", "mean": r"\langle y_i \rangle",
-    "square": r"\langle y_i^2 \rangle", "var": "v_i", "w": "w_{ij}", "b": "b_i", "m": "m_{ij}",
+    "share": "p_i", "won": r"(\pm p_i)", "signal": r"\mathrm{signal}",
+    "mean": r"\langle y_i \rangle", "square": r"\langle y_i^2 \rangle", "var": "v_i",
+    "w": "w_{ij}", "b": "b_i", "m": "m_{ij}",
 }  # fmt: skip
 
 
@@ -161,7 +162,8 @@ def _tex_factor(name: str, power: float) -> str:
         symbol = _TEX[plain] if not prime else f"{{{_TEX[plain]}}}'"
     if power == 1:
         return symbol
-    return f"({symbol})^{{{_power_text(power)}}}" if prime else f"{symbol}^{{{_power_text(power)}}}"
+    symbol = f"({symbol})" if prime or "^" in symbol else symbol  # TeX takes one superscript
+    return f"{symbol}^{{{_power_text(power)}}}"
 
 
 # ---- what is linear in centred activities and preactivations ----

@@ -154,6 +154,19 @@ def test_a_rule_for_filters_is_learned_continued_and_judged(tmp_path):
     assert list(results["summary"]) == ["random", "once/filters"]
 
 
+def test_a_run_from_before_units_competed_goes_on(tmp_path):
+    flags = [*FILTERS, "--terms", "x gain z'", "w", "--learn", "eta", "--out", tmp_path]
+    learn_filters.main([*map(str, flags)])
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["learn"], config["beta"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    before = outcome(tmp_path)
+    for path in [*tmp_path.glob("checkpoint*"), tmp_path / "metrics.csv"]:
+        path.unlink()
+    learn_filters.main(["--resume", str(tmp_path), "--quiet"])
+    assert outcome(tmp_path) == before
+
+
 def test_features_are_means_over_squares_of_rectified_responses_of_filters_at_norm_1():
     data, weight = small_images(2), 7 * torch.randn(4, 3, 3, 3, dtype=torch.float64)
     layer = FirstLayer(weight, lambda x: x[:, :, 1:-1, 1:-1])

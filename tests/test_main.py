@@ -252,7 +252,7 @@ def test_a_run_from_before_the_flag_has_random_numbers_of_the_host(tmp_path, pla
     old = tmp_path / "old"
     shutil.copytree(plain, old)
     config = json.loads((old / "config.json").read_text())
-    del config["random_numbers"]
+    del config["random_numbers"], config["beta"]
     (old / "config.json").write_text(json.dumps(config))
     for path in [*old.glob("checkpoint*"), old / "metrics.csv"]:
         path.unlink()

@@ -148,6 +148,18 @@ def test_records_of_some_samples_leave_the_training_as_it_is(tmp_path, capsys):
     assert "squared units of the target), 10 of " in said.splitlines()[-1]
 
 
+def test_a_run_from_before_records_of_some_samples_goes_on(tmp_path):
+    out = tune(tmp_path, *config("boston", "ours_lr"))
+    saved = json.loads((out / "config.json").read_text())
+    del saved["record_samples"]
+    (out / "config.json").write_text(json.dumps(saved))
+    before = read_run(out).columns["Loss/Test"]
+    for path in [*out.glob("checkpoint*"), out / "metrics.csv"]:
+        path.unlink()
+    run("--resume", out, "--quiet")
+    assert np.array_equal(read_run(out).columns["Loss/Test"], before)
+
+
 def test_of_a_text_the_last_perplexity_of_some_windows_is_told(tmp_path, capsys):
     (tmp_path / "ptb").mkdir()
     for part in ("train", "valid", "test"):

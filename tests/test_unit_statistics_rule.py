@@ -566,6 +566,15 @@ def test_a_rule_that_starts_from_another_has_its_numbers_and_0_elsewhere():
         oja().start_from(rule)
 
 
+def test_a_rule_that_starts_from_one_without_competition_keeps_its_temperature():
+    alone, competing = (UnitStatisticsRule.of_terms([text], beta=3.0) for text in ("w", "x won"))
+    rule = UnitStatisticsRule.of_terms(["x won", "w"], beta=7.0, learn=("eta", "beta"))
+    rule.start_from(alone)
+    assert rule.coefficients()["step/beta"] == 7.0
+    rule.start_from(competing)
+    assert rule.coefficients()["step/beta"] == 3.0
+
+
 @pytest.mark.parametrize("options, message", [
     ({"step": "adam"}, "choose from rms, plain"),
     ({"views": 3}, "1 or 2 views"),

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.mathtext import MathTextParser
 
 from learning_rules import RuleError
 from rules.choices import COMPETING, compete
@@ -47,6 +48,14 @@ def test_what_is_written_is_read_back(group, data):
     term = parse_term(text, group, 2)
     assert dict(term.powers) == {name: power for name, power in powers.items() if power}
     assert parse_term(str(term), group, 2) == term
+
+
+@pytest.mark.parametrize("name", VARYING)
+@pytest.mark.parametrize("power", [1, 2])
+def test_every_power_of_a_quantity_is_written_in_latex(name, power):
+    tex = parse_term(f"x {name}^{power}", "w", 2).tex()
+    MathTextParser("agg").parse(f"${tex}$")
+    assert r"\, \pm" not in tex  # would read as a sum
 
 
 @pytest.mark.parametrize("text, group, views, message", [
