@@ -228,6 +228,8 @@ def method_name(text: str) -> str:
         raise argparse.ArgumentTypeError(str(problem)) from problem
     if recipe.views is None:
         raise argparse.ArgumentTypeError(f"the rule in {text} takes no views")
+    if (layers := len(recipe.rule.rules)) > 1:
+        raise argparse.ArgumentTypeError(f"the rule in {text} is for {layers} layers, not for one")
     return str(Path(text).resolve())
 
 

@@ -74,7 +74,7 @@ def refuse_idle_temperature(
     needs = "a term with share or won"
     refuse_idle_flags(args, parser, [("beta", compete, needs)])
     if "beta" in args.learn and not compete:
-        raise UserError(f"--learn beta needs {needs}")
+        raise UserError(f"--learn beta needs {needs}: give one, or --learn without beta")
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,7 @@ def _recipe(value: dict[str, Any]) -> Recipe:
     rule = rule_from_dict(value["rule"])
     if not isinstance(rule, PerLayerRule) or not 1 <= len(rule.rules) <= LARGEST["layers"]:
         raise ValueError(f"its rule is not one for each of 1 to {LARGEST['layers']} layers")
+    _check_numbers(rule.coefficients())
     if value["inhibition"] not in INHIBITION or value["centring"] not in CENTRINGS:
         raise ValueError(f"inhibition or centring is none of {(*INHIBITION, *CENTRINGS)}")
     views = None if value["views"] is None else ViewStrengths.from_dict(value["views"])

@@ -31,6 +31,7 @@ from experiment.seeds import seeded_generator
 from initializers import fixed_initializer
 from krotov_hopfield import BioConv2d
 from models_fully_local import Activation, lateral_mlp
+from rules.choices import zoo_path
 from rules.zoo import load_zoo, save_zoo
 from train import train
 
@@ -256,6 +257,7 @@ def test_a_comparison_goes_on_from_its_state_with_the_same_numbers():
     [
         (["--methods", "guess"], "guess"),
         (["--methods", __file__], "is no rule of the zoo"),
+        (["--methods", zoo_path("mnist256-32")], "is for 2 layers, not for one"),
         (["--methods", "PCA", "mnist32", "PCA"], "twice"),
         (["--methods", "k-means", "--updates", "3"], "--updates needs --methods transfer32 or"),
         (["--kernel", "26"], "too small"),
@@ -291,6 +293,11 @@ def test_two_files_of_one_name_are_refused_not_averaged(capsys, tmp_path):
 def test_a_horizon_for_filters_is_a_smaller_and_a_larger_number(capsys, tmp_path):
     line = refused(capsys, learn_filters.main, "--horizon", 5, 3, "--out", tmp_path / "run")
     assert "--horizon" in line
+
+
+def test_filters_without_terms_that_compete_have_no_temperature_to_learn(capsys, tmp_path):
+    line = refused(capsys, learn_filters.main, "--terms", "x gain", "--out", tmp_path / "run")
+    assert "--learn beta needs a term with share or won: give one, or --learn without" in line
 
 
 def test_a_rule_for_filters_that_overflows_is_reported_as_not_finite(tmp_path):

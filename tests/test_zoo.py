@@ -83,8 +83,14 @@ DAMAGES = {
     "spread_w is '1', expected a number": lambda d: _with(d, initial={"spread_w": "1"}),
     "batch_size is True": lambda d: _with(d, batch_size=True),
     "activation 'step' is unknown": lambda d: _with(d, activation={"base": "step", "slope": 1}),
+    "step/eta is inf, expected a number": lambda d: _with(d, rule=_overflown(d["recipe"]["rule"])),
     "forbid_excitation is 1": lambda d: _with(d, forbid_excitation=1),
 }  # fmt: skip
+
+
+def _overflown(rule: dict) -> dict:
+    layer = rule["rules"][0]
+    return rule | {"rules": [layer | {"moved": layer["moved"] | {"eta": 1e6}}]}
 
 
 def _with(description: dict, **recipe) -> dict:
