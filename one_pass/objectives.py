@@ -507,14 +507,19 @@ def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     """The mean squared error [] of outputs and targets of one shape.
 
     torch.func cannot differentiate the derivatives of mse_loss behind batch norm. Raises
-    OnePassError if the shapes differ: mse_loss would expand one of them.
+    OnePassError if the shapes differ.
     """
-    if outputs.shape != targets.shape:
-        raise OnePassError(
-            f"the network gives {tuple(outputs.shape)} for targets {tuple(targets.shape)}: with "
-            "mse both have the same shape"
-        )
+    _check_shapes(outputs.shape, targets.shape)
     return (outputs - targets).square().mean()
+
+
+def _check_shapes(outputs: torch.Size, targets: torch.Size) -> None:
+    """Raises OnePassError if a run's outputs and targets differ in shape and would be expanded."""
+    if outputs != targets:
+        raise OnePassError(
+            f"the network gives {tuple(outputs)} for targets {tuple(targets)}: with mse both have "
+            "the same shape"
+        )
 
 
 _TORCH_LOSSES = {"mse": _squared_error, "cross_entropy": nn.functional.cross_entropy}
@@ -542,9 +547,13 @@ def _over_all(outputs: Callable[[slice, slice], Tensor], runs: int, targets: Ten
 
 
 def summed(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and numbers of correct answers [D] of outputs [D, B, ...], summed over the samples."""
+    """Losses and numbers of correct answers [D] of outputs [D, B, ...], summed over the samples.
+
+    Raises OnePassError if targets that are no classes have another shape than a run's outputs.
+    """
     runs, samples = outputs.shape[:2]
     if targets.is_floating_point():
+        _check_shapes(outputs.shape[1:], targets.shape)
         errors = (outputs - targets).square()
         right = torch.zeros_like(errors)
     else:

@@ -172,8 +172,13 @@ def test_targets_of_another_shape_than_the_outputs_are_refused():
     objective = ModuleObjective(nn.Linear(4, 1).double(), "mse")
     weights, buffers = objective.initial(generators(2))
     batch = Batch(torch.randn(6, 4).double(), torch.randn(6).double(), shared=True)
-    with pytest.raises(OnePassError, match=r"gives \(6, 1\) for targets \(6,\)"):
-        objective.linearize(weights, buffers, batch)
+    for judge, seen in (
+        (objective.linearize, [batch]),
+        (objective.held_out, [batch]),
+        (objective.evaluate, [batch.inputs, batch.targets]),
+    ):
+        with pytest.raises(OnePassError, match=r"gives \(6, 1\) for targets \(6,\)"):
+            judge(weights, buffers, *seen)
 
 
 def test_validation_leaves_the_statistics_of_batch_norm_alone():
