@@ -22,6 +22,7 @@ from experiment.command_line import (
     run_command,
 )
 from experiment.settings import add_settings, settings_of
+from experiment.view_strengths import OF_GEOMETRIC, ViewStrengths
 
 
 def make_parser():
@@ -32,6 +33,7 @@ def make_parser():
     )
     group = parser.add_argument_group("training and loss")
     add_settings(group, VICRegSettings)
+    add_settings(parser.add_argument_group("views"), ViewStrengths, [*OF_GEOMETRIC])
     add = group.add_argument
     add("--random_numbers", choices=RANDOM_NUMBERS, default=HOST,
         help="where random numbers of views are made")  # fmt: skip
@@ -70,8 +72,10 @@ def make_training(args, data, dtype: torch.dtype) -> VICReg:
     sizes = math.prod(data.shape), args.layers
     network = lateral_mlp(*sizes, Activation("sigmoid"), inhibition="none")
     settings = settings_of(args, VICRegSettings)
-    options = {"dtype": dtype, "random_numbers": args.random_numbers}
-    return VICReg(network, data, args.seed, settings, **options)
+    return VICReg(
+        network, data, args.seed, settings, views=settings_of(args, ViewStrengths),
+        dtype=dtype, random_numbers=args.random_numbers,
+    )  # fmt: skip
 
 
 def probe(training: VICReg, test_data, C: float) -> dict[str, float]:

@@ -29,6 +29,7 @@ from data_sets.views import Views
 from experiment.choices import HOST
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
+from experiment.view_strengths import ViewStrengths
 from kernels.recorded_training import AdamWState, Descent
 from models_fully_local import Params
 
@@ -89,6 +90,7 @@ class VICReg:
     for a batch size below 2 or above the number of images.
 
     model: called as model(x, params) on float [B, C, H, W], returns [B, D].
+    views: how the two views of an image are made.
     random_numbers: of the views, from a generator on the host or counted on the data's device.
     params: a list with one dict of tensors per layer, on the data's device, changed in place.
     epoch: the number of passes done. Each pass has its own generator, seeded with (seed, epoch), so
@@ -106,6 +108,7 @@ class VICReg:
         seed: int = 0,
         settings: VICRegSettings = DEFAULTS,
         *,
+        views: ViewStrengths = ViewStrengths(),  # noqa: B008, it is frozen
         dtype: torch.dtype = torch.float32,
         random_numbers: str = HOST,
     ) -> None:
@@ -115,7 +118,7 @@ class VICReg:
             )
         self.model, self.data, self.seed = model, data, seed
         self.batch_size, self.dtype = settings.batch_size, dtype
-        self.views = Views(data, self.batch_size, dtype=dtype, random_numbers=random_numbers)
+        self.views = Views(data, self.batch_size, views, dtype=dtype, random_numbers=random_numbers)
         weights = {name: getattr(settings, name) for name in (*TERMS, "hinge")}
         self.loss = partial(vicreg_loss, **weights)
         drawn = uniform_parameters(model, seeded_generator(seed, 0, 0))

@@ -53,6 +53,8 @@ OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 # Flags that these do not have, and their values there
 IN_OLDER_RUNS = {
     "random_numbers": "host", "beta": 10.0, "learn": ["eta"], "record_samples": None,
+    "degrees": 25.0, "crop": [0.7, 1.0], "crop_ratio": [0.75, 1.3333], "crop_padding": 2,
+    "shift": 0.0, "brightness": 0.5, "contrast": 0.5, "noise": 0.0,
 }  # fmt: skip
 
 # Flags that may name something to write outside the run's directory: --resume takes them from

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,7 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["--hinge", "0"], "above 0"),
         (["--covariance", "-1"], "at least 0"),
         (["--lr", "fast"], "above 0"),
+        (["--crop", "0.9", "0.5"], "0 < LOW <= HIGH <= 1"),
         (["--epochs", "1.5"], "whole number"),
         (["--no_such_flag"], "no_such_flag"),
     ],
@@ -165,6 +167,24 @@ def test_resuming_with_other_flags_is_refused(capsys, plain):
     line = refused(capsys, baseline_vicreg.main, "--resume", plain, "--hinge", "0.5", "--quiet")
     assert "hinge" in line and "0.5" in line
     assert "layers" in refused(capsys, baseline_vicreg.main, 5, "--resume", plain, "--quiet")
+
+
+def test_views_are_those_of_the_flags_and_older_runs_have_the_default_ones(tmp_path, plain):
+    config = json.loads((plain / "config.json").read_text())
+    given = ("--degrees", 25, "--crop", 0.7, 1.0, "--shift", 0)
+    run(4, *TINY, *given, "--out", tmp_path / "same")
+    run(4, *TINY, "--shift", 2, "--out", tmp_path / "shifted")
+    losses = [[row["loss"] for row in rows(out)] for out in (plain, tmp_path / "same")]
+    assert losses[0] == losses[1] != [row["loss"] for row in rows(tmp_path / "shifted")]
+    older = tmp_path / "older"
+    shutil.copytree(plain, older)
+    views = {"degrees", "crop", "crop_ratio", "crop_padding", "shift", "brightness", "noise"}
+    kept = {name: value for name, value in config.items() if name not in {*views, "contrast"}}
+    (older / "config.json").write_text(json.dumps(kept))
+    for path in [*older.glob("checkpoint*"), older / "metrics.csv"]:
+        path.unlink()
+    run("--resume", older, "--quiet")
+    assert [row["loss"] for row in rows(older)] == losses[0]
 
 
 @pytest.mark.slow
