@@ -50,7 +50,7 @@ DTYPES = ("float32", "float64")
 # Flags that belong to one call, not to the run
 OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 
-# Flags that these do not have, and their values there
+# Flags that runs of older versions lack, and their values there
 IN_OLDER_RUNS = {
     "random_numbers": "host", "beta": 10.0, "learn": ["eta"], "record_samples": None,
     "degrees": 25.0, "crop": [0.7, 1.0], "crop_ratio": [0.75, 1.3333], "crop_padding": 2,

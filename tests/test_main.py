@@ -73,6 +73,8 @@ def test_rules_of_unit_statistics_have_defaults_of_their_own_and_end_beside_refe
     assert (config["views"], config["inhibition"], config["adjoint_limit"]) == (
         "geometric", "none", 2.0,
     )  # fmt: skip
+    of_pairs = vars(main.make_parser("polynomial").parse_args([]))
+    assert [(c["degrees"], c["crop_padding"]) for c in (config, of_pairs)] == [(10.0, 0), (25.0, 2)]
     results = json.loads((out / "results.json").read_text())
     assert main.make_parser("unit_statistics").parse_args([]).beside == list(main.BESIDE)
     assert list(results["beside"]["mnist5k"]) == ["random", "oja"]
