@@ -19,8 +19,10 @@ all updates, to improve the rule and the initial distribution of the weights.
 """
 
 import argparse
+import itertools
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -140,11 +142,18 @@ def make_parser(rule: str = "polynomial") -> argparse.ArgumentParser:
     return parser
 
 
+def named_rule(argv: Sequence[str]) -> str:
+    """The family of rules that the command line names, so that --help tells its defaults."""
+    words = " ".join(argv).replace("--rule=", "--rule ").split()
+    named = [value for flag, value in itertools.pairwise(words) if flag == "--rule"]
+    return named[-1] if named and named[-1] in DEFAULTS else RULES[0]
+
+
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     """The flags, with the defaults of the family of rules that they name, and their parser."""
-    parser = make_parser()
+    parser = make_parser(named_rule(sys.argv[1:] if argv is None else argv))
     args = parse(parser, argv)
-    if DEFAULTS.get(args.rule):
+    if DEFAULTS.get(args.rule):  # a resumed run names its rule in config.json
         parser = make_parser(args.rule)
         args = parse(parser, argv)
     return args, parser

@@ -84,6 +84,17 @@ def test_rules_of_unit_statistics_have_defaults_of_their_own_and_end_beside_refe
     assert "test accuracy" in last and "+-" in last and "3 steps each" in last
 
 
+@pytest.mark.parametrize(
+    ("flags", "degrees"),
+    [([], "25.0"), (["--rule", "unit_statistics"], "10.0"), (["--rule=unit_statistics"], "10.0")],
+)
+def test_help_tells_the_defaults_of_the_rule_that_is_named(capsys, flags, degrees):
+    with pytest.raises(SystemExit):
+        main.main([*flags, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"largest rotation of a view, in degrees (default: {degrees})" in text
+
+
 @pytest.mark.parametrize("flags, said, not_said", [
     (["--rule", "krotov_hopfield"], "the rule\n", "in brackets"),
     (["--inhibition", "none"], "the rule; in brackets, the size of a term", "Δm"),
