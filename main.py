@@ -146,7 +146,7 @@ def named_rule(argv: Sequence[str]) -> str:
     """The family of rules that the command line names, so that --help tells its defaults."""
     words = " ".join(argv).replace("--rule=", "--rule ").split()
     named = [value for flag, value in itertools.pairwise(words) if flag == "--rule"]
-    return named[-1] if named and named[-1] in DEFAULTS else RULES[0]
+    return named[-1] if named and DEFAULTS.get(named[-1]) else RULES[0]
 
 
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
