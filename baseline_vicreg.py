@@ -22,7 +22,8 @@ from experiment.command_line import (
     run_command,
 )
 from experiment.settings import add_settings, settings_of
-from experiment.view_strengths import OF_GEOMETRIC, ViewStrengths
+from experiment.view_flags import OF_GEOMETRIC
+from experiment.view_strengths import ViewStrengths
 
 
 def make_parser():
@@ -33,7 +34,7 @@ def make_parser():
     )
     group = parser.add_argument_group("training and loss")
     add_settings(group, VICRegSettings)
-    add_settings(parser.add_argument_group("views"), ViewStrengths, [*OF_GEOMETRIC])
+    add_settings(parser.add_argument_group("views"), ViewStrengths, OF_GEOMETRIC)
     add = group.add_argument
     add("--random_numbers", choices=RANDOM_NUMBERS, default=HOST,
         help="where random numbers of views are made")  # fmt: skip

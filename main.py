@@ -151,9 +151,10 @@ def named_rule(argv: Sequence[str]) -> str:
 
 def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     """The flags, with the defaults of the family of rules that they name, and their parser."""
-    parser = make_parser(named_rule(sys.argv[1:] if argv is None else argv))
+    named = named_rule(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(named)
     args = parse(parser, argv)
-    if DEFAULTS.get(args.rule):  # a resumed run names its rule in config.json
+    if args.rule != named and DEFAULTS.get(args.rule):  # named in a resumed run's config.json
         parser = make_parser(args.rule)
         args = parse(parser, argv)
     return args, parser

@@ -12,6 +12,11 @@ from experiment.settings import add_settings, settings_of
 from experiment.view_strengths import FIELDS, GEOMETRIC, KINDS, LEARNABLE, ViewStrengths
 
 WITHOUT_VIEWS = ("kind", "center")  # fields that have no flag of their own, or need no views
+OF_GEOMETRIC = [  # fields that geometric views depend on
+    name
+    for name, entry in FIELDS.items()
+    if GEOMETRIC in entry.metadata["kinds"] and name not in WITHOUT_VIEWS
+]
 
 
 def add_views(parser: argparse.ArgumentParser) -> None:

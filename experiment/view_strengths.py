@@ -134,11 +134,6 @@ class ViewStrengths:
 
 
 FIELDS = {entry.name: entry for entry in fields(ViewStrengths)}
-OF_GEOMETRIC = tuple(  # the strengths that geometric views have, but for what centres them
-    name
-    for name, entry in FIELDS.items()
-    if GEOMETRIC in entry.metadata["kinds"] and name not in ("kind", "center")
-)
 
 
 def _is_number(value: Any) -> bool:
