@@ -22,9 +22,11 @@ Classical rules have their own networks, on pixel-centred images: linear units f
 and rectified units for krotov_hopfield (p = k = 2, Delta = 0.4), without inhibition; sigmoid units
 that inhibit each other for instar and foldiak. For each data set and layer sizes their rate is
 chosen from 1e-4 to 1 in half powers of ten, by the accuracy after the last step on a sixth of the
-training images, which is held out meanwhile. The references take no steps: random features (the
+training images, which is held out meanwhile. References without steps are random features (the
 first RUN's initial network), pca (as many components as the last layer has units), and vicreg,
-trained by backpropagation for 100 epochs, many minutes each.
+trained by backpropagation for 100 epochs, many minutes each. class_pairs is the first RUN's rule
+with labels: views of two images of one class in the place of two views of one image, what better
+views could bring.
 """
 
 import argparse
@@ -157,6 +159,8 @@ def refuse_what_cannot_be_compared(args, runs: Sequence[LearnedRun]) -> None:
                 f"{runs[0].name} and {run.name} were judged with --C {runs[0].config['C']:g} and "
                 f"{run.config['C']:g}: evaluate them one by one"
             )
+    if "class_pairs" in args.references and runs[0].views is None:
+        raise UserError(f"--references class_pairs: {runs[0].name} takes single images, not pairs")
     if [] in args.layers and (args.rules or args.references):
         raise UserError(f"{runs[0].name} has convolutions only: give --layers to compare with it")
 

@@ -25,6 +25,7 @@ from comparison.learned_run import LearnedRun
 from comparison.principal_components import principal_components, projection
 from comparison.settings import VICRegSettings
 from comparison.vicreg import VICReg
+from data_sets.class_pairs import ClassPairs
 from data_sets.views import Views
 from experiment.checkpoints import taking_up_state
 from experiment.loop import finish_on_interrupt
@@ -175,7 +176,14 @@ def reference_methods(run: LearnedRun) -> dict[str, Method]:
         "random": Method(partial(learned, run), has_steps=False),
         "pca": Method(pca_features, has_steps=False),
         "vicreg": Method(vicreg_features, has_steps=False),
+        "class_pairs": Method(partial(by_class_pairs, run)),
     }
+
+
+def by_class_pairs(run: LearnedRun, setting: Setting) -> Training:
+    """The training by a learned rule of pairs, each of two images of one class."""
+    training = learned(run, setting)
+    return replace(training, batches=ClassPairs(training.batches))
 
 
 def pca_features(setting: Setting) -> Training:

@@ -108,6 +108,16 @@ def test_rotated_digits_and_other_data_sets_stand_side_by_side(runs, tmp_path, m
     assert "rotated" in results(out)["data"]["rotated"]
 
 
+def test_pairs_of_a_class_stand_beside_the_rule_of_pairs(runs, tmp_path, capsys):
+    flags = ["--references", "class_pairs", "--seeds", 2, "--out", tmp_path / "out"]
+    run(runs / "views", *flags)
+    found = {row["method"]: row for row in results(tmp_path / "out")["trainings"]}
+    assert set(found) == {"views", "class_pairs"}
+    assert found["views"]["meta_loss"] != found["class_pairs"]["meta_loss"]
+    message = refused(capsys, evaluate.main, runs / "single", *flags, *COMMON)
+    assert "single takes single images, not pairs" in message
+
+
 def _flags(runs, out, seeds) -> list:
     flags = ["--layers", 5, "--layers", 4, "--steps", 2, 4, "--references", "random", *COMMON]
     return [runs / "single", *flags, "--seeds", seeds, "--out", out]
