@@ -45,8 +45,8 @@ def test_first_views_and_the_numbers_of_second_ones_are_those_of_ordinary_pairs(
     for kind in ("geometric", "masks", "mixed"):
         views = Views(data, 8, ViewStrengths(kind, center=True))
         others = Views(data.subset(partner), 8, views.start)
-        made, ordinary_pairs, of_others = (v(generator()) for v in (ClassPairs(views), views, others))
+        streams = [make(generator()) for make in (ClassPairs(views), views, others)]
         for _ in range(8):
-            (first, second), ordinary, other = map(next, (made, ordinary_pairs, of_others))
+            (first, second), ordinary, other = map(next, streams)
             assert first.equal(ordinary[0]) and second.equal(other[1])
             assert not second.equal(ordinary[1])
