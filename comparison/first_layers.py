@@ -32,6 +32,7 @@ TOLERANCE = 1e-6  # of the probe; the accuracy no longer changes below it
 ENCODINGS = ("triangle", "own")
 SILENT = 1e-12  # variance of a feature, far below that of any filter that responds
 
+Batches = Callable[[Generator], Iterator[tuple[Tensor, ...]]]  # endless views of images
 Response = Callable[[Tensor], Tensor]  # images [n, C, H, W] to [n, units, H', W']
 
 
@@ -186,7 +187,7 @@ class RandomWindows:
     size: the side of a window, in pixels.
     """
 
-    batches: Callable[[Generator], Iterator[tuple[Tensor, ...]]]
+    batches: Batches
     count: int
     size: int
 
@@ -197,6 +198,23 @@ class RandomWindows:
             image = torch.arange(n).repeat_interleave(self.count)
             top, left = _corners(sides, self.size, len(image), generator)
             yield tuple(windows_at(view, image, top, left, self.size) for view in views)
+
+
+@dataclass(frozen=True)
+class MappedWindows:
+    """Windows, each as a row of pixels times a matrix, such as one that whitens them.
+
+    windows: (generator) -> iterator over tuples of views, each windows [n, C, size, size].
+    matrix: [C * size * size, C * size * size].
+    """
+
+    windows: Batches
+    matrix: Tensor
+
+    def __call__(self, generator: Generator) -> Iterator[tuple[Tensor, ...]]:
+        """Endless tuples of mapped windows of each view, of the same shapes."""
+        for views in self.windows(generator):
+            yield tuple((x.flatten(1) @ self.matrix).view_as(x) for x in views)
 
 
 def windows_at(images: Tensor, image: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:

@@ -15,6 +15,8 @@
     transfer32, ...  rules of unit statistics from rules/zoo, each with its views, or from a file
                      of that form, such as examples/learn_filters.py writes
 
+With --whiten, rules see whitened windows, and their filters are those of windows before that.
+
 All see the same images, centred pixel by pixel, and are judged by the one encoder of
 comparison/first_layers.py and, where a method has another response, by this in the place of the
 Triangle: sigmoid(4 s) of learned rules, the rectified currents of competing units. The probe is
@@ -39,7 +41,9 @@ from comparison.first_layers import (
     ENCODINGS,
     GRID,
     SILENT,
+    Batches,
     FirstLayer,
+    MappedWindows,
     RandomWindows,
     centred_images,
     columns,
@@ -65,6 +69,7 @@ from experiment.run_log import RunLog
 from experiment.seeds import EVALUATION, seeded_generator
 from experiment.statistics import mean_and_deviation
 from experiment.tables import aligned, markdown
+from experiment.view_strengths import MASKS, ViewStrengths
 from figures.examples import plot_first_layers_run
 from initializers import fixed_initializer
 from krotov_hopfield import (
@@ -76,7 +81,7 @@ from krotov_hopfield import (
 from learning_rules import RuleError
 from mnist_datasets import ImageData
 from models_fully_local import LateralConv2d, Sequential
-from rules.zoo import load_zoo
+from rules.zoo import Recipe, load_zoo
 from train import check_finite, train
 
 CONTRAST = 10 / 255**2  # added to the variance of a patch of pixels in [0, 1]; Coates's 10 of bytes
@@ -112,11 +117,19 @@ def centroids(patches: Tensor, units: int, generator: Generator) -> Tensor:
 
 def whitened_centroids(patches: Tensor, units: int, generator: Generator) -> Tensor:
     """Filters [units, pixels] whose responses are those of centroids of whitened patches."""
-    x = patches.double() - patches.double().mean(0)
-    variances, directions = torch.linalg.eigh(x.T.cov())
-    scale = (variances + WHITENING * variances.mean()).clamp_min(SILENT).rsqrt()
-    whitening = (directions * scale) @ directions.T
-    return _k_means((x @ whitening).float(), units, generator) @ whitening.float()
+    whitening = whitening_of(patches, WHITENING)
+    x = (patches.double() - patches.double().mean(0)) @ whitening
+    return _k_means(x.float(), units, generator) @ whitening.float()
+
+
+def whitening_of(patches: Tensor, added: float) -> Tensor:
+    """The symmetric matrix, float64 [pixels, pixels], that makes patches [n, pixels] white.
+
+    added: to each variance, relative to their mean; directions of less variance are left weak.
+    """
+    variances, directions = torch.linalg.eigh(patches.double().T.cov())
+    scale = (variances + added * variances.mean()).clamp_min(SILENT).rsqrt()
+    return (directions * scale) @ directions.T
 
 
 def _k_means(x: Tensor, units: int, generator: Generator) -> Tensor:
@@ -166,7 +179,8 @@ def competing(args, method: str, data: ImageData, generator: Generator, dtype) -
 def by_learned_rule(args, method: str, data: ImageData, generator: Generator, dtype) -> FirstLayer:
     """A convolution that the rule of the zoo's file has trained, with its units and views.
 
-    Its updates see random windows of each image with --windows, else all.
+    Its updates see random windows of each image with --windows, else all; with --whiten they see
+    these whitened, at the deviation that patches have.
     """
     recipe = load_zoo(method).recipe
     layer = LateralConv2d(
@@ -176,13 +190,32 @@ def by_learned_rule(args, method: str, data: ImageData, generator: Generator, dt
     model, device = Sequential([layer]), data.images.device
     initializer = fixed_initializer(recipe.initial).to(device, dtype)
     rule = recipe.rule.to(device, dtype)
-    inputs = Views(data, args.batch_size, replace(recipe.views, center=False), dtype=dtype)
-    if args.windows:
-        inputs = RandomWindows(inputs, args.windows, args.kernel)
+    inputs, whitening = inputs_of_rule(args, recipe, data, generator, dtype)
     params = initializer(model, generator)
     params = train(model, params, inputs(generator), rule, args.updates, grad=False)
     check_finite(params, f"the filters of {method} after {args.updates} updates")
+    if whitening is not None:
+        filters = params[0]["w"].flatten(1) @ whitening
+        params = [params[0] | {"w": filters.view_as(params[0]["w"])}]
     return FirstLayer(params[0]["w"], lambda x: model(x, params))
+
+
+def inputs_of_rule(
+    args, recipe: Recipe, data: ImageData, generator: Generator, dtype
+) -> tuple[Batches, Tensor | None]:
+    """The batches of a rule's updates, and the matrix by which their windows are whitened."""
+    masks = {"kind": MASKS, "mask": tuple(args.mask)} if args.mask else {}
+    strengths = replace(recipe.views, center=False, **masks)
+    views = Views(data, args.batch_size, strengths, dtype=dtype)
+    if not args.windows:
+        return views, None
+    windows = RandomWindows(views, args.windows, args.kernel)
+    if not args.whiten:
+        return windows, None
+    patches = draw_patches(data, args.patches, args.kernel, generator)
+    whitening = whitening_of(patches, args.whiten) * patches.double().var(0).mean().sqrt()
+    whitening = whitening.to(data.images.device, dtype)
+    return MappedWindows(windows, whitening), whitening
 
 
 # ---- the command ----
@@ -198,7 +231,7 @@ def make_parser():
     add("--units", type=positive_int, default=96, help="filters of each method")
     add("--kernel", type=positive_int, default=5, help="side of a filter, in pixels")
     add = parser.add_argument_group("learning").add_argument
-    add("--patches", type=positive_int, default=100_000, help="of k-means and PCA")
+    add("--patches", type=positive_int, default=100_000, help="of k-means, PCA and --whiten")
     add("--epochs", type=positive_float, default=1.0, help="of competing units; also part of one")
     add("--hopfield_lr", type=positive_float, help="first rate (default: the recipe's)")
     add("--softhebb_lr", type=positive_float, help="rate (default: the recipe's)")
@@ -206,6 +239,10 @@ def make_parser():
     add("--batch_size", type=positive_int, default=32, help="images of such an update")
     add("--windows", type=positive_int, metavar="N",
         help="random windows of each image in such an update (default: all)")  # fmt: skip
+    add("--whiten", type=positive_float, metavar="ADDED",
+        help="whiten these windows, with so much of the mean variance added to each")  # fmt: skip
+    add("--mask", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="views without such a share of their pixels, in the place of the rule's")  # fmt: skip
     add = parser.add_argument_group("judgement").add_argument
     add("--C", type=positive_float, default=0.01, help="inverse penalty of the probe")
     add("--train_images", type=positive_int, metavar="N", help="use the first N (default: all)")
@@ -238,16 +275,19 @@ def is_learned(method: str) -> bool:
     return method in LEARNED or method not in METHODS
 
 
-def flag_needs(methods: Sequence[str]) -> list[tuple[str, bool, str]]:
+def flag_needs(args) -> list[tuple[str, bool, str]]:
     """The argument `needs` of `refuse_idle_flags`."""
+    methods = args.methods
+    of_patches = bool(args.whiten) or not OF_PATCHES.keys().isdisjoint(methods)
     users = {
-        "patches": (*OF_PATCHES,), "epochs": (*COMPETING,), "hopfield_lr": ("krotov-hopfield",),
-        "softhebb_lr": ("softhebb",),
+        "epochs": (*COMPETING,), "hopfield_lr": ("krotov-hopfield",), "softhebb_lr": ("softhebb",)
     }  # fmt: skip
     return [
         *((flags, not {*of_flags}.isdisjoint(methods), f"--methods {' or '.join(of_flags)}")
           for flags, of_flags in users.items()),
-        ("updates batch_size windows", any(map(is_learned, methods)),
+        ("patches", of_patches, f"--methods {' or '.join(OF_PATCHES)}, or --whiten"),
+        ("whiten", args.windows is not None, "--windows"),
+        ("updates batch_size windows whiten mask", any(map(is_learned, methods)),
          f"--methods {' or '.join(LEARNED)}, or a rule's file"),
     ]  # fmt: skip
 
@@ -268,7 +308,9 @@ def check(args, data: ImageData, dtype) -> None:
     if "PCA" in args.methods and args.units > directions:
         raise UserError(f"--units {args.units}: PCA has {directions} filters here; take no "
                         "more, or leave it out of --methods")  # fmt: skip
-    if args.patches < 2 and not OF_PATCHES.keys().isdisjoint(args.methods):
+    if args.mask:
+        ViewStrengths(MASKS, mask=tuple(args.mask))  # raises ViewError
+    if args.patches < 2 and (args.whiten or not OF_PATCHES.keys().isdisjoint(args.methods)):
         raise UserError("--patches 1: one patch has no covariance, take at least 2")
     centres = {"k-means", "k-means-white"}
     if not centres.isdisjoint(args.methods) and args.units > args.patches:
@@ -385,7 +427,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, load, compare, report."""
     parser = make_parser()
     args = parse(parser, argv)
-    refuse_idle_flags(args, parser, flag_needs(args.methods))
+    refuse_idle_flags(args, parser, flag_needs(args))
     device, dtype = set_up(args)
     train_data, test_data = centred_images(args, device)
     check(args, train_data, dtype)

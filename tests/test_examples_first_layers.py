@@ -28,6 +28,7 @@ from data_sets.image_data import ImageData, batch_indices
 from data_sets.views import Views
 from experiment.errors import NonFiniteError
 from experiment.seeds import seeded_generator
+from experiment.view_strengths import ViewStrengths
 from initializers import fixed_initializer
 from krotov_hopfield import BioConv2d
 from models_fully_local import Activation, lateral_mlp
@@ -45,8 +46,8 @@ FILTERS = [
     "--quiet",
 ]  # fmt: skip
 SETTINGS = Namespace(units=10, kernel=3, patches=300, epochs=1.5, hopfield_lr=None,
-                     softhebb_lr=0.3, updates=2, batch_size=8,
-                     windows=None)  # fmt: skip
+                     softhebb_lr=0.3, updates=2, batch_size=8, windows=None, whiten=None,
+                     mask=None)  # fmt: skip
 
 
 def run(*flags) -> None:
@@ -221,6 +222,29 @@ def test_a_learned_rule_on_windows_of_whole_images_is_the_dense_layer():
     assert torch.allclose(layer.own(x).flatten(1), model(x, params), atol=1e-5)
 
 
+def test_a_learned_rule_on_whitened_windows_is_the_dense_layer_on_these():
+    data, recipe = small_images(side=5), load_zoo("transfer32").recipe
+    settings = Namespace(**vars(SETTINGS) | {"kernel": 5, "windows": 1, "whiten": 0.2,
+                                             "mask": [0.1, 0.5]})  # fmt: skip
+    layer = example.by_learned_rule(settings, "mnist32", data, seeded_generator(2), torch.float32)
+    generator = seeded_generator(2)
+    patches = draw_patches(data, 300, 5, generator).double()
+    variance = patches.var(0).mean()
+    variances, directions = torch.linalg.eigh(patches.T.cov() + 0.2 * variance * torch.eye(75))
+    whitening = (directions * (variance / variances).sqrt() @ directions.T).float()
+    recipe = load_zoo("mnist32").recipe
+    model = lateral_mlp(75, [10], recipe.activation, inhibition="none")
+    params = fixed_initializer(recipe.initial).float()(model, generator)
+    views = Views(data, 8, ViewStrengths("masks", mask=(0.1, 0.5)))
+    windows = RandomWindows(views, 1, 5)(generator)
+    white = (tuple(x.flatten(1) @ whitening for x in pair) for pair in windows)
+    params = train(model, params, white, recipe.rule.float(), 2, grad=False)
+    assert torch.allclose(layer.filters.flatten(1), params[1]["w"] @ whitening, atol=1e-4)
+    x = data.floats()
+    own = model(x.flatten(1) @ whitening, params)
+    assert torch.allclose(layer.own(x).flatten(1), own, atol=1e-4)
+
+
 def test_every_method_is_learned_judged_and_drawn(tmp_path):
     out = tmp_path / "run"
     run(*TINY, "--epochs", 0.5, "--out", out)
@@ -266,6 +290,9 @@ def test_a_comparison_goes_on_from_its_state_with_the_same_numbers():
         (["--units", "8"], "8, the number of units"),
         (["--batch_size", "200"], "batches of 200"),
         (["--train_images", "5000"], "there are 3900"),
+        (["--whiten", "0.3"], "--whiten needs --windows"),
+        (["--windows", "4", "--whiten", "0"], "above 0"),
+        (["--mask", "0.9", "0.3"], "0 <= LOW <= HIGH <= 1"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(capsys, tmp_path, flags, message):
