@@ -545,6 +545,7 @@ def make_statistics_rule(args) -> UnitStatisticsRule:
         eps=settings.eps,
         tau=settings.tau,
         beta=settings.beta,
+        lateral_power=settings.lateral_power,
         learn=settings.learn,
     )
 

@@ -54,7 +54,7 @@ OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 IN_OLDER_RUNS = {
     "random_numbers": "host", "beta": 10.0, "learn": ["eta"], "record_samples": None,
     "degrees": 25.0, "crop": [0.7, 1.0], "crop_ratio": [0.75, 1.3333], "crop_padding": 2,
-    "shift": 0.0, "brightness": 0.5, "contrast": 0.5, "noise": 0.0,
+    "shift": 0.0, "brightness": 0.5, "contrast": 0.5, "noise": 0.0, "lateral_power": 0.0,
 }  # fmt: skip
 
 # Flags that may name something to write outside the run's directory: --resume takes them from
@@ -415,6 +415,11 @@ def nonnegative_float(text: str) -> float:
     return _number(float, text, lambda value: value >= 0, "a number of at least 0")
 
 
+def any_float(text: str) -> float:
+    """The type of a flag: a number from -LARGEST to LARGEST."""
+    return _number(float, text, lambda value: value >= -LARGEST, "a number")
+
+
 def fraction(text: str) -> float:
     """The type of a flag: a number from 0 to 1."""
     return _number(float, text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
@@ -433,7 +438,8 @@ def fraction_below_1(text: str) -> float:
 
 
 NUMBERS = (
-    positive_int, nonnegative_int, positive_float, nonnegative_float, fraction, fraction_below_1,
+    positive_int, nonnegative_int, positive_float, nonnegative_float, any_float, fraction,
+    fraction_below_1,
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from experiment.command_line import (
+    any_float,
     fraction,
     fraction_below_1,
     nonnegative_float,
@@ -32,6 +33,7 @@ from experiment.command_line import (
 RANGES = {  # the function that reads a number of this type and range
     (int, "positive"): positive_int,
     (int, "nonnegative"): nonnegative_int,
+    (float, ""): any_float,
     (float, "positive"): positive_float,
     (float, "nonnegative"): nonnegative_float,
     (float, "fraction"): fraction,

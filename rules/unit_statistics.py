@@ -42,6 +42,7 @@ from kernels.local_polynomial import place_of
 from kernels.unit_statistics import rms_step
 from learning_rules import (
     LARGEST_BOUND,
+    LARGEST_POWER,
     LearningRule,
     RuleError,
     TermSumRule,
@@ -66,6 +67,7 @@ GROUPS = ("w", "b", "m")
 STEPS = ("rms", "plain")
 RUNNING = ("mean", "square", "var", "cov", "corr", "cross")
 UNITS, FAN_IN = 32, 784  # the width and fan-in at which exponents have no effect
+LATERAL_POWER = "lateral_power"
 
 # Parts of the step as text and in LaTeX: change, divisor, decreasing rate, decay, assignment
 STEP_TEXTS = (
@@ -78,12 +80,17 @@ STEP_TEXTS = (
         r"w_{ij} \leftarrow w_{ij} +",
     ),
 )
+LATERAL_TEXTS = (
+    f"with n units, each lateral current r times (n / {UNITS})^{LATERAL_POWER}",
+    rf"r_i \leftarrow (n / {UNITS})^{{\kappa}} r_i \text{{ with }} n \text{{ units}}",
+)
 SYMBOLS = {
     "eta": ("eta", r"\eta"),
     "eps": ("eps", r"\epsilon"),
     "tau": ("tau", r"\tau"),
     "decay": ("decay", r"\lambda"),
     "beta": ("beta", r"\beta"),
+    LATERAL_POWER: (LATERAL_POWER, r"\kappa"),
     **{f"rho_{name}": (f"rho_{name}", rf"\rho_{{\mathrm{{{name}}}}}") for name in RUNNING},
 }
 
@@ -98,7 +105,9 @@ class UnitStatisticsRule(TermSumRule):
         bias_like_w: whether b has the terms of w instead of a group of its own.
         step: "rms" or "plain".
         start: initial values of eta, eps, tau, decay, beta (the inverse temperature of
-            competition) and the time constants "rho_mean", ...
+            competition) and the time constants "rho_mean", ...; and the lateral power p: each
+            coefficient is multiplied by (units / 32)^p for each lateral current in its term,
+            since currents are sums over the other units.
         moved: the nn.Parameters u of those that are learned. Their values are start exp(0.3 u), or
             logistic(logit(start) + 0.3 u) for a time constant.
         exponents: if exponents are learned, the nn.Parameters "w", "b", "m" [terms] multiply each
@@ -119,6 +128,7 @@ class UnitStatisticsRule(TermSumRule):
         tau: float = math.inf,
         decay: float = 0.0,
         beta: float = 1.0,
+        lateral_power: float = 0.0,
         rho: Mapping[str, float] | None = None,
         learn: Sequence[str] = ("eta",),
         signal: Signal | None = None,
@@ -142,6 +152,7 @@ class UnitStatisticsRule(TermSumRule):
             values = torch.tensor([float(v) for v in terms.get(group, {}).values()])
             setattr(self, group, nn.Parameter(values, requires_grad=bool(len(values))))
         self.start = {"eta": eta, "eps": eps, "tau": tau, "decay": decay, "beta": beta}
+        self.start[LATERAL_POWER] = lateral_power
         self.start |= {f"rho_{name}": 1.0 for name in RUNNING}
         self.start |= {f"rho_{name}": value for name, value in (rho or {}).items()}
         _check_numbers(self.start, learn)
@@ -277,6 +288,7 @@ class UnitStatisticsRule(TermSumRule):
     def _forget_plans(self) -> None:
         self._plans: dict[str, list[TermSum]] = {}
         self._gated: GatedPlan | None = None
+        self._scales: dict[tuple, Tensor] = {}  # kept, as a recorded graph may make no new ones
 
     def _gated_plan(self) -> GatedPlan:
         """The plan of the whole update in one step; its `terms` are None if that is not possible.
@@ -297,9 +309,19 @@ class UnitStatisticsRule(TermSumRule):
         return self._plans[group]
 
     def _scaled_to_width(self, psi: Tensor, group: str, units: int) -> Tensor:
+        if self.start[LATERAL_POWER] and units != UNITS:
+            psi = psi * self._lateral_scale(psi, group, units)
         if group not in self.exponents:
             return psi
         return psi * (self.exponents[group] * math.log(units / UNITS)).exp()
+
+    def _lateral_scale(self, psi: Tensor, group: str, units: int) -> Tensor:
+        key = (group, units, psi.device, psi.dtype)
+        if key not in self._scales:
+            powers = [term.lateral() * self.start[LATERAL_POWER] for term in self.terms[group]]
+            scales = [(units / UNITS) ** power for power in powers]
+            self._scales[key] = torch.tensor(scales, device=psi.device, dtype=psi.dtype)
+        return self._scales[key]
 
     def _rate(self, old: dict[str, Tensor]) -> Tensor | float:
         """The rate of this update, at this width."""
@@ -384,10 +406,12 @@ class UnitStatisticsRule(TermSumRule):
         eps = ["eps"] if self.step == "rms" else []
         tau = ["tau"] if math.isfinite(self.start["tau"]) else []
         decay = ["decay"] if self.start["decay"] else []
-        terms = (str(term) for of_group in self.terms.values() for term in of_group)
-        beta = ["beta"] if compete(terms) else []
+        terms = [term for of_group in self.terms.values() for term in of_group]
+        beta = ["beta"] if compete(map(str, terms)) else []
+        power = self.start[LATERAL_POWER] and any(term.lateral() for term in terms)
+        lateral = [LATERAL_POWER] if power else []
         running = [name for name in self.start if name[:4] == "rho_" and self.start[name] < 1]
-        return ["eta", *eps, *tau, *decay, *beta, *running]
+        return ["eta", *eps, *tau, *decay, *beta, *lateral, *running]
 
     def _sum_text(self, group: str, texts: Sequence[str], latex: bool) -> str:
         if group == "b" and self.bias_like_w:
@@ -415,7 +439,10 @@ class UnitStatisticsRule(TermSumRule):
             change = f"({change} - {decay})"
         rate = slower if "tau" in numbers else SYMBOLS["eta"][latex]
         values = ", ".join(f"{SYMBOLS[n][latex]} = {value:.4g}" for n, value in numbers.items())
-        return [f"{arrow} {rate} {change};  {values}"]
+        texts = [f"{arrow} {rate} {change};  {values}"]
+        if LATERAL_POWER in numbers:
+            texts.append(LATERAL_TEXTS[latex])
+        return texts
 
     def step_sizes(self) -> dict[str, Tensor]:
         """The typical size of each coefficient; see LearningRule.step_sizes."""
@@ -433,7 +460,7 @@ class UnitStatisticsRule(TermSumRule):
 
     def set_extra_state(self, state: Mapping[str, float]) -> None:
         """Restore what `get_extra_state` returned."""
-        self.start |= state  # files of older versions lack beta
+        self.start |= state  # files of older versions lack beta and the lateral power
         self._forget_plans()
 
     def to_dict(self) -> dict:
@@ -463,6 +490,7 @@ class UnitStatisticsRule(TermSumRule):
             step=description["step"],
             **{name: start[name] for name in ("eta", "eps", "tau", "decay")},
             beta=start.get("beta", 1.0),  # files of older versions lack it
+            lateral_power=start.get(LATERAL_POWER, 0.0),  # and this
             rho={name: start[f"rho_{name}"] for name in RUNNING},
             learn=learned,
         ).double()
@@ -530,7 +558,7 @@ def _check(terms: Mapping[str, Mapping[str, float]], views: int, step: str) -> N
 
 
 def _check_numbers(start: Mapping[str, float], learn: Sequence[str]) -> None:
-    known = [*start, "exponents"]
+    known = [*(name for name in start if name != LATERAL_POWER), "exponents"]
     if unknown := [name for name in learn if name not in known]:
         raise RuleError(f"{unknown[0]!r} cannot be learned; choose from {', '.join(known)}")
     for name, value in start.items():
@@ -539,6 +567,9 @@ def _check_numbers(start: Mapping[str, float], learn: Sequence[str]) -> None:
                 raise RuleError(f"time constants are of {', '.join(RUNNING)}, not of {name[4:]!r}")
             if not 0 < value <= 1 or (name in learn and value == 1):
                 raise RuleError(f"{name} must be within (0, 1], below 1 to be learned: {value}")
+        elif name == LATERAL_POWER:
+            if not abs(value) <= LARGEST_POWER:
+                raise RuleError(f"{name} must be from -{LARGEST_POWER} to {LARGEST_POWER}: {value}")
         elif not (value > 0 or (name == "decay" and value == 0)):
             raise RuleError(f"{name} must be > 0: {value}")
         elif value > LARGEST_BOUND and (name, value) != ("tau", math.inf):

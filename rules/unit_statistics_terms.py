@@ -88,6 +88,10 @@ class Term:
         """The power of a quantity, 0 if it does not occur."""
         return dict(self.powers).get(name, 0)
 
+    def lateral(self) -> float:
+        """The number of lateral currents in the product."""
+        return sum(power for name, power in self.powers if name.rstrip("'") in LATERAL)
+
     def sending(self) -> tuple[tuple[str, float], ...]:
         """The powers of the sending unit's quantities."""
         return tuple(f for f in self.powers if f[0] in SENDING[self.group])

@@ -125,6 +125,7 @@ def rules(draw) -> UnitStatisticsRule:
     return filled(UnitStatisticsRule(
         groups, views=views, step=draw(st.sampled_from(["rms", "plain"])), tau=10.0,
         decay=0.1, eta=0.2, eps=0.3, beta=2.0, rho=rho, learn=learn,
+        lateral_power=draw(st.sampled_from([0.0, -0.75])),
     ), draw(st.integers(0, 100)))  # fmt: skip
 
 
@@ -156,7 +157,8 @@ LINEAR = [
 @pytest.mark.parametrize("views", [1, 2])
 def test_all_that_is_linear_in_activities_is_one_step_and_equals_what_it_stands_for(views):
     texts = [t for t in LINEAR if views == 2 or not ("'" in t or "cross" in t)]
-    rule = filled(UnitStatisticsRule.of_terms(texts, views=views, learn=("eta", "eps")))
+    rule = filled(UnitStatisticsRule.of_terms(texts, views=views, learn=("eta", "eps"),
+                                              lateral_power=-0.4))  # fmt: skip
     model = network(sizes=(5,))
     assert rule._gated_plan().terms is not None
     assert_update_equals_oracle(rule, model, parameters_of(model), batch_for(rule), 1e-13)
@@ -534,6 +536,35 @@ def test_coefficients_name_terms_and_numbers_of_the_step():
     }  # fmt: skip
 
 
+def test_the_lateral_power_is_told_saved_and_taken_over_where_there_are_currents():
+    rule = UnitStatisticsRule({"w": {"x gain r": 1.0}}, lateral_power=-0.75)
+    assert rule.coefficients()["step/lateral_power"] == -0.75
+    assert rule.formula().endswith("each lateral current r times (n / 32)^lateral_power")
+    MathTextParser("path").parse(
+        f"${rule.formula(latex=True).splitlines()[-1]}$".replace("text", "mathrm")
+    )
+    other = UnitStatisticsRule.of_terms(["x gain r"])
+    other.start_from(rule)
+    resumed = UnitStatisticsRule.of_terms(["x gain r"])
+    resumed.load_state_dict(rule.state_dict())
+    for same in (rule_from_dict(rule.to_dict()), other, resumed):
+        assert same.start["lateral_power"] == -0.75
+    alone = UnitStatisticsRule({"w": {"x gain y": 1.0}}, lateral_power=-0.75)
+    assert "step/lateral_power" not in alone.coefficients() and "lateral" not in alone.formula()
+    older = rule.to_dict()
+    del older["start"]["lateral_power"]
+    assert rule_from_dict(older).start["lateral_power"] == 0
+
+
+def test_a_lateral_power_changes_nothing_in_layers_of_32_units():
+    texts = [*DEFAULT, "x gain r_exact"]
+    model, results = network(sizes=(32,)), []
+    for power in (0.0, -0.75):
+        rule = filled(UnitStatisticsRule.of_terms(texts, lateral_power=power))
+        results.append(tensors_of(rule.update(model, parameters_of(model), batch_for(rule))))
+    assert all(map(torch.equal, *results))
+
+
 def test_a_term_that_is_not_kept_is_gone_and_nothing_else_changes():
     rule = learned_rule()
     names = list(rule.term_coefficients())
@@ -587,6 +618,9 @@ def test_a_rule_that_starts_from_one_without_competition_keeps_its_temperature()
     ({"beta": math.inf}, "beta must be at most"),
     ({"learn": ("tau",)}, "finite to be learned"),
     ({"learn": ("psi",)}, "cannot be learned"),
+    ({"learn": ("lateral_power",)}, "cannot be learned"),
+    ({"lateral_power": 17.0}, "from -16 to 16"),
+    ({"lateral_power": math.nan}, "from -16 to 16"),
     ({"b": ["x y"]}, "is no power of any of"),
 ])  # fmt: skip
 def test_what_a_rule_cannot_be_is_refused_in_one_line(options, message):

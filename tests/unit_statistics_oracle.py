@@ -5,6 +5,7 @@ obviously right. Terms are read from their texts by a few lines of their own.
 """
 
 import math
+import re
 
 import torch
 from oracles import SIGMAS, layer_response
@@ -78,11 +79,14 @@ def quantity(name: str, view: int, layer, x, s, y, known, signal) -> Tensor:
     if name in ("c", "z"):
         return {"c": c, "z": z}[name]
     if name == "r_cov":
-        return c @ known["cov"]
+        return known["lateral"] * (c @ known["cov"])
     if name == "r_cross":
-        return known["z"][1 - view] @ known["cross"]
-    r = z @ known["corr"]
-    return r if name == "r" else (r - z * (known["corr"] ** 2).sum(1)) / known["var"].sqrt()
+        return known["lateral"] * (known["z"][1 - view] @ known["cross"])
+    r = known["lateral"] * (z @ known["corr"])
+    if name == "r":
+        return r
+    own = known["lateral"] * (known["corr"] ** 2).sum(1)
+    return (r - z * own) / known["var"].sqrt()
 
 
 def change(terms, psi, own, one_sent, layer, x, s, y, known, signal) -> Tensor:
@@ -126,6 +130,7 @@ def scaled(rule, group: str, units: int) -> Tensor:
 
 def changes(rule, layer, old, x, s, y, state) -> dict[str, Tensor]:
     known = statistics(rule, old, y, state) | {"beta": rule.number("beta")}
+    known["lateral"] = (len(old["b"]) / 32) ** rule.start["lateral_power"]
     signal = rule.signal(x).reshape(-1, 1) if rule.signal else None
     seen = (layer, x, s, y, known, signal)
     units, texts = len(old["b"]), {g: list(map(str, terms)) for g, terms in rule.terms.items()}
@@ -134,7 +139,7 @@ def changes(rule, layer, old, x, s, y, state) -> dict[str, Tensor]:
     bias = old["b"][:, None]
     if rule.bias_like_w:
         with_x = [k for k, text in enumerate(texts["w"]) if text.split()[0][0] == "x"]
-        terms = [texts["w"][k].replace("w", "b") for k in with_x]
+        terms = [re.sub(r"\bw\b", "b", texts["w"][k]) for k in with_x]
         delta["b"] = change(terms, of_w[with_x], bias, True, *seen)[:, 0]
     else:
         delta["b"] = change(texts["b"], of_b, bias, False, *seen)[:, 0]
