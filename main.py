@@ -93,6 +93,7 @@ DEFAULTS = {
         "clip_norm": 1.0,
         "horizon": [40, 250],
         "adjoint_limit": 2.0,
+        "lateral_power": -0.75,
         "batch_size": 256,
         "inhibition": "none",
         "views": "geometric",

@@ -116,6 +116,25 @@ def test_a_killed_run_of_unit_statistics_goes_on_to_the_same_numbers(tmp_path):
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
+def test_a_run_from_before_lateral_powers_has_none(tmp_path):
+    flags = [6, *STATISTICS, "--metasteps", "2", "--beside", "--lr", 1]
+    rows_of = {}
+    for power in (0, -0.75):
+        run(*flags, "--lateral_power", power, "--out", tmp_path / str(power))
+        rows_of[power] = rows(tmp_path / str(power))
+    run(*flags, "--out", tmp_path / "default")
+    assert rows(tmp_path / "default") == rows_of[-0.75] != rows_of[0]
+    old = tmp_path / "old"
+    shutil.copytree(tmp_path / "0", old)
+    config = json.loads((old / "config.json").read_text())
+    del config["lateral_power"]
+    (old / "config.json").write_text(json.dumps(config))
+    for path in [*old.glob("checkpoint*"), old / "metrics.csv"]:
+        path.unlink()
+    run("--resume", old, "--quiet")
+    assert outcome(old) == outcome(tmp_path / "0")
+
+
 @pytest.mark.parametrize("value", ["9", "-3", "nan", "1e300"])
 def test_how_long_evaluations_are_is_not_read_from_the_log(tmp_path, plain, capsys, value):
     out = tmp_path / "run"
@@ -265,7 +284,7 @@ def test_a_run_from_before_the_flag_has_random_numbers_of_the_host(tmp_path, pla
     old = tmp_path / "old"
     shutil.copytree(plain, old)
     config = json.loads((old / "config.json").read_text())
-    del config["random_numbers"], config["beta"]
+    del config["random_numbers"], config["beta"], config["lateral_power"]
     (old / "config.json").write_text(json.dumps(config))
     for path in [*old.glob("checkpoint*"), old / "metrics.csv"]:
         path.unlink()
