@@ -58,7 +58,7 @@ from experiment.settings import add_settings, flags_of, settings_of
 from experiment.view_flags import add_views, view_needs, views_of_flags
 from krotov_hopfield.choices import gate_needs
 from krotov_hopfield.recipes import LayerPlan, Recipe
-from rules.choices import compete, run_path
+from rules.choices import compete, have_currents, run_path
 
 # Defaults of flags: for all rules, and for each --rule. Flags not listed here have the default of
 # their field in the settings, or that of the add_... functions below.
@@ -462,6 +462,9 @@ def refuse_flags_without_effect(args, parser) -> None:
         *view_needs(args),
     ])  # fmt: skip
     refuse_idle_temperature(args, parser, compete(args.terms))
+    needs = "a term with a lateral current, such as r"
+    acts = have_currents(args.terms) or not args.lateral_power
+    refuse_idle_flags(args, parser, [("lateral_power", acts, needs)])
 
 
 # ---- data, model, rule, loss ----

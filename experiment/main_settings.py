@@ -59,7 +59,7 @@ class StatisticsSettings:
         10.0, "initial inverse temperature of competition, in terms with share or won", "positive"
     )
     lateral_power: float = setting(
-        0.0, "lateral currents are multiplied by (units / 32) to this power"
+        0.0, "lateral currents are multiplied by (units / 32) to this power, from -16 to 16"
     )
     spread: float = setting(
         0.167, "spread of the initial weights, before it is learned", "positive"

@@ -104,6 +104,9 @@ def _refuse_other_configuration(
         f"{name} {saved.get(name, 'unset')!r} there, {given.get(name, 'unset')!r} now"
         for name in names
         if saved.get(name, "unset") != given.get(name, "unset")
+        and (
+            name in saved or given[name] is not None
+        )  # a flag that older versions lacked, not given
     ]
     if differing:
         raise UserError(

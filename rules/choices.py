@@ -1,10 +1,11 @@
 """The names of the rules in the zoo and of quantities; importing it does not load torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "zoo"
-COMPETING = ("share", "won")  # the quantities of terms that have an inverse temperature
+COMPETING = {"share", "won"}  # the quantities of terms that have an inverse temperature
+CURRENTS = {"r", "r_cov", "r_exact", "r_cross"}  # those that are sums over the other units
 
 
 def names() -> list[str]:
@@ -25,5 +26,16 @@ def run_path(text: str) -> Path:
 
 def compete(terms: Iterable[str]) -> bool:
     """Whether a term of unit statistics, as a text, has a unit's share in the competition."""
-    names = (factor.partition("^")[0] for text in terms for factor in text.split())
-    return any(name.replace("_i", "").rstrip("'") in COMPETING for name in names)
+    return not COMPETING.isdisjoint(_names(terms))
+
+
+def have_currents(terms: Iterable[str]) -> bool:
+    """Whether a term of unit statistics, as a text, has a lateral current."""
+    return not CURRENTS.isdisjoint(_names(terms))
+
+
+def _names(terms: Iterable[str]) -> Iterator[str]:
+    """The names of the quantities in these texts, without primes and the index of a unit."""
+    for text in terms:
+        for factor in text.split():
+            yield factor.partition("^")[0].replace("_i", "").rstrip("'")

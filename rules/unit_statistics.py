@@ -81,8 +81,8 @@ STEP_TEXTS = (
     ),
 )
 LATERAL_TEXTS = (
-    f"with n units, each lateral current r times (n / {UNITS})^{LATERAL_POWER}",
-    rf"r_i \leftarrow (n / {UNITS})^{{\kappa}} r_i \text{{ with }} n \text{{ units}}",
+    f"with n units, each lateral current times (n / {UNITS})^{LATERAL_POWER}",
+    rf"r \leftarrow (n / {UNITS})^{{\kappa}} r \text{{ for currents of }} n \text{{ units}}",
 )
 SYMBOLS = {
     "eta": ("eta", r"\eta"),
@@ -319,8 +319,10 @@ class UnitStatisticsRule(TermSumRule):
         key = (group, units, psi.device, psi.dtype)
         if key not in self._scales:
             powers = [term.lateral() * self.start[LATERAL_POWER] for term in self.terms[group]]
-            scales = [(units / UNITS) ** power for power in powers]
-            self._scales[key] = torch.tensor(scales, device=psi.device, dtype=psi.dtype)
+            scales = (units / UNITS) ** torch.tensor(
+                powers, dtype=torch.double
+            )  # inf, if too large
+            self._scales[key] = scales.to(psi)
         return self._scales[key]
 
     def _rate(self, old: dict[str, Tensor]) -> Tensor | float:
@@ -524,9 +526,9 @@ class UnitStatisticsRule(TermSumRule):
     def start_from(self, other: LearningRule) -> None:
         """Take over another rule's coefficients and numbers; terms that it lacks get 0.
 
-        Exponents are kept, and beta if the other rule has no term that competes. Raises RuleError
-        if the other rule is of another family, has terms that this one lacks, another step, another
-        kind of biases, or another number of views.
+        Exponents and the lateral power are kept, and beta if the other rule has no term that
+        competes. Raises RuleError if the other rule is of another family, has terms that this one
+        lacks, another step, another kind of biases, or another number of views.
         """
         if not isinstance(other, UnitStatisticsRule) or other.views != self.views:
             raise RuleError(f"the rule is not one of unit statistics with {self.views} views")
@@ -536,7 +538,8 @@ class UnitStatisticsRule(TermSumRule):
         missing = [name for name, value in values.items() if value and name not in terms]
         if missing:
             raise RuleError(f"the rule has a term {missing[0]} that this one lacks")
-        kept = {} if "beta" in other._acting() else {"beta": self._value("beta")}
+        kept = {LATERAL_POWER: self.start[LATERAL_POWER]}
+        kept |= {} if "beta" in other._acting() else {"beta": self._value("beta")}
         with torch.no_grad():
             for group in GROUPS:
                 names = [f"{group}/{term}" for term in self.terms[group]]

@@ -261,6 +261,18 @@ def test_every_method_is_learned_judged_and_drawn(tmp_path):
     assert outcome(out) == before
 
 
+def test_a_run_from_before_windows_were_whitened_goes_on(tmp_path):
+    run(*TINY, "--methods", "PCA", "mnist32", "--out", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["whiten"], config["mask"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    before = rows(tmp_path)
+    for path in [*tmp_path.glob("checkpoint*"), tmp_path / "metrics.csv"]:
+        path.unlink()
+    run("--resume", tmp_path, "--quiet")
+    assert rows(tmp_path) == before
+
+
 def test_a_comparison_goes_on_from_its_state_with_the_same_numbers():
     flags = [*TINY, "--methods", "random", "PCA", "transfer32", "--evaluations", "2"]
     args = example.make_parser().parse_args(flags)

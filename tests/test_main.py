@@ -116,7 +116,7 @@ def test_a_killed_run_of_unit_statistics_goes_on_to_the_same_numbers(tmp_path):
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
-def test_a_run_from_before_lateral_powers_has_none(tmp_path):
+def test_a_run_from_before_lateral_powers_has_none(tmp_path, capsys):
     flags = [6, *STATISTICS, "--metasteps", "2", "--beside", "--lr", 1]
     rows_of = {}
     for power in (0, -0.75):
@@ -124,6 +124,8 @@ def test_a_run_from_before_lateral_powers_has_none(tmp_path):
         rows_of[power] = rows(tmp_path / str(power))
     run(*flags, "--out", tmp_path / "default")
     assert rows(tmp_path / "default") == rows_of[-0.75] != rows_of[0]
+    line = refused(capsys, main.main, *flags, "--terms", "w", "--lateral_power", 1)
+    assert "--lateral_power needs a term with a lateral current" in line
     old = tmp_path / "old"
     shutil.copytree(tmp_path / "0", old)
     config = json.loads((old / "config.json").read_text())

@@ -536,24 +536,32 @@ def test_coefficients_name_terms_and_numbers_of_the_step():
     }  # fmt: skip
 
 
-def test_the_lateral_power_is_told_saved_and_taken_over_where_there_are_currents():
+def test_the_lateral_power_is_told_and_saved_and_kept_by_a_rule_that_starts_from_another():
     rule = UnitStatisticsRule({"w": {"x gain r": 1.0}}, lateral_power=-0.75)
     assert rule.coefficients()["step/lateral_power"] == -0.75
-    assert rule.formula().endswith("each lateral current r times (n / 32)^lateral_power")
+    assert rule.formula().endswith("each lateral current times (n / 32)^lateral_power")
     MathTextParser("path").parse(
         f"${rule.formula(latex=True).splitlines()[-1]}$".replace("text", "mathrm")
     )
-    other = UnitStatisticsRule.of_terms(["x gain r"])
+    other = UnitStatisticsRule.of_terms(["x gain r"], lateral_power=-0.5)
     other.start_from(rule)
+    assert (other.w.item(), other.start["lateral_power"]) == (1.0, -0.5)
     resumed = UnitStatisticsRule.of_terms(["x gain r"])
     resumed.load_state_dict(rule.state_dict())
-    for same in (rule_from_dict(rule.to_dict()), other, resumed):
+    for same in (rule_from_dict(rule.to_dict()), resumed):
         assert same.start["lateral_power"] == -0.75
     alone = UnitStatisticsRule({"w": {"x gain y": 1.0}}, lateral_power=-0.75)
     assert "step/lateral_power" not in alone.coefficients() and "lateral" not in alone.formula()
     older = rule.to_dict()
     del older["start"]["lateral_power"]
     assert rule_from_dict(older).start["lateral_power"] == 0
+
+
+def test_a_lateral_power_that_overflows_ends_in_numbers_that_are_not_finite():
+    rule = UnitStatisticsRule({"w": {"x r^16 r'^16": 1.0}}, lateral_power=-16.0)
+    model = network(sizes=(4,))
+    new = rule.double().update(model, parameters_of(model), batch_for(rule))
+    assert not all(tensor.isfinite().all() for tensor in tensors_of(new))
 
 
 def test_a_lateral_power_changes_nothing_in_layers_of_32_units():
