@@ -25,8 +25,7 @@ chosen from 1e-4 to 1 in half powers of ten, by the accuracy after the last step
 training images, which is held out meanwhile. References without steps are random features (the
 first RUN's initial network), pca (as many components as the last layer has units), and vicreg,
 trained by backpropagation for 100 epochs, many minutes each. class_pairs is the first RUN's rule
-with labels: views of two images of one class in the place of two views of one image, what better
-views could bring.
+with labels: its pairs are views of two images of one class, in the place of two views of one image.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 first, second = next(ClassPairs(views)(generator))
 
-They tell a rule of pairs what images of a class have in common, by labels that no views know. What
-it reaches with them is hence what better views could bring at most, if anything does.
+They tell a rule of pairs what images of a class have in common, by labels that no views know: what
+it reaches with them is to be compared with what it reaches with views.
 """
 
 from collections.abc import Iterator

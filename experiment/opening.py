@@ -93,6 +93,8 @@ def _refuse_other_configuration(
     saved = {name: value for name, value in IN_OLDER_RUNS.items() if name in given} | saved
     names = [name for name in {**saved, **given} if name not in MAY_DIFFER]
     names = [name for name in names if name in saved or name not in NOTED_LATER]
+    # older versions lacked some flags, which nobody has given now
+    names = [name for name in names if name in saved or given[name] is not None]
     for noted, (flags, what) in NOTED_BY_CONTENT.items():
         there, now = saved.get(noted), given.get(noted)
         if there is not None and there != now:
@@ -104,9 +106,6 @@ def _refuse_other_configuration(
         f"{name} {saved.get(name, 'unset')!r} there, {given.get(name, 'unset')!r} now"
         for name in names
         if saved.get(name, "unset") != given.get(name, "unset")
-        and (
-            name in saved or given[name] is not None
-        )  # a flag that older versions lacked, not given
     ]
     if differing:
         raise UserError(
