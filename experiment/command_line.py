@@ -52,7 +52,7 @@ OF_THE_CALL = ("out", "resume", "quiet", "no_figures")
 
 # Flags that runs of older versions lack, and their values there
 IN_OLDER_RUNS = {
-    "random_numbers": "host", "beta": 10.0, "learn": ["eta"], "record_samples": None,
+    "random_numbers": "host", "beta": 10.0, "learn": ["eta"],
     "degrees": 25.0, "crop": [0.7, 1.0], "crop_ratio": [0.75, 1.3333], "crop_padding": 2,
     "shift": 0.0, "brightness": 0.5, "contrast": 0.5, "noise": 0.0, "lateral_power": 0.0,
 }  # fmt: skip

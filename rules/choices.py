@@ -5,7 +5,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "zoo"
 COMPETING = {"share", "won"}  # the quantities of terms that have an inverse temperature
-CURRENTS = {"r", "r_cov", "r_exact", "r_cross"}  # those that are sums over the other units
+LATERAL = {  # those that are sums over the other units, and the matrix of each
+    "r": "corr", "r_cov": "cov", "r_exact": "corr", "r_cross": "cross",
+}  # fmt: skip
 
 
 def names() -> list[str]:
@@ -31,7 +33,7 @@ def compete(terms: Iterable[str]) -> bool:
 
 def have_currents(terms: Iterable[str]) -> bool:
     """Whether a term of unit statistics, as a text, has a lateral current."""
-    return not CURRENTS.isdisjoint(_names(terms))
+    return not LATERAL.keys().isdisjoint(_names(terms))
 
 
 def _names(terms: Iterable[str]) -> Iterator[str]:

@@ -50,7 +50,7 @@ from learning_rules import (
     changes_by_term,
 )
 from models_fully_local import Activation
-from rules.choices import compete
+from rules.choices import compete, have_currents
 from rules.unit_statistics_sums import (
     GatedPlan,
     Signal,
@@ -408,10 +408,9 @@ class UnitStatisticsRule(TermSumRule):
         eps = ["eps"] if self.step == "rms" else []
         tau = ["tau"] if math.isfinite(self.start["tau"]) else []
         decay = ["decay"] if self.start["decay"] else []
-        terms = [term for of_group in self.terms.values() for term in of_group]
-        beta = ["beta"] if compete(map(str, terms)) else []
-        power = self.start[LATERAL_POWER] and any(term.lateral() for term in terms)
-        lateral = [LATERAL_POWER] if power else []
+        texts = [str(term) for of_group in self.terms.values() for term in of_group]
+        beta = ["beta"] if compete(texts) else []
+        lateral = [LATERAL_POWER] if self.start[LATERAL_POWER] and have_currents(texts) else []
         running = [name for name in self.start if name[:4] == "rho_" and self.start[name] < 1]
         return ["eta", *eps, *tau, *decay, *beta, *lateral, *running]
 
@@ -538,8 +537,8 @@ class UnitStatisticsRule(TermSumRule):
         missing = [name for name, value in values.items() if value and name not in terms]
         if missing:
             raise RuleError(f"the rule has a term {missing[0]} that this one lacks")
-        kept = {LATERAL_POWER: self.start[LATERAL_POWER]}
-        kept |= {} if "beta" in other._acting() else {"beta": self._value("beta")}
+        own = [LATERAL_POWER] if "beta" in other._acting() else [LATERAL_POWER, "beta"]
+        kept = {name: self._value(name) for name in own}
         with torch.no_grad():
             for group in GROUPS:
                 names = [f"{group}/{term}" for term in self.terms[group]]

@@ -21,7 +21,8 @@ from kernels.unit_statistics import (
     moments,
 )
 from learning_rules import RuleError
-from rules.unit_statistics_terms import LATERAL, Linear, Term, split_linear
+from rules.choices import LATERAL
+from rules.unit_statistics_terms import Linear, Term, split_linear
 
 Signal = Callable[[Sequence[Tensor]], Tensor]
 GATED = (("gain", 1),)  # the prefactor for which kernels/unit_statistics.py has a special function

@@ -23,12 +23,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from learning_rules import LARGEST_POWER, RuleError
+from rules.choices import LATERAL
 
 SENDING = {"w": ("x",), "b": (), "m": ("y_j", "c_j", "z_j")}
 RECEIVING = ("gain", "s", "y", "c", "z", "r", "r_cov", "r_exact", "r_cross", "share", "won")
 VARYING = (*(name + prime for name in RECEIVING for prime in ("", "'")), "signal")
 STATISTICS = ("mean", "square", "var")
-LATERAL = {"r": "corr", "r_cov": "cov", "r_exact": "corr", "r_cross": "cross"}
 
 # Typical sizes of coefficients of working rules, by the quantity that they multiply: activities of
 # two views differ little, currents are sums over many units. Searches over coefficients take steps

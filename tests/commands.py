@@ -1,6 +1,7 @@
 """Commands under test: run, killed, interrupted, refused; and what they leave behind."""
 
 import csv
+import json
 import shutil
 import signal
 from collections.abc import Callable
@@ -30,6 +31,16 @@ def rows(directory: Path) -> list[dict[str, str]]:
 def outcome(directory: Path) -> tuple:
     """All numbers of a run that do not depend on the time it took."""
     return rows(directory), (directory / "results.json").read_text()
+
+
+def as_begun_before(directory: Path, *flags: str) -> None:
+    """Makes a run one that a version without these flags has begun, and that has no rows yet."""
+    config = json.loads((directory / "config.json").read_text())
+    for flag in flags:
+        del config[flag]
+    (directory / "config.json").write_text(json.dumps(config))
+    for path in [*directory.glob("checkpoint*"), directory / "metrics.csv"]:
+        path.unlink()
 
 
 def redraw(directory: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import outcome, redraw, refused, rows
+from commands import as_begun_before, outcome, redraw, refused, rows
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -159,12 +159,8 @@ def test_a_rule_for_filters_is_learned_continued_and_judged(tmp_path):
 def test_a_run_from_before_units_competed_goes_on(tmp_path):
     flags = [*FILTERS, "--terms", "x gain z'", "w", "--learn", "eta", "--out", tmp_path]
     learn_filters.main([*map(str, flags)])
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["learn"], config["beta"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
     before = outcome(tmp_path)
-    for path in [*tmp_path.glob("checkpoint*"), tmp_path / "metrics.csv"]:
-        path.unlink()
+    as_begun_before(tmp_path, "learn", "beta")
     learn_filters.main(["--resume", str(tmp_path), "--quiet"])
     assert outcome(tmp_path) == before
 
@@ -223,7 +219,7 @@ def test_a_learned_rule_on_windows_of_whole_images_is_the_dense_layer():
 
 
 def test_a_learned_rule_on_whitened_windows_is_the_dense_layer_on_these():
-    data, recipe = small_images(side=5), load_zoo("transfer32").recipe
+    data, recipe = small_images(side=5), load_zoo("mnist32").recipe
     settings = Namespace(**vars(SETTINGS) | {"kernel": 5, "windows": 1, "whiten": 0.2,
                                              "mask": [0.1, 0.5]})  # fmt: skip
     layer = example.by_learned_rule(settings, "mnist32", data, seeded_generator(2), torch.float32)
@@ -232,7 +228,6 @@ def test_a_learned_rule_on_whitened_windows_is_the_dense_layer_on_these():
     variance = patches.var(0).mean()
     variances, directions = torch.linalg.eigh(patches.T.cov() + 0.2 * variance * torch.eye(75))
     whitening = (directions * (variance / variances).sqrt() @ directions.T).float()
-    recipe = load_zoo("mnist32").recipe
     model = lateral_mlp(75, [10], recipe.activation, inhibition="none")
     params = fixed_initializer(recipe.initial).float()(model, generator)
     views = Views(data, 8, ViewStrengths("masks", mask=(0.1, 0.5)))
@@ -263,12 +258,8 @@ def test_every_method_is_learned_judged_and_drawn(tmp_path):
 
 def test_a_run_from_before_windows_were_whitened_goes_on(tmp_path):
     run(*TINY, "--methods", "PCA", "mnist32", "--out", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["whiten"], config["mask"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
     before = rows(tmp_path)
-    for path in [*tmp_path.glob("checkpoint*"), tmp_path / "metrics.csv"]:
-        path.unlink()
+    as_begun_before(tmp_path, "whiten", "mask")
     run("--resume", tmp_path, "--quiet")
     assert rows(tmp_path) == before
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import interrupt_at_row, kill_at_row, outcome, refused, rows
+from commands import as_begun_before, interrupt_at_row, kill_at_row, outcome, refused, rows
 from forked import Command
 
 import baseline_pca
@@ -128,11 +128,7 @@ def test_a_run_from_before_lateral_powers_has_none(tmp_path, capsys):
     assert "--lateral_power needs a term with a lateral current" in line
     old = tmp_path / "old"
     shutil.copytree(tmp_path / "0", old)
-    config = json.loads((old / "config.json").read_text())
-    del config["lateral_power"]
-    (old / "config.json").write_text(json.dumps(config))
-    for path in [*old.glob("checkpoint*"), old / "metrics.csv"]:
-        path.unlink()
+    as_begun_before(old, "lateral_power")
     run("--resume", old, "--quiet")
     assert outcome(old) == outcome(tmp_path / "0")
 
@@ -285,11 +281,7 @@ def test_a_run_goes_on_with_the_random_numbers_that_it_began_with(tmp_path, plai
 def test_a_run_from_before_the_flag_has_random_numbers_of_the_host(tmp_path, plain, capsys):
     old = tmp_path / "old"
     shutil.copytree(plain, old)
-    config = json.loads((old / "config.json").read_text())
-    del config["random_numbers"], config["beta"], config["lateral_power"]
-    (old / "config.json").write_text(json.dumps(config))
-    for path in [*old.glob("checkpoint*"), old / "metrics.csv"]:
-        path.unlink()
+    as_begun_before(old, "random_numbers", "beta", "lateral_power")
     line = refused(capsys, main.main, "--resume", old, "--random_numbers", "device")
     assert "random_numbers 'host' there, 'device' now" in line
     run("--resume", old, "--quiet")

@@ -8,7 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, interrupt_at_row, kill_at_row, outcome, redraw, refused, rows
+from commands import (
+    ROOT,
+    as_begun_before,
+    interrupt_at_row,
+    kill_at_row,
+    outcome,
+    redraw,
+    refused,
+    rows,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tune_one_pass
@@ -150,12 +159,8 @@ def test_records_of_some_samples_leave_the_training_as_it_is(tmp_path, capsys):
 
 def test_a_run_from_before_records_of_some_samples_goes_on(tmp_path):
     out = tune(tmp_path, *config("boston", "ours_lr"))
-    saved = json.loads((out / "config.json").read_text())
-    del saved["record_samples"]
-    (out / "config.json").write_text(json.dumps(saved))
     before = read_run(out).columns["Loss/Test"]
-    for path in [*out.glob("checkpoint*"), out / "metrics.csv"]:
-        path.unlink()
+    as_begun_before(out, "record_samples")
     run("--resume", out, "--quiet")
     assert np.array_equal(read_run(out).columns["Loss/Test"], before)
 
