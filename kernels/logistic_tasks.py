@@ -8,11 +8,16 @@ Hessian of the objective / (C N), which is quadratic but for the mean cross-entr
     H_kl = mean_n( p_nk ([k = l] - p_nl) z_n z_n^T ) + [k = l] penalty + 1/K 1 1^T
 
 The last term, on the shift common to all classes, changes nothing else: g has no such component.
-Everything is in float64, and the host is asked once per iteration whether all tasks are done. What
+A Hessian costs as much as a hundred gradients. So the first steps are on every eighth row, and on
+all rows a Hessian is used again as long as its steps go on to divide the predicted decrease by
+RENEW_UNLESS_DIVIDED_BY. (Kelley 1995, Iterative Methods for Linear and Nonlinear Equations, 5.4:
+the Shamanskii method.)
+
+Everything is in float64, and the host is asked twice per iteration whether all tasks are done. What
 has too large a Hessian, or does not converge, is fitted one by one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +31,10 @@ from kernels.logistic_regression import (
 )
 
 TOLERANCE = 1e-14  # of the predicted decrease, relative to the objective
+TOLERANCE_OF_FEW_ROWS = 1e-4  # the optimum of all rows is further away than that
+EVERY = 8  # of the few rows
+LEAST_ROWS = 8  # few rows are that many times as many as the numbers of a classifier
+RENEW_UNLESS_DIVIDED_BY = 16.0
 NOISE = 1e-14  # of the objective / (C N), absolute, by rounding
 MOST_STEPS, MOST_HALVINGS = 60, 30
 HESSIAN_ROWS = 4096  # rows of a task in a chunk of the sum of the Hessian
@@ -64,8 +73,8 @@ def fit_logistic_tasks(
     small = classes * (features.shape[2] + 1) <= JOINT_HESSIAN_UP_TO
     if not small or not bool((one_hot.sum(1) > 0).all()):
         return _one_by_one(features, labels, classes, C, range(len(features)), None)
-    problem = _Problem(features.double(), one_hot.double(), C)
-    V, converged = _newton(problem, problem.constant())
+    problem = _Problem.of(features.double(), one_hot.double(), C)
+    V, converged = _newton(problem, _start(problem), TOLERANCE)
     fits = problem.unwhitened(V)
     left = (~converged).nonzero()[:, 0].tolist()
     return _one_by_one(features, labels, classes, C, left, fits) if left else fits
@@ -83,21 +92,43 @@ def _one_by_one(features, labels, classes: int, C: float, tasks, fits: LogisticF
     return LogisticFits(*(torch.stack(tensors) for tensors in zip(*each, strict=True)))
 
 
+@dataclass(frozen=True)
 class _Problem:
-    """The objectives / (C N) of several tasks as functions of V [tasks, classes, D + 1]."""
+    """The objectives / (C N) of several tasks as functions of V [tasks, classes, D + 1].
 
-    def __init__(self, features: Tensor, one_hot: Tensor, C: float) -> None:
+    Z: the whitened features (f - mean) map and a 1, [tasks, N, D + 1].
+    one_hot: the labels, [tasks, N, classes].
+    penalty: [tasks, 1, D + 1].
+    """
+
+    Z: Tensor
+    one_hot: Tensor
+    penalty: Tensor
+    mean: Tensor
+    map: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, one_hot: Tensor, C: float) -> "_Problem":
+        """The problem of features [tasks, N, D]."""
         N = features.shape[1]
-        self.one_hot, ridge = one_hot, 1 / (C * N)
-        self.mean = features.mean(1, keepdim=True)
-        centred = features - self.mean
+        ridge, mean = 1 / (C * N), features.mean(1, keepdim=True)
+        centred = features - mean
         variance, axes = torch.linalg.eigh(centred.mT @ centred / N)
         variance = torch.maximum(variance, LEAST_VARIANCE * variance[:, -1:])
         scale = (variance + 2 * ridge).rsqrt()
-        self.map = axes * scale.unsqueeze(1)  # z = (f - mean) map
-        self.Z = torch.cat([centred @ self.map, torch.ones_like(features[..., :1])], 2)
+        map_ = axes * scale.unsqueeze(1)
+        Z = torch.cat([centred @ map_, torch.ones_like(features[..., :1])], 2)
         of_bias = torch.zeros_like(scale[:, :1])
-        self.penalty = torch.cat([ridge * scale.square(), of_bias], 1).unsqueeze(1)
+        penalty = torch.cat([ridge * scale.square(), of_bias], 1).unsqueeze(1)
+        return cls(Z, one_hot, penalty, mean, map_)
+
+    def of_few_rows(self) -> "_Problem | None":
+        """The problem of every eighth row; None if that says too little."""
+        Z, one_hot = (t[:, ::EVERY].contiguous() for t in (self.Z, self.one_hot))
+        numbers = one_hot.shape[2] * Z.shape[2]
+        if Z.shape[1] < LEAST_ROWS * numbers or not bool((one_hot.sum(1) > 0).all()):
+            return None
+        return replace(self, Z=Z, one_hot=one_hot)
 
     def constant(self) -> Tensor:
         """The best classifiers that do not look at the features."""
@@ -111,16 +142,14 @@ class _Problem:
         weight = V[..., :-1] @ self.map.mT
         return LogisticFits(weight, V[..., -1] - (weight @ self.mean.mT).squeeze(2))
 
-    def value(self, V: Tensor) -> Tensor:
-        """[tasks]."""
+    def at(self, V: Tensor) -> "_Point":
+        """Everything about V but the Hessian."""
         logits = self.Z @ V.mT
         losses = logits.logsumexp(2) - (logits * self.one_hot).sum(2)
-        return losses.mean(1) + 0.5 * (V.square() * self.penalty).sum((1, 2))
-
-    def gradient_and_probabilities(self, V: Tensor) -> tuple[Tensor, Tensor]:
-        """[tasks, classes, D + 1] and [tasks, N, classes]."""
-        P = torch.softmax(self.Z @ V.mT, 2)
-        return (P - self.one_hot).mT @ self.Z / self.Z.shape[1] + V * self.penalty, P
+        value = losses.mean(1) + 0.5 * (V.square() * self.penalty).sum((1, 2))
+        P = torch.softmax(logits, 2)
+        gradient = (P - self.one_hot).mT @ self.Z / self.Z.shape[1] + V * self.penalty
+        return _Point(V, value, gradient, P)
 
     def hessian(self, P: Tensor) -> Tensor:
         """[tasks, classes (D + 1), classes (D + 1)]."""
@@ -138,35 +167,71 @@ class _Problem:
         return H
 
 
-def _newton(problem: _Problem, V: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Point:
+    """Classifiers V, their objective [tasks], gradient [like V] and P [tasks, N, classes]."""
+
+    V: Tensor
+    value: Tensor
+    gradient: Tensor
+    P: Tensor
+
+
+def _start(problem: _Problem) -> Tensor:
+    """The optimum for few rows, where it is better for all rows than to ignore the features."""
+    constant, few = problem.constant(), problem.of_few_rows()
+    if few is None:
+        return constant
+    found, _ = _newton(few, constant, TOLERANCE_OF_FEW_ROWS)
+    better = problem.at(found).value < problem.at(constant).value
+    return torch.where(better.view(-1, 1, 1), found, constant)
+
+
+def _newton(problem: _Problem, V: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     """The optimum from V on, and whether each task has converged, [tasks]."""
+    point, renew = problem.at(V), True
     done = torch.zeros(len(V), dtype=torch.bool, device=V.device)
     for _ in range(MOST_STEPS):
-        value = problem.value(V)
-        gradient, P = problem.gradient_and_probabilities(V)
-        factors, failed = torch.linalg.cholesky_ex(problem.hessian(P))
-        # not cholesky_solve, which takes 11 ms for 16 systems of 330 equations on an H200
-        half = torch.linalg.solve_triangular(
-            factors, -gradient.flatten(1).unsqueeze(2), upper=False
-        )
-        direction = torch.linalg.solve_triangular(factors.mT, half, upper=True).view_as(V)
-        slope = (gradient * direction).sum((1, 2))
-        done = done | (-slope / 2 <= TOLERANCE * value)
-        going = ~done & (failed == 0) & torch.isfinite(slope)
-        if not bool(going.any()):
+        if renew:
+            inverse, positive = _inverse_factors(problem.hessian(point.P))
+            expected = torch.full_like(point.value, torch.inf)
+        direction, slope = _direction(inverse, point.gradient)
+        done = done | (-slope / 2 <= tolerance * point.value)
+        going = ~done & positive & torch.isfinite(slope)
+        slow = going & ~(-slope <= expected)
+        some, renew = torch.stack([going.any(), slow.any()]).tolist()
+        if not some:
             break
+        if renew:  # this Hessian's steps have become too small: go on with that of this point
+            continue
         direction = direction.where(going.view(-1, 1, 1), 0)
-        V = V + direction * _step(problem, V, direction, value, slope)
-    return V, done
+        point = _lower(problem, point, direction, slope)
+        expected = -slope / RENEW_UNLESS_DIVIDED_BY
+    return point.V, done
 
 
-def _step(problem: _Problem, V: Tensor, direction: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """The largest of 1, 1/2, 1/4, ... for each task that lowers its objective, [tasks, 1, 1]."""
-    step = torch.ones_like(value)
+def _inverse_factors(H: Tensor) -> tuple[Tensor, Tensor]:
+    """L^-1 of H = L L^T, and whether there is such an L, [tasks]."""
+    factors, failed = torch.linalg.cholesky_ex(H)
+    # not cholesky_solve, which takes 11 ms for 16 systems of 330 equations on an H200
+    identity = torch.eye(H.shape[1], dtype=H.dtype, device=H.device).expand_as(H)
+    return torch.linalg.solve_triangular(factors, identity, upper=False), failed == 0
+
+
+def _direction(inverse: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """-H^-1 g, like g, and its product with g, [tasks]."""
+    half = inverse @ gradient.flatten(1).unsqueeze(2)
+    direction = -(inverse.mT @ half).view_as(gradient)
+    return direction, -half.square().sum((1, 2))
+
+
+def _lower(problem: _Problem, point: _Point, direction: Tensor, slope: Tensor) -> _Point:
+    """The point after the largest of 1, 1/2, 1/4, ... of the direction that is low enough."""
+    step = torch.ones_like(slope)
     for _ in range(MOST_HALVINGS):
-        new = problem.value(V + direction * step.view(-1, 1, 1))
-        enough = new <= value + 1e-4 * step * slope + NOISE
+        new = problem.at(point.V + direction * step.view(-1, 1, 1))
+        enough = new.value <= point.value + 1e-4 * step * slope + NOISE
         if bool((enough | ~torch.isfinite(slope)).all()):
             break
         step = torch.where(enough, step, step / 2)
-    return step.view(-1, 1, 1)
+    return new

@@ -8,7 +8,7 @@ from oracles import normal
 
 from data_sets.image_data import ImageData
 from kernels.logistic_regression import NonFiniteFeatures, ProbeError, fit_logistic
-from kernels.logistic_tasks import fit_logistic_tasks
+from kernels.logistic_tasks import _Problem, fit_logistic_tasks
 from linear_probe import FunctionLoss, ProbeLoss, RidgeLoss, SampledProbeLoss
 from models_fully_local import Activation, lateral_network, of_task, over_tasks
 
@@ -38,6 +38,34 @@ def test_every_task_has_the_optimum_that_it_has_alone(features, classes, scale, 
         objective = C * torch.nn.functional.cross_entropy(logits, labels[k], reduction="sum")
         objective += 0.5 * together.weight[k].square().sum()
         assert objective <= alone.objective * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("rows, hessians", [
+    ("all alike", 4), ("few without a class", 10), ("few that mislead", 8),
+])  # fmt: skip
+def test_few_rows_are_only_where_to_begin(rows, hessians, monkeypatch):
+    """With so many rows the first steps are on every eighth, which need not be like the others."""
+    x, labels = (t.repeat(1, 40, *[1] * (t.dim() - 2)) for t in problem(4, 3))
+    x = x + 0.5 * normal(7, *x.shape).detach()
+    labels = labels.clone()
+    few = labels[:, ::8]
+    if rows == "few without a class":
+        few[few == 2] = 1
+    if rows == "few that mislead":
+        x[:, ::8] = 3 * torch.nn.functional.one_hot((few + 1) % 3, 4) + 0.1 * x[:, ::8]
+    made, hessian = [], _Problem.hessian
+
+    def counted(self, P):
+        made.append(P.shape[1])
+        return hessian(self, P)
+
+    monkeypatch.setattr(_Problem, "hessian", counted)
+    together = fit_logistic_tasks(x, labels, 3, 1000.0)
+    assert made.count(labels.shape[1]) <= hessians  # of all rows
+    assert (len(few[0]) in made) == (rows != "few without a class")
+    for k in range(TASKS):
+        alone = fit_logistic(x[k], labels[k], 3, 1000.0, tolerance=1e-14)
+        assert torch.allclose(together.logits(x)[k], alone.logits(x[k]), rtol=1e-4, atol=1e-5)
 
 
 def test_separable_tasks_converge():
