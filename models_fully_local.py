@@ -116,20 +116,20 @@ class _LateralDynamics(torch.autograd.Function):
     def backward(ctx, grad_y):
         outputs, m = ctx.saved_tensors
         activation, factor, steps = ctx.activation, ctx.factor, len(outputs) - 1
-        grad_scaled = torch.empty_like(outputs)  # without the factor f, which follows at the end
-        grad = grad_y
+        grads, grad = [], grad_y
         for j in range(steps, 0, -1):
-            grad_scaled[j] = activation.backward(grad, outputs[j])
+            grads.append(activation.backward(grad, outputs[j]))
             grad = _plus_product(m)(
-                grad, grad_scaled[j], m, beta=1 - factor, alpha=factor * activation.slope
+                grad, grads[-1], m, beta=1 - factor, alpha=factor * activation.slope
             )
         grad_s = activation.backward(grad, outputs[0])
-        if steps:
-            grad_s = torch.add(grad_s, grad_scaled[1:].sum(0), alpha=factor)
+        # without the factor f, which follows at the end
+        grad_scaled = torch.stack(grads[::-1]) if grads else torch.empty_like(outputs[1:])
+        grad_s = torch.add(grad_s, grad_scaled.sum(0), alpha=factor)
         grad_m = None
         if ctx.needs_input_grad[1]:
             y = _responses(outputs, factor)
-            rows = _steps_joined(grad_scaled[1:])
+            rows = _steps_joined(grad_scaled)
             grad_m = contracted(rows, _steps_joined(y)).mul_(factor * activation.slope)
         return grad_s.mul_(activation.slope), grad_m, None, None, None
 

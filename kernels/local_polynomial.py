@@ -24,12 +24,13 @@ Several tasks are evaluated at once if every tensor has a leading dimension for 
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from kernels.own_precision import in_own_precision
 from kernels.task_products import contracted
@@ -443,46 +444,54 @@ class _Monomials:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The positions of the coefficients of one sum in the three matrices of its factored form.
-
-    The matrices hold the coefficients of products [groups, postsynaptic monomials], of sums of
-    postsynaptic monomials [powers, 1 + monomials], the constant first, and of sums of presynaptic
-    monomials [powers, monomials].
-    """
+    """One sum: its monomials, and where its coefficients are in the matrices of the joint plan."""
 
     presynaptic: _Monomials
     inputs: tuple[int, ...]  # indices of the presynaptic tensors
     powers: int  # 1 + the highest power of the parameter
     groups: tuple[tuple[int, ...], ...]  # for each presynaptic monomial, the e of its products
     product_rows: int  # only so many presynaptic monomials, the first ones, occur in products
-    shapes: tuple[tuple[int, int], ...]  # of the three matrices
     terms: tuple[tuple[int | None, int | None, int], ...]  # rows of p^a and q^c, if any, and e
-    places: Tensor  # of the coefficients in the three flattened matrices, concatenated
-
-    def matrices(self, psi: Tensor) -> list[Tensor]:
-        """The three matrices for coefficients psi [terms]."""
-        sizes = [rows * columns for rows, columns in self.shapes]
-        tasks = psi.shape[:-1]
-        flat = psi.new_zeros(*tasks, sum(sizes)).index_copy_(-1, self.places, psi)
-        parts = zip(flat.split(sizes, -1), self.shapes, strict=True)
-        return [part.view(*tasks, *shape) for part, shape in parts]
-
-    def collected(self, matrices: Sequence[Tensor]) -> Tensor:
-        """The entries of three matrices in the order of the coefficients, [terms]."""
-        return torch.cat([m.flatten(-2) for m in matrices], -1).index_select(-1, self.places)
+    in_products: slice  # its groups among those of all sums
+    in_rows: slice  # its powers among those of all sums
 
 
 @dataclass(frozen=True)
 class _JointPlan:
+    """Several sums, whose coefficients are the entries of few matrices.
+
+    Of all sums together, there are the coefficients of products [groups, postsynaptic monomials]
+    and of sums of postsynaptic monomials [powers, 1 + monomials], the constant first; of each sum,
+    those of sums of its presynaptic monomials [powers, monomials].
+    """
+
     sums: tuple[_Plan, ...]
     outputs: tuple[int, ...]  # indices of the postsynaptic tensors
     postsynaptic: _Monomials
+    multiplied: int  # only so many postsynaptic monomials, the first ones, occur in products
     needed_in_backward: int  # the number of postsynaptic monomials, the first ones, needed there
+    shapes: tuple[tuple[int, int], ...]  # of the matrices
+    places: Tensor  # of all coefficients in the flattened matrices, concatenated
 
     def split(self, arguments: Sequence) -> tuple[Sequence, Sequence, Sequence]:
         """Split the arguments, or something with one entry for each, into psi, weights, tensors."""
         n = len(self.sums)
         return arguments[:n], arguments[n : 2 * n], arguments[2 * n :]
+
+    def matrices(self, psi: Sequence[Tensor], batch: int) -> list[Tensor]:
+        """The matrices for coefficients psi [terms] of each sum, divided by the batch."""
+        sizes = [rows * columns for rows, columns in self.shapes]
+        together = torch.cat([*psi], -1).div_(batch)
+        tasks = together.shape[:-1]
+        flat = together.new_zeros(*tasks, sum(sizes)).index_copy_(-1, self.places, together)
+        parts = zip(flat.split(sizes, -1), self.shapes, strict=True)
+        return [part.view(*tasks, *shape) for part, shape in parts]
+
+    def collected(self, matrices: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
+        """The entries of such matrices in the order of each sum's coefficients, [terms]."""
+        flat = torch.cat([m.flatten(-2) for m in matrices], -1)
+        counts = [len(plan.terms) for plan in self.sums]
+        return flat.index_select(-1, self.places).div_(batch).split(counts, -1)
 
 
 def _joint_plan(
@@ -495,44 +504,63 @@ def _joint_plan(
     post = _Monomials({c for terms in split for _, c, _ in terms})
     in_products = [post.row[c] for terms in split for a, c, _ in terms if any(a) and any(c)]
     multiplied = 1 + max(in_products, default=-1)
-    plans = [
-        _plan(terms, s.presynaptic, post, multiplied, device)
-        for terms, s in zip(split, sums, strict=True)
-    ]
+    plans: list[_Plan] = []
+    for terms, of_sum in zip(split, sums, strict=True):
+        before = plans[-1] if plans else None
+        plans.append(_plan(terms, of_sum.presynaptic, post, before))
+    shapes = (
+        (plans[-1].in_products.stop, multiplied),
+        (plans[-1].in_rows.stop, 1 + len(post)),
+        *((plan.powers, len(plan.presynaptic)) for plan in plans),
+    )
     factors = [1 + lower for *_, lower in post.divisions if lower is not None]
-    return _JointPlan(tuple(plans), outputs, post, max([multiplied, *factors]))
+    return _JointPlan(
+        sums=tuple(plans),
+        outputs=outputs,
+        postsynaptic=post,
+        multiplied=multiplied,
+        needed_in_backward=max([multiplied, *factors]),
+        shapes=shapes,
+        places=torch.tensor(_places(plans, shapes), dtype=torch.long, device=device),
+    )
 
 
 def _plan(
-    terms: list[tuple],
-    inputs: tuple[int, ...],
-    post: _Monomials,
-    multiplied: int,
-    device: torch.device,
+    terms: list[tuple], inputs: tuple[int, ...], post: _Monomials, before: _Plan | None
 ) -> _Plan:
+    """The plan of a sum that follows the sum `before`."""
     pre = _Monomials({a for a, _, _ in terms})
     groups = sorted({(pre.row[a], e) for a, c, e in terms if any(a) and any(c)})
     powers = 1 + max((e for _, _, e in terms), default=0)
-    shapes = ((len(groups), multiplied), (powers, 1 + len(post)), (powers, len(pre)))
-    start = (0, math.prod(shapes[0]), math.prod(shapes[0]) + math.prod(shapes[1]))
-    places = []
-    for a, c, e in terms:
-        if any(a) and any(c):
-            places.append(groups.index((pre.row[a], e)) * multiplied + post.row[c])
-        elif any(a):
-            places.append(start[2] + e * len(pre) + pre.row[a])
-        else:
-            places.append(start[1] + e * (1 + len(post)) + (1 + post.row[c] if any(c) else 0))
+    first_group, first_row = (before.in_products.stop, before.in_rows.stop) if before else (0, 0)
     return _Plan(
         presynaptic=pre,
         inputs=inputs,
         powers=powers,
         groups=tuple(tuple(e for r, e in groups if r == row) for row in range(len(pre))),
         product_rows=1 + max((row for row, _ in groups), default=-1),
-        shapes=shapes,
         terms=tuple((pre.row.get(a), post.row.get(c), e) for a, c, e in terms),
-        places=torch.tensor(places, dtype=torch.long, device=device),
+        in_products=slice(first_group, first_group + len(groups)),
+        in_rows=slice(first_row, first_row + powers),
     )
+
+
+def _places(plans: Sequence[_Plan], shapes: Sequence[tuple[int, int]]) -> list[int]:
+    """Where the coefficients of all sums are in the flattened matrices, concatenated."""
+    starts = [0, *itertools.accumulate(rows * columns for rows, columns in shapes)]
+    places = []
+    for plan, start_of_columns in zip(plans, starts[2:-1], strict=True):
+        groups = [(row, e) for row, powers in enumerate(plan.groups) for e in powers]
+        for a, c, e in plan.terms:
+            if a is not None and c is not None:
+                group = plan.in_products.start + groups.index((a, e))
+                places.append(group * shapes[0][1] + c)
+            elif a is not None:
+                places.append(start_of_columns + e * len(plan.presynaptic) + a)
+            else:
+                row = plan.in_rows.start + e
+                places.append(starts[1] + row * shapes[1][1] + (0 if c is None else 1 + c))
+    return places
 
 
 class _LocalPolynomials(torch.autograd.Function):
@@ -543,23 +571,23 @@ class _LocalPolynomials(torch.autograd.Function):
         post = joint.postsynaptic.stacked(outputs, len(joint.postsynaptic))
         *tasks, batch, features = outputs[0].shape
         post_sums = torch.cat([post.new_full((1, *tasks, features), batch), post.sum(-2)])
+        matrices = joint.matrices(psi, batch)
+        products, rows, *columns = matrices
+        combined, by_row = mixed(products, post[: joint.multiplied]), mixed(rows, post_sums)
         deltas, kept = [], []
-        for plan, coefficients, weight in zip(joint.sums, psi, weights, strict=True):
-            products, rows, columns = matrices = plan.matrices(coefficients / batch)
-            combined, inputs = _combined(products, post), [tensors[k] for k in plan.inputs]
-            place = place_of(inputs, windows)
-            correlations, pre_sums = _over_the_batch(plan, combined, weight, inputs, place)
-            delta = torch.zeros_like(weight)
-            sums = mixed(rows, post_sums), mixed(columns, pre_sums)
-            first, *higher = _factors(correlations, *sums)
-            for factor in reversed(higher):
-                delta.mul_(weight).add_(factor)
-            # not in place: compiled by torch 2.11, the gradient would be 0
-            deltas.append(delta.mul_(weight).add(first))
-            correlations[0] = None  # the gradient doesn't need it, because it multiplies w^0
-            kept += [*matrices, pre_sums, *correlations]
+        for plan, weight, of_sum in zip(joint.sums, weights, columns, strict=True):
+            inputs = [tensors[k] for k in plan.inputs]
+            correlations, pre_sums = _over_the_batch(
+                plan, combined[plan.in_products], weight, inputs, place_of(inputs, windows)
+            )
+            by_column = mixed(of_sum, pre_sums) if len(pre_sums) else None
+            factors = _factors(correlations, by_row[plan.in_rows], by_column)
+            deltas.append(_horner(factors, weight))
+            correlations.pop(0, None)  # the gradient doesn't need it, because it multiplies w^0
+            kept.append((pre_sums, by_column, correlations))
         ctx.joint, ctx.windows = joint, windows
-        ctx.save_for_backward(post_sums, *weights, *tensors, *kept)
+        flat, ctx.kept = tree_flatten(kept)
+        ctx.save_for_backward(post_sums, by_row, *matrices, *weights, *tensors, *flat)
         return tuple(deltas)
 
     @staticmethod
@@ -568,33 +596,52 @@ class _LocalPolynomials(torch.autograd.Function):
     def backward(ctx, *grads):
         joint: _JointPlan = ctx.joint
         *_, needed = joint.split(ctx.needs_input_grad[2:])
-        post_sums, *saved = ctx.saved_tensors
-        weights, saved = saved[: len(joint.sums)], saved[len(joint.sums) :]
-        tensors, kept = saved[: len(needed)], saved[len(needed) :]
+        count = len(joint.shapes)
+        post_sums, by_row, *saved = ctx.saved_tensors
+        (products, rows, *columns), saved = saved[:count], saved[count:]
+        _, weights, saved = joint.split([None] * len(joint.sums) + saved)
+        tensors, kept = saved[: len(needed)], tree_unflatten(saved[len(needed) :], ctx.kept)
         outputs = [tensors[k] for k in joint.outputs]
         post = joint.postsynaptic.stacked(outputs, joint.needed_in_backward)
-        grad_post, grad_post_sums = torch.zeros_like(post), torch.zeros_like(post_sums)
+        multiplied = post[: joint.multiplied]
         grad_tensors = [
             torch.zeros_like(t) if need or k in joint.outputs else None
             for k, (t, need) in enumerate(zip(tensors, needed, strict=True))
         ]
-        grad_psi, grad_weights = [], []
-        for plan, weight, grad in zip(joint.sums, weights, grads, strict=True):
+        grad_combined = post.new_empty(joint.shapes[0][0], *post.shape[1:])
+        grad_rows = torch.empty_like(by_row)
+        grad_columns, grad_weights = [], []
+        of_sums = zip(joint.sums, weights, grads, columns, kept, strict=True)
+        for plan, weight, grad, of_sum, (pre_sums, by_column, correlations) in of_sums:
             inputs = [tensors[k] for k in plan.inputs]
-            kept_of_sum, kept = kept[: 4 + plan.powers], kept[4 + plan.powers :]
-            place = place_of(inputs, ctx.windows)
-            backward = _SumBackward(plan, place, weight, inputs, post, post_sums, kept_of_sum)
+            backward = _SumBackward(plan, place_of(inputs, ctx.windows), inputs)
+            factors = _factors(correlations, by_row[plan.in_rows], by_column, first=1)
+            grad_powers = _times_powers(grad, weight, plan.powers)
+            grad_weights.append(_through_parameter(grad_powers, factors))
+            torch.sum(grad_powers, -1, out=grad_rows[plan.in_rows])
+            backward.through_products(grad_powers, grad_combined[plan.in_products])
+            if not len(pre_sums):
+                continue
+            grad_by_column = grad_powers.sum(-2)
+            grad_columns.append((grad_by_column, pre_sums))
             grad_inputs = [grad_tensors[k] for k in plan.inputs]
-            of_psi, of_weight = backward.run(grad, grad_post, grad_post_sums, grad_inputs)
-            grad_psi.append(of_psi)
-            grad_weights.append(of_weight)
+            if any(g is not None for g in grad_inputs):
+                combined = mixed(products[..., plan.in_products, :], multiplied)
+                grad_pre_sums = mixed(of_sum.mT, grad_by_column)
+                backward.through_inputs(grad_powers, combined, grad_pre_sums, grad_inputs)
+        grad_post = mixed(products.mT, grad_combined)
+        grad_post_sums = mixed(rows.mT, grad_rows)[1:]
         grad_monomials = [
-            *grad_post.add_(grad_post_sums[1 : 1 + len(post)].unsqueeze(-2)).unbind(),
+            *grad_post.add_(grad_post_sums[: joint.multiplied].unsqueeze(-2)).unbind(),
             # the same for the whole batch
-            *grad_post_sums[1 + len(post) :].unsqueeze(-2).unbind(),
+            *grad_post_sums[joint.multiplied :].unsqueeze(-2).unbind(),
         ]
         grad_outputs = [grad_tensors[k] for k in joint.outputs]
         joint.postsynaptic.pull_back(grad_monomials, post.unbind(), grad_outputs)
+        has_tasks = products.dim() == 3
+        pairs = [(grad_combined, multiplied), (grad_rows, post_sums), *grad_columns]
+        grad_matrices = [inner_products(*pair, has_tasks) for pair in pairs]
+        grad_psi = joint.collected(grad_matrices, post.shape[-2])
         return None, None, *grad_psi, *grad_weights, *grad_tensors
 
 
@@ -645,60 +692,29 @@ def _written_factors(plan: _Plan, psi, inputs, post, post_means) -> list[Tensor 
     return factors
 
 
+@dataclass(frozen=True)
 class _SumBackward:
-    """The backward pass of one sum."""
+    """The parts of the backward pass of one sum that go through all samples."""
 
-    def __init__(self, plan: _Plan, place, weight, inputs, post, post_sums, kept) -> None:
-        self.plan, self.place, self.weight, self.inputs = plan, place, weight, inputs
-        self.post, self.post_sums = post, post_sums
-        self.products, self.rows, self.columns, self.pre_sums, *self.correlations = kept
+    plan: _Plan
+    place: Place
+    inputs: Sequence[Tensor]
 
-    def run(self, grad, grad_post, grad_post_sums, grad_inputs) -> tuple[Tensor, Tensor]:
-        """The gradients of psi and weight; adds to those of monomials, their sums and inputs."""
-        grad_weight, grad_powers = self._through_parameter(grad)
-        grad_rows = torch.stack([g.sum(-1) for g in grad_powers])
-        grad_columns = torch.stack([g.sum(-2) for g in grad_powers])
-        grad_combined = self._through_products(grad_powers)
-        multiplied = self.products.shape[-1]
-        add_mixed_(grad_post[:multiplied], self.products.mT, grad_combined)
-        add_mixed_(grad_post_sums, self.rows.mT, grad_rows)
-        if any(g is not None for g in grad_inputs):
-            grad_pre_sums = mixed(self.columns.mT, grad_columns)
-            self._through_inputs(grad_powers, grad_pre_sums, grad_inputs)
-        tasks = self.products.dim() == 3
-        grad_matrices = (
-            inner_products(grad_combined, self.post[:multiplied], tasks),
-            inner_products(grad_rows, self.post_sums, tasks),
-            inner_products(grad_columns, self.pre_sums, tasks),
-        )
-        grad_psi = self.plan.collected(grad_matrices).div_(self.post.shape[-2])
-        return grad_psi, grad_weight
-
-    def _through_parameter(self, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The gradient of the parameter w, and grad * w^e for each e."""
-        sums = mixed(self.rows, self.post_sums), mixed(self.columns, self.pre_sums)
-        factors = _factors(self.correlations, *sums)
-        grad_weight, grad_powers = torch.zeros_like(grad), [grad]
-        for e in range(1, self.plan.powers):
-            grad_weight.addcmul_(grad_powers[-1], factors[e], value=e)
-            grad_powers.append(grad_powers[-1] * self.weight)
-        return grad_weight, grad_powers
-
-    def _through_products(self, grad_powers: list[Tensor]) -> Tensor:
-        """The gradient of T_ae [groups, batch, out]."""
+    def through_products(self, grad_powers: Tensor, grad_combined: Tensor) -> None:
+        """Write the gradient of T_ae [groups, batch, out] to grad_combined."""
         plan = self.plan
-        grad_combined = self.post.new_empty(self.products.shape[-2], *self.post.shape[1:])
         for block in self.place.blocks(self.inputs) if self.inputs else ():
             targets = iter(grad_combined[:, block])
             monomials = plan.presynaptic.each([p[block] for p in self.inputs], plan.product_rows)
             for powers, values in zip(plan.groups, monomials, strict=False):
                 for e in powers:
                     self.place.project(values, grad_powers[e], out=next(targets))
-        return grad_combined
 
-    def _through_inputs(self, grad_powers, grad_pre_sums: Tensor, grad_inputs) -> None:
-        plan = self.plan
-        combined = iter(_combined(self.products, self.post))
+    def through_inputs(
+        self, grad_powers: Tensor, combined: Tensor, grad_pre_sums: Tensor, grad_inputs
+    ) -> None:
+        """Add the gradients of the presynaptic tensors to grad_inputs."""
+        plan, combined = self.plan, iter(combined)
         pre = list(plan.presynaptic.each(self.inputs, len(plan.presynaptic)))
         grad_pre = []
         for of_sums, powers in zip(grad_pre_sums, plan.groups, strict=True):
@@ -710,38 +726,64 @@ class _SumBackward:
         plan.presynaptic.pull_back(grad_pre, pre, grad_inputs)
 
 
-def _combined(products: Tensor, post: Tensor) -> Tensor:
-    """T_ae [groups, batch, out]."""
-    return mixed(products, post[: products.shape[-1]])
-
-
 def _over_the_batch(
     plan: _Plan,
     combined: Tensor,
     weight: Tensor,
     inputs: Sequence[Tensor],
     place: Place,
-) -> tuple[list[Tensor | None], Tensor]:
-    """sum_a T_ae^T p^a [out, in] for each e (None: no term), and sums of p^a, [monomials, in]."""
-    used = {e for powers in plan.groups for e in powers}
-    correlations = [torch.zeros_like(weight) if e in used else None for e in range(plan.powers)]
-    pre_sums = weight.new_zeros(len(plan.presynaptic), *weight.shape[:-2], weight.shape[-1])
+) -> tuple[dict[int, Tensor], Tensor]:
+    """sum_a T_ae^T p^a [out, in] for each e that has any, and sums of p^a, [monomials, in]."""
+    used = sorted({e for powers in plan.groups for e in powers})
+    correlations = {e: torch.zeros_like(weight) for e in used}
+    sums: list[Tensor] = []
     for block in place.blocks(inputs) if inputs else ():
         combined_block = iter(combined[:, block])
         monomials = plan.presynaptic.each([p[block] for p in inputs], len(plan.presynaptic))
-        for powers, total, values in zip(plan.groups, pre_sums, monomials, strict=True):
+        for k, (powers, values) in enumerate(zip(plan.groups, monomials, strict=True)):
             for e in powers:
                 place.correlate_(correlations[e], next(combined_block), values)
-            total.add_(place.sum(values))
-    return correlations, pre_sums
+            of_block = place.sum(values)
+            sums[k : k + 1] = [sums[k].add_(of_block) if k < len(sums) else of_block]
+    if not sums:
+        return correlations, weight.new_zeros(0, *weight.shape[:-2], weight.shape[-1])
+    return correlations, torch.stack(sums)
 
 
 def _factors(
-    correlations: Sequence[Tensor | None], by_row: Tensor, by_column: Tensor
-) -> list[Tensor]:
-    """The factor of w^e for each e, [out, in]."""
-    factors = []
-    for correlation, row, column in zip(correlations, by_row, by_column, strict=True):
-        sums = row.unsqueeze(-1) + with_samples(column)
-        factors.append(sums if correlation is None else sums.add_(correlation))
+    correlations: Mapping[int, Tensor], by_row: Tensor, by_column: Tensor | None, first: int = 0
+) -> Tensor:
+    """The factors [powers, out, in] of w^e, from e = `first` on."""
+    factors = by_row[first:].unsqueeze(-1)
+    if by_column is not None:
+        factors = factors + by_column[first:].unsqueeze(-2)
+    for e, correlation in correlations.items():
+        factors[e - first].add_(correlation)
     return factors
+
+
+def _horner(factors: Tensor, weight: Tensor) -> Tensor:
+    """sum_e factors_e w^e, [out, in]."""
+    *lower, total = factors.expand(-1, *weight.shape).unbind()
+    for factor in reversed(lower):
+        total = torch.addcmul(factor, total, weight)
+    return total if lower else total.clone()
+
+
+def _times_powers(grad: Tensor, weight: Tensor, powers: int) -> Tensor:
+    """grad * w^e for each e below `powers`, [powers, out, in]."""
+    values = grad.new_empty(powers, *grad.shape)
+    values[0] = grad
+    for e in range(1, powers):
+        torch.mul(values[e - 1], weight, out=values[e])
+    return values
+
+
+def _through_parameter(grad_powers: Tensor, factors: Tensor) -> Tensor:
+    """The gradient of the parameter w; factors: of w^e from e = 1 on."""
+    if not len(factors):
+        return torch.zeros_like(grad_powers[0])
+    total = grad_powers[0] * factors[0]
+    for e in range(1, len(factors)):
+        total.addcmul_(grad_powers[e], factors[e], value=e + 1)
+    return total
