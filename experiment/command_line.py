@@ -84,6 +84,8 @@ AT_MOST = {  # limits of single flags, beyond which time or memory would not suf
     "validation_runs": 10**5,
 }
 
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
 # Messages of torch's allocators that raise a plain RuntimeError instead of OutOfMemoryError
 _ALLOCATOR_REFUSES = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory"
@@ -467,7 +469,14 @@ def check_whole(name: str, value: Any) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that reports errors in one line and limits whole numbers (AT_MOST)."""
+    """An ArgumentParser that reports errors in one line and limits whole numbers (AT_MOST).
+
+    -1e-3 is a number, as in Python 3.14; before, argparse takes it for a flag.
+    """
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self._negative_number_matcher = NEGATIVE_NUMBER
 
     def parse_known_args(self, args=None, namespace=None):
         """Like argparse's; `given_once` begins empty."""

@@ -472,6 +472,7 @@ class _JointPlan:
     needed_in_backward: int  # the number of postsynaptic monomials, the first ones, needed there
     shapes: tuple[tuple[int, int], ...]  # of the matrices
     places: Tensor  # of all coefficients in the flattened matrices, concatenated
+    sources: Tensor  # of the entries of these, among all coefficients and a zero at the end
 
     def split(self, arguments: Sequence) -> tuple[Sequence, Sequence, Sequence]:
         """Split the arguments, or something with one entry for each, into psi, weights, tensors."""
@@ -481,9 +482,10 @@ class _JointPlan:
     def matrices(self, psi: Sequence[Tensor], batch: int) -> list[Tensor]:
         """The matrices for coefficients psi [terms] of each sum, divided by the batch."""
         sizes = [rows * columns for rows, columns in self.shapes]
-        together = torch.cat([*psi], -1).div_(batch)
-        tasks = together.shape[:-1]
-        flat = together.new_zeros(*tasks, sum(sizes)).index_copy_(-1, self.places, together)
+        tasks = psi[0].shape[:-1]
+        and_zero = torch.cat([*psi, psi[0].new_zeros(*tasks, 1)], -1).div_(batch)
+        # not index_copy_, which is many kernels on a GPU where algorithms have to be deterministic
+        flat = and_zero.index_select(-1, self.sources)
         parts = zip(flat.split(sizes, -1), self.shapes, strict=True)
         return [part.view(*tasks, *shape) for part, shape in parts]
 
@@ -514,6 +516,10 @@ def _joint_plan(
         *((plan.powers, len(plan.presynaptic)) for plan in plans),
     )
     factors = [1 + lower for *_, lower in post.divisions if lower is not None]
+    places = _places(plans, shapes)
+    sources = [len(places)] * sum(rows * columns for rows, columns in shapes)
+    for coefficient, place in enumerate(places):
+        sources[place] = coefficient
     return _JointPlan(
         sums=tuple(plans),
         outputs=outputs,
@@ -521,7 +527,8 @@ def _joint_plan(
         multiplied=multiplied,
         needed_in_backward=max([multiplied, *factors]),
         shapes=shapes,
-        places=torch.tensor(_places(plans, shapes), dtype=torch.long, device=device),
+        places=torch.tensor(places, dtype=torch.long, device=device),
+        sources=torch.tensor(sources, dtype=torch.long, device=device),
     )
 
 

@@ -8,7 +8,7 @@ Hessian of the objective / (C N), which is quadratic but for the mean cross-entr
     H_kl = mean_n( p_nk ([k = l] - p_nl) z_n z_n^T ) + [k = l] penalty + 1/K 1 1^T
 
 The last term, on the shift common to all classes, changes nothing else: g has no such component.
-A Hessian costs as much as a hundred gradients. So the first steps are on every eighth row, and on
+A Hessian costs many gradients. So the first steps are on every eighth row, and on
 all rows a Hessian is used again as long as its steps go on to divide the predicted decrease by
 RENEW_UNLESS_DIVIDED_BY. (Kelley 1995, Iterative Methods for Linear and Nonlinear Equations, 5.4:
 the Shamanskii method.)
@@ -29,6 +29,7 @@ from kernels.logistic_regression import (
     ProbeError,
     fit_logistic,
 )
+from kernels.task_products import contracted
 
 TOLERANCE = 1e-14  # of the predicted decrease, relative to the objective
 TOLERANCE_OF_FEW_ROWS = 1e-4  # the optimum of all rows is further away than that
@@ -113,7 +114,7 @@ class _Problem:
         N = features.shape[1]
         ridge, mean = 1 / (C * N), features.mean(1, keepdim=True)
         centred = features - mean
-        variance, axes = torch.linalg.eigh(centred.mT @ centred / N)
+        variance, axes = torch.linalg.eigh(contracted(centred, centred) / N)
         variance = torch.maximum(variance, LEAST_VARIANCE * variance[:, -1:])
         scale = (variance + 2 * ridge).rsqrt()
         map_ = axes * scale.unsqueeze(1)
@@ -148,7 +149,7 @@ class _Problem:
         losses = logits.logsumexp(2) - (logits * self.one_hot).sum(2)
         value = losses.mean(1) + 0.5 * (V.square() * self.penalty).sum((1, 2))
         P = torch.softmax(logits, 2)
-        gradient = (P - self.one_hot).mT @ self.Z / self.Z.shape[1] + V * self.penalty
+        gradient = contracted(P - self.one_hot, self.Z) / self.Z.shape[1] + V * self.penalty
         return _Point(V, value, gradient, P)
 
     def hessian(self, P: Tensor) -> Tensor:

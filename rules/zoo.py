@@ -202,6 +202,7 @@ def _recipe(value: dict[str, Any]) -> Recipe:
     if not isinstance(rule, PerLayerRule) or not 1 <= len(rule.rules) <= LARGEST["layers"]:
         raise ValueError(f"its rule is not one for each of 1 to {LARGEST['layers']} layers")
     _check_numbers(rule.coefficients())
+    _check_understood("rule", value["rule"], rule.to_dict())
     if value["inhibition"] not in INHIBITION or value["centring"] not in CENTRINGS:
         raise ValueError(f"inhibition or centring is none of {(*INHIBITION, *CENTRINGS)}")
     views = None if value["views"] is None else ViewStrengths.from_dict(value["views"])
@@ -245,6 +246,20 @@ def _check_names(what: str, value: Any, expected: set[str]) -> None:
         raise ValueError(f"{what} lacks {missing[0]}")
     if unknown := sorted(value.keys() - expected):
         raise ValueError(f"{what} has {unknown[0]}, which format {FORMAT} does not know")
+
+
+def _check_understood(what: str, value: Any, made: Any) -> None:
+    """Raise ValueError if what was read has names, or truth values, that what was made has not."""
+    if isinstance(value, dict) and isinstance(made, dict):
+        for name, inner in value.items():
+            if name not in made:
+                raise ValueError(f"{what} has {name}, which is not understood")
+            _check_understood(f"{what}, {name}", inner, made[name])
+    elif isinstance(value, list) and isinstance(made, list):
+        for inner, inner_made in zip(value, made, strict=True):
+            _check_understood(what, inner, inner_made)
+    elif isinstance(value, bool) and not isinstance(made, bool):
+        raise ValueError(f"{what} is {str(value).lower()}, expected a number")
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:

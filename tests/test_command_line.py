@@ -127,6 +127,13 @@ def test_where_one_data_set_is_taken_a_second_is_refused(tmp_path, capsys):
     assert parse(parser, ["--resume", str(tmp_path / "run")]).dataset == "fashion"
 
 
+@pytest.mark.parametrize("text", ["-1", "-.5", "-1.", "-0.75", "-1e-3", "-2.5E+2"])
+def test_a_negative_number_is_no_flag(text):
+    parser = some_parser()
+    parser.add_argument("--power", type=float)
+    assert parse(parser, ["32", "--power", text]).power == float(text)
+
+
 def test_dashes_and_underscores_are_one():
     for flag in ("--data-dir", "--data_dir"):
         assert parse(some_parser(), ["1", flag, "elsewhere"]).data_dir == Path("elsewhere")

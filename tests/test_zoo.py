@@ -84,6 +84,8 @@ DAMAGES = {
     "batch_size is True": lambda d: _with(d, batch_size=True),
     "activation 'step' is unknown": lambda d: _with(d, activation={"base": "step", "slope": 1}),
     "step/eta is inf, expected a number": lambda d: _with(d, rule=_overflown(d["recipe"]["rule"])),
+    "start has speed, which is not understood": lambda d: _with(d, rule=_started(d, speed=1.0)),
+    "rule, rules, terms, w, .* is true, expected a number": lambda d: _with(d, rule=_true_term(d)),
     "forbid_excitation is 1": lambda d: _with(d, forbid_excitation=1),
 }  # fmt: skip
 
@@ -91,6 +93,19 @@ DAMAGES = {
 def _overflown(rule: dict) -> dict:
     layer = rule["rules"][0]
     return rule | {"rules": [layer | {"moved": layer["moved"] | {"eta": 1e6}}]}
+
+
+def _started(description: dict, **start) -> dict:
+    rule = description["recipe"]["rule"]
+    layer = rule["rules"][0]
+    return rule | {"rules": [layer | {"start": layer["start"] | start}]}
+
+
+def _true_term(description: dict) -> dict:
+    rule = description["recipe"]["rule"]
+    layer = rule["rules"][0]
+    w = dict.fromkeys(layer["terms"]["w"], True)
+    return rule | {"rules": [layer | {"terms": layer["terms"] | {"w": w}}]}
 
 
 def _with(description: dict, **recipe) -> dict:
