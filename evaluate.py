@@ -24,8 +24,9 @@ that inhibit each other for instar and foldiak. For each data set and layer size
 chosen from 1e-4 to 1 in half powers of ten, by the accuracy after the last step on a sixth of the
 training images, which is held out meanwhile. References without steps are random features (the
 first RUN's initial network), pca (as many components as the last layer has units), and vicreg,
-trained by backpropagation for 100 epochs, many minutes each. class_pairs is the first RUN's rule
-with labels: its pairs are views of two images of one class, in the place of two views of one image.
+trained by backpropagation for 100 epochs, many minutes each. Two see labels: class_pairs is the
+first RUN's rule on views of two images of one class, in the place of two views of one image;
+supervised is a network of such units, and a classifier, trained by backpropagation for 30 epochs.
 """
 
 import argparse
@@ -107,7 +108,7 @@ from experiment.seeds import seeded_generator
 from experiment.statistics import counted_trainings, mean_and_deviation
 from experiment.tables import aligned, markdown
 from figures.evaluation import plot_evaluation_run
-from mnist_datasets import ImageData, batches, hold_out, load_images
+from mnist_datasets import ImageData, hold_out, load_images
 from rules import save_zoo
 
 
@@ -220,13 +221,24 @@ def make_settings(args, run: LearnedRun, device, dtype) -> list[Setting]:
                 layers=tuple(layers),
                 C=run.config["C"],
                 outer_images=run.config["outer_images"],
-                batch_size=run.config["batch_size"],
+                batch_size=min(run.config["batch_size"], len(train_data)),
                 dtype=dtype,
                 layerwise=args.layerwise,
             )
             for layers in args.layers
         ]
     return settings
+
+
+def smaller_batches(runs: Sequence[LearnedRun], settings: Sequence[Setting]) -> list[str]:
+    """A line for each data set that has fewer images than the largest batches of the runs."""
+    largest = max(run.config["batch_size"] for run in runs)
+    counts = {setting.dataset: len(setting.train) for setting in settings}
+    return [
+        f"{name}: batches have all {count} images, not {largest}, as where the rule was learned"
+        for name, count in counts.items()
+        if count < largest
+    ]
 
 
 def what_was_found(runs: Sequence[LearnedRun], settings: Sequence[Setting]) -> dict[str, str]:
@@ -369,10 +381,6 @@ def main(argv: list[str] | None = None) -> None:
     refuse_what_cannot_be_compared(args, runs)
     settings = make_settings(args, runs[0], device, dtype)
     refuse_changed_images(args, runs, settings)
-    largest = max(run.config["batch_size"] for run in runs)
-    for setting in settings:  # raises DataError now if a batch size is too large
-        used = setting.within_training() if args.rules else setting
-        next(batches(used.train, largest, seeded_generator(0)))
     comparison = RuleComparison(
         make_methods(args, runs), settings, args.steps, args.seeds, args.seed
     )
@@ -380,6 +388,8 @@ def main(argv: list[str] | None = None) -> None:
     with open_run(config, "evaluate", settings[0].train) as log:
         for source in dict.fromkeys(setting.train.source for setting in settings):
             log.say(source)
+        for line in smaller_batches(runs, settings):
+            log.say(line)
         finished = run_comparison(comparison, log)
         write_results(log, comparison)
         if args.to_zoo and finished:

@@ -316,7 +316,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from comparison.kept_references import KeptReferences
-from comparison.learned_run import LearnedRun, load_run, steps_to_judge
+from comparison.learned_run import LearnedRun, load_run, steps_to_judge, write_for_use
 from comparison.references import beside
 from comparison.references import trainings as count_trainings
 from comparison.rule_comparison import Setting
@@ -680,6 +680,11 @@ def make_batches(
     args, data: ImageData, dtype: torch.dtype, size: int, random_numbers: str = HOST
 ) -> Callable[[Generator], Iterator]:
     """A function from a generator to batches, or pairs of batches, of this size in random order."""
+    if size > len(data):
+        raise UserError(
+            f"batches of {size} of the {len(data)} images to train on: give --batch_size and "
+            f"--evaluation_batch_size of at most {len(data)}"
+        )
     strengths, options = views_of_flags(args), {"dtype": dtype, "random_numbers": random_numbers}
     if strengths is None:
         draw = partial(batches, data, size, **options)
@@ -936,6 +941,7 @@ def report(
         "term_effects": effects,
         "beside": others,
     })  # fmt: skip
+    write_for_use(log.directory)
     log.plot(plot_run)
     formula = training.rule.formula(effects or None, max_terms=6)
     brackets = "; in brackets, the size of a term relative to the whole change"

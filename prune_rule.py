@@ -66,7 +66,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comparison.learned_run import LearnedRun, load_run
+from comparison.learned_run import LearnedRun, load_run, write_for_use
 from comparison.rule_comparison import Setting, learned, trajectory
 from experiment.devices import set_up
 from experiment.loop import run_steps
@@ -328,6 +328,7 @@ def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: 
         "term_effects": best["term_effects"],
         "pruning": stages,
     })  # fmt: skip
+    write_for_use(log.directory)
     log.plot(plot_run)
     for stage in stages:
         log.say(stage_text(stage))

@@ -34,7 +34,7 @@ from initializers import fixed_initializer
 from learning_rules import LearningRule, PerLayerRule
 from models_fully_local import network_of_flags
 from rules import load_rule
-from rules.zoo import Recipe, ZooEntry, load_zoo
+from rules.zoo import IN_A_RUN, Recipe, ZooEntry, load_zoo, save_zoo
 
 PROBE = {"C": 1000.0, "outer_images": 4096}  # the probe that judges rules of the zoo
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -281,6 +281,16 @@ def zoo_entry(
         command=command_text(first["command_line"]),
         accuracies=tuple(accuracies),
     )
+
+
+def write_for_use(directory: Path) -> None:
+    """Write the rule of an ended run as a file of the zoo into its directory.
+
+    A rule of a class of your own is left out. Raises RunLogError or RuleError if it can't be read.
+    """
+    if not is_own_code(read_config(directory).get("rule")):
+        entry = zoo_entry(load_run(directory), directory, directory.name, ())
+        save_zoo(entry, directory / IN_A_RUN)
 
 
 def command_text(command_line: Sequence[str]) -> str:

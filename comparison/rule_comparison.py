@@ -24,6 +24,7 @@ from torch import nn
 from comparison.learned_run import LearnedRun
 from comparison.principal_components import principal_components, projection
 from comparison.settings import VICRegSettings
+from comparison.supervised import supervised_parameters
 from comparison.vicreg import VICReg
 from data_sets.class_pairs import ClassPairs
 from data_sets.views import Views
@@ -108,7 +109,10 @@ class Method:
 
 
 def learned(run: LearnedRun, setting: Setting) -> Training:
-    """The training by a learned rule, with its run's network, start, normalisation and batches."""
+    """The training by a learned rule, with its run's network, start, normalisation and batches.
+
+    With fewer images than its run's batches have, all of them are a batch.
+    """
     images = setting.train, setting.test
     if run.config["pixelwise_normalization"] or run.config.get("center"):
         images = normalize_pixels(*images, unit_variance=run.config["pixelwise_normalization"])
@@ -117,7 +121,7 @@ def learned(run: LearnedRun, setting: Setting) -> Training:
     model = network_of_flags(flags, setting.train.shape, setting.layers)
     plastic = sum(has_weights(layer.parameter_shapes()) for layer in model.layers)
     rules = [run.rule.rules[min(k, len(run.rule.rules) - 1)] for k in range(plastic)]
-    batch_size, dtype = run.config["batch_size"], setting.dtype
+    batch_size, dtype = min(run.config["batch_size"], len(images[0])), setting.dtype
     if run.views is None:
         draw_batches = partial(batches, images[0], batch_size, dtype=dtype)
     else:
@@ -177,6 +181,7 @@ def reference_methods(run: LearnedRun) -> dict[str, Method]:
         "pca": Method(pca_features, has_steps=False),
         "vicreg": Method(vicreg_features, has_steps=False),
         "class_pairs": Method(partial(by_class_pairs, run)),
+        "supervised": Method(supervised_features, has_steps=False),
     }
 
 
@@ -208,6 +213,18 @@ def vicreg_features(setting: Setting) -> Training:
 
     model = lateral_network(
         setting.train.shape, setting.layers, Activation("sigmoid"), inhibition="none"
+    )
+    return _without_steps(model, trained, setting)
+
+
+def supervised_features(setting: Setting) -> Training:
+    """Units sigmoid(4 s) trained with labels by backpropagation, whatever the setting's steps."""
+
+    def trained(model: nn.Module, generator: torch.Generator) -> Params:
+        return supervised_parameters(model, setting.train, generator, dtype=setting.dtype)
+
+    model = lateral_network(
+        setting.train.shape, setting.layers, Activation("sigmoid", 4.0), inhibition="none"
     )
     return _without_steps(model, trained, setting)
 

@@ -3,11 +3,12 @@
     from rules import LocalFeatures
     features = LocalFeatures(rule="mnist32", units=32, steps=250).fit(X).transform(X)
 
-X is a table [n, features], or images [n, H, W] or [n, C, H, W]. Bytes are divided by 255. Floats of
-images must be within 0 to 1. A table of such floats is treated like pixels; any other is
-standardised, with standard deviation 0.25, about that of a pixel, because rules are learned on
-images. A rule for pairs gets views of images as its file says. The views of a row of a table have
-noise, and a share of its values (the file's, or up to half) is replaced by the columns' means.
+X is an array or tensor: a table [n, features], or images [n, H, W], [n, C, H, W] or, with 1 or 3
+channels, [n, H, W, C]. Bytes are divided by 255. Floats of images must be within 0 to 1. A table of
+such floats is treated like pixels; any other is standardised, with standard deviation 0.25, about
+that of a pixel, because rules are learned on images. A rule for pairs gets views of images as its
+file says. The views of a row of a table have noise, and a share of its values (the file's, or up to
+half) is replaced by the columns' means.
 """
 
 import copy
@@ -38,6 +39,7 @@ from rules.zoo import Recipe, load_zoo
 AT_ONCE = 4096  # rows whose features are computed together
 COLUMN_SPREAD = 0.25  # standard deviation of a standardised column, about that of a pixel
 ROW_MASK, ROW_NOISE = (0.0, 0.5), 0.1  # for tables, if a rule's file has no masks or no noise
+CHANNELS = (1, 3)  # numbers of them by which their axis is known
 DTYPES = (np.float64, np.float32, np.uint8)
 START, BATCHES = range(2)  # the use of random numbers, after the seed in their keys
 
@@ -46,14 +48,15 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
     """The activities of units trained by a local rule, layer after layer.
 
     Parameters:
-        rule: the name of a rule in the zoo; the path of such a file; a classical rule ("oja",
-            "sanger", "instar", "foldiak" or "krotov_hopfield"), each in its own network; or a
-            LearningRule, for units sigmoid(4 s) with initial weights of spread 0.167.
+        rule: the name of a rule in the zoo; the path of such a file, or of a run of main.py, which
+            has one; a classical rule ("oja", "sanger", "instar", "foldiak" or "krotov_hopfield"),
+            each in its own network; or a LearningRule, for units sigmoid(4 s) with initial weights
+            of spread 0.167.
         units: the number of units, or a tuple of numbers for layers trained one after the other.
         steps: the number of updates of each layer.
         batch_size: the number of rows in each update, at most all; None for the rule's own.
         rate: the learning rate of a classical rule; None for one that suits images of digits.
-        image_shape: (H, W) or (C, H, W), if the rows of X are images; None for tables.
+        image_shape: (H, W), (C, H, W) or (H, W, C), if the rows of X are images; None for tables.
         random_state: with an int, every fit gives the same features.
 
     Attributes:
@@ -125,6 +128,7 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     def _checked(self, X, *, reset: bool) -> np.ndarray:
         """X as an array of one of DTYPES, [n, features] or images [n, C, H, W]."""
+        X = X.numpy(force=True) if isinstance(X, Tensor) else X
         if getattr(X, "ndim", 2) <= 2:
             X = validate_data(self, X, dtype=DTYPES, reset=reset)
             shape = self.image_shape
@@ -211,11 +215,14 @@ def for_rows(strengths: ViewStrengths) -> ViewStrengths:
 
 
 def _as_images(X: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """X as images [n, C, H, W], given their shape [n, H, W] or [n, C, H, W]."""
+    """X as images [n, C, H, W], given their shape [n, H, W], [n, C, H, W] or [n, H, W, C]."""
     shape = tuple(shape)
     if len(shape) not in (3, 4) or min(shape) < 1 or int(np.prod(shape)) != X.size:
         raise ValueError(f"X of shape {X.shape} is no table and no images {shape}, [n, (C,) H, W]")
-    return X.reshape(shape if len(shape) == 4 else (shape[0], 1, *shape[1:]))
+    if len(shape) == 3:
+        return X.reshape(shape[0], 1, *shape[1:])
+    channels_last = shape[1] not in CHANNELS and shape[3] in CHANNELS
+    return np.moveaxis(X.reshape(shape), 3, 1) if channels_last else X.reshape(shape)
 
 
 def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:

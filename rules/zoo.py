@@ -1,6 +1,6 @@
 """A zoo of learned rules, each in a file with everything needed to use it.
 
-    entry = load_zoo("latent-predictive")        # or the path of such a file
+    entry = load_zoo("latent-predictive")        # or the path of such a file, or of a run
     entry.recipe.rule, entry.recipe.views, entry.accuracies
     save_zoo(entry, "rules/zoo/mnist32.json")
 
@@ -26,6 +26,7 @@ from rules.choices import names, zoo_path
 from rules.families import rule_from_dict
 
 FORMAT = 1
+IN_A_RUN = "zoo.json"  # the file of a run's rule, in its directory
 CENTRINGS = ("none", "mean", "standardised")  # for each pixel, over the training images
 LARGEST = {  # limits of the values in a file
     "bytes": 2**18, "layers": 8, "units": 2**16, "kernel": 64, "pool": 64, "inh_steps": 1000,
@@ -126,8 +127,17 @@ class ZooEntry:
 
 
 def load_zoo(name: str | Path) -> ZooEntry:
-    """The rule of this name or in this file; raises RuleError if there is none or it is damaged."""
+    """The rule of this name, in this file or of this run.
+
+    Raises RuleError if there is none or its file is damaged.
+    """
     path = zoo_path(str(name)) if str(name) in names() else Path(name)
+    if path.is_dir() and not (path / IN_A_RUN).is_file():
+        raise RuleError(
+            f"{path} holds no {IN_A_RUN}: a run of main.py has one at its end, unless its rule is "
+            "of a class of your own"
+        )
+    path = path / IN_A_RUN if path.is_dir() else path
     if not path.is_file():
         raise RuleError(f"no rule is called {str(name)!r}; choose from {', '.join(names())}")
     try:

@@ -115,6 +115,20 @@ def test_a_rule_may_be_an_object_and_stays_as_it_is(tmp_path):
     np.testing.assert_array_equal(features(X, tmp_path / "mine.json"), features(X, kept.name))
 
 
+def test_tensors_and_images_with_their_channels_last_are_taken_like_others():
+    X = images()
+    expected = features(X)
+    np.testing.assert_array_equal(features(torch.from_numpy(X)), expected)
+    floats = np.float32(X / 255)
+    np.testing.assert_array_equal(features(torch.from_numpy(floats)), features(floats))
+    np.testing.assert_array_equal(features(X[..., None]), expected)
+    coloured = random(5, 12, 3, 6, 7)
+    last = np.moveaxis(coloured, 1, 3)
+    np.testing.assert_array_equal(features(last), features(coloured))
+    table = last.reshape(12, -1)
+    np.testing.assert_array_equal(features(table, image_shape=(6, 7, 3)), features(coloured))
+
+
 def test_it_is_cloned_pickled_and_named():
     X = random(8, 25, 6)
     fitted = LocalFeatures("oja", (4, 3), steps=3).fit(X)

@@ -17,7 +17,7 @@ from comparison.learned_run import load_run
 from experiment.errors import RunLogError
 from experiment.processes import ALONE
 from mnist_datasets import load_images
-from rules import load_rule
+from rules import load_rule, load_zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -54,6 +54,10 @@ def test_a_run_leaves_configuration_metrics_checkpoint_rule_and_figures(tmp_path
     for name in FIGURES:
         assert (out / "figures" / f"{name}.png").stat().st_size > 1000
     assert any(path.name.startswith("events.out.tfevents") for path in out.iterdir())
+    kept = load_zoo(out)
+    written = json.loads((out / "rule.json").read_text())
+    assert kept.layers == (6, 5) and kept.recipe.rule.to_dict() == written
+    assert "--out" not in kept.command and str(tmp_path) not in kept.command
 
 
 STATISTICS = [

@@ -24,10 +24,12 @@ from comparison.rule_comparison import (
     pca_features,
     reference_methods,
     rotated,
+    supervised_features,
     trajectory,
     vicreg_features,
 )
 from comparison.settings import VICRegSettings
+from comparison.vicreg import uniform_parameters
 from experiment.errors import RunLogError
 from experiment.seeds import EVALUATION, seeded_generator
 from experiment.view_strengths import ViewStrengths
@@ -259,6 +261,16 @@ def test_vicreg_is_trained_anew_for_each_draw(setting, monkeypatch):
     first, again = (trajectory(training, [0], DRAW) for _ in range(2))
     other = trajectory(training, [0], (3, EVALUATION, 2))
     assert first == again != other
+
+
+def test_labels_and_backpropagation_find_features_that_tell_the_classes(setting):
+    training = supervised_features(setting)
+    first, again = (trajectory(training, [0], DRAW)[0] for _ in range(2))
+    other = trajectory(training, [0], (3, EVALUATION, 2))[0]
+    assert first == again != other
+    start = replace(training, initializer=uniform_parameters)
+    untrained = trajectory(start, [0], DRAW)[0]
+    assert first["train_accuracy"] > untrained["train_accuracy"] + 0.05
 
 
 # ---- images ----
