@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from experiment.errors import WrongInputError
+from kernels.forward_mode import runs_forward
 from kernels.local_polynomial import Exponents, LocalPolynomials, LocalSum, samples
 from kernels.own_precision import own_precision
 from models_fully_local import Params, has_weights
@@ -441,7 +442,8 @@ class PolynomialRule(TermSumRule):
         return changes
 
     def _stepped(self, old: Tensor, delta: Tensor, limit: float = float("inf")) -> Tensor:
-        return _BoundedStep.apply(old, delta, self.bound, self.bound_size, self.l2, limit)
+        step = _plainly_bounded if runs_forward() else _BoundedStep.apply
+        return step(old, delta, self.bound, self.bound_size, self.l2, limit)
 
     def start_from(self, other: "PolynomialRule") -> None:
         """Take over another rule's coefficients; terms that it lacks get 0.
@@ -773,6 +775,15 @@ def _check_updated(rule: LearningRule, old: dict[str, Tensor], updated: dict[str
         if updated[name].shape != before.shape:
             shapes = f"{list(updated[name].shape)}, not {list(before.shape)}"
             raise RuleError(f"{type(rule).__name__} returned {name} of shape {shapes}")
+
+
+def _plainly_bounded(old, delta, bound, size, l2, limit) -> Tensor:
+    """The step of _BoundedStep in operations of torch alone."""
+    if bound == "tanh":
+        delta = size * torch.tanh(delta / size)
+    elif bound == "clamp":
+        delta = delta.clamp(-size, size)
+    return ((1 - l2) * old + delta).clamp(-limit, limit)
 
 
 class _BoundedStep(torch.autograd.Function):

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from experiment.choices import INHIBITION, NORMS, WITH_LATERAL_WEIGHTS
 from experiment.main_settings import UNIT_FLAGS
 from kernels.equilibrium import equilibrium
+from kernels.forward_mode import runs_forward
 from kernels.local_polynomial import TaskWindows, Windows, samples
 from kernels.own_precision import in_own_precision
 from kernels.task_products import contracted
@@ -163,7 +164,7 @@ def lateral_dynamics(
 
     Of several tasks, [tasks, batch, out] for s [tasks, batch, out] and m [tasks, out, out].
     """
-    if isinstance(activation, Activation):
+    if isinstance(activation, Activation) and not runs_forward():
         return _LateralDynamics.apply(s, m, activation, inh_steps, inh_factor)
     y = activation(s)
     for _ in range(inh_steps):

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from kernels.forward_mode import runs_forward
 from kernels.own_precision import in_own_precision
 from kernels.task_products import contracted
 
@@ -115,6 +116,11 @@ class Windows:
         """
         p, weight = (_channels_last(t) for t in (p, weight))
         return nn.functional.conv2d(p, weight, stride=self.stride, padding=self.padding)
+
+    def rows(self, p: Tensor) -> Tensor:
+        """The windows themselves, [samples, in * kh * kw]."""
+        cut = nn.functional.unfold(p, self.size, stride=self.stride, padding=self.padding)
+        return cut.movedim(1, 2).flatten(0, 1)
 
     def blocks(self, inputs: Sequence[Tensor]) -> Iterator[slice]:
         """One slice of all samples, because convolutions take care of the cache themselves."""
@@ -373,7 +379,7 @@ class LocalPolynomials:
         tensors: Sequence[Tensor],
         windows: Windows | TaskWindows | None = None,
     ) -> tuple[Tensor, ...]:
-        """delta [out, in] for each sum, differentiable once in every tensor.
+        """delta [out, in] for each sum, differentiable once in every tensor, or forward.
 
         psi: the coefficients [terms] of each sum.
         weights: the parameter [out, in] of each sum.
@@ -383,6 +389,10 @@ class LocalPolynomials:
         """
         if torch.compiler.is_compiling() and windows is None and weights[0].dim() == 3:
             return written_out(self.joint, psi, weights, tensors)
+        if runs_forward():
+            rows = [windows.rows(t) if t.dim() == 4 else t for t in tensors]
+            one_task = ([t.unsqueeze(0) for t in given] for given in (psi, weights, rows))
+            return tuple(delta.squeeze(0) for delta in written_out(self.joint, *one_task))
         return _LocalPolynomials.apply(self.joint, windows, *psi, *weights, *tensors)
 
 
@@ -655,7 +665,9 @@ class _LocalPolynomials(torch.autograd.Function):
 def written_out(
     joint: _JointPlan, psi: Sequence[Tensor], weights: Sequence[Tensor], tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The sums of LocalPolynomials for several tasks as plain operations, for torch.compile.
+    """The sums of LocalPolynomials for several tasks in operations of torch alone.
+
+    torch.compile joins them, and they have a forward mode.
 
     psi: [tasks, terms] of each sum; the other arguments have a dimension of tasks as well.
     """

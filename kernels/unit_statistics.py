@@ -16,7 +16,8 @@ their sum and difference. c [views, samples, units] holds first the sum, then th
 one view only the first.
 
 Each function exists as an autograd function, and as separate forward and backward passes, of which
-gated_update.py makes a larger autograd function.
+gated_update.py makes a larger autograd function. In forward mode it is that of the same name in
+unit_statistics_plain.py.
 
 Of several tasks, tensors have a dimension for them after that of the views, or in front if they are
 of no view: c [views, tasks, samples, units], w [tasks, units, inputs], scalars [tasks, 1].
@@ -29,6 +30,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import unit_statistics_plain as plain
+from kernels.forward_mode import runs_forward
 from kernels.local_polynomial import (
     ROWS,
     Place,
@@ -85,7 +88,7 @@ def moments(y: Sequence[Tensor], wanted: str) -> tuple[Tensor, Tensor, Tensor]:
     y: [samples, units] per view.
     wanted: "mean", "variance" or "gram".
     """
-    return _Moments.apply(wanted, *y)
+    return plain.moments(y, wanted) if runs_forward() else _Moments.apply(wanted, *y)
 
 
 class _Moments(torch.autograd.Function):
@@ -168,6 +171,8 @@ def currents(
     s: [samples, units] per view.
     of_s: S, S' [views, units or 1], or None.
     """
+    if runs_forward():
+        return plain.currents(c, k, const, s, of_s)
     return _Currents.apply(None, c, k, const, of_s, *s)
 
 
@@ -184,6 +189,9 @@ def gated_currents(
 
     sigma: sigma(s) [samples, units] per view; the other arguments are those of `currents`.
     """
+    if runs_forward():
+        gains = torch.stack([gain(y, activation) for y in sigma])
+        return plain.currents(c, k, const, s, of_s) * gains / activation.slope
     return _Currents.apply(activation, c, k, const, of_s, *s, *sigma)
 
 
@@ -297,7 +305,7 @@ def correlate(
     x: [samples, inputs] per view; or, with windows, images [images, channels, H, W] of which each
         window is a sample.
     """
-    return _Correlate.apply(h, windows, *x)
+    return plain.correlate(h, x, windows) if runs_forward() else _Correlate.apply(h, windows, *x)
 
 
 class _Correlate(torch.autograd.Function):
@@ -358,7 +366,8 @@ def rms_step(
 
     w, dw: [units, inputs]; b, db: [units]; rate, eps: scalars.
     """
-    return _RmsStep.apply(w, b, dw, db, rate, eps)
+    step = plain.rms_step if runs_forward() else _RmsStep.apply
+    return step(w, b, dw, db, rate, eps)
 
 
 class _RmsStep(torch.autograd.Function):

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from initializers import STRIDE
+from kernels.forward_mode import runs_forward
 from kernels.gated_update import gated_update
 from kernels.local_polynomial import place_of
 from kernels.unit_statistics import rms_step
@@ -210,7 +211,7 @@ class UnitStatisticsRule(TermSumRule):
     def respond_and_update(
         self, layer: nn.Module, old: dict[str, Tensor], x: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-        """As in LearningRule; a single autograd function if the terms and the layer allow it.
+        """As in LearningRule; a single autograd function if terms, layer and mode allow it.
 
         Raises RuleError for a layer whose activation is not an Activation, which has the gain.
         """
@@ -220,7 +221,7 @@ class UnitStatisticsRule(TermSumRule):
                 f"an Activation, not {layer.activation}"
             )
         gated = self._gated_plan()
-        if gated.terms is None or layer.inhibition != "none":
+        if gated.terms is None or layer.inhibition != "none" or runs_forward():
             return super().respond_and_update(layer, old, x)
         for view in x:
             layer.check(view)

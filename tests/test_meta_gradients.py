@@ -1,7 +1,9 @@
 """Every way to the hypergradient of a task, on rules whose hypergradient is known."""
 
+import copy
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from torch import nn
 from experiment.errors import NonFiniteError
 from hypergradients import HypergradientError
 from hypgraddesc import MetaError, MetaSettings, check_settings
-from initializers import FIXED, GaussianInitializer
-from learning_rules import LearningRule, PolynomialRule
+from initializers import FIXED, TRAINABLE, GaussianInitializer
+from learning_rules import LearningRule, PerLayerRule, PolynomialPairRule, PolynomialRule
 from meta_gradients import (
     Forward,
     Implicit,
@@ -23,7 +25,9 @@ from meta_gradients import (
     Truncated,
     make_method,
 )
-from models_fully_local import Activation, lateral_mlp
+from models_fully_local import Activation, lateral_mlp, lateral_network
+from rules.competing_units import KrotovHopfieldRule
+from rules.unit_statistics import UnitStatisticsRule
 from train import MEMORY, METHOD, START, Draw, Training, train
 
 
@@ -321,9 +325,78 @@ def test_ungraded_updates_come_first_on_the_same_batches_for_every_method():
     assert_near(result.gradient[0], Truncated(K=4)(training, draw).gradient[0], 1e-12)
 
 
-def test_forward_mode_of_a_polynomial_rule_is_refused_with_the_reason():
+STATISTICS = {
+    "one step": ({"x gain y'": 0.4, "x gain z": -0.3, "x gain r_exact": 0.2, "w": -0.1}, {}),
+    "sums": ({"x z": -0.2, "x r": 0.3, "x s": 0.1, "x gain var^-1/2": 0.2}, {"step": "plain"}),
+    "competing": ({"x won": 0.5, "won s w": -0.4}, {"learn": ("eta", "beta")}),
+}
+
+
+def statistics(name: str, convolution: bool = False) -> tuple[Training, Draw]:
+    """A rule of unit statistics, of pairs if its terms look at the other view."""
+    terms, options = STATISTICS[name]
+    views = 2 if any("'" in term for term in terms) else 1
+    rule = UnitStatisticsRule({"w": terms}, views=views, eta=0.05, **options).double()
+    shape = (1, 5, 4) if convolution else (1, 2, 3)
+    network = {"convolutions": [(3, 2)], "pool": 1} if convolution else {}
+    model = lateral_network(
+        shape, [2] if convolution else [3], Activation("sigmoid", 2.0), inhibition="none", **network
+    )
+    if convolution:
+        rule = PerLayerRule([rule, copy.deepcopy(rule)])
+    return training_on_images(model, rule, shape, views)
+
+
+def training_on_images(model, rule, shape, views: int = 1) -> tuple[Training, Draw]:
+    generator, steps = torch.Generator().manual_seed(3), 4
+    initializer = GaussianInitializer({"b": TRAINABLE, "m": FIXED}, {"w": TRAINABLE}).double()
+    images = torch.rand(steps, views, 6, *shape, generator=generator, dtype=DOUBLE)
+    batches = [of_step[0] if views == 1 else tuple(of_step) for of_step in images]
+    return Training(
+        model, rule, initializer, lambda generator: iter(batches),
+        lambda model, params, generator: (
+            sum(t.square().sum() for layer in params for t in layer.values()), {}
+        ),
+    ), Draw((1,), steps)  # fmt: skip
+
+
+def polynomial(kind: type, convolution: bool = False) -> tuple[Training, Draw]:
+    shape = (1, 5, 4) if convolution else (1, 2, 3)
+    network = {"convolutions": [(2, 2)], "pool": 2} if convolution else {}
+    model = lateral_network(shape, [3], Activation(), inh_steps=3, **network)
+    rules = [kind.of_degree(2, bound="tanh", forward_weight_bound=2.0).double() for _ in range(2)]
+    rule, generator = PerLayerRule(rules[: 1 + convolution]), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in rule.parameters():
+            p.copy_(0.05 * torch.randn(p.shape, generator=generator))
+    return training_on_images(model, rule, shape, kind.views)
+
+
+TRAININGS = {f"statistics, {name}": partial(statistics, name) for name in STATISTICS} | {
+    "statistics, convolution": partial(statistics, "one step", convolution=True),
+    "polynomial": partial(polynomial, PolynomialRule),
+    "polynomial, pairs": partial(polynomial, PolynomialPairRule),
+    "polynomial, convolution": partial(polynomial, PolynomialRule, convolution=True),
+    "competing units": lambda: training_on_images(
+        lateral_mlp(6, [3], Activation("relu"), inhibition="none"),
+        PerLayerRule([KrotovHopfieldRule(0.1, gate="soft").double()]), (1, 2, 3),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_every_family_of_rules_has_the_hypergradient_of_reverse_in_forward_mode(name):
+    found, expected = (method(*TRAININGS[name]()) for method in (Forward(), Reverse("keep")))
+    assert any(g.abs().max() > 1e-6 for g in expected.gradient if g.numel())
+    for g, e in zip(found.gradient, expected.gradient, strict=True):
+        assert_near(g, e, 1e-10)
+
+
+def test_forward_mode_of_an_equilibrium_is_refused_with_the_reason():
+    training, draw = lateral(2)
+    model = lateral_mlp(4, [3], Activation(), inhibition="equilibrium")
     with pytest.raises(HypergradientError, match="does not run in forward mode, take reverse"):
-        Forward()(*lateral(2))
+        Forward()(replace(training, model=model), draw)
 
 
 def test_an_update_that_is_no_contraction_is_refused_with_the_residual():
