@@ -348,7 +348,7 @@ def statistics(name: str, convolution: bool = False) -> tuple[Training, Draw]:
 
 
 def training_on_images(model, rule, shape, views: int = 1) -> tuple[Training, Draw]:
-    generator, steps = torch.Generator().manual_seed(3), 4
+    generator, steps = torch.Generator().manual_seed(3), 2
     initializer = GaussianInitializer({"b": TRAINABLE, "m": FIXED}, {"w": TRAINABLE}).double()
     images = torch.rand(steps, views, 6, *shape, generator=generator, dtype=DOUBLE)
     batches = [of_step[0] if views == 1 else tuple(of_step) for of_step in images]
@@ -364,7 +364,10 @@ def polynomial(kind: type, convolution: bool = False) -> tuple[Training, Draw]:
     shape = (1, 5, 4) if convolution else (1, 2, 3)
     network = {"convolutions": [(2, 2)], "pool": 2} if convolution else {}
     model = lateral_network(shape, [3], Activation(), inh_steps=3, **network)
-    rules = [kind.of_degree(2, bound="tanh", forward_weight_bound=2.0).double() for _ in range(2)]
+    degree = 1 if convolution else 2
+    rules = [
+        kind.of_degree(degree, bound="tanh", forward_weight_bound=2.0).double() for _ in range(2)
+    ]
     rule, generator = PerLayerRule(rules[: 1 + convolution]), torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in rule.parameters():
