@@ -224,8 +224,8 @@ class Implicit:
 class Forward:
     """Forward mode: the memory of one update, a time proportional to the hyperparameters' number.
 
-    It needs rules whose update consists of torch's own functions. Those of PolynomialRule have only
-    a backward pass and are refused.
+    All rules here have it, in operations of torch alone where reverse mode has faster ones; a rule
+    of your own must consist of such operations. Equilibria have none and are refused.
     """
 
     reaches = ("rule", "initializer")
