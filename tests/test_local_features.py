@@ -168,6 +168,17 @@ def test_transform_takes_what_fit_took():
         LocalFeatures().transform(images())
 
 
+def test_the_loop_of_the_documentation_trains_as_a_transformer_does():
+    text = (ROOT / "docs" / "learned_rules.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "rule.update" in b]
+    names = {}
+    exec(compile(block.replace("range(250)", "range(10)"), "learned_rules.md", "exec"), names)
+    assert names["features"].shape == (1000, 32) and names["weights"].shape == (32, 784)
+    fitted = LocalFeatures("mnist32", 32, steps=10, random_state=0)
+    found = fitted.fit(names["train"].images).transform(names["test"].images)
+    assert abs(found.std() / names["features"].std().item() - 1) < 0.1
+
+
 def test_the_example_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs" / "learned_rules.md").read_text()
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "LocalFeatures" in b]
