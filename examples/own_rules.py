@@ -2,7 +2,7 @@
 
     python main.py 32 --rule examples/own_rules.py:Decorrelation --inhibition none \\
         --pixelwise_normalization mean --batch_size 100 --horizon 100 100 --probe ridge \\
-        --tasks 1 --metasteps 150 --warmup_steps 5 --evaluations 3 --beside --threads 1
+        --tasks 1 --metasteps 150 --lr 3e-4 --warmup_steps 5 --evaluations 3 --beside --threads 1
     python main.py 32 --rule examples/own_rules.py:SlidingThreshold ...       with the same flags
 
     dw = eta mean_b( s x^T - (a diag(s s^T) + b tril(s s^T) + c s s^T) w )
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from learning_rules import LearningRule
 
-SIZE = 300.0  # a number moves by 300 times --lr in a meta-step, with the default by 0.03
+SIZE = 300.0  # a number moves by up to 300 times --lr in a meta-step, with the default by 0.03
 
 
 class Decorrelation(LearningRule):
