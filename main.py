@@ -617,10 +617,11 @@ def make_own_rule(args, kind: type) -> LearningRule:
 def refuse_rule_that_stands_still(args, rule: PerLayerRule) -> None:
     """Raise UserError for --method implicit with terms whose coefficients are all 0.
 
-    Every point is then a fixed point of the update, and none depends on the coefficients alone.
+    Without a decay every point is then a fixed point: there is no equation to solve in K steps.
     """
     values = rule.term_coefficients().values()
-    if args.method == "implicit" and values and not any(values):
+    solves = args.method == "implicit" and args.K > 1 and args.metasteps
+    if solves and not args.l2_reg and values and not any(values):
         raise UserError("--method implicit needs a training that settles, which one with all "
                         "coefficients 0 does not: begin from a rule, --start_from RUN, or take "
                         "--method reverse")  # fmt: skip
