@@ -312,6 +312,7 @@ def convolution(text: str | list) -> tuple[int, int]:
 if __name__ == "__main__":
     parse_flags(None)  # answers --help and wrong flags before torch is loaded
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
@@ -431,7 +432,7 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("horizon raise_by reinitialize_every", not windows_of_one,
          "another method than pes, whose trainings begin anew after --initial_inner_steps"),
         ("initial_inner_steps max_inner_steps raise_by raise_every", not drawn,
-         "no --horizon, which draws the number of updates"),
+         needed_without_horizon(args, parser)),
         ("memory compile adjoint_limit loss_times", unrolls, "--method reverse or truncated"),
         ("memory_limit", unrolls and args.memory == "fit", "--memory fit"),
         ("probe probe_images probe_gradient", not own_objective, "the probe, without --objective"),
@@ -461,10 +462,35 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("center", not args.pixelwise_normalization, "no --pixelwise_normalization, which centres"),
         *view_needs(args),
     ])  # fmt: skip
+    refuse_forward_mode(args, lateral)
     refuse_idle_temperature(args, parser, compete(args.terms))
     needs = "a term with a lateral current, such as r"
     acts = have_currents(args.terms) or not args.lateral_power
     refuse_idle_flags(args, parser, [("lateral_power", acts, needs)])
+
+
+def needed_without_horizon(args, parser) -> str:
+    """What flags of a rising number of updates need, for the message: no --horizon."""
+    needed = "no --horizon, which draws the number of updates"
+    if not args.horizon or args.horizon != parser.get_default("horizon"):
+        return needed
+    low, high = args.horizon
+    asked, default = args.initial_inner_steps, parser.get_default("initial_inner_steps")
+    instead = f"{asked} {asked}" if asked != default else "LOW HIGH"
+    return (f"{needed} and is {low} {high} by default with --rule {args.rule}: "
+            f"give --horizon {instead} in its place")  # fmt: skip
+
+
+def refuse_forward_mode(args, lateral: bool) -> None:
+    """Raise UserError for --method forward with what has only a backward pass."""
+    if args.method != "forward":
+        return
+    where = "has no forward mode: take reverse"
+    if args.rule in ("polynomial", "unit_statistics"):
+        raise UserError(f"--rule {args.rule} {where}, or a rule of your own, of torch's own "
+                        "functions, with --inhibition none")  # fmt: skip
+    if lateral:
+        raise UserError(f"--inhibition {args.inhibition} {where}, or --inhibition none")
 
 
 # ---- data, model, rule, loss ----
@@ -578,11 +604,27 @@ def make_own_rule(args, kind: type) -> LearningRule:
     except TypeError as error:
         raise UserError(f"{kind.__name__} must be made without arguments: {error}") from error
     if rule.views != views:
-        raise UserError(f"{kind.__name__} takes {rule.views} view(s) of each input, not {views}: "
-                        f"give --views {'geometric' if rule.views == 2 else 'none'}")  # fmt: skip
+        other = f", or write views = {views} in the class"
+        raise UserError(
+            f"{kind.__name__} takes {rule.views} view(s) of each input, not {views}: "
+            f"give --views {'geometric' if rule.views == 2 else 'none'}{other}"
+        )
     if args.sparsify and kind.keep is LearningRule.keep:
         raise UserError(f"--sparsify needs a rule with a method keep, which {kind.__name__} lacks")
     return rule
+
+
+def refuse_rule_that_stands_still(args, rule: PerLayerRule) -> None:
+    """Raise UserError for --method implicit with terms whose coefficients are all 0.
+
+    Without a decay every point is then a fixed point: there is no equation to solve in K steps.
+    """
+    values = rule.term_coefficients().values()
+    solves = args.method == "implicit" and args.K > 1 and args.metasteps
+    if solves and not args.l2_reg and values and not any(values):
+        raise UserError("--method implicit needs a training that settles, which one with all "
+                        "coefficients 0 does not: begin from a rule, --start_from RUN, or take "
+                        "--method reverse")  # fmt: skip
 
 
 def make_initializer(args) -> nn.Module:
@@ -795,10 +837,20 @@ def learn(
     history = hypgraddesc(
         trainings, make_settings(args), log, hyperparameters=recorded, samples=samples, team=team
     )
-    skipped = history.columns.get("skipped_tasks")
-    if skipped is not None and len(skipped) and (skipped == args.tasks).all():
-        log.warn("every hypergradient was left out: nothing has been learned")
+    warn_if_nothing_is_learned(args, history.columns, log)
     return history.finished
+
+
+def warn_if_nothing_is_learned(args, columns: Mapping[str, np.ndarray], log: RunLog) -> None:
+    """Say in one line if no meta-step had a hypergradient, or none that was not 0."""
+    skipped, norms = (columns.get(name, ()) for name in ("skipped_tasks", "hypergradient_norm"))
+    if not len(skipped):
+        return
+    if all(skipped == args.tasks):
+        log.warn("every hypergradient was left out: nothing has been learned")
+    elif not any(norms > 0):
+        log.warn("every hypergradient was 0: nothing has been learned from the loss, "
+                 "as where units are silent or saturated")  # fmt: skip
 
 
 def make_samples(args, data: ImageData, dtype: torch.dtype) -> Tensor | None:
@@ -994,6 +1046,8 @@ def main(argv: list[str] | None = None) -> None:
     streams = make_streams(args, [data[0] for data in sets], dtype)
     if args.start_from and not (args.resume and has_checkpoint(args.resume)):
         begin_with(load_run(args.start_from, own.get("rule")), rule, initializer, streams[0])
+    elif not args.resume:
+        refuse_rule_that_stands_still(args, rule)
     trainings = [
         make_training(
             args,

@@ -191,6 +191,7 @@ class LookBack:
         params, batches = training.begin(draw)
         before = training.advance(params, batches, draw.steps - last)
         maps, hparams = update_maps(training, batches, last), _values(training)
+        before = _with_all_entries(before, maps[0], hparams)
         for update in maps[:-1]:
             before = _without_graph(update, before, hparams)
         loss, terms = _RecordedLoss(training, draw), min(self.K, last + 1)
@@ -215,6 +216,7 @@ class Implicit:
         params, batches = training.begin(draw)
         before = training.advance(params, batches, draw.steps - 1)
         (update,), hparams = update_maps(training, batches, 1), _values(training)
+        before = _with_all_entries(before, update, hparams)
         theta, loss = _without_graph(update, before, hparams), _RecordedLoss(training, draw)
         gradient, _ = implicit(theta, hparams, update, loss, FixedPoint(self.K), set_grad=False)
         return Hypergradient(gradient, theta, loss.mean_numbers())
@@ -232,8 +234,10 @@ class Forward:
 
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
         start, batches = start_map(training, draw)
-        maps, hparams = [start, *update_maps(training, batches, draw.steps)], _values(training)
+        updates, hparams = update_maps(training, batches, draw.steps), _values(training)
         loss, params = _RecordedLoss(training, draw), _without_graph(start, [], hparams)
+        params = _with_all_entries(params, updates[0], hparams)
+        maps = [lambda _, psi: _filled(start([], psi), params), *updates]
         gradient = forward_mode(params, hparams, maps, loss, set_grad=False)
         return Hypergradient(gradient, loss.params, loss.mean_numbers())
 
@@ -370,10 +374,7 @@ class _Tasks:
         psi = {name: t.detach() for name, t in self.psi.items()}
         with torch.no_grad():
             after = _RuleOfTasks(self.training.rule, psi).update(model, start, batch)
-        return [
-            {name: old.get(name, torch.zeros_like(t)) for name, t in new.items()}
-            for old, new in zip(self.start, after, strict=True)
-        ]
+        return _filled(self.start, after)
 
     def judge(self, passed: dict[int, Params], times: Sequence[Sequence[int]]) -> None:
         """Take the losses of all tasks, of each after its `times`; the first of all together.
@@ -662,6 +663,19 @@ def _with_state(maps: Sequence[UpdateMap], hparams: Sequence[Tensor]) -> Params:
     maps: the map from any params to the initial parameters, then the updates.
     """
     return _as_one(maps[:2])([], hparams)
+
+
+def _with_all_entries(params: Params, update: UpdateMap, hparams: Sequence[Tensor]) -> Params:
+    """The params, with 0 for what the rule remembers since its first update, this one."""
+    return _filled(params, _without_graph(update, params, hparams))
+
+
+def _filled(params: Params, after: Params) -> Params:
+    """The params, with 0 for the entries that they lack and those after an update have."""
+    return [
+        {name: old.get(name, torch.zeros_like(t)) for name, t in new.items()}
+        for old, new in zip(params, after, strict=True)
+    ]
 
 
 class _RecordedLoss:

@@ -72,6 +72,7 @@ if __name__ == "__main__":
 from experiment.checkpoints import refuse_changed_files
 from experiment.errors import WrongInputError
 from experiment.files import write_whole
+from experiment.own_code import refuse_own_rule
 from experiment.run_reader import read_config, read_results, refuse_links, run_names
 from experiment.tables import latex, markdown
 from figures.baselines import plot_mlp_run, plot_pca_run, plot_vicreg_run
@@ -253,6 +254,8 @@ def rules_of_run(run: Path, name: str) -> dict[str, LayerRule]:
     if run.is_file():
         rule, effects = load_zoo(run).recipe.rule, {}
     else:
+        config = read_config(run) if (run / "config.json").exists() else {}
+        refuse_own_rule(run, config, "drawn term by term; plot.py run draws its curves")
         rule, effects = load_rule(run / "rule.json"), effects_of_run(run)
     if not isinstance(rule, PerLayerRule):
         return {name: LayerRule(rule.coefficients(), effects)}

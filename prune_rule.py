@@ -71,7 +71,9 @@ from comparison.rule_comparison import Setting, learned, trajectory
 from experiment.devices import set_up
 from experiment.loop import run_steps
 from experiment.opening import open_run
+from experiment.own_code import refuse_own_rule
 from experiment.run_log import RunLog
+from experiment.run_reader import read_config
 from experiment.seeds import EVALUATION, TRIAL, seeded_generator
 from experiment.statistics import accuracy_text, counted_trainings, mean_and_deviation
 from figures.meta_learning import plot_run
@@ -343,6 +345,8 @@ def main(argv: list[str] | None = None) -> None:
     """Read run and data, make the run's training, remove terms, report."""
     args = parse(make_parser(), argv)
     save_whole_paths(args, "run")
+    if args.run.is_dir():
+        refuse_own_rule(args.run, read_config(args.run), "pruned")
     device, dtype = set_up(args)
     run = load_run(args.run)
     args.run_found = run.fingerprint()

@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
@@ -80,6 +80,16 @@ def load_own_code(text: str) -> OwnCode:
     if not hasattr(module, name):
         raise OwnCodeError(f"{path} defines no {name}")
     return OwnCode(getattr(module, name), hashlib.sha256(content).hexdigest())
+
+
+def refuse_own_rule(directory: Path, config: Mapping[str, Any], done: str) -> None:
+    """Raise OwnCodeError if a run's rule is of the user's own: such a rule can't be `done`.
+
+    config: that of the run, with its --rule.
+    """
+    if is_own_code(name := config.get("rule")):
+        raise OwnCodeError(f"the rule of {directory} is a class of your own, {Path(name).name}: "
+                           f"only rules of the families here can be {done}")  # fmt: skip
 
 
 @contextmanager

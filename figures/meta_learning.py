@@ -50,6 +50,8 @@ NUMBERED = 12  # the most rules whose similarities are written out, beside their
 ACCURACIES = {"train_accuracy": "training images", "test_accuracy": "test images"}
 HELD_OUT = {"held_out_accuracy": "held-out training images"}
 GROUPS = {"w": "forward weights w", "b": "biases b", "m": "lateral weights m"}
+OWN = "rule"  # the group of the hyperparameters of a rule of one's own, such as "rule/rates 0"
+OWN_PANELS = 5  # the most of its nn.Parameters that get a panel each
 COMPETITION = {  # the hyperparameters of competing units: they have no scale in common
     "w/rate": "learning rate",
     "w/delta": "delta, strength of unlearning",
@@ -142,7 +144,8 @@ def plot_coefficients(
 ) -> None:
     """Draw the coefficients of the rules over meta-steps, in a panel for each layer and group.
 
-    A term has the same colour in all panels.
+    A term has the same colour in all panels. Each nn.Parameter of a rule of one's own has a panel,
+    since they have no scale in common; where there are many, they share one.
 
     coefficients: values [steps] by "<layer>/<group>/<term>", or by "<group>/<term>" if all layers
         share one rule.
@@ -151,11 +154,12 @@ def plot_coefficients(
         None: the coefficients are drawn as they are.
     """
     scaled = _scaled_to_effects(coefficients, effects or {})
-    panels = _panels(scaled or coefficients)
+    panels = _panels(_own_by_parameter(scaled or coefficients))
     y_label = "coefficient × effect of one" if scaled else "coefficient"
     looks_of = _looks_of_terms(panels)
     layers = list(dict.fromkeys(layer for layer, _ in panels))
-    groups = [group for group in GROUPS if any(key[1] == group for key in panels)]
+    found = dict.fromkeys(group for _, group in panels)
+    groups = [*filter(found.__contains__, GROUPS), *(g for g in found if g not in GROUPS)]
     rows, columns = max(len(layers), 1), max(len(groups), 1)
     figure = new_figure(4.6 * columns, (3.0 if rows <= FEW_LAYERS else 2.0) * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -163,9 +167,13 @@ def plot_coefficients(
         for column, group in enumerate(groups):
             axes = grid[row, column]
             _coefficient_curves(axes, step, panels.get((layer, group), {}), looks_of)
+            if group in GROUPS:  # numbers of one's own, such as logarithms, may be far from 0
+                axes.axhline(0, color=GREY, lw=0.6, zorder=1)
             bottom = x_label if row == rows - 1 else ""
-            title = f"Layer {layer}: {GROUPS[group]}" if layer else GROUPS[group]
-            label_axes(axes, title, bottom, "" if column else y_label)
+            what = GROUPS.get(group, group.removeprefix(OWN).strip() or "hyperparameters")
+            label_axes(
+                axes, f"Layer {layer}: {what}" if layer else what, bottom, "" if column else y_label
+            )
     figure.suptitle("Coefficients of the learning rule", fontsize=FONT + 3)
     save_figure(figure, path)
 
@@ -449,11 +457,23 @@ def _mark_failed(axes: Axes, step: np.ndarray, values: np.ndarray) -> None:
         )
 
 
+def _own_by_parameter(coefficients: Curves) -> Curves:
+    """The curves, where those of one's own rule have the nn.Parameter's name in their group's.
+
+    "1/rule/rates 0" becomes "1/rule rates/rates 0", unless there are too many such groups.
+    """
+    named = {name: re.sub(rf"(^|/){OWN}/(\S+)", rf"\1{OWN} \2/\2", name) for name in coefficients}
+    panels = {new.rsplit("/", 1)[0].split("/")[-1] for name, new in named.items() if new != name}
+    if len(panels) > OWN_PANELS:
+        return coefficients
+    return {named[name]: values for name, values in coefficients.items()}
+
+
 def _panels(coefficients: Curves) -> dict[tuple[str, str], dict[str, np.ndarray]]:
     """The curves by (layer, group), then by term."""
     panels: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for name, values in coefficients.items():
-        group_first = name.split("/", 1)[0] in GROUPS
+        group_first = name.split("/", 1)[0].split(" ")[0] in (*GROUPS, OWN)
         layer, group, term = ("/" + name if group_first else name).split("/", 2)
         panels.setdefault((layer, group), {})[term] = values
     return panels
@@ -506,7 +526,6 @@ def _coefficient_curves(
             ms=4,
             label=_typeset(term),
         )
-    axes.axhline(0, color=GREY, lw=0.6, zorder=1)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     handles, labels = axes.get_legend_handles_labels()
     if handles:

@@ -156,6 +156,25 @@ def test_any_number_of_curves_has_as_many_colours_and_none_is_wider_than_those_b
     assert widths == sorted(set(widths), reverse=True)
 
 
+def test_numbers_of_a_rule_of_ones_own_are_drawn_in_a_panel_for_each_parameter(
+    tmp_path, monkeypatch
+):
+    figures = []
+    monkeypatch.setattr(meta_learning, "save_figure", lambda figure, path: figures.append(figure))
+    names = ("rule/rate", "rule/shares 0", "rule/shares 1")
+    columns = [f"coefficient/{layer}/{name}" for layer in (1, 2) for name in names]
+    plot_run(run_of(tmp_path / "run", [0.5, 0.25], columns=columns))
+    titles = [f"Layer {layer}: {name}" for layer in (1, 2) for name in ("rate", "shares")]
+    assert [axes.get_title("left") for axes in figures[0].axes] == titles
+    assert [len(axes.lines) for axes in figures[0].axes] == [1, 2, 1, 2]
+    assert all(line.get_ydata().tolist() == [0.5, 0.25] for line in figures[0].axes[1].lines)
+
+    many = [f"coefficient/rule/number_{k}" for k in range(9)]
+    plot_run(run_of(tmp_path / "many", [0.5, 0.25], columns=many))
+    (axes,) = figures[1].axes
+    assert axes.get_title("left") == "hyperparameters" and len(axes.lines) == 9
+
+
 def test_hyperparameters_of_competing_units_have_axes_of_their_own(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(meta_learning, "save_figure", lambda figure, path: figures.append(figure))

@@ -527,6 +527,19 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["32", "--horizon", "21", "20"], "a smaller and a larger number"),
         (["32", "--horizon", "20", "40", "--initial_inner_steps", "30"], "needs no --horizon"),
         (["32", "--horizon", "20", "40", "--raise_by", "5"], "needs no --horizon"),
+        (
+            ["32", "--rule", "unit_statistics", "--initial_inner_steps", "10"],
+            "is 40 250 by default with --rule unit_statistics: give --horizon 10 10 in its place",
+        ),
+        (
+            ["32", "--rule", "unit_statistics", "--raise_by", "10"],
+            "give --horizon LOW HIGH in its place",
+        ),
+        (["32", "--method", "implicit", "--dataset", "mnist5k"], "all coefficients 0 does not"),
+        (
+            ["32", "--rule", "krotov_hopfield", "--method", "forward"],
+            "--inhibition lateral has no forward mode",
+        ),
         (["32", "--probe", "ridge", "--probe_gradient", "implicit"], "--probe logistic"),
         (["32", "--probe", "ridge", "--probe_images", "3000", "--dataset", "mnist5k"], "of 4000"),
         (["32", "--units_range", "9", "3"], "a smaller and a larger number"),

@@ -438,3 +438,40 @@ def test_strategies_cannot_go_on_with_a_training():
     with pytest.raises(MetaError, match="es needs reinitialisation"):
         settings = MetaSettings(method=Strategies(), reinitialize_every=2)
         check_settings(settings, follow(1, trained_start=False)[0])
+
+
+class Momentum(LearningRule):
+    """A descent towards the batch's mean, whose velocity begins at 0 where there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.goal = nn.Parameter(torch.tensor(0.7, dtype=DOUBLE))
+
+    def update(self, model, params, batch):
+        w, v = params[1]["w"], params[1].get("v", torch.zeros_like(params[1]["w"]))
+        v = 0.2 * v + 0.3 * (self.goal * batch.mean(0) - w)
+        return [{}, {"w": w + v, "v": v}]
+
+
+class StartAtRest(Start):
+    """The same start with a velocity, 0, from the beginning."""
+
+    def forward(self, model, generator=None):
+        _, layer = super().forward(model, generator)
+        return [{}, layer | {"v": torch.zeros_like(layer["w"])}]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("method", [
+    Reverse(memory="keep"), Reverse(memory="segments"), Reverse(memory="recompute"), Truncated(K=3),
+    LookBack(3), Implicit(20), Forward(), Strategies(0.1, 2), Persistent(0.1, 2),
+])  # fmt: skip
+def test_what_a_rule_remembers_may_begin_with_its_first_update(method, steps):
+    found = []
+    for start in (Start, StartAtRest):
+        training, draw = follow(steps, trained_start=False)
+        initial = start("initializer" in method.reaches)
+        found.append(method(replace(training, rule=Momentum(), initializer=initial), draw))
+    for g, expected in zip(found[0].gradient, found[1].gradient, strict=True):
+        assert_near(g, expected, 1e-12)
+        assert expected.abs().max() > 0

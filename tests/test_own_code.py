@@ -10,12 +10,15 @@ from commands import ROOT, refused, rows
 
 import evaluate
 import main
+import plot
+import prune_rule
 import sweep
 from experiment.command_line import run_command
 from experiment.own_code import OwnCodeError, load_own_code, own_code_name
-from learning_rules import RuleError
+from learning_rules import RuleError, SangerRule, classical_rule
 from linear_probe import FunctionLoss, ProbeError
 from mnist_datasets import image_data
+from models_fully_local import Activation, lateral_mlp
 from rules import rule_from_dict
 
 CODE = """
@@ -166,6 +169,10 @@ def test_a_run_never_runs_code_that_is_not_given_again_or_has_changed(tmp_path, 
     (["--rule", "{file}:number"], "is no class of learning_rules.LearningRule"),
     (["--rule", "{file}:Whole"], "Whole has no update_layer"),
     (["--rule", "{file}:Pairs"], "takes 2 view(s) of each input, not 1: give --views geometric"),
+    (["--rule", "{file}:Decay", "--views", "geometric"],
+     "not 2: give --views none, or write views = 2 in the class"),
+    (["--rule", "{file}:Decay", "--method", "forward"],
+     "--inhibition lateral has no forward mode: take reverse, or --inhibition none"),
     (["--rule", "{file}:Decay", "--sparsify"], "--sparsify needs a rule with a method keep"),
     (["--rule", "{file}:Decay", "--degree", "2"], "--rule polynomial"),
     (["--rule", "nowhere"], "unknown rule 'nowhere'; known are polynomial"),
@@ -306,3 +313,98 @@ def test_a_sweep_never_runs_code_that_its_directory_names(tmp_path, file, capsys
     out.mkdir()
     (out / "config.json").write_text(json.dumps(config))
     assert "which is a program" in refused(capsys, sweep.main, "--resume", out)
+
+
+def test_a_rule_of_ones_own_is_neither_pruned_nor_drawn_term_by_term(tmp_path, file, capsys):
+    out = tmp_path / "run"
+    main.main([*SMALL, "--rule", f"{file}:Decay", "--out", str(out)])
+    said = "is a class of your own, my_rule.py:Decay: only rules of the families here can be "
+    assert said + "pruned" in refused(capsys, prune_rule.main, out, "--out", tmp_path / "pruned")
+    assert said + "drawn" in refused(capsys, plot.main, "rules", out)
+
+
+def test_a_run_without_any_hypergradient_says_so_at_its_end(tmp_path, file, capsys):
+    """Of three kinds: none is finite, all are 0, and as it should be."""
+    file.write_text(
+        CODE
+        + """
+class Broken(Decay):
+    def update_layer(self, layer, old, x, s, y):
+        return super().update_layer(layer, old, x, s, y) | {"b": old["b"] / 0}
+
+class Silent(Decay):
+    def update_layer(self, layer, old, x, s, y):
+        return {name: value * 0 * self.rate for name, value in old.items()}
+"""
+    )
+    for name, said in (("Broken", "left out"), ("Silent", "0"), ("Decay", None)):
+        main.main([*SMALL, "--rule", f"{file}:{name}", "--out", str(tmp_path / name)])
+        lines = [n for n in capsys.readouterr().err.splitlines() if n.startswith("every hyper")]
+        assert len(lines) == (said is not None)
+        assert said is None or lines[0].startswith(f"every hypergradient was {said}: nothing")
+
+
+def example(name: str):
+    return load_own_code(f"{ROOT}/examples/own_rules.py:{name}").value().double()
+
+
+def of_linear_units():
+    """A model, its parameters and a batch."""
+    generator = torch.Generator().manual_seed(3)
+    model = lateral_mlp(6, [4], Activation("identity"), inhibition="none")
+    options = {"generator": generator, "dtype": torch.float64}
+    params = [{}, {"w": torch.randn(4, 6, **options), "b": torch.zeros(4, dtype=torch.float64)}]
+    return model, params, torch.randn(20, 6, **options)
+
+
+def test_the_examples_decorrelation_begins_as_ojas_rule_and_holds_sangers_and_the_subspace_rule():
+    model, params, x = of_linear_units()
+    rule, w = example("Decorrelation"), params[1]["w"]
+    rate = rule.log_rate.exp().item()
+    y = x @ w.T
+    subspace = w + rate * (y.T @ x - y.T @ y @ w) / len(x)
+    for shares, expected in (
+        ([1.0, 0.0, 0.0], classical_rule("oja", rate).double().update(model, params, x)[1]["w"]),
+        ([0.0, 1.0, 0.0], SangerRule(rate).double().update(model, params, x)[1]["w"]),
+        ([0.0, 0.0, 1.0], subspace),
+    ):
+        with torch.no_grad():
+            rule.shares.copy_(torch.tensor(shares))
+        torch.testing.assert_close(rule.update(model, params, x)[1]["w"], expected)
+
+
+def test_the_examples_threshold_is_a_running_mean_that_begins_at_0():
+    model, params, x = of_linear_units()
+    rule = example("SlidingThreshold")
+    seen = (x @ params[1]["w"].T).square().mean(0)
+    (_, first), (_, again) = (rule.update(model, [{}, p], x) for p in (
+        params[1], params[1] | {"threshold": torch.zeros(4, dtype=torch.float64)},
+    ))  # fmt: skip
+    torch.testing.assert_close(first["threshold"], seen / (1 + rule.log_span.exp()))
+    for name, value in first.items():
+        assert torch.equal(value, again[name])
+
+
+def test_the_examples_decorrelation_improves_by_hypergradients(tmp_path):
+    out = tmp_path / "run"
+    main.main([
+        "16", "--rule", f"{ROOT}/examples/own_rules.py:Decorrelation", "--inhibition", "none",
+        "--pixelwise_normalization", "mean", "--batch_size", "50", "--horizon", "80", "80",
+        "--probe", "ridge", "--tasks", "1", "--metasteps", "25", "--warmup_steps", "1",
+        "--lr", "3e-4", "--dataset", "mnist5k", "--evaluations", "1", "--beside", "--threads", "1",
+        "--quiet", "--no_figures", "--out", str(out),
+    ])  # fmt: skip
+    losses = [float(row["meta_loss"]) for row in rows(out)]
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+
+
+def test_the_examples_threshold_has_the_same_hypergradients_in_forward_mode(tmp_path):
+    """Which begins it at 0; reverse mode begins it with the first update."""
+    example = ["--rule", f"{ROOT}/examples/own_rules.py:SlidingThreshold", "--inhibition", "none"]
+    flags = [*SMALL, *example, "--dtype", "float64"]
+    for method in ("reverse", "forward"):
+        main.main([*flags, "--method", method, "--out", str(tmp_path / method)])
+    reverse, forward = (rows(tmp_path / method) for method in ("reverse", "forward"))
+    for one, other in zip(reverse, forward, strict=True):
+        norms = [float(row["hypergradient_norm"]) for row in (one, other)]
+        assert norms[0] > 0 and norms[0] == pytest.approx(norms[1], rel=1e-9)

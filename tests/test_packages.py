@@ -168,10 +168,34 @@ def test_errors_are_kinds_of_the_built_in_ones(library):
     assert own and all(issubclass(e, kinds) for e in own)
 
 
+WITHOUT_FORWARD_MODE = """
+import torch
+from learning_rules import LearningRule
+
+class Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w):
+        return w / 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+class Rule(LearningRule):
+    def update_layer(self, layer, old, x, s, y):
+        return old | {"w": Halved.apply(old["w"])}
+"""
+
+
 @pytest.mark.parametrize(
     ("command", "flags", "said"),
     [
-        ("main", "8 --dataset mnist5k --method forward --initial_inner_steps 2", "in forward mode"),
+        (
+            "main",
+            "8 --dataset mnist5k --method forward --inhibition none --rule {file}:Rule "
+            "--initial_inner_steps 2",
+            "in forward mode",
+        ),
         (
             "train_krotov_hopfield",
             "--dataset mnist5k --depth 1 --units 2 --ranking_param 5 --train_images 50",
@@ -189,6 +213,8 @@ def test_errors_are_kinds_of_the_built_in_ones(library):
 def test_a_librarys_error_ends_its_command_with_one_line_and_status_2(
     command, flags, said, tmp_path, monkeypatch, capsys
 ):
+    (tmp_path / "own.py").write_text(WITHOUT_FORWARD_MODE)
+    flags = flags.format(file=tmp_path / "own.py")
     program = str(ROOT / f"{command}.py")
     run = ["--quiet", "--threads", "1", "--out", str(tmp_path / "run")]
     monkeypatch.setattr(sys, "argv", [program, *flags.split(), *run])
