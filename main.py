@@ -414,6 +414,8 @@ def refuse_flags_without_effect(args, parser) -> None:
                         "leave one out")  # fmt: skip
     if args.compile and args.inhibition == "equilibrium":
         raise UserError("--compile does not go with --inhibition equilibrium: leave one out")
+    if args.method == "forward" and args.inhibition == "equilibrium":
+        raise UserError("--inhibition equilibrium has no forward mode: take another --method")
     unrolls = args.method in ("reverse", "truncated")
     searches, takes_gradients = args.search, not args.search
     own_objective = bool(args.objective)
@@ -462,7 +464,6 @@ def refuse_flags_without_effect(args, parser) -> None:
         ("center", not args.pixelwise_normalization, "no --pixelwise_normalization, which centres"),
         *view_needs(args),
     ])  # fmt: skip
-    refuse_forward_mode(args, lateral)
     refuse_idle_temperature(args, parser, compete(args.terms))
     needs = "a term with a lateral current, such as r"
     acts = have_currents(args.terms) or not args.lateral_power
@@ -479,18 +480,6 @@ def needed_without_horizon(args, parser) -> str:
     instead = f"{asked} {asked}" if asked != default else "LOW HIGH"
     return (f"{needed} and is {low} {high} by default with --rule {args.rule}: "
             f"give --horizon {instead} in its place")  # fmt: skip
-
-
-def refuse_forward_mode(args, lateral: bool) -> None:
-    """Raise UserError for --method forward with what has only a backward pass."""
-    if args.method != "forward":
-        return
-    where = "has no forward mode: take reverse"
-    if args.rule in ("polynomial", "unit_statistics"):
-        raise UserError(f"--rule {args.rule} {where}, or a rule of your own, of torch's own "
-                        "functions, with --inhibition none")  # fmt: skip
-    if lateral:
-        raise UserError(f"--inhibition {args.inhibition} {where}, or --inhibition none")
 
 
 # ---- data, model, rule, loss ----

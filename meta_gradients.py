@@ -235,10 +235,13 @@ class Forward:
     def __call__(self, training: Training, draw: Draw) -> Hypergradient:
         start, batches = start_map(training, draw)
         updates, hparams = update_maps(training, batches, draw.steps), _values(training)
-        loss, params = _RecordedLoss(training, draw), _without_graph(start, [], hparams)
-        params = _with_all_entries(params, updates[0], hparams)
-        maps = [lambda _, psi: _filled(start([], psi), params), *updates]
-        gradient = forward_mode(params, hparams, maps, loss, set_grad=False)
+
+        def first(_: Params, psi: Sequence[Tensor]) -> Params:
+            # with the first update, before which the rule has no state
+            return updates[0](start([], psi), psi)
+
+        loss, params = _RecordedLoss(training, draw), _without_graph(first, [], hparams)
+        gradient = forward_mode(params, hparams, [first, *updates[1:]], loss, set_grad=False)
         return Hypergradient(gradient, loss.params, loss.mean_numbers())
 
 

@@ -537,8 +537,8 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         ),
         (["32", "--method", "implicit", "--dataset", "mnist5k"], "all coefficients 0 does not"),
         (
-            ["32", "--rule", "krotov_hopfield", "--method", "forward"],
-            "--inhibition lateral has no forward mode",
+            ["32", "--inhibition", "equilibrium", "--method", "forward"],
+            "--inhibition equilibrium has no forward mode",
         ),
         (["32", "--probe", "ridge", "--probe_gradient", "implicit"], "--probe logistic"),
         (["32", "--probe", "ridge", "--probe_images", "3000", "--dataset", "mnist5k"], "of 4000"),

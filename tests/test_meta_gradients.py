@@ -328,6 +328,7 @@ def test_ungraded_updates_come_first_on_the_same_batches_for_every_method():
 STATISTICS = {
     "one step": ({"x gain y'": 0.4, "x gain z": -0.3, "x gain r_exact": 0.2, "w": -0.1}, {}),
     "sums": ({"x z": -0.2, "x r": 0.3, "x s": 0.1, "x gain var^-1/2": 0.2}, {"step": "plain"}),
+    "running": ({"x gain y": 0.3, "x gain z var^-1/2": -0.2}, {"rho": {"mean": 0.9, "var": 0.8}}),
     "competing": ({"x won": 0.5, "won s w": -0.4}, {"learn": ("eta", "beta")}),
 }
 
