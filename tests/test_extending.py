@@ -1,7 +1,10 @@
 """The blocks of code in the guides and in README.md run as they stand, and stay short."""
 
+import json
 import re
+from statistics import median
 
+import pytest
 import torch
 from commands import ROOT
 
@@ -21,16 +24,29 @@ def test_every_block_of_the_guide_runs(tmp_path, monkeypatch):
 
 
 def test_every_block_is_shorter_than_twenty_lines():
-    assert len(GUIDE) == 6 and len(ONE_PASS) == 2
+    assert len(GUIDE) == 6 and len(ONE_PASS) == 3
     assert all(block.count("\n") < 20 for block in GUIDE + ONE_PASS)
 
 
-def test_of_one_pass_tuning_too_where_a_rate_that_is_a_matrix_becomes_the_inverse_hessian():
+def run_alone(block: str) -> dict:
+    """The names that a block leaves behind that runs by itself, on the same random numbers."""
+    names = {"__name__": "block"}
     torch.manual_seed(0)
-    names = {}
-    for block in ONE_PASS:
-        exec(compile(block, "one_pass.md", "exec"), names)
-    assert names["tuning"].state.step == 100
+    exec(compile(block, "block", "exec"), names)
+    return names
+
+
+def test_every_block_on_one_pass_tuning_runs_alone_and_prints(capsys):
+    first, module, matrix = ONE_PASS
+    assert run_alone(first)["tuning"].state.step == 100
+    assert "momentum" in capsys.readouterr().out
+    names = run_alone(module)
+    begun, *_, ended = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert min(ended) < min(begun) and median(ended) < median(begun) / 2
+    x, y = names["validation"]
+    loss = (names["model"](x) - y).square().mean()
+    assert loss.item() == pytest.approx(ended[names["best"]], rel=1e-5)
+    names = run_alone(matrix)
     rate = names["root"].detach().tril() @ names["root"].detach().tril().T
     assert torch.allclose(rate, names["hessian"].inverse(), rtol=0.02)
 
