@@ -8,9 +8,9 @@ import pytest
 import torch
 from commands import ROOT
 
-GUIDE, ONE_PASS, README = (
-    re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
-    for name in ("docs/extending.md", "docs/one_pass.md", "README.md")
+PAGES = "docs/extending.md", "docs/one_pass.md", "docs/hypergradients.md", "README.md"
+GUIDE, ONE_PASS, HYPERGRADIENTS, README = (
+    re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S) for name in PAGES
 )
 
 
@@ -49,6 +49,16 @@ def test_every_block_on_one_pass_tuning_runs_alone_and_prints(capsys):
     names = run_alone(matrix)
     rate = names["root"].detach().tril() @ names["root"].detach().tril().T
     assert torch.allclose(rate, names["hessian"].inverse(), rtol=0.02)
+
+
+def test_every_block_on_hypergradients_runs_alone_and_the_loop_lowers_its_outer_loss(capsys):
+    first, loop = HYPERGRADIENTS
+    assert run_alone(first)["penalty"].grad < 0
+    capsys.readouterr()
+    run_alone(loop)
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    said = re.search(r"print\(.*# (.*)", loop)[1]
+    assert losses == pytest.approx([float(value) for value in said.split(", ")], abs=0.01)
 
 
 def test_the_first_example_makes_features_that_are_good_for_something(capsys):
