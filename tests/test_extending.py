@@ -8,9 +8,10 @@ import pytest
 import torch
 from commands import ROOT
 
-PAGES = "docs/extending.md", "docs/one_pass.md", "docs/hypergradients.md", "README.md"
-GUIDE, ONE_PASS, HYPERGRADIENTS, README = (
-    re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S) for name in PAGES
+NAMES = "extending", "one_pass", "hypergradients", "learned_optimizer"
+GUIDE, ONE_PASS, HYPERGRADIENTS, LEARNED, README = (
+    re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    for page in (*(f"docs/{name}.md" for name in NAMES), "README.md")
 )
 
 
@@ -59,6 +60,12 @@ def test_every_block_on_hypergradients_runs_alone_and_the_loop_lowers_its_outer_
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     said = re.search(r"print\(.*# (.*)", loop)[1]
     assert losses == pytest.approx([float(value) for value in said.split(", ")], abs=0.01)
+
+
+def test_the_trained_optimiser_brings_the_loss_to_what_its_page_says(capsys):
+    (block,) = LEARNED
+    run_alone(block)
+    assert float(capsys.readouterr().out) < float(re.search("# below (.*)", block)[1])
 
 
 def test_the_first_example_makes_features_that_are_good_for_something(capsys):
