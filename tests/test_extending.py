@@ -39,7 +39,7 @@ def run_alone(block: str) -> dict:
 
 def test_every_block_on_one_pass_tuning_runs_alone_and_prints(capsys):
     first, module, matrix = ONE_PASS
-    assert run_alone(first)["tuning"].state.step == 100
+    assert run_alone(first)["tuned"].state.step == 100
     assert "momentum" in capsys.readouterr().out
     names = run_alone(module)
     begun, *_, ended = (json.loads(line) for line in capsys.readouterr().out.splitlines())
