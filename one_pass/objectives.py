@@ -440,7 +440,10 @@ class ModuleObjective:
                     "run's neighbours and from gradient to Hessian: leave that out"
                 ) from problem
             frozen = {n: p for n, p in self.module.named_parameters() if not p.requires_grad}
-            check_types({"weights": weights, "inputs": inputs} | frozen | buffers)
+            try:
+                check_types({"weights": weights, "inputs": inputs} | frozen | buffers)
+            except OnePassError as known:
+                raise known from None  # torch's traceback would say nothing more
             missing = isinstance(problem, NotImplementedError) or "ZeroTensor" in str(problem)
             if not (twice and missing and callable(self.loss)):
                 raise

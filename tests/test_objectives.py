@@ -255,6 +255,7 @@ def test_types_that_do_not_go_together_are_told_in_one_line(make):
         with pytest.raises(OnePassError, match="differ: weights float64, inputs float32; ") as told:
             judge(weights, buffers, *seen)
         assert "\n" not in str(told.value)
+        assert told.value.__suppress_context__ or told.value.__context__ is None
     objective.linearize(weights.float(), buffers, Batch(inputs, targets, shared=True))
 
 
