@@ -439,11 +439,8 @@ class ModuleObjective:
                     "the module draws random numbers (dropout?), and these would differ with a "
                     "run's neighbours and from gradient to Hessian: leave that out"
                 ) from problem
-            frozen = {n: p for n, p in self.module.named_parameters() if not p.requires_grad}
-            try:
-                check_types({"weights": weights, "inputs": inputs} | frozen | buffers)
-            except OnePassError as known:
-                raise known from None  # torch's traceback would say nothing more
+            if "type" in str(problem):
+                self._check_own_types(weights, buffers, inputs)
             missing = isinstance(problem, NotImplementedError) or "ZeroTensor" in str(problem)
             if not (twice and missing and callable(self.loss)):
                 raise
@@ -451,6 +448,13 @@ class ModuleObjective:
                 f"torch.func cannot differentiate this loss twice ({str(problem).splitlines()[0]});"
                 " write it out, as (outputs - targets).square().mean() instead of mse_loss"
             ) from problem
+
+    def _check_own_types(self, weights: Tensor, buffers: Buffers, inputs: Tensor) -> None:
+        frozen = {n: p for n, p in self.module.named_parameters() if not p.requires_grad}
+        try:
+            check_types({"weights": weights, "inputs": inputs} | frozen | buffers)
+        except OnePassError as known:
+            raise known from None  # torch's traceback would say nothing more
 
     @torch.no_grad()
     def _check_draws_nothing(
