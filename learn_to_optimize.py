@@ -58,7 +58,7 @@ def make_parser():
     add("--out_mul", type=positive_float, metavar="FACTOR",
         help="factor of all steps (default: --start_from's, or .01 or .1; mlp .001)")  # fmt: skip
     add("--start_from", type=Path, metavar="RUN", 
-        help="start from the optimiser of another run, or from an l2o_optimizer.pt")  # fmt: skip
+        help="start from the optimiser of a run, relu20 (trained) or l2o_optimizer.pt")  # fmt: skip
     add_settings(parser.add_argument_group("meta-training"), MetaTrainingSettings)
     add = parser.add_argument_group("optimizees").add_argument
     add("--batch_size", type=positive_int, default=BATCH_SIZE,

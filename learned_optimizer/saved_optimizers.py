@@ -2,6 +2,7 @@
 
     save_network(network, "optimizer.json")
     network = load_network("optimizer.json")      # or l2o_optimizer.pt
+    network = load_network("relu20")              # trained, in trained/relu20.json
 
 The original program, https://github.com/Johnny1188/learning-to-optimize, saves with torch.save.
 Loading such a file runs no code from it: everything but tensors and plain values is replaced by an
@@ -25,6 +26,7 @@ from learned_optimizer.networks import CoordinateLSTM, CoordinateNetwork, make_n
 _UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TYPES}
+TRAINED = Path(__file__).parent / "trained"  # networks that come with the package
 ORIGINAL_LAYERS = {"recurs": "lstm.{}_l0", "recurs2": "lstm.{}_l1", "output": "output.{}"}
 
 
@@ -43,8 +45,11 @@ def network_to_dict(network: CoordinateNetwork) -> dict:
 def load_network(path: Path | str) -> CoordinateNetwork:
     """The network in a file by `save_network`, with its type, or in an l2o_optimizer.pt.
 
-    Raises OptimizerError if the file holds something else, or weights that are not finite.
+    A name without such a file is that of a trained network of the package, now "relu20". Raises
+    OptimizerError if the file holds something else, or weights that are not finite.
     """
+    if not Path(path).exists() and str(path) in {kept.stem for kept in TRAINED.glob("*.json")}:
+        path = TRAINED / f"{path}.json"
     if zipfile.is_zipfile(path):
         return _load_original(path)
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from one_pass.compiling import compiled
 from one_pass.errors import OnePassError
-from one_pass.objectives import Batch, Buffers, Linearization, MLPObjective
+from one_pass.objectives import Batch, Buffers, Linearization, MLPObjective, check_types
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class CompiledMLPObjective(MLPObjective):
         """
         if not batch.shared or weights.device.type != "cpu":
             return super().linearize(weights, buffers, batch)
+        check_types({"weights": weights, "inputs": batch.inputs, "targets": batch.targets})
         threads = torch.get_num_threads()
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         inputs, units, _ = self.sizes

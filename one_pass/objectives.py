@@ -116,7 +116,8 @@ class MLPObjective:
     Attributes:
         sizes: inputs, hidden units of each layer, outputs.
         loss: "mse" (targets [B, outputs]) or "cross_entropy" (targets int64 [B]).
-    Raises OnePassError for fewer than two sizes, a size below 1, and an unknown loss.
+    Raises OnePassError for fewer than two sizes, a size below 1, and an unknown loss. Its methods
+        raise it for weights, inputs and targets of several floating-point types.
     """
 
     sizes: tuple[int, ...]
@@ -140,6 +141,7 @@ class MLPObjective:
 
     def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
         """The loss around `weights`; the activations are kept for products with the Hessian."""
+        check_types({"weights": weights, "inputs": batch.inputs, "targets": batch.targets})
         layers = self._unpack(weights)
         activations, outputs = _forward(layers, batch.inputs)
         loss, error, error_tangent = _LOSSES[self.loss](outputs, batch.targets)
@@ -162,6 +164,7 @@ class MLPObjective:
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
     ) -> Evaluation:
         """Mean loss and accuracy over all samples."""
+        check_types({"weights": weights, "inputs": inputs, "targets": targets})
 
         def outputs(runs: slice, rows: slice) -> Tensor:
             return _forward(self._unpack(weights[runs]), inputs[rows])[1]
@@ -298,25 +301,29 @@ class ModuleObjective:
         module: the network. In training mode it may change its buffers (batch norm, hidden states).
             Frozen parameters (requires_grad=False) keep their present values in all runs. Parts in
             evaluation mode of a module in training mode stay in it.
-        loss: "mse" (targets as the outputs) or "cross_entropy" (outputs [B, classes, ...], targets
-            int64 [B, ...]).
+        loss: "mse" (targets as the outputs), "cross_entropy" (outputs [B, classes, ...], targets
+            int64 [B, ...]), or a function of one run's outputs and targets whose result is a number
+            []; there is no accuracy then.
         calls: how computations over all runs are called: at once, or recorded and replayed.
         drawn: whether the module draws random numbers, once that is known.
     Raises OnePassError for a module without parameters to train and for an unknown loss. Its
-        methods raise it for targets of another shape than the outputs, with mse, and for a module
-        that draws random numbers in training: a run would depend on the others, and the Hessian
-        would belong to another draw than the gradient.
+        methods raise it for targets of another shape than the outputs, with mse, for
+        floating-point types that do not go together, for a loss that gives no number or has no
+        second derivatives in torch.func, and for a module that draws random numbers in training: a
+        run would depend on the others, and the Hessian would belong to another draw than the
+        gradient.
     """
 
     module: nn.Module
-    loss: str
+    loss: str | Callable[[Tensor, Tensor], Tensor]
     calls: RecordedCalls = field(default_factory=RecordedCalls, compare=False, repr=False)
     drawn: list[bool] = field(default_factory=list, compare=False, repr=False)
 
     recurrent = False
 
     def __post_init__(self) -> None:
-        check_loss(self.loss)
+        if not callable(self.loss):
+            check_loss(self.loss)
         if not self._trained():
             raise OnePassError("the module has no parameters that require a gradient")
 
@@ -336,11 +343,22 @@ class ModuleObjective:
         with torch.no_grad():
             for p, value in frozen:
                 p.copy_(value)
-        buffers = {
-            name: buffer.expand(len(generators), *buffer.shape).clone()
-            for name, buffer in self.module.named_buffers()
-        }
-        return weights, buffers
+        return weights, self._present_buffers(len(generators))
+
+    def present(self, runs: int) -> tuple[Tensor, Buffers]:
+        """The module's present weights, in their own type, and buffers, the same for every run."""
+        return self._present_weights().expand(runs, -1).clone(), self._present_buffers(runs)
+
+    def state_dict(self, weights: Tensor, buffers: Buffers, run: int) -> dict[str, Any]:
+        """What the module's load_state_dict takes for one of the runs; frozen entries as they are.
+
+        weights, buffers: of all runs.
+        """
+        names = self._names()
+        of_run = self._folded(weights[run]) | {name: b[run] for name, b in buffers.items()}
+        values = {name: value.detach().clone() for name, value in of_run.items()}
+        entries = self.module.state_dict(keep_vars=True).items()
+        return {key: values.get(names.get(id(entry)), entry) for key, entry in entries}
 
     def linearize(self, weights: Tensor, buffers: Buffers, batch: Batch) -> Linearization:
         """The loss around `weights`, in training mode."""
@@ -368,15 +386,19 @@ class ModuleObjective:
     def evaluate(
         self, weights: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor
     ) -> Evaluation:
-        """Mean loss and accuracy over all samples, in evaluation mode."""
+        """Mean loss and accuracy over all samples, in evaluation mode.
+
+        A loss that is a function gets the outputs of all samples at once.
+        """
 
         def outputs(runs: slice, rows: slice) -> Tensor:
             some = {name: buffer[runs] for name, buffer in buffers.items()}
             each = vmap(self._outputs, in_dims=(0, 0, None))
             return each(weights[runs], some, inputs[rows])[0]
 
-        with in_evaluation_mode(self.module):
-            return _over_all(outputs, len(weights), targets)
+        over_all = partial(_by_function, self._checked_loss) if callable(self.loss) else _over_all
+        with self._explaining(weights, buffers, inputs), in_evaluation_mode(self.module):
+            return over_all(outputs, len(weights), targets)
 
     def _over_runs(
         self,
@@ -395,18 +417,44 @@ class ModuleObjective:
         arguments = weights, buffers, batch.inputs, batch.targets, *vectors
         name = function.__name__, training, batch.shared
         over_runs = vmap(function, in_dims=dims)
-        try:
+        with self._explaining(weights, buffers, batch.inputs, twice=bool(vectors)):
             if _without_vmap(weights):
                 self._check_draws_nothing(dims[:3], *arguments[:3])
                 over_runs = partial(_of_one_run, function, dims)
             return self.calls(name, over_runs, arguments)
+
+    @contextmanager
+    def _explaining(
+        self, weights: Tensor, buffers: Buffers, inputs: Tensor, twice: bool = False
+    ) -> Iterator[None]:
+        """Raises OnePassError for those of torch's errors that have a known reason.
+
+        twice: whether the loss is differentiated twice.
+        """
+        try:
+            yield
         except RuntimeError as problem:
-            if "randomness" not in str(problem):
+            if "randomness" in str(problem):
+                raise OnePassError(
+                    "the module draws random numbers (dropout?), and these would differ with a "
+                    "run's neighbours and from gradient to Hessian: leave that out"
+                ) from problem
+            if "type" in str(problem):
+                self._check_own_types(weights, buffers, inputs)
+            missing = isinstance(problem, NotImplementedError) or "ZeroTensor" in str(problem)
+            if not (twice and missing and callable(self.loss)):
                 raise
             raise OnePassError(
-                "the module draws random numbers (dropout?), and these would differ with a run's "
-                "neighbours and from gradient to Hessian: leave that out"
+                f"torch.func cannot differentiate this loss twice ({str(problem).splitlines()[0]});"
+                " write it out, as (outputs - targets).square().mean() instead of mse_loss"
             ) from problem
+
+    def _check_own_types(self, weights: Tensor, buffers: Buffers, inputs: Tensor) -> None:
+        frozen = {n: p for n, p in self.module.named_parameters() if not p.requires_grad}
+        try:
+            check_types({"weights": weights, "inputs": inputs} | frozen | buffers)
+        except OnePassError as known:
+            raise known from None  # torch's traceback would say nothing more
 
     @torch.no_grad()
     def _check_draws_nothing(
@@ -442,17 +490,56 @@ class ModuleObjective:
     ) -> tuple[Tensor, tuple[Tensor, Buffers]]:
         """One run's loss, to be differentiated; and it detached, with the buffers afterwards."""
         outputs, after = self._outputs(flat, buffers, inputs)
-        loss = _TORCH_LOSSES[self.loss](outputs, targets)
+        loss = self._checked_loss(outputs, targets)
         return loss, (loss.detach(), {name: buffer.detach() for name, buffer in after.items()})
+
+    def _checked_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """One run's loss []; raises OnePassError if a function gives something else."""
+        function = self.loss if callable(self.loss) else _TORCH_LOSSES[self.loss]
+        loss = function(outputs, targets)
+        if not isinstance(loss, Tensor) or loss.shape:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise OnePassError(f"the loss gives {got}: take its mean, so that it is a number []")
+        return loss
 
     def _outputs(self, flat: Tensor, buffers: Buffers, inputs: Tensor) -> tuple[Tensor, Buffers]:
         """One run's outputs, and its buffers afterwards."""
+        after = {name: buffer.clone() for name, buffer in buffers.items()}  # is changed in place
+        given = self._placed({**self._folded(flat), **after})
+        return functional_call(self.module, given, (inputs,), tie_weights=False), after
+
+    def _names(self) -> dict[int, str]:
+        """The name of each parameter and buffer, by its id; the first of several."""
+        named = *self.module.named_parameters(), *self.module.named_buffers()
+        return {id(tensor): name for name, tensor in named}
+
+    def _placed(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The values under all names of tied tensors, but once for a part that is there twice.
+
+        functional_call does the first by itself, but leaves its values in such a part (torch 2.13).
+        """
+        names, options = self._names(), {"recurse": False, "remove_duplicate": False}
+        placed = {}
+        for prefix, part in self.module.named_modules():
+            for listed in (part.named_parameters, part.named_buffers):
+                for place, tensor in listed(prefix, **options):
+                    if (name := names[id(tensor)]) in values:
+                        placed[place] = values[name]
+        return placed
+
+    def _folded(self, flat: Tensor) -> dict[str, Tensor]:
+        """The trained parameters of one run by name, views of `flat` [P]."""
         shapes = {name: weight.shape for name, weight in self._trained().items()}
         parts = flat.split([shape.numel() for shape in shapes.values()])
         named = zip(shapes.items(), parts, strict=True)
-        weights = {name: part.view(shape) for (name, shape), part in named}
-        after = {name: buffer.clone() for name, buffer in buffers.items()}  # is changed in place
-        return functional_call(self.module, {**weights, **after}, (inputs,)), after
+        return {name: part.view(shape) for (name, shape), part in named}
+
+    def _present_weights(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self._trained().values()])
+
+    def _present_buffers(self, runs: int) -> Buffers:
+        buffers = self.module.named_buffers()
+        return {name: buffer.expand(runs, *buffer.shape).clone() for name, buffer in buffers}
 
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -465,7 +552,7 @@ class ModuleObjective:
             frozen = weights and not any(p.requires_grad for p in weights)
             if hasattr(part, "reset_parameters") and not frozen:
                 part.reset_parameters()
-        return torch.cat([p.detach().flatten() for p in self._trained().values()]).double()
+        return self._present_weights().double()
 
 
 def _without_vmap(weights: Tensor) -> bool:
@@ -501,6 +588,17 @@ def check_loss(loss: str) -> None:
     """Raises OnePassError for an unknown name of a loss."""
     if loss not in _LOSSES:
         raise OnePassError(f"loss {loss!r} is unknown; choose from {', '.join(_LOSSES)}")
+
+
+def check_types(tensors: dict[str, Tensor]) -> None:
+    """Raises OnePassError if those of the tensors that are floating-point differ in type."""
+    first: dict[torch.dtype, str] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            first.setdefault(tensor.dtype, name)
+    if len(first) > 1:
+        said = ", ".join(f"{name} {str(dtype)[len('torch.') :]}" for dtype, name in first.items())
+        raise OnePassError(f"floating-point types differ: {said}; give all of them one type")
 
 
 def _squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -544,6 +642,23 @@ def _over_all(outputs: Callable[[slice, slice], Tensor], runs: int, targets: Ten
         losses.append(sum(loss for loss, _ in sums))
         correct.append(sum(right for _, right in sums))
     return Evaluation(torch.cat(losses) / samples, torch.cat(correct) / samples)
+
+
+def _by_function(
+    loss: Callable[[Tensor, Tensor], Tensor],
+    outputs: Callable[[slice, slice], Tensor],
+    runs: int,
+    targets: Tensor,
+) -> Evaluation:
+    """The same for a function, which need not be a mean over samples and so gets all of them."""
+    losses = []
+    for first in range(0, runs, RUNS_AT_ONCE):
+        some = slice(first, first + RUNS_AT_ONCE)
+        starts = range(0, len(targets), ROWS_AT_ONCE)
+        pieces = [outputs(some, slice(row, row + ROWS_AT_ONCE)) for row in starts]
+        losses.append(vmap(loss, in_dims=(0, None))(torch.cat(pieces, dim=1), targets))
+    found = torch.cat(losses)
+    return Evaluation(found, torch.zeros_like(found))
 
 
 def summed(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

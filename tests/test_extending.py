@@ -1,16 +1,20 @@
 """The blocks of code in the guides and in README.md run as they stand, and stay short."""
 
+import json
 import re
+from statistics import median
 
+import pytest
 import torch
 from commands import ROOT
 
 from experiment.own_code import load_own_code
 from models_fully_local import Activation, lateral_mlp
 
-GUIDE, ONE_PASS, README = (
-    re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.S)
-    for name in ("docs/extending.md", "docs/one_pass.md", "README.md")
+NAMES = "extending", "one_pass", "hypergradients", "learned_optimizer"
+GUIDE, ONE_PASS, HYPERGRADIENTS, LEARNED, README = (
+    re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    for page in (*(f"docs/{name}.md" for name in NAMES), "README.md")
 )
 
 
@@ -46,18 +50,47 @@ def test_the_guides_rules_are_those_of_the_examples():
 
 
 def test_every_block_is_shorter_than_twenty_lines():
-    assert len(GUIDE) == 9 and len(ONE_PASS) == 2
+    assert len(GUIDE) == 9 and len(ONE_PASS) == 3
     assert all(block.count("\n") < 20 for block in GUIDE + ONE_PASS)
 
 
-def test_of_one_pass_tuning_too_where_a_rate_that_is_a_matrix_becomes_the_inverse_hessian():
+def run_alone(block: str) -> dict:
+    """The names that a block leaves behind that runs by itself, on the same random numbers."""
+    names = {"__name__": "block"}
     torch.manual_seed(0)
-    names = {}
-    for block in ONE_PASS:
-        exec(compile(block, "one_pass.md", "exec"), names)
-    assert names["tuning"].state.step == 100
+    exec(compile(block, "block", "exec"), names)
+    return names
+
+
+def test_every_block_on_one_pass_tuning_runs_alone_and_prints(capsys):
+    first, module, matrix = ONE_PASS
+    assert run_alone(first)["tuned"].state.step == 100
+    assert "momentum" in capsys.readouterr().out
+    names = run_alone(module)
+    begun, *_, ended = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert min(ended) < min(begun) and median(ended) < median(begun) / 2
+    x, y = names["validation"]
+    loss = (names["model"](x) - y).square().mean()
+    assert loss.item() == pytest.approx(ended[names["best"]], rel=1e-5)
+    names = run_alone(matrix)
     rate = names["root"].detach().tril() @ names["root"].detach().tril().T
     assert torch.allclose(rate, names["hessian"].inverse(), rtol=0.02)
+
+
+def test_every_block_on_hypergradients_runs_alone_and_the_loop_lowers_its_outer_loss(capsys):
+    first, loop = HYPERGRADIENTS
+    assert run_alone(first)["penalty"].grad < 0
+    capsys.readouterr()
+    run_alone(loop)
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    said = re.search(r"print\(.*# (.*)", loop)[1]
+    assert losses == pytest.approx([float(value) for value in said.split(", ")], abs=0.01)
+
+
+def test_the_trained_optimiser_brings_the_loss_to_what_its_page_says(capsys):
+    (block,) = LEARNED
+    run_alone(block)
+    assert float(capsys.readouterr().out) < float(re.search("# below (.*)", block)[1])
 
 
 def test_the_first_example_makes_features_that_are_good_for_something(capsys):

@@ -1,11 +1,13 @@
 """Hypergradients: closed forms, rates, finite differences, counted matvecs, and wrong use."""
 
 import functools
+import inspect
 import itertools
 import math
 
 import pytest
 import torch
+from commands import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import DOUBLE, assert_near, normal
@@ -1588,3 +1590,24 @@ def test_a_map_that_does_not_contract_in_one_direction_is_refused(method):
             [TARGET.clone().requires_grad_()], [h], 20,
             lambda p, hparams: [keeps * p[0] - TARGET * hparams[0]], _distance, set_grad=False,
         )  # fmt: skip
+
+
+# ---- the table of all functions ----
+
+
+def test_the_table_has_all_public_functions_with_their_arguments_in_order():
+    text = (ROOT / "docs/hypergradients.md").read_text()
+    table = text.split("| function | arguments")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    functions = {name for name in hg.__all__ if inspect.isfunction(getattr(hg, name))}
+    assert {name for name, *_ in rows} == functions and len(rows) == len(functions)
+    for name, said, returns, adds, _ in rows:
+        if name == "differentiable_by":
+            continue
+        signature = inspect.signature(getattr(hg, name))
+        parameters = signature.parameters.values()
+        needed = ", ".join(p.name for p in parameters if p.default is p.empty)
+        optional = ", ".join(p.name for p in parameters if p.default is not p.empty)
+        assert said == (f"{needed}; {optional}" if optional else needed), name
+        assert (adds == "adds") == ("set_grad" in said or name == "update_tensor_grads"), name
+        assert (", and " in returns) == ("tuple" in str(signature.return_annotation)), name

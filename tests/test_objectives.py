@@ -181,6 +181,127 @@ def test_targets_of_another_shape_than_the_outputs_are_refused():
             judge(weights, buffers, *seen)
 
 
+def quarter_power(outputs, targets):
+    """A loss of one's own, with a curvature that depends on the outputs."""
+    return (1 + (outputs - targets).square()).sqrt().sqrt().sum()
+
+
+def test_a_loss_that_is_a_function_has_the_curvature_of_double_backward(monkeypatch):
+    network = batch_norm_network().double()
+    objective = ModuleObjective(network, quarter_power)
+    weights, buffers = objective.initial(generators(3))
+    buffers = {n: b.double() if b.is_floating_point() else b for n, b in buffers.items()}
+    batch = samples((4, 3), "mse", 6, 3, shared=True)
+    vectors = torch.randn_like(weights)
+    found = objective.linearize(weights, buffers, batch)
+    product = found.hessian_product(vectors)
+    monkeypatch.setattr("one_pass.objectives.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("one_pass.objectives.RUNS_AT_ONCE", 2)
+    judged = objective.evaluate(weights, buffers, batch.inputs, batch.targets)
+    held_out = objective.held_out(weights, buffers, batch)
+    assert not objective.classifies and not judged.accuracy.any()
+    for run in range(3):
+        network.load_state_dict(objective.state_dict(weights, buffers, run))
+        trained = [*network.parameters()]
+        value = quarter_power(network.train()(batch.inputs), batch.targets)
+        gradient = torch.autograd.grad(value, trained, create_graph=True)
+        flat = torch.cat([g.flatten() for g in gradient])
+        curved = torch.autograd.grad(flat @ vectors[run], trained)
+        assert torch.allclose(found.loss[run], value)
+        assert torch.allclose(found.gradient[run], flat)
+        assert torch.allclose(product[run], torch.cat([g.flatten() for g in curved]))
+        network.load_state_dict(objective.state_dict(weights, buffers, run))
+        value = quarter_power(network.eval()(batch.inputs), batch.targets)
+        assert torch.allclose(judged.loss[run], value) and torch.allclose(held_out.loss[run], value)
+
+
+@pytest.mark.parametrize("loss", ["mse_loss", "huber_loss"])
+def test_a_loss_that_torch_cannot_differentiate_twice_is_refused(loss):
+    objective = ModuleObjective(nn.Linear(4, 3), getattr(nn.functional, loss))
+    weights, buffers = objective.present(2)
+    batch = Batch(torch.randn(6, 4), torch.randn(6, 3), shared=True)
+    found = objective.linearize(weights, buffers, batch)
+    with pytest.raises(OnePassError, match="cannot differentiate this loss twice") as refused:
+        found.hessian_product(weights)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_loss_that_gives_no_number_is_refused():
+    objective = ModuleObjective(nn.Linear(4, 3), lambda outputs, targets: outputs - targets)
+    weights, buffers = objective.present(2)
+    inputs, targets = torch.randn(6, 4), torch.randn(6, 3)
+    for judge, seen in (
+        (objective.linearize, [Batch(inputs, targets, shared=True)]),
+        (objective.evaluate, [inputs, targets]),
+    ):
+        with pytest.raises(OnePassError, match=r"the loss gives \(6, 3\)"):
+            judge(weights, buffers, *seen)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: MLPObjective((4, 5, 1), "mse"),
+    lambda: CompiledMLPObjective((4, 5, 1), "mse"),
+    lambda: ModuleObjective(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)), "mse"),
+])  # fmt: skip
+def test_types_that_do_not_go_together_are_told_in_one_line(make):
+    objective = make()
+    weights, buffers = objective.initial(generators(2))
+    inputs, targets = torch.randn(6, 4), torch.randn(6, 1)
+    for judge, seen in (
+        (objective.linearize, [Batch(inputs, targets, shared=True)]),
+        (objective.held_out, [Batch(inputs, targets, shared=True)]),
+        (objective.evaluate, [inputs, targets]),
+    ):
+        with pytest.raises(OnePassError, match="differ: weights float64, inputs float32; ") as told:
+            judge(weights, buffers, *seen)
+        assert "\n" not in str(told.value)
+        assert told.value.__suppress_context__ or told.value.__context__ is None
+    objective.linearize(weights.float(), buffers, Batch(inputs, targets, shared=True))
+
+
+def test_a_buffer_of_another_type_is_named():
+    objective = ModuleObjective(batch_norm_network(), "cross_entropy")
+    weights, buffers = objective.initial(generators(2))
+    with pytest.raises(OnePassError, match=r"weights float64, 1\.running_mean float32"):
+        objective.linearize(weights, buffers, samples((4, 3), "cross_entropy", 6, 2, shared=True))
+
+
+class Tied(nn.Module):
+    """A layer that comes twice, one with its weights, a frozen one, a buffer that is not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3).requires_grad_(False)
+        self.norm, self.again, self.second = nn.BatchNorm1d(3), self.first, nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.register_buffer("scale", torch.ones(3), persistent=False)
+
+    def forward(self, x):
+        return self.last(self.second(self.again(self.norm(self.first(x)) * self.scale)))
+
+
+def test_the_weights_of_a_run_are_loaded_back_into_the_module():
+    torch.manual_seed(0)
+    network, other = Tied(), Tied()
+    objective = ModuleObjective(network, "mse")
+    weights, buffers = objective.present(2)
+    assert weights.shape == (2, 12 + 3 + 3 + 3)
+    before, inputs, targets = network.state_dict(), torch.randn(6, 3), torch.randn(6, 3)
+    for key, entry in objective.state_dict(weights, buffers, 1).items():
+        assert torch.equal(entry, before[key])
+    weights = weights + torch.tensor([[0.1], [0.2]])
+    buffers = objective.linearize(weights, buffers, Batch(inputs, targets, shared=True)).buffers
+    entries = objective.state_dict(weights, buffers, 1)
+    other.load_state_dict(entries)
+    loss = (other.eval()(inputs) - targets).square().mean()
+    assert torch.allclose(objective.evaluate(weights, buffers, inputs, targets).loss[1], loss)
+    assert torch.equal(other.second.weight, network.first.weight + 0.2)
+    assert torch.equal(other.last.weight, network.last.weight)
+    assert all(torch.equal(t, before[key]) for key, t in network.state_dict().items())
+    weights.zero_()
+    assert torch.equal(entries["first.weight"], network.first.weight + 0.2)
+
+
 def test_validation_leaves_the_statistics_of_batch_norm_alone():
     objective = ModuleObjective(batch_norm_network(), "cross_entropy")
     weights, buffers = objective.initial(generators(2))

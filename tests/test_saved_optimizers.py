@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from learned_optimizer import (
@@ -18,6 +19,7 @@ from learned_optimizer import (
     make_network,
     save_network,
 )
+from learned_optimizer.saved_optimizers import TRAINED
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -86,6 +88,47 @@ def test_a_file_that_is_no_such_optimiser_is_refused_in_one_line(tmp_path, how):
     path.write_text(spoil(json.loads(path.read_text()), how))
     with pytest.raises(OptimizerError):
         load_network(path)
+
+
+# ---- the trained one of the package ----
+
+
+def loss_on_digits(make, seed: int) -> float:
+    """The training loss of a small network on sklearn's digits, the mean of steps 191 to 200."""
+    torch.manual_seed(seed)
+    digits = load_digits()
+    x, y = torch.tensor(digits.data / 16).float(), torch.tensor(digits.target)
+    model = nn.Sequential(nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 10))
+    optimizer, losses = make(model.parameters()), []
+    for _ in range(200):
+        rows = torch.randint(len(x), (128,))
+        optimizer.zero_grad()
+        losses.append(nn.functional.cross_entropy(model(x[rows]), y[rows]))
+        losses[-1].backward()
+        optimizer.step()
+    return torch.stack(losses[-10:]).mean().item()
+
+
+def test_the_trained_optimiser_beats_adam_of_rate_001_on_data_that_it_never_saw():
+    network = load_network("relu20")
+    for seed in range(2):
+        ours = loss_on_digits(lambda p: LearnedOptimizer(p, network), seed)
+        assert ours < 0.8 * loss_on_digits(lambda p: torch.optim.Adam(p, 0.01), seed)
+
+
+def test_a_file_goes_before_the_trained_optimiser_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_network(CoordinateLSTM(3), "relu20")
+    assert load_network("relu20").kind == "lstm"
+    with pytest.raises(OptimizerError, match="cannot read"):
+        load_network(tmp_path / "other" / "relu20")
+
+
+def test_trained_optimisers_are_small_and_tell_their_command():
+    for path in TRAINED.glob("*.json"):
+        description = json.loads(path.read_text())
+        assert path.stat().st_size < 100_000 and load_network(path.stem).settings
+        assert description["command"].startswith("python learn_to_optimize.py")
 
 
 # ---- the original's files: written by classes of its names and attributes ----
