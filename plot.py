@@ -19,6 +19,7 @@ from statistics import fmean
 
 from experiment.command_line import OneLineParser, UserError, run_command
 from experiment.screen import repair_streams
+from rules.choices import names as zoo_names
 from rules.choices import run_path
 
 EFFECT, COEFFICIENT = "effect", "coefficient"
@@ -251,6 +252,9 @@ def rules_of_run(run: Path, name: str) -> dict[str, LayerRule]:
 
     run: a run's directory, or a file of the zoo, which tells no effects.
     """
+    if not run.exists():
+        raise UserError(f"there is no {run}; rules of the zoo are {', '.join(zoo_names())}; "
+                        "classical ones stand behind --classical")  # fmt: skip
     if run.is_file():
         rule, effects = load_zoo(run).recipe.rule, {}
     else:

@@ -34,6 +34,7 @@ from initializers import fixed_initializer
 from learning_rules import LearningRule, PerLayerRule
 from models_fully_local import network_of_flags
 from rules import load_rule
+from rules.choices import names as zoo_names
 from rules.zoo import IN_A_RUN, Recipe, ZooEntry, load_zoo, save_zoo
 
 PROBE = {"C": 1000.0, "outer_images": 4096}  # the probe that judges rules of the zoo
@@ -78,6 +79,8 @@ def load_run(directory: str | Path, own_rule: OwnCode | None = None) -> LearnedR
     directory = Path(directory).resolve()
     if directory.is_file():
         return _of_zoo(load_zoo(directory))
+    if not directory.exists():
+        raise RunLogError(f"there is no {directory}; rules of the zoo are {', '.join(zoo_names())}")
     refuse_links(directory)
     config = read_config(directory)
     refuse_changed_files(directory)

@@ -108,6 +108,11 @@ def test_rotated_digits_and_other_data_sets_stand_side_by_side(runs, tmp_path, m
     assert "rotated" in results(out)["data"]["rotated"]
 
 
+def test_a_name_that_there_is_not_is_told_with_those_there_are(capsys, tmp_path):
+    line = refused(capsys, evaluate.main, tmp_path / "nothing", *COMMON)
+    assert f"there is no {tmp_path / 'nothing'}; rules of the zoo are competing" in line
+
+
 def test_with_few_images_all_are_a_batch_and_a_line_says_so(runs, tmp_path):
     large = _altered(runs / "single", tmp_path / "large", batch_size=5000)
     run(large, "--rules", "oja", "--seeds", 1, "--out", tmp_path / "out")

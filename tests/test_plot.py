@@ -214,3 +214,5 @@ def test_rules_of_the_zoo_are_drawn_by_name(tmp_path, capsys, monkeypatch):
     draw("rules", "mnist32")
     assert [path.name for path in tmp_path.glob("*.png")] == ["rules.png"]
     assert "take --by coefficient" in refused(capsys, "rules", "mnist32", "--by", "effect")
+    line = refused(capsys, "rules", "mnist32", "oja")
+    assert "there is no oja; rules of the zoo are competing" in line and "--classical" in line
