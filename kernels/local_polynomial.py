@@ -313,16 +313,6 @@ def mixed(matrix: Tensor, stack: Tensor) -> Tensor:
     return product.view(*product.shape[:2], *stack.shape[2:]).movedim(0, 1)
 
 
-def add_mixed_(total: Tensor, matrix: Tensor, stack: Tensor) -> None:
-    """Add `mixed` to total."""
-    if stack.dim() == 2:
-        total.addmm_(matrix, stack)
-    elif matrix.dim() == 2:
-        total.flatten(1).addmm_(matrix, stack.flatten(1))
-    else:
-        total.add_(mixed(matrix, stack))
-
-
 def inner_products(one: Tensor, other: Tensor, tasks: bool) -> Tensor:
     """The sums of one_g other_k over all other dimensions, [groups, k].
 
