@@ -496,7 +496,6 @@ def test_an_interrupted_run_ends_cleanly_with_figures_and_status_130(tmp_path):
         (["32", "--method", "pes", "--units_range", "3", "9", "--dataset", "mnist5k"], "width"),
         (["32", "--method", "es", "--memory", "keep"], "--method reverse"),
         (["32", "--method", "implicit", "--compile"], "--method reverse"),
-        (["32", "--method", "forward", "--dataset", "mnist5k"], "take reverse"),
         (
             [
                 "32",
