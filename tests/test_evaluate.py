@@ -182,7 +182,6 @@ def test_what_is_no_finished_run_is_refused_in_one_line(runs, capsys, tmp_path):
     (unfinished / "rule.json").unlink()
     assert "main.py --resume" in refused(capsys, evaluate.main, unfinished, *COMMON)
     assert "config.json" in refused(capsys, evaluate.main, tmp_path, *COMMON)
-    assert "config.json" in refused(capsys, evaluate.main, tmp_path / "nothing", *COMMON)
     assert "RUN" in refused(capsys, evaluate.main, "--steps", 3, *COMMON)
 
 

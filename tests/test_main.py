@@ -430,7 +430,7 @@ def test_a_start_that_does_not_fit_is_refused_in_one_line(capsys, tmp_path, plai
     assert "degree" in refused(capsys, main.main, *start, "--degree", 2, *out)
     assert "views" in refused(capsys, main.main, *start, "--pair_inputs", *out)
     nowhere = ["--start_from", tmp_path / "none", *out]
-    assert "config.json" in refused(capsys, main.main, 4, *TINY, *nowhere)
+    assert "rules of the zoo are" in refused(capsys, main.main, 4, *TINY, *nowhere)
     assert not (tmp_path / "run").exists()
 
 
