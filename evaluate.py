@@ -89,6 +89,7 @@ import numpy as np
 
 from comparison.learned_run import LearnedRun, load_run, zoo_entry
 from comparison.rule_comparison import (
+    HELD_OUT,
     RATES,
     Method,
     Row,
@@ -381,6 +382,10 @@ def main(argv: list[str] | None = None) -> None:
     refuse_what_cannot_be_compared(args, runs)
     settings = make_settings(args, runs[0], device, dtype)
     refuse_changed_images(args, runs, settings)
+    for setting in settings:
+        if args.rules and len(setting.train) < HELD_OUT:
+            raise UserError(f"--rules chooses rates on a sixth of the training images, of which "
+                            f"{setting.dataset} has {len(setting.train)}")  # fmt: skip
     comparison = RuleComparison(
         make_methods(args, runs), settings, args.steps, args.seeds, args.seed
     )

@@ -982,7 +982,8 @@ def report(
         "term_effects": effects,
         "beside": others,
     })  # fmt: skip
-    write_for_use(log.directory)
+    if why := write_for_use(log.directory):
+        log.say(why)
     log.plot(plot_run)
     formula = training.rule.formula(effects or None, max_terms=6)
     brackets = "; in brackets, the size of a term relative to the whole change"

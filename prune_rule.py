@@ -330,7 +330,8 @@ def report(args, log: RunLog, run: LearnedRun, steps: int, source: str, stages: 
         "term_effects": best["term_effects"],
         "pruning": stages,
     })  # fmt: skip
-    write_for_use(log.directory)
+    if why := write_for_use(log.directory):
+        log.say(why)
     log.plot(plot_run)
     for stage in stages:
         log.say(stage_text(stage))

@@ -31,7 +31,7 @@ from experiment.run_reader import (
 from experiment.view_strengths import ViewStrengths
 from hypgraddesc import rising_steps
 from initializers import fixed_initializer
-from learning_rules import LearningRule, PerLayerRule
+from learning_rules import LearningRule, PerLayerRule, RuleError
 from models_fully_local import network_of_flags
 from rules import load_rule
 from rules.choices import names as zoo_names
@@ -286,14 +286,20 @@ def zoo_entry(
     )
 
 
-def write_for_use(directory: Path) -> None:
-    """Write the rule of an ended run as a file of the zoo into its directory.
+def write_for_use(directory: Path) -> str:
+    """Write the rule of an ended run as a file of the zoo into its directory; why not, or "".
 
-    A rule of a class of your own is left out. Raises RunLogError or RuleError if it can't be read.
+    A rule of a class of your own is left out without a word. Raises RunLogError if the run's files
+    can't be read.
     """
-    if not is_own_code(read_config(directory).get("rule")):
+    if is_own_code(read_config(directory).get("rule")):
+        return ""
+    try:
         entry = zoo_entry(load_run(directory), directory, directory.name, ())
         save_zoo(entry, directory / IN_A_RUN)
+    except RuleError as problem:
+        return str(problem)
+    return ""
 
 
 def command_text(command_line: Sequence[str]) -> str:

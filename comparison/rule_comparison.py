@@ -205,7 +205,8 @@ def vicreg_features(setting: Setting) -> Training:
     def trained(model: nn.Module, generator: torch.Generator) -> Params:
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         device = setting.train.images.device
-        training = VICReg(model, setting.train, seed, VICREG, dtype=setting.dtype)
+        settings = replace(VICREG, batch_size=min(VICREG.batch_size, len(setting.train)))
+        training = VICReg(model, setting.train, seed, settings, dtype=setting.dtype)
         training.record = recordings(device, warnings.warn)
         while training.epoch < VICREG.epochs:
             training.train_epoch()

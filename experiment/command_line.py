@@ -84,7 +84,7 @@ AT_MOST = {  # limits of single flags, beyond which time or memory would not suf
     "validation_runs": 10**5,
 }
 
-NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+NEGATIVE_NUMBER = re.compile(r"-((\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|inf|nan)$")
 
 # Messages of torch's allocators that raise a plain RuntimeError instead of OutOfMemoryError
 _ALLOCATOR_REFUSES = re.compile(

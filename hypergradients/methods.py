@@ -285,7 +285,7 @@ def forward_mode(
     sizes = [t.numel() for t in point.hparams]
     unit = torch.eye(sum(sizes), dtype=point.hparams[0].dtype, device=point.hparams[0].device)
     directions = [
-        columns.reshape(-1, *t.shape).to(t)
+        columns.reshape(len(unit), *t.shape).to(t)
         for columns, t in zip(unit.split(sizes, dim=1), point.hparams, strict=True)
     ]
     tangents = None  # None until a map depends on a hyperparameter

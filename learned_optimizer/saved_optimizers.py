@@ -48,7 +48,7 @@ def load_network(path: Path | str) -> CoordinateNetwork:
     A name without such a file is that of a trained network of the package, now "relu20". Raises
     OptimizerError if the file holds something else, or weights that are not finite.
     """
-    if not Path(path).exists() and str(path) in {kept.stem for kept in TRAINED.glob("*.json")}:
+    if str(path) in {kept.stem for kept in TRAINED.glob("*.json")} and not Path(path).exists():
         path = TRAINED / f"{path}.json"
     if zipfile.is_zipfile(path):
         return _load_original(path)

@@ -439,6 +439,11 @@ class ModuleObjective:
                     "the module draws random numbers (dropout?), and these would differ with a "
                     "run's neighbours and from gradient to Hessian: leave that out"
                 ) from problem
+            if "vmap: It looks like" in str(problem) and callable(self.loss):
+                raise OnePassError(
+                    "the loss must be of tensors' operations alone, without .item() or branches on "
+                    "values: it is mapped over the runs"
+                ) from problem
             if "type" in str(problem):
                 self._check_own_types(weights, buffers, inputs)
             missing = isinstance(problem, NotImplementedError) or "ZeroTensor" in str(problem)
@@ -497,8 +502,9 @@ class ModuleObjective:
         """One run's loss []; raises OnePassError if a function gives something else."""
         function = self.loss if callable(self.loss) else _TORCH_LOSSES[self.loss]
         loss = function(outputs, targets)
-        if not isinstance(loss, Tensor) or loss.shape:
-            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        if not isinstance(loss, Tensor) or loss.shape or not loss.is_floating_point():
+            tensor = isinstance(loss, Tensor)
+            got = (tuple(loss.shape) or loss.dtype) if tensor else type(loss).__name__
             raise OnePassError(f"the loss gives {got}: take its mean, so that it is a number []")
         return loss
 

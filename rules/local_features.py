@@ -94,6 +94,7 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         units = _whole_numbers("units", self.units)
         (steps,) = _whole_numbers("steps", self.steps)
         self.recipe_ = recipe_of(self.rule, self.rate)
+        self._given_shape = None  # of images that are no table
         X = self._checked(X, reset=True)
         self._take_scale(X)
         x = self._scaled(X)
@@ -128,17 +129,17 @@ class LocalFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
 
     def _checked(self, X, *, reset: bool) -> np.ndarray:
         """X as an array of one of DTYPES, [n, features] or images [n, C, H, W]."""
-        X = X.numpy(force=True) if isinstance(X, Tensor) else X
+        X = _as_array(X) if isinstance(X, Tensor) else X
         if getattr(X, "ndim", 2) <= 2:
             X = validate_data(self, X, dtype=DTYPES, reset=reset)
             shape = self.image_shape
-            if shape is None and not reset and len(self.shape_) == 3:
-                shape = self.shape_
+            if shape is None and not reset:
+                shape = self._given_shape
             return X if shape is None else _as_images(X, (len(X), *shape))
         X = check_array(X, dtype=DTYPES, ensure_2d=False, allow_nd=True, estimator=self)
-        X = _as_images(X, X.shape)
+        given, X = X.shape[1:], _as_images(X, X.shape)
         if reset:
-            self.n_features_in_ = int(np.prod(X.shape[1:]))
+            self.n_features_in_, self._given_shape = int(np.prod(given)), given
         elif X.shape[1:] != self.shape_:
             raise ValueError(f"X has images {X.shape[1:]}, expected {self.shape_}, as in fit")
         return X
@@ -212,6 +213,15 @@ def for_rows(strengths: ViewStrengths) -> ViewStrengths:
         return strengths
     mask = strengths.mask if strengths.masks else ROW_MASK
     return replace(strengths, kind=MASKS, mask=mask, noise=strengths.noise or ROW_NOISE)
+
+
+def _as_array(X: Tensor) -> np.ndarray:
+    """A tensor as an array; raises ValueError for a kind that has none."""
+    try:
+        return (X.float() if X.dtype == torch.bfloat16 else X).numpy(force=True)
+    except (TypeError, RuntimeError) as problem:
+        first = str(problem).splitlines()[0]
+        raise ValueError(f"X is a tensor that is no array: {first}") from problem
 
 
 def _as_images(X: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -30,7 +30,7 @@ IN_A_RUN = "zoo.json"  # the file of a run's rule, in its directory
 CENTRINGS = ("none", "mean", "standardised")  # for each pixel, over the training images
 LARGEST = {  # limits of the values in a file
     "bytes": 2**18, "layers": 8, "units": 2**16, "kernel": 64, "pool": 64, "inh_steps": 1000,
-    "steps": 10**7, "batch_size": 2**20,
+    "steps": 10**7, "batch_size": 2**20, "number": 1e30,
 }  # fmt: skip
 
 
@@ -132,21 +132,22 @@ def load_zoo(name: str | Path) -> ZooEntry:
     Raises RuleError if there is none or its file is damaged.
     """
     path = zoo_path(str(name)) if str(name) in names() else Path(name)
-    if path.is_dir() and not (path / IN_A_RUN).is_file():
-        raise RuleError(
-            f"{path} holds no {IN_A_RUN}: a run of main.py has one at its end, unless its rule is "
-            "of a class of your own"
-        )
-    path = path / IN_A_RUN if path.is_dir() else path
-    if not path.is_file():
-        raise RuleError(f"no rule is called {str(name)!r}; choose from {', '.join(names())}")
     try:
+        if path.is_dir() and not (path / IN_A_RUN).is_file():
+            raise RuleError(
+                f"{path} holds no {IN_A_RUN}: runs of main.py end with one, unless their rule is a "
+                "class of your own or too large; --resume writes that of an older run"
+            )
+        path = path / IN_A_RUN if path.is_dir() else path
+        if not path.is_file():
+            raise RuleError(f"no rule is called {str(name)!r}; choose from {', '.join(names())}")
         with path.open("rb") as file:
             text = file.read(LARGEST["bytes"] + 1)
     except OSError as problem:
         raise RuleError(f"cannot read {path}: {problem.strerror}") from problem
     try:
-        return _entry(path.stem, _parsed(text))
+        called = path.parent.name if path.name == IN_A_RUN else path.stem
+        return _entry(called, _parsed(text))
     except RecursionError:
         raise RuleError(f"{path} is no rule of the zoo: nested too deeply") from None
     except (LookupError, TypeError, ValueError, ArithmeticError) as problem:
@@ -216,6 +217,8 @@ def _recipe(value: dict[str, Any]) -> Recipe:
     if value["inhibition"] not in INHIBITION or value["centring"] not in CENTRINGS:
         raise ValueError(f"inhibition or centring is none of {(*INHIBITION, *CENTRINGS)}")
     views = None if value["views"] is None else ViewStrengths.from_dict(value["views"])
+    if views is not None:
+        _check_numbers(_numbers_of(views.to_dict()))
     if any(of_layer.views != (1 if views is None else 2) for of_layer in rule.rules):
         raise ValueError("views do not go with its rule")
     for flag in ("forbid_self_inhibition", "forbid_excitation"):
@@ -272,10 +275,21 @@ def _check_understood(what: str, value: Any, made: Any) -> None:
         raise ValueError(f"{what} is {str(value).lower()}, expected a number")
 
 
+def _numbers_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers by name, the largest of each list; truth values and texts are left out."""
+    alone = {
+        name: max(value, key=abs) if isinstance(value, list | tuple) else value
+        for name, value in values.items()
+    }
+    return {name: value for name, value in alone.items() if type(value) in (int, float)}
+
+
 def _check_numbers(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"{name} is {value!r}, expected a number")
+        if abs(value) > LARGEST["number"]:
+            raise ValueError(f"{name} is {value:.3g}, beyond {LARGEST['number']:g}")
 
 
 def _whole(name: str, value: Any, kind: str, least: int = 1) -> int:

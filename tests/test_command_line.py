@@ -127,7 +127,7 @@ def test_where_one_data_set_is_taken_a_second_is_refused(tmp_path, capsys):
     assert parse(parser, ["--resume", str(tmp_path / "run")]).dataset == "fashion"
 
 
-@pytest.mark.parametrize("text", ["-1", "-.5", "-1.", "-0.75", "-1e-3", "-2.5E+2"])
+@pytest.mark.parametrize("text", ["-1", "-.5", "-1.", "-0.75", "-1e-3", "-2.5E+2", "-1_0", "-inf"])
 def test_a_negative_number_is_no_flag(text):
     parser = some_parser()
     parser.add_argument("--power", type=float)

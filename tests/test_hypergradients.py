@@ -1447,6 +1447,17 @@ def test_the_fused_rule_runs_in_forward_mode_and_is_not_differentiated_twice():
         CG_normaleq(problem.start, problem.hparams, 5, problem.epoch, problem.loss)
 
 
+@pytest.mark.parametrize("vectorize", [False, True])
+def test_a_hyperparameter_without_elements_is_no_obstacle_to_forward_mode(vectorize):
+    rate = torch.tensor(0.3, dtype=DOUBLE, requires_grad=True)
+    hparams = [torch.zeros(0, dtype=DOUBLE, requires_grad=True), rate]
+    found = forward_mode(
+        [torch.ones(2, dtype=DOUBLE)], hparams, [lambda w, h: [w[0] * h[1] + h[0].sum()]] * 2,
+        lambda w, h: w[0].sum(), False, vectorize=vectorize,
+    )  # fmt: skip
+    assert found[0].shape == (0,) and found[1].item() == pytest.approx(2 * 2 * 0.3)
+
+
 # ---- wrong use ----
 
 

@@ -125,6 +125,12 @@ def test_tensors_and_images_with_their_channels_last_are_taken_like_others():
     coloured = random(5, 12, 3, 6, 7)
     last = np.moveaxis(coloured, 1, 3)
     np.testing.assert_array_equal(features(last), features(coloured))
+    fitted = LocalFeatures("oja", 3, steps=2).fit(last)
+    np.testing.assert_array_equal(fitted.transform(last.reshape(12, -1)), fitted.transform(last))
+    half = torch.from_numpy(coloured).bfloat16()
+    np.testing.assert_array_equal(features(half), features(half.float()))
+    with pytest.raises(ValueError, match="X is a tensor that is no array"):
+        features(torch.eye(5).to_sparse())
     table = last.reshape(12, -1)
     np.testing.assert_array_equal(features(table, image_shape=(6, 7, 3)), features(coloured))
 

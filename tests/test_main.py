@@ -17,7 +17,7 @@ from comparison.learned_run import load_run
 from experiment.errors import RunLogError
 from experiment.processes import ALONE
 from mnist_datasets import load_images
-from rules import load_rule, load_zoo
+from rules import load_rule, load_zoo, zoo
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -58,6 +58,14 @@ def test_a_run_leaves_configuration_metrics_checkpoint_rule_and_figures(tmp_path
     written = json.loads((out / "rule.json").read_text())
     assert kept.layers == (6, 5) and kept.recipe.rule.to_dict() == written
     assert "--out" not in kept.command and str(tmp_path) not in kept.command
+
+
+def test_a_rule_that_is_too_large_for_the_zoo_ends_its_run_as_others_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(zoo.LARGEST, "layers", 1)
+    run(4, 3, *TINY, "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "zoo.json").exists()
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert "not to be kept in the zoo: its rule is not one for each of 1 to 1 layers" in said
 
 
 STATISTICS = [

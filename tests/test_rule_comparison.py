@@ -263,6 +263,12 @@ def test_vicreg_is_trained_anew_for_each_draw(setting, monkeypatch):
     assert first == again != other
 
 
+def test_vicreg_takes_all_images_where_there_are_fewer_than_a_batch(setting, monkeypatch):
+    monkeypatch.setattr(rule_comparison, "VICREG", VICRegSettings(epochs=1, batch_size=1024))
+    few = replace(setting, train=part_of(setting.train, 30))
+    assert math.isfinite(trajectory(vicreg_features(few), [0], DRAW)[0]["meta_loss"])
+
+
 def test_labels_and_backpropagation_find_features_that_tell_the_classes(setting):
     training = supervised_features(setting)
     first, again = (trajectory(training, [0], DRAW)[0] for _ in range(2))

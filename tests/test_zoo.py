@@ -86,6 +86,10 @@ DAMAGES = {
     "step/eta is inf, expected a number": lambda d: _with(d, rule=_overflown(d["recipe"]["rule"])),
     "start has speed, which is not understood": lambda d: _with(d, rule=_started(d, speed=1.0)),
     "rule, rules, terms, w, .* is true, expected a number": lambda d: _with(d, rule=_true_term(d)),
+    "degrees is 1e\\+40, beyond 1e\\+30": lambda d: _with(
+        d, views=d["recipe"]["views"] | {"degrees": 1e40}),
+    "int too large": lambda d: _with(d, views=d["recipe"]["views"] | {"noise": 10**400}),
+    "inh_factor is 1e\\+308, beyond": lambda d: _with(d, inh_factor=1e308),
     "forbid_excitation is 1": lambda d: _with(d, forbid_excitation=1),
 }  # fmt: skip
 
