@@ -226,6 +226,18 @@ def test_a_loss_that_torch_cannot_differentiate_twice_is_refused(loss):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("loss, message", [
+    (lambda outputs, targets: (outputs > targets).sum(), "the loss gives torch.int64"),
+    (lambda outputs, targets: outputs.mean() if outputs.sum().item() else targets.mean(),
+     "it is mapped over the runs"),
+])  # fmt: skip
+def test_a_loss_that_cannot_be_differentiated_for_all_runs_is_refused(loss, message):
+    objective = ModuleObjective(nn.Linear(4, 3), loss)
+    batch = Batch(torch.randn(6, 4), torch.randn(6, 3), shared=True)
+    with pytest.raises(OnePassError, match=message):
+        objective.linearize(*objective.present(2), batch)
+
+
 def test_a_loss_that_gives_no_number_is_refused():
     objective = ModuleObjective(nn.Linear(4, 3), lambda outputs, targets: outputs - targets)
     weights, buffers = objective.present(2)
