@@ -231,6 +231,14 @@ def make_settings(args, run: LearnedRun, device, dtype) -> list[Setting]:
     return settings
 
 
+def refuse_too_few_images(args, settings: Sequence[Setting]) -> None:
+    """Raise UserError if there are not enough images to choose the rates of --rules."""
+    for setting in settings:
+        if args.rules and len(setting.train) < HELD_OUT:
+            raise UserError(f"--rules chooses rates on a sixth of the training images, of which "
+                            f"{setting.dataset} has {len(setting.train)}")  # fmt: skip
+
+
 def smaller_batches(runs: Sequence[LearnedRun], settings: Sequence[Setting]) -> list[str]:
     """A line for each data set that has fewer images than the largest batches of the runs."""
     largest = max(run.config["batch_size"] for run in runs)
@@ -382,10 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_what_cannot_be_compared(args, runs)
     settings = make_settings(args, runs[0], device, dtype)
     refuse_changed_images(args, runs, settings)
-    for setting in settings:
-        if args.rules and len(setting.train) < HELD_OUT:
-            raise UserError(f"--rules chooses rates on a sixth of the training images, of which "
-                            f"{setting.dataset} has {len(setting.train)}")  # fmt: skip
+    refuse_too_few_images(args, settings)
     comparison = RuleComparison(
         make_methods(args, runs), settings, args.steps, args.seeds, args.seed
     )

@@ -9,9 +9,9 @@ update       the cubic rule, or unit statistics of pairs of half batches, forwar
     together      all tasks in batched products; obvious: one by one, for each task
     replayed      the same from recordings: CUDA graphs, or, on a CPU, called again
     compiled      the same, compiled by torch (--compile)
+    limit         only the products that no formulation can avoid, in batches of all tasks, recorded
     Images are gathered in a recording, as in main.py; pairs are copied into it, where main.py makes
     them: see the rows of views.
-    limit         only the products that no formulation can avoid, in batches of all tasks, recorded
 meta-step    of many trainings with their probes; the first, which records, is told apart
 images       a batch, and views: pairs of them, for one update of all tasks; obvious: random
              numbers of CPU generators; ours: counted on the device, pairs also recorded

@@ -3,13 +3,8 @@
 from data_sets.choices import TABLES
 
 CLASSICAL_NAMES = ("oja", "sanger", "instar", "krotov_hopfield", "foldiak")
-REFERENCES = (
-    "random",
-    "pca",
-    "vicreg",
-    "class_pairs",
-    "supervised",
-)  # other methods, of evaluate.py
+# Other methods, of evaluate.py
+REFERENCES = ("random", "pca", "vicreg", "class_pairs", "supervised")
 
 # The methods that main.py reports beside a learned rule: references.py
 BESIDE = ("random", "pca", "oja", "sanger", "latent-predictive")

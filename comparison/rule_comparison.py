@@ -222,7 +222,7 @@ def supervised_features(setting: Setting) -> Training:
     """Units sigmoid(4 s) trained with labels by backpropagation, whatever the setting's steps."""
 
     def trained(model: nn.Module, generator: torch.Generator) -> Params:
-        return supervised_parameters(model, setting.train, generator, dtype=setting.dtype)
+        return supervised_parameters(model, setting.train, generator, setting.dtype)
 
     model = lateral_network(
         setting.train.shape, setting.layers, Activation("sigmoid", 4.0), inhibition="none"

@@ -43,6 +43,7 @@ NPZ_ERRORS = (
 )  # fmt: skip
 TEST_SHARE = 6  # one image in so many is for the test
 MOST_CLASSES = 10_000
+CHANNELS = (1, 3)  # numbers of them by which their axis is known
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images, and a label for each
 
@@ -149,14 +150,19 @@ def _bytes(images: np.ndarray, what: str) -> Tensor:
         raise DataError(f"{what} are a table {list(images.shape)}: reshape its rows to [N, H, W]")
     if images.ndim == 3:
         images = images[:, None]
-    elif images.ndim == 4 and images.shape[1] not in (1, 3) and images.shape[3] in (1, 3):
+    elif channels_are_last(images.shape):
         images = images.transpose(0, 3, 1, 2)
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
+    if images.ndim != 4 or images.shape[1] not in CHANNELS:
         raise DataError(
             f"{what} are {list(images.shape)}; give [N, H, W], [N, C, H, W] or [N, H, W, C] "
             "with 1 or 3 channels"
         )
     return torch.from_numpy(np.ascontiguousarray(_levels(images, what)))
+
+
+def channels_are_last(shape: Sequence[int]) -> bool:
+    """Whether images of this shape are [N, H, W, C], with 1 or 3 channels, not [N, C, H, W]."""
+    return len(shape) == 4 and shape[1] not in CHANNELS and shape[3] in CHANNELS
 
 
 def _levels(images: np.ndarray, what: str) -> np.ndarray:

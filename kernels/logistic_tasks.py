@@ -8,10 +8,9 @@ Hessian of the objective / (C N), which is quadratic but for the mean cross-entr
     H_kl = mean_n( p_nk ([k = l] - p_nl) z_n z_n^T ) + [k = l] penalty + 1/K 1 1^T
 
 The last term, on the shift common to all classes, changes nothing else: g has no such component.
-A Hessian costs many gradients. So the first steps are on every eighth row, and on
-all rows a Hessian is used again as long as its steps go on to divide the predicted decrease by
-RENEW_UNLESS_DIVIDED_BY. (Kelley 1995, Iterative Methods for Linear and Nonlinear Equations, 5.4:
-the Shamanskii method.)
+A Hessian costs many gradients. So the first steps are on every eighth row, and a Hessian is used
+again as long as each step divides the predicted decrease by RENEW_UNLESS_DIVIDED_BY. (Kelley 1995,
+Iterative Methods for Linear and Nonlinear Equations, 5.4: the Shamanskii method.)
 
 Everything is in float64, and the host is asked twice per iteration whether all tasks are done. What
 has too large a Hessian, or does not converge, is fitted one by one.
@@ -144,7 +143,7 @@ class _Problem:
         return LogisticFits(weight, V[..., -1] - (weight @ self.mean.mT).squeeze(2))
 
     def at(self, V: Tensor) -> "_Point":
-        """Everything about V but the Hessian."""
+        """Everything about V [tasks, classes, D + 1] but the Hessian."""
         logits = self.Z @ V.mT
         losses = logits.logsumexp(2) - (logits * self.one_hot).sum(2)
         value = losses.mean(1) + 0.5 * (V.square() * self.penalty).sum((1, 2))

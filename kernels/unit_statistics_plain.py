@@ -3,6 +3,7 @@
 Values agree up to rounding; products are more, and more is kept.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from kernels.local_polynomial import Windows, with_samples
 
 
 def moments(y: Sequence[Tensor], wanted: str) -> tuple[Tensor, Tensor, Tensor]:
-    """c [views, samples, units], the mean [units], and second moments."""
+    """c [views, samples, units], the mean [units], and moments [views, units, units or none]."""
     mean = sum(y).mean(-2) / len(y)
     centred = [of_view - with_samples(mean) for of_view in y]
     if len(y) == 2:
@@ -36,7 +37,7 @@ def currents(
     if len(c) == 2:
         total = [total[0] + total[1], total[0] - total[1]]
     if of_s is not None:
-        for v, u in [(v, u) for v in range(len(s)) for u in range(len(s))]:
+        for v, u in itertools.product(range(len(s)), repeat=2):
             total[v] = total[v] + s[u] * with_samples(of_s[(u - v) % len(s)])
     return torch.stack(total)
 

@@ -27,6 +27,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Generator, Tensor
 
 from data_sets.image_data import ImageData, batch_indices
+from data_sets.own_images import channels_are_last
 from data_sets.views import Views
 from experiment.seeds import seeded_generator
 from experiment.view_strengths import MASKS, NONE, ViewStrengths
@@ -39,7 +40,6 @@ from rules.zoo import Recipe, load_zoo
 AT_ONCE = 4096  # rows whose features are computed together
 COLUMN_SPREAD = 0.25  # standard deviation of a standardised column, about that of a pixel
 ROW_MASK, ROW_NOISE = (0.0, 0.5), 0.1  # for tables, if a rule's file has no masks or no noise
-CHANNELS = (1, 3)  # numbers of them by which their axis is known
 DTYPES = (np.float64, np.float32, np.uint8)
 START, BATCHES = range(2)  # the use of random numbers, after the seed in their keys
 
@@ -231,8 +231,8 @@ def _as_images(X: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         raise ValueError(f"X of shape {X.shape} is no table and no images {shape}, [n, (C,) H, W]")
     if len(shape) == 3:
         return X.reshape(shape[0], 1, *shape[1:])
-    channels_last = shape[1] not in CHANNELS and shape[3] in CHANNELS
-    return np.moveaxis(X.reshape(shape), 3, 1) if channels_last else X.reshape(shape)
+    X = X.reshape(shape)
+    return np.moveaxis(X, 3, 1) if channels_are_last(shape) else X
 
 
 def _whole_numbers(name: str, value: Any) -> tuple[int, ...]:

@@ -320,10 +320,8 @@ class UnitStatisticsRule(TermSumRule):
         key = (group, units, psi.device, psi.dtype)
         if key not in self._scales:
             powers = [term.lateral() * self.start[LATERAL_POWER] for term in self.terms[group]]
-            scales = (units / UNITS) ** torch.tensor(
-                powers, dtype=torch.double
-            )  # inf, if too large
-            self._scales[key] = scales.to(psi)
+            exponents = torch.tensor(powers, dtype=torch.double)  # for which inf is no error
+            self._scales[key] = ((units / UNITS) ** exponents).to(psi)
         return self._scales[key]
 
     def _rate(self, old: dict[str, Tensor]) -> Tensor | float:
